@@ -1,0 +1,1 @@
+//! Requests, the scheduler, KV blocks, sampling and the offline API.

@@ -1,0 +1,1 @@
+//! The Harmony chat format: the renderer and the total streaming parser.

@@ -1,0 +1,2 @@
+//! The nibble command line.
+fn main() {}

@@ -1,0 +1,1 @@
+//! Scale search, algorithms and recipes: weights in, weights out.

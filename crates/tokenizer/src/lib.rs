@@ -1,0 +1,1 @@
+//! The o200k byte-pair encoding and incremental detokenization.
