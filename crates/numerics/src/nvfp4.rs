@@ -1,0 +1,222 @@
+//! NVFP4: E2M1 codes with one E4M3 scale per 16 and one F32 scale per tensor, 4.5 bits per weight.
+//!
+//! `value = E2M1(code) · S` with `S = f32(scale) · global_scale`, in that order. The formulas are those of NVIDIA
+//! Model Optimizer 0.47 (`NVFP4QTensor`); the order of operations decides scale bytes at ties and is kept.
+
+use half::bf16;
+
+use crate::{e2m1, e4m3, e8m0, mxfp4};
+
+/// Elements that share a scale.
+pub const BLOCK: usize = 16;
+
+/// The scale byte of an all-zero block in the dynamic form: 1.0.
+pub const ZERO_BLOCK_SCALE: u8 = 0x38;
+
+/// The global scale of a tensor that is all zero, and the smallest in use: below it the inverse is not finite.
+pub const MIN_GLOBAL_SCALE: f32 = f32::MIN_POSITIVE;
+
+/// The global scale (`weight_scale_2`, `input_scale`) of a tensor of largest magnitude `amax`: `amax / (6 · 448)`,
+/// and 2^-126 where that is not a normal number.
+#[inline]
+pub fn global_scale(amax: f32) -> f32 {
+    (amax / 2688.0).max(MIN_GLOBAL_SCALE)
+}
+
+/// The largest magnitude of `values`, NaN if any is NaN.
+pub fn amax(values: &[f32]) -> f32 {
+    values.iter().fold(0.0f32, |a, &v| {
+        let v = v.abs();
+        if v > a || v.is_nan() { v } else { a }
+    })
+}
+
+/// The scale byte of a block of largest magnitude `amax`, in the dynamic form (max calibration).
+#[inline]
+pub fn block_scale(amax: f32, global_scale: f32) -> u8 {
+    let t = amax / (6.0 * global_scale);
+    if t == 0.0 { ZERO_BLOCK_SCALE } else { e4m3::encode_scale(t) }
+}
+
+/// Encodes one block with a given scale byte: `code = E2M1(value / (f32(scale) · global_scale))`.
+/// `values` has 16 elements, `codes` 8 bytes.
+#[inline]
+pub fn encode_block(values: &[f32], scale: u8, global_scale: f32, codes: &mut [u8]) {
+    let s = e4m3::decode(scale) * global_scale;
+    for (pair, code) in values.chunks_exact(2).zip(codes) {
+        *code = e2m1::encode(pair[0] / s) | (e2m1::encode(pair[1] / s) << 4);
+    }
+}
+
+/// Quantizes `values` (a multiple of 16, finite) by the max rule to `codes` (half as many bytes) and `scales` (one per
+/// 16), for a given global scale.
+pub fn quantize(values: &[f32], global_scale: f32, codes: &mut [u8], scales: &mut [u8]) {
+    assert_eq!(values.len() % BLOCK, 0, "a row is a whole number of blocks");
+    for ((values, codes), scale) in
+        values.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK / 2)).zip(scales.iter_mut())
+    {
+        *scale = block_scale(amax(values), global_scale);
+        encode_block(values, *scale, global_scale, codes);
+    }
+}
+
+/// Writes the values of `codes` (two per byte) with `scales` (one per 16) to `out`.
+pub fn dequantize(codes: &[u8], scales: &[u8], global_scale: f32, out: &mut [f32]) {
+    for ((out, codes), &scale) in out.chunks_exact_mut(BLOCK).zip(codes.chunks_exact(BLOCK / 2)).zip(scales) {
+        let s = e4m3::decode(scale) * global_scale;
+        for (pair, &code) in out.chunks_exact_mut(2).zip(codes) {
+            pair[0] = e2m1::decode(code) * s;
+            pair[1] = e2m1::decode(code >> 4) * s;
+        }
+    }
+}
+
+/// Recovers the codes of fake-quantized weights, `values = bf16(E2M1(code) · S)`, from the scales that made them.
+/// Exact, the sign of zero included, if S / 2 ≥ 2^-126 for every block with a non-zero value: BF16 moves a value by at
+/// most 0.2 %, and the nearest rounding border is 12.5 % away.
+pub fn recover_codes(values: &[bf16], scales: &[u8], global_scale: f32, codes: &mut [u8]) {
+    for ((values, codes), &scale) in
+        values.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK / 2)).zip(scales)
+    {
+        let s = e4m3::decode(scale) * global_scale;
+        let code = |v: bf16| {
+            // A scale byte of 0 makes every value of its block 0, and 0 / 0 is no code.
+            let v = v.to_f32();
+            e2m1::encode_signed_zero(if v == 0.0 { v } else { v / s })
+        };
+        for (pair, out) in values.chunks_exact(2).zip(codes) {
+            *out = code(pair[0]) | (code(pair[1]) << 4);
+        }
+    }
+}
+
+/// Quantizes `values` to NVFP4 and back with a static global scale, as W4A4 kernels treat activations: block scales
+/// have no lower clamp, so a block far below the global scale becomes 0.
+pub fn fake_quantize_activations(values: &[f32], input_scale: f32, out: &mut [f32]) {
+    for (values, out) in values.chunks_exact(BLOCK).zip(out.chunks_exact_mut(BLOCK)) {
+        let t = amax(values) / (6.0 * input_scale);
+        let s = e4m3::decode(e4m3::encode(t.min(e4m3::MAX))) * input_scale;
+        for (value, out) in values.iter().zip(out) {
+            *out = if s == 0.0 { 0.0 } else { e2m1::decode(e2m1::encode(value / s)) * s };
+        }
+    }
+}
+
+/// What a cast from MXFP4 kept and lost.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct CastCounts {
+    /// MXFP4 blocks seen.
+    pub blocks: u64,
+    /// Blocks whose exponent fits, so that every value is kept: Model Optimizer's count.
+    pub lossless_blocks: u64,
+    /// Values that changed.
+    pub changed_values: u64,
+}
+
+impl std::ops::AddAssign for CastCounts {
+    fn add_assign(&mut self, other: CastCounts) {
+        self.blocks += other.blocks;
+        self.lossless_blocks += other.lossless_blocks;
+        self.changed_values += other.changed_values;
+    }
+}
+
+/// The largest MXFP4 scale byte other than 0 (which marks an all-zero block), over all tensors that share a global
+/// scale; `None` if every block is zero.
+pub fn cast_max_scale(scales: &[u8]) -> Option<u8> {
+    scales.iter().copied().max().filter(|&byte| byte > 0)
+}
+
+/// The global scale of a cast: 2^(k_max - 8) for the byte of [`cast_max_scale`], so that the largest block scale is 2^8.
+pub fn cast_global_scale(max_scale: Option<u8>) -> f32 {
+    match max_scale {
+        None => MIN_GLOBAL_SCALE,
+        Some(byte) => exp2((i32::from(byte) - 127 - 8).max(-126)),
+    }
+}
+
+/// Casts MXFP4 to NVFP4: `codes` and `scales` (E8M0, one per 32) to `out_codes` and `out_scales` (E4M3, one per 16).
+///
+/// A block within 17 octaves of the largest keeps every value: 2^(k - m) is an E4M3 number and the codes are kept (8, -0,
+/// becomes 0). Below that the scale is clamped to 2^-9 and the codes are rounded anew. `scales` must hold no NaN, and
+/// `max_scale` must be no less than any of them.
+pub fn cast_from_mxfp4(
+    codes: &[u8],
+    scales: &[u8],
+    max_scale: Option<u8>,
+    out_codes: &mut [u8],
+    out_scales: &mut [u8],
+) -> CastCounts {
+    let mut counts = CastCounts::default();
+    let global = cast_global_scale(max_scale);
+    let m = i32::from((global.to_bits() >> 23) as u8) - 127;
+    let blocks = codes.chunks_exact(mxfp4::BLOCK / 2).zip(scales);
+    let out = out_codes.chunks_exact_mut(mxfp4::BLOCK / 2).zip(out_scales.chunks_exact_mut(2));
+    for ((codes, &byte), (out_codes, out_scales)) in blocks.zip(out) {
+        counts.blocks += 1;
+        let k = i32::from(byte) - 127;
+        if byte == 0 {
+            // All zero by convention; a non-zero code means 2^-127 times it, which no E4M3 scale reaches.
+            let changed = codes.iter().map(|c| nonzero(*c) + nonzero(c >> 4)).sum::<u64>();
+            counts.lossless_blocks += u64::from(changed == 0);
+            counts.changed_values += changed;
+            out_codes.fill(0);
+            out_scales.fill(0x01);
+        } else if k - m >= -9 {
+            counts.lossless_blocks += 1;
+            out_scales.fill(e4m3::encode(exp2(k - m)));
+            for (out, &code) in out_codes.iter_mut().zip(codes) {
+                *out = POSITIVE_ZERO[usize::from(code)];
+            }
+        } else {
+            out_scales.fill(0x01);
+            let source = e8m0::decode(byte);
+            let s = e4m3::MIN_POSITIVE * global;
+            let mut cast = |code: u8| {
+                let value = e2m1::decode(code) * source;
+                let new = e2m1::encode(value / s);
+                counts.changed_values += u64::from(e2m1::decode(new) * s != value);
+                new
+            };
+            for (out, &code) in out_codes.iter_mut().zip(codes) {
+                *out = cast(code) | (cast(code >> 4) << 4);
+            }
+        }
+    }
+    counts
+}
+
+/// Rearranges a linear scale matrix (`rows × cols` bytes) into tiles of 128 rows by 4 scales, zero-padded, as Blackwell's
+/// kernels read them (CUTLASS `Sm1xxBlockScaledConfig`).
+pub fn swizzle(linear: &[u8], rows: usize, cols: usize) -> Vec<u8> {
+    let (padded_rows, padded_cols) = (rows.next_multiple_of(128), cols.next_multiple_of(4));
+    let mut out = vec![0; padded_rows * padded_cols];
+    for row in 0..rows {
+        for col in 0..cols {
+            let tile = (row / 128) * (padded_cols / 4) + col / 4;
+            out[tile * 512 + (row % 32) * 16 + (row % 128) / 32 * 4 + col % 4] = linear[row * cols + col];
+        }
+    }
+    out
+}
+
+/// Two packed codes with each 8 (-0) replaced by 0.
+const POSITIVE_ZERO: [u8; 256] = {
+    let mut table = [0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        let (low, high) = (byte & 15, byte >> 4);
+        table[byte] = (if low == 8 { 0 } else { low } | if high == 8 { 0 } else { high << 4 }) as u8;
+        byte += 1;
+    }
+    table
+};
+
+fn nonzero(code: u8) -> u64 {
+    u64::from(code & 7 != 0)
+}
+
+/// 2^exponent for a normal result.
+fn exp2(exponent: i32) -> f32 {
+    f32::from_bits(((exponent + 127) as u32) << 23)
+}

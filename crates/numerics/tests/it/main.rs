@@ -1,0 +1,4 @@
+//! The formats against golden values and properties.
+
+mod golden;
+mod properties;
