@@ -1,1 +1,16 @@
-//! The gpt-oss model: the Backend trait and the readable f32 reference.
+//! The gpt-oss model: the `Backend` seam with its plan and result types, sampling from logits, and the readable f32
+//! reference that every other backend is compared with.
+#![forbid(unsafe_code)]
+
+mod backend;
+mod reference;
+mod rope;
+mod sampling;
+
+pub use backend::{
+    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Penalties, Plan, Sampled, Sampling, Score,
+    SequenceOutput, SequencePlan, TokenLogprobs,
+};
+pub use reference::{Reference, Tap};
+pub use rope::Rotary;
+pub use sampling::{sample, score};

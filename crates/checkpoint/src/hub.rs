@@ -1,0 +1,1 @@
+//! Fetching a model by hub name into the standard cache.

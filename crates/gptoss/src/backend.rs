@@ -1,0 +1,215 @@
+//! The seam between the engine and whatever computes: one trait, its plan and its results.
+//!
+//! Tokens in, tokens out. A step takes a ragged batch in which prefill chunks and decodes mix; the keys and values of each
+//! sequence lie in blocks of [`BLOCK_TOKENS`] positions that the engine hands out and the backend stores.
+
+use checkpoint::Config;
+
+/// Positions per block of the key/value cache.
+pub const BLOCK_TOKENS: usize = 16;
+
+/// A block of the key/value cache. Full and sliding layers count theirs separately, each from 0.
+pub type BlockId = u32;
+
+/// What computes: weights packed for some device, and storage for keys and values.
+pub trait Backend: Send {
+    /// The model's shape.
+    fn config(&self) -> &Config;
+
+    /// One line for people: device and kernels.
+    fn describe(&self) -> String;
+
+    /// What a block costs.
+    fn kv_layout(&self) -> KvLayout;
+
+    /// Makes room for this many blocks of each kind, dropping what was stored before.
+    fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error>;
+
+    /// Runs one step. The result has one entry per sequence of the plan, in order. Results do not depend on which other
+    /// sequences are in the plan, nor on how a prompt was cut into chunks.
+    fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, Error>;
+}
+
+/// Bytes per block of the key/value cache, over all layers of the kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvLayout {
+    /// A block in the layers that see everything.
+    pub full_block_bytes: usize,
+    /// A block in the layers that see a window.
+    pub sliding_block_bytes: usize,
+}
+
+/// One step's work.
+#[derive(Debug, Clone, Default)]
+pub struct Plan {
+    /// Any number of sequences, each at most once.
+    pub sequences: Vec<SequencePlan>,
+}
+
+/// One sequence's share of a step.
+#[derive(Debug, Clone, Default)]
+pub struct SequencePlan {
+    /// The tokens to compute, at least one; each less than the vocabulary size.
+    pub tokens: Vec<u32>,
+    /// Position of the first of them. Keys and values before it are in the blocks.
+    pub position: usize,
+    /// Block `i` stores positions `16 i .. 16 i + 16` of the full layers; covers everything up to the last token.
+    pub full_blocks: Vec<BlockId>,
+    /// The same for the sliding layers. Entries of blocks that lie wholly before the window of the first token are
+    /// not looked at.
+    pub sliding_blocks: Vec<BlockId>,
+    /// Sample a token after the last one.
+    pub sample: Option<Sampling>,
+    /// Score each token's successor.
+    pub score: Option<Score>,
+    /// Return the logits of every token.
+    pub logits: bool,
+    /// Return the residual stream after this layer, for every token.
+    pub hidden_after_layer: Option<usize>,
+}
+
+/// How the next token is drawn. `Default` is greedy.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Sampling {
+    /// 0: the largest logit, the lowest id on a tie, and the four fields below have no effect.
+    pub temperature: f32,
+    /// Keep the `top_k` most probable; 0: all.
+    pub top_k: usize,
+    /// Keep the smallest set whose probability reaches this; 0 or 1: all.
+    pub top_p: f32,
+    /// Keep what has at least this share of the largest probability.
+    pub min_p: f32,
+    /// Key of the counter-based generator: the same (seed, position) draws the same number.
+    pub seed: u64,
+    /// Counter of the generator: the position of the token that is drawn.
+    pub position: u64,
+    /// Added to single logits; -infinity forbids a token.
+    pub bias: Vec<(u32, f32)>,
+    /// Penalties for tokens seen before.
+    pub penalties: Option<Penalties>,
+    /// Return log-probabilities: of the drawn token and of this many best. They are those of the raw logits.
+    pub logprobs: Option<usize>,
+}
+
+/// Penalties for tokens seen before; see `serving.md` 10 for the formulas.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Penalties {
+    /// Divides positive and multiplies negative logits of tokens in prompt or output; 1: off.
+    pub repetition: f32,
+    /// Subtracted once per occurrence in the output.
+    pub frequency: f32,
+    /// Subtracted once if the token occurs in the output.
+    pub presence: f32,
+    /// Each token of prompt and output once, with its number of occurrences in the output.
+    pub seen: Vec<(u32, u32)>,
+}
+
+/// Asks for the log-probability of given successors.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Score {
+    /// The successor of each token of the chunk; may be one shorter than the chunk, for the end of a text.
+    pub next: Vec<u32>,
+    /// How many of the best to return beside it.
+    pub top: usize,
+}
+
+/// What a step gives for one sequence.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct SequenceOutput {
+    /// Present if the plan asked to sample.
+    pub sampled: Option<Sampled>,
+    /// One per entry of `Score::next`.
+    pub scores: Vec<TokenLogprobs>,
+    /// `[tokens, vocabulary]` if the plan asked for logits.
+    pub logits: Vec<f32>,
+    /// `[tokens, hidden]` if the plan asked for a layer's output.
+    pub hidden: Vec<f32>,
+}
+
+/// A drawn token.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// Present if the plan asked for log-probabilities.
+    pub logprobs: Option<TokenLogprobs>,
+}
+
+/// The log-probability of one token and of the best ones at its place.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TokenLogprobs {
+    /// The token.
+    pub token: u32,
+    /// Natural logarithm of its probability under the raw logits.
+    pub logprob: f32,
+    /// 1 for the most probable token; ties count as one rank.
+    pub rank: usize,
+    /// The best tokens, most probable first, the lower id first on a tie.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// What can go wrong in a step or at load.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The weights cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    /// The plan breaks a rule of [`SequencePlan`]: a mistake of the caller.
+    #[error("the plan is not valid: {0}")]
+    Plan(String),
+    /// The weights do not fit this backend.
+    #[error("this model cannot run here: {0}")]
+    Unsupported(String),
+    /// No memory for the key/value cache.
+    #[error("not enough memory for the key/value cache: needed {needed} bytes")]
+    Memory {
+        /// Bytes asked for.
+        needed: usize,
+    },
+    /// The device failed.
+    #[error("the device failed: {0}")]
+    Device(String),
+}
+
+impl Plan {
+    /// Checks the plan against the model and the number of blocks, so that a backend can index without looking.
+    pub fn check(&self, config: &Config, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
+        let fail = |what: String| Err(Error::Plan(what));
+        for (s, sequence) in self.sequences.iter().enumerate() {
+            if sequence.tokens.is_empty() {
+                return fail(format!("sequence {s} has no tokens"));
+            }
+            if let Some(token) = sequence.tokens.iter().find(|&&t| t as usize >= config.vocab_size) {
+                return fail(format!("sequence {s}: token {token} is not below {}", config.vocab_size));
+            }
+            let end = sequence.position + sequence.tokens.len();
+            if end > config.max_context {
+                return fail(format!(
+                    "sequence {s} ends at {end}, beyond the context of {}",
+                    config.max_context
+                ));
+            }
+            let blocks = end.div_ceil(BLOCK_TOKENS);
+            if sequence.full_blocks.len() < blocks || sequence.sliding_blocks.len() < blocks {
+                return fail(format!("sequence {s} needs {blocks} blocks of each kind"));
+            }
+            let window = (sequence.position + 1).saturating_sub(config.sliding_window) / BLOCK_TOKENS;
+            if sequence.full_blocks[..blocks].iter().any(|&b| b as usize >= full_blocks)
+                || sequence.sliding_blocks[window..blocks].iter().any(|&b| b as usize >= sliding_blocks)
+            {
+                return fail(format!("sequence {s} names a block that was not allocated"));
+            }
+            if let Some(score) = &sequence.score
+                && (score.next.len() > sequence.tokens.len()
+                    || score.next.iter().any(|&t| t as usize >= config.vocab_size))
+            {
+                return fail(format!("sequence {s} scores tokens that do not fit"));
+            }
+            if sequence.hidden_after_layer.is_some_and(|l| l >= config.layer_kinds.len()) {
+                return fail(format!("sequence {s} asks for a layer that does not exist"));
+            }
+        }
+        Ok(())
+    }
+}

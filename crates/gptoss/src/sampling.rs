@@ -1,0 +1,248 @@
+//! Drawing a token from logits on the host: the order of operations of `serving.md` 10, and a counter-based generator.
+
+use crate::backend::{Sampled, Sampling, TokenLogprobs};
+
+/// Draws a token. `logits` (one per token of the vocabulary) is changed on the way.
+pub fn sample(logits: &mut [f32], sampling: &Sampling) -> Sampled {
+    let raw = sampling.logprobs.map(|top| RawLogprobs::new(logits, top));
+    for &(token, bias) in &sampling.bias {
+        if let Some(logit) = logits.get_mut(token as usize) {
+            *logit += bias;
+        }
+    }
+    if let Some(penalties) = &sampling.penalties {
+        for &(token, count) in &penalties.seen {
+            if let Some(logit) = logits.get_mut(token as usize) {
+                *logit =
+                    if *logit > 0.0 { *logit / penalties.repetition } else { *logit * penalties.repetition };
+                *logit -= penalties.frequency * count as f32;
+                *logit -= if count > 0 { penalties.presence } else { 0.0 };
+            }
+        }
+    }
+    let token = if sampling.temperature <= 0.0 { argmax(logits) } else { draw(logits, sampling) };
+    Sampled { token, logprobs: raw.map(|raw| raw.of(token)) }
+}
+
+/// The log-probability of `token` and of the `top` best under `logits`.
+pub fn score(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
+    RawLogprobs::new(logits, top).of(token)
+}
+
+/// The raw logits, kept from before they are changed, for as long as log-probabilities may be asked of them.
+struct RawLogprobs {
+    logits: Vec<f32>,
+    log_sum: f64,
+    top: usize,
+}
+
+impl RawLogprobs {
+    fn new(logits: &[f32], top: usize) -> RawLogprobs {
+        let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+        RawLogprobs { logits: logits.to_vec(), log_sum: f64::from(max) + sum.ln(), top }
+    }
+
+    fn of(self, token: u32) -> TokenLogprobs {
+        let logprob = |l: f32| (f64::from(l) - self.log_sum) as f32;
+        let own = self.logits[token as usize];
+        let rank = 1 + self.logits.iter().filter(|&&l| l > own).count();
+        let top = largest(&self.logits, self.top).into_iter().map(|(id, l)| (id, logprob(l))).collect();
+        TokenLogprobs { token, logprob: logprob(own), rank, top }
+    }
+}
+
+/// The largest logit's id, the lowest on a tie.
+fn argmax(logits: &[f32]) -> u32 {
+    let mut best = 0;
+    for (id, &logit) in logits.iter().enumerate() {
+        if logit > logits[best] {
+            best = id;
+        }
+    }
+    best as u32
+}
+
+/// The `count` largest, in descending order, the lower id first on a tie.
+fn largest(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
+    let mut all: Vec<(u32, f32)> = logits.iter().enumerate().map(|(id, &l)| (id as u32, l)).collect();
+    let count = count.min(all.len());
+    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
+    if count < all.len() && count > 0 {
+        all.select_nth_unstable_by(count - 1, order);
+    }
+    all.truncate(count);
+    all.sort_unstable_by(order);
+    all
+}
+
+/// Temperature, min-p, top-k, top-p, then the inverse of the cumulative distribution.
+fn draw(logits: &[f32], sampling: &Sampling) -> u32 {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |logit: f32| (f64::from(logit - max) / f64::from(sampling.temperature)).exp();
+    let uniform = uniform(sampling.seed, sampling.position);
+    let (limit_k, limit_p) = (sampling.top_k > 0, sampling.top_p > 0.0 && sampling.top_p < 1.0);
+    if !limit_k && !limit_p {
+        // The largest weight is 1, so min-p is a bound on the weight itself.
+        let weights: Vec<f64> = logits
+            .iter()
+            .map(|&l| weight(l))
+            .map(|w| if w >= f64::from(sampling.min_p) { w } else { 0.0 })
+            .collect();
+        let ids = 0..weights.len() as u32;
+        return pick(&weights, uniform, ids);
+    }
+    // Grow the sorted head until it holds what top-p keeps; total mass is what min-p and top-k leave.
+    let mut head = if limit_k { sampling.top_k.min(logits.len()) } else { 256.min(logits.len()) };
+    loop {
+        let sorted = largest(logits, head);
+        let mut weights: Vec<f64> =
+            sorted.iter().map(|&(_, l)| weight(l)).take_while(|&w| w >= f64::from(sampling.min_p)).collect();
+        let complete = limit_k || head == logits.len() || weights.len() < head;
+        let total: f64 = if complete {
+            weights.iter().sum()
+        } else {
+            logits.iter().map(|&l| weight(l)).filter(|&w| w >= f64::from(sampling.min_p)).sum()
+        };
+        if limit_p {
+            let mut cumulative = 0.0;
+            let kept = weights.iter().position(|w| {
+                cumulative += w;
+                cumulative >= f64::from(sampling.top_p) * total
+            });
+            match kept {
+                Some(last) => weights.truncate(last + 1),
+                None if complete => {}
+                None => {
+                    head = (head * 8).min(logits.len());
+                    continue;
+                }
+            }
+        }
+        return pick(&weights, uniform, sorted.iter().map(|&(id, _)| id));
+    }
+}
+
+fn pick(weights: &[f64], uniform: f64, mut ids: impl Iterator<Item = u32>) -> u32 {
+    let mut rest = uniform * weights.iter().sum::<f64>();
+    let mut last = 0;
+    for &weight in weights {
+        let Some(id) = ids.next() else { break };
+        if weight > 0.0 {
+            last = id;
+            if rest < weight {
+                break;
+            }
+            rest -= weight;
+        }
+    }
+    last
+}
+
+/// A number in [0, 1) from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+fn uniform(seed: u64, position: u64) -> f64 {
+    let [a, b, ..] =
+        philox([position as u32, (position >> 32) as u32, 0, 0], [seed as u32, (seed >> 32) as u32]);
+    let bits = (u64::from(a) << 32 | u64::from(b)) >> 11;
+    bits as f64 * (1.0 / (1u64 << 53) as f64)
+}
+
+fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+    for _ in 0..10 {
+        let first = u64::from(counter[0]) * 0xd251_1f53;
+        let second = u64::from(counter[2]) * 0xcd9e_8d57;
+        counter = [
+            (second >> 32) as u32 ^ counter[1] ^ key[0],
+            second as u32,
+            (first >> 32) as u32 ^ counter[3] ^ key[1],
+            first as u32,
+        ];
+        key = [key[0].wrapping_add(0x9e37_79b9), key[1].wrapping_add(0xbb67_ae85)];
+    }
+    counter
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn philox_matches_the_published_vectors() {
+        // kat_vectors of Random123.
+        assert_eq!(philox([0; 4], [0; 2]), [0x6627_e8d5, 0xe169_c58d, 0xbc57_ac4c, 0x9b00_dbd8]);
+        assert_eq!(
+            philox([u32::MAX; 4], [u32::MAX; 2]),
+            [0x408f_276d, 0x41c8_3b0e, 0xa20b_c7c6, 0x6d54_51fd]
+        );
+        assert_eq!(
+            philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
+            [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
+        );
+    }
+
+    fn frequencies(logits: &[f32], sampling: &Sampling, draws: u64) -> Vec<f64> {
+        let mut counts = vec![0.0; logits.len()];
+        for position in 0..draws {
+            let sampling = Sampling { position, ..sampling.clone() };
+            counts[sample(&mut logits.to_vec(), &sampling).token as usize] += 1.0 / draws as f64;
+        }
+        counts
+    }
+
+    fn check(sampling: &Sampling, expected: &[f64]) {
+        let logits: Vec<f32> = [0.4f32, 0.3, 0.2, 0.1].iter().map(|p| p.ln()).collect();
+        let found = frequencies(&logits, sampling, 20_000);
+        for (f, e) in found.iter().zip(expected) {
+            assert!(
+                (f - e).abs() < 0.02 && (*e > 0.0 || *f == 0.0),
+                "{sampling:?}: {found:?}, not {expected:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn draws_follow_the_filtered_distribution() {
+        let plain = Sampling { temperature: 1.0, top_p: 1.0, ..Sampling::default() };
+        check(&plain, &[0.4, 0.3, 0.2, 0.1]);
+        check(&Sampling { top_k: 2, ..plain.clone() }, &[4.0 / 7.0, 3.0 / 7.0, 0.0, 0.0]);
+        check(&Sampling { top_p: 0.65, ..plain.clone() }, &[4.0 / 7.0, 3.0 / 7.0, 0.0, 0.0]);
+        check(&Sampling { top_p: 0.01, ..plain.clone() }, &[1.0, 0.0, 0.0, 0.0]);
+        check(&Sampling { min_p: 0.45, ..plain.clone() }, &[4.0 / 9.0, 3.0 / 9.0, 2.0 / 9.0, 0.0]);
+        check(
+            &Sampling { temperature: 0.5, ..plain.clone() },
+            &[16.0 / 30.0, 9.0 / 30.0, 4.0 / 30.0, 1.0 / 30.0],
+        );
+        check(
+            &Sampling { bias: vec![(0, f32::NEG_INFINITY)], ..plain.clone() },
+            &[0.0, 0.5, 2.0 / 6.0, 1.0 / 6.0],
+        );
+        check(&Sampling::default(), &[1.0, 0.0, 0.0, 0.0]);
+    }
+
+    #[test]
+    fn top_p_over_a_flat_vocabulary_keeps_its_share() {
+        let logits = vec![0.0f32; 5000];
+        let sampling = Sampling { temperature: 1.0, top_p: 0.5, ..Sampling::default() };
+        let found = frequencies(&logits, &sampling, 2000);
+        assert!(found[2500..].iter().all(|&f| f == 0.0), "ties keep the lower ids");
+        assert!(found[2000..2500].iter().any(|&f| f > 0.0));
+    }
+
+    #[test]
+    fn penalties_and_logprobs() {
+        let logits = [2.0f32, 1.9, -1.0];
+        let penalties =
+            Penalties { repetition: 2.0, frequency: 0.5, presence: 0.25, seen: vec![(0, 2), (2, 0)] };
+        let sampling = Sampling { penalties: Some(penalties), logprobs: Some(2), ..Sampling::default() };
+        let mut changed = logits.to_vec();
+        let sampled = sample(&mut changed, &sampling);
+        assert_eq!(changed, [2.0 / 2.0 - 1.0 - 0.25, 1.9, -2.0]);
+        assert_eq!(sampled.token, 1);
+        let logprobs = sampled.logprobs.unwrap();
+        assert_eq!((logprobs.rank, logprobs.top.len(), logprobs.top[0].0), (2, 2, 0));
+        let total: f32 = score(&logits, 0, 3).top.iter().map(|(_, l)| l.exp()).sum();
+        assert!((total - 1.0).abs() < 1e-6);
+    }
+
+    use crate::backend::Penalties;
+}
