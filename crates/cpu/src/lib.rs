@@ -1,1 +1,14 @@
-//! The CPU backend: kernels per instruction set, the thread pool and packed weights.
+//! The CPU backend: kernels per instruction set chosen at run time, the thread pool, and the packed layouts of a loaded model.
+//!
+//! Activations are f32. Every kernel is written once over sixteen lanes and compiled for AVX-512, AVX2 and scalar code;
+//! sums have a fixed order, so all three give the same bits, whatever the batch and the number of threads.
+
+mod backend;
+mod kernels;
+mod packed;
+mod pool;
+mod simd;
+
+pub use backend::{Cpu, Options, Traffic};
+pub use kernels::{Isa, SelfTest, self_test};
+pub use pool::{Pool, physical_cores};

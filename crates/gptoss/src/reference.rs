@@ -287,7 +287,7 @@ impl Backend for Reference {
 
 /// The `k` largest router logits as (expert, weight): value descending, the lower index first on a tie; the weights are the
 /// softmax over the selected.
-fn top_experts(logits: &[f32], k: usize) -> Vec<(usize, f32)> {
+pub fn top_experts(logits: &[f32], k: usize) -> Vec<(usize, f32)> {
     let mut order: Vec<usize> = (0..logits.len()).collect();
     order.sort_by(|&a, &b| logits[b].total_cmp(&logits[a]).then(a.cmp(&b)));
     order.truncate(k);

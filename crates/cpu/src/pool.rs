@@ -1,0 +1,221 @@
+//! A thread pool for short phases: one hand-over per phase, no locks in a step.
+//!
+//! Workers spin briefly on a generation counter, then park; the caller takes part in the work. Tasks are handed out by an
+//! atomic counter, so the work balances itself where the machine is shared.
+
+use std::cell::UnsafeCell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::{JoinHandle, Thread};
+
+/// Turns of the spin loop before a worker parks: some tens of microseconds, longer than the gap between two phases of a
+/// step and much shorter than a scheduler's time slice.
+const SPINS: usize = 20_000;
+
+/// Threads that run one phase after another.
+pub struct Pool {
+    shared: Arc<Shared>,
+    workers: Vec<(JoinHandle<()>, Thread)>,
+    /// Held while a phase runs: `run` may be called from several threads.
+    phase: Mutex<()>,
+}
+
+struct Shared {
+    /// Increased once per phase; workers wait for it to change.
+    generation: AtomicUsize,
+    job: UnsafeCell<Option<Job>>,
+    next: AtomicUsize,
+    /// Workers that have not finished the current phase.
+    busy: AtomicUsize,
+    panicked: AtomicBool,
+    stop: AtomicBool,
+}
+
+#[derive(Clone, Copy)]
+struct Job {
+    task: *const (dyn Fn(usize) + Sync),
+    tasks: usize,
+}
+
+// SAFETY: `job` is written only by the thread that holds `phase` while no worker is busy, and read by workers only between
+// the change of `generation` and their decrement of `busy`, both of which order the accesses.
+unsafe impl Sync for Shared {}
+// SAFETY: the pointer inside is to a `Sync` closure that outlives the phase (see `Pool::run`).
+unsafe impl Send for Shared {}
+
+impl Pool {
+    /// A pool of `threads` threads, the caller of [`Pool::run`] being one of them.
+    pub fn new(threads: usize) -> Pool {
+        let shared = Arc::new(Shared {
+            generation: AtomicUsize::new(0),
+            job: UnsafeCell::new(None),
+            next: AtomicUsize::new(0),
+            busy: AtomicUsize::new(0),
+            panicked: AtomicBool::new(false),
+            stop: AtomicBool::new(false),
+        });
+        let workers = (1..threads.max(1))
+            .filter_map(|i| {
+                let shared = Arc::clone(&shared);
+                // A thread that the system refuses is one that does not help; the work is done by the others.
+                let handle =
+                    std::thread::Builder::new().name(format!("cpu-{i}")).spawn(move || shared.work()).ok()?;
+                let thread = handle.thread().clone();
+                Some((handle, thread))
+            })
+            .collect();
+        Pool { shared, workers, phase: Mutex::new(()) }
+    }
+
+    /// The number of threads, the caller included.
+    pub fn threads(&self) -> usize {
+        self.workers.len() + 1
+    }
+
+    /// Calls `task` for each of `0..tasks`, on all threads, and returns when all are done. A panic of a task is passed on
+    /// when the others have finished. Must not be called from within a task.
+    pub fn run(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        if tasks <= 1 || self.workers.is_empty() {
+            (0..tasks).for_each(task);
+            return;
+        }
+        let guard = self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let shared = &*self.shared;
+        // SAFETY: only the lifetime is erased. The pointer is used between here and the loop below that waits until every
+        // worker has finished, and `task` lives longer than this call.
+        let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
+        // SAFETY: `phase` is held and no worker is busy, so nobody else looks at `job`.
+        unsafe { *shared.job.get() = Some(Job { task, tasks }) };
+        shared.next.store(0, Ordering::Relaxed);
+        shared.busy.store(self.workers.len(), Ordering::Relaxed);
+        shared.generation.fetch_add(1, Ordering::Release);
+        for (_, thread) in &self.workers {
+            thread.unpark();
+        }
+        let own = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(Job { task, tasks })));
+        let mut spins = 0;
+        while shared.busy.load(Ordering::Acquire) != 0 {
+            spins += 1;
+            if spins < SPINS {
+                std::hint::spin_loop();
+            } else {
+                std::thread::yield_now();
+            }
+        }
+        let panicked = shared.panicked.swap(false, Ordering::Relaxed);
+        drop(guard);
+        if let Err(panic) = own {
+            resume_unwind(panic);
+        }
+        assert!(!panicked, "a task of the thread pool panicked");
+    }
+}
+
+impl Shared {
+    fn work(&self) {
+        let mut seen = 0;
+        loop {
+            let mut spins = 0;
+            while self.generation.load(Ordering::Acquire) == seen {
+                if self.stop.load(Ordering::Relaxed) {
+                    return;
+                }
+                spins += 1;
+                if spins < SPINS {
+                    std::hint::spin_loop();
+                } else {
+                    std::thread::park();
+                }
+            }
+            seen = self.generation.load(Ordering::Acquire);
+            // SAFETY: this worker is counted in `busy` for this generation, so `job` does not change until it is done.
+            if let Some(job) = unsafe { *self.job.get() }
+                && catch_unwind(AssertUnwindSafe(|| self.take_tasks(job))).is_err()
+            {
+                self.panicked.store(true, Ordering::Relaxed);
+            }
+            self.busy.fetch_sub(1, Ordering::Release);
+        }
+    }
+
+    fn take_tasks(&self, job: Job) {
+        // SAFETY: `Pool::run` keeps the closure alive until `busy` is 0.
+        let task = unsafe { &*job.task };
+        loop {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            if i >= job.tasks {
+                return;
+            }
+            task(i);
+        }
+    }
+}
+
+impl Drop for Pool {
+    fn drop(&mut self) {
+        self.shared.stop.store(true, Ordering::Relaxed);
+        for (handle, thread) in self.workers.drain(..) {
+            thread.unpark();
+            // A worker never ends by panic: it catches those of the tasks.
+            let _ = handle.join();
+        }
+    }
+}
+
+/// The number of physical cores that this process may use: logical ones divided by the threads that share a core.
+pub fn physical_cores() -> usize {
+    let logical = std::thread::available_parallelism().map_or(1, usize::from);
+    let siblings = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
+        .map_or(1, |list| list.trim().split([',', '-']).count());
+    (logical / siblings.max(1)).max(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once() {
+        let pool = Pool::new(4);
+        for tasks in [0, 1, 2, 3, 100, 1000] {
+            for _ in 0..20 {
+                let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(tasks, &|i| {
+                    counts[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_goes_on() {
+        let pool = Pool::new(3);
+        let result = catch_unwind(AssertUnwindSafe(|| pool.run(50, &|i| assert!(i != 20, "task 20"))));
+        assert!(result.is_err());
+        let sum = AtomicUsize::new(0);
+        pool.run(10, &|i| {
+            sum.fetch_add(i, Ordering::Relaxed);
+        });
+        assert_eq!(sum.into_inner(), 45);
+    }
+
+    #[test]
+    fn callers_take_turns() {
+        let pool = Pool::new(3);
+        let sum = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        pool.run(7, &|_| {
+                            sum.fetch_add(1, Ordering::Relaxed);
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(sum.into_inner(), 2800);
+    }
+}

@@ -1,0 +1,3 @@
+//! The CPU backend against the reference, the golden values and itself.
+
+mod kernels;
