@@ -1,1 +1,14 @@
-//! Scale search, algorithms and recipes: weights in, weights out.
+//! Quantization as a view: `Quantized` is weights that are quantized matrix by matrix as somebody reads them.
+//!
+//! A writer that pulls from it streams a checkpoint, a backend that packs from it loads a model in four bits; either way one
+//! matrix exists at a time. What decides the numbers before the first matrix is read, the global scales and whether a cast
+//! would lose anything, is found when the view is made.
+#![forbid(unsafe_code)]
+
+mod recipe;
+mod report;
+mod view;
+
+pub use recipe::{Algorithm, Method, Options, Recipe, ScalesPer};
+pub use report::{TensorReport, Totals};
+pub use view::{Error, Quantized};

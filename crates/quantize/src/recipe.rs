@@ -1,0 +1,119 @@
+//! What is quantized, and how: recipes and algorithms, and the method that follows for each matrix.
+
+use checkpoint::{Format, MatrixId, MatrixKind};
+
+/// Which matrices are quantized. Router, norms, biases and sinks never are.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Recipe {
+    /// The expert matrices, as in gpt-oss itself.
+    #[default]
+    Experts,
+    /// The attention projections too: what Model Optimizer's `NVFP4_DEFAULT_CFG` covers.
+    Linear,
+    /// The output layer too.
+    All,
+}
+
+/// How scales and codes are chosen.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Algorithm {
+    /// `Cast` for what is MXFP4, nothing for what is NVFP4, `Max` for the rest.
+    #[default]
+    Auto,
+    /// The lossless cast for what is MXFP4, `Max` for the rest.
+    Cast,
+    /// Scales from the largest magnitude, for everything.
+    Max,
+}
+
+/// How many global scales a stack of experts has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ScalesPer {
+    /// One, which is what Model Optimizer writes and current readers expect.
+    #[default]
+    Stack,
+    /// One per expert, which is closer.
+    Expert,
+}
+
+/// What to make of some weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Options {
+    /// NVFP4.
+    Nvfp4 {
+        /// What is quantized.
+        recipe: Recipe,
+        /// How.
+        algorithm: Algorithm,
+        /// The embedding too.
+        embedding: bool,
+        /// Global scales of the stacks.
+        scales_per: ScalesPer,
+    },
+    /// MXFP4 experts, the rest BF16: the published form.
+    Mxfp4,
+    /// Everything in BF16.
+    Bf16,
+}
+
+/// What happens to one matrix or stack.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// It stays as it is.
+    Keep,
+    /// MXFP4 to NVFP4 by the exponents.
+    Cast,
+    /// NVFP4 by the largest magnitude.
+    Max,
+    /// MXFP4 by Model Optimizer's choice of scale.
+    Mxfp4,
+    /// Decoded to BF16.
+    Bf16,
+}
+
+impl Options {
+    /// What happens to matrix `id`, stored in `format`.
+    pub(crate) fn method(&self, id: MatrixId, format: Format) -> Method {
+        match *self {
+            Options::Bf16 if format == Format::Bf16 => Method::Keep,
+            Options::Bf16 => Method::Bf16,
+            Options::Mxfp4 => match (id.kind.is_expert(), format) {
+                (true, Format::Mxfp4) | (false, Format::Bf16) => Method::Keep,
+                (true, _) => Method::Mxfp4,
+                (false, _) => Method::Bf16,
+            },
+            Options::Nvfp4 { recipe, algorithm, embedding, .. } => {
+                let covered = match id.kind {
+                    MatrixKind::GateUp | MatrixKind::Down => true,
+                    MatrixKind::Query | MatrixKind::Key | MatrixKind::Value | MatrixKind::Output => {
+                        recipe != Recipe::Experts
+                    }
+                    MatrixKind::Unembedding => recipe == Recipe::All,
+                    MatrixKind::Embedding => embedding,
+                    MatrixKind::Router => false,
+                };
+                match (covered, format, algorithm) {
+                    (false, Format::Mxfp4, _) => Method::Bf16,
+                    (false, ..) => Method::Keep,
+                    (true, _, Algorithm::Max) => Method::Max,
+                    (true, Format::Mxfp4, _) => Method::Cast,
+                    (true, Format::Nvfp4, _) => Method::Keep,
+                    (true, Format::Bf16, _) => Method::Max,
+                }
+            }
+        }
+    }
+}
+
+impl Method {
+    /// The format of the result, given that of the source.
+    pub(crate) fn format(self, source: Format) -> Format {
+        match self {
+            Method::Keep => source,
+            Method::Cast | Method::Max => Format::Nvfp4,
+            Method::Mxfp4 => Format::Mxfp4,
+            Method::Bf16 => Format::Bf16,
+        }
+    }
+}

@@ -1,0 +1,67 @@
+//! What quantization did to each tensor.
+
+use checkpoint::{Format, MatrixId};
+use numerics::nvfp4::CastCounts;
+
+use crate::Method;
+
+/// What happened to one matrix or stack.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TensorReport {
+    /// Which.
+    pub id: MatrixId,
+    /// The format that it has now.
+    pub format: Format,
+    /// How it got there.
+    pub method: Method,
+    /// For a cast, its blocks.
+    pub cast: CastCounts,
+    /// The error of the values against the source's.
+    pub totals: Totals,
+}
+
+/// Sums over compared values.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct Totals {
+    /// Values compared.
+    pub values: u64,
+    /// Values that differ.
+    pub changed: u64,
+    /// Sum of the squared differences.
+    pub squared_error: f64,
+    /// Sum of the squared source values.
+    pub squared_signal: f64,
+    /// The largest difference.
+    pub max_error: f32,
+}
+
+impl Totals {
+    /// Mean squared error.
+    pub fn mse(&self) -> f64 {
+        if self.values == 0 { 0.0 } else { self.squared_error / self.values as f64 }
+    }
+
+    /// Signal to quantization noise in decibels; infinite without an error.
+    pub fn sqnr_db(&self) -> f64 {
+        10.0 * (self.squared_signal / self.squared_error).log10()
+    }
+
+    pub(crate) fn add(&mut self, source: &[f32], result: &[f32]) {
+        for (&s, &r) in source.iter().zip(result) {
+            let error = r - s;
+            self.values += 1;
+            self.changed += u64::from(error != 0.0);
+            self.squared_error += f64::from(error) * f64::from(error);
+            self.squared_signal += f64::from(s) * f64::from(s);
+            self.max_error = self.max_error.max(error.abs());
+        }
+    }
+
+    pub(crate) fn merge(&mut self, other: &Totals) {
+        self.values += other.values;
+        self.changed += other.changed;
+        self.squared_error += other.squared_error;
+        self.squared_signal += other.squared_signal;
+        self.max_error = self.max_error.max(other.max_error);
+    }
+}

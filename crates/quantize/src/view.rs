@@ -1,0 +1,386 @@
+//! The view that quantizes on the way.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use checkpoint::{
+    Config, Format, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, Weights, matrices,
+};
+use cpu::Pool;
+use half::bf16;
+use numerics::nvfp4::CastCounts;
+use numerics::{mxfp4, nvfp4};
+
+use crate::recipe::{Method, Options, ScalesPer};
+use crate::report::{TensorReport, Totals};
+
+/// What can be wrong with weights that are to be quantized.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The source cannot be read.
+    #[error(transparent)]
+    Checkpoint(#[from] checkpoint::Error),
+    /// NaN and infinity have no code.
+    #[error("{kind:?} of layer {layer}: expected finite weights, found {found}")]
+    NotFinite {
+        /// Which matrix.
+        kind: MatrixKind,
+        /// In which layer.
+        layer: usize,
+        /// The value.
+        found: f32,
+    },
+    /// A row is not a whole number of blocks.
+    #[error("{kind:?} of layer {layer}: expected rows of a multiple of {block} values, found {cols}")]
+    Ragged {
+        /// Which matrix.
+        kind: MatrixKind,
+        /// In which layer.
+        layer: usize,
+        /// Elements per block.
+        block: usize,
+        /// Elements per row.
+        cols: usize,
+    },
+}
+
+/// Weights, quantized as they are read.
+pub struct Quantized {
+    source: Arc<dyn Weights>,
+    pool: Pool,
+    plans: BTreeMap<MatrixId, Plan>,
+    totals: Mutex<BTreeMap<MatrixId, Totals>>,
+}
+
+struct Plan {
+    method: Method,
+    /// Per matrix of the stack: the largest scale byte of a cast's stack or matrix.
+    max_scales: Vec<Option<u8>>,
+    /// Per matrix of the stack: the global scale.
+    global_scales: Vec<f32>,
+    cast: CastCounts,
+}
+
+impl Quantized {
+    /// A view of `source`, with the global scales found (which reads each matrix that `max` quantizes once, and the scales
+    /// of those that are cast). `progress` is called with the matrices looked at and their number.
+    pub fn new(
+        source: Arc<dyn Weights>,
+        options: Options,
+        threads: usize,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Quantized, Error> {
+        let pool = Pool::new(threads);
+        let ids: Vec<MatrixId> = matrices(source.config()).collect();
+        let scales_per = match options {
+            Options::Nvfp4 { scales_per, .. } => scales_per,
+            Options::Mxfp4 | Options::Bf16 => ScalesPer::Stack,
+        };
+        let mut plans = BTreeMap::new();
+        for (done, &id) in ids.iter().enumerate() {
+            progress(done, ids.len());
+            let method = options.method(id, source.format(id));
+            check_shape(&*source, id, method)?;
+            plans.insert(id, Plan::new(&*source, id, method, scales_per, &pool)?);
+        }
+        for layer in 0..source.config().layer_kinds.len() {
+            share_scale(&mut plans, &[MatrixKind::Query, MatrixKind::Key, MatrixKind::Value].map(|k| k.at(layer)));
+        }
+        progress(ids.len(), ids.len());
+        Ok(Quantized { source, pool, plans, totals: Mutex::default() })
+    }
+
+    /// The blocks of all casts: how many there are, and what they lose.
+    pub fn cast_counts(&self) -> CastCounts {
+        let mut sum = CastCounts::default();
+        self.plans.values().for_each(|plan| sum += plan.cast);
+        sum
+    }
+
+    /// What happened to each matrix; the errors cover what has been read so far.
+    pub fn report(&self) -> Vec<TensorReport> {
+        let totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        self.plans
+            .iter()
+            .map(|(&id, plan)| TensorReport {
+                id,
+                format: self.format(id),
+                method: plan.method,
+                cast: plan.cast,
+                totals: totals.get(&id).copied().unwrap_or_default(),
+            })
+            .collect()
+    }
+
+    /// Encodes every row with `encode(row values, codes, scales)` and adds up the error of `decode(codes, scales, out)`.
+    fn encode(
+        &self,
+        id: MatrixId,
+        source: &Matrix<'_>,
+        block: usize,
+        encode: &(dyn Fn(&[f32], &mut [u8], &mut [u8]) + Sync),
+        decode: &(dyn Fn(&[u8], &[u8], &mut [f32]) + Sync),
+    ) -> (Vec<u8>, Vec<u8>) {
+        let (rows, cols) = (source.rows, source.cols);
+        let mut codes = vec![0; rows * cols / 2];
+        let mut scales = vec![0; rows * cols / block];
+        let parts: Vec<Mutex<Part<'_>>> = codes
+            .chunks_mut(ROWS_PER_TASK * cols / 2)
+            .zip(scales.chunks_mut(ROWS_PER_TASK * cols / block))
+            .map(|(codes, scales)| Mutex::new(Part { codes, scales, totals: Totals::default() }))
+            .collect();
+        self.pool.run(parts.len(), &|task| {
+            let mut part = parts[task].lock().unwrap_or_else(PoisonError::into_inner);
+            let Part { codes, scales, totals } = &mut *part;
+            let (mut values, mut decoded) = (vec![0.0; cols], vec![0.0; cols]);
+            let rows = codes.chunks_exact_mut(cols / 2).zip(scales.chunks_exact_mut(cols / block));
+            for (r, (codes, scales)) in rows.enumerate() {
+                source.row(task * ROWS_PER_TASK + r, &mut values);
+                encode(&values, codes, scales);
+                decode(codes, scales, &mut decoded);
+                totals.add(&values, &decoded);
+            }
+        });
+        let mut sum = Totals::default();
+        for part in parts {
+            sum.merge(&part.into_inner().unwrap_or_else(PoisonError::into_inner).totals);
+        }
+        self.add_totals(id, &sum);
+        (codes, scales)
+    }
+
+    fn add_totals(&self, id: MatrixId, totals: &Totals) {
+        let mut all = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry(id).or_default().merge(totals);
+    }
+}
+
+impl Weights for Quantized {
+    fn config(&self) -> &Config {
+        self.source.config()
+    }
+
+    fn format(&self, id: MatrixId) -> Format {
+        let source = self.source.format(id);
+        self.plans.get(&id).map_or(source, |plan| plan.method.format(source))
+    }
+
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
+        let source = self.source.matrix(id, expert)?;
+        let Some(plan) = self.plans.get(&id) else { return Ok(source) };
+        let (rows, cols) = (source.rows, source.cols);
+        let values = match (plan.method, &source.values) {
+            (Method::Cast, Values::Mxfp4 { codes, scales }) => {
+                let (mut out_codes, mut out_scales) = (vec![0; codes.len()], vec![0; scales.len() * 2]);
+                let max = plan.max_scales[expert];
+                nvfp4::cast_from_mxfp4(codes, scales, max, &mut out_codes, &mut out_scales);
+                let global_scale = plan.global_scales[expert];
+                let values = Values::Nvfp4 {
+                    codes: Cow::Owned(out_codes),
+                    scales: Cow::Owned(out_scales),
+                    global_scale,
+                };
+                // Comparing values that are known to be equal would only take time.
+                if plan.cast.changed_values > 0 {
+                    let cast = Matrix { rows, cols, values: values.clone() };
+                    let mut totals = Totals::default();
+                    let (mut before, mut after) = (vec![0.0; cols], vec![0.0; cols]);
+                    for row in 0..rows {
+                        source.row(row, &mut before);
+                        cast.row(row, &mut after);
+                        totals.add(&before, &after);
+                    }
+                    self.add_totals(id, &totals);
+                }
+                values
+            }
+            (Method::Max, _) => {
+                let global_scale = plan.global_scales[expert];
+                let (codes, scales) = self.encode(
+                    id,
+                    &source,
+                    nvfp4::BLOCK,
+                    &|values, codes, scales| nvfp4::quantize(values, global_scale, codes, scales),
+                    &|codes, scales, out| nvfp4::dequantize(codes, scales, global_scale, out),
+                );
+                Values::Nvfp4 { codes: Cow::Owned(codes), scales: Cow::Owned(scales), global_scale }
+            }
+            (Method::Mxfp4, _) => {
+                let (codes, scales) =
+                    self.encode(id, &source, mxfp4::BLOCK, &mxfp4::quantize, &mxfp4::dequantize);
+                Values::Mxfp4 { codes: Cow::Owned(codes), scales: Cow::Owned(scales) }
+            }
+            (Method::Bf16, _) => {
+                let mut out = Vec::with_capacity(rows * cols);
+                let mut totals = Totals::default();
+                let (mut values, mut rounded) = (vec![0.0; cols], vec![0.0; cols]);
+                for row in 0..rows {
+                    source.row(row, &mut values);
+                    for (rounded, &value) in rounded.iter_mut().zip(&values) {
+                        let value = bf16::from_f32(value);
+                        *rounded = value.to_f32();
+                        out.push(value);
+                    }
+                    totals.add(&values, &rounded);
+                }
+                self.add_totals(id, &totals);
+                Values::Bf16(Cow::Owned(out))
+            }
+            (Method::Keep | Method::Cast, _) => return Ok(source),
+        };
+        Ok(Matrix { rows, cols, values })
+    }
+
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
+        self.source.vector(id)
+    }
+
+    fn input_scale(&self, id: MatrixId) -> Option<f32> {
+        self.source.input_scale(id)
+    }
+
+    fn kv_scales(&self, layer: usize) -> Option<KvScales> {
+        self.source.kv_scales(layer)
+    }
+}
+
+/// Rows that one task of the pool encodes: some tens of kilobytes.
+const ROWS_PER_TASK: usize = 16;
+
+struct Part<'a> {
+    codes: &'a mut [u8],
+    scales: &'a mut [u8],
+    totals: Totals,
+}
+
+impl Plan {
+    fn new(
+        source: &dyn Weights,
+        id: MatrixId,
+        method: Method,
+        scales_per: ScalesPer,
+        pool: &Pool,
+    ) -> Result<Plan, Error> {
+        let (count, ..) = id.kind.shape(source.config());
+        let mut plan = Plan {
+            method,
+            max_scales: Vec::new(),
+            global_scales: Vec::new(),
+            cast: CastCounts::default(),
+        };
+        match method {
+            Method::Keep | Method::Bf16 => {}
+            Method::Mxfp4 => {
+                for expert in 0..count {
+                    amax(&source.matrix(id, expert)?, id, pool)?;
+                }
+            }
+            Method::Max => {
+                let mut amaxes = Vec::with_capacity(count);
+                for expert in 0..count {
+                    amaxes.push(amax(&source.matrix(id, expert)?, id, pool)?);
+                }
+                if scales_per == ScalesPer::Stack {
+                    let all = amaxes.iter().copied().fold(0.0, f32::max);
+                    amaxes.fill(all);
+                }
+                plan.global_scales = amaxes.into_iter().map(nvfp4::global_scale).collect();
+            }
+            Method::Cast => {
+                for expert in 0..count {
+                    let matrix = source.matrix(id, expert)?;
+                    matrix.check_scales(&format!("{:?} of layer {}, matrix {expert}", id.kind, id.layer))?;
+                    if let Values::Mxfp4 { scales, .. } = &matrix.values {
+                        plan.max_scales.push(nvfp4::cast_max_scale(scales));
+                    }
+                }
+                if scales_per == ScalesPer::Stack {
+                    let all = plan.max_scales.iter().copied().max().flatten();
+                    plan.max_scales.fill(all);
+                }
+                plan.global_scales = plan.max_scales.iter().map(|&max| nvfp4::cast_global_scale(max)).collect();
+                for expert in 0..count {
+                    if let Values::Mxfp4 { codes, scales } = &source.matrix(id, expert)?.values {
+                        plan.cast += cast_counts(codes, scales, plan.max_scales[expert]);
+                    }
+                }
+            }
+        }
+        Ok(plan)
+    }
+}
+
+/// What a cast would do, without the codes of blocks that need no look.
+fn cast_counts(codes: &[u8], scales: &[u8], max_scale: Option<u8>) -> CastCounts {
+    let lowest = max_scale.unwrap_or(0).saturating_sub(17).max(1);
+    let mut counts = CastCounts::default();
+    for (codes, &scale) in codes.chunks_exact(mxfp4::BLOCK / 2).zip(scales) {
+        if scale >= lowest {
+            counts += CastCounts { blocks: 1, lossless_blocks: 1, changed_values: 0 };
+        } else {
+            let (mut out_codes, mut out_scales) = ([0; mxfp4::BLOCK / 2], [0; 2]);
+            counts += nvfp4::cast_from_mxfp4(codes, &[scale], max_scale, &mut out_codes, &mut out_scales);
+        }
+    }
+    counts
+}
+
+/// Gives matrices that run as one product the largest of their global scales.
+fn share_scale(plans: &mut BTreeMap<MatrixId, Plan>, ids: &[MatrixId]) {
+    let is_max = |plan: &Plan| plan.method == Method::Max;
+    let largest = ids
+        .iter()
+        .filter_map(|id| plans.get(id))
+        .filter(|p| is_max(p))
+        .flat_map(|p| p.global_scales.iter().copied())
+        .fold(0.0, f32::max);
+    for id in ids {
+        if let Some(plan) = plans.get_mut(id).filter(|p| is_max(p)) {
+            plan.global_scales.fill(largest);
+        }
+    }
+}
+
+fn check_shape(source: &dyn Weights, id: MatrixId, method: Method) -> Result<(), Error> {
+    let (_, _, cols) = id.kind.shape(source.config());
+    let block = match method {
+        Method::Max => nvfp4::BLOCK,
+        Method::Mxfp4 => mxfp4::BLOCK,
+        Method::Keep | Method::Cast | Method::Bf16 => return Ok(()),
+    };
+    if cols % block == 0 { Ok(()) } else { Err(Error::Ragged { kind: id.kind, layer: id.layer, block, cols }) }
+}
+
+/// The largest magnitude of a matrix; an error if a value is not finite.
+fn amax(matrix: &Matrix<'_>, id: MatrixId, pool: &Pool) -> Result<f32, Error> {
+    matrix.check_scales(&format!("{:?} of layer {}", id.kind, id.layer))?;
+    let parts: Vec<Mutex<f32>> =
+        (0..matrix.rows.div_ceil(ROWS_PER_TASK)).map(|_| Mutex::new(0.0)).collect();
+    pool.run(parts.len(), &|task| {
+        let mut values = vec![0.0; matrix.cols];
+        let first = task * ROWS_PER_TASK;
+        let mut largest = 0.0f32;
+        for row in first..(first + ROWS_PER_TASK).min(matrix.rows) {
+            matrix.row(row, &mut values);
+            let own = nvfp4::amax(&values);
+            if own > largest || own.is_nan() {
+                largest = own;
+            }
+            if !largest.is_finite() {
+                break;
+            }
+        }
+        *parts[task].lock().unwrap_or_else(PoisonError::into_inner) = largest;
+    });
+    let mut largest = 0.0f32;
+    for part in parts {
+        let own = part.into_inner().unwrap_or_else(PoisonError::into_inner);
+        if !own.is_finite() {
+            return Err(Error::NotFinite { kind: id.kind, layer: id.layer, found: own });
+        }
+        largest = largest.max(own);
+    }
+    Ok(largest)
+}
