@@ -1,0 +1,333 @@
+//! Reading a tokenizer: the built-in vocabulary, Hugging Face's `tokenizer.json`, tiktoken's file.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use base64::Engine;
+use serde::Deserialize;
+
+use crate::merge::Merges;
+use crate::pieces::PATTERN;
+use crate::tokenizer::Tokenizer;
+use crate::vocabulary::Vocabulary;
+
+/// What is wrong with a tokenizer file.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// It cannot be read.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// It is not JSON of the expected form.
+    #[error("the tokenizer file is not valid: {0}")]
+    Json(#[from] serde_json::Error),
+    /// It means something that this crate does not do.
+    #[error("the tokenizer file has {what}: expected {expected}, found {found}")]
+    Unsupported {
+        /// Which part.
+        what: &'static str,
+        /// What is known.
+        expected: String,
+        /// What is there.
+        found: String,
+    },
+    /// It contradicts itself.
+    #[error("the tokenizer file is not valid: {0}")]
+    Invalid(String),
+}
+
+/// Ids above this are a mistake or an attack: the largest known vocabulary has 201,088.
+const MAX_ID: u32 = 10_000_000;
+
+/// The ids of `o200k_harmony`.
+const O200K_SIZE: u32 = 201_088;
+
+/// The named special tokens; every other id from 199,998 on is `<|reserved_ID|>`. That includes 200018, which
+/// openai-harmony knows only as reserved, while tiktoken and published `tokenizer.json` files call it `<|endofprompt|>`.
+
+const O200K_SPECIAL: [(u32, &str); 9] = [
+    (199_998, "<|startoftext|>"),
+    (199_999, "<|endoftext|>"),
+    (200_002, "<|return|>"),
+    (200_003, "<|constrain|>"),
+    (200_005, "<|channel|>"),
+    (200_006, "<|start|>"),
+    (200_007, "<|end|>"),
+    (200_008, "<|message|>"),
+    (200_012, "<|call|>"),
+];
+
+impl Tokenizer {
+    /// The built-in `o200k_harmony`, unpacked once.
+    pub fn o200k_harmony() -> Arc<Tokenizer> {
+        static BUILT_IN: OnceLock<Arc<Tokenizer>> = OnceLock::new();
+        Arc::clone(BUILT_IN.get_or_init(|| {
+            let mut packed = Vec::new();
+            let mut decoder = flate2::read::ZlibDecoder::new(&include_bytes!("../data/o200k.bin")[..]);
+            decoder.read_to_end(&mut packed).expect("the built-in vocabulary is whole");
+            let mut tokens = Vec::with_capacity(199_998);
+            let mut rest = &packed[..];
+            while let [len, after @ ..] = rest {
+                let (token, after) = after.split_at(usize::from(*len));
+                tokens.push(token.to_vec());
+                rest = after;
+            }
+            Arc::new(from_ranks(&tokens).expect("the built-in vocabulary is valid"))
+        }))
+    }
+
+    /// Reads `tokenizer.json` or a tiktoken file, told apart by content.
+    pub fn from_file(path: &Path) -> Result<Tokenizer, Error> {
+        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        match bytes.iter().find(|b| !b.is_ascii_whitespace()) {
+            Some(b'{') => Tokenizer::from_json(&bytes),
+            _ => Tokenizer::from_tiktoken(&bytes),
+        }
+    }
+
+    /// From the text of a tiktoken file, `base64 SPACE rank` per line; the special tokens are those of `o200k_harmony`.
+    pub fn from_tiktoken(bytes: &[u8]) -> Result<Tokenizer, Error> {
+        let text = std::str::from_utf8(bytes).map_err(|e| Error::Invalid(e.to_string()))?;
+        let mut tokens = Vec::new();
+        for (i, line) in text.lines().filter(|l| !l.is_empty()).enumerate() {
+            let parsed = line.split_once(' ').and_then(|(token, rank)| {
+                let token = base64::prelude::BASE64_STANDARD.decode(token).ok()?;
+                (rank.trim().parse() == Ok(i) && !token.is_empty()).then_some(token)
+            });
+            tokens.push(parsed.ok_or_else(|| {
+                Error::Invalid(format!("line {}: expected a token in base64, a space and {i}", i + 1))
+            })?);
+        }
+        from_ranks(&tokens)
+    }
+
+    /// From the text of Hugging Face's `tokenizer.json`.
+    pub fn from_json(bytes: &[u8]) -> Result<Tokenizer, Error> {
+        let file: File = serde_json::from_slice(bytes)?;
+        file.check()?;
+        let model = file.model;
+        let largest = model.vocab.values().copied().chain(file.added_tokens.iter().map(|t| t.id)).max();
+        let largest = largest.unwrap_or(0);
+        if largest > MAX_ID {
+            return Err(Error::Invalid(format!("expected ids up to {MAX_ID}, found {largest}")));
+        }
+
+        let special_ids: HashMap<u32, &str> =
+            file.added_tokens.iter().map(|t| (t.id, t.content.as_str())).collect();
+        let mut tokens = vec![Vec::new(); largest as usize + 1];
+        for (spelling, &id) in &model.vocab {
+            // Files may list the special tokens in both places.
+            if special_ids.get(&id) == Some(&spelling.as_str()) {
+                continue;
+            }
+            let bytes = byte_level(spelling).ok_or_else(|| {
+                Error::Invalid(format!("token {id}: {spelling:?} is not in the byte-level alphabet"))
+            })?;
+            if special_ids.contains_key(&id) || !tokens[id as usize].is_empty() {
+                return Err(Error::Invalid(format!("two tokens have the id {id}")));
+            }
+            tokens[id as usize] = bytes;
+        }
+        let vocabulary = Vocabulary::new(&tokens)
+            .ok_or_else(|| Error::Invalid("two tokens have the same bytes".to_owned()))?;
+
+        let mut listed = HashMap::with_capacity(model.merges.len());
+        for (rank, merge) in model.merges.iter().enumerate() {
+            let (left, right) = merge.pair().ok_or_else(|| {
+                Error::Invalid(format!("merge {rank}: expected two tokens separated by a space"))
+            })?;
+            let id = |token: &str| {
+                model.vocab.get(token).copied().ok_or_else(|| {
+                    Error::Invalid(format!("merge {rank}: {token:?} is not in the vocabulary"))
+                })
+            };
+            let pair = (id(left)?, id(right)?);
+            listed.entry(pair).or_insert((rank as u32, id(&format!("{left}{right}"))?));
+        }
+        let special = file.added_tokens.into_iter().map(|t| (t.id, t.content)).collect();
+        build(vocabulary, Merges::Listed(listed), model.ignore_merges, special)
+    }
+}
+
+fn from_ranks(tokens: &[Vec<u8>]) -> Result<Tokenizer, Error> {
+    let first_special = O200K_SPECIAL[0].0;
+    if tokens.len() > first_special as usize {
+        return Err(Error::Invalid(format!(
+            "expected at most {first_special} tokens, found {}",
+            tokens.len()
+        )));
+    }
+    let vocabulary =
+        Vocabulary::new(tokens).ok_or_else(|| Error::Invalid("two tokens have the same bytes".to_owned()))?;
+    let mut special: Vec<(u32, String)> =
+        O200K_SPECIAL.iter().map(|&(id, spelling)| (id, spelling.to_owned())).collect();
+    special.extend(
+        (first_special..O200K_SIZE)
+            .filter(|id| O200K_SPECIAL.iter().all(|(named, _)| named != id))
+            .map(|id| (id, format!("<|reserved_{id}|>"))),
+    );
+    build(vocabulary, Merges::ByRank, true, special)
+}
+
+fn build(
+    vocabulary: Vocabulary,
+    merges: Merges,
+    whole_pieces: bool,
+    special_tokens: Vec<(u32, String)>,
+) -> Result<Tokenizer, Error> {
+    let mut bytes = [0; 256];
+    for (byte, id) in (0u8..=255).zip(&mut bytes) {
+        *id = vocabulary
+            .id(&[byte])
+            .ok_or_else(|| Error::Invalid(format!("the single byte {byte:#04x} is not in the vocabulary")))?;
+    }
+    let (mut special, mut spellings) = (HashMap::new(), HashMap::new());
+    let mut size = vocabulary.len();
+    for (id, spelling) in special_tokens {
+        let inner = spelling.strip_prefix("<|").and_then(|s| s.strip_suffix("|>"));
+        if inner.is_none_or(|inner| inner.contains("|>")) {
+            return Err(Error::Unsupported {
+                what: "an added token",
+                expected: "a spelling of the form <|…|>".to_owned(),
+                found: format!("{spelling:?}"),
+            });
+        }
+        if spellings.insert(spelling.clone(), id).is_some_and(|other| other != id) {
+            return Err(Error::Invalid(format!("two special tokens are spelled {spelling:?}")));
+        }
+        size = size.max(id as usize + 1);
+        special.entry(id).or_insert(spelling);
+    }
+    let longest_spelling = spellings.keys().map(String::len).max().unwrap_or(0);
+    Ok(Tokenizer { vocabulary, merges, whole_pieces, bytes, special, spellings, longest_spelling, size })
+}
+
+/// Undoes the byte-level alphabet: printable Latin-1 stands for itself, the other 68 bytes are U+0100 and up in order.
+fn byte_level(spelling: &str) -> Option<Vec<u8>> {
+    static ALPHABET: OnceLock<HashMap<char, u8>> = OnceLock::new();
+    let alphabet = ALPHABET.get_or_init(|| {
+        let printable = |b: &u8| matches!(b, 0x21..=0x7e | 0xa1..=0xac | 0xae..=0xff);
+        let others = (0..=255u8).filter(|b| !printable(b));
+        let named = (0..=255u8).filter(printable).map(|b| (char::from(b), b));
+        named.chain(('\u{100}'..).zip(others)).collect()
+    });
+    spelling.chars().map(|c| alphabet.get(&c).copied()).collect()
+}
+
+#[derive(Deserialize)]
+struct File {
+    model: Model,
+    #[serde(default)]
+    added_tokens: Vec<AddedToken>,
+    normalizer: Option<serde_json::Value>,
+    pre_tokenizer: Option<PreTokenizer>,
+}
+
+#[derive(Deserialize)]
+struct Model {
+    #[serde(rename = "type")]
+    kind: Option<String>,
+    vocab: HashMap<String, u32>,
+    #[serde(default)]
+    merges: Vec<Merge>,
+    #[serde(default)]
+    ignore_merges: bool,
+    dropout: Option<f32>,
+    #[serde(default)]
+    byte_fallback: bool,
+}
+
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair([String; 2]),
+    Joined(String),
+}
+
+impl Merge {
+    fn pair(&self) -> Option<(&str, &str)> {
+        match self {
+            Merge::Pair([left, right]) => Some((left, right)),
+            Merge::Joined(both) => both.split_once(' '),
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct AddedToken {
+    id: u32,
+    content: String,
+}
+
+#[derive(Deserialize)]
+struct PreTokenizer {
+    #[serde(rename = "type")]
+    kind: String,
+    #[serde(default)]
+    pretokenizers: Vec<PreTokenizer>,
+    pattern: Option<Pattern>,
+    behavior: Option<String>,
+    #[serde(default)]
+    invert: bool,
+    #[serde(default)]
+    add_prefix_space: bool,
+    use_regex: Option<bool>,
+}
+
+#[derive(Deserialize)]
+struct Pattern {
+    #[serde(rename = "Regex")]
+    regex: Option<String>,
+}
+
+impl File {
+    /// Refuses everything but o200k's pre-tokenizer over plain byte-pair encoding.
+    fn check(&self) -> Result<(), Error> {
+        let unsupported = |what, expected: &str, found: String| {
+            Err(Error::Unsupported { what, expected: expected.to_owned(), found })
+        };
+        if let Some(kind) = self.model.kind.as_ref().filter(|kind| *kind != "BPE") {
+            return unsupported("a model of another type", "BPE", kind.clone());
+        }
+        if let Some(dropout) = self.model.dropout.filter(|&d| d > 0.0) {
+            return unsupported("merges left out at random", "no dropout", dropout.to_string());
+        }
+        if self.model.byte_fallback {
+            return unsupported("byte fallback", "false", "true".to_owned());
+        }
+        if let Some(normalizer) = self.normalizer.as_ref().filter(|n| !n.is_null()) {
+            let kind = normalizer.get("type").map_or_else(|| normalizer.to_string(), ToString::to_string);
+            return unsupported("a normalizer", "none", kind.chars().take(100).collect());
+        }
+        let Some(pre_tokenizer) = &self.pre_tokenizer else {
+            return unsupported("no pre-tokenizer", "Split, then ByteLevel", "null".to_owned());
+        };
+        let steps: Vec<&str> = pre_tokenizer.pretokenizers.iter().map(|p| p.kind.as_str()).collect();
+        if pre_tokenizer.kind != "Sequence" || steps != ["Split", "ByteLevel"] {
+            let found = if steps.is_empty() { pre_tokenizer.kind.clone() } else { steps.join(", ") };
+            return unsupported("an unknown pre-tokenizer", "Split, ByteLevel", found);
+        }
+        let [split, bytes] = &pre_tokenizer.pretokenizers[..] else {
+            unreachable!("two steps, as compared above")
+        };
+        let pattern = split.pattern.as_ref().and_then(|p| p.regex.as_deref()).unwrap_or("none");
+        if pattern != PATTERN {
+            return unsupported("an unknown pattern", PATTERN, pattern.chars().take(300).collect());
+        }
+        if split.invert || split.behavior.as_deref() != Some("Isolated") {
+            let found = format!("{:?}, invert {}", split.behavior, split.invert);
+            return unsupported("an unknown Split", "Isolated, not inverted", found);
+        }
+        if bytes.add_prefix_space || bytes.use_regex != Some(false) {
+            let found = format!("prefix space {}, own regex {:?}", bytes.add_prefix_space, bytes.use_regex);
+            return unsupported("an unknown ByteLevel", "no prefix space, no regex of its own", found);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,70 @@
+//! Files that lie and texts that are meant to be slow.
+
+use serde_json::{Value, json};
+use tokenizer::Tokenizer;
+
+use crate::json as read;
+
+fn refused(change: impl FnOnce(&mut Value)) -> String {
+    let mut file = read("models/tiny-gpt-oss/tokenizer.json");
+    change(&mut file);
+    match Tokenizer::from_json(file.to_string().as_bytes()) {
+        Ok(_) => panic!("accepted"),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn files_that_contradict_themselves_are_refused_by_name() {
+    let vocab = |file: &mut Value, token: &str, id: Value| {
+        file["model"]["vocab"].as_object_mut().unwrap().insert(token.to_owned(), id);
+    };
+    for (change, expected) in [
+        (Box::new(|f: &mut Value| vocab(f, "zzzz", json!(5))) as Box<dyn FnOnce(&mut Value)>, "the id 5"),
+        (Box::new(|f| vocab(f, "zzzz", json!(4_000_000_000u32))), "expected ids up to"),
+        (Box::new(|f| vocab(f, "zzzz", json!(-1))), "not valid"),
+        (Box::new(|f| vocab(f, "z z", json!(9999))), "byte-level alphabet"),
+        (
+            Box::new(|f| {
+                f["model"]["vocab"].as_object_mut().unwrap().remove("A");
+            }),
+            "vocabulary",
+        ),
+        (Box::new(|f| f["model"]["merges"][0] = json!(["Ġ", "nope"])), "merge 0"),
+        (Box::new(|f| f["model"]["merges"][0] = json!("nospace")), "merge 0"),
+        (Box::new(|f| f["model"]["type"] = json!("Unigram")), "Unigram"),
+        (Box::new(|f| f["normalizer"] = json!({"type": "NFC"})), "NFC"),
+        (Box::new(|f| f["pre_tokenizer"] = json!({"type": "Whitespace"})), "Whitespace"),
+        (Box::new(|f| f["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = json!("x+")), "x+"),
+        (Box::new(|f| f["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = json!(true)), "ByteLevel"),
+        (Box::new(|f| f["added_tokens"][0]["content"] = json!("bare")), "bare"),
+        (Box::new(|f| f["added_tokens"][1]["content"] = json!("<|startoftext|>")), "startoftext"),
+    ] {
+        let message = refused(change);
+        assert!(message.contains(expected), "{message:?} does not name {expected:?}");
+    }
+    for bytes in [&b""[..], b"{", b"null", b"[]", b"{\"model\":{\"vocab\":{}}}", b"\xff\xfe"] {
+        assert!(Tokenizer::from_json(bytes).is_err());
+    }
+    for text in ["x 0", "IQ== 1", "IQ==", "IQ== 0\nIQ== 1", " 0"] {
+        assert!(Tokenizer::from_tiktoken(text.as_bytes()).is_err(), "{text:?}");
+    }
+}
+
+/// A quadratic algorithm would take minutes to hours on these.
+#[test]
+fn a_mebibyte_of_anything_is_encoded() {
+    let tokenizer = Tokenizer::o200k_harmony();
+    let mebibyte = |unit: &str| unit.repeat((1 << 20) / unit.len());
+    for unit in [
+        "a", "A", " ", "\n", "\r\n", "1", "!", "\u{301}", "aA", "Aa", "中", "\u{301}A", "<|", "/", "'s",
+        " \n", "\0",
+    ] {
+        let text = mebibyte(unit);
+        let ids = tokenizer.encode(&text);
+        assert!(tokenizer.decode_bytes(&ids) == text.as_bytes(), "{unit:?}");
+        assert!(tokenizer.encode_with_special(&text) == ids, "{unit:?}");
+    }
+    let unclosed = mebibyte("<|") + "|>";
+    assert!(tokenizer.decode_bytes(&tokenizer.encode_with_special(&unclosed)) == unclosed.as_bytes());
+}
