@@ -2,11 +2,24 @@
 
 mod config;
 mod error;
+mod generation;
 pub mod hub;
+mod layout;
+mod mapped;
+mod quantization;
+mod reader;
+mod transpose;
 mod weights;
 
 pub use config::{Config, LayerKind, Rope};
-pub use error::Error;
+pub use error::{Error, Mismatch};
+pub use generation::GenerationConfig;
+pub use layout::Layout;
+pub use mapped::{StoredTensor, TensorFile};
+pub use quantization::{KvCache, Quantization};
+pub use reader::{Checkpoint, Packed};
+pub use safetensors::Dtype;
 pub use weights::{
-    Format, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights, matrices, vectors,
+    Format, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights, matrices,
+    vectors,
 };

@@ -1,0 +1,192 @@
+//! One safetensors file, mapped into memory, its header checked before anything is believed.
+
+use std::fmt;
+use std::fs::File;
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+
+use crate::Error;
+use crate::error::brief;
+
+#[cfg(target_endian = "big")]
+compile_error!("safetensors are little-endian and are read where they lie");
+
+/// A tensor as the header of its file describes it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoredTensor {
+    /// Its name.
+    pub name: String,
+    /// The type of its elements.
+    pub dtype: Dtype,
+    /// Its shape; empty for a scalar.
+    pub shape: Vec<usize>,
+    /// Where its bytes lie in the file.
+    pub range: Range<usize>,
+}
+
+/// A safetensors file whose header holds: every tensor lies inside the file, has the size that its shape and type
+/// say, overlaps no other and leaves no gap, and no name occurs twice.
+#[derive(Debug)]
+pub struct TensorFile {
+    path: PathBuf,
+    bytes: Bytes,
+    tensors: Vec<StoredTensor>,
+}
+
+impl TensorFile {
+    /// Maps and checks a file.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if it cannot be opened, [`Error::File`] if it is not a well-formed safetensors file.
+    pub fn open(path: &Path) -> Result<TensorFile, Error> {
+        let file = File::open(path).map_err(Error::io(path))?;
+        let metadata = file.metadata().map_err(Error::io(path))?;
+        if !metadata.is_file() {
+            return Err(Error::file(path, "a regular file", "something else"));
+        }
+        if metadata.len() < LENGTH_BYTES as u64 {
+            return Err(Error::file(path, "a safetensors file", format!("{} bytes", metadata.len())));
+        }
+        // SAFETY: the map is read-only and private to us. It would change under our references only if another
+        // process wrote to the file, which nobody does to a model in use: the one assumption of mapping weights at
+        // all (a truncation would end the process with SIGBUS).
+        let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
+        TensorFile::new(path.to_owned(), Bytes::Map(map))
+    }
+
+    /// Checks a file that is already in memory, under the name `path` for messages. Its weights are borrowed where they lie if
+    /// `bytes` is aligned to 8; otherwise BF16 tensors are copied at each use.
+    pub fn from_static(path: &Path, bytes: &'static [u8]) -> Result<TensorFile, Error> {
+        TensorFile::new(path.to_owned(), Bytes::Static(bytes))
+    }
+
+    fn new(path: PathBuf, bytes: Bytes) -> Result<TensorFile, Error> {
+        let tensors =
+            read_header(bytes.as_slice()).map_err(|found| Error::file(&path, "a safetensors file", found))?;
+        Ok(TensorFile { path, bytes, tensors })
+    }
+
+    /// The file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The tensors in the order in which they lie in the file.
+    pub fn tensors(&self) -> &[StoredTensor] {
+        &self.tensors
+    }
+
+    /// The tensor of this name.
+    pub fn tensor(&self, name: &str) -> Option<&StoredTensor> {
+        self.tensors.iter().find(|tensor| tensor.name == name)
+    }
+
+    /// The bytes of one of this file's tensors.
+    pub fn data(&self, tensor: &StoredTensor) -> &[u8] {
+        self.slice(&tensor.range)
+    }
+
+    pub(crate) fn slice(&self, range: &Range<usize>) -> &[u8] {
+        &self.bytes.as_slice()[range.clone()]
+    }
+}
+
+enum Bytes {
+    Map(Mmap),
+    Static(&'static [u8]),
+}
+
+impl Bytes {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Bytes::Map(map) => map,
+            Bytes::Static(bytes) => bytes,
+        }
+    }
+}
+
+impl fmt::Debug for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} bytes", self.as_slice().len())
+    }
+}
+
+const LENGTH_BYTES: usize = 8;
+
+/// As in the reference implementation.
+const MAX_HEADER_BYTES: usize = 100_000_000;
+
+/// The tensors of a file, or what is wrong with it.
+fn read_header(bytes: &[u8]) -> Result<Vec<StoredTensor>, String> {
+    let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
+        return Err(format!("{} bytes", bytes.len()));
+    };
+    let length = u64::from_le_bytes(*length);
+    let header = usize::try_from(length)
+        .ok()
+        .filter(|&length| length <= MAX_HEADER_BYTES)
+        .and_then(|length| rest.get(..length))
+        .ok_or_else(|| format!("a header of {length} bytes in a file of {}", bytes.len()))?;
+    let text = std::str::from_utf8(header).map_err(|e| format!("a header that is not UTF-8 ({e})"))?;
+    let Header(mut tensors) =
+        serde_json::from_str(text).map_err(|e| format!("an unreadable header: {}", brief(&e.to_string())))?;
+
+    tensors.sort_by_key(|(_, info)| info.data_offsets);
+    let listed: Vec<(String, TensorInfo)> = tensors.clone();
+    // Checks that offsets follow each other without gap or overlap and agree with type and shape.
+    let metadata = Metadata::new(None, tensors).map_err(|e| brief(&e.to_string()))?;
+    let (data, expected) = (rest.len() - header.len(), metadata.data_len());
+    if data != expected {
+        return Err(format!("{data} bytes of data where the header describes {expected}"));
+    }
+    let start = LENGTH_BYTES + header.len();
+    Ok(listed
+        .into_iter()
+        .map(|(name, info)| StoredTensor {
+            name,
+            dtype: info.dtype,
+            shape: info.shape,
+            range: start + info.data_offsets.0..start + info.data_offsets.1,
+        })
+        .collect())
+}
+
+/// The header's JSON. Read by hand because a map would silently keep the last of two equal names.
+struct Header(Vec<(String, TensorInfo)>);
+
+impl<'de> Deserialize<'de> for Header {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Header;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of tensors")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Header, A::Error> {
+                let mut seen = std::collections::HashSet::new();
+                let mut tensors = Vec::new();
+                while let Some(name) = map.next_key::<String>()? {
+                    if !seen.insert(name.clone()) {
+                        return Err(serde::de::Error::custom(format!("the name `{}` twice", brief(&name))));
+                    }
+                    if name == "__metadata__" {
+                        map.next_value::<serde::de::IgnoredAny>()?;
+                    } else {
+                        tensors.push((name, map.next_value::<TensorInfo>()?));
+                    }
+                }
+                Ok(Header(tensors))
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
+    }
+}

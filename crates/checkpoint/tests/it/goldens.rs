@@ -1,0 +1,114 @@
+//! Folders written by other programs open, and hold the values that those programs say.
+
+use checkpoint::*;
+use half::bf16;
+
+use crate::testdata;
+
+fn open(path: &str) -> Checkpoint {
+    Checkpoint::open(&testdata(path)).unwrap()
+}
+
+#[test]
+fn every_golden_folder_opens() {
+    let cases = [
+        ("model/hf-mxfp4", Layout::Mxfp4),
+        ("model/original-mxfp4", Layout::Original),
+        ("../models/tiny-gpt-oss", Layout::Mxfp4),
+        ("tiny-gpt-oss-bf16", Layout::Bf16),
+        ("quant/tiny_gptoss/source", Layout::Bf16),
+        ("quant/tiny_gptoss/nvfp4_default", Layout::ModelOpt),
+        ("quant/tiny_gptoss/nvfp4_default_kv_fp8", Layout::ModelOpt),
+        ("quant/tiny_gptoss/nvfp4_experts_only", Layout::ModelOpt),
+        ("quant/tiny_gptoss/nvfp4_four_over_six", Layout::ModelOpt),
+        ("quant/tiny_gptoss/w4a16_nvfp4", Layout::ModelOpt),
+    ];
+    for (path, layout) in cases {
+        let checkpoint = open(path);
+        assert_eq!(checkpoint.layout(), layout, "{path}");
+        assert_eq!(checkpoint.warnings(), &[] as &[String], "{path}");
+        let stored: usize = checkpoint.stored().map(|(_, tensor)| tensor.range.len()).sum();
+        assert_eq!(checkpoint.tensor_bytes(), stored as u64);
+        for id in matrices(checkpoint.config()) {
+            let (n, rows, cols) = id.kind.shape(checkpoint.config());
+            for expert in 0..n {
+                let matrix = checkpoint.matrix(id, expert).unwrap();
+                assert_eq!((matrix.rows, matrix.cols), (rows, cols), "{path} {id:?}");
+                assert_eq!(matrix.values.format(), checkpoint.format(id));
+                assert!(matrix.to_f32().iter().all(|v| v.is_finite()), "{path} {id:?}");
+            }
+        }
+        for id in vectors(checkpoint.config()) {
+            let (n, length) = id.kind.shape(checkpoint.config());
+            assert_eq!(checkpoint.vector(id).unwrap().len(), n * length, "{path} {id:?}");
+        }
+    }
+}
+
+#[test]
+fn published_shapes_have_the_published_number_of_parameters() {
+    assert_eq!(Config::gpt_oss_20b().parameters(), 20_914_757_184);
+    assert_eq!(Config::gpt_oss_120b().parameters(), 116_829_156_672);
+    for config in [Config::gpt_oss_20b(), Config::gpt_oss_120b()] {
+        let (read, warnings) = Config::from_value(&config.to_json()).unwrap();
+        assert_eq!((read, warnings.len()), (config, 0));
+    }
+}
+
+/// Element by element from the tensors as they are stored, written without the crate's own reader of stacks.
+#[test]
+fn nvfp4_experts_have_the_orientation_of_the_bf16_source() {
+    let (source, packed) = (open("quant/tiny_gptoss/source"), open("quant/tiny_gptoss/nvfp4_default"));
+    for id in matrices(source.config()) {
+        let (n, _, _) = id.kind.shape(source.config());
+        for expert in 0..n {
+            let a = source.matrix(id, expert).unwrap().to_f32();
+            let b = packed.matrix(id, expert).unwrap().to_f32();
+            let (mut error, mut power) = (0.0, 0.0);
+            for (a, b) in a.iter().zip(&b) {
+                error += f64::from(a - b).powi(2);
+                power += f64::from(*a).powi(2);
+            }
+            // NVFP4 of Gaussian weights has 0.9 % of the power as error; a wrong orientation has 200 %.
+            assert!(error < 0.02 * power, "{id:?} expert {expert}: {error} of {power}");
+        }
+    }
+    let file = &source.files()[0];
+    let stored = file.tensor("model.layers.1.mlp.experts.down_proj").unwrap();
+    let bytes = file.data(stored);
+    let &[_, inputs, outputs] = stored.shape.as_slice() else { panic!("{:?}", stored.shape) };
+    let matrix = source.matrix(MatrixKind::Down.at(1), 3).unwrap().to_f32();
+    for (output, input) in [(0, 0), (0, 1), (1, 0), (63, 95), (17, 80)] {
+        let at = 2 * ((3 * inputs + input) * outputs + output);
+        let value = bf16::from_le_bytes([bytes[at], bytes[at + 1]]).to_f32();
+        assert_eq!(matrix[output * inputs + input], value);
+    }
+}
+
+#[test]
+fn scales_of_activations_and_cache_are_read() {
+    let checkpoint = open("quant/tiny_gptoss/nvfp4_default_kv_fp8");
+    assert_eq!(checkpoint.kv_cache(), Some(KvCache::Fp8));
+    let scalar = |name: &str| {
+        let file = &checkpoint.files()[0];
+        f32::from_le_bytes(file.data(file.tensor(name).unwrap()).try_into().unwrap())
+    };
+    let attention = "model.layers.1.self_attn";
+    let scales = checkpoint.kv_scales(1).unwrap();
+    assert_eq!(scales.key, scalar(&format!("{attention}.k_proj.k_scale")));
+    assert_eq!(scales.value, scalar(&format!("{attention}.v_proj.v_scale")));
+    let query = MatrixKind::Query.at(1);
+    assert_eq!(checkpoint.input_scale(query), Some(scalar(&format!("{attention}.q_proj.input_scale"))));
+    assert_eq!(checkpoint.global_scales(query), &[scalar(&format!("{attention}.q_proj.weight_scale_2"))]);
+    assert_eq!(checkpoint.name_of(query), format!("{attention}.q_proj.weight"));
+
+    let weight_only = open("quant/tiny_gptoss/w4a16_nvfp4");
+    assert_eq!((weight_only.input_scale(query), weight_only.kv_scales(1)), (None, None));
+    assert_eq!(weight_only.quantization().unwrap().algorithm.as_deref(), Some("W4A16_NVFP4"));
+}
+
+#[test]
+fn stop_ids_come_from_either_file() {
+    assert_eq!(open("../models/tiny-gpt-oss").generation_config().eos_token_ids, [4082, 4081, 4092]);
+    assert_eq!(open("model/hf-mxfp4").generation_config().eos_token_ids, [2]);
+}
