@@ -50,7 +50,6 @@ const O200K_SIZE: u32 = 201_088;
 
 /// The named special tokens; every other id from 199,998 on is `<|reserved_ID|>`. That includes 200018, which
 /// openai-harmony knows only as reserved, while tiktoken and published `tokenizer.json` files call it `<|endofprompt|>`.
-
 const O200K_SPECIAL: [(u32, &str); 9] = [
     (199_998, "<|startoftext|>"),
     (199_999, "<|endoftext|>"),

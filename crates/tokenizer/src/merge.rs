@@ -66,8 +66,8 @@ fn merge_scanning(
         let bytes = &piece[usize::from(start[i])..usize::from(start[i + 2])];
         merges.merge(vocabulary, (token[i], token[i + 1]), bytes).unwrap_or(NONE)
     };
-    for i in 0..len {
-        next[i] = look(&start, &token, i, len);
+    for (i, next) in next.iter_mut().enumerate().take(len) {
+        *next = look(&start, &token, i, len);
     }
     loop {
         let mut best = 0;

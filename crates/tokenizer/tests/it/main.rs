@@ -1,4 +1,5 @@
 //! The tokenizer against golden values, the pattern's oracle and hostile input.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod golden;
 mod hostile;

@@ -1,0 +1,369 @@
+//! The total streaming parser: any token sequence gives messages, none is an error, and no text is lost.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use serde::Serialize;
+use tokenizer::{Detokenizer, Tokenizer};
+
+use crate::header::{Fields, HEADER_TOKENS, Header};
+use crate::message::Role;
+use crate::{Control, Harmony};
+
+/// What became certain of a turn.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Delta {
+    /// More reasoning.
+    Reasoning(String),
+    /// More of the answer.
+    Content(String),
+    /// A tool call begins.
+    CallStart {
+        /// Counts the calls of the turn from 0.
+        index: usize,
+        /// The function, without its namespace.
+        name: String,
+    },
+    /// More of a call's arguments.
+    CallArguments {
+        /// Which call.
+        index: usize,
+        /// The piece.
+        text: String,
+    },
+}
+
+/// A finished message.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ParsedMessage {
+    /// Who spoke.
+    pub role: &'static str,
+    /// On which channel.
+    pub channel: Option<String>,
+    /// To whom.
+    pub recipient: Option<String>,
+    /// The type in the header.
+    pub content_type: Option<String>,
+    /// What was said.
+    pub text: String,
+}
+
+/// A call of a tool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct ToolCall {
+    /// The function, without its namespace.
+    pub name: String,
+    /// The arguments as written.
+    pub arguments: String,
+}
+
+/// The fields of a turn.
+#[derive(Debug, Clone, PartialEq, Eq, Default, Serialize)]
+pub struct Turn {
+    /// Reasoning, and what is for nobody else.
+    pub reasoning: Option<String>,
+    /// The answer.
+    pub content: Option<String>,
+    /// Calls of tools.
+    pub tool_calls: Vec<ToolCall>,
+}
+
+impl Turn {
+    /// Adds a delta.
+    pub fn apply(&mut self, delta: &Delta) {
+        match delta {
+            Delta::Reasoning(text) => self.reasoning.get_or_insert_default().push_str(text),
+            Delta::Content(text) => self.content.get_or_insert_default().push_str(text),
+            Delta::CallStart { name, .. } => {
+                self.tool_calls.push(ToolCall { name: name.clone(), arguments: String::new() });
+            }
+            Delta::CallArguments { index, text } => {
+                if let Some(call) = self.tool_calls.get_mut(*index) {
+                    call.arguments.push_str(text);
+                }
+            }
+        }
+    }
+
+    /// The end: a turn without any text or call has the answer "".
+    #[must_use]
+    pub fn finish(mut self) -> Turn {
+        if self.reasoning.is_none() && self.tool_calls.is_empty() {
+            self.content.get_or_insert_default();
+        }
+        self
+    }
+}
+
+/// Reads what is generated after `<|start|>assistant`, token by token. Its memory is the text of the messages.
+pub struct Parser {
+    tokenizer: Arc<Tokenizer>,
+    control: Control,
+    tools: Vec<String>,
+    state: State,
+    messages: Vec<ParsedMessage>,
+    calls: usize,
+    /// Whether a message has put text into the field.
+    has_reasoning: bool,
+    has_content: bool,
+    reasoning_tokens: usize,
+    repairs: BTreeMap<&'static str, u64>,
+}
+
+enum State {
+    Header(Header),
+    Content(Open),
+    Between,
+}
+
+/// A message whose content is being read.
+struct Open {
+    message: ParsedMessage,
+    field: Field,
+    detokenizer: Detokenizer,
+    /// Whether text of this message was emitted.
+    begun: bool,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Field {
+    Reasoning,
+    Content,
+    Call(usize),
+}
+
+impl Parser {
+    pub(crate) fn new(harmony: &Harmony, tools: &[String]) -> Parser {
+        Parser {
+            tokenizer: Arc::clone(&harmony.tokenizer),
+            control: harmony.control,
+            tools: tools.to_vec(),
+            state: State::Header(Header::new(true)),
+            messages: Vec::new(),
+            calls: 0,
+            has_reasoning: false,
+            has_content: false,
+            reasoning_tokens: 0,
+            repairs: BTreeMap::new(),
+        }
+    }
+
+    /// Takes the next token.
+    pub fn push(&mut self, token: u32) -> Vec<Delta> {
+        let control = self.control;
+        let mut deltas = Vec::new();
+        if token == control.start {
+            if matches!(self.state, State::Content(_)) {
+                self.repair("start_in_content");
+            }
+            self.close(&mut deltas);
+            self.state = State::Header(Header::new(false));
+        } else if token == control.channel {
+            match &mut self.state {
+                State::Header(header) => header.channel(),
+                State::Content(_) | State::Between => {
+                    self.repair("channel_without_start");
+                    self.close(&mut deltas);
+                    let mut header = Header::new(true);
+                    header.channel();
+                    self.state = State::Header(header);
+                }
+            }
+        } else if token == control.message {
+            match std::mem::replace(&mut self.state, State::Between) {
+                State::Header(header) => {
+                    let fields = header.read(&self.tools, true);
+                    self.note(&header, &fields);
+                    self.open(fields, &mut deltas);
+                }
+                State::Content(open) => {
+                    self.repair("message_in_content");
+                    self.state = State::Content(open);
+                }
+                State::Between => {
+                    self.repair("message_without_header");
+                    self.open(Header::new(true).read(&self.tools, true), &mut deltas);
+                }
+            }
+        } else if token == control.constrain {
+            match &mut self.state {
+                State::Header(header) => header.constrain(),
+                State::Content(_) | State::Between => self.repair("constrain_in_content"),
+            }
+        } else if [control.end, control.r#return, control.call, control.end_of_text].contains(&token) {
+            if matches!(self.state, State::Between) {
+                self.repair("surplus_stop");
+            }
+            self.close(&mut deltas);
+        } else {
+            self.push_text(token, &mut deltas);
+        }
+        deltas
+    }
+
+    /// The end of the stream. Calling it again does nothing.
+    pub fn finish(&mut self) -> Vec<Delta> {
+        let mut deltas = Vec::new();
+        self.close(&mut deltas);
+        deltas
+    }
+
+    /// The finished messages.
+    pub fn messages(&self) -> &[ParsedMessage] {
+        &self.messages
+    }
+
+    /// How often malformed output was mended, by kind.
+    pub fn repairs(&self) -> &BTreeMap<&'static str, u64> {
+        &self.repairs
+    }
+
+    /// Text tokens of what went to reasoning.
+    pub fn reasoning_tokens(&self) -> usize {
+        self.reasoning_tokens
+    }
+
+    fn push_text(&mut self, token: u32, deltas: &mut Vec<Delta>) {
+        let tokenizer = Arc::clone(&self.tokenizer);
+        let Some(bytes) = tokenizer.token_bytes(token).filter(|_| !tokenizer.is_special(token)) else {
+            self.repair("unknown_token");
+            return;
+        };
+        if matches!(self.state, State::Between) {
+            self.repair("text_between_messages");
+            self.state = State::Header(Header::new(true));
+        }
+        match &mut self.state {
+            State::Header(header) => {
+                header.text(bytes);
+                if header.text_tokens >= HEADER_TOKENS {
+                    let pending = header.take_incomplete();
+                    let tokens = header.text_tokens;
+                    let mut fields = header.read(&self.tools, false);
+                    let text = std::mem::take(&mut fields.rest);
+                    self.repair("missing_message");
+                    self.open(fields, deltas);
+                    self.add_text(text.as_bytes(), tokens, deltas);
+                    self.add_text(&pending, 0, deltas);
+                }
+            }
+            State::Content(_) => self.add_text(bytes, 1, deltas),
+            State::Between => {}
+        }
+    }
+
+    /// Appends bytes to the open message.
+    fn add_text(&mut self, bytes: &[u8], tokens: usize, deltas: &mut Vec<Delta>) {
+        let State::Content(open) = &mut self.state else { return };
+        if open.field == Field::Reasoning {
+            self.reasoning_tokens += tokens;
+        }
+        let text = open.detokenizer.push(bytes);
+        self.emit(text, deltas);
+    }
+
+    fn emit(&mut self, text: String, deltas: &mut Vec<Delta>) {
+        let State::Content(open) = &mut self.state else { return };
+        if text.is_empty() {
+            return;
+        }
+        open.message.text.push_str(&text);
+        // Texts of several messages in one field are joined by a newline.
+        let join = |has: &mut bool, begun: bool, text: String| {
+            let joined = if *has && !begun { format!("\n{text}") } else { text };
+            *has = true;
+            joined
+        };
+        deltas.push(match open.field {
+            Field::Reasoning => Delta::Reasoning(join(&mut self.has_reasoning, open.begun, text)),
+            Field::Content => Delta::Content(join(&mut self.has_content, open.begun, text)),
+            Field::Call(index) => Delta::CallArguments { index, text },
+        });
+        open.begun = true;
+    }
+
+    /// Begins the content of a message.
+    fn open(&mut self, fields: Fields, deltas: &mut Vec<Delta>) {
+        let field = self.field(&fields, deltas);
+        self.state = State::Content(Open {
+            message: ParsedMessage {
+                role: fields.role.name(),
+                channel: fields.channel,
+                recipient: fields.recipient,
+                content_type: fields.content_type,
+                text: String::new(),
+            },
+            field,
+            detokenizer: Detokenizer::new(),
+            begun: false,
+        });
+    }
+
+    /// Which field a message goes to; the first rule that applies.
+    fn field(&mut self, fields: &Fields, deltas: &mut Vec<Delta>) -> Field {
+        if fields.role != Role::Assistant {
+            self.repair("foreign_role");
+            return Field::Reasoning;
+        }
+        let recipient = fields.recipient.as_deref().filter(|r| !["assistant", "user", "all"].contains(r));
+        if let Some(recipient) = recipient {
+            let name = recipient.strip_prefix("functions.").filter(|name| !name.is_empty());
+            let declared = self.tools.iter().any(|tool| tool == recipient);
+            let Some(name) = name.or_else(|| declared.then_some(recipient)) else {
+                self.repair("undeclared_recipient");
+                return Field::Reasoning;
+            };
+            let index = self.calls;
+            self.calls += 1;
+            deltas.push(Delta::CallStart { index, name: name.to_owned() });
+            return Field::Call(index);
+        }
+        if fields.channel.as_deref() == Some("analysis") { Field::Reasoning } else { Field::Content }
+    }
+
+    /// Ends whatever is open: a message, or a header that never reached its content, whose remaining words are text.
+    fn close(&mut self, deltas: &mut Vec<Delta>) {
+        if let State::Header(header) = &self.state {
+            let tokens = header.text_tokens;
+            let mut fields = header.read(&self.tools, false);
+            let text = std::mem::take(&mut fields.rest).trim().to_owned();
+            if text.is_empty() {
+                self.state = State::Between;
+                return;
+            }
+            self.repair("missing_message");
+            self.open(fields, deltas);
+            self.add_text(text.as_bytes(), tokens, deltas);
+        }
+        let rest = match &mut self.state {
+            State::Content(open) => open.detokenizer.finish(),
+            State::Header(_) | State::Between => String::new(),
+        };
+        self.emit(rest, deltas);
+        if let State::Content(open) = std::mem::replace(&mut self.state, State::Between) {
+            self.messages.push(open.message);
+        }
+    }
+
+    /// Counts what is irregular in a header that was followed by content.
+    fn note(&mut self, header: &Header, fields: &Fields) {
+        if header.channels() > 1 {
+            self.repair("several_channels");
+        }
+        if fields.unknown_role {
+            self.repair("unknown_role");
+        }
+        match fields.channel.as_deref() {
+            Some("analysis" | "commentary" | "final") => {}
+            Some(_) => self.repair("unknown_channel"),
+            None => self.repair("missing_channel"),
+        }
+        if !fields.rest.trim().is_empty() {
+            self.repair("header_noise");
+        }
+    }
+
+    fn repair(&mut self, kind: &'static str) {
+        *self.repairs.entry(kind).or_default() += 1;
+    }
+}
