@@ -1,3 +1,5 @@
 //! The CPU backend against the reference, the golden values and itself.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod kernels;
+mod model;

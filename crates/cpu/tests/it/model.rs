@@ -1,0 +1,242 @@
+//! Whole models: the tolerances of `testdata/model/README.md` for f32, and equality where equality is promised.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use checkpoint::{Checkpoint, Config, Format, MatrixId, Synthetic, Weights};
+use cpu::{Cpu, Isa, Options};
+use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+fn root(path: &str) -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join(path)
+}
+
+fn open(path: &str) -> Arc<dyn Weights> {
+    Arc::new(Checkpoint::open(&root(path)).unwrap())
+}
+
+fn json(path: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(root(path)).unwrap()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+}
+
+fn golden(path: &str, name: &str) -> Vec<f32> {
+    let bytes = std::fs::read(root(path)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    bytemuck::allocation::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
+}
+
+const BLOCKS: usize = 70;
+
+fn load(weights: Arc<dyn Weights>, options: Options) -> Cpu {
+    let mut cpu = Cpu::load(weights, options, &mut |_, _| {}).unwrap();
+    cpu.allocate_kv(BLOCKS, BLOCKS).unwrap();
+    cpu
+}
+
+/// A sequence whose full layers have the blocks from `first` upwards, the sliding ones the same downwards.
+fn sequence(tokens: &[u32], position: usize, first: u32) -> SequencePlan {
+    let count = (position + tokens.len()).div_ceil(BLOCK_TOKENS) as u32;
+    SequencePlan {
+        tokens: tokens.to_vec(),
+        position,
+        full_blocks: (0..count).map(|i| first + i).collect(),
+        sliding_blocks: (0..count).map(|i| first + count - 1 - i).collect(),
+        ..SequencePlan::default()
+    }
+}
+
+fn run(backend: &mut dyn Backend, sequences: Vec<SequencePlan>) -> Vec<SequenceOutput> {
+    backend.step(&Plan { sequences }).unwrap()
+}
+
+fn relative(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    let square = |v: f32| f64::from(v) * f64::from(v);
+    let error: f64 = found.iter().zip(expected).map(|(f, e)| square(f - e)).sum();
+    (error / expected.iter().map(|&e| square(e)).sum::<f64>()).sqrt()
+}
+
+#[test]
+fn logits_of_the_random_model() {
+    let reference = json("testdata/model/reference.json");
+    for path in ["testdata/model/hf-mxfp4", "testdata/model/original-mxfp4"] {
+        let mut cpu = load(open(path), Options::default());
+        for name in ["len1", "len5", "len64", "len200", "repeat40"] {
+            let case = &reference["sequences"][name];
+            let plan = SequencePlan { logits: true, ..sequence(&ids(&case["ids"]), 0, 2) };
+            let logits = run(&mut cpu, vec![plan]).remove(0).logits;
+            let found: Vec<f32> = ids(&case["hidden_positions"])
+                .iter()
+                .flat_map(|&p| &logits[p as usize * 320..][..320])
+                .copied()
+                .collect();
+            let expected = golden("testdata/model/reference.safetensors", &format!("{name}.logits"));
+            let error = relative(&found, &expected);
+            assert!(error <= 1e-5, "{path} {name}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn greedy_continuations_of_both_models() {
+    let reference = json("testdata/model/reference.json");
+    let mut cpu = load(open("testdata/model/hf-mxfp4"), Options::default());
+    for name in ["len1", "len5", "len64", "len200", "repeat40"] {
+        let expected = ids(&reference["greedy"][name]["tokens"]);
+        let found = greedy(&mut cpu, &ids(&reference["sequences"][name]["ids"]), expected.len());
+        assert_eq!(found, expected, "{name}");
+    }
+    let prompts = json("testdata/model/tiny-gpt-oss.json")["prompts"].clone();
+    let prompts: Vec<(String, Value)> = match prompts {
+        Value::Object(map) => map.into_iter().collect(),
+        Value::Array(list) => list.into_iter().map(|p| (p["name"].to_string(), p)).collect(),
+        other => panic!("{other}"),
+    };
+    assert_eq!(prompts.len(), 10);
+    let mut cpu = load(open("models/tiny-gpt-oss"), Options::default());
+    for (name, prompt) in prompts {
+        let expected = ids(&prompt["greedy"]);
+        // Equal to the first stop, and after it until two logits lie within 2e-3.
+        let stop = prompt["first_stop"].as_u64().map_or(0, |at| at as usize + 1);
+        let near = prompt["margins"].as_array().unwrap().iter().position(|m| m.as_f64().unwrap() < 2e-3);
+        let len = near.unwrap_or(expected.len()).max(stop);
+        assert_eq!(greedy(&mut cpu, &ids(&prompt["ids"]), len), expected[..len], "{name}");
+    }
+}
+
+fn greedy(cpu: &mut Cpu, prompt: &[u32], count: usize) -> Vec<u32> {
+    let (mut tokens, mut position, mut found) = (prompt.to_vec(), 0, Vec::new());
+    // Blocks for the whole of it, so that the table does not change on the way.
+    let table = sequence(&vec![0; prompt.len() + count], 0, 1);
+    for _ in 0..count {
+        let sample = Some(Sampling::default());
+        let plan = SequencePlan { tokens: tokens.clone(), position, sample, ..table.clone() };
+        position += tokens.len();
+        tokens = vec![run(cpu, vec![plan]).remove(0).sampled.unwrap().token];
+        found.extend(&tokens);
+    }
+    found
+}
+
+#[test]
+fn logits_and_logprobs_of_the_small_models() {
+    let cases = json("testdata/model/tiny-gpt-oss.json");
+    for (path, case, name) in [
+        ("models/tiny-gpt-oss", &cases["logits"]["long"], "long.logits"),
+        ("testdata/tiny-gpt-oss-bf16", &cases["logits_bf16_model"], "bf16_model_raw.logits"),
+    ] {
+        let mut cpu = load(open(path), Options::default());
+        let plan = SequencePlan { logits: true, ..sequence(&ids(&case["ids"]), 0, 0) };
+        let logits = run(&mut cpu, vec![plan]).remove(0).logits;
+        let found: Vec<f32> = ids(&case["positions"])
+            .iter()
+            .flat_map(|&p| &logits[p as usize * 4096..][..4096])
+            .copied()
+            .collect();
+        let error = relative(&found, &golden("testdata/model/tiny-gpt-oss.safetensors", name));
+        assert!(error <= 1e-5, "{name}: {error:e}");
+    }
+}
+
+/// Odd shapes: widths that are no multiple of 64, heads of 24, 5 experts, and each format.
+fn odd(format: Format) -> Arc<dyn Weights> {
+    let mut config = Config::gpt_oss_20b();
+    config.hidden_size = 96;
+    config.intermediate_size = 160;
+    config.query_heads = 6;
+    config.kv_heads = 2;
+    config.head_dim = 24;
+    config.experts = 5;
+    config.experts_per_token = 3;
+    config.vocab_size = 331;
+    config.sliding_window = 20;
+    config.layer_kinds.truncate(3);
+    let pick = move |id: MatrixId| if id.kind.is_expert() { format } else { Format::Bf16 };
+    Arc::new(Synthetic::new(config, pick, 7))
+}
+
+fn tokens(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| (i * i * 31 + 7 * i) % 331).collect()
+}
+
+#[test]
+fn odd_shapes_agree_with_the_reference() {
+    for format in [Format::Bf16, Format::Mxfp4, Format::Nvfp4] {
+        let mut reference = Reference::new(odd(format));
+        reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+        let plan = SequencePlan { logits: true, ..sequence(&tokens(75), 0, 4) };
+        let expected = run(&mut reference, vec![plan.clone()]).remove(0).logits;
+        let found = run(&mut load(odd(format), Options::default()), vec![plan]).remove(0).logits;
+        let error = relative(&found, &expected);
+        assert!(error <= 1e-5, "{format:?}: {error:e}");
+    }
+}
+
+#[test]
+fn the_same_bits_on_every_instruction_set_and_thread_count() {
+    for format in [Format::Bf16, Format::Mxfp4, Format::Nvfp4] {
+        let plan = SequencePlan { logits: true, ..sequence(&tokens(40), 0, 0) };
+        let logits = |options| run(&mut load(odd(format), options), vec![plan.clone()]).remove(0).logits;
+        let expected = logits(Options { isa: Some(Isa::Scalar), threads: Some(1) });
+        assert!(expected.iter().all(|l| l.is_finite()));
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+            for threads in [1, 2, 5] {
+                let found = logits(Options { isa: Some(isa), threads: Some(threads) });
+                assert!(found == expected, "{format:?} on {isa:?} with {threads} threads");
+            }
+        }
+    }
+}
+
+#[test]
+fn the_same_bits_whatever_the_chunks_and_the_company() {
+    let mut cpu = load(odd(Format::Nvfp4), Options::default());
+    let text = tokens(90);
+    let plan = |from: usize, to: usize| SequencePlan {
+        logits: true,
+        score: Some(Score { next: text[from + 1..(to + 1).min(90)].to_vec(), top: 2 }),
+        sample: Some(Sampling { temperature: 1.0, seed: 5, position: to as u64, ..Sampling::default() }),
+        tokens: text[from..to].to_vec(),
+        position: from,
+        // The same blocks whatever the chunk.
+        ..sequence(&text, 0, 20)
+    };
+    let whole = run(&mut cpu, vec![plan(0, 90)]).remove(0);
+    for cuts in [vec![0, 1, 2, 3, 90], vec![0, 16, 32, 48, 90], vec![0, 33, 89, 90]] {
+        let (mut logits, mut scores, mut sampled) = (Vec::new(), Vec::new(), None);
+        for pair in cuts.windows(2) {
+            // Strangers before and behind, each with blocks of its own.
+            let company = |first, count| SequencePlan {
+                sample: Some(Sampling::default()),
+                ..sequence(&tokens(count), 0, first)
+            };
+            let mut outputs = run(&mut cpu, vec![company(0, 5), plan(pair[0], pair[1]), company(50, 70)]);
+            let own = outputs.remove(1);
+            logits.extend(own.logits);
+            scores.extend(own.scores);
+            sampled = own.sampled;
+        }
+        assert!(logits == whole.logits, "{cuts:?}");
+        assert_eq!(scores, whole.scores, "{cuts:?}");
+        assert_eq!(sampled, whole.sampled, "{cuts:?}");
+    }
+}
+
+#[test]
+fn an_unavailable_instruction_set_and_a_bad_plan_are_errors() {
+    let mut cpu = load(odd(Format::Bf16), Options { isa: Some(Isa::Scalar), threads: Some(1) });
+    let mut bad = sequence(&[1], 0, 0);
+    bad.full_blocks = vec![BLOCKS as u32];
+    assert!(cpu.step(&Plan { sequences: vec![bad] }).is_err());
+    assert!(cpu.allocate_kv(usize::MAX / 2, 1).is_err());
+    for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {
+        let options = Options { isa: Some(isa), threads: None };
+        assert!(Cpu::load(odd(Format::Bf16), options, &mut |_, _| {}).is_err());
+    }
+}
