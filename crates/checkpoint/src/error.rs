@@ -95,6 +95,10 @@ impl Error {
         Error::File { path: path.to_owned(), expected: expected.into(), found: found.into() }
     }
 
+    #[expect(
+        clippy::needless_pass_by_value,
+        reason = "callers have numbers, strings and JSON values at hand"
+    )]
     pub(crate) fn field(
         file: &str,
         field: impl Into<String>,

@@ -1,5 +1,6 @@
 //! Model folders: safetensors, configuration, the on-disk layouts of gpt-oss and the hub.
 
+mod compare;
 mod config;
 mod error;
 mod generation;
@@ -8,9 +9,12 @@ mod layout;
 mod mapped;
 mod quantization;
 mod reader;
+mod synthetic;
 mod transpose;
 mod weights;
+mod write;
 
+pub use compare::{Comparison, Difference, compare};
 pub use config::{Config, LayerKind, Rope};
 pub use error::{Error, Mismatch};
 pub use generation::GenerationConfig;
@@ -19,7 +23,9 @@ pub use mapped::{StoredTensor, TensorFile};
 pub use quantization::{KvCache, Quantization};
 pub use reader::{Checkpoint, Packed};
 pub use safetensors::Dtype;
+pub use synthetic::Synthetic;
 pub use weights::{
     Format, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights, matrices,
     vectors,
 };
+pub use write::{Progress, Target, Written, write};

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
@@ -89,6 +89,24 @@ impl TensorFile {
     /// The bytes of one of this file's tensors.
     pub fn data(&self, tensor: &StoredTensor) -> &[u8] {
         self.slice(&tensor.range)
+    }
+
+    /// Gives the memory of a range back to the system; it is read from the file again when it is next looked at.
+    pub(crate) fn release(&self, range: &Range<usize>) {
+        if let Bytes::Map(map) = &self.bytes {
+            // Whole pages inside the range only: the neighbours may be in use.
+            const PAGE: usize = 1 << 16;
+            let start = range.start.next_multiple_of(PAGE);
+            let end = range.end / PAGE * PAGE;
+            if start < end {
+                // SAFETY: the map is read-only and of a file, so a dropped page comes back from that file with the
+                // same bytes, also under references that are still held.
+                let advised =
+                    unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+                // A hint that the system declines changes nothing.
+                drop(advised);
+            }
+        }
     }
 
     pub(crate) fn slice(&self, range: &Range<usize>) -> &[u8] {

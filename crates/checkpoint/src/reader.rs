@@ -278,12 +278,9 @@ impl Checkpoint {
         self.matrices.get(&id).expect("every matrix of the model was found when the folder was opened")
     }
 
-    /// The bytes of one expert's part of a span, and the number of bytes per row of the stored orientation.
+    /// The bytes of one expert's part of a span.
     fn part(&self, span: &Span, stack: &Stack, expert: usize) -> &[u8] {
-        assert!(expert < stack.experts, "expert {expert} of {}", stack.experts);
-        let size = span.range.len() / stack.experts;
-        let start = span.range.start + expert * size;
-        self.files[span.file].slice(&(start..start + size))
+        self.files[span.file].slice(&stack.range(span, expert))
     }
 
     /// One expert's `rows × width` bytes (codes or scales) in the logical orientation.
@@ -361,6 +358,13 @@ impl Weights for Checkpoint {
     fn kv_scales(&self, layer: usize) -> Option<KvScales> {
         self.kv_scales.get(&layer).copied()
     }
+
+    fn release(&self, id: MatrixId, expert: usize) {
+        let stack = self.stack(id);
+        for span in std::iter::once(&stack.values).chain(&stack.scales) {
+            self.files[span.file].release(&stack.range(span, expert));
+        }
+    }
 }
 
 /// A fake-quantized checkpoint with its matrices packed back: see [`Checkpoint::packed`].
@@ -413,6 +417,10 @@ impl<C: Borrow<Checkpoint> + Send + Sync> Weights for Packed<C> {
     fn kv_scales(&self, layer: usize) -> Option<KvScales> {
         self.checkpoint().kv_scales(layer)
     }
+
+    fn release(&self, id: MatrixId, expert: usize) {
+        self.checkpoint().release(id, expert);
+    }
 }
 
 /// The folder beside fake-quantized weights.
@@ -448,6 +456,14 @@ struct Stack {
 }
 
 impl Stack {
+    /// One expert's part of a span.
+    fn range(&self, span: &Span, expert: usize) -> Range<usize> {
+        assert!(expert < self.experts, "expert {expert} of {}", self.experts);
+        let size = span.range.len() / self.experts;
+        let start = span.range.start + expert * size;
+        start..start + size
+    }
+
     fn global_scale(&self, expert: usize) -> f32 {
         self.global_scales.get(expert).copied().unwrap_or_else(|| self.global_scales[0])
     }

@@ -374,4 +374,8 @@ pub trait Weights: Send + Sync {
     fn kv_scales(&self, _layer: usize) -> Option<KvScales> {
         None
     }
+
+    /// Says that this matrix is not needed again soon, so that memory it was mapped into can go to others. Only a
+    /// hint: the matrix can be asked for again.
+    fn release(&self, _id: MatrixId, _expert: usize) {}
 }

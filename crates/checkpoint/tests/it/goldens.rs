@@ -2,11 +2,50 @@
 
 use checkpoint::*;
 use half::bf16;
+use numerics::{e2m1, e4m3, e8m0};
 
-use crate::testdata;
+use crate::{assert_identical, open, testdata};
 
-fn open(path: &str) -> Checkpoint {
-    Checkpoint::open(&testdata(path)).unwrap()
+#[test]
+fn original_and_hugging_face_layouts_hold_the_same_model() {
+    let (a, b) = (open("model/hf-mxfp4"), open("model/original-mxfp4"));
+    assert_eq!(a.config(), b.config());
+    assert_identical(&a, &b);
+}
+
+/// The lossless cast of experts: files without the rest of a model, read tensor by tensor.
+#[test]
+fn the_cast_from_mxfp4_has_the_values_of_its_source() {
+    let file = |path: &str| TensorFile::open(&testdata(path)).unwrap();
+    let source = file("quant/tiny_gptoss/mxfp4_source/model.safetensors");
+    let cast = file("quant/tiny_gptoss/nvfp4_cast_from_mxfp4/model.safetensors");
+    for (name, rows, cols) in [("gate_up_proj", 192, 64), ("down_proj", 64, 96)] {
+        let data = |file: &TensorFile, suffix: &str, dtype, shape: &[usize]| {
+            let name = format!("model.layers.1.mlp.experts.{name}{suffix}");
+            let tensor = file.tensor(&name).unwrap();
+            assert_eq!((tensor.dtype, tensor.shape.as_slice()), (dtype, shape), "{name}");
+            file.data(tensor).to_vec()
+        };
+        let mx = data(&source, "_blocks", Dtype::U8, &[4, rows, cols / 32, 16]);
+        let mx_scales = data(&source, "_scales", Dtype::U8, &[4, rows, cols / 32]);
+        let nv = data(&cast, "", Dtype::U8, &[4, cols / 2, rows]);
+        let nv_scales = data(&cast, "_weight_scale", Dtype::F8_E4M3, &[4, cols / 16, rows]);
+        let global = data(&cast, "_weight_scale_2", Dtype::F32, &[]);
+        let global = f32::from_le_bytes(global.try_into().unwrap());
+        for expert in 0..4 {
+            for row in 0..rows {
+                for col in 0..cols {
+                    let mx_at = (expert * rows + row) * cols + col;
+                    let mx_code = mx[mx_at / 2] >> (4 * (col % 2));
+                    let mx_value = e2m1::decode(mx_code) * e8m0::decode(mx_scales[mx_at / 32]);
+                    let nv_code = nv[(expert * cols / 2 + col / 2) * rows + row] >> (4 * (col % 2));
+                    let nv_scale = nv_scales[(expert * cols / 16 + col / 16) * rows + row];
+                    let nv_value = e2m1::decode(nv_code) * (e4m3::decode(nv_scale) * global);
+                    assert_eq!(mx_value, nv_value);
+                }
+            }
+        }
+    }
 }
 
 #[test]

@@ -1,0 +1,933 @@
+//! The writer: streams weights into a folder that appears under its name only when it is complete.
+//!
+//! The work is a list of items, one matrix of a stack or one vector each, whose places in the files are known before
+//! the first byte is written. Items go to `OUT.partial/`, a journal there says which are done, and a second call with the same
+//! plan continues. At the end the folder is renamed.
+
+use std::collections::HashSet;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::ops::ControlFlow;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use half::bf16;
+use numerics::{e4m3, nvfp4};
+use safetensors::Dtype;
+use safetensors::tensor::{Metadata, TensorInfo};
+use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
+
+use crate::layout::{self, Role, Slot};
+use crate::quantization::Description;
+use crate::reader::{FAKE_FOLDER, FAKE_SCALES, INDEX, SINGLE};
+use crate::transpose::transpose;
+use crate::{
+    Checkpoint, Config, Error, Format, KvCache, Layout, Matrix, MatrixId, MatrixKind, Values, Vector,
+    VectorId, VectorKind, Weights, matrices,
+};
+
+/// What to write.
+#[derive(Debug, Clone)]
+pub struct Target {
+    /// Any layout but [`Layout::Original`].
+    pub layout: Layout,
+    /// A new tensor file is begun before one would grow beyond this.
+    pub shard_bytes: u64,
+    /// `config.json` of the source; its description of quantization is replaced.
+    pub config: Value,
+    /// Other files of the folder: names and contents.
+    pub files: Vec<(String, Vec<u8>)>,
+    /// The version in the producer's description.
+    pub version: String,
+    /// The key/value cache that readers are asked to use. Scales are written where the weights have them.
+    pub kv_cache: Option<KvCache>,
+    /// One global scale per expert instead of one per stack.
+    pub scales_per_expert: bool,
+    /// Stands for source and options: unfinished work is continued only under the same.
+    pub fingerprint: String,
+    /// Whether an existing checkpoint, or unfinished work of another call, is replaced.
+    pub overwrite: bool,
+}
+
+impl Target {
+    /// A target that takes configuration, tokenizer and the like from a source folder.
+    ///
+    /// # Errors
+    /// [`Error::Io`] if one of those files cannot be read.
+    pub fn like(source: &Checkpoint, layout: Layout) -> Result<Target, Error> {
+        let mut files = Vec::new();
+        for name in COMPANIONS {
+            let path = source.directory().join(name);
+            match fs::read(&path) {
+                Ok(contents) => files.push((name.to_owned(), contents)),
+                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+                Err(error) => return Err(Error::io(&path)(error)),
+            }
+        }
+        Ok(Target { files, kv_cache: source.kv_cache(), ..Target::new(source.config_json().clone(), layout) })
+    }
+
+    /// A target with the usual size of shards and nothing beside the tensors.
+    pub fn new(config: Value, layout: Layout) -> Target {
+        Target {
+            layout,
+            shard_bytes: 5_000_000_000,
+            config,
+            files: Vec::new(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            kv_cache: None,
+            scales_per_expert: false,
+            fingerprint: String::new(),
+            overwrite: false,
+        }
+    }
+}
+
+/// The files that belong to a model beside its tensors and their configuration.
+const COMPANIONS: [&str; 5] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+];
+
+/// How far the writer is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress<'a> {
+    /// The tensor that comes next.
+    pub tensor: &'a str,
+    /// Bytes of tensors that are written, those of an earlier call included.
+    pub done_bytes: u64,
+    /// Bytes of all tensors.
+    pub total_bytes: u64,
+}
+
+/// What was written.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Written {
+    /// The folder.
+    pub directory: PathBuf,
+    /// Its files, by paths inside the folder.
+    pub files: Vec<String>,
+    /// Bytes of all stored tensors.
+    pub tensor_bytes: u64,
+    /// Of these, bytes that an earlier, interrupted call had written.
+    pub resumed_bytes: u64,
+}
+
+/// Writes `weights` to the folder `out`.
+///
+/// Every matrix is asked for once, in order, and given back before the next: the memory in use is that of one matrix (of one
+/// expert) in its source's and its target's form. `progress` is called before each; `Break` ends the work with
+/// [`Error::Interrupted`], and the same call continues it.
+///
+/// # Errors
+/// Before any work: [`Error::Exists`], and [`Error::Format`] for a matrix that the layout cannot hold. [`Error::Io`] with the file's
+/// name if the machine fails; what was done then stays in `OUT.partial/`, and `out` is untouched.
+pub fn write(
+    weights: &dyn Weights,
+    target: &Target,
+    out: &Path,
+    progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+) -> Result<Written, Error> {
+    let Some(name) = out.file_name() else {
+        return Err(Error::file(out, "the name of a folder to write", "none"));
+    };
+    let beside = |suffix: &str| {
+        let mut name = name.to_owned();
+        name.push(suffix);
+        out.with_file_name(name)
+    };
+    let partial = beside(".partial");
+    let exists = fs::symlink_metadata(out).is_ok();
+    if exists && !target.overwrite {
+        return Err(Error::Exists { path: out.to_owned() });
+    }
+    if exists && !out.join("config.json").is_file() {
+        return Err(Error::file(out, "a model folder to replace", "something else"));
+    }
+
+    let plan = Plan::new(weights, target)?;
+    let parent = match out.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    };
+    fs::create_dir_all(parent).map_err(Error::io(parent))?;
+    let mut work = Work::begin(&plan, partial, target.overwrite)?;
+    let result = work.run(weights, &plan, progress);
+    // After a failure too: what is done need not be done again. Its own failure adds nothing to the first.
+    let journaled = work.commit();
+    result.and(journaled)?;
+    let files = work.finish(&plan)?;
+
+    let partial = &work.directory;
+    let aside = beside(".replaced");
+    if exists {
+        // Left behind by a call that ended between the two renames.
+        if fs::symlink_metadata(&aside).is_ok() {
+            fs::remove_dir_all(&aside).map_err(Error::io(&aside))?;
+        }
+        fs::rename(out, &aside).map_err(Error::io(out))?;
+    }
+    let journal = partial.join(JOURNAL);
+    fs::remove_file(&journal).map_err(Error::io(&journal))?;
+    fs::rename(partial, out).map_err(Error::io(out))?;
+    sync(parent)?;
+    if exists {
+        fs::remove_dir_all(&aside).map_err(Error::io(&aside))?;
+    }
+    let directory = out.to_owned();
+    Ok(Written { directory, files, tensor_bytes: plan.total_bytes, resumed_bytes: work.resumed_bytes })
+}
+
+/// Everything about the output that is known before the first byte is written.
+struct Plan {
+    layout: Layout,
+    units: Vec<Unit>,
+    files: Vec<PlannedFile>,
+    /// Names and contents of what is not tensors.
+    documents: Vec<(String, Vec<u8>)>,
+    total_bytes: u64,
+    /// Stands for all of the above and the caller's fingerprint.
+    identity: String,
+}
+
+/// A logical tensor.
+struct Unit {
+    name: String,
+    what: What,
+    /// 1, or the number of experts.
+    items: usize,
+    parts: Vec<Part>,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Matrix(MatrixId),
+    Vector(VectorId),
+    Cache(usize),
+}
+
+/// A stored tensor and its place.
+struct Part {
+    role: Role,
+    name: String,
+    dtype: Dtype,
+    shape: Vec<usize>,
+    file: usize,
+    /// Of the first byte, from the beginning of the file.
+    start: u64,
+    bytes: u64,
+}
+
+struct PlannedFile {
+    name: String,
+    header: Vec<u8>,
+    /// Header included.
+    bytes: u64,
+}
+
+impl Unit {
+    fn bytes(&self) -> u64 {
+        self.parts.iter().map(|part| part.bytes).sum()
+    }
+
+    fn key(&self, item: usize) -> String {
+        format!("{} {item}", self.name)
+    }
+}
+
+impl Plan {
+    fn new(weights: &dyn Weights, target: &Target) -> Result<Plan, Error> {
+        let (layout, config) = (target.layout, weights.config());
+        if layout == Layout::Original {
+            return Err(Error::field(OUTPUT, "layout", "one of Hugging Face's", layout.name()));
+        }
+        let config_json = output_config(target, config)?;
+        let activations = activations(weights, layout)?;
+        let mut units = Vec::new();
+        for what in tensors(config) {
+            units.extend(unit(weights, target, what, activations)?);
+        }
+
+        let mut files = place(layout, &mut units, target.shard_bytes);
+        let total_bytes = units.iter().map(Unit::bytes).sum();
+        headers(&mut files, &mut units);
+
+        let mut plan =
+            Plan { layout, units, files, documents: Vec::new(), total_bytes, identity: String::new() };
+        plan.describe(weights, target, config_json, activations)?;
+        let mut hash = Sha256::new();
+        for part in [target.fingerprint.as_bytes(), layout.name().as_bytes()] {
+            hash.update((part.len() as u64).to_le_bytes());
+            hash.update(part);
+        }
+        for file in &plan.files {
+            hash.update(&file.name);
+            hash.update(&file.header);
+        }
+        plan.identity = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(plan)
+    }
+
+    /// Makes the JSON documents and takes over the companions.
+    fn describe(
+        &mut self,
+        weights: &dyn Weights,
+        target: &Target,
+        mut config_json: Map<String, Value>,
+        activations: bool,
+    ) -> Result<(), Error> {
+        let format = |id| written_format(weights, self.layout, id);
+        let description = Description {
+            layout: self.layout,
+            config: weights.config(),
+            format: &format,
+            activations,
+            kv_cache: target.kv_cache,
+            version: &target.version,
+        };
+        if let Some(quantization) = description.quantization_config() {
+            config_json.insert("quantization_config".to_owned(), quantization);
+        }
+        self.documents.push(("config.json".to_owned(), pretty(&Value::Object(config_json))));
+        if let Some(document) = description.hf_quant_config() {
+            let name = "hf_quant_config.json";
+            let name = match self.layout {
+                Layout::FakeBf16 => format!("{FAKE_FOLDER}/{name}"),
+                _ => name.to_owned(),
+            };
+            self.documents.push((name, pretty(&document)));
+        }
+        let shards = self.files.iter().filter(|file| !file.name.contains('/')).count();
+        if shards > 1 {
+            let mut map = Map::new();
+            let mut total_size = 0;
+            for part in self.units.iter().flat_map(|unit| &unit.parts).filter(|part| part.file < shards) {
+                map.insert(part.name.clone(), json!(self.files[part.file].name));
+                total_size += part.bytes;
+            }
+            map.sort_keys();
+            let index = json!({"metadata": {"total_size": total_size}, "weight_map": map});
+            self.documents.push((INDEX.to_owned(), pretty(&index)));
+        }
+        for (name, contents) in &target.files {
+            let plain = Path::new(name).file_name() == Some(name.as_ref());
+            let taken = self.documents.iter().any(|(other, _)| other == name)
+                || self.files.iter().any(|file| file.name == *name);
+            if !plain || taken || name == JOURNAL || name.ends_with(".safetensors") {
+                let expected = "names of files that are not written anyway";
+                return Err(Error::field(OUTPUT, "files", expected, name));
+            }
+            self.documents.push((name.clone(), contents.clone()));
+        }
+        Ok(())
+    }
+}
+
+/// How the output is called in messages about what was asked for.
+const OUTPUT: &str = "the output";
+
+/// Every logical tensor in the order of the forward pass, layer by layer.
+fn tensors(config: &Config) -> impl Iterator<Item = What> {
+    let layers = (0..config.layer_kinds.len()).flat_map(|layer| {
+        let vectors = VectorKind::LAYER.map(|kind| What::Vector(kind.at(layer)));
+        let matrices = MatrixKind::LAYER.map(|kind| What::Matrix(kind.at(layer)));
+        vectors.into_iter().chain(matrices).chain([What::Cache(layer)])
+    });
+    std::iter::once(What::Matrix(MatrixKind::Embedding.at(0)))
+        .chain(layers)
+        .chain([What::Vector(VectorKind::FinalNorm.at(0)), What::Matrix(MatrixKind::Unembedding.at(0))])
+}
+
+/// The source's configuration in Hugging Face's spelling, without its quantization.
+fn output_config(target: &Target, config: &Config) -> Result<Map<String, Value>, Error> {
+    let mut value = match target.config.get("num_local_experts") {
+        Some(_) => target.config.clone(),
+        None => config.to_json(),
+    };
+    let (stated, _) = Config::from_value(&value)?;
+    if stated != *config {
+        return Err(Error::field(OUTPUT, "config", "the configuration of the weights", "another"));
+    }
+    match value.as_object_mut() {
+        Some(fields) => {
+            fields.shift_remove("quantization_config");
+            Ok(std::mem::take(fields))
+        }
+        None => unreachable!("a configuration was just read from this value, so it is an object"),
+    }
+}
+
+/// Whether the packed matrices have the scales of their inputs: all of them or none.
+fn activations(weights: &dyn Weights, layout: Layout) -> Result<bool, Error> {
+    let mut packed =
+        matrices(weights.config()).filter(|&id| written_format(weights, layout, id) == Format::Nvfp4);
+    let wants_packed = matches!(layout, Layout::ModelOpt | Layout::CompressedTensors | Layout::FakeBf16);
+    let Some(first) = packed.next() else {
+        return match wants_packed {
+            true => Err(Error::Format {
+                tensor: MatrixKind::GateUp.at(0).name(),
+                expected: format!("at least one matrix in nvfp4 for the layout {}", layout.name()),
+                found: "none".to_owned(),
+            }),
+            false => Ok(false),
+        };
+    };
+    let with = |id| weights.input_scale(id).is_some();
+    match packed.find(|&id| with(id) != with(first)) {
+        None => Ok(with(first)),
+        Some(other) => Err(Error::Format {
+            tensor: other.name(),
+            expected: format!("an input scale exactly if {} has one", first.name()),
+            found: if with(other) { "one" } else { "none" }.to_owned(),
+        }),
+    }
+}
+
+/// The format in which a matrix is described to be: for fake quantization NVFP4 where its values are on that grid.
+fn written_format(weights: &dyn Weights, layout: Layout, id: MatrixId) -> Format {
+    match layout {
+        Layout::Bf16 => Format::Bf16,
+        // No name for a packed stack exists there.
+        Layout::CompressedTensors if id.kind.is_expert() => Format::Bf16,
+        Layout::Original | Layout::Mxfp4 if !id.kind.is_expert() => Format::Bf16,
+        _ => weights.format(id),
+    }
+}
+
+/// The stored tensors of a logical one, not yet placed. File 0 stands for the shards, 1 for the fake scales.
+fn unit(
+    weights: &dyn Weights,
+    target: &Target,
+    what: What,
+    activations: bool,
+) -> Result<Option<Unit>, Error> {
+    let (layout, config) = (target.layout, weights.config());
+    let mut unit = Unit { name: String::new(), what, items: 1, parts: Vec::new() };
+    match what {
+        What::Matrix(id) => {
+            (unit.name, unit.items) = (id.name(), id.kind.shape(config).0);
+            let format = written_format(weights, layout, id);
+            let fake = layout == Layout::FakeBf16;
+            let held = if fake {
+                format == Format::Bf16 || Layout::ModelOpt.holds(config, id.kind, format)
+            } else {
+                layout.holds(config, id.kind, format)
+            };
+            if !held {
+                return Err(Error::Format {
+                    tensor: unit.name,
+                    expected: format!("a format that the layout {} has for it", layout.name()),
+                    found: format.name().to_owned(),
+                });
+            }
+            let stored = if fake { Format::Bf16 } else { format };
+            let mut slots = layout::matrix(layout, config, id, stored);
+            let main = slots.len();
+            if fake && format == Format::Nvfp4 {
+                slots.extend(layout::scales(config, id));
+            }
+            for (index, mut slot) in slots.into_iter().enumerate() {
+                if slot.role == Role::InputScale && !activations {
+                    continue;
+                }
+                if slot.role == Role::GlobalScale && id.kind.is_expert() && target.scales_per_expert {
+                    slot.shape = vec![unit.items];
+                }
+                unit.parts.push(Part::new(&slot, slot.dtypes[0], usize::from(index >= main)));
+            }
+        }
+        What::Vector(id) => {
+            unit.name = id.name();
+            let slot = layout::vector(layout, config, id);
+            let dtype = match weights.vector(id)? {
+                Vector::Bf16(_) => Dtype::BF16,
+                Vector::F32(_) => Dtype::F32,
+            };
+            unit.parts.push(Part::new(&slot, dtype, 0));
+        }
+        What::Cache(layer) => {
+            unit.name = format!("model.layers.{layer}.self_attn");
+            if target.kv_cache.is_none() || weights.kv_scales(layer).is_none() {
+                return Ok(None);
+            }
+            let file = usize::from(layout == Layout::FakeBf16);
+            let slots = layout::kv_scales(layout, layer);
+            unit.parts.extend(slots.iter().map(|slot| Part::new(slot, slot.dtypes[0], file)));
+        }
+    }
+    Ok(Some(unit).filter(|unit| !unit.parts.is_empty()))
+}
+
+impl Part {
+    fn new(slot: &Slot, dtype: Dtype, file: usize) -> Part {
+        let elements: usize = slot.shape.iter().product();
+        let bytes = (elements * dtype.bitsize() / 8) as u64;
+        Part {
+            role: slot.role,
+            name: slot.name.clone(),
+            dtype,
+            shape: slot.shape.clone(),
+            file,
+            start: 0,
+            bytes,
+        }
+    }
+}
+
+/// Gives every part its file. A unit's parts stay together; a shard is closed before it would grow beyond the limit.
+fn place(layout: Layout, units: &mut [Unit], shard_bytes: u64) -> Vec<PlannedFile> {
+    let (mut shard, mut filled) = (0, 0);
+    for unit in &mut *units {
+        let bytes: u64 = unit.parts.iter().filter(|part| part.file == 0).map(|part| part.bytes).sum();
+        if filled > 0 && bytes > 0 && filled + bytes > shard_bytes {
+            (shard, filled) = (shard + 1, 0);
+        }
+        filled += bytes;
+        for part in &mut unit.parts {
+            // The number of shards is not known yet: the fake scales get the largest index.
+            part.file = if part.file == 0 { shard } else { usize::MAX };
+        }
+    }
+    let shards = shard + 1;
+    units.iter_mut().flat_map(|unit| &mut unit.parts).for_each(|part| part.file = part.file.min(shards));
+    let shard_name = |shard: usize| match shards {
+        1 => SINGLE.to_owned(),
+        _ => format!("model-{:05}-of-{shards:05}.safetensors", shard + 1),
+    };
+    let mut names: Vec<String> = (0..shards).map(shard_name).collect();
+    if layout == Layout::FakeBf16 {
+        names.push(format!("{FAKE_FOLDER}/{FAKE_SCALES}"));
+    }
+    names.into_iter().map(|name| PlannedFile { name, header: Vec::new(), bytes: 0 }).collect()
+}
+
+/// Lays out each file and makes its header, as the reference implementation of safetensors does: wider types first, so that
+/// every tensor is aligned, then by name; the header padded to 8 bytes.
+fn headers(files: &mut [PlannedFile], units: &mut [Unit]) {
+    for (index, file) in files.iter_mut().enumerate() {
+        let mut parts: Vec<&mut Part> =
+            units.iter_mut().flat_map(|unit| &mut unit.parts).filter(|part| part.file == index).collect();
+        parts.sort_by(|a, b| b.dtype.cmp(&a.dtype).then_with(|| a.name.cmp(&b.name)));
+        let mut end = 0;
+        let mut tensors = Vec::with_capacity(parts.len());
+        for part in &mut parts {
+            part.start = end;
+            end += part.bytes;
+            let data_offsets = (part.start as usize, end as usize);
+            tensors.push((
+                part.name.clone(),
+                TensorInfo { dtype: part.dtype, shape: part.shape.clone(), data_offsets },
+            ));
+        }
+        let format = [("format".to_owned(), "pt".to_owned())].into();
+        let metadata =
+            Metadata::new(Some(format), tensors).expect("offsets were laid out one after the other");
+        let json = serde_json::to_vec(&metadata).expect("metadata is plain JSON");
+        let padded = json.len().next_multiple_of(8);
+        let mut header = (padded as u64).to_le_bytes().to_vec();
+        header.extend(&json);
+        header.resize(8 + padded, b' ');
+        for part in &mut parts {
+            part.start += header.len() as u64;
+        }
+        file.bytes = header.len() as u64 + end;
+        file.header = header;
+    }
+}
+
+/// The unfinished folder.
+struct Work {
+    directory: PathBuf,
+    layout: Layout,
+    files: Vec<(PathBuf, File)>,
+    /// Held open for its lock: one writer at a time.
+    journal: File,
+    done: HashSet<String>,
+    /// Items that are written but not yet in the journal, and their bytes.
+    pending: Vec<String>,
+    pending_bytes: u64,
+    resumed_bytes: u64,
+}
+
+/// Says whose the unfinished work is and what of it is done.
+const JOURNAL: &str = ".nibble-journal";
+
+/// The journal is written after so many bytes: what a power cut can cost.
+const BYTES_PER_COMMIT: u64 = 256 << 20;
+
+impl Work {
+    fn begin(plan: &Plan, directory: PathBuf, overwrite: bool) -> Result<Work, Error> {
+        let path = directory.join(JOURNAL);
+        let foreign =
+            || Error::file(&directory, "unfinished work of this very command, or nothing", "something else");
+        fs::create_dir_all(&directory).map_err(Error::io(&directory))?;
+        let empty = fs::read_dir(&directory).map_err(Error::io(&directory))?.next().is_none();
+        if !empty && !path.is_file() && !overwrite {
+            return Err(foreign());
+        }
+        let mut open = OpenOptions::new();
+        open.create(true).read(true).append(true);
+        let mut journal = open.open(&path).map_err(Error::io(&path))?;
+        journal
+            .try_lock()
+            .map_err(|_| Error::file(&directory, "no other process that writes there", "one that does"))?;
+        let mut text = String::new();
+        journal.read_to_string(&mut text).map_err(Error::io(&path))?;
+        // A last line without its end was cut off.
+        let whole = text.rfind('\n').map_or(0, |at| at + 1);
+        let mut lines = text[..whole].lines();
+        let first = lines.next();
+        let ours = first == Some(plan.identity.as_str());
+        if first.is_some() && !ours && !overwrite {
+            return Err(foreign());
+        }
+        let done: HashSet<String> = if ours { lines.map(str::to_owned).collect() } else { HashSet::new() };
+        if ours {
+            journal.set_len(whole as u64).map_err(Error::io(&path))?;
+        } else {
+            clear(&directory)?;
+            journal.set_len(0).map_err(Error::io(&path))?;
+            writeln!(journal, "{}", plan.identity).map_err(Error::io(&path))?;
+        }
+
+        let mut files = Vec::new();
+        for file in &plan.files {
+            let path = directory.join(&file.name);
+            if let Some(parent) = path.parent() {
+                fs::create_dir_all(parent).map_err(Error::io(parent))?;
+            }
+            let mut open = OpenOptions::new();
+            open.create(true).truncate(false).read(true).write(true);
+            let handle = open.open(&path).map_err(Error::io(&path))?;
+            handle.write_all_at(&file.header, 0).map_err(Error::io(&path))?;
+            files.push((path, handle));
+        }
+        Ok(Work {
+            directory,
+            layout: plan.layout,
+            files,
+            journal,
+            done,
+            pending: Vec::new(),
+            pending_bytes: 0,
+            resumed_bytes: 0,
+        })
+    }
+
+    fn run(
+        &mut self,
+        weights: &dyn Weights,
+        plan: &Plan,
+        progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
+    ) -> Result<(), Error> {
+        let mut done_bytes = 0;
+        for unit in &plan.units {
+            let bytes = unit.bytes();
+            for item in 0..unit.items {
+                // Exact in sum: the last item takes the remainder.
+                let share =
+                    bytes * (item as u64 + 1) / unit.items as u64 - bytes * item as u64 / unit.items as u64;
+                let key = unit.key(item);
+                if self.done.contains(&key) {
+                    self.resumed_bytes += share;
+                } else {
+                    let at = Progress { tensor: &unit.name, done_bytes, total_bytes: plan.total_bytes };
+                    if progress(at).is_break() {
+                        return Err(Error::Interrupted { partial: self.directory.clone() });
+                    }
+                    self.item(weights, unit, item)?;
+                    self.pending.push(key);
+                    self.pending_bytes += share;
+                    if self.pending_bytes >= BYTES_PER_COMMIT {
+                        self.commit()?;
+                    }
+                }
+                done_bytes += share;
+            }
+        }
+        Ok(())
+    }
+
+    fn item(&self, weights: &dyn Weights, unit: &Unit, item: usize) -> Result<(), Error> {
+        match unit.what {
+            What::Matrix(id) => {
+                let matrix = weights.matrix(id, item)?;
+                let expected = weights.format(id);
+                let (_, rows, cols) = id.kind.shape(weights.config());
+                if (matrix.values.format(), matrix.rows, matrix.cols) != (expected, rows, cols) {
+                    return Err(Error::Format {
+                        tensor: unit.name.clone(),
+                        expected: format!("{rows} × {cols} in {}", expected.name()),
+                        found: format!(
+                            "{} × {} in {}",
+                            matrix.rows,
+                            matrix.cols,
+                            matrix.values.format().name()
+                        ),
+                    });
+                }
+                matrix.check_scales(&unit.name)?;
+                for part in &unit.parts {
+                    self.matrix_part(weights, unit, part, id, item, &matrix)?;
+                }
+                drop(matrix);
+                weights.release(id, item);
+                Ok(())
+            }
+            What::Vector(id) => {
+                let vector = weights.vector(id)?;
+                let bytes: &[u8] = match &vector {
+                    Vector::Bf16(values) => bytemuck::cast_slice(values),
+                    Vector::F32(values) => bytemuck::cast_slice(values),
+                };
+                assert_eq!(
+                    bytes.len() as u64,
+                    unit.parts[0].bytes,
+                    "a vector has its length and keeps its type"
+                );
+                self.put(&unit.parts[0], 0, bytes)
+            }
+            What::Cache(layer) => {
+                let scales =
+                    weights.kv_scales(layer).expect("the plan has scales only where the weights have them");
+                for part in &unit.parts {
+                    let scale = if part.role == Role::KeyScale { scales.key } else { scales.value };
+                    self.put_scale(part, 0, scale, false)?;
+                }
+                Ok(())
+            }
+        }
+    }
+
+    fn matrix_part(
+        &self,
+        weights: &dyn Weights,
+        unit: &Unit,
+        part: &Part,
+        id: MatrixId,
+        item: usize,
+        matrix: &Matrix<'_>,
+    ) -> Result<(), Error> {
+        let transposes = self.layout.transposes(id.kind);
+        let inverts = self.layout.inverts_scales();
+        let offset = part.bytes / unit.items as u64 * item as u64;
+        match (part.role, &matrix.values) {
+            (Role::Values, values) => {
+                if self.layout == Layout::FakeBf16 {
+                    check_recoverable(&unit.name, values)?;
+                }
+                self.put_bf16(&unit.name, part, offset, matrix, transposes)
+            }
+            (Role::Codes, Values::Mxfp4 { codes, .. } | Values::Nvfp4 { codes, .. }) => {
+                self.put_bytes(part, offset, codes, matrix.rows, transposes)
+            }
+            (Role::Scales, Values::Mxfp4 { scales, .. } | Values::Nvfp4 { scales, .. }) => {
+                self.put_bytes(part, offset, scales, matrix.rows, transposes)
+            }
+            (Role::GlobalScale, Values::Nvfp4 { global_scale, .. }) => {
+                if part.shape == [unit.items] {
+                    return self.put_scale(part, 4 * item as u64, *global_scale, inverts);
+                }
+                if item == 0 {
+                    return self.put_scale(part, 0, *global_scale, inverts);
+                }
+                // Read back rather than remembered: the first may be an earlier call's work.
+                let first = self.scale(part)?;
+                if first != *global_scale {
+                    return Err(Error::Format {
+                        tensor: unit.name.clone(),
+                        expected: format!("one global scale for all experts, {first}"),
+                        found: format!("{global_scale} for expert {item}"),
+                    });
+                }
+                Ok(())
+            }
+            (Role::InputScale, _) if item == 0 => {
+                let scale =
+                    weights.input_scale(id).expect("the plan has input scales only where all weights do");
+                self.put_scale(part, 0, scale, inverts)
+            }
+            (Role::InputScale, _) => Ok(()),
+            (role, values) => {
+                unreachable!("{}: no {role:?} in a matrix of format {}", unit.name, values.format().name())
+            }
+        }
+    }
+
+    /// Writes codes or scales, `rows` rows of equal length.
+    fn put_bytes(
+        &self,
+        part: &Part,
+        offset: u64,
+        bytes: &[u8],
+        rows: usize,
+        transposes: bool,
+    ) -> Result<(), Error> {
+        if !transposes {
+            return self.put(part, offset, bytes);
+        }
+        let mut out = vec![0; bytes.len()];
+        transpose(bytes, rows, bytes.len() / rows, &mut out);
+        self.put(part, offset, &out)
+    }
+
+    /// Writes a matrix's values as BF16.
+    fn put_bf16(
+        &self,
+        name: &str,
+        part: &Part,
+        offset: u64,
+        matrix: &Matrix<'_>,
+        transposes: bool,
+    ) -> Result<(), Error> {
+        let (rows, cols) = (matrix.rows, matrix.cols);
+        match (&matrix.values, transposes) {
+            (Values::Bf16(values), false) => self.put(part, offset, bytemuck::cast_slice(values)),
+            (Values::Bf16(values), true) => {
+                let mut out = vec![bf16::ZERO; values.len()];
+                transpose(values, rows, cols, &mut out);
+                self.put(part, offset, bytemuck::cast_slice(&out))
+            }
+            (_, false) => {
+                // The embedding of the 20b would take a gigabyte in one piece.
+                const ROWS: usize = 256;
+                for first in (0..rows).step_by(ROWS) {
+                    let band = bf16_rows(name, matrix, first..(first + ROWS).min(rows))?;
+                    self.put(part, offset + (first * cols * 2) as u64, bytemuck::cast_slice(&band))?;
+                }
+                Ok(())
+            }
+            (_, true) => {
+                let values = bf16_rows(name, matrix, 0..rows)?;
+                let mut out = vec![bf16::ZERO; values.len()];
+                transpose(&values, rows, cols, &mut out);
+                self.put(part, offset, bytemuck::cast_slice(&out))
+            }
+        }
+    }
+
+    fn put_scale(&self, part: &Part, offset: u64, scale: f32, inverts: bool) -> Result<(), Error> {
+        let stored = if inverts { 1.0 / scale } else { scale };
+        if !(stored.is_finite() && stored > 0.0 && scale.is_finite()) {
+            return Err(Error::Scale { tensor: part.name.clone(), found: scale.to_string() });
+        }
+        self.put(part, offset, &stored.to_le_bytes())
+    }
+
+    fn scale(&self, part: &Part) -> Result<f32, Error> {
+        let (path, file) = &self.files[part.file];
+        let mut bytes = [0; 4];
+        file.read_exact_at(&mut bytes, part.start).map_err(Error::io(path))?;
+        Ok(f32::from_le_bytes(bytes))
+    }
+
+    fn put(&self, part: &Part, offset: u64, bytes: &[u8]) -> Result<(), Error> {
+        assert!(offset + bytes.len() as u64 <= part.bytes, "{}: written beyond its end", part.name);
+        let (path, file) = &self.files[part.file];
+        file.write_all_at(bytes, part.start + offset).map_err(Error::io(path))
+    }
+
+    /// Makes what is written last, then says so in the journal.
+    fn commit(&mut self) -> Result<(), Error> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        for (path, file) in &self.files {
+            file.sync_data().map_err(Error::io(path))?;
+        }
+        let mut lines = self.pending.join("\n");
+        lines.push('\n');
+        let path = self.directory.join(JOURNAL);
+        self.journal.write_all(lines.as_bytes()).map_err(Error::io(&path))?;
+        self.journal.sync_data().map_err(Error::io(&path))?;
+        self.pending.clear();
+        self.pending_bytes = 0;
+        Ok(())
+    }
+
+    /// Completes the folder but for its name, and gives the names of its files.
+    fn finish(&self, plan: &Plan) -> Result<Vec<String>, Error> {
+        for (planned, (path, file)) in plan.files.iter().zip(&self.files) {
+            let found = file.metadata().map_err(Error::io(path))?.len();
+            if found != planned.bytes {
+                // Someone else changed it: by the journal every byte has been written.
+                return Err(Error::file(path, format!("{} bytes", planned.bytes), found.to_string()));
+            }
+            file.sync_all().map_err(Error::io(path))?;
+        }
+        for (name, contents) in &plan.documents {
+            let path = self.directory.join(name);
+            let mut file = File::create(&path).map_err(Error::io(&path))?;
+            file.write_all(contents).and_then(|()| file.sync_all()).map_err(Error::io(&path))?;
+        }
+        if plan.layout == Layout::FakeBf16 {
+            sync(&self.directory.join(FAKE_FOLDER))?;
+        }
+        sync(&self.directory)?;
+        let tensors = plan.files.iter().map(|file| &file.name);
+        Ok(tensors.chain(plan.documents.iter().map(|(name, _)| name)).cloned().collect())
+    }
+}
+
+/// The values of some rows, rounded to BF16.
+fn bf16_rows(name: &str, matrix: &Matrix<'_>, rows: std::ops::Range<usize>) -> Result<Vec<bf16>, Error> {
+    let mut values = Vec::with_capacity(rows.len() * matrix.cols);
+    let mut row_values = vec![0.0; matrix.cols];
+    for row in rows {
+        matrix.row(row, &mut row_values);
+        values.extend(row_values.iter().map(|&value| bf16::from_f32(value)));
+        if !values[values.len() - matrix.cols..].iter().all(|value| value.is_finite()) {
+            return Err(Error::Format {
+                tensor: name.to_owned(),
+                expected: "values in the range of BF16".to_owned(),
+                found: format!("a larger one in row {row}"),
+            });
+        }
+    }
+    Ok(values)
+}
+
+/// Refuses NVFP4 values so small that their codes could not be told from their BF16 values.
+fn check_recoverable(name: &str, values: &Values<'_>) -> Result<(), Error> {
+    let Values::Nvfp4 { codes, scales, global_scale } = values else { return Ok(()) };
+    for (block, (codes, &scale)) in codes.chunks_exact(nvfp4::BLOCK / 2).zip(scales.iter()).enumerate() {
+        let s = e4m3::decode(scale) * global_scale;
+        if s / 2.0 < f32::MIN_POSITIVE && codes.iter().any(|code| code & 0x77 != 0) {
+            return Err(Error::Format {
+                tensor: name.to_owned(),
+                expected: "scales of at least 2^-125, so that codes can be recovered from BF16".to_owned(),
+                found: format!("{s:e} at block {block}"),
+            });
+        }
+    }
+    Ok(())
+}
+
+fn pretty(value: &Value) -> Vec<u8> {
+    let mut text = serde_json::to_vec_pretty(value).expect("JSON values print");
+    text.push(b'\n');
+    text
+}
+
+/// Removes everything from an unfinished folder but its journal, which is locked.
+fn clear(directory: &Path) -> Result<(), Error> {
+    for entry in fs::read_dir(directory).map_err(Error::io(directory))? {
+        let entry = entry.map_err(Error::io(directory))?;
+        let path = entry.path();
+        if entry.file_name() == JOURNAL {
+            continue;
+        }
+        let is_dir = entry.file_type().map_err(Error::io(&path))?.is_dir();
+        if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.map_err(Error::io(&path))?;
+    }
+    Ok(())
+}
+
+/// Makes the names in a folder last.
+fn sync(directory: &Path) -> Result<(), Error> {
+    File::open(directory).and_then(|folder| folder.sync_all()).map_err(Error::io(directory))
+}

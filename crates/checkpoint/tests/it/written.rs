@@ -1,0 +1,438 @@
+//! What is written can be read, is what Model Optimizer would write, and survives interruption.
+
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use checkpoint::*;
+use serde_json::{Value, json};
+use tempfile::tempdir;
+
+use crate::{
+    assert_identical, assert_same_storage, contents, mxfp4, nvfp4, odd_config, open, testdata, write_all,
+};
+
+fn target(weights: &dyn Weights, layout: Layout) -> Target {
+    // Small enough for several shards.
+    Target { shard_bytes: 60_000, ..Target::new(weights.config().to_json(), layout) }
+}
+
+fn json_file(path: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
+}
+
+#[test]
+fn modelopt_exports_are_reproduced_bit_for_bit() {
+    for name in
+        ["nvfp4_default", "w4a16_nvfp4", "nvfp4_experts_only", "nvfp4_default_kv_fp8", "nvfp4_four_over_six"]
+    {
+        let golden_path = testdata("quant/tiny_gptoss").join(name);
+        let golden = Checkpoint::open(&golden_path).unwrap();
+        let folder = tempdir().unwrap();
+        let out = folder.path().join("out");
+        let target =
+            Target { version: "0.47.0".to_owned(), ..Target::like(&golden, Layout::ModelOpt).unwrap() };
+        let written = write_all(&golden, &target, &out).unwrap();
+        assert_eq!(written.files, ["model.safetensors", "config.json", "hf_quant_config.json"], "{name}");
+        assert_eq!(written.tensor_bytes, golden.tensor_bytes());
+
+        // The whole file, header included.
+        let read = |path: &Path| std::fs::read(path.join("model.safetensors")).unwrap();
+        assert!(read(&out) == read(&golden_path), "{name}: model.safetensors differs");
+        for (file, producer) in [
+            ("config.json", "/quantization_config/producer/name"),
+            ("hf_quant_config.json", "/producer/name"),
+        ] {
+            let (mut ours, theirs) = (json_file(&out.join(file)), json_file(&golden_path.join(file)));
+            let name = ours.pointer_mut(producer).unwrap();
+            assert_eq!(name, "nibble");
+            *name = json!("modelopt");
+            // As text: the order of keys too.
+            assert_eq!(ours.to_string(), theirs.to_string(), "{file}");
+        }
+    }
+}
+
+#[test]
+fn every_layout_reads_back_what_was_written() {
+    let folder = tempdir().unwrap();
+    let packed = nvfp4();
+    let blocks = mxfp4();
+    let plain = Synthetic::new(odd_config(), |_| Format::Bf16, 3);
+    let cases: [(&str, &dyn Weights, Layout); 4] = [
+        ("modelopt", &packed, Layout::ModelOpt),
+        ("mxfp4", &blocks, Layout::Mxfp4),
+        ("bf16", &plain, Layout::Bf16),
+        ("bf16 of mxfp4", &blocks, Layout::Bf16),
+    ];
+    for (name, weights, layout) in cases {
+        let out = folder.path().join(name);
+        let written = write_all(weights, &target(weights, layout), &out).unwrap();
+        assert!(written.files.iter().filter(|file| file.ends_with(".safetensors")).count() > 2, "{name}");
+        let read = Checkpoint::open(&out).unwrap();
+        assert_eq!((read.layout(), read.tensor_bytes()), (layout, written.tensor_bytes), "{name}");
+        assert_identical(weights, &read);
+        if name != "bf16 of mxfp4" {
+            assert_same_storage(weights, &read);
+        }
+    }
+}
+
+#[test]
+fn fake_quantized_weights_pack_back_to_their_codes() {
+    let folder = tempdir().unwrap();
+    let out = folder.path().join("fake");
+    let weights = nvfp4();
+    write_all(&weights, &target(&weights, Layout::FakeBf16), &out).unwrap();
+    let read = Checkpoint::open(&out).unwrap();
+    assert_eq!(read.layout(), Layout::FakeBf16);
+    assert_eq!(json_file(&out.join("config.json")).get("quantization_config"), None);
+    assert!(matrices(read.config()).all(|id| read.format(id) == Format::Bf16));
+    assert_identical(&weights, &read);
+    // The sign of zero codes included.
+    assert_same_storage(&weights, &read.packed());
+
+    // Written again, packed and as it lies, it stays the same.
+    let again = folder.path().join("again");
+    let like = Target { shard_bytes: 60_000, ..Target::like(&read, Layout::FakeBf16).unwrap() };
+    write_all(&read.packed(), &like, &again).unwrap();
+    assert_eq!(contents(&out), contents(&again));
+
+    let plain =
+        std::fs::rename(out.join("fake_quant"), folder.path().join("moved")).map(|()| Checkpoint::open(&out));
+    assert_eq!(plain.unwrap().unwrap().layout(), Layout::Bf16);
+}
+
+#[test]
+fn fake_quantization_keeps_the_scales_of_activations_and_cache() {
+    let folder = tempdir().unwrap();
+    let golden = open("quant/tiny_gptoss/nvfp4_default_kv_fp8");
+    write_all(&golden, &Target::like(&golden, Layout::FakeBf16).unwrap(), &folder.path().join("out"))
+        .unwrap();
+    let fake = Checkpoint::open(&folder.path().join("out")).unwrap();
+    assert_eq!(fake.kv_cache(), Some(KvCache::Fp8));
+    let packed = fake.into_packed();
+    assert_same_storage(&golden, &packed);
+    assert_eq!(golden.kv_scales(1), packed.kv_scales(1));
+}
+
+#[test]
+fn fake_quantization_refuses_values_whose_codes_would_be_lost() {
+    let folder = tempdir().unwrap();
+    let weights = Scaled { inner: nvfp4(), global_scale: 2.0f32.powi(-126) / 448.0 };
+    let out = folder.path().join("out");
+    let error = write_all(&weights, &target(&weights, Layout::FakeBf16), &out).unwrap_err();
+    assert!(error.to_string().contains("2^-125"), "{error}");
+}
+
+#[test]
+fn compressed_tensors_hold_linears_and_their_inverse_scales() {
+    let folder = tempdir().unwrap();
+    let out = folder.path().join("out");
+    let golden = open("quant/tiny_gptoss/nvfp4_default_kv_fp8");
+    write_all(&golden, &Target::like(&golden, Layout::CompressedTensors).unwrap(), &out).unwrap();
+    let read = Checkpoint::open(&out).unwrap();
+    assert_eq!((read.layout(), read.kv_cache()), (Layout::CompressedTensors, Some(KvCache::Fp8)));
+    assert_identical(&golden, &read);
+    let query = MatrixKind::Query.at(0);
+    assert_eq!(read.format(query), Format::Nvfp4);
+    assert_eq!(read.format(MatrixKind::GateUp.at(0)), Format::Bf16);
+    assert_eq!(read.kv_scales(1), golden.kv_scales(1));
+    let (ours, theirs) = (read.input_scale(query).unwrap(), golden.input_scale(query).unwrap());
+    assert!(ours.to_bits().abs_diff(theirs.to_bits()) <= 1);
+    let file = &read.files()[0];
+    let stored = |name: &str| file.tensor(&format!("model.layers.0.self_attn.q_proj.{name}")).unwrap();
+    let shapes = ["weight_packed", "weight_scale", "weight_global_scale", "input_global_scale"]
+        .map(|name| (stored(name).dtype, stored(name).shape.clone()));
+    let expected = [
+        (Dtype::U8, vec![64, 32]),
+        (Dtype::F8_E4M3, vec![64, 4]),
+        (Dtype::F32, vec![1]),
+        (Dtype::F32, vec![1]),
+    ];
+    assert_eq!(shapes, expected);
+    let config = json_file(&out.join("config.json"));
+    let ignored = &config["quantization_config"]["ignore"];
+    let expected = json!([
+        "model.layers.0.mlp.router",
+        "model.layers.0.mlp.experts",
+        "model.layers.1.mlp.router",
+        "model.layers.1.mlp.experts",
+        "lm_head"
+    ]);
+    assert_eq!(ignored, &expected);
+}
+
+#[test]
+fn one_scale_per_expert_is_written_on_request_only() {
+    let folder = tempdir().unwrap();
+    let weights = PerExpert(nvfp4());
+    let out = folder.path().join("out");
+    let one = target(&weights, Layout::ModelOpt);
+    let error = write_all(&weights, &one, &out).unwrap_err();
+    assert!(matches!(error, Error::Format { .. }), "{error}");
+    assert!(error.to_string().contains("for expert 1"), "{error}");
+    assert!(!out.exists());
+
+    let each = Target { scales_per_expert: true, overwrite: true, ..one };
+    write_all(&weights, &each, &out).unwrap();
+    let read = Checkpoint::open(&out).unwrap();
+    assert_eq!(read.global_scales(MatrixKind::Down.at(2)).len(), 5);
+    assert_same_storage(&weights, &read);
+}
+
+#[test]
+fn an_original_checkpoint_becomes_a_hugging_face_one() {
+    let folder = tempdir().unwrap();
+    let out = folder.path().join("out");
+    let original = open("model/original-mxfp4");
+    write_all(&original, &Target::like(&original, Layout::Mxfp4).unwrap(), &out).unwrap();
+    let read = Checkpoint::open(&out).unwrap();
+    assert_same_storage(&original, &read);
+    assert_eq!(read.warnings(), &[] as &[String]);
+    assert_identical(&open("model/hf-mxfp4"), &read);
+}
+
+#[test]
+fn companions_are_copied() {
+    let folder = tempdir().unwrap();
+    let out = folder.path().join("out");
+    let source = open("../models/tiny-gpt-oss");
+    let written = write_all(&source, &Target::like(&source, Layout::Mxfp4).unwrap(), &out).unwrap();
+    for name in ["tokenizer.json", "tokenizer_config.json", "generation_config.json"] {
+        assert!(written.files.iter().any(|file| file == name));
+        assert_eq!(
+            std::fs::read(out.join(name)).unwrap(),
+            std::fs::read(source.directory().join(name)).unwrap(),
+            "{name}"
+        );
+    }
+    let tensors = |path: &Path| std::fs::read(path.join("model.safetensors")).unwrap();
+    assert!(tensors(&out) == tensors(source.directory()), "the small model is written as it was");
+    assert_eq!(json_file(&out.join("config.json")), *source.config_json());
+}
+
+#[test]
+fn formats_that_do_not_fit_are_refused_before_any_work() {
+    let folder = tempdir().unwrap();
+    let out = folder.path().join("out");
+    let plain = Synthetic::new(odd_config(), |_| Format::Bf16, 3);
+    let with = |kind: MatrixKind, format| {
+        Synthetic::new(odd_config(), move |id| if id.kind == kind { format } else { Format::Bf16 }, 3)
+    };
+    let cases: [(&dyn Weights, Layout, &str); 6] = [
+        (&mxfp4(), Layout::ModelOpt, "gate_up_proj"),
+        (&plain, Layout::ModelOpt, "gate_up_proj"),
+        (&nvfp4(), Layout::Mxfp4, "gate_up_proj"),
+        (&mxfp4(), Layout::FakeBf16, "gate_up_proj"),
+        (&with(MatrixKind::Router, Format::Nvfp4), Layout::ModelOpt, "router"),
+        (&with(MatrixKind::Embedding, Format::Nvfp4), Layout::CompressedTensors, "embed_tokens"),
+    ];
+    for (weights, layout, tensor) in cases {
+        let error = write_all(weights, &target(weights, layout), &out).unwrap_err();
+        assert!(
+            matches!(error, Error::Format { .. }) && error.to_string().contains(tensor),
+            "{layout:?}: {error}"
+        );
+    }
+    let error = write_all(&plain, &target(&plain, Layout::Original), &out).unwrap_err();
+    assert!(error.to_string().contains("original"), "{error}");
+    let other = Target::new(Config::gpt_oss_20b().to_json(), Layout::Bf16);
+    let error = write_all(&plain, &other, &out).unwrap_err();
+    assert!(error.to_string().contains("`config`"), "{error}");
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn an_existing_output_is_replaced_on_request_only() {
+    let folder = tempdir().unwrap();
+    let out = folder.path().join("out");
+    let weights = nvfp4();
+    let mut target = target(&weights, Layout::ModelOpt);
+    write_all(&weights, &target, &out).unwrap();
+    let before = contents(&out);
+    let error = write_all(&weights, &target, &out).unwrap_err();
+    assert!(matches!(error, Error::Exists { .. }), "{error}");
+    assert_eq!(contents(&out), before);
+
+    target.overwrite = true;
+    target.layout = Layout::Bf16;
+    write_all(&weights, &target, &out).unwrap();
+    assert_eq!(Checkpoint::open(&out).unwrap().layout(), Layout::Bf16);
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+
+    // A folder that is no model is not deleted whatever was asked for.
+    let home = folder.path().join("home");
+    std::fs::create_dir(&home).unwrap();
+    std::fs::write(home.join("letter.txt"), "dear").unwrap();
+    let error = write_all(&weights, &target, &home).unwrap_err();
+    assert!(matches!(error, Error::File { .. }), "{error}");
+    assert!(home.join("letter.txt").exists());
+}
+
+#[test]
+fn interrupted_work_continues_to_the_same_bytes() {
+    let folder = tempdir().unwrap();
+    let (whole, out) = (folder.path().join("whole"), folder.path().join("out"));
+    let weights = nvfp4();
+    for layout in [Layout::ModelOpt, Layout::FakeBf16] {
+        let target = Target { overwrite: true, ..target(&weights, layout) };
+        write_all(&weights, &target, &whole).unwrap();
+        let target = Target { overwrite: false, fingerprint: "one".to_owned(), ..target };
+        let _ = std::fs::remove_dir_all(&out);
+
+        // Stop every seventh step, wherever that falls, until it is done.
+        let mut interruptions = 0;
+        let written = loop {
+            let mut steps = 0;
+            let result = write(&weights, &target, &out, &mut |_| {
+                steps += 1;
+                if steps > 7 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            });
+            match result {
+                Ok(written) => break written,
+                Err(Error::Interrupted { partial }) => {
+                    assert_eq!(partial, folder.path().join("out.partial"));
+                    assert!(partial.exists() && !out.exists());
+                    interruptions += 1;
+                }
+                Err(error) => panic!("{error}"),
+            }
+        };
+        assert!(interruptions > 5 && written.resumed_bytes > written.tensor_bytes / 2);
+        assert_eq!(contents(&whole), contents(&out));
+        assert!(!folder.path().join("out.partial").exists());
+    }
+}
+
+#[test]
+fn other_unfinished_work_is_not_continued() {
+    let folder = tempdir().unwrap();
+    let out = folder.path().join("out");
+    let weights = nvfp4();
+    let one = Target { fingerprint: "one".to_owned(), ..target(&weights, Layout::ModelOpt) };
+    let interrupted = |target: &Target, after: usize| {
+        let mut steps = 0;
+        write(&weights, target, &out, &mut |_| {
+            steps += 1;
+            if steps > after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        })
+    };
+    assert!(matches!(interrupted(&one, 30), Err(Error::Interrupted { .. })));
+    let two = Target { fingerprint: "two".to_owned(), ..one.clone() };
+    let error = write_all(&weights, &two, &out).unwrap_err();
+    assert!(matches!(&error, Error::File { path, .. } if path.ends_with("out.partial")), "{error}");
+    let other_shards = Target { shard_bytes: 1 << 30, ..one.clone() };
+    assert!(matches!(write_all(&weights, &other_shards, &out), Err(Error::File { .. })));
+
+    // A journal that was cut off in the middle of a line costs that line.
+    let journal = folder.path().join("out.partial/.nibble-journal");
+    let text = std::fs::read(&journal).unwrap();
+    std::fs::write(&journal, &text[..text.len() - 3]).unwrap();
+    let written = write_all(&weights, &one, &out).unwrap();
+    assert!(written.resumed_bytes > 0);
+    assert_same_storage(&weights, &Checkpoint::open(&out).unwrap());
+    std::fs::remove_dir_all(&out).unwrap();
+
+    assert!(matches!(interrupted(&one, 30), Err(Error::Interrupted { .. })));
+    let written = write_all(&weights, &Target { overwrite: true, ..two }, &out).unwrap();
+    assert_eq!(written.resumed_bytes, 0);
+    assert_same_storage(&weights, &Checkpoint::open(&out).unwrap());
+
+    // A folder of that name that is nobody's unfinished work.
+    std::fs::remove_dir_all(&out).unwrap();
+    std::fs::create_dir(folder.path().join("out.partial")).unwrap();
+    std::fs::write(folder.path().join("out.partial/letter.txt"), "dear").unwrap();
+    assert!(matches!(write_all(&weights, &one, &out), Err(Error::File { .. })));
+    assert!(folder.path().join("out.partial/letter.txt").exists());
+}
+
+#[test]
+fn errors_of_the_weights_leave_resumable_work() {
+    let folder = tempdir().unwrap();
+    let out = folder.path().join("out");
+    let weights = Scaled { inner: nvfp4(), global_scale: f32::NAN };
+    let error = write_all(&weights, &target(&weights, Layout::ModelOpt), &out).unwrap_err();
+    assert!(matches!(error, Error::Scale { .. }), "{error}");
+    let good = nvfp4();
+    let written = write_all(&good, &target(&good, Layout::ModelOpt), &out).unwrap();
+    assert!(written.resumed_bytes > 0);
+}
+
+/// A child process with a limit on the size of its files meets a real failing write.
+#[test]
+fn a_full_disk_is_reported_and_leaves_the_name_free() {
+    const FOLDER: &str = "CHECKPOINT_TEST_FOLDER";
+    let weights = nvfp4();
+    let target = Target::new(weights.config().to_json(), Layout::ModelOpt);
+    if let Some(folder) = std::env::var_os(FOLDER) {
+        let error = write_all(&weights, &target, &Path::new(&folder).join("out")).unwrap_err();
+        let Error::Io { path, source } = &error else { panic!("{error}") };
+        assert!(path.ends_with("out.partial/model.safetensors"), "{error}");
+        assert_eq!(source.kind(), std::io::ErrorKind::FileTooLarge, "{error}");
+        return;
+    }
+    let folder = tempdir().unwrap();
+    // 128 blocks of 512 bytes. The signal is ignored so that the write returns an error, as it does on a full disk.
+    let script = "trap '' XFSZ; ulimit -f 128; exec \"$0\" --exact \"$1\"";
+    let output = std::process::Command::new("sh")
+        .args(["-c", script])
+        .arg(std::env::current_exe().unwrap())
+        .arg("written::a_full_disk_is_reported_and_leaves_the_name_free")
+        .env(FOLDER, folder.path())
+        .output()
+        .unwrap();
+    let text = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(output.status.success() && text.contains("1 passed"), "{text}");
+    assert!(folder.path().join("out.partial").exists() && !folder.path().join("out").exists());
+    // With room again, the work goes on.
+    let written = write_all(&weights, &target, &folder.path().join("out")).unwrap();
+    assert!(written.resumed_bytes > 0);
+    assert_same_storage(&weights, &Checkpoint::open(&folder.path().join("out")).unwrap());
+}
+
+/// Each expert with a global scale of its own.
+struct PerExpert(Synthetic);
+
+/// Expert stacks with another global scale.
+struct Scaled {
+    inner: Synthetic,
+    global_scale: f32,
+}
+
+fn rescaled<'a>(mut matrix: Matrix<'a>, change: impl FnOnce(f32) -> f32) -> Matrix<'a> {
+    if let Values::Nvfp4 { global_scale, .. } = &mut matrix.values {
+        *global_scale = change(*global_scale);
+    }
+    matrix
+}
+
+impl Weights for PerExpert {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.0.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, Error> {
+        Ok(rescaled(self.0.matrix(id, expert)?, |scale| scale * (expert + 1) as f32))
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
+        self.0.vector(id)
+    }
+}
+
+impl Weights for Scaled {
+    fn config(&self) -> &Config {
+        self.inner.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.inner.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, Error> {
+        let matrix = self.inner.matrix(id, expert)?;
+        Ok(if id.kind.is_expert() { rescaled(matrix, |_| self.global_scale) } else { matrix })
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
+        self.inner.vector(id)
+    }
+}
