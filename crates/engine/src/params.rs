@@ -18,7 +18,7 @@ pub struct SamplingParams {
     pub min_p: f32,
     /// `None`: drawn from the engine's seed and the request.
     pub seed: Option<i64>,
-    /// `None`: what the context leaves.
+    /// `None`: what the context leaves. 0: only the prompt is computed, for its log-probabilities.
     pub max_tokens: Option<usize>,
     /// Stop tokens and stop strings are not honoured before.
     pub min_tokens: usize,
@@ -69,6 +69,122 @@ impl Default for SamplingParams {
             logit_bias: BTreeMap::new(),
             skip_special_tokens: true,
         }
+    }
+}
+
+impl SamplingParams {
+    /// The most answers per prompt.
+    pub const MAX_N: usize = 128;
+    /// The most stop strings.
+    pub const MAX_STOP: usize = 16;
+    /// The longest stop string, in bytes.
+    pub const MAX_STOP_BYTES: usize = 256;
+    /// The most stop tokens.
+    pub const MAX_STOP_TOKENS: usize = 256;
+    /// The most biased logits.
+    pub const MAX_LOGIT_BIAS: usize = 1024;
+
+    /// Checks every rule and returns the parameters as the engine uses them: temperatures near 0 raised or greedy, a greedy
+    /// request without filters, biases clamped, duplicate stop tokens removed, a seed of -1 as none.
+    ///
+    /// # Errors
+    /// Names the first field, in the order of the struct, that breaks its rule.
+    pub fn validate(&self, vocab_size: usize) -> Result<SamplingParams, InvalidParam> {
+        let mut valid = self.clone();
+        require(self.n >= 1 && self.n <= Self::MAX_N, "n", || {
+            format!("must be in [1, {}], got {}.", Self::MAX_N, self.n)
+        })?;
+        within(self.temperature, 0.0, 2.0, "temperature")?;
+        if self.temperature < GREEDY_BELOW {
+            require(self.n == 1, "n", || format!("must be 1 when using greedy sampling, got {}.", self.n))?;
+            (valid.temperature, valid.top_p, valid.top_k, valid.min_p) = (0.0, 1.0, 0, 0.0);
+        } else {
+            valid.temperature = self.temperature.max(LEAST_TEMPERATURE);
+        }
+        require(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", || {
+            format!("must be in (0, 1], got {}.", self.top_p)
+        })?;
+        within(self.min_p, 0.0, 1.0, "min_p")?;
+        valid.seed = self.seed.filter(|&s| s != -1);
+        if let Some(max) = self.max_tokens {
+            require(self.min_tokens <= max, "min_tokens", || {
+                format!("must be less than or equal to max_tokens={max}, got {}.", self.min_tokens)
+            })?;
+        }
+        require(self.stop.len() <= Self::MAX_STOP, "stop", || {
+            format!("must have at most {} strings, got {}.", Self::MAX_STOP, self.stop.len())
+        })?;
+        for stop in &self.stop {
+            require(!stop.is_empty() && stop.len() <= Self::MAX_STOP_BYTES, "stop", || {
+                format!(
+                    "must have strings of 1 to {} bytes, got one of {}.",
+                    Self::MAX_STOP_BYTES,
+                    stop.len()
+                )
+            })?;
+        }
+        require(self.stop_token_ids.len() <= Self::MAX_STOP_TOKENS, "stop_token_ids", || {
+            format!("must have at most {} ids, got {}.", Self::MAX_STOP_TOKENS, self.stop_token_ids.len())
+        })?;
+        in_vocabulary(&self.stop_token_ids, vocab_size, "stop_token_ids")?;
+        valid.stop_token_ids.sort_unstable();
+        valid.stop_token_ids.dedup();
+        for (field, count) in [("logprobs", self.logprobs), ("prompt_logprobs", self.prompt_logprobs)] {
+            require(count.unwrap_or(0) <= vocab_size, field, || {
+                format!(
+                    "must be at most the size of the vocabulary, {vocab_size}, got {}.",
+                    count.unwrap_or(0)
+                )
+            })?;
+        }
+        within(self.presence_penalty, -2.0, 2.0, "presence_penalty")?;
+        within(self.frequency_penalty, -2.0, 2.0, "frequency_penalty")?;
+        require(
+            self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0,
+            "repetition_penalty",
+            || format!("must be greater than 0 and finite, got {}.", self.repetition_penalty),
+        )?;
+        require(self.logit_bias.len() <= Self::MAX_LOGIT_BIAS, "logit_bias", || {
+            format!("must have at most {} entries, got {}.", Self::MAX_LOGIT_BIAS, self.logit_bias.len())
+        })?;
+        in_vocabulary(self.logit_bias.keys(), vocab_size, "logit_bias")?;
+        for (token, bias) in &mut valid.logit_bias {
+            require(!bias.is_nan(), "logit_bias", || {
+                format!("must have numbers as values, got {bias} for {token}.")
+            })?;
+            *bias = bias.clamp(-100.0, 100.0);
+        }
+        Ok(valid)
+    }
+}
+
+/// Temperatures below are greedy.
+const GREEDY_BELOW: f32 = 1e-5;
+
+/// Lower positive temperatures are raised to this: logits divided by less overflow.
+const LEAST_TEMPERATURE: f32 = 0.01;
+
+fn require(holds: bool, field: &'static str, message: impl FnOnce() -> String) -> Result<(), InvalidParam> {
+    if holds { Ok(()) } else { Err(InvalidParam { field, message: message() }) }
+}
+
+fn within(value: f32, least: f32, most: f32, field: &'static str) -> Result<(), InvalidParam> {
+    require((least..=most).contains(&value), field, || format!("must be in [{least}, {most}], got {value}."))
+}
+
+fn in_vocabulary<'a>(
+    ids: impl IntoIterator<Item = &'a u32>,
+    vocab_size: usize,
+    field: &'static str,
+) -> Result<(), InvalidParam> {
+    match ids.into_iter().find(|&&id| id as usize >= vocab_size) {
+        None => Ok(()),
+        Some(id) => Err(InvalidParam {
+            field,
+            message: format!(
+                "contains the token id {id}, which is out of vocabulary. Vocabulary size: {vocab_size}"
+            ),
+        }),
     }
 }
 

@@ -1,0 +1,569 @@
+//! The handle that others hold on an engine: start it, submit requests, look at it, stop it.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Instant;
+
+use checkpoint::Config;
+use gptoss::{BLOCK_TOKENS, Backend, BlockId, KvLayout};
+use harmony::Harmony;
+
+use crate::kv::Blocks;
+use crate::scheduler::{Limits, Scheduler};
+use crate::worker::Worker;
+use crate::{InvalidParam, Request, Sink};
+
+/// What bounds an engine. Any field may be changed from its default.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineOptions {
+    /// Longest sequence, prompt and answer. `None` (the default): the model's context, or what the key/value cache holds if
+    /// that is less.
+    pub max_model_len: Option<usize>,
+    /// Sequences computed at a time. Default 64.
+    pub max_num_seqs: usize,
+    /// Tokens per step, at least `max_num_seqs`. Default 512: on CPUs larger steps are hardly more efficient, and decoding
+    /// sequences wait for them.
+    pub max_num_batched_tokens: usize,
+    /// Bytes of the key/value cache. Default 1 GiB.
+    pub kv_cache_bytes: usize,
+    /// Requests that may be in the engine at a time, running ones included. Default 4096.
+    pub max_queued_requests: usize,
+    /// Prompt tokens that may wait at a time. `None` (the default): eight times what the key/value cache holds.
+    pub max_queued_tokens: Option<usize>,
+    /// Whether requests share the computation of equal beginnings. Default true.
+    pub prefix_caching: bool,
+    /// The model's own stop tokens, from `generation_config.json`. Empty (the default): Harmony's.
+    pub eos_ids: Vec<u32>,
+    /// Seed of requests without one. Default 0.
+    pub seed: u64,
+}
+
+impl Default for EngineOptions {
+    fn default() -> EngineOptions {
+        EngineOptions {
+            max_model_len: None,
+            max_num_seqs: 64,
+            max_num_batched_tokens: 512,
+            kv_cache_bytes: 1 << 30,
+            max_queued_requests: 4096,
+            max_queued_tokens: None,
+            prefix_caching: true,
+            eos_ids: Vec::new(),
+            seed: 0,
+        }
+    }
+}
+
+/// Why an engine does not start, or a batch of prompts fails.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An option breaks its rule.
+    #[error("`{option}` {message}")]
+    Option {
+        /// The option's name as in [`EngineOptions`].
+        option: &'static str,
+        /// The rule and what was found, as the rest of a sentence.
+        message: String,
+    },
+    /// The key/value cache does not hold one sequence of the length asked for.
+    #[error(
+        "a key/value cache of {available} bytes does not hold one sequence of {max_model_len} tokens, which needs {needed} \
+         bytes; the largest `max_model_len` that fits is {largest}"
+    )]
+    KvCache {
+        /// The length asked for, or 1.
+        max_model_len: usize,
+        /// Bytes for it.
+        needed: usize,
+        /// `kv_cache_bytes`.
+        available: usize,
+        /// The longest sequence that fits.
+        largest: usize,
+    },
+    /// The backend refused.
+    #[error(transparent)]
+    Backend(#[from] gptoss::Error),
+    /// The operating system gave no thread.
+    #[error("the engine's thread cannot be started: {0}")]
+    Thread(#[source] std::io::Error),
+    /// A prompt was refused.
+    #[error("prompt {index}: {source}")]
+    Submit {
+        /// Which of the prompts.
+        index: usize,
+        /// Why.
+        source: SubmitError,
+    },
+    /// A conversation cannot be rendered.
+    #[error("conversation {index}: {source}")]
+    Render {
+        /// Which of the conversations.
+        index: usize,
+        /// Why.
+        source: harmony::Error,
+    },
+    /// As many parameters as prompts are needed, or one.
+    #[error("The lengths of prompts ({prompts}) and params ({params}) must be the same.")]
+    Lengths {
+        /// Number of prompts.
+        prompts: usize,
+        /// Number of parameters.
+        params: usize,
+    },
+    /// The engine gave up on a prompt.
+    #[error("prompt {index}: {source}")]
+    Failed {
+        /// Which of the prompts.
+        index: usize,
+        /// Why.
+        source: crate::Failure,
+    },
+}
+
+/// Why a request was not taken.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum SubmitError {
+    /// A parameter breaks its rule.
+    #[error(transparent)]
+    Invalid(#[from] InvalidParam),
+    /// The prompt leaves no room in the context.
+    #[error(
+        "This model's maximum context length is {max_model_len} tokens. However, your prompt contains {prompt} input tokens. \
+         Please reduce the length of the input prompt."
+    )]
+    TooLong {
+        /// Tokens of the prompt.
+        prompt: usize,
+        /// Longest sequence, one generated token included.
+        max_model_len: usize,
+    },
+    /// There is nothing to continue.
+    #[error("The prompt is empty.")]
+    EmptyPrompt,
+    /// The prompt has an id that the model does not know.
+    #[error("Token id {token} is out of vocabulary. Vocabulary size: {vocab_size}")]
+    TokenOutOfVocabulary {
+        /// The id.
+        token: u32,
+        /// Ids are below this.
+        vocab_size: usize,
+    },
+    /// The queue is full: later it may not be.
+    #[error("The server is busy. Please retry.")]
+    Full,
+    /// The engine takes no more requests.
+    #[error("The engine is shutting down.")]
+    ShuttingDown,
+}
+
+/// An engine at a moment. Counters only grow.
+#[derive(Debug, Clone, Default)]
+pub struct Stats {
+    /// Sequences that hold blocks.
+    pub running: usize,
+    /// Sequences that wait for blocks. Of a request that has not begun, one.
+    pub waiting: usize,
+    /// Blocks of the full layers that sequences hold.
+    pub full_blocks_used: usize,
+    /// All blocks of the full layers.
+    pub full_blocks: usize,
+    /// Blocks of the sliding layers that sequences hold.
+    pub sliding_blocks_used: usize,
+    /// All blocks of the sliding layers.
+    pub sliding_blocks: usize,
+    /// Prompt tokens of the requests that began to generate.
+    pub prompt_tokens: u64,
+    /// Tokens generated.
+    pub generated_tokens: u64,
+    /// Tokens looked up in the prefix cache.
+    pub prefix_queries: u64,
+    /// Those found there.
+    pub prefix_hits: u64,
+    /// Times a sequence gave its blocks to an older one and started over.
+    pub preemptions: u64,
+    /// Steps that succeeded.
+    pub steps: u64,
+    /// Steps that failed.
+    pub failed_steps: u64,
+    /// The last step failed, or the engine's thread is gone.
+    pub unhealthy: bool,
+    /// When the step in progress began. A step that takes far too long is a wedged device.
+    pub step_started: Option<Instant>,
+}
+
+/// A backend at work on a thread of its own. Clones are handles on the same engine; when the last is dropped, the requests
+/// still in it fail.
+#[derive(Clone)]
+pub struct Engine {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    shared: Arc<Shared>,
+    config: Config,
+    harmony: Arc<Harmony>,
+    eos_ids: Vec<u32>,
+    max_model_len: usize,
+    max_queued_requests: usize,
+    max_queued_tokens: usize,
+    device: String,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What handles and the engine's thread share.
+pub(crate) struct Shared {
+    mailbox: Mutex<Mailbox>,
+    /// Signalled when the mailbox changes.
+    changed: Condvar,
+    stats: Mutex<Stats>,
+}
+
+#[derive(Default)]
+pub(crate) struct Mailbox {
+    pub(crate) incoming: VecDeque<Job>,
+    pub(crate) cancelled: Vec<u64>,
+    pub(crate) reset_prefixes: bool,
+    pub(crate) phase: Phase,
+    /// Requests accepted and not ended.
+    pub(crate) open: usize,
+    /// Prompt tokens of requests that did not begin to generate.
+    pub(crate) queued_tokens: usize,
+    submitted: u64,
+}
+
+/// Life of the engine's thread.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Default)]
+pub(crate) enum Phase {
+    #[default]
+    Serving,
+    /// What is there is finished, nothing more is taken.
+    Draining,
+    /// What is there fails.
+    Aborting,
+    /// The thread has ended.
+    Ended,
+}
+
+/// A request on its way to the engine's thread.
+pub(crate) struct Job {
+    /// Order of arrival, from 1.
+    pub(crate) number: u64,
+    /// Valid.
+    pub(crate) request: Request,
+    pub(crate) sink: Sink,
+}
+
+impl Engine {
+    /// Allocates the key/value cache and starts the engine's thread.
+    ///
+    /// # Errors
+    /// [`Error::Option`] and [`Error::KvCache`] for options that cannot work together, [`Error::Backend`] if the memory is
+    /// not there.
+    pub fn start(
+        mut backend: Box<dyn Backend>,
+        harmony: Arc<Harmony>,
+        options: EngineOptions,
+    ) -> Result<Engine, Error> {
+        let config = backend.config().clone();
+        let capacity = Capacity::plan(&options, &config, backend.kv_layout())?;
+        backend.allocate_kv(capacity.full_blocks, capacity.sliding_blocks)?;
+        let EngineOptions { mut eos_ids, max_queued_tokens, max_queued_requests, .. } = options;
+        if eos_ids.is_empty() {
+            eos_ids = harmony.stop_ids().to_vec();
+        }
+        eos_ids.retain(|&id| (id as usize) < config.vocab_size);
+
+        let limits = Limits { sequences: options.max_num_seqs, tokens: options.max_num_batched_tokens };
+        let blocks = Blocks::new(capacity.full_blocks, capacity.sliding_blocks, config.sliding_window);
+        let shared = Arc::new(Shared {
+            mailbox: Mutex::default(),
+            changed: Condvar::new(),
+            stats: Mutex::new(Stats {
+                full_blocks: capacity.full_blocks,
+                sliding_blocks: capacity.sliding_blocks,
+                ..Stats::default()
+            }),
+        });
+        let device = backend.describe();
+        let worker = Worker::new(
+            backend,
+            Arc::clone(&shared),
+            Scheduler::new(limits, blocks),
+            Arc::clone(&harmony),
+            &eos_ids,
+            capacity.max_model_len,
+            options.seed,
+            options.prefix_caching,
+        );
+        let thread = std::thread::Builder::new()
+            .name("engine".to_owned())
+            .spawn(move || worker.run())
+            .map_err(Error::Thread)?;
+        let max_queued_tokens =
+            max_queued_tokens.unwrap_or(capacity.full_blocks.saturating_mul(8 * BLOCK_TOKENS));
+        Ok(Engine {
+            inner: Arc::new(Inner {
+                shared,
+                config,
+                harmony,
+                eos_ids,
+                max_model_len: capacity.max_model_len,
+                max_queued_requests,
+                max_queued_tokens,
+                device,
+                thread: Mutex::new(Some(thread)),
+            }),
+        })
+    }
+
+    /// Queues a request. Its events go to `sink`, on the engine's thread. Dropping the handle cancels the request.
+    ///
+    /// # Errors
+    /// Whatever [`Engine::validate`] finds; [`SubmitError::Full`] and [`SubmitError::ShuttingDown`].
+    pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestHandle, SubmitError> {
+        let request = self.validate(request)?;
+        let mut mailbox = self.inner.shared.mailbox();
+        if mailbox.phase > Phase::Serving {
+            return Err(SubmitError::ShuttingDown);
+        }
+        let queued_tokens = mailbox.queued_tokens.saturating_add(request.prompt.len());
+        // A prompt may always wait alone.
+        if mailbox.open >= self.inner.max_queued_requests
+            || (mailbox.queued_tokens > 0 && queued_tokens > self.inner.max_queued_tokens)
+        {
+            return Err(SubmitError::Full);
+        }
+        mailbox.submitted += 1;
+        mailbox.open += 1;
+        mailbox.queued_tokens = queued_tokens;
+        let number = mailbox.submitted;
+        mailbox.incoming.push_back(Job { number, request, sink });
+        drop(mailbox);
+        self.inner.shared.changed.notify_all();
+        Ok(RequestHandle { shared: Arc::clone(&self.inner.shared), number })
+    }
+
+    /// Checks a request as [`Engine::submit`] does and returns it as the engine will run it.
+    pub fn validate(&self, mut request: Request) -> Result<Request, SubmitError> {
+        let vocab_size = self.inner.config.vocab_size;
+        request.params = request.params.validate(vocab_size)?;
+        if request.prompt.is_empty() {
+            return Err(SubmitError::EmptyPrompt);
+        }
+        if let Some(&token) = request.prompt.iter().find(|&&t| t as usize >= vocab_size) {
+            return Err(SubmitError::TokenOutOfVocabulary { token, vocab_size });
+        }
+        let (prompt, max_model_len) = (request.prompt.len(), self.inner.max_model_len);
+        if prompt + request.params.max_tokens.unwrap_or(1).min(1) > max_model_len {
+            return Err(SubmitError::TooLong { prompt, max_model_len });
+        }
+        if let Some(count) = request.params.prompt_logprobs
+            && prompt.saturating_mul(count + 1) > MAX_PROMPT_LOGPROBS
+        {
+            let message = format!(
+                "times the {prompt} tokens of the prompt must be at most {MAX_PROMPT_LOGPROBS} entries, got {count}."
+            );
+            return Err(InvalidParam { field: "prompt_logprobs", message }.into());
+        }
+        Ok(request)
+    }
+
+    /// The engine at this moment.
+    pub fn stats(&self) -> Stats {
+        let incoming = self.inner.shared.mailbox().incoming.len();
+        let mut stats = self.inner.shared.stats().clone();
+        stats.waiting += incoming;
+        stats
+    }
+
+    /// The model's shape.
+    pub fn config(&self) -> &Config {
+        &self.inner.config
+    }
+
+    /// Longest sequence, prompt and answer.
+    pub fn max_model_len(&self) -> usize {
+        self.inner.max_model_len
+    }
+
+    /// The chat format and the tokenizer.
+    pub fn harmony(&self) -> &Arc<Harmony> {
+        &self.inner.harmony
+    }
+
+    /// The model's own stop tokens.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.inner.eos_ids
+    }
+
+    /// The backend's line for people.
+    pub fn device(&self) -> &str {
+        &self.inner.device
+    }
+
+    /// Forgets every cached prefix, before the next step.
+    pub fn reset_prefix_cache(&self) {
+        self.inner.shared.mailbox().reset_prefixes = true;
+        self.inner.shared.changed.notify_all();
+    }
+
+    /// Takes no more requests; those in the engine are finished. Returns at once: see [`Engine::wait`].
+    pub fn shutdown(&self) {
+        self.inner.shared.enter(Phase::Draining);
+    }
+
+    /// Takes no more requests; those in the engine fail with [`crate::Failure::ShuttingDown`]. Returns at once.
+    pub fn abort(&self) {
+        self.inner.shared.enter(Phase::Aborting);
+    }
+
+    /// Waits until the engine has ended after [`Engine::shutdown`] or [`Engine::abort`]. Not for sinks.
+    pub fn wait(&self) {
+        let shared = &self.inner.shared;
+        let ended = shared.changed.wait_while(shared.mailbox(), |mailbox| mailbox.phase != Phase::Ended);
+        drop(ended);
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.shared.enter(Phase::Aborting);
+        let thread = self.thread.get_mut().unwrap_or_else(PoisonError::into_inner).take();
+        // A sink may own the last handle; the thread cannot wait for itself.
+        if let Some(thread) = thread.filter(|t| t.thread().id() != std::thread::current().id()) {
+            // An engine that panicked has told its requests.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Entries (token and alternatives) that the log-probabilities of one prompt may take: some 200 MB.
+const MAX_PROMPT_LOGPROBS: usize = 16 << 20;
+
+impl Shared {
+    pub(crate) fn mailbox(&self) -> MutexGuard<'_, Mailbox> {
+        self.mailbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn stats(&self) -> MutexGuard<'_, Stats> {
+        self.stats.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits while `idle` holds.
+    pub(crate) fn wait_while(&self, idle: impl FnMut(&mut Mailbox) -> bool) -> MutexGuard<'_, Mailbox> {
+        self.changed.wait_while(self.mailbox(), idle).unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Moves on to a later phase.
+    pub(crate) fn enter(&self, phase: Phase) {
+        let mut mailbox = self.mailbox();
+        mailbox.phase = mailbox.phase.max(phase);
+        drop(mailbox);
+        self.changed.notify_all();
+    }
+}
+
+/// A request in the engine. Dropping it cancels the request; it has no effect on one that ended.
+#[must_use = "dropping the handle cancels the request"]
+pub struct RequestHandle {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl RequestHandle {
+    /// Removes the request before the next step. Events of the step in progress may still come.
+    pub fn cancel(&self) {
+        let mut mailbox = self.shared.mailbox();
+        if mailbox.phase != Phase::Ended {
+            mailbox.cancelled.push(self.number);
+        }
+        drop(mailbox);
+        self.shared.changed.notify_all();
+    }
+
+    /// The request's number in the order of submission, from 1.
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+}
+
+impl Drop for RequestHandle {
+    fn drop(&mut self) {
+        self.cancel();
+    }
+}
+
+/// How the bytes of the key/value cache become blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+struct Capacity {
+    max_model_len: usize,
+    full_blocks: usize,
+    sliding_blocks: usize,
+}
+
+impl Capacity {
+    /// One sequence of the longest length must fit. Of the bytes beyond that, up to half become sliding blocks: twice what
+    /// all sequences need for their windows, so that cached prefixes can keep theirs. The others become full blocks.
+    fn plan(options: &EngineOptions, config: &Config, layout: KvLayout) -> Result<Capacity, Error> {
+        let sequences = options.max_num_seqs;
+        let fail = |option, message| Err(Error::Option { option, message });
+        if sequences == 0 {
+            return fail("max_num_seqs", "must be at least 1, got 0.".to_owned());
+        }
+        if options.max_num_batched_tokens < sequences {
+            let found = options.max_num_batched_tokens;
+            let message = format!("must be at least `max_num_seqs`, {sequences}, got {found}.");
+            return fail("max_num_batched_tokens", message);
+        }
+        if let Some(len) = options.max_model_len
+            && (len == 0 || len > config.max_context)
+        {
+            let message = format!("must be in [1, {}], the model's context, got {len}.", config.max_context);
+            return fail("max_model_len", message);
+        }
+
+        let bytes = options.kv_cache_bytes;
+        let (full_bytes, sliding_bytes) = (layout.full_block_bytes, layout.sliding_block_bytes);
+        let window = config.sliding_window.div_ceil(BLOCK_TOKENS) + 1;
+        // The window before a chunk, the chunk, and one more because neither begins at a block's edge.
+        let least = window + options.max_num_batched_tokens.div_ceil(BLOCK_TOKENS) + 1;
+        let cost = |full: usize| {
+            full.saturating_mul(full_bytes).saturating_add(full.min(least).saturating_mul(sliding_bytes))
+        };
+        let most = config.max_context.div_ceil(BLOCK_TOKENS);
+        let fitting = most.min(if bytes >= cost(least) {
+            bytes.saturating_sub(least * sliding_bytes).checked_div(full_bytes).unwrap_or(most)
+        } else {
+            bytes.checked_div(full_bytes + sliding_bytes).unwrap_or(most)
+        });
+        let largest = (fitting * BLOCK_TOKENS).min(config.max_context);
+        let max_model_len = options.max_model_len.unwrap_or(largest.max(1));
+        if max_model_len > largest {
+            let needed = cost(max_model_len.div_ceil(BLOCK_TOKENS));
+            return Err(Error::KvCache { max_model_len, needed, available: bytes, largest });
+        }
+
+        let full_least = max_model_len.div_ceil(BLOCK_TOKENS);
+        let sliding_least = least.min(full_least);
+        let rest = bytes.saturating_sub(cost(full_least));
+        let wanted = sequences.saturating_mul(2 * window).min(MAX_BLOCKS);
+        let sliding_more = (rest / 2).checked_div(sliding_bytes).unwrap_or(wanted).min(wanted);
+        let rest = rest - sliding_more * sliding_bytes;
+        let all = sequences.saturating_mul(full_least);
+        let full_more = rest.checked_div(full_bytes).unwrap_or(all).min(MAX_BLOCKS);
+        Ok(Capacity {
+            max_model_len,
+            full_blocks: full_least + full_more,
+            // No sequence holds more of these than of the others.
+            sliding_blocks: (sliding_least + sliding_more).min(full_least + full_more),
+        })
+    }
+}
+
+/// Bounds the bookkeeping of models with tiny blocks.
+const MAX_BLOCKS: usize = 1 << 24;
+
+const _: () = assert!(2 * MAX_BLOCKS + (1 << 24) < BlockId::MAX as usize);

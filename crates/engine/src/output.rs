@@ -1,0 +1,294 @@
+//! From a choice's tokens to its text or message fields, and the decision when it ends.
+
+use std::sync::Arc;
+
+use harmony::{Delta, Harmony, Parser};
+use tokenizer::Detokenizer;
+
+use crate::{FinishReason, OutputMode, SamplingParams, StopReason};
+
+/// What the choices of a request have in common.
+pub(crate) struct Rules {
+    pub(crate) harmony: Arc<Harmony>,
+    pub(crate) mode: OutputMode,
+    /// Validated.
+    pub(crate) params: SamplingParams,
+    /// The tokens that end a choice, sorted.
+    pub(crate) stop_tokens: Vec<u32>,
+}
+
+/// The state of one choice.
+pub(crate) struct Output {
+    rules: Arc<Rules>,
+    kind: Kind,
+    stops: StopStrings,
+    generated: usize,
+}
+
+enum Kind {
+    Text(Detokenizer),
+    Chat {
+        parser: Box<Parser>,
+        /// The field whose text the stop strings look at.
+        field: Field,
+        calls: usize,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Field {
+    Reasoning,
+    Content,
+}
+
+/// What one token brought.
+#[derive(Default)]
+pub(crate) struct Piece {
+    pub(crate) text: String,
+    pub(crate) deltas: Vec<Delta>,
+    /// Set if it was the choice's last.
+    pub(crate) end: Option<(FinishReason, Option<StopReason>)>,
+}
+
+impl Output {
+    pub(crate) fn new(rules: Arc<Rules>) -> Output {
+        let kind = match &rules.mode {
+            OutputMode::Text => Kind::Text(Detokenizer::new()),
+            OutputMode::Chat { tools } => {
+                Kind::Chat { parser: Box::new(rules.harmony.parser(tools)), field: Field::Content, calls: 0 }
+            }
+        };
+        let stops = StopStrings::new(rules.params.stop.clone(), rules.params.include_stop_str_in_output);
+        Output { rules, kind, stops, generated: 0 }
+    }
+
+    /// Tokens so far.
+    pub(crate) fn generated(&self) -> usize {
+        self.generated
+    }
+
+    /// Whether a stop token may be drawn next.
+    pub(crate) fn may_stop(&self) -> bool {
+        self.generated >= self.rules.params.min_tokens
+    }
+
+    pub(crate) fn reasoning_tokens(&self) -> usize {
+        match &self.kind {
+            Kind::Text(_) => 0,
+            Kind::Chat { parser, .. } => parser.reasoning_tokens(),
+        }
+    }
+
+    pub(crate) fn repairs(&self) -> Vec<(&'static str, u64)> {
+        match &self.kind {
+            Kind::Text(_) => Vec::new(),
+            Kind::Chat { parser, .. } => {
+                parser.repairs().iter().map(|(&kind, &count)| (kind, count)).collect()
+            }
+        }
+    }
+
+    /// Takes the next token. `room`: the context has a place for another one.
+    pub(crate) fn push(&mut self, token: u32, room: bool) -> Piece {
+        let rules = Arc::clone(&self.rules);
+        let armed = self.may_stop();
+        self.generated += 1;
+        let stopped = armed && rules.stop_tokens.binary_search(&token).is_ok();
+        let exhausted = !room || rules.params.max_tokens.is_some_and(|max| self.generated >= max);
+        let last = stopped || exhausted;
+
+        let mut piece = Piece::default();
+        let matched = match &mut self.kind {
+            Kind::Text(detokenizer) => {
+                let special = rules.harmony.tokenizer().is_special(token);
+                let hidden = special && rules.params.skip_special_tokens
+                    || stopped && !rules.params.include_stop_str_in_output;
+                let bytes = rules.harmony.tokenizer().token_bytes(token).filter(|_| !hidden);
+                let mut text = detokenizer.push(bytes.unwrap_or_default());
+                if last {
+                    text.push_str(&detokenizer.finish());
+                }
+                self.stops.push(&text, armed, last, &mut piece.text)
+            }
+            Kind::Chat { parser, field, calls } => {
+                // Control tokens close the message that they end. A client's ordinary stop token is no part of it.
+                let hidden = stopped
+                    && !rules.harmony.tokenizer().is_special(token)
+                    && !rules.params.include_stop_str_in_output;
+                let mut deltas = if hidden { Vec::new() } else { parser.push(token) };
+                if last {
+                    deltas.extend(parser.finish());
+                }
+                visible(deltas, &mut self.stops, field, calls, armed, last, &mut piece.deltas)
+            }
+        };
+        piece.end = match matched {
+            Some(stop) => Some((FinishReason::Stop, Some(StopReason::Text(stop)))),
+            None if stopped => {
+                let called = matches!(self.kind, Kind::Chat { calls: 1.., .. });
+                let reason = if called { FinishReason::ToolCalls } else { FinishReason::Stop };
+                let [end_of_turn, ..] = rules.harmony.stop_ids();
+                Some((reason, (token != end_of_turn).then_some(StopReason::Token(token))))
+            }
+            None if exhausted => Some((FinishReason::Length, None)),
+            None => None,
+        };
+        piece
+    }
+}
+
+/// Passes deltas on, texts through the stop strings. A stop string lies within one stretch of one field. The result is the
+/// stop string that was found; what comes after it is dropped.
+fn visible(
+    deltas: Vec<Delta>,
+    stops: &mut StopStrings,
+    field: &mut Field,
+    calls: &mut usize,
+    armed: bool,
+    last: bool,
+    out: &mut Vec<Delta>,
+) -> Option<String> {
+    let wrap = |field: Field, text: String| match field {
+        Field::Reasoning => Delta::Reasoning(text),
+        Field::Content => Delta::Content(text),
+    };
+    let flush = |stops: &mut StopStrings, field: Field, out: &mut Vec<Delta>| {
+        let held = stops.flush();
+        if !held.is_empty() {
+            out.push(wrap(field, held));
+        }
+    };
+    for delta in deltas {
+        let (of, text) = match delta {
+            Delta::Reasoning(text) => (Field::Reasoning, text),
+            Delta::Content(text) => (Field::Content, text),
+            call => {
+                flush(stops, *field, out);
+                *calls += usize::from(matches!(call, Delta::CallStart { .. }));
+                out.push(call);
+                continue;
+            }
+        };
+        if of != *field {
+            flush(stops, *field, out);
+            *field = of;
+        }
+        let mut certain = String::new();
+        let matched = stops.push(&text, armed, false, &mut certain);
+        if !certain.is_empty() {
+            out.push(wrap(of, certain));
+        }
+        if matched.is_some() {
+            return matched;
+        }
+    }
+    if last {
+        flush(stops, *field, out);
+    }
+    None
+}
+
+/// Looks for strings in a text that arrives in pieces, and holds back what may be the beginning of one: less than the
+/// longest string. The result does not depend on where the text is cut: the string that is complete first counts, the longest
+/// if several end together.
+struct StopStrings {
+    stops: Vec<String>,
+    include: bool,
+    held: String,
+}
+
+impl StopStrings {
+    fn new(stops: Vec<String>, include: bool) -> StopStrings {
+        StopStrings { stops, include, held: String::new() }
+    }
+
+    /// Appends text, and to `out` what became certain. Unless `armed`, nothing is looked for. `last`: no more will come.
+    /// The result is the stop string that was found.
+    fn push(&mut self, text: &str, armed: bool, last: bool, out: &mut String) -> Option<String> {
+        if !armed {
+            out.push_str(text);
+            return None;
+        }
+        self.held.push_str(text);
+        let found = self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop)));
+        if let Some((start, stop)) = found.min_by_key(|&(start, stop)| (start + stop.len(), start)) {
+            let end = if self.include { start + stop.len() } else { start };
+            out.push_str(&self.held[..end]);
+            self.held.clear();
+            return Some(stop.clone());
+        }
+        let certain = if last { self.held.len() } else { self.certain() };
+        out.push_str(&self.held[..certain]);
+        self.held.drain(..certain);
+        None
+    }
+
+    /// What is held back, without further ado.
+    fn flush(&mut self) -> String {
+        std::mem::take(&mut self.held)
+    }
+
+    /// The first place from where on the held text is the beginning of a stop string.
+    fn certain(&self) -> usize {
+        let longest = self.stops.iter().map(String::len).max().unwrap_or(0);
+        let from = self.held.ceil_char_boundary((self.held.len() + 1).saturating_sub(longest));
+        self.held[from..]
+            .char_indices()
+            .map(|(at, _)| from + at)
+            .find(|&at| self.stops.iter().any(|stop| stop.starts_with(&self.held[at..])))
+            .unwrap_or(self.held.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::StopStrings;
+
+    fn run(stops: &[String], include: bool, pieces: &[&str]) -> (String, Option<String>) {
+        let mut matcher = StopStrings::new(stops.to_vec(), include);
+        let mut out = String::new();
+        for (i, piece) in pieces.iter().enumerate() {
+            let found = matcher.push(piece, true, i + 1 == pieces.len(), &mut out);
+            if found.is_some() {
+                return (out, found);
+            }
+            let longest = stops.iter().map(String::len).max().unwrap_or(0);
+            assert!(matcher.held.len() < longest.max(1), "held {:?} for {stops:?}", matcher.held);
+        }
+        (out, None)
+    }
+
+    /// The definition: the first place where some stop string ends.
+    fn expected(stops: &[String], include: bool, text: &str) -> (String, Option<String>) {
+        for end in (0..=text.len()).filter(|&e| text.is_char_boundary(e)) {
+            let ending = stops.iter().filter(|s| text[..end].ends_with(s.as_str())).max_by_key(|s| s.len());
+            if let Some(stop) = ending {
+                let cut = if include { end } else { end - stop.len() };
+                return (text[..cut].to_owned(), Some(stop.clone()));
+            }
+        }
+        (text.to_owned(), None)
+    }
+
+    proptest! {
+        #[test]
+        fn stop_strings_are_found_however_the_text_is_cut(
+            text in "[abé👋]{0,14}",
+            stops in proptest::collection::vec("[abé👋]{1,4}", 0..4),
+            include in any::<bool>(),
+        ) {
+            let expected = expected(&stops, include, &text);
+            let chars: Vec<&str> = text.split_inclusive(|_| true).collect();
+            prop_assert_eq!(&run(&stops, include, &chars), &expected);
+            let boundaries: Vec<usize> = text.char_indices().map(|(i, _)| i).chain([text.len()]).collect();
+            for &a in &boundaries {
+                for &b in boundaries.iter().filter(|&&b| b >= a) {
+                    let pieces = [&text[..a], &text[a..b], &text[b..]];
+                    prop_assert_eq!(&run(&stops, include, &pieces), &expected);
+                }
+            }
+        }
+    }
+}

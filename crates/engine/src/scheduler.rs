@@ -1,0 +1,281 @@
+//! Decides what the next step computes: schedule, run, commit. Nothing here knows a model, text or time.
+//!
+//! First come, first served. A step takes every decoding sequence, then chunks of prompts, oldest first, until the token
+//! budget is spent; then new sequences as long as their blocks suffice. When a decoding sequence finds no block, the youngest
+//! one gives all of its blocks back and starts over later (its tokens are kept, their keys and values computed again).
+//!
+//! The answers of one request beyond the first are sequences of their own, added when the first has computed the prompt:
+//! the prefix cache hands them its blocks, all but the last partial one, whose tokens each computes for itself. So no block is
+//! written by two sequences, and none is copied.
+
+use std::collections::BTreeMap;
+use std::ops::Range;
+
+use gptoss::SequencePlan;
+
+use crate::kv::{Blocks, Table, Tokens};
+
+/// A sequence's place in the order of arrival.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct SequenceId {
+    /// Serial number of the request.
+    pub request: u64,
+    /// Which of its answers.
+    pub choice: usize,
+}
+
+/// What bounds a step.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Sequences that hold blocks at a time.
+    pub sequences: usize,
+    /// Tokens per step; at least `sequences`.
+    pub tokens: usize,
+}
+
+/// One sequence's share of the step.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Share {
+    /// Whose.
+    pub id: SequenceId,
+    /// Positions to compute.
+    pub positions: Range<usize>,
+    /// They are the last known ones: a token can be drawn after them.
+    pub complete: bool,
+}
+
+/// A new sequence.
+#[derive(Debug)]
+pub struct NewSequence {
+    /// Its tokens.
+    pub tokens: Tokens,
+    /// Where its chain of blocks starts: [`crate::kv::SHARED`], or an identity of its own to keep its prefix apart.
+    pub root: u64,
+    /// At most this many positions may come from the prefix cache.
+    pub cache_limit: usize,
+}
+
+/// The queues, and the blocks that they compete for.
+#[derive(Debug)]
+pub struct Scheduler {
+    limits: Limits,
+    blocks: Blocks,
+    waiting: BTreeMap<SequenceId, NewSequence>,
+    running: BTreeMap<SequenceId, Running>,
+    preemptions: u64,
+    prefix_queries: u64,
+    prefix_hits: u64,
+}
+
+#[derive(Debug)]
+struct Running {
+    sequence: NewSequence,
+    table: Table,
+    /// Positions whose keys and values are stored.
+    computed: usize,
+    /// Those that came from the prefix cache.
+    cached: usize,
+}
+
+impl Running {
+    fn decoding(&self) -> bool {
+        self.computed + 1 == self.sequence.tokens.len()
+    }
+}
+
+impl Scheduler {
+    /// Empty queues. The blocks must hold the longest sequence that will be added.
+    pub fn new(limits: Limits, blocks: Blocks) -> Scheduler {
+        Scheduler {
+            limits,
+            blocks,
+            waiting: BTreeMap::new(),
+            running: BTreeMap::new(),
+            preemptions: 0,
+            prefix_queries: 0,
+            prefix_hits: 0,
+        }
+    }
+
+    /// Queues a sequence.
+    pub fn add(&mut self, id: SequenceId, sequence: NewSequence) {
+        self.waiting.insert(id, sequence);
+    }
+
+    /// Removes a sequence, wherever it is, and frees its blocks.
+    pub fn remove(&mut self, id: SequenceId) {
+        self.waiting.remove(&id);
+        if let Some(running) = self.running.remove(&id) {
+            self.blocks.close(running.table);
+        }
+    }
+
+    /// Chooses the next step's work and takes the blocks for it. Empty only if there are no sequences.
+    pub fn schedule(&mut self) -> Vec<Share> {
+        let mut shares = Vec::new();
+        let mut budget = self.limits.tokens;
+        let before = self.preemptions;
+
+        self.schedule_decodes(&mut shares, &mut budget);
+        let mut starved = self.schedule_prompts(&mut shares, &mut budget);
+        while shares.is_empty()
+            && let Some((&youngest, _)) = self.running.last_key_value()
+        {
+            // Prompts wait for one another's blocks.
+            self.preempt(youngest);
+            starved = self.schedule_prompts(&mut shares, &mut budget);
+        }
+        if self.running.is_empty() || (self.preemptions == before && !starved) {
+            self.admit(&mut shares, &mut budget);
+        }
+        shares
+    }
+
+    /// What the backend needs to know about a share.
+    pub fn plan(&self, share: &Share) -> SequencePlan {
+        let running = &self.running[&share.id];
+        SequencePlan {
+            tokens: running.sequence.tokens.range(share.positions.clone()),
+            position: share.positions.start,
+            full_blocks: running.table.full().to_vec(),
+            sliding_blocks: running.table.sliding().to_vec(),
+            ..SequencePlan::default()
+        }
+    }
+
+    /// A share was computed. The sequence may be gone.
+    pub fn commit(&mut self, share: &Share) {
+        if let Some(running) = self.running.get_mut(&share.id) {
+            running.computed = share.positions.end;
+            self.blocks.advance(&mut running.table, &running.sequence.tokens, running.computed);
+        }
+    }
+
+    /// Appends a drawn token to a running sequence; the result is its new length.
+    pub fn push(&mut self, id: SequenceId, token: u32) -> usize {
+        let Some(running) = self.running.get_mut(&id) else { return 0 };
+        running.sequence.tokens.push(token);
+        running.sequence.tokens.len()
+    }
+
+    /// Changes how many positions a sequence may take from the prefix cache, should it have to start over.
+    pub fn set_cache_limit(&mut self, id: SequenceId, limit: usize) {
+        if let Some(running) = self.running.get_mut(&id) {
+            running.sequence.cache_limit = limit;
+        }
+    }
+
+    /// Positions of a running sequence that came from the prefix cache.
+    pub fn cached_tokens(&self, id: SequenceId) -> usize {
+        self.running.get(&id).map_or(0, |r| r.cached)
+    }
+
+    /// The sequences that hold blocks, oldest first.
+    pub fn running(&self) -> impl ExactSizeIterator<Item = SequenceId> + '_ {
+        self.running.keys().copied()
+    }
+
+    /// The number of sequences that wait.
+    pub fn waiting(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// The blocks.
+    pub fn blocks(&self) -> &Blocks {
+        &self.blocks
+    }
+
+    /// An identity for [`NewSequence::root`].
+    pub fn new_identity(&mut self) -> u64 {
+        self.blocks.new_identity()
+    }
+
+    /// Forgets every cached prefix.
+    pub fn reset_prefixes(&mut self) {
+        self.blocks.reset_prefixes();
+    }
+
+    /// Times a sequence gave its blocks back.
+    pub fn preemptions(&self) -> u64 {
+        self.preemptions
+    }
+
+    /// Tokens looked up in the prefix cache and found there, so far.
+    pub fn prefix_counts(&self) -> (u64, u64) {
+        (self.prefix_queries, self.prefix_hits)
+    }
+
+    /// Panics if a block is lost or held wrongly. For tests.
+    pub fn check(&self) {
+        self.blocks.check(self.running.values().map(|r| &r.table));
+    }
+
+    fn schedule_decodes(&mut self, shares: &mut Vec<Share>, budget: &mut usize) {
+        let decoding: Vec<SequenceId> =
+            self.running.iter().filter(|(_, r)| r.decoding()).map(|(&id, _)| id).collect();
+        for id in decoding {
+            // Victims are younger than what was planned so far, so the plan stays valid; the last victim is this one.
+            while *budget > 0
+                && let Some(running) = self.running.get_mut(&id)
+            {
+                let end = running.sequence.tokens.len();
+                if self.blocks.grow(&mut running.table, end) == end {
+                    shares.push(Share { id, positions: end - 1..end, complete: true });
+                    *budget -= 1;
+                    break;
+                }
+                let youngest = *self.running.last_key_value().expect("this one is running").0;
+                self.preempt(youngest);
+            }
+        }
+    }
+
+    /// Whether some prompt found no block.
+    fn schedule_prompts(&mut self, shares: &mut Vec<Share>, budget: &mut usize) -> bool {
+        for (&id, running) in self.running.iter_mut().filter(|(_, r)| !r.decoding()) {
+            let start = running.computed;
+            let end = running.sequence.tokens.len().min(start + *budget);
+            let end = self.blocks.grow(&mut running.table, end).min(end);
+            if end > start {
+                shares.push(Share {
+                    id,
+                    positions: start..end,
+                    complete: end == running.sequence.tokens.len(),
+                });
+                *budget -= end - start;
+            } else if *budget > 0 {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn admit(&mut self, shares: &mut Vec<Share>, budget: &mut usize) {
+        while *budget > 0
+            && self.running.len() < self.limits.sequences
+            && let Some(entry) = self.waiting.first_entry()
+        {
+            let sequence = entry.get();
+            // A block for each running sequence stays free, so that admitting does not force preempting at once.
+            let opened =
+                self.blocks.open(sequence.root, &sequence.tokens, sequence.cache_limit, self.running.len());
+            let Some((mut table, cached)) = opened else { return };
+            self.prefix_queries += sequence.tokens.len() as u64;
+            self.prefix_hits += cached as u64;
+            let end = sequence.tokens.len().min(cached + *budget);
+            let end = self.blocks.grow(&mut table, end);
+            let (id, sequence) = entry.remove_entry();
+            shares.push(Share { id, positions: cached..end, complete: end == sequence.tokens.len() });
+            *budget -= end - cached;
+            self.running.insert(id, Running { sequence, table, computed: cached, cached });
+        }
+    }
+
+    fn preempt(&mut self, id: SequenceId) {
+        if let Some(running) = self.running.remove(&id) {
+            self.blocks.close(running.table);
+            self.waiting.insert(id, running.sequence);
+            self.preemptions += 1;
+        }
+    }
+}

@@ -1,0 +1,238 @@
+//! A backend without a model, for tests: it says what it was told to, and notices when the engine mixes up its blocks.
+
+use std::collections::{BTreeMap, HashMap};
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::mpsc::Receiver;
+
+use checkpoint::{Config, LayerKind, Rope};
+use gptoss::{
+    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Sampled, Sampling, Score, SequenceOutput,
+    SequencePlan, TokenLogprobs,
+};
+
+use crate::SamplingParams;
+use crate::worker::choice_seed;
+
+/// Plays scripts: lists of tokens, one per answer.
+///
+/// It stores the tokens themselves as keys and values, so at each draw it knows the whole sequence, and a step fails if
+/// the blocks of a sliding layer hold other tokens than those of a full layer. Which script an answer follows:
+///
+/// - A sequence (seed of its generator, all tokens before the draw) that was not met before begins a script: the one that
+///   [`Scripted::with_seed`] gave for the request's seed, else the next of `scripts` in turn. Requests without a
+///   seed differ in theirs, so the k-th answer that begins plays script k modulo their number; the choices of one request
+///   count one by one.
+/// - A sequence that continues one met before takes that one's next token. This holds over preemptions and any chunking
+///   or batching, since neither changes the tokens.
+/// - After its last token a script begins again.
+///
+/// A token that the request's bias forbids is replaced by the next id that is allowed. Temperature, filters and penalties
+/// have no effect. Log-probabilities are made up: the token itself has 1/2, the ids after it 1/4, 1/8 and so on.
+pub struct Scripted {
+    config: Config,
+    scripts: Vec<Vec<u32>>,
+    by_seed: BTreeMap<u64, Vec<u32>>,
+    control: Option<Receiver<Step>>,
+    /// Tokens by slot.
+    full: Vec<u32>,
+    sliding: Vec<u32>,
+    /// Sequences met, each by its seed and a digest of its tokens.
+    met: HashMap<(u64, u64), Place>,
+    begun: usize,
+}
+
+/// What a controlled step does.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Step {
+    /// Succeeds.
+    Run,
+    /// Fails with this message.
+    Fail(String),
+    /// Panics with this message.
+    Panic(String),
+}
+
+/// Where a sequence is in its script.
+#[derive(Clone, Copy)]
+struct Place {
+    script: Script,
+    next: usize,
+}
+
+#[derive(Clone, Copy)]
+enum Script {
+    InTurn(usize),
+    Seed(u64),
+}
+
+impl Scripted {
+    /// A backend of this shape (of which the vocabulary, the window and the context matter). Without scripts it says
+    /// token 0 for ever.
+    pub fn new(config: Config, scripts: Vec<Vec<u32>>) -> Scripted {
+        Scripted {
+            config,
+            scripts,
+            by_seed: BTreeMap::new(),
+            control: None,
+            full: Vec::new(),
+            sliding: Vec::new(),
+            met: HashMap::new(),
+            begun: 0,
+        }
+    }
+
+    /// Requests with this `seed` play `script`, all their choices.
+    #[must_use]
+    pub fn with_seed(mut self, seed: i64, script: Vec<u32>) -> Scripted {
+        self.by_seed.insert(seed as u64, script);
+        self
+    }
+
+    /// Each step waits for a message and does what it says. When the sender is gone, steps run freely.
+    #[must_use]
+    pub fn controlled_by(mut self, steps: Receiver<Step>) -> Scripted {
+        self.control = Some(steps);
+        self
+    }
+
+    /// The shape of gpt-oss-20b.
+    pub fn gpt_oss() -> Config {
+        Config {
+            hidden_size: 2880,
+            intermediate_size: 2880,
+            query_heads: 64,
+            kv_heads: 8,
+            head_dim: 64,
+            experts: 32,
+            experts_per_token: 4,
+            vocab_size: 201_088,
+            sliding_window: 128,
+            layer_kinds: [LayerKind::Sliding, LayerKind::Full].repeat(12),
+            rms_norm_eps: 1e-5,
+            swiglu_limit: 7.0,
+            swiglu_alpha: 1.702,
+            rope: Rope {
+                base: 150_000.0,
+                factor: 32.0,
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+                original_context: 4096,
+                truncate: false,
+            },
+            max_context: 131_072,
+        }
+    }
+
+    /// Stores a sequence's tokens; the result is all tokens up to its last one.
+    fn store(&mut self, index: usize, sequence: &SequencePlan) -> Result<Vec<u32>, Error> {
+        let slot = |blocks: &[BlockId], p: usize| {
+            blocks[p / BLOCK_TOKENS] as usize * BLOCK_TOKENS + p % BLOCK_TOKENS
+        };
+        for (p, &token) in (sequence.position..).zip(&sequence.tokens) {
+            self.full[slot(&sequence.full_blocks, p)] = token;
+            self.sliding[slot(&sequence.sliding_blocks, p)] = token;
+        }
+        let end = sequence.position + sequence.tokens.len();
+        let tokens: Vec<u32> = (0..end).map(|p| self.full[slot(&sequence.full_blocks, p)]).collect();
+        let first = (sequence.position + 1).saturating_sub(self.config.sliding_window);
+        for (p, &token) in tokens.iter().enumerate().skip(first) {
+            let found = self.sliding[slot(&sequence.sliding_blocks, p)];
+            if found != token {
+                return Err(Error::Device(format!(
+                    "sequence {index}: at position {p} the full layers hold token {token}, the sliding layers {found}"
+                )));
+            }
+        }
+        Ok(tokens)
+    }
+
+    fn draw(&mut self, tokens: &mut Vec<u32>, sampling: &Sampling) -> Sampled {
+        let place = self.met.remove(&digest(sampling.seed, tokens)).unwrap_or_else(|| {
+            let seeded = (0..SamplingParams::MAX_N)
+                .map(|choice| sampling.seed.wrapping_sub(choice_seed(0, choice)))
+                .find(|seed| self.by_seed.contains_key(seed));
+            let script = seeded.map_or(Script::InTurn(self.begun), Script::Seed);
+            self.begun += usize::from(seeded.is_none());
+            Place { script, next: 0 }
+        });
+        let script: &[u32] = match place.script {
+            Script::Seed(seed) => &self.by_seed[&seed],
+            Script::InTurn(turn) => match self.scripts.len() {
+                0 => &[],
+                count => &self.scripts[turn % count],
+            },
+        };
+        let vocabulary = self.config.vocab_size as u32;
+        let mut token = if script.is_empty() { 0 } else { script[place.next % script.len()] };
+        let forbidden = |token| sampling.bias.iter().any(|&(t, b)| t == token && b == f32::NEG_INFINITY);
+        // No request can forbid as many ids as there are attempts.
+        for _ in 0..=sampling.bias.len() {
+            if forbidden(token) {
+                token = (token + 1) % vocabulary;
+            }
+        }
+        tokens.push(token);
+        self.met.insert(digest(sampling.seed, tokens), Place { next: place.next + 1, ..place });
+        Sampled { token, logprobs: sampling.logprobs.map(|top| self.logprobs(token, top)) }
+    }
+
+    fn logprobs(&self, token: u32, top: usize) -> TokenLogprobs {
+        let vocabulary = self.config.vocab_size as u32;
+        let best = (0..top.min(self.config.vocab_size) as u32)
+            .map(|i| ((token + i) % vocabulary, -((i + 1) as f32) * std::f32::consts::LN_2));
+        TokenLogprobs { token, logprob: -std::f32::consts::LN_2, rank: 1, top: best.collect() }
+    }
+}
+
+impl Backend for Scripted {
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn describe(&self) -> String {
+        "scripted (no model)".to_owned()
+    }
+
+    fn kv_layout(&self) -> KvLayout {
+        KvLayout { full_block_bytes: 4096, sliding_block_bytes: 4096 }
+    }
+
+    fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
+        // No token has this id, so that a slot which was never written is noticed.
+        self.full = vec![u32::MAX; full_blocks * BLOCK_TOKENS];
+        self.sliding = vec![u32::MAX - 1; sliding_blocks * BLOCK_TOKENS];
+        Ok(())
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, Error> {
+        if let Some(control) = &self.control {
+            match control.recv() {
+                Ok(Step::Run) => {}
+                Ok(Step::Fail(message)) => return Err(Error::Device(message)),
+                Ok(Step::Panic(message)) => panic!("{message}"),
+                Err(_) => self.control = None,
+            }
+        }
+        plan.check(&self.config, self.full.len() / BLOCK_TOKENS, self.sliding.len() / BLOCK_TOKENS)?;
+        let mut outputs = Vec::with_capacity(plan.sequences.len());
+        for (index, sequence) in plan.sequences.iter().enumerate() {
+            if sequence.logits || sequence.hidden_after_layer.is_some() {
+                return Err(Error::Unsupported("a script has no logits and no layers".to_owned()));
+            }
+            let mut tokens = self.store(index, sequence)?;
+            let scores = match &sequence.score {
+                Some(Score { next, top }) => next.iter().map(|&t| self.logprobs(t, *top)).collect(),
+                None => Vec::new(),
+            };
+            let sampled = sequence.sample.as_ref().map(|sampling| self.draw(&mut tokens, sampling));
+            outputs.push(SequenceOutput { sampled, scores, ..SequenceOutput::default() });
+        }
+        Ok(outputs)
+    }
+}
+
+fn digest(seed: u64, tokens: &[u32]) -> (u64, u64) {
+    let mut hasher = DefaultHasher::new();
+    tokens.hash(&mut hasher);
+    (seed, hasher.finish())
+}

@@ -1,0 +1,458 @@
+//! The engine's thread: takes what arrives, runs step after step, and turns results into events.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::time::Instant;
+
+use gptoss::{
+    Backend, Penalties, Plan, Sampled, Sampling, Score, SequenceOutput, SequencePlan, TokenLogprobs,
+};
+use harmony::Harmony;
+
+use crate::engine::{Job, Phase, Shared};
+use crate::kv::{SHARED, Tokens};
+use crate::output::{Output, Rules};
+use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
+use crate::{Event, Failure, FinishReason, Request, Sink};
+
+pub(crate) struct Worker {
+    backend: Box<dyn Backend>,
+    shared: Arc<Shared>,
+    scheduler: Scheduler,
+    requests: BTreeMap<u64, Active>,
+    harmony: Arc<Harmony>,
+    eos_ids: Vec<u32>,
+    max_model_len: usize,
+    vocab_size: usize,
+    seed: u64,
+    prefix_caching: bool,
+    prompt_tokens: u64,
+    generated_tokens: u64,
+    steps: u64,
+    failed_steps: u64,
+    last_failed: bool,
+}
+
+/// A request that is in the scheduler.
+struct Active {
+    sink: Sink,
+    rules: Arc<Rules>,
+    prompt: Arc<[u32]>,
+    /// Where its chain of blocks starts.
+    root: u64,
+    seed: u64,
+    /// Log-probabilities of the prompt so far, if asked.
+    scores: Option<Vec<Option<TokenLogprobs>>>,
+    /// The prompt was computed.
+    started: bool,
+    /// `None`: ended.
+    choices: Vec<Option<Choice>>,
+}
+
+struct Choice {
+    output: Output,
+    /// For penalties: each token of prompt and output, with its occurrences in the output.
+    seen: BTreeMap<u32, u32>,
+}
+
+impl Worker {
+    #[expect(clippy::too_many_arguments, reason = "one caller, which has them by name")]
+    pub(crate) fn new(
+        backend: Box<dyn Backend>,
+        shared: Arc<Shared>,
+        scheduler: Scheduler,
+        harmony: Arc<Harmony>,
+        eos_ids: &[u32],
+        max_model_len: usize,
+        seed: u64,
+        prefix_caching: bool,
+    ) -> Worker {
+        Worker {
+            vocab_size: backend.config().vocab_size,
+            backend,
+            shared,
+            scheduler,
+            requests: BTreeMap::new(),
+            harmony,
+            eos_ids: eos_ids.to_vec(),
+            max_model_len,
+            seed,
+            prefix_caching,
+            prompt_tokens: 0,
+            generated_tokens: 0,
+            steps: 0,
+            failed_steps: 0,
+            last_failed: false,
+        }
+    }
+
+    pub(crate) fn run(mut self) {
+        loop {
+            let idle = self.requests.is_empty();
+            let mut mailbox = self.shared.wait_while(|mailbox| {
+                idle && mailbox.phase == Phase::Serving
+                    && mailbox.incoming.is_empty()
+                    && mailbox.cancelled.is_empty()
+                    && !mailbox.reset_prefixes
+            });
+            let incoming = std::mem::take(&mut mailbox.incoming);
+            let cancelled = std::mem::take(&mut mailbox.cancelled);
+            let reset = std::mem::take(&mut mailbox.reset_prefixes);
+            let phase = mailbox.phase;
+            drop(mailbox);
+
+            for job in incoming {
+                self.accept(job);
+            }
+            for number in cancelled {
+                self.retire(number);
+            }
+            if reset {
+                self.scheduler.reset_prefixes();
+            }
+            if phase >= Phase::Aborting || (phase == Phase::Draining && self.requests.is_empty()) {
+                // What is left is told on the way out.
+                return;
+            }
+            if !self.requests.is_empty() {
+                self.step();
+            }
+            self.publish(None);
+        }
+    }
+
+    fn accept(&mut self, job: Job) {
+        let Job { number, request: Request { prompt, params, output }, sink } = job;
+        let mut stop_tokens = params.stop_token_ids.clone();
+        if !params.ignore_eos {
+            stop_tokens.extend(&self.eos_ids);
+        }
+        stop_tokens.sort_unstable();
+        stop_tokens.dedup();
+        let prompt: Arc<[u32]> = prompt.into();
+        let root = if self.prefix_caching { SHARED } else { self.scheduler.new_identity() };
+        let scores = params.prompt_logprobs.map(|_| vec![None]);
+        // Scores need the prompt computed.
+        let cache_limit = if scores.is_some() { 0 } else { prompt.len() };
+        let sequence = NewSequence { tokens: Tokens::new(Arc::clone(&prompt)), root, cache_limit };
+        self.scheduler.add(SequenceId { request: number, choice: 0 }, sequence);
+        let seed = params.seed.map_or_else(|| scramble(self.seed ^ scramble(number)), |s| s as u64);
+        let rules = Arc::new(Rules { harmony: Arc::clone(&self.harmony), mode: output, params, stop_tokens });
+        let choices = (0..rules.params.n).map(|_| Some(Choice::new(&rules, &prompt))).collect();
+        self.requests
+            .insert(number, Active { sink, rules, prompt, root, seed, scores, started: false, choices });
+    }
+
+    /// Schedule, run, commit.
+    fn step(&mut self) {
+        let shares = self.scheduler.schedule();
+        let sequences = shares.iter().map(|share| self.plan(share)).collect();
+        let plan = Plan { sequences };
+        self.publish(Some(Instant::now()));
+        let result = catch_unwind(AssertUnwindSafe(|| self.backend.step(&plan)));
+        let outputs = match result {
+            Ok(Ok(outputs)) => check(&plan, outputs, self.vocab_size),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(panic) => Err(panic_message(panic.as_ref())),
+        };
+        match outputs {
+            Ok(outputs) => {
+                self.steps += 1;
+                self.last_failed = false;
+                for (share, output) in shares.iter().zip(outputs) {
+                    self.commit(share, output);
+                }
+            }
+            Err(message) => {
+                tracing::error!("a step failed: {message}");
+                self.failed_steps += 1;
+                self.last_failed = true;
+                self.fail_running(&message);
+            }
+        }
+    }
+
+    fn plan(&self, share: &Share) -> SequencePlan {
+        let mut plan = self.scheduler.plan(share);
+        let active = &self.requests[&share.id.request];
+        let params = &active.rules.params;
+        if let Some(top) = params.prompt_logprobs.filter(|_| active.scores.is_some() && share.id.choice == 0)
+        {
+            let prompt_len = active.prompt.len();
+            let next = active.prompt
+                [(share.positions.start + 1).min(prompt_len)..(share.positions.end + 1).min(prompt_len)]
+                .to_vec();
+            if !next.is_empty() {
+                plan.score = Some(Score { next, top });
+            }
+        }
+        if share.complete
+            && params.max_tokens != Some(0)
+            && let Some(choice) = &active.choices[share.id.choice]
+        {
+            plan.sample = Some(choice.sampling(active, share.id.choice, share.positions.end));
+        }
+        plan
+    }
+
+    /// Writes one sequence's results back and tells its request.
+    fn commit(&mut self, share: &Share, output: SequenceOutput) {
+        self.scheduler.commit(share);
+        let number = share.id.request;
+        // An earlier share of the same request may have cancelled it.
+        let Some(active) = self.requests.get_mut(&number) else { return };
+        if let Some(scores) = active.scores.as_mut().filter(|_| share.id.choice == 0) {
+            // After a preemption the first of these may be known.
+            let known = scores.len() - share.positions.start - 1;
+            scores.extend(output.scores.into_iter().skip(known).map(Some));
+            self.scheduler.set_cache_limit(share.id, scores.len() - 1);
+        }
+        if !share.complete {
+            return;
+        }
+        let begun = active.started || self.begin(number);
+        let alive = begun && output.sampled.is_none_or(|sampled| self.take_token(share.id, sampled));
+        if !alive {
+            self.retire(number);
+        }
+    }
+
+    /// The prompt is computed: the other choices can share its blocks. The result is whether the request goes on.
+    fn begin(&mut self, number: u64) -> bool {
+        let Some(active) = self.requests.get_mut(&number) else { return false };
+        active.started = true;
+        let prompt_len = active.prompt.len();
+        self.prompt_tokens += prompt_len as u64;
+        self.shared.mailbox().queued_tokens -= prompt_len;
+        for choice in 1..active.choices.len() {
+            let sequence = NewSequence {
+                tokens: Tokens::new(Arc::clone(&active.prompt)),
+                root: active.root,
+                cache_limit: prompt_len,
+            };
+            self.scheduler.add(SequenceId { request: number, choice }, sequence);
+        }
+        let first = SequenceId { request: number, choice: 0 };
+        let cached_tokens = self.scheduler.cached_tokens(first);
+        let prompt_logprobs = active.scores.take();
+        if !tell(&mut active.sink, Event::Started { cached_tokens, prompt_logprobs }) {
+            return false;
+        }
+        if active.rules.params.max_tokens == Some(0) {
+            for choice in 0..active.choices.len() {
+                if !active.finish(choice, FinishReason::Length, None) {
+                    return false;
+                }
+            }
+            tell(&mut active.sink, Event::Done);
+            return false;
+        }
+        true
+    }
+
+    /// The result is whether the request goes on.
+    fn take_token(&mut self, id: SequenceId, sampled: Sampled) -> bool {
+        let Some(active) = self.requests.get_mut(&id.request) else { return false };
+        let Some(choice) = &mut active.choices[id.choice] else { return true };
+        self.generated_tokens += 1;
+        let token = sampled.token;
+        let room = self.scheduler.push(id, token) < self.max_model_len;
+        if !choice.seen.is_empty() {
+            *choice.seen.entry(token).or_default() += 1;
+        }
+        let piece = choice.output.push(token, room);
+        let tokens = Event::Tokens {
+            choice: id.choice,
+            token_ids: vec![token],
+            text: piece.text,
+            deltas: piece.deltas,
+            logprobs: sampled.logprobs.into_iter().collect(),
+        };
+        if !tell(&mut active.sink, tokens) {
+            return false;
+        }
+        let Some((reason, stop)) = piece.end else { return true };
+        self.scheduler.remove(id);
+        if !active.finish(id.choice, reason, stop) {
+            return false;
+        }
+        if active.choices.iter().any(Option::is_some) {
+            return true;
+        }
+        tell(&mut active.sink, Event::Done);
+        false
+    }
+
+    /// Fails every request that holds blocks. What is stored in them is not trusted any more.
+    fn fail_running(&mut self, message: &str) {
+        let failed: BTreeSet<u64> = self.scheduler.running().map(|id| id.request).collect();
+        for number in failed {
+            if let Some(active) = self.requests.get_mut(&number) {
+                tell(&mut active.sink, Event::Failed(Failure::Device(message.to_owned())));
+            }
+            self.retire(number);
+        }
+        self.scheduler.reset_prefixes();
+    }
+
+    /// Removes a request and frees its blocks, if it is there.
+    fn retire(&mut self, number: u64) {
+        let Some(active) = self.requests.remove(&number) else { return };
+        for choice in 0..active.choices.len() {
+            self.scheduler.remove(SequenceId { request: number, choice });
+        }
+        let mut mailbox = self.shared.mailbox();
+        mailbox.open -= 1;
+        if !active.started {
+            mailbox.queued_tokens -= active.prompt.len();
+        }
+    }
+
+    fn publish(&self, step_started: Option<Instant>) {
+        let blocks = self.scheduler.blocks();
+        let (prefix_queries, prefix_hits) = self.scheduler.prefix_counts();
+        let (full_blocks_used, full_blocks) = blocks.full_usage();
+        let (sliding_blocks_used, sliding_blocks) = blocks.sliding_usage();
+        *self.shared.stats() = crate::Stats {
+            running: self.scheduler.running().len(),
+            waiting: self.scheduler.waiting(),
+            full_blocks_used,
+            full_blocks,
+            sliding_blocks_used,
+            sliding_blocks,
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: self.generated_tokens,
+            prefix_queries,
+            prefix_hits,
+            preemptions: self.scheduler.preemptions(),
+            steps: self.steps,
+            failed_steps: self.failed_steps,
+            unhealthy: self.last_failed,
+            step_started,
+        };
+    }
+}
+
+/// However the thread ends, no request is left without an answer.
+impl Drop for Worker {
+    fn drop(&mut self) {
+        let failure = match std::thread::panicking() {
+            true => Failure::Device("the engine's thread panicked".to_owned()),
+            false => Failure::ShuttingDown,
+        };
+        let mut mailbox = self.shared.mailbox();
+        mailbox.phase = Phase::Ended;
+        let incoming = std::mem::take(&mut mailbox.incoming);
+        (mailbox.open, mailbox.queued_tokens) = (0, 0);
+        drop(mailbox);
+        let sinks = std::mem::take(&mut self.requests).into_values().map(|active| active.sink);
+        for mut sink in sinks.chain(incoming.into_iter().map(|job| job.sink)) {
+            tell(&mut sink, Event::Failed(failure.clone()));
+        }
+        let mut stats = self.shared.stats();
+        stats.unhealthy |= std::thread::panicking();
+        (stats.running, stats.waiting, stats.step_started) = (0, 0, None);
+        drop(stats);
+        self.shared.enter(Phase::Ended);
+    }
+}
+
+impl Active {
+    /// Ends a choice. The result is whether the sink wants more.
+    fn finish(&mut self, choice: usize, reason: FinishReason, stop: Option<crate::StopReason>) -> bool {
+        let Some(ended) = self.choices[choice].take() else { return true };
+        let event = Event::Finished {
+            choice,
+            reason,
+            stop,
+            completion_tokens: ended.output.generated(),
+            reasoning_tokens: ended.output.reasoning_tokens(),
+            repairs: ended.output.repairs(),
+        };
+        tell(&mut self.sink, event)
+    }
+}
+
+impl Choice {
+    fn new(rules: &Arc<Rules>, prompt: &[u32]) -> Choice {
+        let params = &rules.params;
+        let penalized = params.repetition_penalty != 1.0
+            || params.frequency_penalty != 0.0
+            || params.presence_penalty != 0.0;
+        let seen = if penalized { prompt.iter().map(|&t| (t, 0)).collect() } else { BTreeMap::new() };
+        Choice { output: Output::new(Arc::clone(rules)), seen }
+    }
+
+    /// How the token at `position` is drawn.
+    fn sampling(&self, active: &Active, choice: usize, position: usize) -> Sampling {
+        let params = &active.rules.params;
+        let mut bias: Vec<(u32, f32)> = params.logit_bias.iter().map(|(&t, &b)| (t, b)).collect();
+        if !self.output.may_stop() {
+            bias.extend(active.rules.stop_tokens.iter().map(|&t| (t, f32::NEG_INFINITY)));
+        }
+        Sampling {
+            temperature: params.temperature,
+            top_k: params.top_k,
+            top_p: params.top_p,
+            min_p: params.min_p,
+            seed: choice_seed(active.seed, choice),
+            position: position as u64,
+            bias,
+            penalties: (!self.seen.is_empty()).then(|| Penalties {
+                repetition: params.repetition_penalty,
+                frequency: params.frequency_penalty,
+                presence: params.presence_penalty,
+                seen: self.seen.iter().map(|(&t, &n)| (t, n)).collect(),
+            }),
+            logprobs: params.logprobs,
+        }
+    }
+}
+
+/// The generator's key for one choice of a request: the request's seed for the first.
+pub(crate) fn choice_seed(seed: u64, choice: usize) -> u64 {
+    seed.wrapping_add((choice as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+/// The finalizer of SplitMix64: spreads small numbers over all 64 bits.
+fn scramble(x: u64) -> u64 {
+    let x = (x ^ (x >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    let x = (x ^ (x >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    x ^ (x >> 31)
+}
+
+/// A backend that answers something else than it was asked is a failed device.
+fn check(
+    plan: &Plan,
+    outputs: Vec<SequenceOutput>,
+    vocab_size: usize,
+) -> Result<Vec<SequenceOutput>, String> {
+    if outputs.len() != plan.sequences.len() {
+        return Err(format!("{} results for {} sequences", outputs.len(), plan.sequences.len()));
+    }
+    for (asked, got) in plan.sequences.iter().zip(&outputs) {
+        let scores = asked.score.as_ref().map_or(0, |s| s.next.len());
+        if got.scores.len() != scores || got.sampled.is_some() != asked.sample.is_some() {
+            return Err("a result has not what was asked".to_owned());
+        }
+        if let Some(sampled) = got.sampled.as_ref().filter(|s| s.token as usize >= vocab_size) {
+            return Err(format!("token {} was drawn from a vocabulary of {vocab_size}", sampled.token));
+        }
+    }
+    Ok(outputs)
+}
+
+/// A sink that panics wants no more.
+fn tell(sink: &mut Sink, event: Event) -> bool {
+    catch_unwind(AssertUnwindSafe(|| sink(event))).unwrap_or_else(|panic| {
+        tracing::error!("the sink of a request panicked: {}", panic_message(panic.as_ref()));
+        false
+    })
+}
+
+fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+    let text =
+        panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("panic: {}", text.unwrap_or("without a message"))
+}
