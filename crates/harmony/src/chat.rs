@@ -141,7 +141,8 @@ pub struct FunctionTool {
 }
 
 /// What `harmony render` reads: a chat request, or Harmony messages marked by `"harmony": true`.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, PartialEq, Deserialize)]
+#[serde(try_from = "Value")]
 pub enum Document {
     /// A chat request.
     Chat(ChatPrompt),
@@ -152,12 +153,18 @@ pub enum Document {
 impl Document {
     /// Reads a document; the error says which field is wrong.
     pub fn from_json(text: &str) -> Result<Document, Error> {
-        let invalid = |e: serde_json::Error| Error::invalid("document", e.to_string());
-        #[derive(Deserialize)]
-        struct Marker {
-            #[serde(default)]
-            harmony: bool,
-        }
+        serde_json::from_str::<Value>(text).map_err(|e| not_a_document(&e))?.try_into()
+    }
+}
+
+fn not_a_document(error: &serde_json::Error) -> Error {
+    Error::invalid("document", error.to_string())
+}
+
+impl TryFrom<Value> for Document {
+    type Error = Error;
+
+    fn try_from(document: Value) -> Result<Document, Error> {
         #[derive(Deserialize)]
         struct Conversation {
             messages: Vec<Message>,
@@ -168,11 +175,17 @@ impl Document {
             #[serde(default = "yes")]
             auto_drop_analysis: bool,
         }
-        let marker: Marker = serde_json::from_str(text).map_err(invalid)?;
-        if !marker.harmony {
-            return Ok(Document::Chat(serde_json::from_str(text).map_err(invalid)?));
+        if !document.is_object() {
+            return Err(Error::invalid("document", "expected an object"));
         }
-        let conversation: Conversation = serde_json::from_str(text).map_err(invalid)?;
+        match document.get("harmony") {
+            None | Some(Value::Bool(false)) => {
+                return Ok(Document::Chat(serde_json::from_value(document).map_err(|e| not_a_document(&e))?));
+            }
+            Some(Value::Bool(true)) => {}
+            Some(_) => return Err(Error::invalid("harmony", "expected true or false")),
+        }
+        let conversation: Conversation = serde_json::from_value(document).map_err(|e| not_a_document(&e))?;
         let mode = match conversation.mode.as_deref().unwrap_or("completion") {
             "completion" => Mode::Completion(conversation.next_role.unwrap_or(Role::Assistant)),
             "conversation" => Mode::Conversation,

@@ -13,8 +13,10 @@ pub(crate) struct Header {
     /// `false` after `<|start|>`: the first word should be a role.
     assistant: bool,
     /// Segment 0 precedes the first `<|channel|>`, each of which opens another. A segment's parts are separated by
-    /// `<|constrain|>`.
+    /// `<|constrain|>`. Those without text are not kept apart, so that markers alone take no memory.
     segments: Vec<Vec<Vec<u8>>>,
+    channels: u64,
+    constrains: u64,
     pub(crate) text_tokens: usize,
 }
 
@@ -27,23 +29,36 @@ pub(crate) struct Fields {
     pub(crate) content_type: Option<String>,
     /// What is none of these.
     pub(crate) rest: String,
-    /// A word in the place of the role that is none.
-    pub(crate) unknown_role: bool,
+    /// What is irregular about it.
+    pub(crate) repairs: Vec<&'static str>,
 }
 
 impl Header {
     pub(crate) fn new(assistant: bool) -> Header {
-        Header { assistant, segments: vec![vec![Vec::new()]], text_tokens: 0 }
+        Header { assistant, segments: vec![vec![Vec::new()]], channels: 0, constrains: 0, text_tokens: 0 }
     }
 
     pub(crate) fn channel(&mut self) {
-        self.segments.push(vec![Vec::new()]);
+        let begun = self.channels > 0;
+        self.channels += 1;
+        match self.segments.last_mut() {
+            Some(empty) if begun && empty.iter().all(Vec::is_empty) => *empty = vec![Vec::new()],
+            _ => self.segments.push(vec![Vec::new()]),
+        }
     }
 
     pub(crate) fn constrain(&mut self) {
-        if let Some(segment) = self.segments.last_mut() {
+        self.constrains += 1;
+        if let Some(segment) = self.segments.last_mut()
+            && (segment.len() == 1 || segment.last().is_some_and(|part| !part.is_empty()))
+        {
             segment.push(Vec::new());
         }
+    }
+
+    /// Whether nothing of it has come.
+    pub(crate) fn is_blank(&self) -> bool {
+        self.channels == 0 && self.constrains == 0 && self.text_tokens == 0
     }
 
     pub(crate) fn text(&mut self, bytes: &[u8]) {
@@ -51,11 +66,6 @@ impl Header {
         if let Some(part) = self.segments.last_mut().and_then(|segment| segment.last_mut()) {
             part.extend_from_slice(bytes);
         }
-    }
-
-    /// How many channels were opened.
-    pub(crate) fn channels(&self) -> usize {
-        self.segments.len() - 1
     }
 
     /// Takes the bytes of a character that is not complete yet off the end.
@@ -77,88 +87,145 @@ impl Header {
     /// understood is text.
     pub(crate) fn read(&self, tools: &[String], message: bool) -> Fields {
         let mut words = Words::new(&self.segments);
-        let (role, unknown_role) = self.role(&mut words, message);
-        let recipient = recipient(&mut words, tools);
-        let channel = channel(&mut words, self.segments.len(), message);
+        let mut repairs = Vec::new();
+        let role = self.role(&mut words, message, &mut repairs);
+        let recipient = self.recipient(&mut words, tools, message, &mut repairs);
+        let channel = self.named_channel(&mut words, message, &mut repairs);
         let content_type = content_type(&mut words, recipient.is_some());
-        Fields { role, channel, recipient, content_type, rest: words.rest(), unknown_role }
+        if self.constrains > 1 {
+            repairs.push("several_constrains");
+        }
+        let rest = words.rest();
+        if message && !rest.trim().is_empty() {
+            repairs.push("header_noise");
+        }
+        Fields { role, channel, recipient, content_type, rest, repairs }
     }
 
-    fn role(&self, words: &mut Words, message: bool) -> (Role, bool) {
-        let mut stripped = self.assistant;
+    fn role(&self, words: &mut Words, message: bool, repairs: &mut Vec<&'static str>) -> Role {
+        let mut repeated = u32::from(self.assistant);
         while let Some(first) = words.in_segment(0).next()
             && words.text(first).starts_with("assistant")
         {
-            stripped = true;
+            repeated += 1;
             words.remove_prefix(first, "assistant".len());
         }
+        if repeated > 1 {
+            repairs.push("repeated_role");
+        }
         if self.assistant {
-            return (Role::Assistant, false);
+            return Role::Assistant;
         }
-        let Some(first) = words.in_segment(0).next() else { return (Role::Assistant, false) };
-        let text = words.text(first).to_owned();
-        let second = words.in_segment(0).nth(1).map(|w| words.text(w).to_owned());
-        let bare = text.split(':').next().unwrap_or(&text);
-        if let Some(role) = Role::ALL.into_iter().find(|role| role.name() == bare) {
-            words.remove(first);
-            return (role, false);
-        }
-        if text.starts_with("functions.") || second.as_deref() == Some("to=assistant") {
-            words.remove(first);
-            return (Role::Tool, false);
-        }
-        if stripped {
-            return (Role::Assistant, false);
-        }
-        if second.is_none() || self.channels() > 0 || message {
-            words.remove(first);
-        }
-        (Role::Assistant, true)
+        let mut segment = words.in_segment(0);
+        // A recipient may stand where the role is missing.
+        let Some(first) = segment.next().filter(|&word| !words.text(word).starts_with("to=")) else {
+            if repeated == 0 {
+                repairs.push("missing_role");
+            }
+            return Role::Assistant;
+        };
+        let second = segment.next();
+        let text = words.text(first);
+        let bare = text.split(':').next().unwrap_or(text);
+        let role = if let Some(role) = Role::ALL.into_iter().find(|role| role.name() == bare) {
+            role
+        } else if repeated > 0 {
+            return Role::Assistant;
+        } else if text.starts_with("functions.") || second.is_some_and(|w| words.text(w) == "to=assistant") {
+            Role::Tool
+        } else {
+            repairs.push("unknown_role");
+            // A channel's name in the role's place still names the channel.
+            let header_word = message || second.is_none();
+            if self.channels > 0 || header_word && !is_channel(text) {
+                words.remove(first);
+            }
+            return Role::Assistant;
+        };
+        words.remove(first);
+        role
     }
-}
 
-fn recipient(words: &mut Words, tools: &[String]) -> Option<String> {
-    let mut recipient: Option<String> = None;
-    for word in words.all() {
-        if let Some(target) = words.text(word).strip_prefix("to=").map(str::to_owned) {
-            words.remove(word);
-            let displaces = target != "assistant" || recipient.is_none();
-            if displaces && !target.is_empty() {
-                recipient = Some(target);
+    fn recipient(
+        &self,
+        words: &mut Words,
+        tools: &[String],
+        message: bool,
+        repairs: &mut Vec<&'static str>,
+    ) -> Option<String> {
+        let mut recipient: Option<String> = None;
+        for word in words.all() {
+            if let Some(target) = words.text(word).strip_prefix("to=").map(str::to_owned) {
+                words.remove(word);
+                if target.is_empty() {
+                    repairs.push("empty_recipient");
+                } else if recipient.is_none() || target != "assistant" {
+                    if recipient.is_some() {
+                        repairs.push("several_recipients");
+                    }
+                    recipient = Some(target);
+                }
             }
         }
-    }
-    if recipient.is_none() {
-        let named = |text: &str| text.starts_with("functions.") || tools.iter().any(|tool| tool == text);
-        if let Some(word) = words.all().find(|&word| named(words.text(word))) {
-            recipient = Some(words.text(word).to_owned());
-            words.remove(word);
+        if recipient.is_none() {
+            let named = |&word: &usize| {
+                let text = words.text(word);
+                let qualified = text.starts_with("functions.");
+                // Without `<|message|>` these may be the words of an answer, in which a tool's name means itself. Only
+                // before a channel, or right after its name, are they certain to be a header's.
+                let in_header = message
+                    || self.channels > 0 && (words.segment(word) == 0 || qualified && words.place(word) == 1);
+                in_header && (qualified || tools.iter().any(|tool| tool == text))
+            };
+            if let Some(word) = words.all().find(named) {
+                recipient = Some(words.text(word).to_owned());
+                words.remove(word);
+                repairs.push("recipient_without_to");
+            }
         }
+        recipient
     }
-    recipient
+
+    fn named_channel(
+        &self,
+        words: &mut Words,
+        message: bool,
+        repairs: &mut Vec<&'static str>,
+    ) -> Option<String> {
+        let mut channel = None;
+        for segment in (1..self.segments.len()).rev() {
+            // A recipient in the first place, or what follows `<|constrain|>`, is no channel.
+            let Some(first) = words.first_of_segment(segment) else { continue };
+            let (name, len) = channel_of(words.text(first));
+            if name != words.text(first) {
+                repairs.push("misspelt_channel");
+            } else if channel.is_none() && !is_channel(&name) {
+                repairs.push("unknown_channel");
+            }
+            channel = channel.or(Some(name));
+            words.remove_prefix(first, len);
+        }
+        if self.channels > 1 {
+            repairs.push("several_channels");
+        }
+        if channel.is_none() {
+            repairs.push("missing_channel");
+            // In running text the words mean themselves; alone, or before `<|message|>`, one is a channel.
+            let found = words.all().find(|&word| is_channel(words.text(word)));
+            if let Some(word) = found
+                && self.channels == 0
+                && (message || words.all().count() == 1)
+            {
+                channel = Some(words.text(word).to_lowercase());
+                words.remove(word);
+            }
+        }
+        channel
+    }
 }
 
-fn channel(words: &mut Words, segments: usize, message: bool) -> Option<String> {
-    let mut channel = None;
-    for segment in (1..segments).rev() {
-        // A recipient in the first place, or what follows `<|constrain|>`, is no channel.
-        let Some(first) = words.first_of_segment(segment) else { continue };
-        let (name, len) = channel_of(words.text(first));
-        channel = channel.or(Some(name));
-        words.remove_prefix(first, len);
-    }
-    if channel.is_none() && segments == 1 {
-        let mut remaining = words.all();
-        let found = remaining.find(|&w| CHANNELS.contains(&words.text(w).to_lowercase().as_str()));
-        // In running text the words mean themselves; alone, or before `<|message|>`, one is a channel.
-        if let Some(word) = found
-            && (message || words.all().count() == 1)
-        {
-            channel = Some(words.text(word).to_lowercase());
-            words.remove(word);
-        }
-    }
-    channel
+fn is_channel(word: &str) -> bool {
+    CHANNELS.contains(&word.to_lowercase().as_str())
 }
 
 /// The channel that a segment's first word names, and how much of the word does so.
@@ -252,6 +319,15 @@ impl Words {
 
     fn in_segment(&self, segment: usize) -> std::vec::IntoIter<usize> {
         self.filtered(|word| self.parts[word.part].0 == segment)
+    }
+
+    fn segment(&self, word: usize) -> usize {
+        self.parts[self.words[word].part].0
+    }
+
+    /// How many words precede it in its segment, removed ones too.
+    fn place(&self, word: usize) -> usize {
+        (0..word).rev().take_while(|&before| self.segment(before) == self.segment(word)).count()
     }
 
     /// The first word left after each `<|constrain|>`.

@@ -10,6 +10,9 @@ use crate::header::{Fields, HEADER_TOKENS, Header};
 use crate::message::Role;
 use crate::{Control, Harmony};
 
+/// The repair of a header that no `<|message|>` ended.
+const MISSING_MESSAGE: &str = "missing_message";
+
 /// What became certain of a turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Delta {
@@ -69,6 +72,13 @@ pub struct Turn {
 }
 
 impl Turn {
+    /// The fields of a whole turn.
+    pub fn collect<'d>(deltas: impl IntoIterator<Item = &'d Delta>) -> Turn {
+        let mut turn = Turn::default();
+        deltas.into_iter().for_each(|delta| turn.apply(delta));
+        turn.finish()
+    }
+
     /// Adds a delta.
     pub fn apply(&mut self, delta: &Delta) {
         match delta {
@@ -153,17 +163,22 @@ impl Parser {
         let control = self.control;
         let mut deltas = Vec::new();
         if token == control.start {
-            if matches!(self.state, State::Content(_)) {
-                self.repair("start_in_content");
+            match &self.state {
+                State::Header(header) if header.is_blank() => {
+                    self.repair("double_start");
+                    self.state = State::Between;
+                }
+                State::Content(_) => self.repair("start_in_content"),
+                State::Header(_) | State::Between => {}
             }
-            self.close(&mut deltas);
+            self.close(true, &mut deltas);
             self.state = State::Header(Header::new(false));
         } else if token == control.channel {
             match &mut self.state {
                 State::Header(header) => header.channel(),
                 State::Content(_) | State::Between => {
                     self.repair("channel_without_start");
-                    self.close(&mut deltas);
+                    self.close(true, &mut deltas);
                     let mut header = Header::new(true);
                     header.channel();
                     self.state = State::Header(header);
@@ -173,7 +188,6 @@ impl Parser {
             match std::mem::replace(&mut self.state, State::Between) {
                 State::Header(header) => {
                     let fields = header.read(&self.tools, true);
-                    self.note(&header, &fields);
                     self.open(fields, &mut deltas);
                 }
                 State::Content(open) => {
@@ -181,8 +195,9 @@ impl Parser {
                     self.state = State::Content(open);
                 }
                 State::Between => {
-                    self.repair("message_without_header");
-                    self.open(Header::new(true).read(&self.tools, true), &mut deltas);
+                    let mut fields = Header::new(true).read(&self.tools, true);
+                    fields.repairs = vec!["message_without_header"];
+                    self.open(fields, &mut deltas);
                 }
             }
         } else if token == control.constrain {
@@ -191,10 +206,15 @@ impl Parser {
                 State::Content(_) | State::Between => self.repair("constrain_in_content"),
             }
         } else if [control.end, control.r#return, control.call, control.end_of_text].contains(&token) {
-            if matches!(self.state, State::Between) {
-                self.repair("surplus_stop");
+            match &self.state {
+                State::Header(header) if header.is_blank() => {
+                    self.repair("surplus_stop");
+                    self.state = State::Between;
+                }
+                State::Between => self.repair("surplus_stop"),
+                State::Header(_) | State::Content(_) => {}
             }
-            self.close(&mut deltas);
+            self.close(true, &mut deltas);
         } else {
             self.push_text(token, &mut deltas);
         }
@@ -204,7 +224,7 @@ impl Parser {
     /// The end of the stream. Calling it again does nothing.
     pub fn finish(&mut self) -> Vec<Delta> {
         let mut deltas = Vec::new();
-        self.close(&mut deltas);
+        self.close(false, &mut deltas);
         deltas
     }
 
@@ -241,7 +261,7 @@ impl Parser {
                     let tokens = header.text_tokens;
                     let mut fields = header.read(&self.tools, false);
                     let text = std::mem::take(&mut fields.rest);
-                    self.repair("missing_message");
+                    fields.repairs = vec![MISSING_MESSAGE];
                     self.open(fields, deltas);
                     self.add_text(text.as_bytes(), tokens, deltas);
                     self.add_text(&pending, 0, deltas);
@@ -284,6 +304,7 @@ impl Parser {
 
     /// Begins the content of a message.
     fn open(&mut self, fields: Fields, deltas: &mut Vec<Delta>) {
+        fields.repairs.iter().for_each(|kind| self.repair(kind));
         let field = self.field(&fields, deltas);
         self.state = State::Content(Open {
             message: ParsedMessage {
@@ -322,16 +343,20 @@ impl Parser {
     }
 
     /// Ends whatever is open: a message, or a header that never reached its content, whose remaining words are text.
-    fn close(&mut self, deltas: &mut Vec<Delta>) {
+    /// `by_token` is false at the end of the stream, which may cut a good header off.
+    fn close(&mut self, by_token: bool, deltas: &mut Vec<Delta>) {
         if let State::Header(header) = &self.state {
             let tokens = header.text_tokens;
             let mut fields = header.read(&self.tools, false);
             let text = std::mem::take(&mut fields.rest).trim().to_owned();
+            fields.repairs = vec![MISSING_MESSAGE];
             if text.is_empty() {
+                if by_token && !header.is_blank() {
+                    self.repair(MISSING_MESSAGE);
+                }
                 self.state = State::Between;
                 return;
             }
-            self.repair("missing_message");
             self.open(fields, deltas);
             self.add_text(text.as_bytes(), tokens, deltas);
         }
@@ -342,24 +367,6 @@ impl Parser {
         self.emit(rest, deltas);
         if let State::Content(open) = std::mem::replace(&mut self.state, State::Between) {
             self.messages.push(open.message);
-        }
-    }
-
-    /// Counts what is irregular in a header that was followed by content.
-    fn note(&mut self, header: &Header, fields: &Fields) {
-        if header.channels() > 1 {
-            self.repair("several_channels");
-        }
-        if fields.unknown_role {
-            self.repair("unknown_role");
-        }
-        match fields.channel.as_deref() {
-            Some("analysis" | "commentary" | "final") => {}
-            Some(_) => self.repair("unknown_channel"),
-            None => self.repair("missing_channel"),
-        }
-        if !fields.rest.trim().is_empty() {
-            self.repair("header_noise");
         }
     }
 

@@ -1,6 +1,6 @@
 //! A million random token sequences, and what must hold for each.
 
-use harmony::{Delta, Harmony, Turn};
+use harmony::{Delta, Harmony, ParsedMessage, ToolCall, Turn};
 
 use crate::{o200k, tiny};
 
@@ -67,6 +67,29 @@ fn collect(deltas: &[Delta]) -> Turn {
     turn
 }
 
+/// The fields of finished messages, by the table of the specification.
+fn fields(messages: &[ParsedMessage]) -> Turn {
+    let mut turn = Turn::default();
+    for ParsedMessage { role, channel, recipient, text, .. } in messages {
+        let recipient = recipient.as_deref().filter(|r| !["assistant", "user", "all"].contains(r));
+        let function = recipient.and_then(|r| if r == "f" { Some(r) } else { r.strip_prefix("functions.") });
+        let field = match (*role, function, recipient) {
+            ("assistant", Some(name), _) if !name.is_empty() => {
+                turn.tool_calls.push(ToolCall { name: name.to_owned(), arguments: text.clone() });
+                continue;
+            }
+            ("assistant", None, None) if channel.as_deref() != Some("analysis") => &mut turn.content,
+            _ => &mut turn.reasoning,
+        };
+        match field {
+            _ if text.is_empty() => {}
+            None => *field = Some(text.clone()),
+            Some(joined) => *joined += &format!("\n{text}"),
+        }
+    }
+    turn
+}
+
 fn check(harmony: &Harmony, ids: &[u32]) {
     let tokenizer = harmony.tokenizer();
     let mut parser = harmony.parser(&["f".to_owned()]);
@@ -107,8 +130,11 @@ fn check(harmony: &Harmony, ids: &[u32]) {
         Delta::CallStart { name, .. } => !name.is_empty(),
     }));
 
-    // Every message's text is in its field, in order.
+    // The fields follow from the messages.
     let turn = collect(&deltas);
+    assert_eq!(fields(parser.messages()), turn, "{ids:?}");
+
+    // Every message's text is in its field, in order.
     let mut everything = turn.reasoning.unwrap_or_default() + "\n" + &turn.content.unwrap_or_default();
     for call in &turn.tool_calls {
         everything += &format!("\n{}", call.arguments);

@@ -6,7 +6,10 @@ use serde_json::Value;
 use crate::{golden, ids, o200k, tiny};
 
 fn render(harmony: &Harmony, document: &Value) -> Result<Vec<u32>, Error> {
-    harmony.render_document(&Document::from_json(&document.to_string())?)
+    let text = document.to_string();
+    let read = Document::from_json(&text);
+    assert_eq!(read.clone().ok(), serde_json::from_str(&text).ok(), "{text}");
+    harmony.render_document(&read?)
 }
 
 #[test]
@@ -81,6 +84,8 @@ fn wrong_requests_name_the_field() {
         (r#"{"messages":[],"harmony":true,"mode":"x"}"#, "mode"),
         (r#"{"messages":3}"#, "document"),
         ("[]", "document"),
+        ("[true, []]", "document"),
+        (r#"{"messages":[],"harmony":"yes"}"#, "harmony"),
     ] {
         let result = Document::from_json(request).and_then(|d| harmony.render_document(&d));
         match result {
