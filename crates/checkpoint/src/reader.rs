@@ -732,15 +732,15 @@ fn open_files(directory: &Path) -> Result<Vec<TensorFile>, Error> {
                 "something else",
             ));
         };
+        // A plain name: no separators, no `..`, nothing that leads out of the folder.
+        if Path::new(file).file_name() != Some(file.as_ref()) || file.contains(['/', '\\', '\0']) {
+            let expected = "names of files in the same folder";
+            return Err(Error::file(&index_path, expected, format!("`{}`", brief(file))));
+        }
         by_file.entry(file).or_default().insert(tensor);
     }
     let mut files = Vec::with_capacity(by_file.len());
     for (name, listed) in by_file {
-        // A plain name: no separators, no `..`, nothing that leads out of the folder.
-        if Path::new(name).file_name() != Some(name.as_ref()) || name.contains(['/', '\\', '\0']) {
-            let expected = "names of files in the same folder";
-            return Err(Error::file(&index_path, expected, format!("`{}`", brief(name))));
-        }
         let file = TensorFile::open(&directory.join(name))?;
         let held: BTreeSet<&str> = file.tensors().iter().map(|tensor| tensor.name.as_str()).collect();
         if let Some(tensor) = listed.difference(&held).next() {

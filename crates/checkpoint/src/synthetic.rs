@@ -97,22 +97,20 @@ impl Random {
 
     fn bytes(&mut self, len: usize) -> Vec<u8> {
         let mut out = vec![0; len];
-        for chunk in out.chunks_mut(8) {
-            chunk.copy_from_slice(&self.next().to_le_bytes()[..chunk.len()]);
-        }
+        let (words, rest) = out.as_chunks_mut::<8>();
+        words.iter_mut().for_each(|word| *word = self.next().to_le_bytes());
+        rest.copy_from_slice(&self.next().to_le_bytes()[..rest.len()]);
         out
     }
 
     /// Values of either sign between 2^-7 and 2^-5, root mean square 0.018.
     fn weights(&mut self, len: usize) -> Vec<bf16> {
         let mut out = vec![bf16::ZERO; len];
-        for chunk in out.chunks_mut(4) {
-            let mut word = self.next();
-            for value in chunk {
-                *value = bf16::from_bits((word as u16 & 0x80ff) | 0x3c00);
-                word >>= 16;
-            }
-        }
+        let four =
+            |word: u64| [0, 16, 32, 48].map(|at| bf16::from_bits((word >> at) as u16 & 0x80ff | 0x3c00));
+        let (words, rest) = out.as_chunks_mut::<4>();
+        words.iter_mut().for_each(|word| *word = four(self.next()));
+        rest.copy_from_slice(&four(self.next())[..rest.len()]);
         out
     }
 }
