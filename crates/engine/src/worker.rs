@@ -337,7 +337,8 @@ impl Worker {
 /// However the thread ends, no request is left without an answer.
 impl Drop for Worker {
     fn drop(&mut self) {
-        let failure = match std::thread::panicking() {
+        let panicking = std::thread::panicking();
+        let failure = match panicking {
             true => Failure::Device("the engine's thread panicked".to_owned()),
             false => Failure::ShuttingDown,
         };
@@ -346,14 +347,21 @@ impl Drop for Worker {
         let incoming = std::mem::take(&mut mailbox.incoming);
         (mailbox.open, mailbox.queued_tokens) = (0, 0);
         drop(mailbox);
-        let sinks = std::mem::take(&mut self.requests).into_values().map(|active| active.sink);
-        for mut sink in sinks.chain(incoming.into_iter().map(|job| job.sink)) {
-            tell(&mut sink, Event::Failed(failure.clone()));
+        for (number, mut active) in std::mem::take(&mut self.requests) {
+            tell(&mut active.sink, Event::Failed(failure.clone()));
+            // After a panic the scheduler is not asked for anything.
+            for choice in (0..active.choices.len()).filter(|_| !panicking) {
+                self.scheduler.remove(SequenceId { request: number, choice });
+            }
         }
-        let mut stats = self.shared.stats();
-        stats.unhealthy |= std::thread::panicking();
-        (stats.running, stats.waiting, stats.step_started) = (0, 0, None);
-        drop(stats);
+        for mut job in incoming {
+            tell(&mut job.sink, Event::Failed(failure.clone()));
+        }
+        if panicking {
+            self.shared.stats().unhealthy = true;
+        } else {
+            self.publish(None);
+        }
         self.shared.enter(Phase::Ended);
     }
 }

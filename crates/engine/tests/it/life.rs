@@ -1,0 +1,315 @@
+//! Requests that come, go, are refused and fail, over scripts.
+
+use std::sync::mpsc::channel;
+
+use engine::{
+    EngineOptions, Error, Event, Failure, FinishReason, SamplingParams, Scripted, Step, SubmitError,
+};
+
+use crate::common::{
+    RETURN, channel_sink, run, says, start, submit, text_request, tokens, tokens_of, unlimited,
+};
+
+fn small(kv_blocks: usize) -> EngineOptions {
+    EngineOptions {
+        kv_cache_bytes: kv_blocks * 4096,
+        max_num_seqs: 8,
+        max_num_batched_tokens: 64,
+        ..Default::default()
+    }
+}
+
+/// An engine whose steps are let through one by one.
+fn controlled(script: Vec<u32>) -> (engine::Engine, std::sync::mpsc::Sender<Step>) {
+    let (control, steps) = channel();
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![script]).controlled_by(steps);
+    (start(backend, small(200)), control)
+}
+
+#[test]
+fn a_script_is_played_to_its_end() {
+    let events = run(&says("One, two.<|return|>"), text_request(&[1, 2, 3], unlimited()));
+    assert_eq!(tokens_of(&events, 0), tokens("One, two.<|return|>"));
+    let finished = Event::Finished {
+        choice: 0,
+        reason: FinishReason::Stop,
+        stop: None,
+        completion_tokens: 5,
+        reasoning_tokens: 0,
+        repairs: Vec::new(),
+    };
+    assert_eq!(events[events.len() - 2], finished);
+}
+
+#[test]
+fn requests_that_cannot_be_served_are_refused() {
+    let options = EngineOptions { max_model_len: Some(40), ..small(200) };
+    let engine = start(Scripted::new(Scripted::gpt_oss(), vec![vec![5]]), options);
+    let refuse = |prompt: &[u32], params: SamplingParams| {
+        engine.submit(text_request(prompt, params), channel_sink().0).err().unwrap()
+    };
+    assert_eq!(refuse(&[], unlimited()), SubmitError::EmptyPrompt);
+    assert_eq!(refuse(&[1; 40], unlimited()), SubmitError::TooLong { prompt: 40, max_model_len: 40 });
+    let unknown = SubmitError::TokenOutOfVocabulary { token: 201_088, vocab_size: 201_088 };
+    assert_eq!(refuse(&[3, 201_088], unlimited()), unknown);
+    let invalid = refuse(&[3], SamplingParams { top_p: 0.0, ..unlimited() });
+    assert_eq!(invalid.to_string(), "`top_p` must be in (0, 1], got 0.");
+    // The context's end ends an answer.
+    let events = run(&engine, text_request(&[1; 39], unlimited()));
+    assert_eq!(tokens_of(&events, 0), [5]);
+    let events = run(&engine, text_request(&[1; 30], unlimited()));
+    assert_eq!(tokens_of(&events, 0).len(), 10);
+    assert!(matches!(events[events.len() - 2], Event::Finished { reason: FinishReason::Length, .. }));
+    // Scoring alone needs no room after the prompt.
+    run(&engine, text_request(&[1; 40], SamplingParams { max_tokens: Some(0), ..unlimited() }));
+}
+
+#[test]
+fn prompt_log_probabilities_are_bounded() {
+    let engine = start(Scripted::new(Scripted::gpt_oss(), vec![vec![5]]), small(200));
+    let params = SamplingParams { prompt_logprobs: Some(201_088), ..unlimited() };
+    let refused = engine.submit(text_request(&[1; 100], params), channel_sink().0).err().unwrap();
+    assert!(
+        matches!(&refused, SubmitError::Invalid(invalid) if invalid.field == "prompt_logprobs"),
+        "{refused:?}"
+    );
+}
+
+#[test]
+fn options_that_cannot_work_are_refused() {
+    let refuse = |options: EngineOptions| {
+        let backend = Box::new(Scripted::new(Scripted::gpt_oss(), Vec::new()));
+        engine::Engine::start(backend, crate::common::harmony(), options).err().unwrap()
+    };
+    let found = refuse(EngineOptions { max_num_seqs: 0, ..small(99) }).to_string();
+    assert_eq!(found, "`max_num_seqs` must be at least 1, got 0.");
+    let found = refuse(EngineOptions { max_num_seqs: 65, ..small(99) }).to_string();
+    assert_eq!(found, "`max_num_batched_tokens` must be at least `max_num_seqs`, 65, got 64.");
+    let found = refuse(EngineOptions { max_model_len: Some(131_073), ..small(99) }).to_string();
+    assert_eq!(found, "`max_model_len` must be in [1, 131072], the model's context, got 131073.");
+    // A window of 8 blocks and one more, a chunk of 4 and one more: 14 sliding blocks leave 86 full ones.
+    let found = refuse(EngineOptions { max_model_len: Some(86 * 16 + 1), ..small(100) });
+    assert!(matches!(found, Error::KvCache { largest: 1376, needed, .. } if needed == 101 * 4096), "{found}");
+    let backend = Box::new(Scripted::new(Scripted::gpt_oss(), Vec::new()));
+    let fits = engine::Engine::start(backend, crate::common::harmony(), small(100)).unwrap();
+    assert_eq!(fits.max_model_len(), 1376);
+    let found = refuse(small(1));
+    assert!(matches!(found, Error::KvCache { largest: 0, .. }), "{found}");
+}
+
+#[test]
+fn a_full_queue_refuses_and_recovers() {
+    let (control, steps) = channel();
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![vec![RETURN]]).controlled_by(steps);
+    let engine = start(backend, EngineOptions { max_queued_requests: 2, ..small(200) });
+    let first = submit(&engine, text_request(&[1], unlimited()));
+    let second = submit(&engine, text_request(&[2], unlimited()));
+    let full = engine.submit(text_request(&[3], unlimited()), channel_sink().0).err();
+    assert_eq!(full, Some(SubmitError::Full));
+    drop(control);
+    assert_eq!(first.1.iter().last(), Some(Event::Done));
+    assert_eq!(second.1.iter().last(), Some(Event::Done));
+    run(&engine, text_request(&[3], unlimited()));
+}
+
+#[test]
+fn too_many_waiting_tokens_are_refused_but_one_prompt_is_not() {
+    let (control, steps) = channel();
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![vec![RETURN]]).controlled_by(steps);
+    let engine = start(backend, EngineOptions { max_queued_tokens: Some(100), ..small(200) });
+    let first = submit(&engine, text_request(&[1; 101], unlimited()));
+    let full = engine.submit(text_request(&[3], unlimited()), channel_sink().0).err();
+    assert_eq!(full, Some(SubmitError::Full));
+    drop(control);
+    assert_eq!(first.1.iter().last(), Some(Event::Done));
+    run(&engine, text_request(&[3], unlimited()));
+}
+
+#[test]
+fn a_cancelled_request_is_gone_after_one_step() {
+    let (engine, control) = controlled(vec![9]);
+    let (handle, events) = submit(&engine, text_request(&[1; 20], unlimited()));
+    control.send(Step::Run).unwrap();
+    control.send(Step::Run).unwrap();
+    let met: Vec<Event> = events.iter().take(3).collect();
+    assert_eq!(tokens_of(&met, 0), [9, 9]);
+    drop(handle);
+    // The step that was waiting. Another one is not allowed.
+    control.send(Step::Run).unwrap();
+    let rest: Vec<Event> = events.iter().collect();
+    assert!(rest.iter().all(|e| matches!(e, Event::Tokens { .. })), "{rest:?}");
+    engine.shutdown();
+    engine.wait();
+    let stats = engine.stats();
+    assert_eq!(
+        (stats.full_blocks_used, stats.sliding_blocks_used, stats.running, stats.waiting),
+        (0, 0, 0, 0)
+    );
+}
+
+#[test]
+fn a_request_is_cancelled_before_it_begins() {
+    let (engine, control) = controlled(vec![9, RETURN]);
+    let (_first, events) = submit(&engine, text_request(&[1; 20], unlimited()));
+    let (second, nothing) = submit(&engine, text_request(&[2; 20], unlimited()));
+    second.cancel();
+    // At most the first step can have taken it in.
+    drop(control);
+    assert_eq!(events.iter().last(), Some(Event::Done));
+    assert!(!nothing.iter().any(|e| e == Event::Done));
+}
+
+#[test]
+fn sinks_that_refuse_or_panic_cost_their_own_request_only() {
+    let engine = says("a b c<|return|>");
+    for panics in [false, true] {
+        let (gone, watch) = channel::<()>();
+        let sink = Box::new(move |_| {
+            let _alive = &gone;
+            assert!(!panics, "this sink panics on purpose");
+            false
+        });
+        let _handle = engine.submit(text_request(&[1, 2], unlimited()), sink).unwrap();
+        assert!(watch.recv().is_err(), "the sink is dropped");
+        let events = run(&engine, text_request(&[1, 2, 3], unlimited()));
+        assert_eq!(tokens_of(&events, 0).last(), Some(&RETURN));
+    }
+    engine.shutdown();
+    engine.wait();
+    assert_eq!(engine.stats().full_blocks_used, 0);
+}
+
+#[test]
+fn a_failed_step_fails_what_runs_and_the_engine_goes_on() {
+    for fault in [Step::Fail("no power".to_owned()), Step::Panic("on purpose".to_owned())] {
+        let (engine, control) = controlled(vec![9, RETURN]);
+        let request = text_request(&[1; 20], SamplingParams { n: 3, ..unlimited() });
+        let (_handle, events) = submit(&engine, request);
+        control.send(Step::Run).unwrap();
+        control.send(fault).unwrap();
+        let events: Vec<Event> = events.iter().collect();
+        let Some(Event::Failed(Failure::Device(message))) = events.last() else { panic!("{events:?}") };
+        assert!(message.contains("no power") || message.contains("on purpose"), "{message}");
+        assert_eq!(events.iter().filter(|e| matches!(e, Event::Failed(_))).count(), 1);
+        drop(control);
+        let events = run(&engine, text_request(&[1; 20], unlimited()));
+        assert_eq!(events[0], Event::Started { cached_tokens: 0, prompt_logprobs: None });
+        engine.shutdown();
+        engine.wait();
+        let stats = engine.stats();
+        assert_eq!((stats.failed_steps, stats.unhealthy, stats.full_blocks_used), (1, false, 0));
+    }
+}
+
+#[test]
+fn shutting_down_finishes_what_is_there() {
+    let (engine, control) = controlled(vec![9, 9, RETURN]);
+    let (_handle, events) = submit(&engine, text_request(&[1], unlimited()));
+    engine.shutdown();
+    let refused = engine.submit(text_request(&[1], unlimited()), channel_sink().0).err();
+    assert_eq!(refused, Some(SubmitError::ShuttingDown));
+    drop(control);
+    engine.wait();
+    assert_eq!(events.iter().last(), Some(Event::Done));
+}
+
+#[test]
+fn aborting_fails_what_is_there() {
+    for by_drop in [false, true] {
+        let (engine, control) = controlled(vec![9]);
+        let (_handle, events) = submit(&engine, text_request(&[1], unlimited()));
+        control.send(Step::Run).unwrap();
+        assert!(matches!(events.recv(), Ok(Event::Started { .. })));
+        if by_drop {
+            drop(control);
+            drop(engine);
+        } else {
+            engine.abort();
+            drop(control);
+            engine.wait();
+            assert_eq!(engine.stats().full_blocks_used, 0);
+        }
+        assert_eq!(events.iter().last(), Some(Event::Failed(Failure::ShuttingDown)));
+    }
+}
+
+#[test]
+fn a_sink_may_own_the_last_handle() {
+    let engine = says("x<|return|>");
+    let (sender, events) = channel();
+    let own = engine.clone();
+    let sink = Box::new(move |event| {
+        let _engine = &own;
+        sender.send(event).is_ok()
+    });
+    let handle = engine.submit(text_request(&[1], unlimited()), sink).unwrap();
+    drop(engine);
+    assert_eq!(events.iter().last(), Some(Event::Done));
+    drop(handle);
+}
+
+#[test]
+fn answers_of_one_request_share_the_prompt() {
+    let scripts = vec![vec![11, RETURN], vec![12, 12, RETURN], vec![13, 13, 13, RETURN]];
+    let engine = start(Scripted::new(Scripted::gpt_oss(), scripts), small(200));
+    let prompt: Vec<u32> = (0..50).collect();
+    let events = run(&engine, text_request(&prompt, SamplingParams { n: 3, ..unlimited() }));
+    let answers: Vec<Vec<u32>> = (0..3).map(|choice| tokens_of(&events, choice)).collect();
+    assert_eq!(answers, [vec![11, RETURN], vec![12, 12, RETURN], vec![13, 13, 13, RETURN]]);
+    engine.shutdown();
+    engine.wait();
+    let stats = engine.stats();
+    // Three of the prompt's four blocks are full; both others take them.
+    assert_eq!((stats.prefix_queries, stats.prefix_hits), (150, 96));
+    assert_eq!((stats.prompt_tokens, stats.generated_tokens), (50, 9));
+}
+
+#[test]
+fn a_repeated_prompt_is_cached_unless_that_is_off_or_scores_are_asked() {
+    for prefix_caching in [true, false] {
+        let options = EngineOptions { prefix_caching, ..small(200) };
+        let engine = start(Scripted::new(Scripted::gpt_oss(), vec![vec![11, RETURN]]), options);
+        let prompt: Vec<u32> = (0..50).collect();
+        let cached = |params: SamplingParams| match run(&engine, text_request(&prompt, params)).swap_remove(0)
+        {
+            Event::Started { cached_tokens, prompt_logprobs } => {
+                (cached_tokens, prompt_logprobs.map(|l| l.len()))
+            }
+            other => panic!("{other:?}"),
+        };
+        let hit = if prefix_caching { 48 } else { 0 };
+        assert_eq!(cached(unlimited()), (0, None));
+        assert_eq!(cached(unlimited()), (hit, None));
+        assert_eq!(cached(SamplingParams { prompt_logprobs: Some(1), ..unlimited() }), (0, Some(50)));
+        engine.reset_prefix_cache();
+        assert_eq!(cached(unlimited()), (0, None));
+        assert_eq!(cached(unlimited()), (hit, None));
+    }
+}
+
+#[test]
+fn many_requests_in_little_memory_all_get_their_answer() {
+    let script: Vec<u32> = (1..60).chain([RETURN]).collect();
+    // 8 + 8 blocks beyond the least: many preemptions.
+    let options = EngineOptions { max_model_len: Some(160), ..small(24) };
+    let engine = start(Scripted::new(Scripted::gpt_oss(), vec![script.clone()]), options);
+    let prompt =
+        |i: u32| -> Vec<u32> { (0..20 + 5 * (i % 16)).map(|p| if p < 33 { p } else { i }).collect() };
+    let requests: Vec<_> = (0..40)
+        .map(|i| {
+            submit(&engine, text_request(&prompt(i), SamplingParams { n: 1 + i as usize % 3, ..unlimited() }))
+        })
+        .collect();
+    for (i, (_handle, events)) in requests.iter().enumerate() {
+        let events: Vec<Event> = events.iter().collect();
+        assert_eq!(events.last(), Some(&Event::Done), "{:?}", events.last());
+        for choice in 0..1 + i % 3 {
+            assert_eq!(tokens_of(&events, choice), script);
+        }
+    }
+    engine.shutdown();
+    engine.wait();
+    let stats = engine.stats();
+    assert!(stats.preemptions > 0);
+    assert_eq!((stats.full_blocks_used, stats.sliding_blocks_used), (0, 0));
+}

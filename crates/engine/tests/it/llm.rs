@@ -1,0 +1,75 @@
+//! The offline API over scripts.
+
+use engine::{
+    EngineOptions, Error, FinishReason, Llm, Progress, Prompt, SamplingParams, Scripted, SubmitError,
+};
+use harmony::{ChatMessage, ChatPrompt};
+
+use crate::common::{says, start, tokens, unlimited};
+
+#[test]
+fn results_come_in_the_order_of_the_prompts() {
+    let backend = (0..20).fold(Scripted::new(Scripted::gpt_oss(), Vec::new()), |backend, i| {
+        // Later prompts have shorter answers.
+        backend.with_seed(i, [vec![i as u32 + 300; 25 - i as usize], tokens("<|return|>")].concat())
+    });
+    // The queue is shorter than the batch.
+    let options = EngineOptions { max_queued_requests: 3, ..EngineOptions::default() };
+    let llm = Llm::new(start(backend, options));
+    let prompts: Vec<Prompt> = (0..20).map(|i| Prompt::Tokens(vec![i; 3])).collect();
+    let params: Vec<SamplingParams> =
+        (0..20).map(|i| SamplingParams { seed: Some(i), n: 2, ..unlimited() }).collect();
+    let mut progress = Progress::default();
+    let outputs = llm.generate(&prompts, &params, &mut |p| progress = p).unwrap();
+    for (i, output) in outputs.iter().enumerate() {
+        assert_eq!(output.prompt_token_ids, [i as u32; 3]);
+        assert_eq!(output.outputs.len(), 2);
+        for (index, answer) in output.outputs.iter().enumerate() {
+            assert_eq!(answer.index, index);
+            assert_eq!(answer.token_ids[..25 - i], vec![i as u32 + 300; 25 - i]);
+            assert_eq!((answer.token_ids.len(), answer.finish_reason), (26 - i, FinishReason::Stop));
+        }
+    }
+    let generated = outputs.iter().flat_map(|o| &o.outputs).map(|o| o.token_ids.len()).sum();
+    assert_eq!(
+        progress,
+        Progress { finished: 20, total: 20, prompt_tokens: 60, generated_tokens: generated }
+    );
+}
+
+#[test]
+fn one_bad_prompt_stops_the_batch_before_it_begins() {
+    let llm = Llm::new(says("x<|return|>"));
+    let prompts = [Prompt::Text("a".to_owned()), Prompt::Tokens(vec![201_088])];
+    let error = llm.generate(&prompts, &[unlimited()], &mut |_| ()).unwrap_err();
+    assert!(
+        matches!(error, Error::Submit { index: 1, source: SubmitError::TokenOutOfVocabulary { .. } }),
+        "{error}"
+    );
+    let error = llm.generate(&prompts, &[unlimited(), unlimited(), unlimited()], &mut |_| ()).unwrap_err();
+    assert_eq!(error.to_string(), "The lengths of prompts (2) and params (3) must be the same.");
+    assert_eq!(llm.engine().stats().steps, 0);
+    assert_eq!(llm.generate(&[], &[unlimited()], &mut |_| ()).unwrap(), []);
+}
+
+#[test]
+fn texts_and_chats() {
+    let llm = Llm::new(says(
+        "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hi!<|return|>",
+    ));
+    let prompt = Prompt::Text("<|start|>assistant".to_owned());
+    let [output] = llm.generate(&[prompt], &[unlimited()], &mut |_| ()).unwrap().try_into().unwrap();
+    assert_eq!(output.prompt_token_ids, tokens("<|start|>assistant"));
+    assert_eq!(output.outputs[0].text, "analysisHm.assistantfinalHi!");
+    assert_eq!(output.outputs[0].content, None);
+
+    let conversation = ChatPrompt::new(vec![ChatMessage::new("user", "Hello")]);
+    let [output] = llm.chat(&[conversation], &[unlimited()], &mut |_| ()).unwrap().try_into().unwrap();
+    let answer = &output.outputs[0];
+    assert_eq!((answer.text.as_str(), answer.content.as_deref()), ("Hi!", Some("Hi!")));
+    assert_eq!((answer.reasoning.as_deref(), answer.tool_calls.len()), (Some("Hm."), 0));
+
+    let nobody = ChatPrompt::new(vec![ChatMessage::new("nobody", "Hello")]);
+    let error = llm.chat(&[nobody], &[unlimited()], &mut |_| ()).unwrap_err();
+    assert!(matches!(error, Error::Render { index: 0, .. }), "{error}");
+}

@@ -1,0 +1,9 @@
+//! The engine from outside: the scheduler without a model, the engine over scripts, the engine over a real model.
+
+mod common;
+mod life;
+mod llm;
+mod model;
+mod output;
+mod params;
+mod scheduler;

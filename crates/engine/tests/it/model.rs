@@ -1,0 +1,135 @@
+//! The engine over the reference backend and the small random model: tokens that another implementation computed, and the
+//! same tokens whatever the company.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+
+use checkpoint::Checkpoint;
+use engine::{Engine, EngineOptions, Llm, Prompt, RequestOutput, SamplingParams};
+use gptoss::Reference;
+use serde_json::Value;
+
+use crate::common::{harmony, unlimited};
+
+fn testdata(path: &str) -> String {
+    format!("{}/../../testdata/{path}", env!("CARGO_MANIFEST_DIR"))
+}
+
+fn llm(options: EngineOptions) -> Llm {
+    let weights = Checkpoint::open(Path::new(&testdata("model/hf-mxfp4"))).unwrap();
+    let backend = Reference::new(Arc::new(weights));
+    Llm::new(Engine::start(Box::new(backend), harmony(), options).unwrap())
+}
+
+/// Full and sliding blocks of the random model cost the same: two layers, keys and values, two heads of 64, f32.
+const BLOCK_BYTES: usize = 2 * 16 * 2 * 2 * 64 * 4;
+
+fn options(batched_tokens: usize, sequences: usize, blocks: usize) -> EngineOptions {
+    EngineOptions {
+        max_model_len: Some(256),
+        max_num_seqs: sequences,
+        max_num_batched_tokens: batched_tokens,
+        kv_cache_bytes: blocks * BLOCK_BYTES,
+        ..EngineOptions::default()
+    }
+}
+
+struct Golden {
+    prompt: Vec<u32>,
+    greedy: Vec<u32>,
+}
+
+fn golden() -> BTreeMap<String, Golden> {
+    let reference: Value =
+        serde_json::from_str(&std::fs::read_to_string(testdata("model/reference.json")).unwrap()).unwrap();
+    let ids = |value: &Value| -> Vec<u32> {
+        value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    };
+    let sequences = reference["sequences"].as_object().unwrap();
+    let golden = |(name, sequence): (&String, &Value)| {
+        let greedy = ids(&reference["greedy"][name]["tokens"]);
+        (name.clone(), Golden { prompt: ids(&sequence["ids"]), greedy })
+    };
+    sequences.iter().map(golden).collect()
+}
+
+fn greedy(max_tokens: usize) -> SamplingParams {
+    SamplingParams { temperature: 0.0, max_tokens: Some(max_tokens), ignore_eos: true, ..unlimited() }
+}
+
+#[test]
+fn greedy_answers_are_those_of_the_other_implementation() {
+    let golden = golden();
+    let prompts: Vec<Prompt> = golden.values().map(|g| Prompt::Tokens(g.prompt.clone())).collect();
+    // Whole prompts; small chunks; so little memory that sequences give way.
+    for (batched_tokens, sequences, blocks) in [(512, 8, 200), (7, 3, 100), (40, 8, 24)] {
+        let llm = llm(options(batched_tokens, sequences, blocks));
+        let outputs = llm.generate(&prompts, &[greedy(32)], &mut |_| ()).unwrap();
+        for ((name, golden), output) in golden.iter().zip(&outputs) {
+            assert_eq!(
+                output.outputs[0].token_ids, golden.greedy,
+                "{name}, {batched_tokens} tokens per step"
+            );
+        }
+        if blocks == 24 {
+            assert!(llm.engine().stats().preemptions > 0);
+        }
+    }
+}
+
+/// What must not depend on the company: everything but what was cached.
+fn essence(output: &RequestOutput) -> (Vec<Vec<u32>>, String) {
+    let tokens = output.outputs.iter().map(|o| o.token_ids.clone()).collect();
+    let logprobs = output.outputs.iter().map(|o| &o.logprobs).collect::<Vec<_>>();
+    (tokens, format!("{logprobs:?} {:?}", output.prompt_logprobs))
+}
+
+#[test]
+fn drawn_answers_do_not_depend_on_company_chunks_or_cache() {
+    let golden = golden();
+    let long = &golden["len64"].prompt;
+    let drawn = |seed, n| SamplingParams {
+        n,
+        seed: Some(seed),
+        logprobs: Some(3),
+        max_tokens: Some(10),
+        top_p: 0.9,
+        frequency_penalty: 0.5,
+        repetition_penalty: 1.1,
+        ..unlimited()
+    };
+    let scored = SamplingParams { prompt_logprobs: Some(2), ..drawn(5, 1) };
+    let jobs: Vec<(&[u32], SamplingParams)> = vec![
+        (long, drawn(1, 3)),
+        (&long[..50], drawn(2, 1)),
+        (&golden["len5"].prompt, drawn(3, 2)),
+        (long, scored),
+        (long, drawn(1, 1)),
+    ];
+    let alone: Vec<_> = jobs
+        .iter()
+        .map(|(prompt, params)| {
+            let llm = llm(options(512, 1, 100));
+            let prompt = [Prompt::Tokens(prompt.to_vec())];
+            let output = llm.generate(&prompt, std::slice::from_ref(params), &mut |_| ()).unwrap().remove(0);
+            essence(&output)
+        })
+        .collect();
+    assert_ne!(alone[0].0[0], alone[0].0[1], "choices differ");
+    assert_eq!(alone[0].0[0], alone[4].0[0], "the first choice does not depend on how many there are");
+    let (prompts, params): (Vec<_>, Vec<_>) =
+        jobs.iter().map(|(prompt, params)| (Prompt::Tokens(prompt.to_vec()), params.clone())).unzip();
+    for (batched_tokens, sequences, blocks) in [(512, 8, 200), (9, 9, 200), (33, 4, 24)] {
+        let llm = llm(options(batched_tokens, sequences, blocks));
+        // The second time most prompts come from the cache.
+        for _ in 0..2 {
+            let outputs = llm.generate(&prompts, &params, &mut |_| ()).unwrap();
+            assert_eq!(outputs.iter().map(essence).collect::<Vec<_>>(), alone);
+        }
+        if blocks == 200 {
+            let again = llm.generate(&prompts[..1], &params[..1], &mut |_| ()).unwrap();
+            assert_eq!(again[0].cached_tokens, 48);
+        }
+    }
+}

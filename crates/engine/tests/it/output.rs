@@ -1,0 +1,212 @@
+//! From tokens to text, message fields and reasons, over scripts.
+
+use engine::{Event, FinishReason, OutputMode, Request, SamplingParams, StopReason};
+use harmony::{Delta, Turn};
+
+use crate::common::{CALL, RETURN, run, says, text_request, tokens, tokens_of, unlimited};
+
+type End = (FinishReason, Option<StopReason>);
+
+fn ending(events: &[Event]) -> End {
+    match &events[events.len() - 2] {
+        Event::Finished { reason, stop, .. } => (*reason, stop.clone()),
+        other => panic!("{other:?}"),
+    }
+}
+
+/// The text that an engine which says `script` gives, and why it ended.
+fn text(script: &str, params: SamplingParams) -> (String, End) {
+    let events = run(&says(script), text_request(&[1, 2], params));
+    let texts = events.iter().filter_map(|e| match e {
+        Event::Tokens { text, .. } => Some(text.as_str()),
+        _ => None,
+    });
+    (texts.collect(), ending(&events))
+}
+
+fn stops(strings: &[&str]) -> SamplingParams {
+    SamplingParams { stop: strings.iter().map(|&s| s.to_owned()).collect(), ..unlimited() }
+}
+
+#[test]
+fn texts_and_how_they_end() {
+    let stop = |s: &str| (FinishReason::Stop, Some(StopReason::Text(s.to_owned())));
+    let token = |id| (FinishReason::Stop, Some(StopReason::Token(id)));
+    let turn = (FinishReason::Stop, None);
+    let length = (FinishReason::Length, None);
+    let hello = tokens(" world")[0];
+    let cases: Vec<(&str, SamplingParams, &str, End)> = vec![
+        ("Hello world!<|return|>", unlimited(), "Hello world!", turn.clone()),
+        ("Hello world!<|call|>", unlimited(), "Hello world!", token(CALL)),
+        ("Hello world!<|endoftext|>", unlimited(), "Hello world!", token(199_999)),
+        ("Hello<|end|> world!<|return|>", unlimited(), "Hello world!", turn.clone()),
+        (
+            "Hello<|end|> world!<|return|>",
+            SamplingParams { skip_special_tokens: false, ..unlimited() },
+            "Hello<|end|> world!",
+            turn.clone(),
+        ),
+        ("Hello world!<|return|>", stops(&["o w"]), "Hell", stop("o w")),
+        (
+            "Hello world!<|return|>",
+            SamplingParams { include_stop_str_in_output: true, ..stops(&["o w"]) },
+            "Hello w",
+            stop("o w"),
+        ),
+        ("Hello world!<|return|>", stops(&["!!", "d!x", "zz"]), "Hello world!", turn.clone()),
+        ("Hello world!<|return|>", stops(&["world", "o"]), "Hell", stop("o")),
+        ("naïve 👋🏽!<|return|>", stops(&["🏽"]), "naïve 👋", stop("🏽")),
+        (
+            "Hello world!<|return|>",
+            SamplingParams { max_tokens: Some(2), ..unlimited() },
+            "Hello world",
+            length.clone(),
+        ),
+        (
+            "Hello world!<|return|>",
+            SamplingParams { stop_token_ids: vec![hello], ..unlimited() },
+            "Hello",
+            token(hello),
+        ),
+        (
+            "Hello world!<|return|>",
+            SamplingParams { stop_token_ids: vec![hello], include_stop_str_in_output: true, ..unlimited() },
+            "Hello world",
+            token(hello),
+        ),
+        // The script begins again.
+        (
+            "Hi<|return|>",
+            SamplingParams { ignore_eos: true, max_tokens: Some(5), ..unlimited() },
+            "HiHiHi",
+            length.clone(),
+        ),
+        ("a b a b<|return|>", SamplingParams { min_tokens: 3, ..stops(&["a"]) }, "a b a b", turn),
+        ("a b a b a<|return|>", SamplingParams { min_tokens: 4, ..stops(&[" a"]) }, "a b a b", stop(" a")),
+        // Half a character at the end.
+        ("👋🏽", SamplingParams { max_tokens: Some(1), ..unlimited() }, "\u{1f44b}", length),
+    ];
+    for (script, params, expected, end) in cases {
+        assert_eq!(text(script, params.clone()), (expected.to_owned(), end), "{script} with {params:?}");
+    }
+}
+
+#[test]
+fn stop_tokens_are_not_drawn_before_min_tokens() {
+    let params = SamplingParams { min_tokens: 3, max_tokens: Some(6), ..unlimited() };
+    let events = run(&says("<|return|>"), text_request(&[1], params));
+    let found = tokens_of(&events, 0);
+    assert_eq!(found.len(), 4);
+    assert!(!found[..3].contains(&RETURN) && found[3] == RETURN, "{found:?}");
+    assert_eq!(ending(&events), (FinishReason::Stop, None));
+}
+
+#[test]
+fn nothing_is_generated_when_only_the_prompt_is_asked() {
+    let params = SamplingParams { max_tokens: Some(0), prompt_logprobs: Some(2), ..unlimited() };
+    let events = run(&says("x"), text_request(&[1, 2, 3], params));
+    let Event::Started { prompt_logprobs: Some(scores), .. } = &events[0] else { panic!("{events:?}") };
+    assert_eq!(
+        scores.iter().map(|s| s.as_ref().map(|s| s.token)).collect::<Vec<_>>(),
+        [None, Some(2), Some(3)]
+    );
+    assert_eq!(events.len(), 3);
+    assert_eq!(ending(&events), (FinishReason::Length, None));
+}
+
+#[test]
+fn each_token_has_its_log_probability_also_while_its_text_is_held_back() {
+    let params = SamplingParams { logprobs: Some(2), ..stops(&["Hello world?"]) };
+    let events = run(&says("Hello world!<|return|>"), text_request(&[1], params));
+    let mut texts = Vec::new();
+    for event in &events {
+        if let Event::Tokens { token_ids, logprobs, text, .. } = event {
+            assert_eq!(logprobs.iter().map(|l| l.token).collect::<Vec<_>>(), *token_ids);
+            assert!(logprobs.iter().all(|l| l.top.len() == 2));
+            texts.push(text.as_str());
+        }
+    }
+    assert_eq!(texts, ["", "", "Hello world!", ""]);
+}
+
+/// The turn that an engine which says `script` gives, the deltas in order, and why it ended.
+fn chat(script: &str, params: SamplingParams) -> (Turn, Vec<Delta>, End) {
+    let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()] };
+    let events = run(&says(script), Request { prompt: vec![1, 2], params, output });
+    let mut turn = Turn::default();
+    let mut all = Vec::new();
+    for event in &events {
+        if let Event::Tokens { deltas, text, .. } = event {
+            assert_eq!(text, "");
+            deltas.iter().for_each(|delta| turn.apply(delta));
+            all.extend(deltas.iter().cloned());
+        }
+    }
+    (turn.finish(), all, ending(&events))
+}
+
+const ANSWER: &str = "<|channel|>analysis<|message|>Say hi there.<|end|><|start|>assistant<|channel|>final<|message|>\
+                      Hello there.<|return|>";
+const CALLS: &str = "<|channel|>analysis<|message|>Need weather.<|end|><|start|>assistant<|channel|>commentary \
+                     to=functions.get_weather <|constrain|>json<|message|>{\"location\": \"Paris\"}<|call|>";
+
+#[test]
+fn chats_and_how_they_end() {
+    let (turn, _, end) = chat(ANSWER, unlimited());
+    assert_eq!(
+        (turn.reasoning.as_deref(), turn.content.as_deref()),
+        (Some("Say hi there."), Some("Hello there."))
+    );
+    assert_eq!(end, (FinishReason::Stop, None));
+
+    let (turn, _, end) = chat(CALLS, unlimited());
+    assert_eq!(turn.tool_calls[0].arguments, "{\"location\": \"Paris\"}");
+    assert_eq!(end, (FinishReason::ToolCalls, Some(StopReason::Token(CALL))));
+
+    // Cut off in the middle of the call.
+    let length = tokens(CALLS).len() - 3;
+    let (turn, _, end) = chat(CALLS, SamplingParams { max_tokens: Some(length), ..unlimited() });
+    assert!(turn.tool_calls[0].arguments.starts_with("{\"location\""));
+    assert_eq!(end, (FinishReason::Length, None));
+}
+
+#[test]
+fn stop_strings_look_at_visible_text() {
+    let stop = |s: &str| (FinishReason::Stop, Some(StopReason::Text(s.to_owned())));
+    // Not across fields, not in markers, not in arguments.
+    for nowhere in [".Hello", "analysis", "<|", "Paris", "there.H"] {
+        let (turn, _, end) = chat(ANSWER, stops(&[nowhere]));
+        assert_eq!(turn, chat(ANSWER, unlimited()).0, "{nowhere}");
+        assert_eq!(end, (FinishReason::Stop, None));
+        assert_eq!(chat(CALLS, stops(&[nowhere])).0, chat(CALLS, unlimited()).0, "{nowhere}");
+    }
+    let (turn, _, end) = chat(ANSWER, stops(&["there"]));
+    assert_eq!((turn.reasoning.as_deref(), turn.content), (Some("Say hi "), None));
+    assert_eq!(end, stop("there"));
+    let (turn, _, end) = chat(ANSWER, stops(&["lo th", "xyz"]));
+    assert_eq!((turn.reasoning.as_deref(), turn.content.as_deref()), (Some("Say hi there."), Some("Hel")));
+    assert_eq!(end, stop("lo th"));
+    let (turn, _, end) =
+        chat(CALLS, SamplingParams { include_stop_str_in_output: true, ..stops(&["weather"]) });
+    assert_eq!((turn.reasoning.as_deref(), turn.tool_calls.len()), (Some("Need weather"), 0));
+    assert_eq!(end, stop("weather"));
+}
+
+#[test]
+fn what_is_held_back_comes_before_the_next_field() {
+    let (_, deltas, _) = chat(ANSWER, stops(&["there.!"]));
+    let first_content = deltas.iter().position(|d| matches!(d, Delta::Content(_))).unwrap();
+    assert!(deltas[first_content..].iter().all(|d| matches!(d, Delta::Content(_))), "{deltas:?}");
+}
+
+#[test]
+fn reasoning_and_repairs_are_counted() {
+    let output = OutputMode::Chat { tools: Vec::new() };
+    let script = ANSWER.replace("<|end|>", "");
+    let events = run(&says(&script), Request { prompt: vec![1], params: unlimited(), output });
+    let Event::Finished { reasoning_tokens, repairs, .. } = &events[events.len() - 2] else {
+        panic!("{events:?}")
+    };
+    assert_eq!(*reasoning_tokens, tokens("Say hi there.").len());
+    assert_eq!(*repairs, [("start_in_content", 1)]);
+}
