@@ -1,1 +1,29 @@
 //! OpenAI's HTTP API over the engine.
+//!
+//! A body is read leniently (`json.rs`), becomes a request that cannot be wrong (`chat_request.rs`,
+//! `completion_request.rs`), goes to the engine, and comes back over a bounded bridge (`events.rs`) as one answer or as
+//! chunks (`chat_answer.rs`, `completion_answer.rs`, `sse.rs`). Every refusal is an `ApiError` (`error.rs`).
+#![forbid(unsafe_code)]
+
+mod answer;
+mod auth;
+mod body;
+mod chat_answer;
+mod chat_request;
+mod clock;
+mod completion_answer;
+mod completion_request;
+mod error;
+mod events;
+mod generate;
+mod identifier;
+mod json;
+mod log;
+mod request;
+mod routes;
+mod sampling;
+mod server;
+mod sse;
+
+pub use clock::today;
+pub use server::{Error, Handle, Options, SamplingDefaults, Server};

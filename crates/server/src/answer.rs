@@ -1,0 +1,221 @@
+//! Pieces that the answers of both generating endpoints have: identity, usage, log-probabilities.
+
+use engine::{FinishReason, StopReason};
+use gptoss::TokenLogprobs;
+use serde::Serialize;
+use tokenizer::Tokenizer;
+
+/// What is the same in all parts of an answer.
+#[derive(Debug, Clone)]
+pub(crate) struct Identity {
+    /// With its prefix, such as `chatcmpl-…`.
+    pub(crate) id: String,
+    /// Seconds since 1970.
+    pub(crate) created: u64,
+    pub(crate) model: String,
+    pub(crate) fingerprint: String,
+    pub(crate) service_tier: Option<&'static str>,
+}
+
+/// Token counts of a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct Usage {
+    pub(crate) prompt_tokens: usize,
+    pub(crate) completion_tokens: usize,
+    pub(crate) total_tokens: usize,
+    pub(crate) prompt_tokens_details: PromptDetails,
+    /// Unknown while an answer is being generated.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(crate) completion_tokens_details: Option<CompletionDetails>,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct PromptDetails {
+    pub(crate) cached_tokens: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub(crate) struct CompletionDetails {
+    pub(crate) reasoning_tokens: usize,
+}
+
+impl Usage {
+    pub(crate) fn new(
+        prompt_tokens: usize,
+        cached_tokens: usize,
+        completion_tokens: usize,
+        reasoning_tokens: Option<usize>,
+    ) -> Usage {
+        Usage {
+            prompt_tokens,
+            completion_tokens,
+            total_tokens: prompt_tokens + completion_tokens,
+            prompt_tokens_details: PromptDetails { cached_tokens },
+            completion_tokens_details: reasoning_tokens.map(|n| CompletionDetails { reasoning_tokens: n }),
+        }
+    }
+}
+
+/// Which stop token or string ended a choice.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(untagged)]
+pub(crate) enum Stop {
+    Token(u32),
+    Text(String),
+}
+
+impl From<StopReason> for Stop {
+    fn from(reason: StopReason) -> Stop {
+        match reason {
+            StopReason::Token(token) => Stop::Token(token),
+            StopReason::Text(text) => Stop::Text(text),
+        }
+    }
+}
+
+/// What is said of how a choice ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Finish {
+    pub(crate) reason: FinishReason,
+    pub(crate) stop: Option<Stop>,
+}
+
+/// How tokens are shown.
+#[derive(Clone, Copy)]
+pub(crate) struct TokenNames<'a> {
+    pub(crate) tokenizer: &'a Tokenizer,
+    /// As `token_id:N` instead of their text.
+    pub(crate) as_ids: bool,
+}
+
+impl TokenNames<'_> {
+    /// The token as text; U+FFFD stands for what is not UTF-8 on its own.
+    pub(crate) fn name(&self, token: u32) -> String {
+        if self.as_ids {
+            return format!("token_id:{token}");
+        }
+        String::from_utf8_lossy(self.tokenizer.token_bytes(token).unwrap_or_default()).into_owned()
+    }
+
+    fn bytes(&self, token: u32) -> Option<Vec<u8>> {
+        self.tokenizer.token_bytes(token).map(<[u8]>::to_vec)
+    }
+}
+
+/// `choices[].logprobs` of chats.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub(crate) struct ChatLogprobs {
+    pub(crate) content: Vec<ChatLogprob>,
+    pub(crate) refusal: Option<()>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct ChatLogprob {
+    token: String,
+    logprob: f32,
+    bytes: Option<Vec<u8>>,
+    top_logprobs: Vec<TopLogprob>,
+}
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct TopLogprob {
+    token: String,
+    logprob: f32,
+    bytes: Option<Vec<u8>>,
+}
+
+impl ChatLogprob {
+    pub(crate) fn new(entry: &TokenLogprobs, names: TokenNames<'_>) -> ChatLogprob {
+        let top = entry.top.iter().map(|&(token, logprob)| TopLogprob {
+            token: names.name(token),
+            logprob: finite(logprob),
+            bytes: names.bytes(token),
+        });
+        ChatLogprob {
+            token: names.name(entry.token),
+            logprob: finite(entry.logprob),
+            bytes: names.bytes(entry.token),
+            top_logprobs: top.collect(),
+        }
+    }
+}
+
+/// `choices[].logprobs` of completions.
+#[derive(Debug, Clone, PartialEq, Default, Serialize)]
+pub(crate) struct TextLogprobs {
+    text_offset: Vec<usize>,
+    token_logprobs: Vec<Option<f32>>,
+    tokens: Vec<String>,
+    top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+}
+
+impl TextLogprobs {
+    /// Appends a token; `offset` counts the characters before it and moves on. Without an entry (the first token of a
+    /// prompt) there is nothing to say but its name.
+    pub(crate) fn push(
+        &mut self,
+        token: u32,
+        entry: Option<&TokenLogprobs>,
+        offset: &mut usize,
+        names: TokenNames<'_>,
+    ) {
+        let name = names.name(token);
+        self.text_offset.push(*offset);
+        *offset += name.chars().count();
+        self.token_logprobs.push(entry.map(|entry| finite(entry.logprob)));
+        self.top_logprobs.push(entry.map(|entry| {
+            let mut map = serde_json::Map::new();
+            // Different tokens may have one name; the more probable comes first and stays.
+            for &(token, logprob) in entry.top.iter().chain([&(entry.token, entry.logprob)]) {
+                map.entry(names.name(token)).or_insert_with(|| finite(logprob).into());
+            }
+            map
+        }));
+        self.tokens.push(name);
+    }
+
+    /// Appends what comes after.
+    pub(crate) fn extend(&mut self, later: TextLogprobs) {
+        self.text_offset.extend(later.text_offset);
+        self.token_logprobs.extend(later.token_logprobs);
+        self.tokens.extend(later.tokens);
+        self.top_logprobs.extend(later.top_logprobs);
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.tokens.is_empty()
+    }
+}
+
+/// One map per prompt token, from ids to what is known of them; null for the first.
+pub(crate) type PromptLogprobs = Vec<Option<serde_json::Map<String, serde_json::Value>>>;
+
+pub(crate) fn prompt_logprobs(
+    entries: &[Option<TokenLogprobs>],
+    top: usize,
+    names: TokenNames<'_>,
+) -> PromptLogprobs {
+    #[derive(Serialize)]
+    struct Shown {
+        logprob: f32,
+        rank: usize,
+        decoded_token: String,
+    }
+    let map = |entry: &TokenLogprobs| {
+        let ranked = entry.top.iter().take(top).enumerate();
+        let ranked = ranked.map(|(i, &(token, logprob))| (token, logprob, i + 1));
+        let mut map = serde_json::Map::new();
+        for (token, logprob, rank) in [(entry.token, entry.logprob, entry.rank)].into_iter().chain(ranked) {
+            let shown = Shown { logprob: finite(logprob), rank, decoded_token: names.name(token) };
+            let shown = serde_json::to_value(shown).expect("numbers and strings are JSON");
+            map.entry(token.to_string()).or_insert(shown);
+        }
+        map
+    };
+    entries.iter().map(|entry| entry.as_ref().map(map)).collect()
+}
+
+/// JSON has no infinity.
+fn finite(logprob: f32) -> f32 {
+    logprob.max(-9999.0)
+}

@@ -1,0 +1,544 @@
+//! A chat's events as the answer's fields, whole or as a stream of chunks (`serving.md` 5.4 to 5.8). Both go through
+//! [`ChatAnswer::apply`], so that the chunks joined are the whole.
+
+use std::sync::Arc;
+
+use engine::{Event, FinishReason};
+use gptoss::TokenLogprobs;
+use harmony::{Delta, Harmony, Turn};
+use serde::Serialize;
+
+use crate::answer::{
+    ChatLogprob, ChatLogprobs, Finish, Identity, PromptLogprobs, Stop, TokenNames, Usage, prompt_logprobs,
+};
+use crate::chat_request::ChatRequest;
+use crate::identifier::identifier;
+use crate::request::StreamOptions;
+use crate::sse::{Encoder, data};
+
+/// What an answer shows, of what is generated.
+#[derive(Debug, Clone)]
+pub(crate) struct Shape {
+    calls_allowed: bool,
+    parallel_tool_calls: bool,
+    include_reasoning: bool,
+    logprobs: bool,
+    prompt_logprobs: Option<usize>,
+    token_ids: bool,
+    tokens_as_ids: bool,
+    prompt_text: bool,
+    stream: StreamOptions,
+}
+
+impl Shape {
+    pub(crate) fn new(request: &ChatRequest) -> Shape {
+        Shape {
+            calls_allowed: request.calls_allowed,
+            parallel_tool_calls: request.parallel_tool_calls,
+            include_reasoning: request.include_reasoning,
+            logprobs: request.params.logprobs.is_some(),
+            prompt_logprobs: request.params.prompt_logprobs,
+            token_ids: request.common.return_token_ids,
+            tokens_as_ids: request.common.return_tokens_as_token_ids,
+            prompt_text: request.return_prompt_text,
+            stream: request.stream().unwrap_or_default(),
+        }
+    }
+}
+
+/// An answer in the making.
+pub(crate) struct ChatAnswer {
+    harmony: Arc<Harmony>,
+    identity: Identity,
+    shape: Shape,
+    prompt: Vec<u32>,
+    cached_tokens: usize,
+    prompt_logprobs: Option<PromptLogprobs>,
+    choices: Vec<Choice>,
+}
+
+#[derive(Default)]
+struct Choice {
+    calls: usize,
+    /// A call that is not allowed has begun after other reasoning: its text, kept as reasoning, needs a line of its own.
+    stray_call: bool,
+    has_reasoning: bool,
+    finished: bool,
+    completion_tokens: usize,
+    /// Known at the end.
+    reasoning_tokens: Option<usize>,
+}
+
+/// What an event adds to a choice.
+enum Change {
+    Delta { choice: usize, deltas: Vec<Delta>, token_ids: Vec<u32>, logprobs: Vec<TokenLogprobs> },
+    Finish { choice: usize, finish: Finish },
+}
+
+impl ChatAnswer {
+    pub(crate) fn new(
+        harmony: Arc<Harmony>,
+        identity: Identity,
+        shape: Shape,
+        prompt: Vec<u32>,
+        n: usize,
+    ) -> ChatAnswer {
+        let choices = (0..n).map(|_| Choice::default()).collect();
+        ChatAnswer { harmony, identity, shape, prompt, cached_tokens: 0, prompt_logprobs: None, choices }
+    }
+
+    /// Whether nothing more can change.
+    pub(crate) fn is_finished(&self) -> bool {
+        self.choices.iter().all(|choice| choice.finished)
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        let completion = self.choices.iter().map(|choice| choice.completion_tokens).sum();
+        let reasoning = self.choices.iter().map(|choice| choice.reasoning_tokens).sum();
+        Usage::new(self.prompt.len(), self.cached_tokens, completion, reasoning)
+    }
+
+    fn names(&self) -> TokenNames<'_> {
+        TokenNames { tokenizer: self.harmony.tokenizer(), as_ids: self.shape.tokens_as_ids }
+    }
+
+    fn apply(&mut self, event: Event) -> Vec<Change> {
+        let mut changes = Vec::new();
+        match event {
+            Event::Started { cached_tokens, prompt_logprobs: entries } => {
+                self.cached_tokens = cached_tokens;
+                if let (Some(top), Some(entries)) = (self.shape.prompt_logprobs, entries) {
+                    self.prompt_logprobs = Some(prompt_logprobs(&entries, top, self.names()));
+                }
+            }
+            Event::Tokens { choice: index, token_ids, deltas, logprobs, .. } => {
+                let Some(choice) = self.choices.get_mut(index).filter(|choice| !choice.finished) else {
+                    return changes;
+                };
+                choice.completion_tokens += token_ids.len();
+                let mut shown = Vec::with_capacity(deltas.len());
+                for delta in deltas {
+                    if !self.shape.parallel_tool_calls && choice.is_beyond_first_call(&delta) {
+                        choice.finished = true;
+                        break;
+                    }
+                    shown.extend(choice.show(delta, &self.shape));
+                }
+                let finished = choice.finished;
+                changes.push(Change::Delta { choice: index, deltas: shown, token_ids, logprobs });
+                if finished {
+                    let finish = Finish { reason: FinishReason::ToolCalls, stop: None };
+                    changes.push(Change::Finish { choice: index, finish });
+                }
+            }
+            Event::Finished { choice: index, reason, stop, completion_tokens, reasoning_tokens, .. } => {
+                let Some(choice) = self.choices.get_mut(index).filter(|choice| !choice.finished) else {
+                    return changes;
+                };
+                choice.finished = true;
+                choice.completion_tokens = completion_tokens;
+                choice.reasoning_tokens = Some(reasoning_tokens);
+                let reason = match reason {
+                    FinishReason::ToolCalls if choice.calls == 0 => FinishReason::Stop,
+                    reason => reason,
+                };
+                let finish = Finish { reason, stop: stop.map(Stop::from) };
+                changes.push(Change::Finish { choice: index, finish });
+            }
+            Event::Done | Event::Failed(_) => {}
+        }
+        changes
+    }
+}
+
+impl Choice {
+    /// Whether a delta comes after the one call that may be made.
+    fn is_beyond_first_call(&self, delta: &Delta) -> bool {
+        self.calls > 0 && !matches!(delta, Delta::CallArguments { index: 0, .. })
+    }
+
+    /// A delta as the client is to see it, if at all.
+    fn show(&mut self, delta: Delta, shape: &Shape) -> Option<Delta> {
+        let delta = match delta {
+            Delta::CallStart { .. } if !shape.calls_allowed => {
+                self.stray_call = self.has_reasoning;
+                return None;
+            }
+            // Nothing that was generated is lost.
+            Delta::CallArguments { text, .. } if !shape.calls_allowed => {
+                let joint = if std::mem::take(&mut self.stray_call) { "\n" } else { "" };
+                Delta::Reasoning(format!("{joint}{text}"))
+            }
+            delta => delta,
+        };
+        match &delta {
+            Delta::Reasoning(_) if !shape.include_reasoning => return None,
+            Delta::Reasoning(_) => self.has_reasoning = true,
+            Delta::CallStart { .. } => self.calls += 1,
+            Delta::Content(_) | Delta::CallArguments { .. } => {}
+        }
+        Some(delta)
+    }
+}
+
+/// The whole answer.
+pub(crate) struct WholeChat {
+    answer: ChatAnswer,
+    parts: Vec<Part>,
+}
+
+#[derive(Default)]
+struct Part {
+    turn: Turn,
+    token_ids: Vec<u32>,
+    logprobs: Vec<ChatLogprob>,
+    finish: Option<Finish>,
+}
+
+/// What is said beside the body.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Remarks {
+    /// A call's arguments are not JSON.
+    pub(crate) malformed_arguments: bool,
+    /// The answer ended before it left its reasoning.
+    pub(crate) truncated_in_analysis: bool,
+}
+
+impl WholeChat {
+    pub(crate) fn new(answer: ChatAnswer) -> WholeChat {
+        let parts = answer.choices.iter().map(|_| Part::default()).collect();
+        WholeChat { answer, parts }
+    }
+
+    /// Takes an event; false once nothing more can change.
+    pub(crate) fn add(&mut self, event: Event) -> bool {
+        for change in self.answer.apply(event) {
+            match change {
+                Change::Delta { choice, deltas, token_ids, logprobs } => {
+                    let names = self.answer.names();
+                    let part = &mut self.parts[choice];
+                    deltas.iter().for_each(|delta| part.turn.apply(delta));
+                    part.logprobs.extend(logprobs.iter().map(|entry| ChatLogprob::new(entry, names)));
+                    part.token_ids.extend(token_ids);
+                }
+                Change::Finish { choice, finish } => self.parts[choice].finish = Some(finish),
+            }
+        }
+        !self.answer.is_finished()
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        self.answer.usage()
+    }
+
+    /// The body, and what its headers say.
+    pub(crate) fn finish(self) -> (Vec<u8>, Remarks) {
+        let usage = self.answer.usage();
+        let answer = self.answer;
+        let shape = &answer.shape;
+        let mut remarks = Remarks::default();
+        let choices = self.parts.into_iter().enumerate().map(|(index, part)| {
+            let turn = part.turn.finish();
+            let reason = part.finish.as_ref().map(|finish| finish.reason);
+            let is_json = |text: &str| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok();
+            remarks.malformed_arguments |= turn.tool_calls.iter().any(|call| !is_json(&call.arguments));
+            remarks.truncated_in_analysis |= reason == Some(FinishReason::Length)
+                && turn.reasoning.is_some()
+                && turn.content.is_none()
+                && turn.tool_calls.is_empty();
+            WholeChoice {
+                index,
+                message: WholeMessage {
+                    role: "assistant",
+                    content: turn.content,
+                    refusal: None,
+                    annotations: None,
+                    audio: None,
+                    function_call: None,
+                    reasoning_content: turn.reasoning.clone(),
+                    reasoning: turn.reasoning,
+                    tool_calls: turn
+                        .tool_calls
+                        .into_iter()
+                        .map(|call| WholeCall {
+                            id: call_id(),
+                            r#type: "function",
+                            function: WholeFunction { name: call.name, arguments: call.arguments },
+                        })
+                        .collect(),
+                },
+                logprobs: shape.logprobs.then_some(ChatLogprobs { content: part.logprobs, refusal: None }),
+                finish_reason: reason,
+                stop_reason: part.finish.and_then(|finish| finish.stop),
+                token_ids: shape.token_ids.then_some(part.token_ids),
+            }
+        });
+        let whole = Whole {
+            id: &answer.identity.id,
+            object: "chat.completion",
+            created: answer.identity.created,
+            model: &answer.identity.model,
+            choices: choices.collect(),
+            service_tier: answer.identity.service_tier,
+            system_fingerprint: &answer.identity.fingerprint,
+            usage,
+            prompt_logprobs: answer.prompt_logprobs.as_ref(),
+            prompt_token_ids: shape.token_ids.then_some(&answer.prompt[..]),
+            prompt_text: shape.prompt_text.then(|| answer.harmony.tokenizer().decode(&answer.prompt)),
+            kv_transfer_params: None,
+            metrics: None,
+        };
+        (serde_json::to_vec(&whole).expect("an answer is JSON"), remarks)
+    }
+}
+
+#[derive(Serialize)]
+struct Whole<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    choices: Vec<WholeChoice>,
+    service_tier: Option<&'static str>,
+    system_fingerprint: &'a str,
+    usage: Usage,
+    prompt_logprobs: Option<&'a PromptLogprobs>,
+    prompt_token_ids: Option<&'a [u32]>,
+    prompt_text: Option<String>,
+    kv_transfer_params: Option<()>,
+    metrics: Option<()>,
+}
+
+#[derive(Serialize)]
+struct WholeChoice {
+    index: usize,
+    message: WholeMessage,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<FinishReason>,
+    stop_reason: Option<Stop>,
+    token_ids: Option<Vec<u32>>,
+}
+
+#[derive(Serialize)]
+struct WholeMessage {
+    role: &'static str,
+    content: Option<String>,
+    refusal: Option<()>,
+    annotations: Option<()>,
+    audio: Option<()>,
+    function_call: Option<()>,
+    reasoning: Option<String>,
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<WholeCall>,
+}
+
+#[derive(Serialize)]
+struct WholeCall {
+    id: String,
+    r#type: &'static str,
+    function: WholeFunction,
+}
+
+#[derive(Serialize)]
+struct WholeFunction {
+    name: String,
+    arguments: String,
+}
+
+/// The answer as chunks.
+pub(crate) struct ChatChunks {
+    answer: ChatAnswer,
+}
+
+impl ChatChunks {
+    pub(crate) fn new(answer: ChatAnswer) -> ChatChunks {
+        ChatChunks { answer }
+    }
+
+    fn chunk(&self, choices: Vec<ChunkChoice>, last: bool, out: &mut Vec<u8>) {
+        let identity = &self.answer.identity;
+        let stream = self.answer.shape.stream;
+        let usage = stream.continuous_usage_stats || (stream.include_usage && choices.is_empty());
+        data(
+            out,
+            &Chunk {
+                id: &identity.id,
+                object: "chat.completion.chunk",
+                created: identity.created,
+                model: &identity.model,
+                system_fingerprint: last.then_some(&identity.fingerprint),
+                choices,
+                usage: usage.then(|| self.answer.usage()),
+            },
+        );
+    }
+
+    fn delta(
+        &self,
+        index: usize,
+        deltas: Vec<Delta>,
+        token_ids: Vec<u32>,
+        logprobs: &[TokenLogprobs],
+    ) -> Option<ChunkChoice> {
+        let mut message = DeltaMessage::default();
+        for delta in deltas {
+            match delta {
+                Delta::Reasoning(text) => message.reasoning.get_or_insert_default().push_str(&text),
+                Delta::Content(text) => message.content.get_or_insert_default().push_str(&text),
+                Delta::CallStart { index, name } => message.tool_calls.push(DeltaCall {
+                    index,
+                    id: Some(call_id()),
+                    r#type: Some("function"),
+                    function: DeltaFunction { name: Some(name), arguments: String::new() },
+                }),
+                Delta::CallArguments { index, text } => message.tool_calls.push(DeltaCall {
+                    index,
+                    id: None,
+                    r#type: None,
+                    function: DeltaFunction { name: None, arguments: text },
+                }),
+            }
+        }
+        message.reasoning_content = message.reasoning.clone();
+        let shape = &self.answer.shape;
+        let names = self.answer.names();
+        let logprobs = shape.logprobs.then(|| ChatLogprobs {
+            content: logprobs.iter().map(|entry| ChatLogprob::new(entry, names)).collect(),
+            refusal: None,
+        });
+        let token_ids = shape.token_ids.then_some(token_ids);
+        // Markers have no text: they are sent only for their log-probabilities or ids.
+        let worth = !message.is_empty()
+            || logprobs.as_ref().is_some_and(|logprobs| !logprobs.content.is_empty())
+            || token_ids.as_ref().is_some_and(|ids| !ids.is_empty());
+        worth.then(|| ChunkChoice { delta: message, logprobs, token_ids, ..ChunkChoice::new(index) })
+    }
+}
+
+impl Encoder for ChatChunks {
+    fn begin(&mut self, out: &mut Vec<u8>) {
+        for index in 0..self.answer.choices.len() {
+            let mut choice = ChunkChoice::new(index);
+            choice.delta.role = Some("assistant");
+            choice.delta.content = Some(String::new());
+            if self.answer.shape.token_ids {
+                choice.prompt_token_ids = Some(self.answer.prompt.clone());
+            }
+            self.chunk(vec![choice], false, out);
+        }
+    }
+
+    fn event(&mut self, _prompt: usize, event: Event, out: &mut Vec<u8>) -> bool {
+        for change in self.answer.apply(event) {
+            match change {
+                Change::Delta { choice, deltas, token_ids, logprobs } => {
+                    if let Some(choice) = self.delta(choice, deltas, token_ids, &logprobs) {
+                        self.chunk(vec![choice], false, out);
+                    }
+                }
+                Change::Finish { choice, finish } => {
+                    let mut choice = ChunkChoice::new(choice);
+                    choice.finish_reason = Some(finish.reason);
+                    choice.stop_reason = Some(finish.stop);
+                    let last = self.answer.is_finished() && !self.answer.shape.stream.include_usage;
+                    self.chunk(vec![choice], last, out);
+                }
+            }
+        }
+        !self.answer.is_finished()
+    }
+
+    fn end(&mut self, out: &mut Vec<u8>) {
+        if self.answer.shape.stream.include_usage {
+            self.chunk(Vec::new(), true, out);
+        }
+    }
+
+    fn usage(&self) -> Usage {
+        self.answer.usage()
+    }
+}
+
+#[derive(Serialize)]
+struct Chunk<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    system_fingerprint: Option<&'a String>,
+    choices: Vec<ChunkChoice>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Usage>,
+}
+
+#[derive(Serialize)]
+struct ChunkChoice {
+    index: usize,
+    delta: DeltaMessage,
+    logprobs: Option<ChatLogprobs>,
+    finish_reason: Option<FinishReason>,
+    /// Beside a finish reason only, null then for the model's own end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    stop_reason: Option<Option<Stop>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    token_ids: Option<Vec<u32>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prompt_token_ids: Option<Vec<u32>>,
+}
+
+impl ChunkChoice {
+    fn new(index: usize) -> ChunkChoice {
+        ChunkChoice {
+            index,
+            delta: DeltaMessage::default(),
+            logprobs: None,
+            finish_reason: None,
+            stop_reason: None,
+            token_ids: None,
+            prompt_token_ids: None,
+        }
+    }
+}
+
+#[derive(Default, Serialize)]
+struct DeltaMessage {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<DeltaCall>,
+}
+
+impl DeltaMessage {
+    fn is_empty(&self) -> bool {
+        self.content.is_none() && self.reasoning.is_none() && self.tool_calls.is_empty()
+    }
+}
+
+#[derive(Serialize)]
+struct DeltaCall {
+    index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    r#type: Option<&'static str>,
+    function: DeltaFunction,
+}
+
+#[derive(Serialize)]
+struct DeltaFunction {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<String>,
+    arguments: String,
+}
+
+fn call_id() -> String {
+    format!("call_{}", &identifier()[..24])
+}

@@ -1,0 +1,705 @@
+//! `POST /v1/chat/completions`: from a body to a request that cannot be wrong (`serving.md` 5.1 to 5.3).
+
+use std::collections::HashSet;
+
+use engine::SamplingParams;
+use harmony::{ChatMessage, ChatPrompt, ChatTool, FunctionCall, FunctionTool, MessageContent, ToolCallInput};
+use serde_json::Value;
+
+use crate::error::ApiError;
+use crate::json::{self, Field, Object, excerpt};
+use crate::request::{self, Common, Context, StreamOptions};
+use crate::sampling::{self, EndpointFields, SamplingFields};
+
+const MAX_MESSAGES: usize = 4096;
+const MAX_PARTS: usize = 4096;
+const MAX_TOOLS: usize = 512;
+/// Of all tools together, as JSON: their trees take up to fifty times as much memory.
+const MAX_TOOLS_BYTES: usize = 1 << 20;
+const MAX_TOOL_NAME: usize = 64;
+
+const FIELDS: &[&str] = &[
+    "messages",
+    "model",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "max_completion_tokens",
+    "max_tokens",
+    "min_tokens",
+    "n",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "ignore_eos",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+    "prompt_logprobs",
+    "logprob_token_ids",
+    "logit_bias",
+    "allowed_token_ids",
+    "bad_words",
+    "response_format",
+    "structured_outputs",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "reasoning_effort",
+    "include_reasoning",
+    "thinking_token_budget",
+    "stream",
+    "stream_options",
+    "priority",
+    "service_tier",
+    "modalities",
+    "cache_salt",
+    "request_id",
+    "return_token_ids",
+    "return_tokens_as_token_ids",
+    "return_prompt_text",
+    "truncate_prompt_tokens",
+    "echo",
+    "add_generation_prompt",
+    "continue_final_message",
+    "skip_special_tokens",
+    "repetition_detection",
+    "stream_interval",
+    "chat_template",
+    "chat_template_kwargs",
+    "documents",
+    "use_beam_search",
+    "best_of",
+    "functions",
+    "function_call",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding_backend",
+    "guided_whitespace_pattern",
+];
+
+/// A valid request.
+#[derive(Debug)]
+pub(crate) struct ChatRequest {
+    pub(crate) common: Common,
+    pub(crate) prompt: ChatPrompt,
+    /// Names of the tools that may be called.
+    pub(crate) tools: Vec<String>,
+    pub(crate) params: SamplingParams,
+    /// Calls are returned; otherwise what the model writes into one is kept as reasoning.
+    pub(crate) calls_allowed: bool,
+    pub(crate) parallel_tool_calls: bool,
+    pub(crate) include_reasoning: bool,
+    pub(crate) return_prompt_text: bool,
+    /// Bytes of text that the prompt will hold, at least.
+    pub(crate) text_bytes: usize,
+}
+
+impl ChatRequest {
+    /// The order of the checks is fixed, so that the same mistakes always give the same first error: required fields,
+    /// types, ranges, rules across fields, model, support.
+    pub(crate) fn new(body: &[u8], context: &Context<'_>) -> Result<ChatRequest, ApiError> {
+        let object = Field::root(json::document(body)?).object(FIELDS)?;
+        let messages = object.required("messages")?;
+
+        // Types.
+        let wire = Wire::read(&object, &messages)?;
+
+        // Ranges.
+        if wire.messages.is_empty() {
+            return Err(messages.error("messages must not be empty."));
+        }
+        let top_logprobs = sampling::count("top_logprobs", "sample", wire.top_logprobs, context.limits)?;
+        let endpoint = EndpointFields {
+            max_tokens: sampling::tokens(wire.max_field, wire.max_tokens, 1)?,
+            logprobs: wire.logprobs.then(|| top_logprobs.unwrap_or(0)),
+        };
+        let params = wire.sampling.params(endpoint, context.defaults, context.limits)?;
+        let effort = wire.reasoning_effort.as_deref().map(reasoning_effort).transpose()?;
+        if let Some(tools) = &wire.tools {
+            tools.check()?;
+        }
+        if let Some(budget) = wire.thinking_token_budget.filter(|&budget| budget < -1) {
+            let message = format!("thinking_token_budget must be -1 or at least 0, got {budget}.");
+            return Err(ApiError::invalid("thinking_token_budget", message));
+        }
+
+        // Rules across fields.
+        if top_logprobs.is_some_and(|top| top > 0) && !wire.logprobs {
+            let message = "when using `top_logprobs`, `logprobs` must be set to true.";
+            return Err(ApiError::invalid("top_logprobs", message));
+        }
+        wire.common.cross_check(params.prompt_logprobs)?;
+        let choice = wire.tool_choice.check(wire.tools.as_ref().map_or(&[], |tools| &tools.tools))?;
+        let (messages, text_bytes) = history(wire.messages)?;
+
+        wire.common.check_model(context)?;
+
+        // Support.
+        request::refuse_unsupported(&object)?;
+        refuse_unsupported(&object, &wire.chat_template_kwargs)?;
+        if let Some(path) = wire.tools.as_ref().and_then(|tools| tools.strict.as_deref()) {
+            return Err(ApiError::unsupported(path));
+        }
+        if wire.thinking_token_budget.is_some_and(|budget| budget >= 0) {
+            return Err(ApiError::unsupported("thinking_token_budget"));
+        }
+        if effort == Some(None) {
+            let message = "reasoning_effort `none` is not supported yet.";
+            return Err(ApiError::invalid("reasoning_effort", message));
+        }
+        if !wire.include_reasoning && (wire.logprobs || wire.common.return_token_ids) {
+            let message = "include_reasoning=false is not supported yet together with logprobs or token ids.";
+            return Err(ApiError::invalid("include_reasoning", message));
+        }
+        let calls_allowed = match choice {
+            Choice::None => false,
+            Choice::Auto => true,
+            Choice::Forced => {
+                let message = "tool_choice other than `none` and `auto` is not supported yet.";
+                return Err(ApiError::invalid(wire.tool_choice.field, message));
+            }
+        };
+
+        // Without a constraint that suppresses calls, a model that sees no tools is the one that does not call them.
+        let tools = wire.tools.filter(|_| calls_allowed).map_or(Vec::new(), |tools| tools.tools);
+        let kwargs = wire.chat_template_kwargs;
+        let kwargs_effort = kwargs.reasoning_effort.as_deref().map(reasoning_effort).transpose()?.flatten();
+        Ok(ChatRequest {
+            common: wire.common,
+            tools: tools.iter().map(|tool| tool.function.name.clone()).collect(),
+            prompt: ChatPrompt {
+                messages,
+                tools,
+                reasoning_effort: effort.flatten().or(kwargs_effort).map(str::to_owned),
+                date: Some(context.date.to_owned()),
+                builtin_tools: kwargs.builtin_tools,
+                model_identity: kwargs.model_identity,
+                add_generation_prompt: true,
+            },
+            params,
+            calls_allowed,
+            parallel_tool_calls: wire.parallel_tool_calls,
+            include_reasoning: wire.include_reasoning,
+            return_prompt_text: wire.return_prompt_text,
+            text_bytes,
+        })
+    }
+}
+
+/// The body with its types checked, not its values.
+struct Wire {
+    common: Common,
+    messages: Vec<WireMessage>,
+    sampling: SamplingFields,
+    max_tokens: Option<i64>,
+    /// The name under which it came.
+    max_field: &'static str,
+    logprobs: bool,
+    top_logprobs: Option<i64>,
+    tools: Option<Tools>,
+    tool_choice: ToolChoice,
+    parallel_tool_calls: bool,
+    reasoning_effort: Option<String>,
+    include_reasoning: bool,
+    thinking_token_budget: Option<i64>,
+    return_prompt_text: bool,
+    chat_template_kwargs: TemplateKwargs,
+}
+
+impl Wire {
+    fn read(object: &Object<'_>, messages: &Field<'_>) -> Result<Wire, ApiError> {
+        request::refuse_removed(object)?;
+        let common = Common::read(object)?;
+        let messages: Vec<WireMessage> =
+            messages.array(MAX_MESSAGES)?.iter().map(WireMessage::read).collect::<Result<_, _>>()?;
+        let legacy_max = object.int("max_tokens")?;
+        let (max_tokens, max_field) = match object.int("max_completion_tokens")? {
+            Some(max) => (Some(max), "max_completion_tokens"),
+            None => (legacy_max, "max_tokens"),
+        };
+        let (tools, tool_choice) = match object.field("tools") {
+            Some(tools) => (Some(Tools::read(&tools)?), ToolChoice::read(object)?),
+            None => match object.field("functions") {
+                Some(functions) => (Some(Tools::read_legacy(&functions)?), ToolChoice::read_legacy(object)?),
+                None => (None, ToolChoice::read(object)?),
+            },
+        };
+        Ok(Wire {
+            common,
+            messages,
+            sampling: SamplingFields::read(object)?,
+            max_tokens,
+            max_field,
+            logprobs: object.bool("logprobs")?.unwrap_or(false),
+            top_logprobs: object.int("top_logprobs")?,
+            tools,
+            tool_choice,
+            parallel_tool_calls: object.bool("parallel_tool_calls")?.unwrap_or(true),
+            reasoning_effort: object.string("reasoning_effort")?,
+            include_reasoning: object.bool("include_reasoning")?.unwrap_or(true),
+            thinking_token_budget: object.int("thinking_token_budget")?,
+            return_prompt_text: object.bool("return_prompt_text")?.unwrap_or(false),
+            chat_template_kwargs: TemplateKwargs::read(object)?,
+        })
+    }
+}
+
+/// Those that mean something to Harmony; the others are ignored.
+#[derive(Debug, Default)]
+struct TemplateKwargs {
+    reasoning_effort: Option<String>,
+    model_identity: Option<String>,
+    builtin_tools: Vec<String>,
+}
+
+impl TemplateKwargs {
+    fn read(object: &Object<'_>) -> Result<TemplateKwargs, ApiError> {
+        let Some(field) = object.field("chat_template_kwargs") else { return Ok(TemplateKwargs::default()) };
+        let object = field.object(&["reasoning_effort", "model_identity", "builtin_tools"])?;
+        let builtin_tools =
+            object.field("builtin_tools").map_or(Ok(Vec::new()), |tools| tools.array(MAX_TOOLS))?;
+        Ok(TemplateKwargs {
+            reasoning_effort: object.string("reasoning_effort")?,
+            model_identity: object.string("model_identity")?,
+            builtin_tools: builtin_tools.iter().map(Field::string).collect::<Result<_, _>>()?,
+        })
+    }
+}
+
+/// A message with its types checked, and the path under which to complain about it.
+struct WireMessage {
+    path: String,
+    message: ChatMessage,
+    /// The old form of a single call.
+    function_call: Option<FunctionCall>,
+}
+
+impl WireMessage {
+    fn read(field: &Field<'_>) -> Result<WireMessage, ApiError> {
+        let object = field.object(&[
+            "role",
+            "content",
+            "refusal",
+            "reasoning",
+            "reasoning_content",
+            "thinking",
+            "tool_calls",
+            "tool_call_id",
+            "name",
+            "function_call",
+        ])?;
+        let role = object.required("role")?;
+        let role_name = role.string()?;
+        if !matches!(role_name.as_str(), "system" | "developer" | "user" | "assistant" | "tool" | "function")
+        {
+            let message = format!(
+                "{} must be one of system, developer, user, assistant, tool, got {}.",
+                role.path(),
+                excerpt(&role_name)
+            );
+            return Err(role.error(message));
+        }
+        let assistant = role_name == "assistant";
+        let mut content = object.field("content").map(|content| text(&content, assistant)).transpose()?;
+        if assistant && content.is_none() {
+            content = object.string("refusal")?;
+        }
+        let mut reasoning = None;
+        let mut tool_calls = None;
+        let mut function_call = None;
+        if assistant {
+            for name in ["reasoning", "reasoning_content", "thinking"] {
+                let value = object.string(name)?;
+                reasoning = reasoning.or(value.filter(|text| !text.is_empty()));
+            }
+            tool_calls = object.field("tool_calls").map(|calls| read_calls(&calls)).transpose()?;
+            function_call = object.field("function_call").map(|call| read_call(&call)).transpose()?;
+        }
+        let called = function_call.is_some() || tool_calls.as_ref().is_some_and(|calls| !calls.is_empty());
+        if content.is_none() && !(assistant && (called || reasoning.is_some())) {
+            object.required("content")?;
+        }
+        let tool_call_id = match role_name.as_str() {
+            "tool" => Some(object.required("tool_call_id")?.string()?),
+            _ => None,
+        };
+        let name = match role_name.as_str() {
+            "function" => Some(object.required("name")?.string()?),
+            _ => None,
+        };
+        Ok(WireMessage {
+            path: field.path().to_owned(),
+            message: ChatMessage {
+                role: role_name,
+                content: content.map(MessageContent::Text),
+                reasoning,
+                tool_calls,
+                tool_call_id,
+                name,
+                ..ChatMessage::default()
+            },
+            function_call,
+        })
+    }
+}
+
+/// A content: a string, or parts of text, joined.
+fn text(field: &Field<'_>, assistant: bool) -> Result<String, ApiError> {
+    if field.is_string() {
+        return field.string();
+    }
+    if !field.is_array() {
+        return Err(field.error(format!("{} must be a string or an array of parts.", field.path())));
+    }
+    let mut joined = String::new();
+    for part in field.array(MAX_PARTS)? {
+        let object = part.object(&["type", "text", "refusal"])?;
+        let kind = object.required("type")?.string()?;
+        match kind.as_str() {
+            "text" | "input_text" | "output_text" => joined += &object.required("text")?.string()?,
+            "refusal" if assistant => joined += &object.required("refusal")?.string()?,
+            other => {
+                let message =
+                    format!("Parts of type {} are not supported: this model reads text.", excerpt(other));
+                return Err(part.error(message));
+            }
+        }
+    }
+    Ok(joined)
+}
+
+fn read_calls(field: &Field<'_>) -> Result<Vec<ToolCallInput>, ApiError> {
+    field
+        .array(MAX_TOOLS)?
+        .iter()
+        .map(|call| {
+            let object = call.object(&["id", "type", "function"])?;
+            let id = object.required("id")?.string()?;
+            if let Some(kind) = object.field("type")
+                && kind.string()? != "function"
+            {
+                return Err(kind.error("Only calls of type function are supported."));
+            }
+            Ok(ToolCallInput { id, function: read_call(&object.required("function")?)? })
+        })
+        .collect()
+}
+
+fn read_call(field: &Field<'_>) -> Result<FunctionCall, ApiError> {
+    let object = field.object(&["name", "arguments"])?;
+    let name = object.required("name")?.string()?;
+    let arguments = match object.field("arguments") {
+        None => Value::String(String::new()),
+        Some(arguments) if arguments.is_object() => arguments.value(MAX_TOOLS_BYTES)?,
+        Some(arguments) => Value::String(arguments.string()?),
+    };
+    Ok(FunctionCall { name, arguments })
+}
+
+/// Declared tools.
+struct Tools {
+    tools: Vec<ChatTool>,
+    /// Where they came from, to complain about.
+    paths: Vec<String>,
+    field: String,
+    /// Path of the first `strict: true`.
+    strict: Option<String>,
+}
+
+impl Tools {
+    fn read(field: &Field<'_>) -> Result<Tools, ApiError> {
+        let mut tools = Tools::bounded(field)?;
+        for tool in field.array(MAX_TOOLS)? {
+            let object = tool.object(&["type", "function"])?;
+            let kind = object.required("type")?;
+            if kind.string()? != "function" {
+                return Err(kind.error("Only tools of type function are supported."));
+            }
+            tools.add(&object.required("function")?)?;
+        }
+        Ok(tools)
+    }
+
+    fn read_legacy(field: &Field<'_>) -> Result<Tools, ApiError> {
+        let mut tools = Tools::bounded(field)?;
+        for function in field.array(MAX_TOOLS)? {
+            tools.add(&function)?;
+        }
+        Ok(tools)
+    }
+
+    /// No tools yet, of a field that is not too large.
+    fn bounded(field: &Field<'_>) -> Result<Tools, ApiError> {
+        if field.text().len() > MAX_TOOLS_BYTES {
+            return Err(field.error(format!("{} is longer than {MAX_TOOLS_BYTES} bytes.", field.path())));
+        }
+        Ok(Tools { tools: Vec::new(), paths: Vec::new(), field: field.path().to_owned(), strict: None })
+    }
+
+    fn add(&mut self, field: &Field<'_>) -> Result<(), ApiError> {
+        let object = field.object(&["name", "description", "parameters", "strict"])?;
+        let name = object.required("name")?;
+        let parameters = match object.field("parameters") {
+            Some(schema) if schema.is_object() => Some(schema.value(MAX_TOOLS_BYTES)?),
+            Some(schema) => return Err(schema.error(format!("{} must be an object.", schema.path()))),
+            None => None,
+        };
+        if object.bool("strict")? == Some(true) {
+            self.strict.get_or_insert_with(|| format!("{}.strict", field.path()));
+        }
+        let description = object.string("description")?;
+        self.tools
+            .push(ChatTool { function: FunctionTool { name: name.string()?, description, parameters } });
+        self.paths.push(name.path().to_owned());
+        Ok(())
+    }
+
+    fn check(&self) -> Result<(), ApiError> {
+        if self.tools.is_empty() {
+            let field = &self.field;
+            let message = format!(
+                "`{field}` must not be an empty array. Either provide at least one tool or omit the field entirely."
+            );
+            return Err(ApiError::invalid(field, message));
+        }
+        let letters = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+        let mut names = HashSet::new();
+        for (tool, path) in self.tools.iter().zip(&self.paths) {
+            let name = &tool.function.name;
+            if name.is_empty() || name.len() > MAX_TOOL_NAME || !name.chars().all(letters) {
+                let message = format!(
+                    "{path} must be 1 to {MAX_TOOL_NAME} letters, digits, `_`, `.` or `-`, got {}.",
+                    excerpt(name)
+                );
+                return Err(ApiError::invalid(path, message));
+            }
+            if !names.insert(name.as_str()) {
+                return Err(ApiError::invalid(path, format!("Two tools are named {name}.")));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What `tool_choice`, or its old name `function_call`, says.
+struct ToolChoice {
+    field: &'static str,
+    wanted: Wanted,
+}
+
+enum Wanted {
+    Unsaid,
+    None,
+    Auto,
+    Required,
+    Named(String),
+}
+
+/// How calls may be made.
+enum Choice {
+    None,
+    Auto,
+    Forced,
+}
+
+impl ToolChoice {
+    fn read(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
+        let wanted = match object.field("tool_choice") {
+            None => Wanted::Unsaid,
+            Some(choice) if choice.is_object() => {
+                let object = choice.object(&["type", "function"])?;
+                let kind = object.required("type")?;
+                if kind.string()? != "function" {
+                    return Err(kind.error("tool_choice.type must be `function`."));
+                }
+                Wanted::Named(object.required("function")?.object(&["name"])?.required("name")?.string()?)
+            }
+            Some(choice) => match choice.string()?.as_str() {
+                "none" => Wanted::None,
+                "auto" => Wanted::Auto,
+                "required" => Wanted::Required,
+                other => {
+                    let message = format!(
+                        "tool_choice must be none, auto, required or an object, got {}.",
+                        excerpt(other)
+                    );
+                    return Err(choice.error(message));
+                }
+            },
+        };
+        Ok(ToolChoice { field: "tool_choice", wanted })
+    }
+
+    fn read_legacy(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
+        let wanted = match object.field("function_call") {
+            None => Wanted::Unsaid,
+            Some(choice) if choice.is_object() => {
+                Wanted::Named(choice.object(&["name"])?.required("name")?.string()?)
+            }
+            Some(choice) => match choice.string()?.as_str() {
+                "none" => Wanted::None,
+                "auto" => Wanted::Auto,
+                other => {
+                    let message =
+                        format!("function_call must be none, auto or an object, got {}.", excerpt(other));
+                    return Err(choice.error(message));
+                }
+            },
+        };
+        Ok(ToolChoice { field: "function_call", wanted })
+    }
+
+    fn check(&self, tools: &[ChatTool]) -> Result<Choice, ApiError> {
+        match &self.wanted {
+            Wanted::None => Ok(Choice::None),
+            Wanted::Unsaid if tools.is_empty() => Ok(Choice::None),
+            Wanted::Unsaid => Ok(Choice::Auto),
+            _ if tools.is_empty() => {
+                Err(ApiError::invalid(self.field, "When using `tool_choice`, `tools` must be set."))
+            }
+            Wanted::Auto => Ok(Choice::Auto),
+            Wanted::Named(name) if tools.iter().all(|tool| tool.function.name != *name) => {
+                let message =
+                    format!("{} names {}, which is not among the tools.", self.field, excerpt(name));
+                Err(ApiError::invalid(self.field, message))
+            }
+            Wanted::Required | Wanted::Named(_) => Ok(Choice::Forced),
+        }
+    }
+}
+
+/// Checks that results answer calls, gives old-style calls ids, and counts the text.
+fn history(messages: Vec<WireMessage>) -> Result<(Vec<ChatMessage>, usize), ApiError> {
+    let mut known: HashSet<String> = HashSet::new();
+    // Calls of the last assistant message without a result yet, and its path.
+    let mut open: Vec<String> = Vec::new();
+    let mut open_path = String::new();
+    // The old-style call that waits for a message of the role `function`.
+    let mut open_function: Option<(String, String)> = None;
+    let mut bytes = 0;
+    let mut checked = Vec::with_capacity(messages.len());
+    for (i, WireMessage { path, mut message, function_call }) in messages.into_iter().enumerate() {
+        match message.role.as_str() {
+            "assistant" => {
+                if let Some(function) = function_call {
+                    let id = format!("function_call.{i}");
+                    open_function = Some((function.name.clone(), id.clone()));
+                    message.tool_calls.get_or_insert_default().push(ToolCallInput { id, function });
+                }
+                let calls = message.tool_calls.iter().flatten();
+                open = calls.map(|call| call.id.clone()).collect();
+                open_path = path;
+                known.extend(open.iter().cloned());
+            }
+            "tool" => {
+                let id = message.tool_call_id.as_deref().unwrap_or_default();
+                if !known.contains(id) {
+                    let message =
+                        format!("No earlier assistant message has a tool call with the id {}.", excerpt(id));
+                    return Err(ApiError::invalid(&format!("{path}.tool_call_id"), message));
+                }
+                open.retain(|open| open != id);
+            }
+            "function" => {
+                let name = message.name.take().unwrap_or_default();
+                let Some((_, id)) = open_function.take_if(|(called, _)| *called == name) else {
+                    let message =
+                        format!("No earlier assistant message calls the function {}.", excerpt(&name));
+                    return Err(ApiError::invalid(&format!("{path}.name"), message));
+                };
+                open.retain(|open| *open != id);
+                message.role = "tool".to_owned();
+                message.tool_call_id = Some(id);
+            }
+            // The person has moved on.
+            "user" => open.clear(),
+            _ => {}
+        }
+        bytes += text_bytes(&message);
+        checked.push(message);
+    }
+    if !open.is_empty() {
+        const LISTED: usize = 10;
+        let mut ids = open.iter().take(LISTED).map(|id| excerpt(id)).collect::<Vec<_>>().join(", ");
+        if open.len() > LISTED {
+            ids += &format!(" and {} more", open.len() - LISTED);
+        }
+        let message = format!("These tool calls have no result: {ids}.");
+        return Err(ApiError::invalid(&format!("{open_path}.tool_calls"), message));
+    }
+    Ok((checked, bytes))
+}
+
+fn text_bytes(message: &ChatMessage) -> usize {
+    let content = match &message.content {
+        Some(MessageContent::Text(text)) => text.len(),
+        _ => 0,
+    };
+    let calls = message.tool_calls.iter().flatten().map(|call| match &call.function.arguments {
+        Value::String(text) => text.len(),
+        _ => 0,
+    });
+    content + message.reasoning.as_ref().map_or(0, String::len) + calls.sum::<usize>()
+}
+
+/// The level that Harmony knows; `None` for `none`.
+fn reasoning_effort(effort: &str) -> Result<Option<&'static str>, ApiError> {
+    match effort {
+        "none" => Ok(None),
+        "minimal" | "low" => Ok(Some("low")),
+        "medium" => Ok(Some("medium")),
+        "high" | "xhigh" | "max" => Ok(Some("high")),
+        other => Err(ApiError::invalid(
+            "reasoning_effort",
+            format!(
+                "reasoning_effort must be one of none, minimal, low, medium, high, xhigh, max, got {}.",
+                excerpt(other)
+            ),
+        )),
+    }
+}
+
+/// Fields of chats only that the engine cannot honour.
+fn refuse_unsupported(object: &Object<'_>, kwargs: &TemplateKwargs) -> Result<(), ApiError> {
+    for name in ["echo", "continue_final_message"] {
+        if object.bool(name)? == Some(true) {
+            return Err(ApiError::unsupported(name));
+        }
+    }
+    if object.bool("add_generation_prompt")? == Some(false) {
+        return Err(ApiError::unsupported("add_generation_prompt"));
+    }
+    if object.field("chat_template").is_some() {
+        let message = "chat_template is not supported: the prompt format of this model is built in.";
+        return Err(ApiError::invalid("chat_template", message));
+    }
+    if object.field("documents").is_some() {
+        return Err(ApiError::unsupported("documents"));
+    }
+    if let Some(modalities) = object.field("modalities") {
+        for modality in modalities.array(MAX_PARTS)? {
+            if modality.string()? != "text" {
+                return Err(modalities.error("This model writes text only."));
+            }
+        }
+    }
+    if kwargs.reasoning_effort.as_deref() == Some("none") {
+        let field = "chat_template_kwargs.reasoning_effort";
+        return Err(ApiError::invalid(field, format!("{field} `none` is not supported yet.")));
+    }
+    Ok(())
+}
+
+impl ChatRequest {
+    /// How the answer is to be streamed, if it is.
+    pub(crate) fn stream(&self) -> Option<StreamOptions> {
+        self.common.stream
+    }
+}

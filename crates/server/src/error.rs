@@ -1,0 +1,159 @@
+//! Everything that a client can be told instead of an answer, and its one mapping to the wire.
+
+use std::fmt;
+
+use axum::Json;
+use axum::http::{HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use serde::Serialize;
+
+use crate::json::excerpt;
+
+/// Why a request gets no answer.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum ApiError {
+    /// The body as a whole cannot be read.
+    #[error("{0}")]
+    Body(String),
+    /// A field breaks a rule.
+    #[error("{message}")]
+    Invalid {
+        /// Path of the field.
+        param: String,
+        message: String,
+    },
+    #[error("The model `{}` does not exist. Valid aliases: {aliases}.", excerpt(.name))]
+    UnknownModel { name: String, aliases: String },
+    #[error("There is nothing at this path.")]
+    UnknownPath,
+    #[error("This path does not take this method.")]
+    MethodNotAllowed,
+    #[error("The model does not support this endpoint.")]
+    NotApplicable,
+    #[error("A valid API key is needed: send it as `Authorization: Bearer KEY`.")]
+    Unauthorized,
+    #[error("The request body is larger than {max} bytes.")]
+    TooLarge { max: usize },
+    #[error("The request body did not arrive in time.")]
+    BodyTimeout,
+    #[error("The request body must be of type application/json.")]
+    MediaType,
+    #[error("The model is being loaded. Please retry.")]
+    Loading,
+    #[error("The engine makes no progress.")]
+    Unhealthy,
+    #[error("The server is busy. Please retry.")]
+    Busy,
+    #[error("The server is shutting down. Please retry.")]
+    ShuttingDown,
+    /// Only ever in-band: the answer had begun.
+    #[error("The answer was not read fast enough and has been given up.")]
+    SlowReader,
+    /// Details are in the log, not on the wire.
+    #[error("Internal server error (request {request_id})")]
+    Internal { request_id: String },
+}
+
+impl ApiError {
+    /// A body that cannot be read.
+    pub(crate) fn body(message: impl fmt::Display) -> ApiError {
+        ApiError::Body(message.to_string())
+    }
+
+    /// A field that breaks a rule.
+    pub(crate) fn invalid(param: &str, message: impl fmt::Display) -> ApiError {
+        ApiError::Invalid { param: param.to_owned(), message: message.to_string() }
+    }
+
+    /// A field that is understood but cannot be honoured.
+    pub(crate) fn unsupported(param: &str) -> ApiError {
+        ApiError::invalid(param, format!("{param} is not supported yet."))
+    }
+
+    fn status(&self) -> StatusCode {
+        match self {
+            ApiError::Body(_) | ApiError::Invalid { .. } => StatusCode::BAD_REQUEST,
+            ApiError::UnknownModel { .. } | ApiError::UnknownPath => StatusCode::NOT_FOUND,
+            ApiError::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
+            ApiError::NotApplicable => StatusCode::NOT_IMPLEMENTED,
+            ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
+            ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            ApiError::BodyTimeout | ApiError::SlowReader => StatusCode::REQUEST_TIMEOUT,
+            ApiError::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            ApiError::Loading | ApiError::Unhealthy | ApiError::Busy | ApiError::ShuttingDown => {
+                StatusCode::SERVICE_UNAVAILABLE
+            }
+            ApiError::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    fn kind(&self) -> &'static str {
+        match self {
+            ApiError::Body(_)
+            | ApiError::Invalid { .. }
+            | ApiError::TooLarge { .. }
+            | ApiError::MediaType => "BadRequestError",
+            ApiError::UnknownModel { .. } | ApiError::UnknownPath => "NotFoundError",
+            ApiError::MethodNotAllowed => "MethodNotAllowedError",
+            ApiError::NotApplicable => "NotImplementedError",
+            ApiError::Unauthorized => "AuthenticationError",
+            ApiError::BodyTimeout | ApiError::SlowReader => "TimeoutError",
+            ApiError::Loading | ApiError::Unhealthy | ApiError::Busy | ApiError::ShuttingDown => {
+                "ServiceUnavailableError"
+            }
+            ApiError::Internal { .. } => "InternalServerError",
+        }
+    }
+
+    fn param(&self) -> Option<&str> {
+        match self {
+            ApiError::Invalid { param, .. } => Some(param),
+            ApiError::UnknownModel { .. } => Some("model"),
+            _ => None,
+        }
+    }
+
+    /// The body, also sent in-band when the answer had begun.
+    pub(crate) fn wire(&self) -> impl Serialize + '_ {
+        #[derive(Serialize)]
+        struct Wire<'a> {
+            error: Inner<'a>,
+        }
+        #[derive(Serialize)]
+        struct Inner<'a> {
+            message: String,
+            r#type: &'static str,
+            param: Option<&'a str>,
+            code: u16,
+        }
+        Wire {
+            error: Inner {
+                message: self.to_string(),
+                r#type: self.kind(),
+                param: self.param(),
+                code: self.status().as_u16(),
+            },
+        }
+    }
+}
+
+impl IntoResponse for ApiError {
+    fn into_response(self) -> Response {
+        let mut response = (self.status(), Json(self.wire())).into_response();
+        let extra = match self {
+            ApiError::Unauthorized => Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
+            // A model that fits in memory loads in some seconds; a queue drains in about one.
+            ApiError::Loading => Some((header::RETRY_AFTER, HeaderValue::from_static("3"))),
+            ApiError::Unhealthy | ApiError::Busy | ApiError::ShuttingDown => {
+                Some((header::RETRY_AFTER, HeaderValue::from_static("1")))
+            }
+            // What is left of the body is not read, so the connection cannot be used again.
+            ApiError::TooLarge { .. } | ApiError::BodyTimeout => {
+                Some((header::CONNECTION, HeaderValue::from_static("close")))
+            }
+            _ => None,
+        };
+        response.headers_mut().extend(extra);
+        response
+    }
+}

@@ -1,0 +1,298 @@
+//! The two endpoints that generate: from a body to an answer, whole or streamed.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use axum::body::Body;
+use axum::http::{HeaderName, HeaderValue, header};
+use axum::response::Response;
+use engine::{Engine, Event, OutputMode, Request, SubmitError};
+
+use crate::answer::Identity;
+use crate::body;
+use crate::chat_answer::{self, ChatAnswer, ChatChunks, WholeChat};
+use crate::chat_request::ChatRequest;
+use crate::clock;
+use crate::completion_answer::{self, CompletionAnswer, CompletionChunks, WholeCompletion};
+use crate::completion_request::{self, CompletionRequest};
+use crate::error::ApiError;
+use crate::events::{Events, Next, Pace};
+use crate::log::RequestLog;
+use crate::request::{Common, Context};
+use crate::routes::{Origin, X_REQUEST_ID};
+use crate::sampling::Limits;
+use crate::server::State;
+use crate::sse::{self, Chunks, Encoder};
+
+/// No token is longer, so a text of more bytes per token of the context cannot fit; a margin on top keeps the message about
+/// tokens, which people understand, for all but absurd lengths.
+const MAX_BYTES_PER_TOKEN: usize = 8 * 16;
+
+/// `POST /v1/chat/completions`
+pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
+    let engine = state.engine()?.clone();
+    let body = body::read(body, state.max_body_bytes).await?;
+    let (request, prompt) = {
+        let (state, engine) = (Arc::clone(&state), engine.clone());
+        blocking(&origin, move || {
+            let date = state.date();
+            let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
+            bound_text(request.text_bytes, &engine)?;
+            let prompt = engine.harmony().render_chat(&request.prompt)?;
+            Ok((request, prompt))
+        })
+        .await?
+    };
+
+    let call = Call::new(&state, &engine, &origin, &request.common, "chatcmpl");
+    let shape = chat_answer::Shape::new(&request);
+    let n = request.params.n;
+    let harmony = Arc::clone(engine.harmony());
+    let answer = ChatAnswer::new(harmony, call.identity.clone(), shape, prompt.clone(), n);
+    let output = OutputMode::Chat { tools: request.tools };
+    let engine_request = Request { prompt, params: request.params, output };
+
+    if request.common.stream.is_some() {
+        return call.stream(ChatChunks::new(answer), vec![engine_request]).await;
+    }
+    let mut whole = WholeChat::new(answer);
+    call.collect(vec![engine_request], |_, event| whole.add(event)).await?;
+    call.log.usage(whole.usage());
+    let (body, remarks) = whole.finish();
+    let mut response = call.response("application/json", Body::from(body));
+    let headers = response.headers_mut();
+    if remarks.malformed_arguments {
+        headers.insert("x-malformed-tool-arguments", HeaderValue::from_static("1"));
+    }
+    if remarks.truncated_in_analysis {
+        headers.insert("x-truncated-in", HeaderValue::from_static("analysis"));
+    }
+    Ok(response)
+}
+
+/// `POST /v1/completions`
+pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
+    let engine = state.engine()?.clone();
+    let body = body::read(body, state.max_body_bytes).await?;
+    let (request, prompts) = {
+        let (state, engine) = (Arc::clone(&state), engine.clone());
+        blocking(&origin, move || {
+            let date = state.date();
+            let mut request = CompletionRequest::new(&body, &context(&state, &engine, &date))?;
+            let prompts = std::mem::take(&mut request.prompts);
+            let prompts = prompts.into_iter().map(|prompt| tokenize(prompt, &engine));
+            let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
+            Ok((request, prompts))
+        })
+        .await?
+    };
+
+    let call = Call::new(&state, &engine, &origin, &request.common, "cmpl");
+    let shape = completion_answer::Shape::new(&request);
+    let engine_request = |prompt: &completion_answer::Prompt| Request {
+        prompt: prompt.ids.clone(),
+        params: request.params.clone(),
+        output: OutputMode::Text,
+    };
+    let engine_requests = prompts.iter().map(engine_request).collect();
+    let harmony = Arc::clone(engine.harmony());
+    let answer = CompletionAnswer::new(harmony, call.identity.clone(), shape, prompts);
+
+    if request.common.stream.is_some() {
+        return call.stream(CompletionChunks::new(answer), engine_requests).await;
+    }
+    let mut whole = WholeCompletion::new(answer);
+    call.collect(engine_requests, |prompt, event| {
+        whole.add(prompt, event);
+        true
+    })
+    .await?;
+    call.log.usage(whole.usage());
+    Ok(call.response("application/json", Body::from(whole.finish())))
+}
+
+/// A valid request on its way through the engine.
+struct Call<'a> {
+    state: &'a State,
+    engine: &'a Engine,
+    log: RequestLog,
+    identity: Identity,
+    /// The client's name for the request, or ours.
+    id: String,
+}
+
+impl<'a> Call<'a> {
+    fn new(state: &'a State, engine: &'a Engine, origin: &Origin, common: &Common, prefix: &str) -> Call<'a> {
+        let id = match &common.request_id {
+            Some(id) if !origin.named_by_client => id.clone(),
+            _ => origin.log.request_id().to_owned(),
+        };
+        let model = state.model_names[0].clone();
+        origin.log.begin(&model);
+        Call {
+            state,
+            engine,
+            log: origin.log.clone(),
+            identity: Identity {
+                id: format!("{prefix}-{id}"),
+                created: clock::unix_seconds(),
+                model,
+                fingerprint: state.fingerprint.clone(),
+                service_tier: common.service_tier.then_some("default"),
+            },
+            id,
+        }
+    }
+
+    /// Feeds all events to `add`, until that has enough.
+    async fn collect(
+        &self,
+        requests: Vec<Request>,
+        mut add: impl FnMut(usize, Event) -> bool,
+    ) -> Result<(), ApiError> {
+        let mut events = self.submit(requests, Pace::Server)?;
+        loop {
+            match events.next().await {
+                Next::Event(prompt, event) => {
+                    self.log.event(&event);
+                    if !add(prompt, event) {
+                        break;
+                    }
+                }
+                Next::Done => break,
+                Next::Failed(cause) => return Err(sse::error(&cause, self.log.request_id())),
+            }
+        }
+        self.log.complete();
+        Ok(())
+    }
+
+    /// Answers with a stream once there is something to send, so that what fails before is an ordinary error.
+    async fn stream(&self, encoder: impl Encoder, requests: Vec<Request>) -> Result<Response, ApiError> {
+        let mut events = self.submit(requests, Pace::Client)?;
+        let mut first = VecDeque::new();
+        loop {
+            match events.next().await {
+                Next::Event(prompt, event) => {
+                    let started = matches!(event, Event::Started { .. });
+                    first.push_back((prompt, event));
+                    if !started {
+                        break;
+                    }
+                }
+                // The stream will meet it again.
+                Next::Done => break,
+                Next::Failed(cause) => return Err(sse::error(&cause, self.log.request_id())),
+            }
+        }
+        let keep_alive = self.state.sse_keep_alive;
+        let body = body::streaming(Chunks::new(encoder, first, events, self.log.clone(), keep_alive));
+        let mut response = self.response("text/event-stream; charset=utf-8", body);
+        let headers = response.headers_mut();
+        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+        headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
+        Ok(response)
+    }
+
+    fn submit(&self, requests: Vec<Request>, pace: Pace) -> Result<Events, ApiError> {
+        Events::submit(self.engine, requests, pace, self.state.abort())
+            .map_err(|error| refusal(&error, self.log.request_id()))
+    }
+
+    fn response(&self, content_type: &'static str, body: Body) -> Response {
+        let mut response = Response::new(body);
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
+        if let Ok(id) = HeaderValue::from_str(&self.id) {
+            headers.insert(X_REQUEST_ID, id);
+        }
+        response
+    }
+}
+
+/// Runs what takes time in proportion to a body's length, off the threads that serve connections.
+async fn blocking<T: Send + 'static>(
+    origin: &Origin,
+    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
+) -> Result<T, ApiError> {
+    let done = tokio::task::spawn_blocking(work).await;
+    done.unwrap_or_else(|error| {
+        tracing::error!(request_id = origin.log.request_id(), %error, "reading a request failed");
+        Err(ApiError::Internal { request_id: origin.log.request_id().to_owned() })
+    })
+}
+
+fn context<'a>(state: &'a State, engine: &Engine, date: &'a str) -> Context<'a> {
+    Context {
+        defaults: &state.defaults,
+        limits: Limits { vocab_size: engine.config().vocab_size, max_logprobs: state.max_logprobs },
+        model_names: &state.model_names,
+        date,
+    }
+}
+
+fn tokenize(
+    prompt: completion_request::Prompt,
+    engine: &Engine,
+) -> Result<completion_answer::Prompt, ApiError> {
+    let tokenizer = engine.harmony().tokenizer();
+    match prompt {
+        completion_request::Prompt::Text(text) => {
+            bound_text(text.len(), engine)?;
+            Ok(completion_answer::Prompt { ids: tokenizer.encode_with_special(&text), text })
+        }
+        completion_request::Prompt::Ids(ids) => {
+            // The engine would say so as well, after the time to decode them.
+            let max_model_len = engine.max_model_len();
+            if ids.len() > max_model_len {
+                return Err(too_long(&SubmitError::TooLong { prompt: ids.len(), max_model_len }));
+            }
+            Ok(completion_answer::Prompt { text: tokenizer.decode(&ids), ids })
+        }
+    }
+}
+
+/// Refuses texts that cannot fit before time is spent on their tokens.
+fn bound_text(bytes: usize, engine: &Engine) -> Result<(), ApiError> {
+    let max_model_len = engine.max_model_len();
+    if bytes <= max_model_len.saturating_mul(MAX_BYTES_PER_TOKEN) {
+        return Ok(());
+    }
+    let message = format!(
+        "This model's maximum context length is {max_model_len} tokens. However, your prompt has {bytes} bytes of text. \
+         Please reduce the length of the input prompt."
+    );
+    Err(ApiError::invalid("input_tokens", message))
+}
+
+fn too_long(error: &SubmitError) -> ApiError {
+    ApiError::invalid("input_tokens", error)
+}
+
+/// The engine's refusal, as the client is told.
+fn refusal(error: &SubmitError, request_id: &str) -> ApiError {
+    match error {
+        SubmitError::Invalid(error) => error.clone().into(),
+        SubmitError::TooLong { .. } => too_long(error),
+        SubmitError::EmptyPrompt | SubmitError::TokenOutOfVocabulary { .. } => {
+            ApiError::invalid("prompt", error)
+        }
+        SubmitError::Full => ApiError::Busy,
+        SubmitError::ShuttingDown => ApiError::ShuttingDown,
+        other => {
+            tracing::error!(request_id, error = %other, "the engine refused a request for an unknown reason");
+            ApiError::Internal { request_id: request_id.to_owned() }
+        }
+    }
+}
+
+impl From<harmony::Error> for ApiError {
+    fn from(error: harmony::Error) -> ApiError {
+        match error {
+            harmony::Error::Invalid { field, message } => {
+                ApiError::invalid(&field, format!("{field}: {message}."))
+            }
+            harmony::Error::Vocabulary(_) => ApiError::body(error),
+        }
+    }
+}

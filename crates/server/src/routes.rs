@@ -1,0 +1,199 @@
+//! Paths, what is checked before any of them, and the small endpoints.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Extension, Path, Request, State as Shared};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{any, get, post};
+use axum::{Json, Router};
+use engine::Engine;
+use serde::Serialize;
+
+use crate::auth::key_id;
+use crate::error::ApiError;
+use crate::generate;
+use crate::identifier::identifier;
+use crate::json::excerpt;
+use crate::log::RequestLog;
+use crate::request::is_request_id;
+use crate::server::State;
+
+pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
+
+const CHAT: &str = "/v1/chat/completions";
+const COMPLETIONS: &str = "/v1/completions";
+const MODELS: &str = "/v1/models";
+
+/// Needs no key: for probes.
+const PUBLIC: [&str; 5] = ["/health", "/live", "/ready", "/ping", "/version"];
+
+/// Other endpoints of OpenAI and vLLM, for other kinds of models.
+const NOT_APPLICABLE: [&str; 6] =
+    ["/v1/embeddings", "/v1/audio/{*rest}", "/v1/images/{*rest}", "/score", "/rerank", "/pooling"];
+
+/// A step that takes longer means that the device hangs.
+const STALL: Duration = Duration::from_secs(10);
+
+/// Where a request comes from, for those who answer it.
+#[derive(Debug, Clone)]
+pub(crate) struct Origin {
+    pub(crate) log: RequestLog,
+    /// The request's id is the client's.
+    pub(crate) named_by_client: bool,
+}
+
+pub(crate) fn router(state: Arc<State>) -> Router {
+    let mut router = Router::new()
+        .route(CHAT, post(chat))
+        .route(COMPLETIONS, post(completions))
+        .route(MODELS, get(models))
+        .route("/v1/models/{*id}", get(model))
+        .route("/health", get(health))
+        .route("/live", get(|| async {}))
+        .route("/ready", get(ready))
+        .route("/ping", get(ready).post(ready))
+        .route("/version", get(version));
+    for path in NOT_APPLICABLE {
+        router = router.route(path, any(|| async { ApiError::NotApplicable }));
+    }
+    router
+        .fallback(|| async { ApiError::UnknownPath })
+        .method_not_allowed_fallback(|| async { ApiError::MethodNotAllowed })
+        .layer(middleware::from_fn_with_state(Arc::clone(&state), guard))
+        .with_state(state)
+}
+
+/// What happens to every request: it gets a name and a line in the log, and must have the right media type and key.
+async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Next) -> Response {
+    let client_id = request.headers().get(X_REQUEST_ID).and_then(|id| id.to_str().ok());
+    let client_id = client_id.filter(|id| is_request_id(id)).map(str::to_owned);
+    let named_by_client = client_id.is_some();
+    let id = client_id.unwrap_or_else(identifier);
+    let path = request.uri().path();
+    let public = PUBLIC.contains(&path);
+    let generates = request.method() == Method::POST && [CHAT, COMPLETIONS].contains(&path);
+    // Probes come every few seconds and say nothing.
+    let log = (!public).then(|| RequestLog::new(id.clone(), key_id(request.headers()), template(path)));
+
+    let mut response = if generates && !is_json(request.headers()) {
+        ApiError::MediaType.into_response()
+    } else if !public && request.method() != Method::OPTIONS && !state.keys.admit(request.headers()) {
+        ApiError::Unauthorized.into_response()
+    } else {
+        if let Some(log) = &log {
+            request.extensions_mut().insert(Origin { log: log.clone(), named_by_client });
+        }
+        next.run(request).await
+    };
+    if let Some(log) = log {
+        log.status(response.status().as_u16());
+    }
+    if let Ok(id) = HeaderValue::from_str(&id) {
+        response.headers_mut().entry(X_REQUEST_ID).or_insert(id);
+    }
+    response
+}
+
+/// The path for the log: never what the client wrote.
+fn template(path: &str) -> &'static str {
+    let known = [CHAT, COMPLETIONS, MODELS];
+    match known.into_iter().find(|known| *known == path) {
+        Some(path) => path,
+        None if path.starts_with("/v1/models/") => "/v1/models/{id}",
+        None => "none",
+    }
+}
+
+fn is_json(headers: &HeaderMap) -> bool {
+    let media_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let essence = media_type.and_then(|value| value.split(';').next());
+    essence.is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json"))
+}
+
+async fn chat(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    generate::chat(state, origin, body).await
+}
+
+async fn completions(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    generate::completions(state, origin, body).await
+}
+
+#[derive(Serialize)]
+struct ModelList<'a> {
+    object: &'static str,
+    data: Vec<Model<'a>>,
+}
+
+#[derive(Serialize)]
+struct Model<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    owned_by: &'static str,
+    root: &'a str,
+    parent: Option<()>,
+    max_model_len: usize,
+    permission: [(); 0],
+}
+
+impl<'a> Model<'a> {
+    fn new(name: &'a str, state: &'a State, engine: &Engine) -> Model<'a> {
+        Model {
+            id: name,
+            object: "model",
+            created: state.created,
+            owned_by: "vllm",
+            root: &state.root,
+            parent: None,
+            max_model_len: engine.max_model_len(),
+            permission: [],
+        }
+    }
+}
+
+async fn models(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
+    let engine = state.engine()?;
+    let data = state.model_names.iter().map(|name| Model::new(name, &state, engine)).collect();
+    Ok(Json(ModelList { object: "list", data }).into_response())
+}
+
+async fn model(Shared(state): Shared<Arc<State>>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let engine = state.engine()?;
+    match state.model_names.iter().find(|name| **name == id) {
+        Some(name) => Ok(Json(Model::new(name, &state, engine)).into_response()),
+        None => Err(ApiError::UnknownModel { name: excerpt(&id), aliases: state.model_names.join(", ") }),
+    }
+}
+
+/// 200 while the engine makes progress.
+async fn health(Shared(state): Shared<Arc<State>>) -> Result<StatusCode, ApiError> {
+    let Some(engine) = state.loaded() else { return Err(ApiError::Loading) };
+    let stats = engine.stats();
+    let stalled = stats.step_started.is_some_and(|start| start.elapsed() > STALL);
+    if stats.unhealthy || stalled { Err(ApiError::Unhealthy) } else { Ok(StatusCode::OK) }
+}
+
+/// 200 while requests are taken.
+async fn ready(Shared(state): Shared<Arc<State>>) -> Result<StatusCode, ApiError> {
+    state.engine().map(|_| StatusCode::OK)
+}
+
+async fn version() -> Response {
+    #[derive(Serialize)]
+    struct Version {
+        version: &'static str,
+    }
+    Json(Version { version: env!("CARGO_PKG_VERSION") }).into_response()
+}

@@ -1,0 +1,170 @@
+//! The sampling fields that both generating endpoints share: read with their types, then turned into the engine's
+//! parameters, whose rules are the engine's.
+
+use std::collections::BTreeMap;
+
+use engine::{InvalidParam, SamplingParams};
+
+use crate::error::ApiError;
+use crate::json::{Field, Object, excerpt};
+use crate::server::SamplingDefaults;
+
+/// What bounds the values.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Limits {
+    pub(crate) vocab_size: usize,
+    /// Largest number of alternatives per token.
+    pub(crate) max_logprobs: usize,
+}
+
+/// The fields with their types checked, not their values.
+#[derive(Debug)]
+pub(crate) struct SamplingFields {
+    n: Option<i64>,
+    temperature: Option<f64>,
+    top_p: Option<f64>,
+    top_k: Option<i64>,
+    min_p: Option<f64>,
+    presence_penalty: Option<f64>,
+    frequency_penalty: Option<f64>,
+    repetition_penalty: Option<f64>,
+    seed: Option<i64>,
+    min_tokens: Option<i64>,
+    stop: Vec<String>,
+    stop_token_ids: Vec<u32>,
+    include_stop_str_in_output: bool,
+    ignore_eos: bool,
+    prompt_logprobs: Option<i64>,
+    logit_bias: Vec<(String, f64)>,
+    skip_special_tokens: bool,
+}
+
+/// What the endpoints name and default differently.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct EndpointFields {
+    pub(crate) max_tokens: Option<usize>,
+    pub(crate) logprobs: Option<usize>,
+}
+
+impl SamplingFields {
+    pub(crate) fn read(object: &Object<'_>) -> Result<SamplingFields, ApiError> {
+        Ok(SamplingFields {
+            n: object.int("n")?,
+            temperature: object.number("temperature")?,
+            top_p: object.number("top_p")?,
+            top_k: object.int("top_k")?,
+            min_p: object.number("min_p")?,
+            presence_penalty: object.number("presence_penalty")?,
+            frequency_penalty: object.number("frequency_penalty")?,
+            repetition_penalty: object.number("repetition_penalty")?,
+            seed: object.int("seed")?,
+            min_tokens: object.int("min_tokens")?,
+            stop: object.field("stop").map_or(Ok(Vec::new()), |field| stop(&field))?,
+            stop_token_ids: object.field("stop_token_ids").map_or(Ok(Vec::new()), |field| field.ids())?,
+            include_stop_str_in_output: object.bool("include_stop_str_in_output")?.unwrap_or(false),
+            ignore_eos: object.bool("ignore_eos")?.unwrap_or(false),
+            prompt_logprobs: object.int("prompt_logprobs")?,
+            logit_bias: object.field("logit_bias").map_or(Ok(Vec::new()), |field| logit_bias(&field))?,
+            skip_special_tokens: object.bool("skip_special_tokens")?.unwrap_or(true),
+        })
+    }
+
+    /// Valid parameters, with the defaults filled in.
+    pub(crate) fn params(
+        self,
+        endpoint: EndpointFields,
+        defaults: &SamplingDefaults,
+        limits: Limits,
+    ) -> Result<SamplingParams, ApiError> {
+        let or = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
+        let params = SamplingParams {
+            n: natural("n", self.n)?.unwrap_or(1),
+            temperature: or(self.temperature, defaults.temperature),
+            top_p: or(self.top_p, defaults.top_p),
+            top_k: natural("top_k", self.top_k.map(|k| if k == -1 { 0 } else { k }))?
+                .unwrap_or(defaults.top_k),
+            min_p: or(self.min_p, defaults.min_p),
+            seed: self.seed,
+            max_tokens: endpoint.max_tokens,
+            min_tokens: natural("min_tokens", self.min_tokens)?.unwrap_or(0),
+            stop: self.stop,
+            stop_token_ids: self.stop_token_ids,
+            include_stop_str_in_output: self.include_stop_str_in_output,
+            ignore_eos: self.ignore_eos,
+            logprobs: endpoint.logprobs,
+            prompt_logprobs: count("prompt_logprobs", "prompt", self.prompt_logprobs, limits)?,
+            presence_penalty: or(self.presence_penalty, 0.0),
+            frequency_penalty: or(self.frequency_penalty, 0.0),
+            repetition_penalty: or(self.repetition_penalty, 1.0),
+            logit_bias: biases(self.logit_bias)?,
+            skip_special_tokens: self.skip_special_tokens,
+        };
+        Ok(params.validate(limits.vocab_size)?)
+    }
+}
+
+impl From<InvalidParam> for ApiError {
+    fn from(error: InvalidParam) -> ApiError {
+        ApiError::invalid(error.field, format!("{} {}", error.field, error.message))
+    }
+}
+
+/// A number of log-probabilities per token.
+pub(crate) fn count(
+    field: &str,
+    what: &str,
+    value: Option<i64>,
+    limits: Limits,
+) -> Result<Option<usize>, ApiError> {
+    let count = natural(field, value)?;
+    match count.filter(|&count| count > limits.max_logprobs) {
+        None => Ok(count),
+        Some(count) => {
+            let most = limits.max_logprobs;
+            let message =
+                format!("Requested {what} logprobs of {count}, which is greater than max allowed: {most}");
+            Err(ApiError::invalid(field, message))
+        }
+    }
+}
+
+/// A number of tokens, at least `least`.
+pub(crate) fn tokens(field: &str, value: Option<i64>, least: usize) -> Result<Option<usize>, ApiError> {
+    match natural(field, value)? {
+        Some(tokens) if tokens < least => {
+            Err(ApiError::invalid(field, format!("{field} must be at least {least}, got {tokens}.")))
+        }
+        tokens => Ok(tokens),
+    }
+}
+
+fn natural(field: &str, value: Option<i64>) -> Result<Option<usize>, ApiError> {
+    let convert = |value| {
+        usize::try_from(value)
+            .map_err(|_| ApiError::invalid(field, format!("{field} must not be negative, got {value}.")))
+    };
+    value.map(convert).transpose()
+}
+
+fn stop(field: &Field<'_>) -> Result<Vec<String>, ApiError> {
+    if field.is_string() {
+        return Ok(vec![field.string()?]);
+    }
+    field.array(SamplingParams::MAX_STOP)?.iter().map(Field::string).collect()
+}
+
+fn logit_bias(field: &Field<'_>) -> Result<Vec<(String, f64)>, ApiError> {
+    let entries = field.entries(SamplingParams::MAX_LOGIT_BIAS)?;
+    entries.into_iter().map(|(key, value)| Ok((key, value.number()?))).collect()
+}
+
+fn biases(entries: Vec<(String, f64)>) -> Result<BTreeMap<u32, f32>, ApiError> {
+    let bias = |(key, value): (String, f64)| match key.parse() {
+        Ok(id) => Ok((id, value as f32)),
+        Err(_) => {
+            let message = format!("logit_bias must have token ids as keys, got {}.", excerpt(&key));
+            Err(ApiError::invalid("logit_bias", message))
+        }
+    };
+    entries.into_iter().map(bias).collect()
+}

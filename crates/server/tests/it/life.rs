@@ -1,0 +1,157 @@
+//! The server's life: loading, health, models, failing, draining, going away.
+
+use std::time::Duration;
+
+use engine::{EngineOptions, Scripted, Step};
+use serde_json::{Value, json};
+use server::{Error, Options, Server};
+
+use crate::fixture::{Fixture, MODEL, engine_options, harmony, options, parse_data, tokens};
+
+const HI: &str = "<|channel|>final<|message|>Hi<|return|>";
+const UNAVAILABLE: &str = "ServiceUnavailableError";
+
+fn hi() -> Value {
+    json!({"messages": [{"role": "user", "content": "Hi"}]})
+}
+
+#[test]
+fn while_the_model_is_loaded() {
+    let mut server = Fixture::loading(&options());
+    for path in ["/v1/models", "/v1/models/tiny", "/health", "/ready", "/ping"] {
+        let response = server.get(path);
+        let (status, kind, ..) = response.error();
+        assert_eq!((status, kind.as_str()), (503, UNAVAILABLE), "{path}");
+        assert_eq!(response.header("retry-after"), Some("3"));
+    }
+    let response = server.chat(&hi());
+    assert_eq!((response.error().0, response.header("retry-after")), (503, Some("3")));
+    assert_eq!(server.get("/live").status, 200);
+    assert_eq!(server.get("/version").json()["version"], env!("CARGO_PKG_VERSION"));
+
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]);
+    let engine = engine::Engine::start(Box::new(backend), harmony(), engine_options()).unwrap();
+    server.handle.ready(engine.clone());
+    server.engine = Some(engine);
+    for path in ["/health", "/ready", "/ping"] {
+        let response = server.get(path);
+        assert_eq!((response.status, response.body.as_str()), (200, ""), "{path}");
+    }
+    assert_eq!(server.post("/ping", &json!({})).status, 200);
+    assert_eq!(server.chat(&hi()).status, 200);
+}
+
+#[test]
+fn models() {
+    let server = Fixture::saying(&[HI]);
+    let list = server.get("/v1/models").ok();
+    let created = list["data"][0]["created"].clone();
+    assert!(created.is_u64());
+    let entry = |id: &str| {
+        json!({
+            "id": id, "object": "model", "created": created, "owned_by": "vllm", "root": "tiny-gpt-oss", "parent": null,
+            "max_model_len": 8192, "permission": []
+        })
+    };
+    assert_eq!(list, json!({"object": "list", "data": [entry(MODEL), entry("org/alias")]}));
+    assert_eq!(server.get("/v1/models/tiny").ok(), entry(MODEL));
+    assert_eq!(server.get("/v1/models/org/alias").ok(), entry("org/alias"));
+    assert_eq!(server.get("/v1/models/org%2Falias").ok(), entry("org/alias"));
+}
+
+#[test]
+fn a_port_in_use() {
+    let server = Fixture::loading(&options());
+    let port = server.address.port();
+    let error = server.runtime.block_on(Server::bind(&Options { port, ..options() })).unwrap_err();
+    assert!(matches!(error, Error::PortInUse { .. }));
+    assert_eq!(error.to_string(), format!("port {port} of 127.0.0.1 is in use"));
+    let bad = Options { host: "256.0.0.1".to_owned(), ..options() };
+    assert!(matches!(server.runtime.block_on(Server::bind(&bad)).unwrap_err(), Error::Bind { .. }));
+}
+
+#[test]
+fn a_full_queue() {
+    let (steps, control) = std::sync::mpsc::channel();
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]).controlled_by(control);
+    let server =
+        Fixture::start(&options(), backend, EngineOptions { max_queued_requests: 1, ..engine_options() });
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| server.chat(&hi()));
+        server.until(|stats| stats.step_started.is_some());
+        let response = server.chat(&hi());
+        let (status, kind, param, message) = response.error();
+        assert_eq!((status, kind.as_str(), param), (503, UNAVAILABLE, None));
+        assert_eq!(message, "The server is busy. Please retry.");
+        assert!(response.header("retry-after").is_some());
+        // Of several prompts either all are taken or none.
+        assert_eq!(server.complete(&json!({"prompt": ["a", "b"]})).status, 503);
+        drop(steps);
+        assert_eq!(first.join().unwrap().status, 200);
+    });
+}
+
+#[test]
+fn a_device_that_fails() {
+    let (server, steps) = Fixture::stepwise(HI, &options());
+    steps.send(Step::Fail("secret address 0x1234".to_owned())).unwrap();
+    for stream in [false, true] {
+        let mut request = hi();
+        request["stream"] = stream.into();
+        let (status, kind, param, message) = server.chat(&request).error();
+        assert_eq!((status, kind.as_str(), param), (500, "InternalServerError", None));
+        assert!(message.starts_with("Internal server error (request "), "{message}");
+        if !stream {
+            steps.send(Step::Fail("again".to_owned())).unwrap();
+        }
+    }
+    assert_eq!(server.get("/health").status, 503);
+
+    // After the first token the error is in-band.
+    let mut request = hi();
+    request["stream"] = true.into();
+    steps.send(Step::Run).unwrap();
+    let mut stream = server.stream("/v1/chat/completions", &request);
+    assert_eq!(stream.status, 200);
+    steps.send(Step::Fail("late".to_owned())).unwrap();
+    let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
+    let [.., error, done] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(parse_data(error)["error"]["type"], "InternalServerError");
+    assert_eq!(done, "data: [DONE]");
+    drop(steps);
+    assert_eq!(server.chat(&hi()).status, 200, "the next request is served");
+    assert_eq!(server.get("/health").status, 200);
+}
+
+#[test]
+fn draining_finishes_what_runs() {
+    let (mut server, steps) = Fixture::stepwise(HI, &options());
+    let mut request = hi();
+    request["stream"] = true.into();
+    steps.send(Step::Run).unwrap();
+    let mut stream = server.stream("/v1/chat/completions", &request);
+    server.shutdown.take().unwrap().send(()).unwrap();
+    drop(steps);
+    let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
+    assert_eq!(events.last().unwrap(), "data: [DONE]");
+    assert!(events.iter().any(|event| event.contains("\"finish_reason\":\"stop\"")), "{events:?}");
+    server.ended.recv().unwrap().unwrap();
+}
+
+#[test]
+fn what_does_not_finish_in_time_is_told() {
+    let options = Options { shutdown_timeout: Duration::ZERO, ..options() };
+    let (mut server, steps) = Fixture::stepwise(HI, &options);
+    let mut request = hi();
+    request["stream"] = true.into();
+    steps.send(Step::Run).unwrap();
+    let mut stream = server.stream("/v1/chat/completions", &request);
+    server.shutdown.take().unwrap().send(()).unwrap();
+    let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
+    let [.., error, done] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(parse_data(error)["error"]["type"], UNAVAILABLE);
+    assert_eq!(done, "data: [DONE]");
+    server.ended.recv().unwrap().unwrap();
+    drop(steps);
+    server.until(|stats| stats.running == 0);
+}

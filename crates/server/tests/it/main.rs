@@ -1,0 +1,9 @@
+//! The server on loopback, over a scripted engine.
+
+mod chat;
+mod completions;
+mod errors;
+mod fixture;
+mod harmony_turns;
+mod life;
+mod streams;

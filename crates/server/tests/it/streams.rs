@@ -1,0 +1,144 @@
+//! Streams: framing, keeping alive, several at once, clients that go away or do not read.
+
+use std::io::Write;
+use std::time::Duration;
+
+use engine::{EngineOptions, Scripted, Step};
+use serde_json::{Value, json};
+use server::Options;
+
+use crate::fixture::{Fixture, JSON, engine_options, message, options, parse_data, tokens};
+
+const CHAT: &str = "/v1/chat/completions";
+const HELLO: &str = "<|channel|>final<|message|>Hello there<|return|>";
+
+fn hi() -> Value {
+    json!({"messages": [{"role": "user", "content": "Hi"}], "stream": true})
+}
+
+#[test]
+fn framing() {
+    let server = Fixture::saying(&[HELLO]);
+    let mut stream = server.stream(CHAT, &hi());
+    assert_eq!(stream.status, 200);
+    assert_eq!(stream.header("content-type"), Some("text/event-stream; charset=utf-8"));
+    assert_eq!(stream.header("cache-control"), Some("no-cache"));
+    assert_eq!(stream.header("x-accel-buffering"), Some("no"));
+    let id = stream.header("x-request-id").unwrap().to_owned();
+    let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
+    let (done, chunks) = events.split_last().unwrap();
+    assert_eq!(done, "data: [DONE]");
+    for chunk in chunks {
+        assert!(!chunk.contains('\n'));
+        assert_eq!(parse_data(chunk)["id"], format!("chatcmpl-{id}"));
+    }
+    let deltas: Vec<Value> =
+        chunks.iter().map(|chunk| parse_data(chunk)["choices"][0]["delta"].clone()).collect();
+    let expected = [
+        json!({"role": "assistant", "content": ""}),
+        json!({"content": "Hello"}),
+        json!({"content": " there"}),
+        json!({}),
+    ];
+    assert_eq!(deltas, expected);
+}
+
+#[test]
+fn characters_are_whole() {
+    // Each of these characters is several tokens.
+    let text = "🏴‍☠️ ꧁ 𒐫";
+    let server = Fixture::saying(&[&format!("<|channel|>final<|message|>{text}<|return|>")]);
+    let chunks = server.chunks(CHAT, &hi());
+    let joined: String =
+        chunks.iter().filter_map(|chunk| chunk["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(joined, text);
+    assert!(!joined.contains('\u{fffd}'));
+}
+
+#[test]
+fn idle_streams_are_kept_alive() {
+    let options = Options { sse_keep_alive: Duration::from_millis(1), ..options() };
+    let (server, steps) = Fixture::stepwise(HELLO, &options);
+    for _ in 0..4 {
+        steps.send(Step::Run).unwrap();
+    }
+    let mut stream = server.stream(CHAT, &hi());
+    let mut comments = 0;
+    while comments < 3 {
+        comments += usize::from(stream.next().unwrap() == ": keep-alive");
+    }
+    drop(steps);
+    let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
+    assert_eq!(events.last().unwrap(), "data: [DONE]");
+}
+
+#[test]
+fn streams_at_once_take_turns() {
+    let script = format!("<|channel|>final<|message|>{}<|return|>", "word ".repeat(20));
+    let (server, steps) = Fixture::stepwise(&script, &options());
+    let body = hi().to_string();
+    let connect = || {
+        let mut connection = server.connect();
+        connection.write_all(&message("POST", CHAT, JSON, body.as_bytes())).unwrap();
+        connection
+    };
+    let (first, second) = (connect(), connect());
+    server.until(|stats| stats.running + stats.waiting >= 2 || stats.step_started.is_some());
+    // A step with both: each has begun before either can have ended.
+    for _ in 0..8 {
+        steps.send(Step::Run).unwrap();
+    }
+    let (mut first, mut second) = (crate::fixture::Stream::new(first), crate::fixture::Stream::new(second));
+    for stream in [&mut first, &mut second] {
+        assert_eq!(stream.status, 200);
+        let content = std::iter::from_fn(|| stream.next())
+            .map(|event| parse_data(&event)["choices"][0]["delta"]["content"].clone())
+            .find(|content| content.as_str().is_some_and(|text| !text.is_empty()));
+        assert!(content.is_some());
+    }
+    assert_eq!(server.stats().running, 2);
+    drop(steps);
+    for mut stream in [first, second] {
+        assert_eq!(std::iter::from_fn(|| stream.next()).last().unwrap(), "data: [DONE]");
+    }
+}
+
+#[test]
+fn clients_that_go_away_free_their_sequences() {
+    let (server, steps) = Fixture::stepwise("word ", &options());
+    for stream in [true, false] {
+        let mut request = hi();
+        request["stream"] = stream.into();
+        let mut connection = server.connect();
+        connection.write_all(&message("POST", CHAT, JSON, request.to_string().as_bytes())).unwrap();
+        steps.send(Step::Run).unwrap();
+        server.until(|stats| stats.running == 1);
+        drop(connection);
+        // Only the steps are sent that let the engine notice.
+        server.until(|stats| {
+            let _ = steps.send(Step::Run);
+            stats.running == 0 && stats.full_blocks_used == 0
+        });
+    }
+}
+
+#[test]
+fn clients_that_do_not_read_are_given_up() {
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens("word ")]);
+    let engine_options =
+        EngineOptions { max_model_len: Some(100_000), kv_cache_bytes: 128 << 20, ..engine_options() };
+    let server = Fixture::start(&options(), backend, engine_options);
+    let mut request = hi();
+    // Large chunks fill what the connection holds sooner.
+    (request["logprobs"], request["top_logprobs"]) = (true.into(), 20.into());
+    let mut connection = server.connect();
+    connection.write_all(&message("POST", CHAT, JSON, request.to_string().as_bytes())).unwrap();
+    server.until(|stats| stats.running == 1);
+    server.until(|stats| stats.running == 0);
+    assert!(server.stats().generated_tokens < 90_000, "it was cancelled, not finished");
+    let mut stream = crate::fixture::Stream::new(connection);
+    let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
+    let [.., error, done] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(parse_data(error)["error"]["type"], "TimeoutError");
+    assert_eq!(done, "data: [DONE]");
+}
