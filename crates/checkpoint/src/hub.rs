@@ -1,1 +1,551 @@
-//! Fetching a model by hub name into the standard cache.
+//! Fetching a model by hub name into the standard Hugging Face cache, which other programs share.
+//!
+//! Files arrive as `blobs/<digest>.incomplete`, are continued where they broke off, checked, and only then get their final
+//! name; `snapshots/<commit>/` links to them. Nothing here runs unless a command was given a hub name.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Seek, Write};
+use std::path::{Component, Path, PathBuf};
+use std::time::Duration;
+
+use serde::Deserialize;
+use sha2::{Digest, Sha256};
+
+/// A hub and the cache of what came from it.
+pub struct Hub {
+    /// Such as `https://huggingface.co`.
+    pub endpoint: String,
+    /// Sent to the endpoint's host only.
+    pub token: Option<String>,
+    /// The folder that holds `models--owner--name`.
+    pub cache: PathBuf,
+    /// Never connect: take what the cache has.
+    pub offline: bool,
+}
+
+/// How far a fetch is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Progress<'a> {
+    /// The file under way.
+    pub file: &'a str,
+    /// Bytes on disk, of all files.
+    pub done: u64,
+    /// Bytes of all files.
+    pub total: u64,
+}
+
+/// Why a model cannot be had.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The machine failed.
+    #[error("{path}: {source}")]
+    Io {
+        /// The file or folder.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// The hub cannot be reached, or breaks off again and again.
+    #[error("{url}: {message}")]
+    Network {
+        /// What was asked for.
+        url: String,
+        /// What happened.
+        message: String,
+    },
+    /// The hub says no.
+    #[error("{name}: the hub refuses it (status {status})")]
+    Refused {
+        /// The model.
+        name: String,
+        /// 401 or 403.
+        status: u16,
+    },
+    /// There is no such model or revision.
+    #[error("{name}: the hub knows no such model with a revision {revision:?}")]
+    NotFound {
+        /// The model.
+        name: String,
+        /// The revision.
+        revision: String,
+    },
+    /// It is not in the cache, and connections are off.
+    #[error("{name}: not in the cache {cache}, and HF_HUB_OFFLINE is set")]
+    NotCached {
+        /// The model.
+        name: String,
+        /// The cache.
+        cache: PathBuf,
+    },
+    /// What arrived is not what was announced; it was deleted.
+    #[error("{file}: expected {expected}, found {found}")]
+    Damaged {
+        /// The file.
+        file: String,
+        /// Size or digest as announced.
+        expected: String,
+        /// What arrived.
+        found: String,
+    },
+    /// The hub's answer makes no sense.
+    #[error("{name}: the hub's answer is not valid: {message}")]
+    Answer {
+        /// The model.
+        name: String,
+        /// What is wrong.
+        message: String,
+    },
+}
+
+/// Failed attempts without a single new byte after which a file is given up.
+const ATTEMPTS: u32 = 4;
+
+/// A body that takes longer is cut off and continued: the bound on a connection that stalls.
+const BODY_TIMEOUT: Duration = Duration::from_secs(300);
+
+const REDIRECTS: usize = 5;
+
+/// The largest listing that is read.
+const LISTING_LIMIT: u64 = 32 << 20;
+
+impl std::fmt::Debug for Hub {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let token = self.token.as_ref().map(|_| "…");
+        f.debug_struct("Hub")
+            .field("endpoint", &self.endpoint)
+            .field("token", &token)
+            .field("cache", &self.cache)
+            .field("offline", &self.offline)
+            .finish()
+    }
+}
+
+/// Whether a text is a hub name, `owner/name`, by the hub's own rules.
+pub fn is_hub_name(text: &str) -> bool {
+    let part = |part: &str| {
+        !part.is_empty()
+            && part.len() <= 96
+            && part.chars().all(|c| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.'))
+            && !part.starts_with(['.', '-'])
+            && !part.ends_with(['.', '-'])
+            && !part.contains("..")
+            && !part.contains("--")
+    };
+    text.split_once('/').is_some_and(|(owner, name)| part(owner) && part(name))
+}
+
+impl Hub {
+    /// The hub of the environment: `HF_ENDPOINT`, `HF_TOKEN` (or the token file), `HF_HUB_CACHE`, `HF_HOME`,
+    /// `HF_HUB_OFFLINE`.
+    pub fn from_env() -> Hub {
+        let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
+        let home = var("HF_HOME").map(PathBuf::from).unwrap_or_else(|| {
+            let cache = var("XDG_CACHE_HOME").map(PathBuf::from);
+            cache
+                .unwrap_or_else(|| PathBuf::from(var("HOME").unwrap_or_default()).join(".cache"))
+                .join("huggingface")
+        });
+        let stored = || fs::read_to_string(home.join("token")).ok();
+        let token = var("HF_TOKEN").or_else(stored).map(|t| t.trim().to_owned());
+        let off = |value: &str| ["", "0", "false", "no", "off"].contains(&value.to_lowercase().as_str());
+        Hub {
+            endpoint: var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned()),
+            token: token.filter(|t| !t.is_empty()),
+            cache: var("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
+            offline: var("HF_HUB_OFFLINE").is_some_and(|value| !off(&value)),
+        }
+    }
+
+    /// Fetches the files of a model that nibble reads and returns their folder. What is in the cache is not fetched again.
+    ///
+    /// # Errors
+    /// See [`Error`]. A fetch that broke off is continued by the next one.
+    pub fn fetch(
+        &self,
+        name: &str,
+        revision: Option<&str>,
+        progress: &mut dyn FnMut(Progress<'_>),
+    ) -> Result<PathBuf, Error> {
+        let revision = revision.unwrap_or("main");
+        if !is_hub_name(name) || !is_plain_path(revision) {
+            return Err(Error::NotFound { name: name.to_owned(), revision: revision.to_owned() });
+        }
+        let folder = self.cache.join(format!("models--{}", name.replace('/', "--")));
+        if self.offline {
+            return cached(&folder, revision)
+                .ok_or_else(|| Error::NotCached { name: name.to_owned(), cache: self.cache.clone() });
+        }
+        let listing = match self.list(name, revision) {
+            // Without a network a complete copy will do, as other programs have it.
+            Err(Error::Network { url, message }) => {
+                return cached(&folder, revision).ok_or(Error::Network { url, message });
+            }
+            other => other?,
+        };
+        let files = listing.files(name)?;
+        let total = files.iter().map(|file| file.size).sum();
+        let snapshot = folder.join("snapshots").join(&listing.sha);
+        let mut before = 0;
+        for file in &files {
+            let report = &mut |done| progress(Progress { file: &file.name, done: before + done, total });
+            if !snapshot.join(&file.name).exists() {
+                let blob = self.download(name, &listing.sha, file, &folder, report)?;
+                link(&snapshot, &file.name, &blob)?;
+            }
+            report(file.size);
+            before += file.size;
+        }
+        let reference = folder.join("refs").join(revision);
+        replace(&reference, listing.sha.as_bytes())?;
+        Ok(snapshot)
+    }
+
+    fn list(&self, name: &str, revision: &str) -> Result<Listing, Error> {
+        let url = format!("{}/api/models/{name}/revision/{revision}?blobs=true", self.endpoint);
+        let mut failures = 0;
+        loop {
+            let result = self.get(&url, 0).and_then(|answer| {
+                let status = answer.status().as_u16();
+                check_status(status, name, revision, &url)?;
+                let mut body = Vec::new();
+                answer
+                    .into_body()
+                    .into_reader()
+                    .take(LISTING_LIMIT)
+                    .read_to_end(&mut body)
+                    .map_err(|e| network(&url, e))?;
+                Ok(body)
+            });
+            match result {
+                Ok(body) => {
+                    return serde_json::from_slice(&body)
+                        .map_err(|e| Error::Answer { name: name.to_owned(), message: e.to_string() });
+                }
+                Err(Error::Network { .. }) if failures < ATTEMPTS => {
+                    failures += 1;
+                    std::thread::sleep(pause(failures));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Fetches one file to `blobs/<digest>`.
+    fn download(
+        &self,
+        name: &str,
+        commit: &str,
+        file: &Remote,
+        folder: &Path,
+        report: &mut dyn FnMut(u64),
+    ) -> Result<PathBuf, Error> {
+        let blobs = folder.join("blobs");
+        fs::create_dir_all(&blobs).map_err(io(&blobs))?;
+        let blob = blobs.join(&file.digest);
+        let incomplete = blobs.join(format!("{}.incomplete", file.digest));
+        // Of several processes one fetches; the others wait and find the file there.
+        let lock = blobs.join(format!("{}.lock", file.digest));
+        let lock_file = File::create(&lock).map_err(io(&lock))?;
+        lock_file.lock().map_err(io(&lock))?;
+        if blob.exists() {
+            return Ok(blob);
+        }
+        let url = format!("{}/{name}/resolve/{commit}/{}", self.endpoint, file.name);
+        let mut out = OpenOptions::new()
+            .read(true)
+            .append(true)
+            .create(true)
+            .open(&incomplete)
+            .map_err(io(&incomplete))?;
+        let mut failures = 0;
+        loop {
+            let before = out.metadata().map_err(io(&incomplete))?.len();
+            let result = self.transfer(name, commit, &url, file, &mut out, &incomplete, report);
+            let after = out.metadata().map_err(io(&incomplete))?.len();
+            match result {
+                Ok(()) if after >= file.size => break,
+                Ok(()) | Err(Error::Network { .. }) if after > before => failures = 0,
+                Ok(()) | Err(Error::Network { .. }) if failures < ATTEMPTS => {
+                    failures += 1;
+                    std::thread::sleep(pause(failures));
+                }
+                Ok(()) => return Err(network(&url, "the connection breaks off again and again")),
+                Err(error) => return Err(error),
+            }
+        }
+        check(file, &mut out, &incomplete).inspect_err(|_| {
+            // It can never become right: the next call begins anew.
+            let _ = fs::remove_file(&incomplete);
+        })?;
+        out.sync_all().map_err(io(&incomplete))?;
+        fs::rename(&incomplete, &blob).map_err(io(&blob))?;
+        Ok(blob)
+    }
+
+    /// Appends what is missing of a file, as far as the connection holds.
+    #[expect(clippy::too_many_arguments, reason = "one transfer and where it goes")]
+    fn transfer(
+        &self,
+        name: &str,
+        commit: &str,
+        url: &str,
+        file: &Remote,
+        out: &mut File,
+        path: &Path,
+        report: &mut dyn FnMut(u64),
+    ) -> Result<(), Error> {
+        let mut done = out.metadata().map_err(io(path))?.len();
+        if done >= file.size {
+            return Ok(());
+        }
+        let answer = self.get(url, done)?;
+        let status = answer.status().as_u16();
+        check_status(status, name, commit, url)?;
+        let range = answer.headers().get("content-range").and_then(|v| v.to_str().ok()).unwrap_or_default();
+        if done > 0 && !(status == 206 && range.starts_with(&format!("bytes {done}-"))) {
+            // The server sends it from the beginning, whatever was asked for.
+            out.set_len(0).map_err(io(path))?;
+            done = 0;
+        }
+        // One byte more than announced shows that it is too long.
+        let mut body = answer.into_body().into_reader().take(file.size - done + 1);
+        let mut buffer = vec![0; 256 << 10];
+        loop {
+            let read = body.read(&mut buffer).map_err(|e| network(url, e))?;
+            if read == 0 {
+                return Ok(());
+            }
+            out.write_all(&buffer[..read]).map_err(io(path))?;
+            done += read as u64;
+            report(done.min(file.size));
+        }
+    }
+
+    /// A GET that follows redirects; the token goes to the endpoint's own host only.
+    fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<ureq::Body>, Error> {
+        let config = ureq::Agent::config_builder()
+            .timeout_connect(Some(Duration::from_secs(20)))
+            .timeout_recv_response(Some(Duration::from_secs(60)))
+            .timeout_recv_body(Some(BODY_TIMEOUT))
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            .http_status_as_error(false)
+            .user_agent(concat!("nibble/", env!("CARGO_PKG_VERSION")))
+            .build();
+        let agent = ureq::Agent::new_with_config(config);
+        let mut target = url.to_owned();
+        for _ in 0..=REDIRECTS {
+            let mut request = agent.get(&target);
+            if let Some(token) = self.token.as_ref().filter(|_| origin(&target) == origin(&self.endpoint)) {
+                request = request.header("Authorization", format!("Bearer {token}"));
+            }
+            if from > 0 {
+                request = request.header("Range", format!("bytes={from}-"));
+            }
+            let answer = request.call().map_err(|e| network(url, e))?;
+            if !answer.status().is_redirection() {
+                return Ok(answer);
+            }
+            let location = answer.headers().get("location").and_then(|v| v.to_str().ok());
+            let location = location.ok_or_else(|| network(url, "a redirect without a location"))?;
+            target = if location.starts_with('/') && !location.starts_with("//") {
+                format!("{}{location}", origin(&target))
+            } else {
+                location.to_owned()
+            };
+        }
+        Err(network(url, format!("more than {REDIRECTS} redirects")))
+    }
+}
+
+/// What the hub says is in a model.
+#[derive(Deserialize)]
+struct Listing {
+    sha: String,
+    siblings: Vec<Sibling>,
+}
+
+#[derive(Deserialize)]
+struct Sibling {
+    rfilename: String,
+    size: Option<u64>,
+    #[serde(rename = "blobId")]
+    blob_id: Option<String>,
+    lfs: Option<Lfs>,
+}
+
+#[derive(Deserialize)]
+struct Lfs {
+    sha256: String,
+    size: u64,
+}
+
+/// A file to fetch.
+struct Remote {
+    name: String,
+    size: u64,
+    /// SHA-256 of large files, git's own of the others.
+    digest: String,
+    sha256: bool,
+}
+
+impl Listing {
+    /// The files that nibble reads. Names and digests become paths: they are checked.
+    fn files(&self, name: &str) -> Result<Vec<Remote>, Error> {
+        let wrong = |message: String| Error::Answer { name: name.to_owned(), message };
+        let is_digest = |text: &str| text.len() >= 40 && text.chars().all(|c| c.is_ascii_hexdigit());
+        if !is_digest(&self.sha) {
+            return Err(wrong("the commit is not a digest".to_owned()));
+        }
+        let mut files = Vec::new();
+        for sibling in self.siblings.iter().filter(|s| is_wanted(&s.rfilename)) {
+            if !is_plain_path(&sibling.rfilename) {
+                return Err(wrong(format!("the file name {:?} leaves the folder", sibling.rfilename)));
+            }
+            let (digest, size) = match (&sibling.lfs, &sibling.blob_id, sibling.size) {
+                (Some(lfs), ..) => (&lfs.sha256, lfs.size),
+                (None, Some(id), Some(size)) => (id, size),
+                _ => return Err(wrong(format!("{}: no digest or size", sibling.rfilename))),
+            };
+            if !is_digest(digest) {
+                return Err(wrong(format!("{}: the digest is none", sibling.rfilename)));
+            }
+            let (name, digest) = (sibling.rfilename.clone(), digest.to_lowercase());
+            files.push(Remote { name, size, digest, sha256: sibling.lfs.is_some() });
+        }
+        if !files.iter().any(|file| file.name == "config.json") {
+            return Err(wrong("there is no config.json: this is not a model".to_owned()));
+        }
+        Ok(files)
+    }
+}
+
+fn is_wanted(name: &str) -> bool {
+    const NAMES: [&str; 8] = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "hf_quant_config.json",
+        "model.safetensors.index.json",
+    ];
+    let fake = name.strip_prefix("fake_quant/").is_some_and(|rest| !rest.contains('/'));
+    NAMES.contains(&name)
+        || fake
+        || (name.ends_with(".safetensors") && !name.contains('/'))
+        || name.contains("..")
+}
+
+/// A relative path that stays below its folder.
+fn is_plain_path(text: &str) -> bool {
+    !text.is_empty()
+        && !text.contains(['\\', '\0', ':'])
+        && !text.chars().any(char::is_control)
+        && Path::new(text).components().all(|part| matches!(part, Component::Normal(_)))
+        && text.split('/').all(|part| !part.is_empty() && part != ".")
+}
+
+/// A snapshot of the cache with everything that a model needs.
+fn cached(folder: &Path, revision: &str) -> Option<PathBuf> {
+    let commit = fs::read_to_string(folder.join("refs").join(revision)).ok();
+    let commit = commit.as_deref().map_or(revision, str::trim);
+    let snapshot = folder.join("snapshots").join(commit);
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: std::collections::BTreeMap<String, String>,
+    }
+    let index = fs::read(snapshot.join("model.safetensors.index.json")).ok();
+    let weights = match index {
+        Some(index) => serde_json::from_slice::<Index>(&index).is_ok_and(|index| {
+            index.weight_map.values().all(|file| is_plain_path(file) && snapshot.join(file).exists())
+        }),
+        None => snapshot.join("model.safetensors").exists(),
+    };
+    (is_plain_path(commit) && weights && snapshot.join("config.json").exists()).then_some(snapshot)
+}
+
+fn check(file: &Remote, out: &mut File, path: &Path) -> Result<(), Error> {
+    let damaged =
+        |expected: String, found: String| Err(Error::Damaged { file: file.name.clone(), expected, found });
+    let size = out.metadata().map_err(io(path))?.len();
+    if size != file.size {
+        return damaged(format!("{} bytes", file.size), format!("at least {size} bytes"));
+    }
+    if !file.sha256 {
+        return Ok(());
+    }
+    out.rewind().map_err(io(path))?;
+    let mut hasher = Sha256::new();
+    let mut buffer = vec![0; 1 << 20];
+    loop {
+        let read = out.read(&mut buffer).map_err(io(path))?;
+        if read == 0 {
+            break;
+        }
+        hasher.update(&buffer[..read]);
+    }
+    let found: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+    if found == file.digest { Ok(()) } else { damaged(format!("the SHA-256 digest {}", file.digest), found) }
+}
+
+/// `snapshots/<commit>/<file>` as a relative link to the blob, as other programs make it.
+fn link(snapshot: &Path, name: &str, blob: &Path) -> Result<(), Error> {
+    let link = snapshot.join(name);
+    let parent = link.parent().unwrap_or(snapshot);
+    fs::create_dir_all(parent).map_err(io(parent))?;
+    let digest = blob.file_name().unwrap_or_default();
+    let target = "../".repeat(2 + name.matches('/').count());
+    let target = Path::new(&target).join("blobs").join(digest);
+    // Left over from a blob that is gone.
+    let _ = fs::remove_file(&link);
+    #[cfg(unix)]
+    let made = std::os::unix::fs::symlink(&target, &link);
+    #[cfg(not(unix))]
+    let made = fs::copy(blob, &link).map(|_| ());
+    match made {
+        // Another process was faster.
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        other => other.map_err(io(&link)),
+    }
+}
+
+/// Writes a small file so that readers see the old or the new one.
+fn replace(path: &Path, contents: &[u8]) -> Result<(), Error> {
+    let parent = path.parent().unwrap_or(path);
+    fs::create_dir_all(parent).map_err(io(parent))?;
+    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    fs::write(&temporary, contents).map_err(io(&temporary))?;
+    fs::rename(&temporary, path).map_err(io(path))
+}
+
+fn check_status(status: u16, name: &str, revision: &str, url: &str) -> Result<(), Error> {
+    match status {
+        200 | 206 => Ok(()),
+        401 | 403 => Err(Error::Refused { name: name.to_owned(), status }),
+        404 => Err(Error::NotFound { name: name.to_owned(), revision: revision.to_owned() }),
+        other => Err(network(url, format!("status {other}"))),
+    }
+}
+
+/// Scheme, host and port of a URL.
+fn origin(url: &str) -> &str {
+    let host = url.find("://").map_or(0, |at| at + 3);
+    let end = url[host..].find(['/', '?', '#']).map_or(url.len(), |at| host + at);
+    &url[..end]
+}
+
+/// Doubles from a tenth of a second.
+fn pause(failures: u32) -> Duration {
+    Duration::from_millis(50 << failures.min(6))
+}
+
+fn network(url: &str, message: impl std::fmt::Display) -> Error {
+    Error::Network { url: url.to_owned(), message: message.to_string() }
+}
+
+fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
+    |source| Error::Io { path: path.to_owned(), source }
+}
