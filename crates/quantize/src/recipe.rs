@@ -49,6 +49,8 @@ pub enum Options {
         embedding: bool,
         /// Global scales of the stacks.
         scales_per: ScalesPer,
+        /// The experts in BF16 all the same, for a layout that has no names for packed ones.
+        experts_in_bf16: bool,
     },
     /// MXFP4 experts, the rest BF16: the published form.
     Mxfp4,
@@ -83,9 +85,9 @@ impl Options {
                 (true, _) => Method::Mxfp4,
                 (false, _) => Method::Bf16,
             },
-            Options::Nvfp4 { recipe, algorithm, embedding, .. } => {
+            Options::Nvfp4 { recipe, algorithm, embedding, experts_in_bf16, .. } => {
                 let covered = match id.kind {
-                    MatrixKind::GateUp | MatrixKind::Down => true,
+                    MatrixKind::GateUp | MatrixKind::Down => !experts_in_bf16,
                     MatrixKind::Query | MatrixKind::Key | MatrixKind::Value | MatrixKind::Output => {
                         recipe != Recipe::Experts
                     }
@@ -95,6 +97,7 @@ impl Options {
                 };
                 match (covered, format, algorithm) {
                     (false, Format::Mxfp4, _) => Method::Bf16,
+                    (false, Format::Nvfp4, _) if id.kind.is_expert() => Method::Bf16,
                     (false, ..) => Method::Keep,
                     (true, _, Algorithm::Max) => Method::Max,
                     (true, Format::Mxfp4, _) => Method::Cast,

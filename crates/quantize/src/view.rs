@@ -244,6 +244,10 @@ impl Weights for Quantized {
     fn kv_scales(&self, layer: usize) -> Option<KvScales> {
         self.source.kv_scales(layer)
     }
+
+    fn release(&self, id: MatrixId, expert: usize) {
+        self.source.release(id, expert);
+    }
 }
 
 /// Rows that one task of the pool encodes: some tens of kilobytes.
@@ -275,12 +279,14 @@ impl Plan {
             Method::Mxfp4 => {
                 for expert in 0..count {
                     amax(&source.matrix(id, expert)?, id, pool)?;
+                    source.release(id, expert);
                 }
             }
             Method::Max => {
                 let mut amaxes = Vec::with_capacity(count);
                 for expert in 0..count {
                     amaxes.push(amax(&source.matrix(id, expert)?, id, pool)?);
+                    source.release(id, expert);
                 }
                 if scales_per == ScalesPer::Stack {
                     let all = amaxes.iter().copied().fold(0.0, f32::max);
@@ -305,6 +311,7 @@ impl Plan {
                     if let Values::Mxfp4 { codes, scales } = &source.matrix(id, expert)?.values {
                         plan.cast += cast_counts(codes, scales, plan.max_scales[expert]);
                     }
+                    source.release(id, expert);
                 }
             }
         }

@@ -1,0 +1,627 @@
+//! The command line: every flag once, with its help.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Quantizes gpt-oss to NVFP4, runs it, serves it, and measures what four bits cost.
+#[derive(Debug, Parser)]
+#[command(name = "nibble", version, about, max_term_width = 100, infer_long_args = false, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) common: Common,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  nibble demo                                              the main job on a small built-in model
+  nibble quantize openai/gpt-oss-20b --out gpt-oss-20b-nvfp4
+  nibble verify openai/gpt-oss-20b gpt-oss-20b-nvfp4
+  nibble chat gpt-oss-20b-nvfp4
+  nibble serve gpt-oss-20b-nvfp4 --port 8000
+
+MODEL is a folder, or a hub name such as openai/gpt-oss-20b that is fetched on first use.
+
+Exit status: 0 done; 1 the answer is no; 2 bad usage or input; 3 the machine failed; 130 interrupted.";
+
+/// Flags of every command.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Common {
+    /// One JSON document on standard output, nothing else there
+    #[arg(long, global = true)]
+    pub(crate) json: bool,
+    /// No progress on standard error
+    #[arg(long, global = true)]
+    pub(crate) quiet: bool,
+    /// Where to run
+    #[arg(long, global = true, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    pub(crate) device: String,
+    /// Threads [default: one per physical core]
+    #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) threads: Option<u16>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// The main job from end to end on the small built-in model: quantize, verify, measure, answer
+    Demo,
+    /// Write a quantized checkpoint
+    Quantize(Quantize),
+    /// What is in a checkpoint: layout, tensors, bits per weight, sizes, global scales
+    Inspect(Inspect),
+    /// Compare two checkpoints, whatever their layouts
+    Verify(Verify),
+    /// Completions of one or many prompts, offline and batched
+    Generate(Generate),
+    /// A conversation in the terminal
+    Chat(Chat),
+    /// The OpenAI-compatible server
+    Serve(Box<Serve>),
+    /// Perplexity, and divergence from a reference
+    Eval(Eval),
+    /// Speed: prompt processing, decoding, batches
+    Bench(Bench),
+    /// What this machine has, which kernels are chosen, and whether each gives the right numbers
+    Doctor,
+    /// Text to token ids and back
+    #[command(subcommand)]
+    Tokens(Tokens),
+    /// Messages to Harmony prompts, and generated ids to messages
+    #[command(subcommand)]
+    Harmony(Harmony),
+    /// The logits of a prompt, as a tensor file
+    Logits(Logits),
+}
+
+/// How a model is run.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Run {
+    /// The format to run in: `nvfp4` casts MXFP4 losslessly at load, packs fake-quantized BF16 with its stored scales and
+    /// rounds plain BF16; the other names are checked against the files
+    #[arg(long, short = 'q', default_value = "auto", value_name = "auto|nvfp4|none|…")]
+    pub(crate) quantization: String,
+    /// Tokens do not depend on the rest of the batch (always so on a CPU)
+    #[arg(long)]
+    pub(crate) batch_invariant: bool,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nibble quantize openai/gpt-oss-20b --out gpt-oss-20b-nvfp4          the lossless cast
+  nibble quantize my-finetune --recipe linear --out my-finetune-nvfp4   attention too
+  nibble quantize gpt-oss-20b-nvfp4 --format fake-bf16 --out fake       any program loads it
+
+Unfinished work lies in DIR.partial; the same command continues it.")]
+pub(crate) struct Quantize {
+    /// The checkpoint to quantize
+    #[arg(value_name = "SOURCE")]
+    pub(crate) source: String,
+    /// Where to write it
+    #[arg(long, value_name = "DIR")]
+    pub(crate) out: PathBuf,
+    /// What is quantized: the experts; attention too; the output layer too
+    #[arg(long, value_enum, default_value = "experts")]
+    pub(crate) recipe: Recipe,
+    /// `cast` and `auto` cast what is MXFP4 and use `max` for the rest; `max` uses it for everything
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) algorithm: Algorithm,
+    /// The layout to write
+    #[arg(long, value_enum, default_value = "modelopt")]
+    pub(crate) format: Format,
+    /// Quantize the embedding too
+    #[arg(long, value_enum, default_value = "none")]
+    pub(crate) embedding: Embedding,
+    /// One global scale for a stack of experts, or one each
+    #[arg(long, value_enum, default_value = "stack")]
+    pub(crate) scales_per: ScalesPer,
+    /// Cast even where values change
+    #[arg(long)]
+    pub(crate) allow_loss: bool,
+    /// Replace DIR if it exists
+    #[arg(long)]
+    pub(crate) overwrite: bool,
+    /// Largest size of one file
+    #[arg(long, value_name = "BYTES", default_value = "5G", value_parser = count)]
+    pub(crate) max_shard_size: u64,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Recipe {
+    Experts,
+    Linear,
+    All,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Algorithm {
+    Auto,
+    Cast,
+    Max,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Format {
+    /// ModelOpt's unified export
+    Modelopt,
+    /// nvfp4-pack-quantized; experts stay BF16
+    CompressedTensors,
+    /// BF16 on the NVFP4 grid, with the scales beside it
+    FakeBf16,
+    /// As openai/gpt-oss is published
+    Mxfp4,
+    /// Hugging Face, BF16
+    Bf16,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Embedding {
+    None,
+    Nvfp4,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ScalesPer {
+    Stack,
+    Expert,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Inspect {
+    /// The checkpoint
+    pub(crate) model: String,
+    /// Look at one tensor, by its name in the files
+    #[arg(long, value_name = "NAME")]
+    pub(crate) tensor: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Verify {
+    /// One checkpoint
+    pub(crate) a: String,
+    /// The other
+    pub(crate) b: String,
+    /// Relative error allowed per tensor: RMS of the difference over RMS
+    #[arg(long, value_name = "X")]
+    pub(crate) tolerance: Option<f64>,
+}
+
+/// How to draw tokens. What is not given comes from the model's `generation_config.json`.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Sampling {
+    /// Longest answer in tokens [default: what the context leaves, at most 2,048]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub(crate) max_tokens: Option<u64>,
+    /// 0 takes the most probable token [default: 1]
+    #[arg(long, value_name = "T")]
+    pub(crate) temperature: Option<f32>,
+    /// Keep the smallest set of tokens with this probability [default: 1]
+    #[arg(long, value_name = "P")]
+    pub(crate) top_p: Option<f32>,
+    /// Keep the K most probable tokens
+    #[arg(long, value_name = "K")]
+    pub(crate) top_k: Option<usize>,
+    /// Keep tokens with this share of the largest probability
+    #[arg(long, value_name = "P")]
+    pub(crate) min_p: Option<f32>,
+    /// The same seed draws the same tokens
+    #[arg(long, value_name = "N", allow_negative_numbers = true)]
+    pub(crate) seed: Option<i64>,
+    /// End the text where this appears (repeatable)
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) stop: Vec<String>,
+}
+
+/// How much the engine holds.
+#[derive(Debug, Clone, Args)]
+pub(crate) struct Capacity {
+    /// Context limit in tokens [default: what the model has and memory holds]
+    #[arg(long, value_name = "N|auto", value_parser = context)]
+    pub(crate) max_model_len: Option<Context>,
+    /// Sequences that run at a time
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub(crate) max_num_seqs: Option<u64>,
+    /// Type of the key/value cache
+    #[arg(long, value_name = "auto", default_value = "auto", value_parser = ["auto"])]
+    pub(crate) kv_cache_dtype: String,
+    /// Devices that share the model
+    #[arg(long, visible_alias = "tp", value_name = "N", default_value_t = 1)]
+    pub(crate) tensor_parallel_size: usize,
+}
+
+/// A number of tokens, or as many as fit.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Context {
+    Auto,
+    Tokens(usize),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nibble generate -p \"Once upon a time\" --max-tokens 50
+  nibble generate openai/gpt-oss-20b --chat -p \"What is the capital of France?\"
+  nibble generate MODEL --prompts questions.jsonl --chat --json")]
+pub(crate) struct Generate {
+    /// The model [default: the small built-in one]
+    pub(crate) model: Option<String>,
+    /// A prompt (repeatable)
+    #[arg(long = "prompt", short = 'p', value_name = "TEXT")]
+    pub(crate) prompt: Vec<String>,
+    /// JSON lines of strings, {"prompt"}, {"messages"} or {"prompt_token_ids"}
+    #[arg(long, value_name = "FILE")]
+    pub(crate) prompts: Option<PathBuf>,
+    /// Each prompt is a user message
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// System message of every chat
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// Developer message of every chat
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) developer: Option<String>,
+    /// How much to think
+    #[arg(long, value_name = "low|medium|high", value_parser = ["low", "medium", "high"])]
+    pub(crate) reasoning_effort: Option<String>,
+    /// Answers per prompt
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    pub(crate) n: usize,
+    /// Log-probabilities of each token and of the K best
+    #[arg(long, value_name = "K")]
+    pub(crate) logprobs: Option<usize>,
+    /// Do not stop at the end of the turn
+    #[arg(long)]
+    pub(crate) ignore_eos: bool,
+    #[command(flatten)]
+    pub(crate) sampling: Sampling,
+    #[command(flatten)]
+    pub(crate) capacity: Capacity,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Chat {
+    /// The model [default: the small built-in one]
+    pub(crate) model: Option<String>,
+    /// System message
+    #[arg(long, value_name = "TEXT")]
+    pub(crate) system: Option<String>,
+    /// How much to think
+    #[arg(long, value_name = "low|medium|high", value_parser = ["low", "medium", "high"])]
+    pub(crate) reasoning_effort: Option<String>,
+    #[command(flatten)]
+    pub(crate) sampling: Sampling,
+    #[command(flatten)]
+    pub(crate) capacity: Capacity,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nibble serve                                             the small built-in model
+  nibble serve openai/gpt-oss-20b --quantization nvfp4     cast without loss while loading
+  nibble serve MODEL --host 0.0.0.0 --api-key \"$KEY\"")]
+pub(crate) struct Serve {
+    /// The model [default: the small built-in one]
+    #[arg(value_name = "MODEL")]
+    pub(crate) model: Option<String>,
+    /// The same as MODEL
+    #[arg(long = "model", value_name = "MODEL", conflicts_with = "model")]
+    pub(crate) model_flag: Option<String>,
+    /// Names that requests may use [default: MODEL as typed]
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) served_model_name: Vec<String>,
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// Port to listen on; 0 takes a free one and prints it
+    #[arg(long, default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// Keys that clients must send one of
+    #[arg(long, value_name = "KEY", num_args = 1.., env = "VLLM_API_KEY", hide_env_values = true)]
+    pub(crate) api_key: Vec<String>,
+    /// Requests that may wait or run
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub(crate) max_num_queued_reqs: Option<u64>,
+    /// Date in the system message, as YYYY-MM-DD [default: today, UTC]
+    #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE")]
+    pub(crate) system_date: Option<String>,
+    /// Seed of requests that bring none
+    #[arg(long, default_value_t = 0)]
+    pub(crate) seed: u64,
+    /// Seconds to finish running requests on SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) shutdown_timeout: u64,
+    /// Ignored: no code of a model's repository is ever run
+    #[arg(long)]
+    pub(crate) trust_remote_code: bool,
+    /// Ignored: Harmony's reasoning is always parsed
+    #[arg(long, value_name = "NAME", hide = true)]
+    pub(crate) reasoning_parser: Option<String>,
+    /// Ignored: Harmony's tool calls are always parsed
+    #[arg(long, value_name = "NAME", hide = true)]
+    pub(crate) tool_call_parser: Option<String>,
+    /// Ignored: tools are always parsed
+    #[arg(long, hide = true)]
+    pub(crate) enable_auto_tool_choice: bool,
+    #[command(flatten)]
+    pub(crate) capacity: Capacity,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nibble eval MODEL perplexity --text book.txt --windows 16
+  nibble eval MODEL divergence --reference openai/gpt-oss-20b --conversations chats.jsonl")]
+pub(crate) struct Eval {
+    /// The model
+    pub(crate) model: String,
+    #[command(subcommand)]
+    pub(crate) measure: Measure,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Measure {
+    /// Mean negative log-likelihood per token
+    Perplexity(EvalOptions),
+    /// Kullback-Leibler divergence from a reference
+    Divergence {
+        /// The model to compare with
+        #[arg(long, value_name = "MODEL")]
+        reference: String,
+        #[command(flatten)]
+        options: EvalOptions,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct EvalOptions {
+    #[command(flatten)]
+    pub(crate) input: EvalInput,
+    /// Tokens per window of a text
+    #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..=131_072))]
+    pub(crate) context: u32,
+    /// At most this many windows
+    #[arg(long, value_name = "N")]
+    pub(crate) windows: Option<usize>,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+#[derive(Debug, Args)]
+#[group(required = true, multiple = false)]
+pub(crate) struct EvalInput {
+    /// Plain text, cut into windows
+    #[arg(long, value_name = "FILE")]
+    pub(crate) text: Option<PathBuf>,
+    /// JSON lines of {"messages"}, rendered as training examples
+    #[arg(long, value_name = "FILE")]
+    pub(crate) conversations: Option<PathBuf>,
+    /// JSON lines of arrays of token ids
+    #[arg(long, value_name = "FILE")]
+    pub(crate) ids: Option<PathBuf>,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nibble bench gpt-oss-20b-nvfp4
+  nibble bench --synthetic gpt-oss-20b:4 -p 128 -n 32 -r 3      four layers with made-up weights")]
+pub(crate) struct Bench {
+    /// The model
+    #[arg(required_unless_present = "synthetic", conflicts_with = "synthetic")]
+    pub(crate) model: Option<String>,
+    /// Made-up weights of a shape: gpt-oss-20b or gpt-oss-120b, with :N for N layers
+    #[arg(long, value_name = "SHAPE")]
+    pub(crate) synthetic: Option<String>,
+    /// Format of the made-up experts
+    #[arg(long, value_enum, default_value = "modelopt", requires = "synthetic")]
+    pub(crate) format: BenchFormat,
+    /// What is in four bits of the made-up weights
+    #[arg(long, value_enum, default_value = "experts", requires = "synthetic")]
+    pub(crate) recipe: Recipe,
+    /// Write the made-up weights as a checkpoint instead of running them
+    #[arg(long, value_name = "DIR", requires = "synthetic")]
+    pub(crate) out: Option<PathBuf>,
+    /// Prompt sizes
+    #[arg(
+        short = 'p',
+        long = "prompt-sizes",
+        value_delimiter = ',',
+        value_name = "N,…",
+        default_value = "128"
+    )]
+    pub(crate) prompts: Vec<usize>,
+    /// Tokens to decode
+    #[arg(short = 'n', long = "decode", value_name = "N", default_value_t = 32)]
+    pub(crate) decode: usize,
+    /// Positions already in the cache
+    #[arg(short = 'd', long = "depths", value_delimiter = ',', value_name = "N,…", default_value = "0")]
+    pub(crate) depths: Vec<usize>,
+    /// Batch sizes
+    #[arg(short = 'b', long = "batches", value_delimiter = ',', value_name = "N,…", default_value = "1")]
+    pub(crate) batches: Vec<usize>,
+    /// Repetitions
+    #[arg(short = 'r', long = "repetitions", value_name = "N", default_value_t = 3)]
+    pub(crate) repetitions: usize,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum BenchFormat {
+    Mxfp4,
+    Modelopt,
+    Bf16,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Tokens {
+    /// Text to ids
+    Encode {
+        /// The text itself
+        #[arg(long, conflicts_with = "file")]
+        text: Option<String>,
+        /// A file, or - for standard input
+        #[arg(required_unless_present = "text")]
+        file: Option<PathBuf>,
+        /// Take the tokenizer of this model [default: o200k_harmony]
+        #[arg(long, value_name = "MODEL")]
+        model: Option<String>,
+        /// One JSON string per line in, one document per line out
+        #[arg(long, conflicts_with = "text")]
+        lines: bool,
+        /// Special tokens written in the text become control tokens
+        #[arg(long)]
+        allow_special: bool,
+    },
+    /// Ids to text
+    Decode {
+        /// Token ids; with --lines a file or - instead
+        #[arg(value_name = "ID")]
+        ids: Vec<String>,
+        /// Take the tokenizer of this model [default: o200k_harmony]
+        #[arg(long, value_name = "MODEL")]
+        model: Option<String>,
+        /// One JSON array of ids per line in, one document per line out
+        #[arg(long)]
+        lines: bool,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Harmony {
+    /// A chat request or Harmony messages to a prompt
+    Render {
+        /// A JSON document, or - for standard input
+        file: PathBuf,
+        /// Take the tokenizer of this model [default: o200k_harmony]
+        #[arg(long, value_name = "MODEL")]
+        model: Option<String>,
+        /// One document per line in, one per line out
+        #[arg(long)]
+        lines: bool,
+    },
+    /// Generated ids to messages
+    Parse {
+        /// Ids, or one file or - with a JSON array
+        #[arg(value_name = "ID|FILE")]
+        input: Vec<String>,
+        /// Take the tokenizer of this model [default: o200k_harmony]
+        #[arg(long, value_name = "MODEL")]
+        model: Option<String>,
+        /// One {"ids", "tools"} per line in, one document per line out
+        #[arg(long)]
+        lines: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Logits {
+    /// The model
+    pub(crate) model: String,
+    /// Token ids, separated by commas
+    #[arg(long, value_delimiter = ',', value_name = "ID,…", required = true)]
+    pub(crate) ids: Vec<u32>,
+    /// The file to write: `logits` [positions, vocabulary] in F32
+    #[arg(long, value_name = "FILE.safetensors")]
+    pub(crate) out: PathBuf,
+    /// Also `hidden`, the residual stream after this layer
+    #[arg(long, value_name = "N")]
+    pub(crate) layer: Option<usize>,
+    #[command(flatten)]
+    pub(crate) run: Run,
+}
+
+/// A count with vLLM's suffixes: lower case for powers of 1000, upper case for powers of 1024.
+fn count(text: &str) -> Result<u64, String> {
+    let (digits, unit) = match text.char_indices().last() {
+        Some((at, last)) if last.is_ascii_alphabetic() => (&text[..at], last),
+        _ => (text, '1'),
+    };
+    let unit: u64 = match unit {
+        '1' => 1,
+        'k' => 1000,
+        'm' => 1_000_000,
+        'g' => 1_000_000_000,
+        't' => 1_000_000_000_000,
+        'K' => 1 << 10,
+        'M' => 1 << 20,
+        'G' => 1 << 30,
+        'T' => 1 << 40,
+        other => {
+            return Err(format!("expected one of k, K, m, M, g, G, t, T after the number, found {other}"));
+        }
+    };
+    let number: f64 = digits.parse().map_err(|_| format!("expected a number, found {digits:?}"))?;
+    let value = number * unit as f64;
+    if value < 0.0 || value.fract() != 0.0 || value > 2f64.powi(53) {
+        return Err("expected a whole number of at least 0".to_owned());
+    }
+    Ok(value as u64)
+}
+
+fn context(text: &str) -> Result<Context, String> {
+    if text == "auto" || text == "-1" {
+        return Ok(Context::Auto);
+    }
+    match count(text)? {
+        0 => Err("expected at least 1".to_owned()),
+        n => Ok(Context::Tokens(n as usize)),
+    }
+}
+
+/// The arguments with `--snake_case` flags in `--kebab-case`, which users of other programs type.
+pub(crate) fn with_kebab_case(args: impl Iterator<Item = std::ffi::OsString>) -> Vec<std::ffi::OsString> {
+    let mut literal = false;
+    args.map(|arg| {
+        literal |= arg == "--";
+        match arg.to_str() {
+            Some(text) if !literal && text.starts_with("--") => {
+                let (name, value) = text.split_once('=').map_or((text, None), |(n, v)| (n, Some(v)));
+                let name = name.replace('_', "-");
+                value.map_or(name.clone(), |value| format!("{name}={value}")).into()
+            }
+            _ => arg,
+        }
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn counts_have_suffixes() {
+        for (text, value) in [("32k", 32_000), ("32K", 32_768), ("1.5k", 1500), ("7", 7), ("2G", 2 << 30)] {
+            assert_eq!(count(text), Ok(value), "{text}");
+        }
+        for text in ["", "k", "-1", "1.5", "3x", "nan", "1e400"] {
+            assert!(count(text).is_err(), "{text}");
+        }
+        assert_eq!(context("auto"), Ok(Context::Auto));
+        assert_eq!(context("-1"), Ok(Context::Auto));
+        assert!(context("0").is_err());
+    }
+
+    #[test]
+    fn snake_case_flags_are_understood() {
+        let args = ["serve", "--max_model_len=3", "--api_key", "a_b", "--", "--x_y"].map(Into::into);
+        let expected = ["serve", "--max-model-len=3", "--api-key", "a_b", "--", "--x_y"];
+        assert_eq!(with_kebab_case(args.into_iter()), expected);
+    }
+}

@@ -1,0 +1,241 @@
+//! `nibble bench`: speed of prompts and decoding, beside the bandwidth of the memory in the same run.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Instant;
+
+use checkpoint::{Config, Format, Layout, MatrixKind, Synthetic, Target, Weights};
+use cpu::Cpu;
+use gptoss::{BLOCK_TOKENS, Backend, Plan, Sampling, SequencePlan};
+use serde_json::{Value, json};
+
+use crate::args::{Bench, BenchFormat, Common, Recipe};
+use crate::commands::doctor::machine;
+use crate::failure::{Failure, Result};
+use crate::model::{Model, backend};
+use crate::ui::{Ui, bold, bytes, dim};
+
+/// Tokens per step of a prompt.
+const CHUNK: usize = 512;
+
+/// Steps that are not counted before each measurement.
+const WARM_UP: usize = 2;
+
+pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
+    let weights = match &args.synthetic {
+        Some(shape) => synthetic(shape, args)?,
+        None => Model::open(args.model.as_deref(), ui)?.weights(&args.run, common, ui)?,
+    };
+    if let Some(out) = &args.out {
+        return write(&*weights, args, out, ui);
+    }
+    if args.repetitions == 0 || args.decode == 0 || args.batches.contains(&0) || args.prompts.contains(&0) {
+        return Err(Failure::input("expected sizes and repetitions of at least 1, found 0"));
+    }
+    let mut cpu = backend(weights, common, ui)?;
+    let traffic = cpu.traffic();
+    let mut bandwidth = vec![cpu::read_bandwidth(cpu.pool(), 5)?];
+    let mut tests = Vec::new();
+    for &depth in &args.depths {
+        tests.extend(args.prompts.iter().map(|&tokens| Test { prompt: true, tokens, batch: 1, depth }));
+        tests.extend(args.batches.iter().map(|&batch| Test {
+            prompt: false,
+            tokens: args.decode,
+            batch,
+            depth,
+        }));
+    }
+    if !ui.json {
+        println!("{}", dim(&format!("{}; {}", machine(), cpu.describe())));
+        println!(
+            "{}",
+            bold(
+                "test        batch    depth    tokens/s (min … max)            bytes/token     of bandwidth"
+            )
+        );
+    }
+    let mut rows = Vec::new();
+    let mut bar = ui.progress("Measuring", (tests.len() * args.repetitions) as u64);
+    for (t, test) in tests.iter().enumerate() {
+        let mut speeds = Vec::new();
+        for repetition in 0..args.repetitions {
+            bar.set((t * args.repetitions + repetition) as u64);
+            speeds.push(test.run(&mut cpu, repetition as u32)?);
+        }
+        bandwidth.push(cpu::read_bandwidth(cpu.pool(), 3)?);
+        speeds.sort_by(f64::total_cmp);
+        rows.push(Row {
+            test: *test,
+            median: speeds[speeds.len() / 2],
+            min: speeds[0],
+            max: speeds[speeds.len() - 1],
+            bytes: (!test.prompt).then(|| traffic.step_bytes(test.batch, test.depth) / test.batch as f64),
+        });
+    }
+    drop(bar);
+    bandwidth.sort_by(f64::total_cmp);
+    let bandwidth = bandwidth[bandwidth.len() / 2];
+    if ui.json {
+        let rows: Vec<Value> = rows.iter().map(|row| row.json(bandwidth)).collect();
+        ui.document(&json!({"machine": machine(), "backend": cpu.describe(),
+            "bandwidth_bytes_per_second": bandwidth, "rows": rows}));
+    } else {
+        rows.iter().for_each(|row| row.print(bandwidth));
+        println!(
+            "{}",
+            dim(&format!("memory: {}/s read by the same threads in the same run", bytes(bandwidth as u64)))
+        );
+    }
+    Ok(())
+}
+
+/// One thing to measure: a prompt of `tokens`, or `tokens` steps of decoding.
+#[derive(Clone, Copy)]
+struct Test {
+    prompt: bool,
+    tokens: usize,
+    batch: usize,
+    depth: usize,
+}
+
+impl Test {
+    /// Tokens per second of one run.
+    fn run(&self, cpu: &mut Cpu, seed: u32) -> Result<f64> {
+        let limit = cpu.config().max_context;
+        let warm_up = if self.prompt { 0 } else { WARM_UP };
+        let length = self.depth + self.tokens + warm_up;
+        if length > limit {
+            return Err(Failure::input(format!(
+                "expected depth and tokens of at most {limit} in all, found {length}"
+            )));
+        }
+        let blocks = length.div_ceil(BLOCK_TOKENS);
+        cpu.allocate_kv(blocks * self.batch, blocks * self.batch)?;
+        let vocabulary = cpu.config().vocab_size as u32;
+        // The cache holds zeros up to the depth: reading them costs what reading anything costs.
+        let sequence = |s: usize, position: usize, count: usize| {
+            let table: Vec<u32> = (0..blocks as u32).map(|b| s as u32 * blocks as u32 + b).collect();
+            let token = |i: usize| {
+                let mixed = (position + i) as u32 ^ (s as u32) << 16 ^ seed << 24;
+                mixed.wrapping_mul(0x9e37_79b9) % vocabulary
+            };
+            SequencePlan {
+                tokens: (0..count).map(token).collect(),
+                position,
+                full_blocks: table.clone(),
+                sliding_blocks: table,
+                sample: Some(Sampling::default()),
+                ..SequencePlan::default()
+            }
+        };
+        if self.prompt {
+            let start = Instant::now();
+            for first in (0..self.tokens).step_by(CHUNK) {
+                let count = CHUNK.min(self.tokens - first);
+                cpu.step(&Plan { sequences: vec![sequence(0, self.depth + first, count)] })?;
+            }
+            return Ok(self.tokens as f64 / start.elapsed().as_secs_f64());
+        }
+        let mut start = Instant::now();
+        for i in 0..self.tokens + warm_up {
+            if i == warm_up {
+                start = Instant::now();
+            }
+            let sequences = (0..self.batch).map(|s| sequence(s, self.depth + i, 1)).collect();
+            cpu.step(&Plan { sequences })?;
+        }
+        Ok((self.tokens * self.batch) as f64 / start.elapsed().as_secs_f64())
+    }
+
+    fn name(&self) -> String {
+        format!("{}{}", if self.prompt { "pp" } else { "tg" }, self.tokens)
+    }
+}
+
+struct Row {
+    test: Test,
+    median: f64,
+    min: f64,
+    max: f64,
+    bytes: Option<f64>,
+}
+
+impl Row {
+    fn share(&self, bandwidth: f64) -> Option<f64> {
+        self.bytes.map(|bytes| bytes * self.median / bandwidth)
+    }
+
+    fn json(&self, bandwidth: f64) -> Value {
+        json!({"test": self.test.name(), "batch": self.test.batch, "depth": self.test.depth,
+            "tokens_per_second": {"median": self.median, "min": self.min, "max": self.max},
+            "bytes_per_token": self.bytes, "share_of_bandwidth": self.share(bandwidth)})
+    }
+
+    fn print(&self, bandwidth: f64) {
+        let speed = format!("{:9.2} ({:.2} … {:.2})", self.median, self.min, self.max);
+        let bytes = self.bytes.map_or_else(|| "–".to_owned(), |b| bytes(b as u64));
+        let share = self.share(bandwidth).map_or_else(|| "–".to_owned(), |s| format!("{:.0} %", s * 100.0));
+        println!(
+            "{:<11} {:<8} {:<8} {speed:<31} {bytes:<15} {share}",
+            self.test.name(),
+            self.test.batch,
+            self.test.depth
+        );
+    }
+}
+
+/// Made-up weights: `gpt-oss-20b`, `gpt-oss-120b`, with `:N` for N layers.
+fn synthetic(shape: &str, args: &Bench) -> Result<Arc<dyn Weights>> {
+    let (name, layers) = shape.split_once(':').map_or((shape, None), |(name, layers)| (name, Some(layers)));
+    let mut config = match name {
+        "gpt-oss-20b" => Config::gpt_oss_20b(),
+        "gpt-oss-120b" => Config::gpt_oss_120b(),
+        other => {
+            return Err(Failure::input(format!(
+                "--synthetic: expected gpt-oss-20b or gpt-oss-120b, found {other}"
+            )));
+        }
+    };
+    if let Some(layers) = layers {
+        let all = config.layer_kinds.len();
+        let count: usize = layers.parse().ok().filter(|n| (1..=all).contains(n)).ok_or_else(|| {
+            Failure::input(format!("--synthetic: expected 1 to {all} layers, found {layers}"))
+        })?;
+        config.layer_kinds.truncate(count);
+    }
+    let (format, recipe) = (args.format, args.recipe);
+    let pick = move |id: checkpoint::MatrixId| match (format, id.kind) {
+        (BenchFormat::Mxfp4, kind) if kind.is_expert() => Format::Mxfp4,
+        (BenchFormat::Modelopt, kind) if kind.is_expert() => Format::Nvfp4,
+        (BenchFormat::Modelopt, kind) if kind.is_attention() && recipe != Recipe::Experts => Format::Nvfp4,
+        (BenchFormat::Modelopt, MatrixKind::Unembedding) if recipe == Recipe::All => Format::Nvfp4,
+        _ => Format::Bf16,
+    };
+    Ok(Arc::new(Synthetic::new(config, pick, 1)))
+}
+
+fn write(weights: &dyn Weights, args: &Bench, out: &std::path::Path, ui: Ui) -> Result<()> {
+    let layout = match args.format {
+        BenchFormat::Mxfp4 => Layout::Mxfp4,
+        BenchFormat::Modelopt => Layout::ModelOpt,
+        BenchFormat::Bf16 => Layout::Bf16,
+    };
+    let target = Target {
+        fingerprint: format!("{:?} {:?} {:?}", args.synthetic, args.format, args.recipe),
+        ..Target::new(weights.config().to_json(), layout)
+    };
+    let mut bar = ui.progress("Writing", 1);
+    crate::interrupt::handle_gracefully();
+    let written = checkpoint::write(weights, &target, out, &mut |progress| {
+        bar.set_total(progress.total_bytes);
+        bar.set(progress.done_bytes);
+        if crate::interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    drop(bar);
+    if ui.json {
+        ui.document(&json!({"out": out, "bytes": written.tensor_bytes}));
+    } else {
+        println!("{}: {}", out.display(), bytes(written.tensor_bytes));
+    }
+    Ok(())
+}

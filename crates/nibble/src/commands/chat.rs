@@ -1,0 +1,110 @@
+//! `nibble chat`: a conversation in the terminal.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::sync::mpsc;
+use std::time::Duration;
+
+use engine::{Engine, Event, OutputMode, Request, SamplingParams};
+use harmony::{ChatMessage, ChatPrompt, Delta, Turn};
+
+use crate::args::{Chat, Common};
+use crate::engine::{sampling, start};
+use crate::failure::{Failure, Result, Status};
+use crate::interrupt;
+use crate::model::Model;
+use crate::ui::{Ui, bold, dim};
+
+pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
+    let model = Model::open(args.model.as_deref(), ui)?;
+    let name = model.name.clone();
+    let running = start(model, &args.run, &args.capacity, 0, common, ui)?;
+    let params = sampling(&args.sampling, &running.generation);
+    let mut prompt = ChatPrompt {
+        reasoning_effort: args.reasoning_effort.clone(),
+        date: Some(server::today()),
+        ..ChatPrompt::new(args.system.iter().map(|text| ChatMessage::new("system", text)).collect())
+    };
+    let terminal = std::io::stdin().is_terminal();
+    if terminal {
+        println!("{}", dim(&format!("{name}; an empty line or Ctrl-D ends the conversation")));
+    }
+    interrupt::handle_gracefully();
+    let mut line = String::new();
+    loop {
+        if terminal {
+            print!("{} ", bold(">"));
+            let _ = std::io::stdout().flush();
+        }
+        line.clear();
+        let read = std::io::stdin().lock().read_line(&mut line);
+        let read = read.map_err(|e| Failure::input(format!("standard input: {e}")))?;
+        let question = line.trim();
+        if read == 0 || question.is_empty() {
+            return Ok(());
+        }
+        prompt.messages.push(ChatMessage::new("user", question));
+        let turn = answer(&running.engine, &prompt, &params, &mut |delta| {
+            if !ui.json {
+                show(delta);
+            }
+        })?;
+        if ui.json {
+            ui.document(&turn);
+        } else {
+            println!();
+        }
+        prompt.messages.push(ChatMessage {
+            reasoning: turn.reasoning,
+            ..ChatMessage::new("assistant", turn.content.unwrap_or_default())
+        });
+    }
+}
+
+/// Streams one answer. An interrupt cancels it and ends the command.
+pub(crate) fn answer(
+    engine: &Engine,
+    prompt: &ChatPrompt,
+    params: &SamplingParams,
+    show: &mut dyn FnMut(&Delta),
+) -> Result<Turn> {
+    let (sender, receiver) = mpsc::channel();
+    let request = Request {
+        prompt: engine.harmony().render_chat(prompt)?,
+        params: params.clone(),
+        output: OutputMode::Chat { tools: prompt.tools.iter().map(|t| t.function.name.clone()).collect() },
+    };
+    let handle = engine.submit(request, Box::new(move |event| sender.send(event).is_ok()))?;
+    let mut turn = Turn::default();
+    loop {
+        match receiver.recv_timeout(Duration::from_millis(100)) {
+            Ok(Event::Tokens { deltas, .. }) => {
+                for delta in deltas {
+                    show(&delta);
+                    turn.apply(&delta);
+                }
+            }
+            Ok(Event::Done) => return Ok(turn.finish()),
+            Ok(Event::Failed(failure)) => return Err(Failure::machine(failure.to_string())),
+            Ok(Event::Started { .. } | Event::Finished { .. }) => {}
+            Err(mpsc::RecvTimeoutError::Timeout) => {}
+            Err(mpsc::RecvTimeoutError::Disconnected) => {
+                return Err(Failure::machine("the engine ended without an answer"));
+            }
+        }
+        if interrupt::interrupted() {
+            handle.cancel();
+            return Err(Failure::new(Status::Interrupted, "interrupted"));
+        }
+    }
+}
+
+/// Prints a piece as it comes: reasoning dimmed, calls by name.
+pub(crate) fn show(delta: &Delta) {
+    match delta {
+        Delta::Reasoning(text) => print!("{}", dim(text)),
+        Delta::Content(text) => print!("{text}"),
+        Delta::CallStart { name, .. } => print!("\n{} ", bold(name)),
+        Delta::CallArguments { text, .. } => print!("{text}"),
+    }
+    let _ = std::io::stdout().flush();
+}

@@ -1,0 +1,216 @@
+//! `nibble demo`: the main job from end to end on the small model that travels in the binary.
+
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Instant;
+
+use checkpoint::{Checkpoint, Layout, Target, Weights};
+use cpu::Cpu;
+use engine::{EngineOptions, SamplingParams};
+use evaluate::{divergence, perplexity};
+use harmony::{ChatMessage, ChatPrompt, ChatTool, Delta, FunctionTool};
+use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
+
+use crate::args::Common;
+use crate::commands::chat::{answer, show};
+use crate::commands::eval::text_windows;
+use crate::failure::{Failure, Result};
+use crate::model::{Model, backend, threads};
+use crate::ui::{Ui, bold, bytes, dim, green, grouped};
+
+/// Public-domain English books that the small model has not seen.
+const TEXT: &str = include_str!("../../data/books.txt");
+
+const WINDOWS: usize = 6;
+const CONTEXT: usize = 1024;
+
+pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
+    let started = Instant::now();
+    let folder = Scratch::new()?;
+    let original = Arc::new(Model::built_in()?.checkpoint);
+    println!("{}", bold("nibble: gpt-oss in four bits, without losing one"));
+    println!(
+        "{}\n",
+        dim(&format!(
+            "tiny-gpt-oss, a gpt-oss of {} parameters trained for this program; {} threads of this CPU",
+            grouped(original.parameters()),
+            threads(common)
+        ))
+    );
+
+    heading(1, "Quantize: MXFP4, as gpt-oss is published, to NVFP4");
+    let cast = quantized(Arc::clone(&original) as Arc<dyn Weights>, Algorithm::Cast, common)?;
+    let counts = cast.cast_counts();
+    let cast_folder = folder.0.join("nvfp4");
+    write(&cast, &original, &cast_folder)?;
+    println!(
+        "   {} of {} blocks lossless, {} values changed",
+        green(&grouped(counts.lossless_blocks)),
+        grouped(counts.blocks),
+        counts.changed_values
+    );
+    let cast = Arc::new(Checkpoint::open(&cast_folder)?);
+    let comparison = checkpoint::compare(&*original, &*cast, None)?;
+    let verdict = if comparison.identical { green("identical") } else { "different".to_owned() };
+    println!("   read back and compared with the original: {verdict}, {} tensors", comparison.tensors);
+    if !comparison.identical {
+        return Err(Failure::machine("the cast checkpoint differs from the original"));
+    }
+
+    heading(2, "The usual way, for comparison: up to BF16, then scales from the largest value");
+    let upcast: Arc<dyn Weights> = Arc::new(Quantized::new(
+        Arc::clone(&original) as Arc<dyn Weights>,
+        Options::Bf16,
+        threads(common),
+        &mut |_, _| {},
+    )?);
+    let usual = quantized(upcast, Algorithm::Max, common)?;
+    let usual_folder = folder.0.join("max");
+    write(&usual, &original, &usual_folder)?;
+    let (changed, values) =
+        usual.report().iter().fold((0, 0), |(c, v), t| (c + t.totals.changed, v + t.totals.values));
+    println!("   {} of {} expert weights changed", grouped(changed), grouped(values));
+    let usual = Arc::new(Checkpoint::open(&usual_folder)?);
+
+    heading(3, "Measure: what did it cost?");
+    let tokenizer = Model::built_in()?.tokenizer()?;
+    let windows = text_windows(&tokenizer, TEXT, CONTEXT, Some(WINDOWS));
+    let load = |weights: Arc<Checkpoint>| backend(weights, common, ui);
+    let mut reference = load(Arc::clone(&original))?;
+    let base = perplexity(&mut reference, &windows, &mut |_| {})?;
+    let tokens = base.tokens;
+    println!(
+        "   {}",
+        dim(&format!("{} windows of {CONTEXT} tokens of books it has not seen", windows.len()))
+    );
+    println!("   {}", bold("                       size   perplexity   KL from original   same top token"));
+    let row = |name: &str, size: u64, perplexity: f64, rest: &str| {
+        println!("   {name:<18} {:>8}   {perplexity:>10.4}   {rest}", bytes(size));
+    };
+    row("MXFP4 (original)", original.tensor_bytes(), base.perplexity, "               –               –");
+    let mut fast = load(Arc::clone(&cast))?;
+    for (name, checkpoint, model) in
+        [("NVFP4, cast", &cast, &mut fast), ("NVFP4, usual way", &usual, &mut load(Arc::clone(&usual))?)]
+    {
+        let found = divergence(model, &mut reference, &windows, &mut |_| {})?;
+        let agreement = format!("{:.2} %", found.top1_agreement * 100.0);
+        let rest = format!("{:>16.6}   {agreement:>13}", found.kl_mean);
+        row(name, checkpoint.tensor_bytes(), found.nll.exp(), &rest);
+    }
+    println!(
+        "   {}",
+        dim(&format!(
+            "{tokens} predictions each; the cast gives the same numbers because it is the same model"
+        ))
+    );
+
+    heading(4, "Ask: three questions to the cast model");
+    ask(fast, &cast)?;
+
+    heading(5, "Next: the real one");
+    for (command, remark) in [
+        ("nibble quantize openai/gpt-oss-20b --out gpt-oss-20b-nvfp4", "fetches 14 GB on first use"),
+        ("nibble verify openai/gpt-oss-20b gpt-oss-20b-nvfp4", "bit for bit"),
+        ("nibble chat gpt-oss-20b-nvfp4", ""),
+        ("nibble serve gpt-oss-20b-nvfp4", "OpenAI's API on port 8000"),
+    ] {
+        println!("   {command:<60} {}", dim(remark));
+    }
+    println!("\n{}", dim(&format!("done in {:.1} s", started.elapsed().as_secs_f64())));
+    Ok(())
+}
+
+fn heading(number: usize, text: &str) {
+    println!("\n{}", bold(&format!("{number}  {text}")));
+}
+
+fn quantized(source: Arc<dyn Weights>, algorithm: Algorithm, common: &Common) -> Result<Quantized> {
+    let options = Options::Nvfp4 {
+        recipe: Recipe::Experts,
+        algorithm,
+        embedding: false,
+        scales_per: ScalesPer::Stack,
+        experts_in_bf16: false,
+    };
+    Ok(Quantized::new(source, options, threads(common), &mut |_, _| {})?)
+}
+
+fn write(weights: &dyn Weights, source: &Checkpoint, out: &Path) -> Result<()> {
+    let target = Target::new(source.config_json().clone(), Layout::ModelOpt);
+    checkpoint::write(weights, &target, out, &mut |_| ControlFlow::Continue(()))?;
+    Ok(())
+}
+
+/// Three answers, greedy so that they are the same everywhere. The last question comes with a tool.
+fn ask(model: Cpu, checkpoint: &Checkpoint) -> Result<()> {
+    let options = EngineOptions {
+        eos_ids: Model::built_in()?.checkpoint.generation_config().eos_token_ids.clone(),
+        max_model_len: Some(2048),
+        kv_cache_bytes: 256 << 20,
+        ..EngineOptions::default()
+    };
+    debug_assert_eq!(checkpoint.layout(), Layout::ModelOpt);
+    let engine = crate::engine::engine(model, Model::built_in()?.harmony()?, options)?;
+    let params = SamplingParams { temperature: 0.0, max_tokens: Some(128), ..SamplingParams::default() };
+    let weather = ChatTool {
+        function: FunctionTool {
+            name: "get_weather".to_owned(),
+            description: Some("Get the current weather for a city.".to_owned()),
+            parameters: Some(serde_json::json!({
+                "type": "object",
+                "properties": {"city": {"type": "string"}},
+                "required": ["city"],
+            })),
+        },
+    };
+    for (question, tools) in [
+        ("What is 17 + 25?", vec![]),
+        ("What is the capital of France?", vec![]),
+        ("What is the weather in Paris?", vec![weather]),
+    ] {
+        let prompt = ChatPrompt {
+            tools,
+            date: Some("2025-06-28".to_owned()),
+            ..ChatPrompt::new(vec![ChatMessage::new("user", question)])
+        };
+        println!("   {} {question}", bold("you      "));
+        let mut field = "";
+        answer(&engine, &prompt, &params, &mut |delta| {
+            let (name, label) = match delta {
+                Delta::Reasoning(_) => ("reasoning", "reasoning"),
+                Delta::Content(_) => ("content", "answer   "),
+                Delta::CallStart { .. } | Delta::CallArguments { .. } => ("call", "calls    "),
+            };
+            if name != field {
+                print!("{}   {} ", if field.is_empty() { "" } else { "\n" }, bold(label));
+                field = name;
+            }
+            match delta {
+                Delta::CallStart { name, .. } => print!("{name} "),
+                other => show(other),
+            }
+        })?;
+        println!("\n");
+    }
+    engine.shutdown();
+    Ok(())
+}
+
+/// A folder that is gone when the demo is.
+struct Scratch(PathBuf);
+
+impl Scratch {
+    fn new() -> Result<Scratch> {
+        let path = std::env::temp_dir().join(format!("nibble-demo-{}", std::process::id()));
+        std::fs::create_dir_all(&path).map_err(|e| Failure::io(&path, &e))?;
+        Ok(Scratch(path))
+    }
+}
+
+impl Drop for Scratch {
+    fn drop(&mut self) {
+        // Nothing depends on it; the system clears its temporary folder in time.
+        let _ = std::fs::remove_dir_all(&self.0);
+    }
+}

@@ -1,0 +1,64 @@
+//! `nibble doctor`: what this machine has, which kernels are chosen, and whether each gives the right numbers.
+
+use cpu::Isa;
+use serde_json::json;
+
+use crate::args::Common;
+use crate::failure::{Failure, Result, Status};
+use crate::model::threads;
+use crate::ui::{Ui, bold, dim, green};
+
+pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
+    let threads = threads(common);
+    let best = Isa::best();
+    let pool = cpu::Pool::new(threads);
+    let bandwidth = cpu::read_bandwidth(&pool, 5)?;
+    let tests: Vec<_> = Isa::ALL.into_iter().flat_map(cpu::self_test).collect();
+    let passed = tests.iter().all(|test| test.passed);
+
+    if ui.json {
+        let rows: Vec<_> = tests
+            .iter()
+            .map(|t| {
+                json!({"kernel": t.kernel, "isa": t.isa.name(), "error": t.error, "equals_scalar": t.equals_scalar,
+                    "passed": t.passed})
+            })
+            .collect();
+        ui.document(&json!({
+            "version": env!("CARGO_PKG_VERSION"), "machine": machine(), "threads": threads, "isa": best.name(),
+            "bandwidth_bytes_per_second": bandwidth, "kernels": rows, "passed": passed,
+        }));
+    } else {
+        println!("{}  {}", bold("processor "), processor());
+        println!("{}  {threads} of {} logical", bold("threads   "), logical());
+        println!("{}  {:.1} GB/s read by {threads} threads", bold("memory    "), bandwidth / 1e9);
+        println!("{}  {} {}", bold("kernels   "), best.name(), dim("(activations in f32)"));
+        println!("{}  none: this build runs on CPUs\n", bold("GPU       "));
+        println!("{}", bold("kernel          set       error     bits equal scalar"));
+        for test in &tests {
+            let verdict = if test.passed { green("ok") } else { "WRONG".to_owned() };
+            let equal = if test.equals_scalar { "yes" } else { "no" };
+            println!("{:<15} {:<9} {:<9.1e} {equal:<4} {verdict}", test.kernel, test.isa.name(), test.error);
+        }
+    }
+    if passed {
+        Ok(())
+    } else {
+        Err(Failure::new(Status::Machine, "a kernel gives wrong numbers on this machine"))
+    }
+}
+
+/// One line that identifies the machine of a measurement.
+pub(crate) fn machine() -> String {
+    format!("{}, {} logical cores, {}", processor(), logical(), Isa::best().name())
+}
+
+fn processor() -> String {
+    let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let name = info.lines().find_map(|line| line.strip_prefix("model name")?.split_once(':'));
+    name.map_or_else(|| std::env::consts::ARCH.to_owned(), |(_, name)| name.trim().to_owned())
+}
+
+fn logical() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}

@@ -1,0 +1,163 @@
+//! `nibble generate`: completions of one or many prompts, offline and batched.
+
+use std::time::Instant;
+
+use engine::{CompletionOutput, Llm, Prompt, RequestOutput, SamplingParams};
+use gptoss::TokenLogprobs;
+use harmony::{ChatMessage, ChatPrompt};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::args::{Common, Generate};
+use crate::commands::lines::read_json_lines;
+use crate::engine::{sampling, start};
+use crate::failure::{Failure, Result};
+use crate::model::Model;
+use crate::ui::{Ui, bold, dim};
+
+/// A line of `--prompts`.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Line {
+    Text(String),
+    Chat { messages: Vec<ChatMessage> },
+    Prompt { prompt: String },
+    Tokens { prompt_token_ids: Vec<u32> },
+    Bare(Vec<u32>),
+}
+
+/// Prompts in their order: raw ones and conversations may be mixed.
+enum Input {
+    Raw(Prompt),
+    Chat(ChatPrompt),
+}
+
+pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
+    let inputs = inputs(args)?;
+    let started = Instant::now();
+    let running = start(Model::open(args.model.as_deref(), ui)?, &args.run, &args.capacity, 0, common, ui)?;
+    let params = SamplingParams {
+        n: args.n,
+        logprobs: args.logprobs,
+        ignore_eos: args.ignore_eos,
+        ..sampling(&args.sampling, &running.generation)
+    };
+    let llm = Llm::new(running.engine);
+    let mut bar = ui.progress("Generating", inputs.len() as u64);
+    let outputs = complete(&llm, &inputs, &params, &mut |done| bar.set(done as u64))?;
+    drop(bar);
+    if ui.json {
+        ui.document(&document(&outputs, started.elapsed().as_secs_f64()));
+        return Ok(());
+    }
+    for (i, (input, output)) in inputs.iter().zip(&outputs).enumerate() {
+        if inputs.len() > 1 || args.n > 1 {
+            println!("{}{}", if i > 0 { "\n" } else { "" }, bold(&format!("# {}", i + 1)));
+        }
+        for choice in &output.outputs {
+            print(input, choice);
+        }
+    }
+    Ok(())
+}
+
+fn inputs(args: &Generate) -> Result<Vec<Input>> {
+    let chat = |messages: Vec<ChatMessage>| {
+        let mut all = Vec::new();
+        all.extend(args.system.as_ref().map(|text| ChatMessage::new("system", text)));
+        all.extend(args.developer.as_ref().map(|text| ChatMessage::new("developer", text)));
+        all.extend(messages);
+        Input::Chat(ChatPrompt {
+            reasoning_effort: args.reasoning_effort.clone(),
+            date: Some(server::today()),
+            ..ChatPrompt::new(all)
+        })
+    };
+    let text = |text: String| {
+        if args.chat { chat(vec![ChatMessage::new("user", text)]) } else { Input::Raw(Prompt::Text(text)) }
+    };
+    let mut inputs: Vec<Input> = args.prompt.iter().cloned().map(text).collect();
+    if let Some(path) = &args.prompts {
+        inputs.extend(read_json_lines::<Line>(path)?.into_iter().map(|line| match line {
+            Line::Text(prompt) | Line::Prompt { prompt } => text(prompt),
+            Line::Chat { messages } => chat(messages),
+            Line::Tokens { prompt_token_ids } | Line::Bare(prompt_token_ids) => {
+                Input::Raw(Prompt::Tokens(prompt_token_ids))
+            }
+        }));
+    }
+    if inputs.is_empty() {
+        return Err(Failure::input("expected a prompt, found none").hint("-p TEXT, or --prompts FILE"));
+    }
+    let only_chats = args.system.is_some() || args.developer.is_some() || args.reasoning_effort.is_some();
+    if only_chats && inputs.iter().any(|input| matches!(input, Input::Raw(_))) {
+        return Err(Failure::input(
+            "--system, --developer and --reasoning-effort: expected chats, found a raw prompt",
+        )
+        .hint("--chat makes each prompt a user message"));
+    }
+    Ok(inputs)
+}
+
+/// Runs both kinds as one batch each and puts the results in the order of the inputs.
+fn complete(
+    llm: &Llm,
+    inputs: &[Input],
+    params: &SamplingParams,
+    progress: &mut dyn FnMut(usize),
+) -> Result<Vec<RequestOutput>> {
+    let (mut raw, mut chats) = (Vec::new(), Vec::new());
+    for input in inputs {
+        match input {
+            Input::Raw(prompt) => raw.push(prompt.clone()),
+            Input::Chat(prompt) => chats.push(prompt.clone()),
+        }
+    }
+    let params = std::slice::from_ref(params);
+    let raw_outputs = llm.generate(&raw, params, &mut |p| progress(p.finished))?;
+    let done = raw.len();
+    let chat_outputs = llm.chat(&chats, params, &mut |p| progress(done + p.finished))?;
+    let (mut raw_outputs, mut chat_outputs) = (raw_outputs.into_iter(), chat_outputs.into_iter());
+    let next = |input: &Input| match input {
+        Input::Raw(_) => raw_outputs.next(),
+        Input::Chat(_) => chat_outputs.next(),
+    };
+    Ok(inputs.iter().filter_map(next).collect())
+}
+
+fn print(input: &Input, choice: &CompletionOutput) {
+    match input {
+        Input::Raw(Prompt::Text(text)) => println!("{}{}", dim(text), choice.text),
+        Input::Raw(Prompt::Tokens(_)) => println!("{}", choice.text),
+        Input::Chat(_) => {
+            if let Some(reasoning) = &choice.reasoning {
+                println!("{}", dim(reasoning));
+            }
+            for call in &choice.tool_calls {
+                println!("{} {}", bold(&call.name), call.arguments);
+            }
+            if let Some(content) = &choice.content {
+                println!("{content}");
+            }
+        }
+    }
+}
+
+fn document(outputs: &[RequestOutput], seconds: f64) -> Value {
+    let logprob = |(id, logprob): &(u32, f32)| json!({"id": id, "logprob": logprob});
+    let logprobs = |entries: &[TokenLogprobs]| -> Vec<Value> {
+        let entry = |e: &TokenLogprobs| json!({"id": e.token, "logprob": e.logprob, "top": e.top.iter().map(logprob).collect::<Vec<_>>()});
+        entries.iter().map(entry).collect()
+    };
+    let choice = |c: &CompletionOutput| {
+        let asked = (!c.logprobs.is_empty()).then(|| logprobs(&c.logprobs));
+        json!({"token_ids": c.token_ids, "text": c.text, "reasoning": c.reasoning, "content": c.content,
+            "tool_calls": c.tool_calls, "finish_reason": c.finish_reason, "logprobs": asked})
+    };
+    let output = |o: &RequestOutput| json!({"prompt_token_ids": o.prompt_token_ids, "choices": o.outputs.iter().map(choice).collect::<Vec<_>>()});
+    let prompt_tokens: usize = outputs.iter().map(|o| o.prompt_token_ids.len()).sum();
+    let completion_tokens: usize =
+        outputs.iter().flat_map(|o| &o.outputs).map(|choice| choice.token_ids.len()).sum();
+    json!({"outputs": outputs.iter().map(output).collect::<Vec<_>>(), "seconds": seconds,
+        "prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens})
+}

@@ -1,0 +1,71 @@
+//! Reading files, standard input and JSON lines, with bounds.
+
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+
+use crate::failure::{Failure, Result};
+
+/// The longest input that is taken into memory: far beyond any context, far below any machine's memory.
+const LIMIT: u64 = 256 << 20;
+
+/// All of a file, or of standard input for `-`, as UTF-8.
+pub(crate) fn read_text(path: &Path) -> Result<String> {
+    let mut bytes = Vec::new();
+    open(path)?.take(LIMIT + 1).read_to_end(&mut bytes).map_err(|e| Failure::io(path, &e))?;
+    if bytes.len() as u64 > LIMIT {
+        return Err(Failure::input(format!("{}: expected at most {} MiB of text", name(path), LIMIT >> 20)));
+    }
+    String::from_utf8(bytes).map_err(|e| {
+        let at = e.utf8_error().valid_up_to();
+        Failure::input(format!("{}: expected UTF-8, found an invalid byte at position {at}", name(path)))
+    })
+}
+
+/// Calls `each` with every line that is not blank, counted from 1.
+pub(crate) fn for_each_line(path: &Path, mut each: impl FnMut(usize, &str) -> Result<()>) -> Result<()> {
+    let mut reader = BufReader::new(open(path)?);
+    let mut line = Vec::new();
+    for number in 1.. {
+        line.clear();
+        let read = reader.by_ref().take(LIMIT + 1).read_until(b'\n', &mut line);
+        if read.map_err(|e| Failure::io(path, &e))? == 0 {
+            break;
+        }
+        if line.len() as u64 > LIMIT {
+            let limit = LIMIT >> 20;
+            return Err(Failure::input(format!("{}: line {number} is longer than {limit} MiB", name(path))));
+        }
+        let text = std::str::from_utf8(&line)
+            .map_err(|_| Failure::input(format!("{}: expected UTF-8 in line {number}", name(path))))?;
+        if !text.trim().is_empty() {
+            each(number, text)?;
+        }
+    }
+    Ok(())
+}
+
+/// Every line as JSON.
+pub(crate) fn read_json_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
+    let mut documents = Vec::new();
+    for_each_line(path, |number, line| {
+        let document = serde_json::from_str(line)
+            .map_err(|e| Failure::input(format!("{}: line {number}: {e}", name(path))))?;
+        documents.push(document);
+        Ok(())
+    })?;
+    Ok(documents)
+}
+
+fn open(path: &Path) -> Result<Box<dyn Read>> {
+    if path == Path::new("-") {
+        return Ok(Box::new(std::io::stdin().lock()));
+    }
+    let file = std::fs::File::open(path).map_err(|e| Failure::io(path, &e))?;
+    Ok(Box::new(file))
+}
+
+pub(crate) fn name(path: &Path) -> String {
+    if path == Path::new("-") { "standard input".to_owned() } else { path.display().to_string() }
+}

@@ -1,0 +1,90 @@
+//! `nibble logits`: the logits of a prompt as a tensor file, for comparisons with other programs.
+
+use std::io::Write;
+
+use gptoss::{BLOCK_TOKENS, Backend, Plan, SequencePlan};
+use serde_json::{Map, json};
+
+use crate::args::{Common, Logits};
+use crate::failure::{Failure, Result};
+use crate::model::{Model, backend};
+use crate::ui::Ui;
+
+/// Positions per step, so that long prompts need no more memory than the result.
+const CHUNK: usize = 256;
+
+pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
+    let weights = Model::open(Some(&args.model), ui)?.weights(&args.run, common, ui)?;
+    let config = weights.config().clone();
+    if let Some(layer) = args.layer.filter(|&layer| layer >= config.layer_kinds.len()) {
+        let layers = config.layer_kinds.len();
+        return Err(Failure::input(format!("--layer: expected a layer below {layers}, found {layer}")));
+    }
+    let mut backend = backend(weights, common, ui)?;
+    let blocks = args.ids.len().div_ceil(BLOCK_TOKENS);
+    backend.allocate_kv(blocks, blocks)?;
+    let table: Vec<u32> = (0..blocks as u32).collect();
+    let (mut logits, mut hidden) = (Vec::new(), Vec::new());
+    for (i, tokens) in args.ids.chunks(CHUNK).enumerate() {
+        let sequence = SequencePlan {
+            tokens: tokens.to_vec(),
+            position: i * CHUNK,
+            full_blocks: table.clone(),
+            sliding_blocks: table.clone(),
+            logits: true,
+            hidden_after_layer: args.layer,
+            ..SequencePlan::default()
+        };
+        for output in backend.step(&Plan { sequences: vec![sequence] })? {
+            logits.extend(output.logits);
+            hidden.extend(output.hidden);
+        }
+    }
+    let positions = args.ids.len();
+    let mut tensors = vec![("logits", config.vocab_size, logits)];
+    if args.layer.is_some() {
+        tensors.push(("hidden", config.hidden_size, hidden));
+    }
+    write(args, positions, &tensors)?;
+    if ui.json {
+        ui.document(&json!({ "out": args.out, "positions": positions, "vocabulary": config.vocab_size }));
+    } else {
+        println!("{}: logits of {positions} positions", args.out.display());
+    }
+    Ok(())
+}
+
+/// A safetensors file under its final name only when it is complete.
+fn write(args: &Logits, positions: usize, tensors: &[(&str, usize, Vec<f32>)]) -> Result<()> {
+    let mut header = Map::new();
+    let mut end = 0;
+    for (name, width, values) in tensors {
+        let start = end;
+        end += values.len() * size_of::<f32>();
+        let entry = json!({ "dtype": "F32", "shape": [positions, width], "data_offsets": [start, end] });
+        header.insert((*name).to_owned(), entry);
+    }
+    let mut header = serde_json::Value::from(header).to_string();
+    while header.len() % 8 != 0 {
+        header.push(' ');
+    }
+    let mut partial = args.out.clone().into_os_string();
+    partial.push(".partial");
+    let partial = std::path::PathBuf::from(partial);
+    let save = || {
+        let mut file = std::io::BufWriter::new(std::fs::File::create(&partial)?);
+        file.write_all(&(header.len() as u64).to_le_bytes())?;
+        file.write_all(header.as_bytes())?;
+        for (_, _, values) in tensors {
+            for value in values {
+                file.write_all(&value.to_le_bytes())?;
+            }
+        }
+        file.flush()?;
+        std::fs::rename(&partial, &args.out)
+    };
+    save().map_err(|error| {
+        let _ = std::fs::remove_file(&partial);
+        Failure::io(&args.out, &error)
+    })
+}

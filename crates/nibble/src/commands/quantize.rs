@@ -1,0 +1,236 @@
+//! `nibble quantize`: writes a quantized checkpoint.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+use std::time::Instant;
+
+use checkpoint::{Checkpoint, Layout, Target, Weights, Written};
+use quantize::{Method, Options, Quantized, ScalesPer, TensorReport};
+use serde_json::{Value, json};
+
+use crate::args::{self, Common, Embedding, Format, Quantize};
+use crate::failure::{Failure, Result};
+use crate::interrupt;
+use crate::model::{Model, threads};
+use crate::ui::{Ui, bold, bytes, dim, green, grouped};
+
+pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
+    let started = Instant::now();
+    check(args)?;
+    let model = Model::open(Some(&args.source), ui)?;
+    let source_bytes = model.checkpoint.tensor_bytes();
+    let parameters = model.checkpoint.parameters();
+    let fingerprint = fingerprint(&model.checkpoint, args);
+    let names = Names::of(&model.checkpoint);
+    let layout = layout(args.format);
+    let target = Target {
+        shard_bytes: args.max_shard_size,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        scales_per_expert: args.scales_per == args::ScalesPer::Expert,
+        overwrite: args.overwrite,
+        fingerprint,
+        ..Target::like(&model.checkpoint, layout)?
+    };
+    if args.format == Format::CompressedTensors {
+        ui.note("note: compressed-tensors has no names for fused experts: they are written in BF16");
+    }
+
+    let mut bar = ui.progress("Looking", 1);
+    let view =
+        Quantized::new(source(model, args.format), options(args), threads(common), &mut |done, total| {
+            bar.set_total(total as u64);
+            bar.set(done as u64);
+        })?;
+    drop(bar);
+    let cast = view.cast_counts();
+    if cast.changed_values > 0 && !args.allow_loss {
+        let lost = cast.blocks - cast.lossless_blocks;
+        let message = format!(
+            "{}: the cast would change {} values in {} of {} blocks, and nothing was written",
+            args.source,
+            grouped(cast.changed_values),
+            grouped(lost),
+            grouped(cast.blocks)
+        );
+        if ui.json {
+            ui.document(&json!({"out": null, "blocks": cast.blocks, "lossless_blocks": cast.lossless_blocks,
+                "changed_values": cast.changed_values}));
+        }
+        let failure = Failure::new(crate::failure::Status::No, message);
+        return Err(failure.hint("--allow-loss casts all the same; --scales-per expert may lose less"));
+    }
+
+    let mut bar = ui.progress("Writing", 1);
+    interrupt::handle_gracefully();
+    let written = checkpoint::write(&view, &target, &args.out, &mut |progress| {
+        bar.set_total(progress.total_bytes);
+        bar.set(progress.done_bytes);
+        if interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
+    drop(bar);
+    report(args, &view, &written, &names, parameters, source_bytes, started, ui);
+    Ok(())
+}
+
+/// Refuses combinations that have no meaning, before anything is read.
+fn check(args: &Quantize) -> Result<()> {
+    if args.format == Format::CompressedTensors && args.recipe == args::Recipe::Experts {
+        return Err(Failure::input(
+            "--format: compressed-tensors has no names for packed experts, expected --recipe linear or all, found experts",
+        ));
+    }
+    if args.out.exists() && !args.overwrite {
+        return Err(Failure::input(format!(
+            "--out: expected a folder that does not exist, found {}",
+            args.out.display()
+        ))
+        .hint("--overwrite replaces it"));
+    }
+    Ok(())
+}
+
+/// Fake-quantized weights are taken as the codes that they stand for, unless they are to be plain BF16 again.
+fn source(model: Model, format: Format) -> Arc<dyn Weights> {
+    match model.checkpoint.layout() {
+        Layout::FakeBf16 if format != Format::Bf16 => Arc::new(model.checkpoint.into_packed()),
+        _ => Arc::new(model.checkpoint),
+    }
+}
+
+fn options(args: &Quantize) -> Options {
+    match args.format {
+        Format::Mxfp4 => Options::Mxfp4,
+        Format::Bf16 => Options::Bf16,
+        Format::Modelopt | Format::CompressedTensors | Format::FakeBf16 => Options::Nvfp4 {
+            recipe: recipe(args.recipe),
+            algorithm: match args.algorithm {
+                args::Algorithm::Auto => quantize::Algorithm::Auto,
+                args::Algorithm::Cast => quantize::Algorithm::Cast,
+                args::Algorithm::Max => quantize::Algorithm::Max,
+            },
+            embedding: args.embedding == Embedding::Nvfp4,
+            scales_per: match args.scales_per {
+                args::ScalesPer::Stack => ScalesPer::Stack,
+                args::ScalesPer::Expert => ScalesPer::Expert,
+            },
+            experts_in_bf16: args.format == Format::CompressedTensors,
+        },
+    }
+}
+
+pub(crate) fn recipe(recipe: args::Recipe) -> quantize::Recipe {
+    match recipe {
+        args::Recipe::Experts => quantize::Recipe::Experts,
+        args::Recipe::Linear => quantize::Recipe::Linear,
+        args::Recipe::All => quantize::Recipe::All,
+    }
+}
+
+fn layout(format: Format) -> Layout {
+    match format {
+        Format::Modelopt => Layout::ModelOpt,
+        Format::CompressedTensors => Layout::CompressedTensors,
+        Format::FakeBf16 => Layout::FakeBf16,
+        Format::Mxfp4 => Layout::Mxfp4,
+        Format::Bf16 => Layout::Bf16,
+    }
+}
+
+/// Source and options: only the same command continues unfinished work.
+fn fingerprint(source: &Checkpoint, args: &Quantize) -> String {
+    let files: Vec<String> = source
+        .files()
+        .iter()
+        .map(|file| {
+            let metadata = std::fs::metadata(file.path()).ok();
+            let modified = metadata.as_ref().and_then(|m| m.modified().ok());
+            format!("{} {:?} {modified:?}", file.path().display(), metadata.map(|m| m.len()))
+        })
+        .collect();
+    let options =
+        (args.recipe, args.algorithm, args.format, args.embedding, args.scales_per, args.max_shard_size);
+    format!("{files:?} {options:?} {}", env!("CARGO_PKG_VERSION"))
+}
+
+/// The names of the source's matrices, kept for the report.
+struct Names(Vec<(checkpoint::MatrixId, String)>);
+
+impl Names {
+    fn of(checkpoint: &Checkpoint) -> Names {
+        let name =
+            |id| checkpoint.name_of(id).trim_end_matches("_blocks").trim_end_matches(".blocks").to_owned();
+        Names(checkpoint::matrices(checkpoint.config()).map(|id| (id, name(id))).collect())
+    }
+
+    fn name(&self, id: checkpoint::MatrixId) -> &str {
+        self.0.iter().find(|(own, _)| *own == id).map_or("", |(_, name)| name)
+    }
+}
+
+#[expect(clippy::too_many_arguments, reason = "the facts of one run, put together in one place")]
+fn report(
+    args: &Quantize,
+    view: &Quantized,
+    written: &Written,
+    names: &Names,
+    parameters: u64,
+    source_bytes: u64,
+    started: Instant,
+    ui: Ui,
+) {
+    let cast = view.cast_counts();
+    let bits = written.tensor_bytes as f64 * 8.0 / parameters as f64;
+    let tensors: Vec<TensorReport> = view.report().into_iter().filter(|t| t.method != Method::Keep).collect();
+    if ui.json {
+        let rows: Vec<Value> = tensors
+            .iter()
+            .map(|t| {
+                json!({"name": names.name(t.id), "format": t.format, "algorithm": t.method, "mse": t.totals.mse(),
+                    "max_error": t.totals.max_error, "sqnr_db": finite(t.totals.sqnr_db())})
+            })
+            .collect();
+        let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
+        ui.document(&json!({
+            "out": args.out, "format": layout(args.format).name(), "recipe": name(&args.recipe),
+            "algorithm": name(&args.algorithm), "bytes": written.tensor_bytes, "source_bytes": source_bytes,
+            "bits_per_weight": bits, "blocks": cast.blocks, "lossless_blocks": cast.lossless_blocks,
+            "changed_values": cast.changed_values, "tensors": rows, "seconds": started.elapsed().as_secs_f64(),
+            "peak_memory_bytes": peak_memory(),
+        }));
+        return;
+    }
+    for t in tensors.iter().filter(|t| t.method != Method::Cast || t.cast.changed_values > 0) {
+        let method = format!("{:?}", t.method).to_lowercase();
+        let sqnr = t.totals.sqnr_db();
+        let quality = if sqnr.is_finite() {
+            format!("SQNR {sqnr:5.1} dB, largest error {:.2e}", t.totals.max_error)
+        } else {
+            "every value kept".to_owned()
+        };
+        println!("{:<52} {method:<6} {quality}", names.name(t.id));
+    }
+    if cast.blocks > 0 {
+        let verdict =
+            if cast.changed_values == 0 { green("without losing a bit") } else { "with losses".to_owned() };
+        println!("{} of {} MXFP4 blocks cast {verdict}", grouped(cast.lossless_blocks), grouped(cast.blocks));
+    }
+    println!(
+        "{}: {} ({bits:.3} bits per weight), from {}, in {:.1} s",
+        bold(&args.out.display().to_string()),
+        bytes(written.tensor_bytes),
+        bytes(source_bytes),
+        started.elapsed().as_secs_f64()
+    );
+    println!("{}", dim(&format!("nibble verify {} {}", args.source, args.out.display())));
+}
+
+fn finite(value: f64) -> Option<f64> {
+    value.is_finite().then_some(value)
+}
+
+/// The most memory that this process has held, mapped files included.
+fn peak_memory() -> Option<u64> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    line.trim().trim_end_matches(" kB").trim().parse::<u64>().ok().map(|kb| kb * 1024)
+}

@@ -1,0 +1,43 @@
+//! `nibble verify`: compares two checkpoints, whatever their layouts.
+
+use checkpoint::{Layout, Weights};
+
+use crate::args::Verify;
+use crate::failure::{Failure, Result};
+use crate::model::Model;
+use crate::ui::{Ui, green};
+
+pub(crate) fn run(args: &Verify, ui: Ui) -> Result<()> {
+    if args.tolerance.is_some_and(|t| !(t.is_finite() && t >= 0.0)) {
+        return Err(Failure::input("--tolerance: expected a number of at least 0"));
+    }
+    let (a, b) = (Model::open(Some(&args.a), ui)?, Model::open(Some(&args.b), ui)?);
+    let comparison = checkpoint::compare(&*packed(a), &*packed(b), args.tolerance)?;
+    if ui.json {
+        ui.document(&comparison);
+    } else {
+        for tensor in &comparison.different {
+            println!(
+                "{}: {} values differ, by at most {:.3e} (mean squared {:.3e})",
+                tensor.name, tensor.elements, tensor.max_abs, tensor.mse
+            );
+        }
+        comparison.missing.iter().for_each(|name| println!("{name}: only in {}", args.a));
+        comparison.unknown.iter().for_each(|name| println!("{name}: only in {}", args.b));
+        let count = comparison.tensors;
+        if comparison.identical {
+            println!("{}: {count} tensors", green("identical"));
+        } else {
+            println!("different: {} of {count} tensors", comparison.different.len());
+        }
+    }
+    if comparison.identical { Ok(()) } else { Err(Failure::no()) }
+}
+
+/// Fake-quantized weights are compared by the codes that they stand for.
+fn packed(model: Model) -> Box<dyn Weights> {
+    match model.checkpoint.layout() {
+        Layout::FakeBf16 => Box::new(model.checkpoint.into_packed()),
+        _ => Box::new(model.checkpoint),
+    }
+}

@@ -1,0 +1,121 @@
+//! From a MODEL to a running engine, for the commands that generate.
+
+use std::sync::Arc;
+
+use checkpoint::GenerationConfig;
+use engine::{Engine, EngineOptions, SamplingParams};
+use gptoss::Backend;
+use harmony::Harmony;
+
+use crate::args::{Capacity, Common, Context, Run, Sampling};
+use crate::failure::{Failure, Result};
+use crate::model::{Model, backend};
+use crate::ui::Ui;
+
+/// The longest answer where nothing was asked for.
+const MAX_TOKENS: usize = 2048;
+
+/// A model at work, and how it samples by default.
+pub(crate) struct Running {
+    pub(crate) engine: Engine,
+    pub(crate) generation: GenerationConfig,
+}
+
+pub(crate) fn start(
+    model: Model,
+    run: &Run,
+    capacity: &Capacity,
+    seed: u64,
+    common: &Common,
+    ui: Ui,
+) -> Result<Running> {
+    if capacity.tensor_parallel_size != 1 {
+        return Err(Failure::input(format!(
+            "--tensor-parallel-size: expected 1, since there is one device here, found {}",
+            capacity.tensor_parallel_size
+        )));
+    }
+    let harmony = model.harmony()?;
+    let generation = model.checkpoint.generation_config().clone();
+    let backend = backend(model.weights(run, common, ui)?, common, ui)?;
+    let options = options(&backend, capacity, &generation, seed)?;
+    Ok(Running { engine: engine(backend, harmony, options)?, generation })
+}
+
+/// An engine over a loaded model.
+pub(crate) fn engine(
+    backend: impl Backend + 'static,
+    harmony: Arc<Harmony>,
+    options: EngineOptions,
+) -> Result<Engine> {
+    Ok(Engine::start(Box::new(backend), harmony, options)?)
+}
+
+fn options(
+    backend: &dyn Backend,
+    capacity: &Capacity,
+    generation: &GenerationConfig,
+    seed: u64,
+) -> Result<EngineOptions> {
+    let mut options =
+        EngineOptions { eos_ids: generation.eos_token_ids.clone(), seed, ..EngineOptions::default() };
+    if let Some(Context::Tokens(tokens)) = capacity.max_model_len {
+        let limit = backend.config().max_context;
+        if tokens > limit {
+            return Err(Failure::input(format!(
+                "--max-model-len: expected at most {limit}, the model's context, found {tokens}"
+            )));
+        }
+        options.max_model_len = Some(tokens);
+    }
+    if let Some(count) = capacity.max_num_seqs {
+        options.max_num_seqs = count as usize;
+        options.max_num_batched_tokens = options.max_num_batched_tokens.max(count as usize);
+    }
+    // A quarter of what is free, now that the weights are loaded: pages are only taken when they are used.
+    if let Some(available) = available_memory() {
+        options.kv_cache_bytes = (available / 4).clamp(64 << 20, 64 << 30);
+    }
+    Ok(options)
+}
+
+fn available_memory() -> Option<usize> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().trim_end_matches(" kB").trim().parse::<usize>().ok().map(|kb| kb * 1024)
+}
+
+/// The flags over the model's defaults.
+pub(crate) fn sampling(flags: &Sampling, defaults: &GenerationConfig) -> SamplingParams {
+    let greedy = defaults.do_sample == Some(false);
+    SamplingParams {
+        temperature: flags.temperature.or(defaults.temperature).unwrap_or(if greedy { 0.0 } else { 1.0 }),
+        top_p: flags.top_p.or(defaults.top_p).unwrap_or(1.0),
+        top_k: flags.top_k.or(defaults.top_k.map(|k| k as usize)).unwrap_or(0),
+        min_p: flags.min_p.unwrap_or(0.0),
+        seed: flags.seed,
+        max_tokens: Some(flags.max_tokens.map_or(MAX_TOKENS, |n| n as usize)),
+        stop: flags.stop.clone(),
+        ..SamplingParams::default()
+    }
+}
+
+impl From<engine::Error> for Failure {
+    fn from(error: engine::Error) -> Failure {
+        match error {
+            engine::Error::Backend(error) => error.into(),
+            engine::Error::KvCache { largest, .. } => {
+                let message = error.to_string();
+                Failure::machine(message).hint(format!("--max-model-len {largest} fits"))
+            }
+            engine::Error::Thread(_) | engine::Error::Failed { .. } => Failure::machine(error.to_string()),
+            _ => Failure::input(error.to_string()),
+        }
+    }
+}
+
+impl From<engine::SubmitError> for Failure {
+    fn from(error: engine::SubmitError) -> Failure {
+        Failure::input(error.to_string())
+    }
+}

@@ -1,0 +1,41 @@
+//! Ctrl-C: commands with something to leave in order ask for it; all others end at once.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+static GRACEFUL: AtomicBool = AtomicBool::new(false);
+static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+
+/// Watches for SIGINT on a thread of its own. A second one always ends the process.
+pub(crate) fn watch() {
+    let watcher = || {
+        let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
+        runtime.block_on(async {
+            while tokio::signal::ctrl_c().await.is_ok() {
+                if !GRACEFUL.load(Ordering::Relaxed) || INTERRUPTED.swap(true, Ordering::Relaxed) {
+                    std::process::exit(130);
+                }
+            }
+        });
+    };
+    // Without the thread SIGINT keeps its usual effect.
+    let _ = std::thread::Builder::new().name("interrupt".to_owned()).spawn(watcher);
+}
+
+/// From here on an interrupt only sets the flag that [`interrupted`] reads.
+pub(crate) fn handle_gracefully() {
+    GRACEFUL.store(true, Ordering::Relaxed);
+}
+
+/// Whether the user asked to stop.
+pub(crate) fn interrupted() -> bool {
+    INTERRUPTED.load(Ordering::Relaxed)
+}
+
+/// A closed pipe ends the process silently, as it does other command-line programs, instead of a panic in `println!`.
+pub(crate) fn restore_broken_pipe() {
+    #[cfg(unix)]
+    // SAFETY: called before any thread exists; the default action needs no handler.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+}

@@ -1,0 +1,195 @@
+//! From a MODEL on the command line to weights, a tokenizer and a backend.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use checkpoint::hub::{self, Hub};
+use checkpoint::{Checkpoint, Layout, Weights};
+use cpu::Cpu;
+use harmony::Harmony;
+use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
+use tokenizer::Tokenizer;
+
+use crate::args::{Common, Run};
+use crate::failure::{Failure, Result};
+use crate::ui::Ui;
+
+/// The name of the model inside the binary.
+pub(crate) const BUILT_IN: &str = "tiny-gpt-oss";
+
+/// Safetensors data are borrowed in place only if they are aligned.
+#[repr(C, align(64))]
+struct Aligned<T: ?Sized>(T);
+
+static BUILT_IN_WEIGHTS: &Aligned<[u8]> =
+    &Aligned(*include_bytes!("../../../models/tiny-gpt-oss/model.safetensors"));
+const BUILT_IN_CONFIG: &str = include_str!("../../../models/tiny-gpt-oss/config.json");
+const BUILT_IN_GENERATION: &str = include_str!("../../../models/tiny-gpt-oss/generation_config.json");
+pub(crate) const BUILT_IN_TOKENIZER: &str = include_str!("../../../models/tiny-gpt-oss/tokenizer.json");
+
+/// A model whose files have been checked.
+pub(crate) struct Model {
+    /// As typed.
+    pub(crate) name: String,
+    pub(crate) checkpoint: Checkpoint,
+    built_in: bool,
+}
+
+impl Model {
+    /// Opens a folder, fetches a hub name, or takes the built-in model.
+    pub(crate) fn open(name: Option<&str>, ui: Ui) -> Result<Model> {
+        let Some(name) = name else { return Model::built_in() };
+        let path = Path::new(name);
+        let folder = if path.exists() {
+            path.to_owned()
+        } else if hub::is_hub_name(name) {
+            fetch(name, ui)?
+        } else {
+            return Err(Failure::input(format!(
+                "{name}: expected a model folder or a hub name, found no such folder"
+            ))
+            .hint("a hub name has the form owner/name, such as openai/gpt-oss-20b"));
+        };
+        let checkpoint = Checkpoint::open(&folder)?;
+        checkpoint.warnings().iter().for_each(|warning| ui.note(format_args!("note: {warning}")));
+        Ok(Model { name: name.to_owned(), checkpoint, built_in: false })
+    }
+
+    pub(crate) fn built_in() -> Result<Model> {
+        let checkpoint =
+            Checkpoint::from_bytes(BUILT_IN_CONFIG, BUILT_IN_GENERATION, &BUILT_IN_WEIGHTS.0)?;
+        Ok(Model { name: BUILT_IN.to_owned(), checkpoint, built_in: true })
+    }
+
+    /// The model's own tokenizer; `o200k_harmony` if it has none but the right vocabulary.
+    pub(crate) fn tokenizer(&self) -> Result<Arc<Tokenizer>> {
+        if self.built_in {
+            return Ok(Arc::new(Tokenizer::from_json(BUILT_IN_TOKENIZER.as_bytes())?));
+        }
+        let directory = self.checkpoint.directory();
+        let path = directory.join("tokenizer.json");
+        let vocabulary = self.checkpoint.config().vocab_size;
+        let tokenizer = if path.exists() {
+            Arc::new(Tokenizer::from_file(&path)?)
+        } else {
+            let built_in = Tokenizer::o200k_harmony();
+            if vocabulary != built_in.vocab_size() {
+                return Err(Failure::input(format!(
+                    "{}: expected a tokenizer.json for a vocabulary of {vocabulary} tokens, found none",
+                    directory.display()
+                )));
+            }
+            built_in
+        };
+        if tokenizer.vocab_size() > vocabulary {
+            return Err(Failure::input(format!(
+                "{}: expected ids below {vocabulary}, the model's vocabulary, found {}",
+                path.display(),
+                tokenizer.vocab_size() - 1
+            )));
+        }
+        Ok(tokenizer)
+    }
+
+    pub(crate) fn harmony(&self) -> Result<Arc<Harmony>> {
+        Ok(Arc::new(Harmony::new(self.tokenizer()?)?))
+    }
+
+    /// The weights in the format that `--quantization` asks for.
+    pub(crate) fn weights(self, run: &Run, common: &Common, ui: Ui) -> Result<Arc<dyn Weights>> {
+        let layout = self.checkpoint.layout();
+        let matches = match run.quantization.as_str() {
+            "auto" => true,
+            "none" => matches!(layout, Layout::Bf16 | Layout::FakeBf16),
+            "mxfp4" => matches!(layout, Layout::Mxfp4 | Layout::Original),
+            "modelopt" | "modelopt_fp4" => layout == Layout::ModelOpt,
+            "compressed-tensors" => layout == Layout::CompressedTensors,
+            "nvfp4" => return self.nvfp4(common, ui),
+            other => {
+                return Err(Failure::input(format!(
+                    "--quantization: expected auto, nvfp4, none, mxfp4, modelopt, modelopt_fp4 or \
+                     compressed-tensors, found {other}"
+                )));
+            }
+        };
+        if !matches {
+            return Err(Failure::input(format!(
+                "--quantization: expected {}, which is what the files of {} hold, found {}",
+                layout.name(),
+                self.name,
+                run.quantization
+            ))
+            .hint("auto takes what the files hold"));
+        }
+        Ok(Arc::new(self.checkpoint))
+    }
+
+    fn nvfp4(self, common: &Common, ui: Ui) -> Result<Arc<dyn Weights>> {
+        match self.checkpoint.layout() {
+            Layout::ModelOpt | Layout::CompressedTensors => return Ok(Arc::new(self.checkpoint)),
+            Layout::FakeBf16 => return Ok(Arc::new(self.checkpoint.into_packed())),
+            Layout::Mxfp4 | Layout::Original | Layout::Bf16 => {}
+        }
+        let options = Options::Nvfp4 {
+            recipe: Recipe::Experts,
+            algorithm: Algorithm::Auto,
+            embedding: false,
+            scales_per: ScalesPer::Stack,
+            experts_in_bf16: false,
+        };
+        let mut bar = ui.progress("Quantizing", 1);
+        let view =
+            Quantized::new(Arc::new(self.checkpoint), options, threads(common), &mut |done, total| {
+                bar.set_total(total as u64);
+                bar.set(done as u64);
+            })?;
+        let changed = view.cast_counts().changed_values;
+        if changed > 0 {
+            return Err(Failure::input(format!(
+                "{}: the cast to NVFP4 would change {changed} values",
+                self.name
+            ))
+            .hint("run it as it is (--quantization auto), or see nibble quantize --allow-loss"));
+        }
+        Ok(Arc::new(view))
+    }
+}
+
+/// The backend that `--device` asks for, with the weights packed.
+pub(crate) fn backend(weights: Arc<dyn Weights>, common: &Common, ui: Ui) -> Result<Cpu> {
+    let device = common.device.as_str();
+    if !["auto", "cpu"].contains(&device) {
+        return Err(Failure::input(format!("--device: expected auto or cpu in this build, found {device}")));
+    }
+    let mut bar = ui.progress("Loading", 1);
+    let options = cpu::Options { threads: Some(threads(common)), isa: None };
+    Ok(Cpu::load(weights, options, &mut |done, total| {
+        bar.set_total(total as u64);
+        bar.set(done as u64);
+    })?)
+}
+
+pub(crate) fn threads(common: &Common) -> usize {
+    common.threads.map_or_else(cpu::physical_cores, usize::from)
+}
+
+fn fetch(name: &str, ui: Ui) -> Result<std::path::PathBuf> {
+    let mut bar = ui.progress("Fetching", 1);
+    Hub::from_env()
+        .fetch(name, None, &mut |progress| {
+            bar.set_total(progress.total);
+            bar.set(progress.done);
+        })
+        .map_err(|error| hub_failure(&error))
+}
+
+fn hub_failure(error: &hub::Error) -> Failure {
+    let message = error.to_string();
+    match error {
+        hub::Error::Io { .. } | hub::Error::Network { .. } => Failure::machine(message),
+        hub::Error::Refused { .. } => {
+            Failure::input(message).hint("set HF_TOKEN, and accept the model's licence on its page")
+        }
+        _ => Failure::input(message),
+    }
+}

@@ -1,0 +1,147 @@
+//! What people see: results on standard output, progress on standard error.
+
+use std::io::{IsTerminal, Write};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+
+use crate::args::Common;
+
+/// How to speak.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Ui {
+    pub(crate) json: bool,
+    quiet: bool,
+}
+
+impl Ui {
+    pub(crate) fn new(common: &Common) -> Ui {
+        Ui { json: common.json, quiet: common.quiet }
+    }
+
+    /// The one document of `--json`.
+    pub(crate) fn document(self, document: &impl Serialize) {
+        println!("{}", serde_json::to_string(document).expect("documents have string keys and plain values"));
+    }
+
+    /// A remark on standard error.
+    pub(crate) fn note(self, text: impl std::fmt::Display) {
+        if !self.quiet {
+            eprintln!("{text}");
+        }
+    }
+
+    /// A progress bar over `total` steps, shown once it has taken a second.
+    pub(crate) fn progress(self, what: &str, total: u64) -> Progress {
+        let bar = indicatif::ProgressBar::hidden();
+        bar.set_length(total);
+        let style =
+            indicatif::ProgressStyle::with_template("{msg:<14} {wide_bar:.cyan/dim} {percent:>3}% {eta:>4}");
+        bar.set_style(style.unwrap_or_else(|_| indicatif::ProgressStyle::default_bar()));
+        bar.set_message(what.to_owned());
+        Progress {
+            what: what.to_owned(),
+            bar,
+            quiet: self.quiet,
+            terminal: std::io::stderr().is_terminal(),
+            started: Instant::now(),
+            shown: false,
+            tenths: 0,
+        }
+    }
+}
+
+/// A bar on a terminal; elsewhere a line per ten percent.
+pub(crate) struct Progress {
+    what: String,
+    bar: indicatif::ProgressBar,
+    quiet: bool,
+    terminal: bool,
+    started: Instant,
+    shown: bool,
+    tenths: u64,
+}
+
+impl Progress {
+    pub(crate) fn set(&mut self, done: u64) {
+        self.bar.set_position(done);
+        if self.quiet || self.started.elapsed() < Duration::from_secs(1) {
+            return;
+        }
+        let total = self.bar.length().unwrap_or(0).max(1);
+        if self.terminal {
+            if !self.shown {
+                self.bar.set_draw_target(indicatif::ProgressDrawTarget::stderr());
+                self.shown = true;
+            }
+        } else if done * 10 / total > self.tenths {
+            self.tenths = done * 10 / total;
+            let _ = writeln!(std::io::stderr(), "{}: {} %", self.what, self.tenths * 10);
+        }
+    }
+
+    pub(crate) fn set_total(&mut self, total: u64) {
+        self.bar.set_length(total);
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+/// Whether colours and weights may be used on standard output.
+pub(crate) fn styled() -> bool {
+    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+}
+
+pub(crate) fn bold(text: &str) -> String {
+    if styled() { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() }
+}
+
+pub(crate) fn dim(text: &str) -> String {
+    if styled() { format!("\x1b[2m{text}\x1b[0m") } else { text.to_owned() }
+}
+
+pub(crate) fn green(text: &str) -> String {
+    if styled() { format!("\x1b[32m{text}\x1b[0m") } else { text.to_owned() }
+}
+
+/// Bytes with a decimal unit.
+pub(crate) fn bytes(count: u64) -> String {
+    let mut value = count as f64;
+    for unit in ["B", "kB", "MB", "GB"] {
+        if value < 1000.0 {
+            return if unit == "B" { format!("{count} B") } else { format!("{value:.1} {unit}") };
+        }
+        value /= 1000.0;
+    }
+    format!("{value:.1} TB")
+}
+
+/// A number with its digits in groups of three.
+pub(crate) fn grouped(number: u64) -> String {
+    let digits = number.to_string();
+    let mut out = String::new();
+    for (i, digit) in digits.chars().enumerate() {
+        if i > 0 && (digits.len() - i) % 3 == 0 {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_for_people() {
+        assert_eq!(grouped(1_234_567), "1,234,567");
+        assert_eq!(grouped(12), "12");
+        assert_eq!(bytes(999), "999 B");
+        assert_eq!(bytes(13_761_264_768), "13.8 GB");
+    }
+}
