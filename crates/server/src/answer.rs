@@ -2,7 +2,7 @@
 
 use engine::{FinishReason, StopReason};
 use gptoss::TokenLogprobs;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tokenizer::Tokenizer;
 
 /// What is the same in all parts of an answer.
@@ -146,7 +146,7 @@ pub(crate) struct TextLogprobs {
     text_offset: Vec<usize>,
     token_logprobs: Vec<Option<f32>>,
     tokens: Vec<String>,
-    top_logprobs: Vec<Option<serde_json::Map<String, serde_json::Value>>>,
+    top_logprobs: Vec<Option<Entries<f32>>>,
 }
 
 impl TextLogprobs {
@@ -164,10 +164,10 @@ impl TextLogprobs {
         *offset += name.chars().count();
         self.token_logprobs.push(entry.map(|entry| finite(entry.logprob)));
         self.top_logprobs.push(entry.map(|entry| {
-            let mut map = serde_json::Map::new();
+            let mut map = Entries::default();
             // Different tokens may have one name; the more probable comes first and stays.
             for &(token, logprob) in entry.top.iter().chain([&(entry.token, entry.logprob)]) {
-                map.entry(names.name(token)).or_insert_with(|| finite(logprob).into());
+                map.insert(names.name(token), finite(logprob));
             }
             map
         }));
@@ -188,31 +188,56 @@ impl TextLogprobs {
 }
 
 /// One map per prompt token, from ids to what is known of them; null for the first.
-pub(crate) type PromptLogprobs = Vec<Option<serde_json::Map<String, serde_json::Value>>>;
+pub(crate) type PromptLogprobs = Vec<Option<Entries<PromptLogprob>>>;
+
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub(crate) struct PromptLogprob {
+    logprob: f32,
+    rank: usize,
+    decoded_token: String,
+}
 
 pub(crate) fn prompt_logprobs(
     entries: &[Option<TokenLogprobs>],
     top: usize,
     names: TokenNames<'_>,
 ) -> PromptLogprobs {
-    #[derive(Serialize)]
-    struct Shown {
-        logprob: f32,
-        rank: usize,
-        decoded_token: String,
-    }
     let map = |entry: &TokenLogprobs| {
         let ranked = entry.top.iter().take(top).enumerate();
         let ranked = ranked.map(|(i, &(token, logprob))| (token, logprob, i + 1));
-        let mut map = serde_json::Map::new();
+        let mut map = Entries::default();
         for (token, logprob, rank) in [(entry.token, entry.logprob, entry.rank)].into_iter().chain(ranked) {
-            let shown = Shown { logprob: finite(logprob), rank, decoded_token: names.name(token) };
-            let shown = serde_json::to_value(shown).expect("numbers and strings are JSON");
-            map.entry(token.to_string()).or_insert(shown);
+            let shown = PromptLogprob { logprob: finite(logprob), rank, decoded_token: names.name(token) };
+            map.insert(token.to_string(), shown);
         }
         map
     };
     entries.iter().map(|entry| entry.as_ref().map(map)).collect()
+}
+
+/// A JSON object of a few entries in the order of their insertion.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Entries<V>(Vec<(String, V)>);
+
+impl<V> Default for Entries<V> {
+    fn default() -> Entries<V> {
+        Entries(Vec::new())
+    }
+}
+
+impl<V> Entries<V> {
+    /// Adds an entry, unless there is one of this name.
+    fn insert(&mut self, name: String, value: V) {
+        if self.0.iter().all(|(known, _)| *known != name) {
+            self.0.push((name, value));
+        }
+    }
+}
+
+impl<V: Serialize> Serialize for Entries<V> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(name, value)| (name, value)))
+    }
 }
 
 /// JSON has no infinity.

@@ -1,6 +1,6 @@
 //! Chats that go well: the fields of answers, and what the model is fed.
 
-use engine::Scripted;
+use engine::{EngineOptions, Scripted};
 use serde_json::{Value, json};
 
 use crate::fixture::{Fixture, MODEL, engine_options, harmony, options, tokens};
@@ -167,7 +167,7 @@ fn several_choices() {
     assert_eq!(whole["choices"][1]["index"], 1);
     contents.sort_unstable();
     assert_eq!(contents, ["One", "Two"]);
-    assert_eq!(whole["usage"]["completion_tokens"], 8);
+    assert_eq!(whole["usage"]["completion_tokens"], 10);
 
     let chunks =
         server.chunks("/v1/chat/completions", &json!({"messages": ask("Hi"), "n": 2, "stream": true}));
@@ -316,6 +316,18 @@ fn fields_that_are_ignored() {
     let whole = server.chat(&request).ok();
     assert_eq!(whole["choices"][0]["message"]["content"], "Hello there!");
     assert_eq!(whole["service_tier"], "default");
+}
+
+#[test]
+fn what_is_cached_is_counted() {
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]);
+    let cached = EngineOptions { prefix_caching: true, ..engine_options() };
+    let server = Fixture::start(&options(), backend, cached);
+    let request = json!({"messages": ask("Hi")});
+    for expected in [0, 64] {
+        let usage = &server.chat(&request).ok()["usage"];
+        assert_eq!(usage["prompt_tokens_details"]["cached_tokens"], expected);
+    }
 }
 
 #[test]

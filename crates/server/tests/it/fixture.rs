@@ -20,9 +20,8 @@ pub(crate) struct Fixture {
     pub(crate) address: SocketAddr,
     pub(crate) handle: Handle,
     pub(crate) engine: Option<Engine>,
-    /// Ends the server; what it returned comes back.
-    pub(crate) shutdown: Option<tokio::sync::oneshot::Sender<()>>,
-    pub(crate) ended: mpsc::Receiver<Result<(), server::Error>>,
+    shutdown: Option<tokio::sync::oneshot::Sender<()>>,
+    ended: tokio::task::JoinHandle<Result<(), server::Error>>,
     pub(crate) runtime: tokio::runtime::Runtime,
 }
 
@@ -37,7 +36,13 @@ pub(crate) fn options() -> Options {
 }
 
 pub(crate) fn engine_options() -> EngineOptions {
-    EngineOptions { kv_cache_bytes: 16 << 20, max_model_len: Some(8192), ..EngineOptions::default() }
+    EngineOptions {
+        kv_cache_bytes: 16 << 20,
+        max_model_len: Some(8192),
+        // So that equal requests have equal answers, counts included.
+        prefix_caching: false,
+        ..EngineOptions::default()
+    }
 }
 
 pub(crate) fn harmony() -> Arc<Harmony> {
@@ -78,16 +83,21 @@ impl Fixture {
         let server = runtime.block_on(Server::bind(options)).unwrap();
         let (address, handle) = (server.local_addr(), server.handle());
         let (shutdown, signal) = tokio::sync::oneshot::channel::<()>();
-        let (end, ended) = mpsc::channel();
-        runtime.spawn(async move {
-            let result = server
-                .run(async {
-                    let _ = signal.await;
-                })
-                .await;
-            let _ = end.send(result);
-        });
+        let ended = runtime.spawn(server.run(async {
+            // The sender goes with the fixture.
+            let _ = signal.await;
+        }));
         Fixture { address, handle, engine: None, shutdown: Some(shutdown), ended, runtime }
+    }
+
+    /// Sends the shutdown signal.
+    pub(crate) fn shut_down(&mut self) {
+        self.shutdown.take().unwrap().send(()).unwrap();
+    }
+
+    /// What the server returned.
+    pub(crate) fn ended(&mut self) -> Result<(), server::Error> {
+        self.runtime.block_on(&mut self.ended).unwrap()
     }
 
     pub(crate) fn connect(&self) -> TcpStream {
@@ -146,7 +156,7 @@ impl Fixture {
     /// All chunks of a stream that ends well.
     pub(crate) fn chunks(&self, path: &str, body: &Value) -> Vec<Value> {
         let mut stream = self.stream(path, body);
-        assert_eq!(stream.status, 200, "{:?}", stream.next());
+        assert_eq!(stream.status, 200);
         let mut chunks = Vec::new();
         loop {
             match stream.next().expect("a stream ends with [DONE]").as_str() {
@@ -187,9 +197,11 @@ impl Response {
         let (status, headers) = head(&mut reader);
         let mut response = Response { status, headers, body: String::new() };
         if response.header("transfer-encoding") == Some("chunked") {
+            let mut body = Vec::new();
             while let Some(chunk) = chunk(&mut reader) {
-                response.body += &chunk;
+                body.extend(chunk);
             }
+            response.body = String::from_utf8(body).unwrap();
         } else {
             let len: usize = response.header("content-length").unwrap_or("0").parse().unwrap();
             let mut body = vec![0; len];
@@ -231,7 +243,7 @@ pub(crate) struct Stream {
     pub(crate) status: u16,
     headers: Vec<(String, String)>,
     reader: BufReader<TcpStream>,
-    text: String,
+    pending: Vec<u8>,
     ended: bool,
 }
 
@@ -239,9 +251,9 @@ impl Stream {
     pub(crate) fn new(stream: TcpStream) -> Stream {
         let mut reader = BufReader::new(stream);
         let (status, headers) = head(&mut reader);
-        let mut stream = Stream { status, headers, reader, text: String::new(), ended: false };
+        let mut stream = Stream { status, headers, reader, pending: Vec::new(), ended: false };
         if stream.header("transfer-encoding") != Some("chunked") {
-            stream.reader.read_to_string(&mut stream.text).unwrap();
+            stream.reader.read_to_end(&mut stream.pending).unwrap();
             stream.ended = true;
         }
         stream
@@ -254,17 +266,18 @@ impl Stream {
     /// The next event, without the blank line that ends it.
     pub(crate) fn next(&mut self) -> Option<String> {
         loop {
-            if let Some((event, rest)) = self.text.split_once("\n\n") {
-                let event = event.to_owned();
-                self.text = rest.to_owned();
-                return Some(event);
+            if let Some(end) = self.pending.windows(2).position(|pair| pair == b"\n\n") {
+                let rest = self.pending.split_off(end + 2);
+                let mut event = std::mem::replace(&mut self.pending, rest);
+                event.truncate(end);
+                return Some(String::from_utf8(event).unwrap());
             }
             match chunk(&mut self.reader).filter(|_| !self.ended) {
-                Some(chunk) => self.text += &chunk,
+                Some(chunk) => self.pending.extend(chunk),
                 None => {
                     self.ended = true;
-                    let rest = std::mem::take(&mut self.text);
-                    return (!rest.is_empty()).then_some(rest);
+                    let rest = std::mem::take(&mut self.pending);
+                    return (!rest.is_empty()).then(|| String::from_utf8(rest).unwrap());
                 }
             }
         }
@@ -290,13 +303,13 @@ fn head(reader: &mut impl BufRead) -> (u16, Vec<(String, String)>) {
     }
 }
 
-/// The next part of a chunked body; the server never cuts characters.
-fn chunk(reader: &mut impl BufRead) -> Option<String> {
+/// The next part of a chunked body.
+fn chunk(reader: &mut impl BufRead) -> Option<Vec<u8>> {
     let mut line = String::new();
     reader.read_line(&mut line).unwrap();
     let len = usize::from_str_radix(line.trim_end(), 16).ok()?;
     let mut data = vec![0; len + 2];
     reader.read_exact(&mut data).unwrap();
     data.truncate(len);
-    (len > 0).then(|| String::from_utf8(data).unwrap())
+    (len > 0).then_some(data)
 }

@@ -130,12 +130,12 @@ fn draining_finishes_what_runs() {
     request["stream"] = true.into();
     steps.send(Step::Run).unwrap();
     let mut stream = server.stream("/v1/chat/completions", &request);
-    server.shutdown.take().unwrap().send(()).unwrap();
+    server.shut_down();
     drop(steps);
     let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
     assert_eq!(events.last().unwrap(), "data: [DONE]");
     assert!(events.iter().any(|event| event.contains("\"finish_reason\":\"stop\"")), "{events:?}");
-    server.ended.recv().unwrap().unwrap();
+    server.ended().unwrap();
 }
 
 #[test]
@@ -146,12 +146,12 @@ fn what_does_not_finish_in_time_is_told() {
     request["stream"] = true.into();
     steps.send(Step::Run).unwrap();
     let mut stream = server.stream("/v1/chat/completions", &request);
-    server.shutdown.take().unwrap().send(()).unwrap();
+    server.shut_down();
     let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
     let [.., error, done] = &events[..] else { panic!("{events:?}") };
     assert_eq!(parse_data(error)["error"]["type"], UNAVAILABLE);
     assert_eq!(done, "data: [DONE]");
-    server.ended.recv().unwrap().unwrap();
+    server.ended().unwrap();
     drop(steps);
     server.until(|stats| stats.running == 0);
 }
