@@ -19,4 +19,4 @@ pub use engine::{Engine, EngineOptions, Error, RequestHandle, Stats, SubmitError
 pub use llm::{CompletionOutput, Llm, Progress, Prompt, RequestOutput};
 pub use params::{InvalidParam, SamplingParams};
 pub use request::{Event, Failure, FinishReason, OutputMode, Request, Sink, StopReason};
-pub use scripted::{Scripted, Step};
+pub use scripted::{ScriptError, Scripted, Step};

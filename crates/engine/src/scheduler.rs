@@ -60,11 +60,18 @@ pub struct NewSequence {
 pub struct Scheduler {
     limits: Limits,
     blocks: Blocks,
-    waiting: BTreeMap<SequenceId, NewSequence>,
+    waiting: BTreeMap<SequenceId, Waiting>,
     running: BTreeMap<SequenceId, Running>,
     preemptions: u64,
     prefix_queries: u64,
     prefix_hits: u64,
+}
+
+#[derive(Debug)]
+struct Waiting {
+    sequence: NewSequence,
+    /// Of a sequence that starts over: what it found in the prefix cache the first time.
+    cached: Option<usize>,
 }
 
 #[derive(Debug)]
@@ -73,7 +80,7 @@ struct Running {
     table: Table,
     /// Positions whose keys and values are stored.
     computed: usize,
-    /// Those that came from the prefix cache.
+    /// Those that came from the prefix cache when it began first.
     cached: usize,
 }
 
@@ -99,7 +106,7 @@ impl Scheduler {
 
     /// Queues a sequence.
     pub fn add(&mut self, id: SequenceId, sequence: NewSequence) {
-        self.waiting.insert(id, sequence);
+        self.waiting.insert(id, Waiting { sequence, cached: None });
     }
 
     /// Removes a sequence, wherever it is, and frees its blocks.
@@ -165,7 +172,7 @@ impl Scheduler {
         }
     }
 
-    /// Positions of a running sequence that came from the prefix cache.
+    /// Positions of a running sequence that came from the prefix cache when it began.
     pub fn cached_tokens(&self, id: SequenceId) -> usize {
         self.running.get(&id).map_or(0, |r| r.cached)
     }
@@ -200,7 +207,7 @@ impl Scheduler {
         self.preemptions
     }
 
-    /// Tokens looked up in the prefix cache and found there, so far.
+    /// Tokens looked up in the prefix cache and found there by sequences that began, so far.
     pub fn prefix_counts(&self) -> (u64, u64) {
         (self.prefix_queries, self.prefix_hits)
     }
@@ -255,26 +262,30 @@ impl Scheduler {
             && self.running.len() < self.limits.sequences
             && let Some(entry) = self.waiting.first_entry()
         {
-            let sequence = entry.get();
+            let sequence = &entry.get().sequence;
             // A block for each running sequence stays free, so that admitting does not force preempting at once.
             let opened =
                 self.blocks.open(sequence.root, &sequence.tokens, sequence.cache_limit, self.running.len());
             let Some((mut table, cached)) = opened else { return };
-            self.prefix_queries += sequence.tokens.len() as u64;
-            self.prefix_hits += cached as u64;
             let end = sequence.tokens.len().min(cached + *budget);
             let end = self.blocks.grow(&mut table, end);
-            let (id, sequence) = entry.remove_entry();
+            let (id, Waiting { sequence, cached: first }) = entry.remove_entry();
+            if first.is_none() {
+                self.prefix_queries += sequence.tokens.len() as u64;
+                self.prefix_hits += cached as u64;
+            }
             shares.push(Share { id, positions: cached..end, complete: end == sequence.tokens.len() });
             *budget -= end - cached;
-            self.running.insert(id, Running { sequence, table, computed: cached, cached });
+            let running = Running { sequence, table, computed: cached, cached: first.unwrap_or(cached) };
+            self.running.insert(id, running);
         }
     }
 
     fn preempt(&mut self, id: SequenceId) {
         if let Some(running) = self.running.remove(&id) {
             self.blocks.close(running.table);
-            self.waiting.insert(id, running.sequence);
+            let waiting = Waiting { sequence: running.sequence, cached: Some(running.cached) };
+            self.waiting.insert(id, waiting);
             self.preemptions += 1;
         }
     }

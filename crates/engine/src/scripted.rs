@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::mpsc::Receiver;
+use std::time::Duration;
 
 use checkpoint::{Config, LayerKind, Rope};
 use gptoss::{
@@ -10,8 +11,8 @@ use gptoss::{
     SequencePlan, TokenLogprobs,
 };
 
-use crate::SamplingParams;
 use crate::worker::choice_seed;
+use crate::{FinishReason, SamplingParams};
 
 /// Plays scripts: lists of tokens, one per answer.
 ///
@@ -30,8 +31,8 @@ use crate::worker::choice_seed;
 /// have no effect. Log-probabilities are made up: the token itself has 1/2, the ids after it 1/4, 1/8 and so on.
 pub struct Scripted {
     config: Config,
-    scripts: Vec<Vec<u32>>,
-    by_seed: BTreeMap<u64, Vec<u32>>,
+    scripts: Vec<Script>,
+    by_seed: BTreeMap<u64, Script>,
     control: Option<Receiver<Step>>,
     /// Tokens by slot.
     full: Vec<u32>,
@@ -52,17 +53,51 @@ pub enum Step {
     Panic(String),
 }
 
+/// What is wrong with a file of scripts.
+#[derive(Debug, thiserror::Error)]
+pub enum ScriptError {
+    /// It is not JSON, or not of this shape.
+    #[error("scripts: expected an object of objects with `tokens`, found {0}")]
+    Json(#[from] serde_json::Error),
+    /// A name is neither a seed nor `default`.
+    #[error("scripts: expected a seed or \"default\", found {0:?}")]
+    Key(String),
+    /// A token that the model does not have.
+    #[error("scripts: {key:?} has token {token}, expected ids below {vocab_size}")]
+    Token {
+        /// Whose script.
+        key: String,
+        /// The id.
+        token: u32,
+        /// Ids are below this.
+        vocab_size: usize,
+    },
+}
+
 /// Where a sequence is in its script.
 #[derive(Clone, Copy)]
 struct Place {
-    script: Script,
+    of: Which,
     next: usize,
 }
 
 #[derive(Clone, Copy)]
-enum Script {
+enum Which {
     InTurn(usize),
     Seed(u64),
+}
+
+#[derive(Default)]
+struct Script {
+    tokens: Vec<u32>,
+    /// How long the step waits that draws the token; none beyond the end.
+    delays: Vec<Duration>,
+}
+
+impl Script {
+    fn at_once(tokens: Vec<u32>) -> Script {
+        Script { tokens, delays: Vec::new() }
+    }
 }
 
 impl Scripted {
@@ -71,7 +106,7 @@ impl Scripted {
     pub fn new(config: Config, scripts: Vec<Vec<u32>>) -> Scripted {
         Scripted {
             config,
-            scripts,
+            scripts: scripts.into_iter().map(Script::at_once).collect(),
             by_seed: BTreeMap::new(),
             control: None,
             full: Vec::new(),
@@ -84,8 +119,43 @@ impl Scripted {
     /// Requests with this `seed` play `script`, all their choices.
     #[must_use]
     pub fn with_seed(mut self, seed: i64, script: Vec<u32>) -> Scripted {
-        self.by_seed.insert(seed as u64, script);
+        self.by_seed.insert(seed as u64, Script::at_once(script));
         self
+    }
+
+    /// Reads scripts by seed:
+    /// `{"<seed>": {"tokens": [ids], "delays_ms": [numbers], "finish_reason": "stop"}, …, "default": {…}}`. Requests without
+    /// a script for their seed play the default. A step takes as long as the longest delay of the tokens that it draws.
+    /// Delays may be left out; so may the reason, which says what is meant and changes nothing: the tokens decide.
+    ///
+    /// # Errors
+    /// [`ScriptError`] if it is not such an object, or names an id that is not below `config.vocab_size`.
+    pub fn from_json(config: Config, json: &str) -> Result<Scripted, ScriptError> {
+        #[derive(serde::Deserialize)]
+        #[serde(deny_unknown_fields)]
+        struct Entry {
+            tokens: Vec<u32>,
+            #[serde(default)]
+            delays_ms: Vec<u32>,
+            #[serde(default, rename = "finish_reason")]
+            _finish_reason: Option<FinishReason>,
+        }
+        let entries: BTreeMap<String, Entry> = serde_json::from_str(json)?;
+        let mut scripted = Scripted::new(config, Vec::new());
+        for (key, Entry { tokens, delays_ms, .. }) in entries {
+            if let Some(&token) = tokens.iter().find(|&&t| t as usize >= scripted.config.vocab_size) {
+                return Err(ScriptError::Token { key, token, vocab_size: scripted.config.vocab_size });
+            }
+            let delays = delays_ms.into_iter().map(|ms| Duration::from_millis(ms.into())).collect();
+            let script = Script { tokens, delays };
+            if key == "default" {
+                scripted.scripts.push(script);
+            } else {
+                let seed: i64 = key.parse().map_err(|_| ScriptError::Key(key))?;
+                scripted.by_seed.insert(seed as u64, script);
+            }
+        }
+        Ok(scripted)
     }
 
     /// Each step waits for a message and does what it says. When the sender is gone, steps run freely.
@@ -146,24 +216,24 @@ impl Scripted {
         Ok(tokens)
     }
 
-    fn draw(&mut self, tokens: &mut Vec<u32>, sampling: &Sampling) -> Sampled {
+    /// The next token of the sequence's script, and how long it takes.
+    fn draw(&mut self, tokens: &mut Vec<u32>, sampling: &Sampling) -> (Sampled, Duration) {
         let place = self.met.remove(&digest(sampling.seed, tokens)).unwrap_or_else(|| {
             let seeded = (0..SamplingParams::MAX_N)
                 .map(|choice| sampling.seed.wrapping_sub(choice_seed(0, choice)))
                 .find(|seed| self.by_seed.contains_key(seed));
-            let script = seeded.map_or(Script::InTurn(self.begun), Script::Seed);
+            let of = seeded.map_or(Which::InTurn(self.begun), Which::Seed);
             self.begun += usize::from(seeded.is_none());
-            Place { script, next: 0 }
+            Place { of, next: 0 }
         });
-        let script: &[u32] = match place.script {
-            Script::Seed(seed) => &self.by_seed[&seed],
-            Script::InTurn(turn) => match self.scripts.len() {
-                0 => &[],
-                count => &self.scripts[turn % count],
-            },
+        let script = match place.of {
+            Which::Seed(seed) => self.by_seed.get(&seed),
+            Which::InTurn(turn) => turn.checked_rem(self.scripts.len()).map(|turn| &self.scripts[turn]),
         };
+        let next = script.filter(|s| !s.tokens.is_empty()).map(|s| (s, place.next % s.tokens.len()));
+        let delay = next.and_then(|(s, at)| s.delays.get(at)).copied().unwrap_or_default();
         let vocabulary = self.config.vocab_size as u32;
-        let mut token = if script.is_empty() { 0 } else { script[place.next % script.len()] };
+        let mut token = next.map_or(0, |(s, at)| s.tokens[at]);
         let forbidden = |token| sampling.bias.iter().any(|&(t, b)| t == token && b == f32::NEG_INFINITY);
         // No request can forbid as many ids as there are attempts.
         for _ in 0..=sampling.bias.len() {
@@ -173,7 +243,7 @@ impl Scripted {
         }
         tokens.push(token);
         self.met.insert(digest(sampling.seed, tokens), Place { next: place.next + 1, ..place });
-        Sampled { token, logprobs: sampling.logprobs.map(|top| self.logprobs(token, top)) }
+        (Sampled { token, logprobs: sampling.logprobs.map(|top| self.logprobs(token, top)) }, delay)
     }
 
     fn logprobs(&self, token: u32, top: usize) -> TokenLogprobs {
@@ -215,6 +285,7 @@ impl Backend for Scripted {
         }
         plan.check(&self.config, self.full.len() / BLOCK_TOKENS, self.sliding.len() / BLOCK_TOKENS)?;
         let mut outputs = Vec::with_capacity(plan.sequences.len());
+        let mut longest = Duration::ZERO;
         for (index, sequence) in plan.sequences.iter().enumerate() {
             if sequence.logits || sequence.hidden_after_layer.is_some() {
                 return Err(Error::Unsupported("a script has no logits and no layers".to_owned()));
@@ -224,8 +295,15 @@ impl Backend for Scripted {
                 Some(Score { next, top }) => next.iter().map(|&t| self.logprobs(t, *top)).collect(),
                 None => Vec::new(),
             };
-            let sampled = sequence.sample.as_ref().map(|sampling| self.draw(&mut tokens, sampling));
+            let sampled = sequence.sample.as_ref().map(|sampling| {
+                let (sampled, delay) = self.draw(&mut tokens, sampling);
+                longest = longest.max(delay);
+                sampled
+            });
             outputs.push(SequenceOutput { sampled, scores, ..SequenceOutput::default() });
+        }
+        if !longest.is_zero() {
+            std::thread::sleep(longest);
         }
         Ok(outputs)
     }

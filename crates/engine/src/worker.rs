@@ -161,7 +161,10 @@ impl Worker {
                 self.steps += 1;
                 self.last_failed = false;
                 for (share, output) in shares.iter().zip(outputs) {
-                    self.commit(share, output);
+                    let committed = catch_unwind(AssertUnwindSafe(|| self.commit(share, output)));
+                    if let Err(panic) = committed {
+                        self.fail(share.id.request, &panic_message(panic.as_ref()));
+                    }
                 }
             }
             Err(message) => {
@@ -288,12 +291,16 @@ impl Worker {
     fn fail_running(&mut self, message: &str) {
         let failed: BTreeSet<u64> = self.scheduler.running().map(|id| id.request).collect();
         for number in failed {
-            if let Some(active) = self.requests.get_mut(&number) {
-                tell(&mut active.sink, Event::Failed(Failure::Device(message.to_owned())));
-            }
-            self.retire(number);
+            self.fail(number, message);
         }
         self.scheduler.reset_prefixes();
+    }
+
+    fn fail(&mut self, number: u64, message: &str) {
+        if let Some(active) = self.requests.get_mut(&number) {
+            tell(&mut active.sink, Event::Failed(Failure::Device(message.to_owned())));
+        }
+        self.retire(number);
     }
 
     /// Removes a request and frees its blocks, if it is there.
@@ -307,6 +314,9 @@ impl Worker {
         if !active.started {
             mailbox.queued_tokens -= active.prompt.len();
         }
+        drop(mailbox);
+        // What a sink owns may panic too.
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(active)));
     }
 
     fn publish(&self, step_started: Option<Instant>) {

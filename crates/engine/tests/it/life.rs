@@ -1,6 +1,7 @@
 //! Requests that come, go, are refused and fail, over scripts.
 
 use std::sync::mpsc::channel;
+use std::sync::{Arc, Mutex};
 
 use engine::{
     EngineOptions, Error, Event, Failure, FinishReason, SamplingParams, Scripted, Step, SubmitError,
@@ -215,22 +216,34 @@ fn shutting_down_finishes_what_is_there() {
 
 #[test]
 fn aborting_fails_what_is_there() {
-    for by_drop in [false, true] {
-        let (engine, control) = controlled(vec![9]);
-        let (_handle, events) = submit(&engine, text_request(&[1], unlimited()));
-        control.send(Step::Run).unwrap();
-        assert!(matches!(events.recv(), Ok(Event::Started { .. })));
-        if by_drop {
-            drop(control);
-            drop(engine);
-        } else {
-            engine.abort();
-            drop(control);
-            engine.wait();
-            assert_eq!(engine.stats().full_blocks_used, 0);
+    let (engine, control) = controlled(vec![9]);
+    let (_handle, events) = submit(&engine, text_request(&[1], unlimited()));
+    control.send(Step::Run).unwrap();
+    assert!(matches!(events.recv(), Ok(Event::Started { .. })));
+    engine.abort();
+    drop(control);
+    engine.wait();
+    assert_eq!(engine.stats().full_blocks_used, 0);
+    assert_eq!(events.iter().last(), Some(Event::Failed(Failure::ShuttingDown)));
+}
+
+#[test]
+fn dropping_the_last_handle_fails_what_is_there() {
+    let (engine, control) = controlled(vec![9]);
+    let slot = Arc::new(Mutex::new(None));
+    let (sender, events) = channel();
+    let last = Arc::clone(&slot);
+    let sink = Box::new(move |event| {
+        if matches!(event, Event::Tokens { .. }) {
+            drop(last.lock().unwrap().take());
         }
-        assert_eq!(events.iter().last(), Some(Event::Failed(Failure::ShuttingDown)));
-    }
+        sender.send(event).is_ok()
+    });
+    let _handle = engine.submit(text_request(&[1], unlimited()), sink).unwrap();
+    *slot.lock().unwrap() = Some(engine);
+    drop(control);
+    let events: Vec<Event> = events.iter().collect();
+    assert_eq!((events.len(), events.last()), (3, Some(&Event::Failed(Failure::ShuttingDown))));
 }
 
 #[test]
@@ -291,7 +304,7 @@ fn a_repeated_prompt_is_cached_unless_that_is_off_or_scores_are_asked() {
 fn many_requests_in_little_memory_all_get_their_answer() {
     let script: Vec<u32> = (1..60).chain([RETURN]).collect();
     // 8 + 8 blocks beyond the least: many preemptions.
-    let options = EngineOptions { max_model_len: Some(160), ..small(24) };
+    let options = EngineOptions { max_model_len: Some(160), max_queued_tokens: Some(9999), ..small(24) };
     let engine = start(Scripted::new(Scripted::gpt_oss(), vec![script.clone()]), options);
     let prompt =
         |i: u32| -> Vec<u32> { (0..20 + 5 * (i % 16)).map(|p| if p < 33 { p } else { i }).collect() };

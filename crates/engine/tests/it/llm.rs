@@ -73,3 +73,27 @@ fn texts_and_chats() {
     let error = llm.chat(&[nobody], &[unlimited()], &mut |_| ()).unwrap_err();
     assert!(matches!(error, Error::Render { index: 0, .. }), "{error}");
 }
+
+#[test]
+fn scripts_are_read_from_json() {
+    let read = |json: &str| Scripted::from_json(Scripted::gpt_oss(), json);
+    let json = r#"{"7": {"tokens": [5, 6, 200002], "delays_ms": [1], "finish_reason": "stop"}, "-3": {"tokens": [8, 200002]}, "default": {"tokens": [200002]}}"#;
+    let llm = Llm::new(start(read(json).unwrap(), EngineOptions::default()));
+    let params = [7, -3, 8].map(|seed| SamplingParams { seed: Some(seed), ..unlimited() });
+    let prompts = [1, 2, 3].map(|token| Prompt::Tokens(vec![token]));
+    let outputs = llm.generate(&prompts, &params, &mut |_| ()).unwrap();
+    let said: Vec<&[u32]> = outputs.iter().map(|o| o.outputs[0].token_ids.as_slice()).collect();
+    assert_eq!(said, [&[5, 6, 200_002][..], &[8, 200_002], &[200_002]]);
+
+    for (json, message) in [
+        (r#"{"x": {"tokens": []}}"#, "scripts: expected a seed or \"default\", found \"x\""),
+        (r#"{"1": {"tokens": [201088]}}"#, "scripts: \"1\" has token 201088, expected ids below 201088"),
+        (
+            r#"{"1": {"tokens": [1], "delay": 3}}"#,
+            "scripts: expected an object of objects with `tokens`, found unknown field `delay`, expected one of `tokens`, \
+             `delays_ms`, `finish_reason` at line 1 column 29",
+        ),
+    ] {
+        assert_eq!(read(json).err().unwrap().to_string(), message);
+    }
+}

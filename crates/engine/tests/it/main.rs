@@ -1,4 +1,5 @@
 //! The engine from outside: the scheduler without a model, the engine over scripts, the engine over a real model.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
 mod life;

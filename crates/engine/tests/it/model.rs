@@ -6,11 +6,16 @@ use std::path::Path;
 use std::sync::Arc;
 
 use checkpoint::Checkpoint;
-use engine::{Engine, EngineOptions, Llm, Prompt, RequestOutput, SamplingParams};
+use engine::{
+    Engine, EngineOptions, Event, FinishReason, Llm, OutputMode, Prompt, Request, RequestOutput,
+    SamplingParams, StopReason,
+};
 use gptoss::Reference;
+use harmony::{Harmony, Turn};
 use serde_json::Value;
+use tokenizer::Tokenizer;
 
-use crate::common::{harmony, unlimited};
+use crate::common::{harmony, submit, tokens_of, unlimited};
 
 fn testdata(path: &str) -> String {
     format!("{}/../../testdata/{path}", env!("CARGO_MANIFEST_DIR"))
@@ -43,15 +48,16 @@ struct Golden {
 fn golden() -> BTreeMap<String, Golden> {
     let reference: Value =
         serde_json::from_str(&std::fs::read_to_string(testdata("model/reference.json")).unwrap()).unwrap();
-    let ids = |value: &Value| -> Vec<u32> {
-        value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
-    };
     let sequences = reference["sequences"].as_object().unwrap();
     let golden = |(name, sequence): (&String, &Value)| {
         let greedy = ids(&reference["greedy"][name]["tokens"]);
         (name.clone(), Golden { prompt: ids(&sequence["ids"]), greedy })
     };
     sequences.iter().map(golden).collect()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
 fn greedy(max_tokens: usize) -> SamplingParams {
@@ -130,6 +136,88 @@ fn drawn_answers_do_not_depend_on_company_chunks_or_cache() {
         if blocks == 200 {
             let again = llm.generate(&prompts[..1], &params[..1], &mut |_| ()).unwrap();
             assert_eq!(again[0].cached_tokens, 48);
+        }
+    }
+}
+
+#[test]
+fn the_trained_model_answers_and_calls_tools() {
+    let folder = format!("{}/../../models/tiny-gpt-oss", env!("CARGO_MANIFEST_DIR"));
+    let checkpoint = Checkpoint::open(Path::new(&folder)).unwrap();
+    let tokenizer = Tokenizer::from_file(&Path::new(&folder).join("tokenizer.json")).unwrap();
+    let options = EngineOptions {
+        eos_ids: checkpoint.generation_config().eos_token_ids.clone(),
+        max_model_len: Some(512),
+        max_num_batched_tokens: 100,
+        ..EngineOptions::default()
+    };
+    let harmony = Arc::new(Harmony::new(Arc::new(tokenizer)).unwrap());
+    let engine = Engine::start(Box::new(Reference::new(Arc::new(checkpoint))), harmony, options).unwrap();
+    let reference: Value =
+        serde_json::from_str(&std::fs::read_to_string(testdata("model/tiny-gpt-oss.json")).unwrap()).unwrap();
+    let cases = [
+        ("capital_low", None, Some("The capital of France is Paris."), None, FinishReason::Stop),
+        (
+            "tool_call",
+            Some("I should call get_weather."),
+            None,
+            Some("{\"location\": \"Tokyo\"}"),
+            FinishReason::ToolCalls,
+        ),
+    ];
+    let requests: Vec<_> = cases
+        .iter()
+        .map(|(name, ..)| {
+            let params = SamplingParams {
+                logprobs: Some(0),
+                prompt_logprobs: Some(0),
+                ignore_eos: false,
+                ..greedy(64)
+            };
+            let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()] };
+            submit(&engine, Request { prompt: ids(&reference["prompts"][name]["ids"]), params, output })
+        })
+        .collect();
+    for ((name, reasoning, content, arguments, expected), (_handle, events)) in
+        cases.into_iter().zip(requests)
+    {
+        let golden = &reference["prompts"][name];
+        let events: Vec<Event> = events.iter().collect();
+        let stop = golden["first_stop"].as_u64().unwrap() as usize;
+        assert_eq!(tokens_of(&events, 0), ids(&golden["greedy"])[..=stop], "{name}");
+
+        let mut turn = Turn::default();
+        let mut logprobs = Vec::new();
+        for event in &events {
+            match event {
+                Event::Started { prompt_logprobs: Some(scores), .. } => {
+                    logprobs.extend(scores.iter().map(|s| s.as_ref().map(|s| s.logprob)));
+                }
+                Event::Tokens { deltas, logprobs: new, .. } => {
+                    deltas.iter().for_each(|delta| turn.apply(delta));
+                    logprobs.extend(new.iter().map(|s| Some(s.logprob)));
+                }
+                Event::Finished { reason, stop, .. } => {
+                    let call = engine.harmony().stop_ids()[1];
+                    let token = (expected == FinishReason::ToolCalls).then_some(StopReason::Token(call));
+                    assert_eq!((*reason, stop), (expected, &token));
+                }
+                _ => {}
+            }
+        }
+        assert_eq!((turn.reasoning.as_deref(), turn.content.as_deref()), (reasoning, content));
+        assert_eq!(turn.tool_calls.first().map(|call| call.arguments.as_str()), arguments);
+        let array = |field: &str| golden[field].as_array().unwrap().iter();
+        let expected = array("prompt_logprobs").chain(array("logprobs").take(stop + 1));
+        assert_eq!(logprobs.len(), expected.clone().count());
+        for (found, expected) in logprobs.iter().zip(expected) {
+            match (found, expected.as_f64()) {
+                (Some(found), Some(expected)) => {
+                    assert!((f64::from(*found) - expected).abs() < 1e-4, "{name}: {found}, not {expected}");
+                }
+                (None, None) => {}
+                other => panic!("{name}: {other:?}"),
+            }
         }
     }
 }
