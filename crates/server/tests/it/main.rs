@@ -1,4 +1,5 @@
 //! The server on loopback, over a scripted engine.
+#![allow(clippy::unwrap_used)]
 
 mod chat;
 mod completions;

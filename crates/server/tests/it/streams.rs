@@ -82,9 +82,12 @@ fn streams_at_once_take_turns() {
         connection.write_all(&message("POST", CHAT, JSON, body.as_bytes())).unwrap();
         connection
     };
-    let (first, second) = (connect(), connect());
-    server.until(|stats| stats.running + stats.waiting >= 2 || stats.step_started.is_some());
-    // A step with both: each has begun before either can have ended.
+    // The first waits in its first step until the second has come.
+    let first = connect();
+    server.until(|stats| stats.step_started.is_some());
+    let second = connect();
+    server.until(|stats| stats.waiting >= 1);
+    // Enough for both to begin, too few for either to end.
     for _ in 0..8 {
         steps.send(Step::Run).unwrap();
     }
