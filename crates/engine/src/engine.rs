@@ -11,7 +11,7 @@ use harmony::Harmony;
 
 use crate::kv::Blocks;
 use crate::scheduler::{Limits, Scheduler};
-use crate::worker::Worker;
+use crate::worker::{Settings, Worker};
 use crate::{InvalidParam, Request, Sink};
 
 /// What bounds an engine. Any field may be changed from its default.
@@ -288,16 +288,14 @@ impl Engine {
             }),
         });
         let device = backend.describe();
-        let worker = Worker::new(
-            backend,
-            Arc::clone(&shared),
-            Scheduler::new(limits, blocks),
-            Arc::clone(&harmony),
-            &eos_ids,
-            capacity.max_model_len,
-            options.seed,
-            options.prefix_caching,
-        );
+        let settings = Settings {
+            harmony: Arc::clone(&harmony),
+            eos_ids: eos_ids.clone(),
+            max_model_len: capacity.max_model_len,
+            seed: options.seed,
+            prefix_caching: options.prefix_caching,
+        };
+        let worker = Worker::new(backend, Arc::clone(&shared), Scheduler::new(limits, blocks), settings);
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || worker.run())

@@ -27,12 +27,14 @@ pub(crate) struct Output {
 
 enum Kind {
     Text(Detokenizer),
-    Chat {
-        parser: Box<Parser>,
-        /// The field whose text the stop strings look at.
-        field: Field,
-        calls: usize,
-    },
+    Chat(Box<Chat>),
+}
+
+struct Chat {
+    parser: Parser,
+    /// The field whose text the stop strings look at.
+    field: Field,
+    calls: usize,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -55,7 +57,8 @@ impl Output {
         let kind = match &rules.mode {
             OutputMode::Text => Kind::Text(Detokenizer::new()),
             OutputMode::Chat { tools } => {
-                Kind::Chat { parser: Box::new(rules.harmony.parser(tools)), field: Field::Content, calls: 0 }
+                let parser = rules.harmony.parser(tools);
+                Kind::Chat(Box::new(Chat { parser, field: Field::Content, calls: 0 }))
             }
         };
         let stops = StopStrings::new(rules.params.stop.clone(), rules.params.include_stop_str_in_output);
@@ -75,16 +78,14 @@ impl Output {
     pub(crate) fn reasoning_tokens(&self) -> usize {
         match &self.kind {
             Kind::Text(_) => 0,
-            Kind::Chat { parser, .. } => parser.reasoning_tokens(),
+            Kind::Chat(chat) => chat.parser.reasoning_tokens(),
         }
     }
 
     pub(crate) fn repairs(&self) -> Vec<(&'static str, u64)> {
         match &self.kind {
             Kind::Text(_) => Vec::new(),
-            Kind::Chat { parser, .. } => {
-                parser.repairs().iter().map(|(&kind, &count)| (kind, count)).collect()
-            }
+            Kind::Chat(chat) => chat.parser.repairs().iter().map(|(&kind, &count)| (kind, count)).collect(),
         }
     }
 
@@ -110,22 +111,22 @@ impl Output {
                 }
                 self.stops.push(&text, armed, last, &mut piece.text)
             }
-            Kind::Chat { parser, field, calls } => {
+            Kind::Chat(chat) => {
                 // Control tokens close the message that they end. A client's ordinary stop token is no part of it.
                 let hidden = stopped
                     && !rules.harmony.tokenizer().is_special(token)
                     && !rules.params.include_stop_str_in_output;
-                let mut deltas = if hidden { Vec::new() } else { parser.push(token) };
+                let mut deltas = if hidden { Vec::new() } else { chat.parser.push(token) };
                 if last {
-                    deltas.extend(parser.finish());
+                    deltas.extend(chat.parser.finish());
                 }
-                visible(deltas, &mut self.stops, field, calls, armed, last, &mut piece.deltas)
+                chat.pass(deltas, &mut self.stops, armed, last, &mut piece.deltas)
             }
         };
         piece.end = match matched {
             Some(stop) => Some((FinishReason::Stop, Some(StopReason::Text(stop)))),
             None if stopped => {
-                let called = matches!(self.kind, Kind::Chat { calls: 1.., .. });
+                let called = matches!(&self.kind, Kind::Chat(chat) if chat.calls > 0);
                 let reason = if called { FinishReason::ToolCalls } else { FinishReason::Stop };
                 let [end_of_turn, ..] = rules.harmony.stop_ids();
                 Some((reason, (token != end_of_turn).then_some(StopReason::Token(token))))
@@ -137,55 +138,53 @@ impl Output {
     }
 }
 
-/// Passes deltas on, texts through the stop strings. A stop string lies within one stretch of one field. The result is the
-/// stop string that was found; what comes after it is dropped.
-fn visible(
-    deltas: Vec<Delta>,
-    stops: &mut StopStrings,
-    field: &mut Field,
-    calls: &mut usize,
-    armed: bool,
-    last: bool,
-    out: &mut Vec<Delta>,
-) -> Option<String> {
-    let wrap = |field: Field, text: String| match field {
-        Field::Reasoning => Delta::Reasoning(text),
-        Field::Content => Delta::Content(text),
-    };
-    let flush = |stops: &mut StopStrings, field: Field, out: &mut Vec<Delta>| {
-        let held = stops.flush();
-        if !held.is_empty() {
-            out.push(wrap(field, held));
-        }
-    };
-    for delta in deltas {
-        let (of, text) = match delta {
-            Delta::Reasoning(text) => (Field::Reasoning, text),
-            Delta::Content(text) => (Field::Content, text),
-            call => {
-                flush(stops, *field, out);
-                *calls += usize::from(matches!(call, Delta::CallStart { .. }));
-                out.push(call);
-                continue;
+impl Chat {
+    /// Passes deltas on, texts through the stop strings. A stop string lies within one stretch of one field. The result is
+    /// the stop string that was found; what comes after it is dropped.
+    fn pass(
+        &mut self,
+        deltas: Vec<Delta>,
+        stops: &mut StopStrings,
+        armed: bool,
+        last: bool,
+        out: &mut Vec<Delta>,
+    ) -> Option<String> {
+        for delta in deltas {
+            let (field, text) = match delta {
+                Delta::Reasoning(text) => (Field::Reasoning, text),
+                Delta::Content(text) => (Field::Content, text),
+                call => {
+                    self.emit(stops.flush(), out);
+                    self.calls += usize::from(matches!(call, Delta::CallStart { .. }));
+                    out.push(call);
+                    continue;
+                }
+            };
+            if field != self.field {
+                self.emit(stops.flush(), out);
+                self.field = field;
             }
-        };
-        if of != *field {
-            flush(stops, *field, out);
-            *field = of;
+            let mut certain = String::new();
+            let matched = stops.push(&text, armed, false, &mut certain);
+            self.emit(certain, out);
+            if matched.is_some() {
+                return matched;
+            }
         }
-        let mut certain = String::new();
-        let matched = stops.push(&text, armed, false, &mut certain);
-        if !certain.is_empty() {
-            out.push(wrap(of, certain));
+        if last {
+            self.emit(stops.flush(), out);
         }
-        if matched.is_some() {
-            return matched;
+        None
+    }
+
+    fn emit(&self, text: String, out: &mut Vec<Delta>) {
+        if !text.is_empty() {
+            out.push(match self.field {
+                Field::Reasoning => Delta::Reasoning(text),
+                Field::Content => Delta::Content(text),
+            });
         }
     }
-    if last {
-        flush(stops, *field, out);
-    }
-    None
 }
 
 /// Looks for strings in a text that arrives in pieces, and holds back what may be the beginning of one: less than the

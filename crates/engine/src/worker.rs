@@ -14,24 +14,32 @@ use crate::engine::{Job, Phase, Shared};
 use crate::kv::{SHARED, Tokens};
 use crate::output::{Output, Rules};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
-use crate::{Event, Failure, FinishReason, Request, Sink};
+use crate::{Event, Failure, FinishReason, Request, Sink, StopReason};
 
 pub(crate) struct Worker {
     backend: Box<dyn Backend>,
     shared: Arc<Shared>,
     scheduler: Scheduler,
     requests: BTreeMap<u64, Active>,
-    harmony: Arc<Harmony>,
-    eos_ids: Vec<u32>,
-    max_model_len: usize,
+    settings: Settings,
     vocab_size: usize,
-    seed: u64,
-    prefix_caching: bool,
     prompt_tokens: u64,
     generated_tokens: u64,
     steps: u64,
     failed_steps: u64,
     last_failed: bool,
+}
+
+/// What stays the same for the engine's life.
+pub(crate) struct Settings {
+    pub(crate) harmony: Arc<Harmony>,
+    /// The model's own stop tokens.
+    pub(crate) eos_ids: Vec<u32>,
+    /// Longest sequence.
+    pub(crate) max_model_len: usize,
+    /// Of requests without one.
+    pub(crate) seed: u64,
+    pub(crate) prefix_caching: bool,
 }
 
 /// A request that is in the scheduler.
@@ -57,16 +65,11 @@ struct Choice {
 }
 
 impl Worker {
-    #[expect(clippy::too_many_arguments, reason = "one caller, which has them by name")]
     pub(crate) fn new(
         backend: Box<dyn Backend>,
         shared: Arc<Shared>,
         scheduler: Scheduler,
-        harmony: Arc<Harmony>,
-        eos_ids: &[u32],
-        max_model_len: usize,
-        seed: u64,
-        prefix_caching: bool,
+        settings: Settings,
     ) -> Worker {
         Worker {
             vocab_size: backend.config().vocab_size,
@@ -74,11 +77,7 @@ impl Worker {
             shared,
             scheduler,
             requests: BTreeMap::new(),
-            harmony,
-            eos_ids: eos_ids.to_vec(),
-            max_model_len,
-            seed,
-            prefix_caching,
+            settings,
             prompt_tokens: 0,
             generated_tokens: 0,
             steps: 0,
@@ -126,19 +125,24 @@ impl Worker {
         let Job { number, request: Request { prompt, params, output }, sink } = job;
         let mut stop_tokens = params.stop_token_ids.clone();
         if !params.ignore_eos {
-            stop_tokens.extend(&self.eos_ids);
+            stop_tokens.extend(&self.settings.eos_ids);
         }
         stop_tokens.sort_unstable();
         stop_tokens.dedup();
         let prompt: Arc<[u32]> = prompt.into();
-        let root = if self.prefix_caching { SHARED } else { self.scheduler.new_identity() };
+        let root = if self.settings.prefix_caching { SHARED } else { self.scheduler.new_identity() };
         let scores = params.prompt_logprobs.map(|_| vec![None]);
         // Scores need the prompt computed.
         let cache_limit = if scores.is_some() { 0 } else { prompt.len() };
         let sequence = NewSequence { tokens: Tokens::new(Arc::clone(&prompt)), root, cache_limit };
         self.scheduler.add(SequenceId { request: number, choice: 0 }, sequence);
-        let seed = params.seed.map_or_else(|| scramble(self.seed ^ scramble(number)), |s| s as u64);
-        let rules = Arc::new(Rules { harmony: Arc::clone(&self.harmony), mode: output, params, stop_tokens });
+        let seed = params.seed.map_or_else(|| scramble(self.settings.seed ^ scramble(number)), |s| s as u64);
+        let rules = Arc::new(Rules {
+            harmony: Arc::clone(&self.settings.harmony),
+            mode: output,
+            params,
+            stop_tokens,
+        });
         let choices = (0..rules.params.n).map(|_| Some(Choice::new(&rules, &prompt))).collect();
         self.requests
             .insert(number, Active { sink, rules, prompt, root, seed, scores, started: false, choices });
@@ -180,15 +184,11 @@ impl Worker {
         let mut plan = self.scheduler.plan(share);
         let active = &self.requests[&share.id.request];
         let params = &active.rules.params;
-        if let Some(top) = params.prompt_logprobs.filter(|_| active.scores.is_some() && share.id.choice == 0)
-        {
-            let prompt_len = active.prompt.len();
-            let next = active.prompt
-                [(share.positions.start + 1).min(prompt_len)..(share.positions.end + 1).min(prompt_len)]
-                .to_vec();
-            if !next.is_empty() {
-                plan.score = Some(Score { next, top });
-            }
+        // Only the first choice runs before the request has begun, and never beyond the prompt.
+        if let (Some(top), false) = (params.prompt_logprobs, active.started) {
+            let end = (share.positions.end + 1).min(active.prompt.len());
+            let next = active.prompt[share.positions.start + 1..end].to_vec();
+            plan.score = Some(Score { next, top });
         }
         if share.complete
             && params.max_tokens != Some(0)
@@ -205,7 +205,7 @@ impl Worker {
         let number = share.id.request;
         // An earlier share of the same request may have cancelled it.
         let Some(active) = self.requests.get_mut(&number) else { return };
-        if let Some(scores) = active.scores.as_mut().filter(|_| share.id.choice == 0) {
+        if let Some(scores) = &mut active.scores {
             // After a preemption the first of these may be known.
             let known = scores.len() - share.positions.start - 1;
             scores.extend(output.scores.into_iter().skip(known).map(Some));
@@ -214,53 +214,50 @@ impl Worker {
         if !share.complete {
             return;
         }
-        let begun = active.started || self.begin(number);
-        let alive = begun && output.sampled.is_none_or(|sampled| self.take_token(share.id, sampled));
-        if !alive {
-            self.retire(number);
+        if !active.started {
+            self.begin(share.id);
+        }
+        if let Some(sampled) = output.sampled {
+            self.take_token(share.id, sampled);
         }
     }
 
-    /// The prompt is computed: the other choices can share its blocks. The result is whether the request goes on.
-    fn begin(&mut self, number: u64) -> bool {
-        let Some(active) = self.requests.get_mut(&number) else { return false };
+    /// The prompt is computed: the other choices can share its blocks.
+    fn begin(&mut self, first: SequenceId) {
+        let Some(active) = self.requests.get_mut(&first.request) else { return };
         active.started = true;
         let prompt_len = active.prompt.len();
         self.prompt_tokens += prompt_len as u64;
         self.shared.mailbox().queued_tokens -= prompt_len;
+        let event = Event::Started {
+            cached_tokens: self.scheduler.cached_tokens(first),
+            prompt_logprobs: active.scores.take(),
+        };
+        if !tell(&mut active.sink, event) {
+            return self.retire(first.request);
+        }
+        if active.rules.params.max_tokens == Some(0) {
+            for choice in 0..active.choices.len() {
+                self.finish(SequenceId { choice, ..first }, FinishReason::Length, None);
+            }
+            return;
+        }
         for choice in 1..active.choices.len() {
             let sequence = NewSequence {
                 tokens: Tokens::new(Arc::clone(&active.prompt)),
                 root: active.root,
                 cache_limit: prompt_len,
             };
-            self.scheduler.add(SequenceId { request: number, choice }, sequence);
+            self.scheduler.add(SequenceId { choice, ..first }, sequence);
         }
-        let first = SequenceId { request: number, choice: 0 };
-        let cached_tokens = self.scheduler.cached_tokens(first);
-        let prompt_logprobs = active.scores.take();
-        if !tell(&mut active.sink, Event::Started { cached_tokens, prompt_logprobs }) {
-            return false;
-        }
-        if active.rules.params.max_tokens == Some(0) {
-            for choice in 0..active.choices.len() {
-                if !active.finish(choice, FinishReason::Length, None) {
-                    return false;
-                }
-            }
-            tell(&mut active.sink, Event::Done);
-            return false;
-        }
-        true
     }
 
-    /// The result is whether the request goes on.
-    fn take_token(&mut self, id: SequenceId, sampled: Sampled) -> bool {
-        let Some(active) = self.requests.get_mut(&id.request) else { return false };
-        let Some(choice) = &mut active.choices[id.choice] else { return true };
+    fn take_token(&mut self, id: SequenceId, sampled: Sampled) {
+        let Some(active) = self.requests.get_mut(&id.request) else { return };
+        let Some(choice) = &mut active.choices[id.choice] else { return };
         self.generated_tokens += 1;
         let token = sampled.token;
-        let room = self.scheduler.push(id, token) < self.max_model_len;
+        let room = self.scheduler.push(id, token) < self.settings.max_model_len;
         if !choice.seen.is_empty() {
             *choice.seen.entry(token).or_default() += 1;
         }
@@ -273,18 +270,30 @@ impl Worker {
             logprobs: sampled.logprobs.into_iter().collect(),
         };
         if !tell(&mut active.sink, tokens) {
-            return false;
+            self.retire(id.request);
+        } else if let Some((reason, stop)) = piece.end {
+            self.finish(id, reason, stop);
         }
-        let Some((reason, stop)) = piece.end else { return true };
+    }
+
+    /// Ends a choice, and the request with its last.
+    fn finish(&mut self, id: SequenceId, reason: FinishReason, stop: Option<StopReason>) {
         self.scheduler.remove(id);
-        if !active.finish(id.choice, reason, stop) {
-            return false;
+        let Some(active) = self.requests.get_mut(&id.request) else { return };
+        let Some(Choice { output, .. }) = active.choices[id.choice].take() else { return };
+        let finished = Event::Finished {
+            choice: id.choice,
+            reason,
+            stop,
+            completion_tokens: output.generated(),
+            reasoning_tokens: output.reasoning_tokens(),
+            repairs: output.repairs(),
+        };
+        if !tell(&mut active.sink, finished) {
+            self.retire(id.request);
+        } else if active.choices.iter().all(Option::is_none) {
+            self.end(id.request, Event::Done);
         }
-        if active.choices.iter().any(Option::is_some) {
-            return true;
-        }
-        tell(&mut active.sink, Event::Done);
-        false
     }
 
     /// Fails every request that holds blocks. What is stored in them is not trusted any more.
@@ -297,15 +306,27 @@ impl Worker {
     }
 
     fn fail(&mut self, number: u64, message: &str) {
-        if let Some(active) = self.requests.get_mut(&number) {
-            tell(&mut active.sink, Event::Failed(Failure::Device(message.to_owned())));
-        }
-        self.retire(number);
+        self.end(number, Event::Failed(Failure::Device(message.to_owned())));
     }
 
-    /// Removes a request and frees its blocks, if it is there.
+    /// Removes a request, if it is there, without a word.
     fn retire(&mut self, number: u64) {
-        let Some(active) = self.requests.remove(&number) else { return };
+        if let Some(active) = self.remove(number) {
+            discard(active);
+        }
+    }
+
+    /// Removes a request, if it is there, with a last event. By then its place in the queue is free.
+    fn end(&mut self, number: u64, event: Event) {
+        if let Some(mut active) = self.remove(number) {
+            tell(&mut active.sink, event);
+            discard(active);
+        }
+    }
+
+    /// Frees what a request holds.
+    fn remove(&mut self, number: u64) -> Option<Active> {
+        let active = self.requests.remove(&number)?;
         for choice in 0..active.choices.len() {
             self.scheduler.remove(SequenceId { request: number, choice });
         }
@@ -315,8 +336,8 @@ impl Worker {
             mailbox.queued_tokens -= active.prompt.len();
         }
         drop(mailbox);
-        // What a sink owns may panic too.
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(active)));
+        self.publish(None);
+        Some(active)
     }
 
     fn publish(&self, step_started: Option<Instant>) {
@@ -373,22 +394,6 @@ impl Drop for Worker {
             self.publish(None);
         }
         self.shared.enter(Phase::Ended);
-    }
-}
-
-impl Active {
-    /// Ends a choice. The result is whether the sink wants more.
-    fn finish(&mut self, choice: usize, reason: FinishReason, stop: Option<crate::StopReason>) -> bool {
-        let Some(ended) = self.choices[choice].take() else { return true };
-        let event = Event::Finished {
-            choice,
-            reason,
-            stop,
-            completion_tokens: ended.output.generated(),
-            reasoning_tokens: ended.output.reasoning_tokens(),
-            repairs: ended.output.repairs(),
-        };
-        tell(&mut self.sink, event)
     }
 }
 
@@ -467,6 +472,11 @@ fn tell(sink: &mut Sink, event: Event) -> bool {
         tracing::error!("the sink of a request panicked: {}", panic_message(panic.as_ref()));
         false
     })
+}
+
+/// What a sink owns may panic when it is dropped.
+fn discard(active: Active) {
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(active)));
 }
 
 fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {

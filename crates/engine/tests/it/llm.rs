@@ -9,12 +9,18 @@ use crate::common::{says, start, tokens, unlimited};
 
 #[test]
 fn results_come_in_the_order_of_the_prompts() {
+    // The queue may be shorter than the batch.
+    for max_queued_requests in [1, 3, 20] {
+        check_order(max_queued_requests);
+    }
+}
+
+fn check_order(max_queued_requests: usize) {
     let backend = (0..20).fold(Scripted::new(Scripted::gpt_oss(), Vec::new()), |backend, i| {
         // Later prompts have shorter answers.
         backend.with_seed(i, [vec![i as u32 + 300; 25 - i as usize], tokens("<|return|>")].concat())
     });
-    // The queue is shorter than the batch.
-    let options = EngineOptions { max_queued_requests: 3, ..EngineOptions::default() };
+    let options = EngineOptions { max_queued_requests, ..EngineOptions::default() };
     let llm = Llm::new(start(backend, options));
     let prompts: Vec<Prompt> = (0..20).map(|i| Prompt::Tokens(vec![i; 3])).collect();
     let params: Vec<SamplingParams> =
