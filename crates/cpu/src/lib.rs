@@ -4,11 +4,13 @@
 //! sums have a fixed order, so all three give the same bits, whatever the batch and the number of threads.
 
 mod backend;
+mod bandwidth;
 mod kernels;
 mod packed;
 mod pool;
 mod simd;
 
 pub use backend::{Cpu, Options, Traffic};
+pub use bandwidth::read_bandwidth;
 pub use kernels::{Isa, SelfTest, self_test};
 pub use pool::{Pool, physical_cores};

@@ -278,7 +278,7 @@ fn pack_scales(scales: &[u8], per_row: usize, first: usize, rows: usize, out: &m
 
 /// Zeroed memory on large pages where the system has them: a step reads all of it in order, and with small pages address
 /// translation costs as much as the reading.
-struct Buffer {
+pub(crate) struct Buffer {
     start: *mut u8,
     len: usize,
     layout: std::alloc::Layout,
@@ -290,7 +290,7 @@ unsafe impl Send for Buffer {}
 unsafe impl Sync for Buffer {}
 
 impl Buffer {
-    fn new(len: usize) -> Result<Buffer, Error> {
+    pub(crate) fn new(len: usize) -> Result<Buffer, Error> {
         const LARGE_PAGE: usize = 2 << 20;
         let align = if len >= LARGE_PAGE { LARGE_PAGE } else { 64 };
         let layout = std::alloc::Layout::from_size_align(len.max(64), align)
@@ -311,12 +311,12 @@ impl Buffer {
         Ok(Buffer { start, len, layout })
     }
 
-    fn as_slice(&self) -> &[u8] {
+    pub(crate) fn as_slice(&self) -> &[u8] {
         // SAFETY: allocated with at least `len` bytes, initialized.
         unsafe { std::slice::from_raw_parts(self.start, self.len) }
     }
 
-    fn as_mut_slice(&mut self) -> &mut [u8] {
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `self` is borrowed mutably.
         unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
     }

@@ -56,8 +56,7 @@ impl Model {
     }
 
     pub(crate) fn built_in() -> Result<Model> {
-        let checkpoint =
-            Checkpoint::from_bytes(BUILT_IN_CONFIG, BUILT_IN_GENERATION, &BUILT_IN_WEIGHTS.0)?;
+        let checkpoint = Checkpoint::from_bytes(BUILT_IN_CONFIG, BUILT_IN_GENERATION, &BUILT_IN_WEIGHTS.0)?;
         Ok(Model { name: BUILT_IN.to_owned(), checkpoint, built_in: true })
     }
 

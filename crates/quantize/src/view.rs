@@ -86,7 +86,10 @@ impl Quantized {
             plans.insert(id, Plan::new(&*source, id, method, scales_per, &pool)?);
         }
         for layer in 0..source.config().layer_kinds.len() {
-            share_scale(&mut plans, &[MatrixKind::Query, MatrixKind::Key, MatrixKind::Value].map(|k| k.at(layer)));
+            share_scale(
+                &mut plans,
+                &[MatrixKind::Query, MatrixKind::Key, MatrixKind::Value].map(|k| k.at(layer)),
+            );
         }
         progress(ids.len(), ids.len());
         Ok(Quantized { source, pool, plans, totals: Mutex::default() })
@@ -268,12 +271,8 @@ impl Plan {
         pool: &Pool,
     ) -> Result<Plan, Error> {
         let (count, ..) = id.kind.shape(source.config());
-        let mut plan = Plan {
-            method,
-            max_scales: Vec::new(),
-            global_scales: Vec::new(),
-            cast: CastCounts::default(),
-        };
+        let mut plan =
+            Plan { method, max_scales: Vec::new(), global_scales: Vec::new(), cast: CastCounts::default() };
         match method {
             Method::Keep | Method::Bf16 => {}
             Method::Mxfp4 => {
@@ -306,7 +305,8 @@ impl Plan {
                     let all = plan.max_scales.iter().copied().max().flatten();
                     plan.max_scales.fill(all);
                 }
-                plan.global_scales = plan.max_scales.iter().map(|&max| nvfp4::cast_global_scale(max)).collect();
+                plan.global_scales =
+                    plan.max_scales.iter().map(|&max| nvfp4::cast_global_scale(max)).collect();
                 for expert in 0..count {
                     if let Values::Mxfp4 { codes, scales } = &source.matrix(id, expert)?.values {
                         plan.cast += cast_counts(codes, scales, plan.max_scales[expert]);
@@ -357,14 +357,17 @@ fn check_shape(source: &dyn Weights, id: MatrixId, method: Method) -> Result<(),
         Method::Mxfp4 => mxfp4::BLOCK,
         Method::Keep | Method::Cast | Method::Bf16 => return Ok(()),
     };
-    if cols % block == 0 { Ok(()) } else { Err(Error::Ragged { kind: id.kind, layer: id.layer, block, cols }) }
+    if cols % block == 0 {
+        Ok(())
+    } else {
+        Err(Error::Ragged { kind: id.kind, layer: id.layer, block, cols })
+    }
 }
 
 /// The largest magnitude of a matrix; an error if a value is not finite.
 fn amax(matrix: &Matrix<'_>, id: MatrixId, pool: &Pool) -> Result<f32, Error> {
     matrix.check_scales(&format!("{:?} of layer {}", id.kind, id.layer))?;
-    let parts: Vec<Mutex<f32>> =
-        (0..matrix.rows.div_ceil(ROWS_PER_TASK)).map(|_| Mutex::new(0.0)).collect();
+    let parts: Vec<Mutex<f32>> = (0..matrix.rows.div_ceil(ROWS_PER_TASK)).map(|_| Mutex::new(0.0)).collect();
     pool.run(parts.len(), &|task| {
         let mut values = vec![0.0; matrix.cols];
         let first = task * ROWS_PER_TASK;

@@ -1,6 +1,6 @@
 //! Reading a tokenizer: the built-in vocabulary, Hugging Face's `tokenizer.json`, tiktoken's file.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -8,7 +8,7 @@ use std::sync::{Arc, OnceLock};
 use base64::Engine;
 use serde::Deserialize;
 
-use crate::merge::Merges;
+use crate::merge::{MAX_RANK, Merges};
 use crate::pieces::PATTERN;
 use crate::tokenizer::Tokenizer;
 use crate::vocabulary::Vocabulary;
@@ -37,6 +37,24 @@ pub enum Error {
         /// What is there.
         found: String,
     },
+    /// It is larger than any known file, or than what `Tokenizer` can be sure to handle in linear time.
+    #[error("the tokenizer file has {what}: expected at most {limit}, found {found}")]
+    TooLarge {
+        /// Which part.
+        what: String,
+        /// The most that is read.
+        limit: u64,
+        /// How much there is.
+        found: u64,
+    },
+    /// A file could be read, but is not a tokenizer.
+    #[error("{path}: {source}")]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        source: Box<Error>,
+    },
     /// It contradicts itself.
     #[error("the tokenizer file is not valid: {0}")]
     Invalid(String),
@@ -44,6 +62,13 @@ pub enum Error {
 
 /// Ids above this are a mistake or an attack: the largest known vocabulary has 201,088.
 const MAX_ID: u32 = 10_000_000;
+
+/// Bytes. The published `tokenizer.json` of gpt-oss has 27 million.
+const MAX_FILE: u64 = 256 << 20;
+
+/// Bytes of a token or a special token's spelling; the longest known one has 128. Windows of a long piece and the search
+/// for spellings advance because tokens are short.
+const MAX_TOKEN: usize = 512;
 
 /// The ids of `o200k_harmony`.
 const O200K_SIZE: u32 = 201_088;
@@ -74,7 +99,7 @@ impl Tokenizer {
             let mut rest = &packed[..];
             while let [len, after @ ..] = rest {
                 let (token, after) = after.split_at(usize::from(*len));
-                tokens.push(token.to_vec());
+                tokens.push(token);
                 rest = after;
             }
             Arc::new(from_ranks(&tokens).expect("the built-in vocabulary is valid"))
@@ -83,11 +108,20 @@ impl Tokenizer {
 
     /// Reads `tokenizer.json` or a tiktoken file, told apart by content.
     pub fn from_file(path: &Path) -> Result<Tokenizer, Error> {
-        let bytes = std::fs::read(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
-        match bytes.iter().find(|b| !b.is_ascii_whitespace()) {
+        let mut bytes = Vec::new();
+        std::fs::File::open(path)
+            .and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes))
+            .map_err(|source| Error::Io { path: path.to_owned(), source })?;
+        let read = match bytes.iter().find(|b| !b.is_ascii_whitespace()) {
+            _ if bytes.len() as u64 > MAX_FILE => Err(Error::TooLarge {
+                what: "too many bytes".to_owned(),
+                limit: MAX_FILE,
+                found: bytes.len() as u64,
+            }),
             Some(b'{') => Tokenizer::from_json(&bytes),
             _ => Tokenizer::from_tiktoken(&bytes),
-        }
+        };
+        read.map_err(|source| Error::File { path: path.to_owned(), source: Box::new(source) })
     }
 
     /// From the text of a tiktoken file, `base64 SPACE rank` per line; the special tokens are those of `o200k_harmony`.
@@ -110,51 +144,114 @@ impl Tokenizer {
     pub fn from_json(bytes: &[u8]) -> Result<Tokenizer, Error> {
         let file: File = serde_json::from_slice(bytes)?;
         file.check()?;
-        let model = file.model;
-        let largest = model.vocab.values().copied().chain(file.added_tokens.iter().map(|t| t.id)).max();
-        let largest = largest.unwrap_or(0);
-        if largest > MAX_ID {
-            return Err(Error::Invalid(format!("expected ids up to {MAX_ID}, found {largest}")));
-        }
+        let (vocab, merges) = (file.model.vocab.0, file.model.merges);
 
-        let special_ids: HashMap<u32, &str> =
-            file.added_tokens.iter().map(|t| (t.id, t.content.as_str())).collect();
-        let mut tokens = vec![Vec::new(); largest as usize + 1];
-        for (spelling, &id) in &model.vocab {
-            // Files may list the special tokens in both places.
-            if special_ids.get(&id) == Some(&spelling.as_str()) {
-                continue;
+        let mut special: BTreeMap<u32, String> = BTreeMap::new();
+        for token in file.added_tokens {
+            if let Some(other) = special.get(&token.id) {
+                return Err(Error::Invalid(format!(
+                    "the added tokens {other:?} and {:?} have the same id: {}",
+                    token.content, token.id
+                )));
             }
-            let bytes = byte_level(spelling).ok_or_else(|| {
-                Error::Invalid(format!("token {id}: {spelling:?} is not in the byte-level alphabet"))
-            })?;
-            if special_ids.contains_key(&id) || !tokens[id as usize].is_empty() {
+            special.insert(token.id, token.content);
+        }
+        // Files may list the special tokens in both places.
+        let ordinary = || vocab.iter().filter(|(spelling, id)| special.get(id) != Some(spelling));
+        let size = ordinary().map(|&(_, id)| id as usize + 1).max().unwrap_or(0);
+        check_id(size.max(special.keys().next_back().map_or(0, |&id| id as usize + 1)))?;
+        // So the file's own length bounds what is allocated.
+        if size > vocab.len() + special.len() {
+            return Err(Error::Invalid(format!(
+                "expected a token for each id below {size}, found {} tokens",
+                vocab.len() + special.len()
+            )));
+        }
+        let mut tokens = vec![Vec::new(); size];
+        for (spelling, id) in ordinary() {
+            let token = &mut tokens[*id as usize];
+            if special.contains_key(id) || !token.is_empty() {
                 return Err(Error::Invalid(format!("two tokens have the id {id}")));
             }
-            tokens[id as usize] = bytes;
-        }
-        let vocabulary = Vocabulary::new(&tokens)
-            .ok_or_else(|| Error::Invalid("two tokens have the same bytes".to_owned()))?;
-
-        let mut listed = HashMap::with_capacity(model.merges.len());
-        for (rank, merge) in model.merges.iter().enumerate() {
-            let (left, right) = merge.pair().ok_or_else(|| {
-                Error::Invalid(format!("merge {rank}: expected two tokens separated by a space"))
+            *token = byte_level(spelling).filter(|bytes| !bytes.is_empty()).ok_or_else(|| {
+                Error::Invalid(format!("token {id}: {spelling:?} is not in the byte-level alphabet"))
             })?;
-            let id = |token: &str| {
-                model.vocab.get(token).copied().ok_or_else(|| {
-                    Error::Invalid(format!("merge {rank}: {token:?} is not in the vocabulary"))
-                })
-            };
-            let pair = (id(left)?, id(right)?);
-            listed.entry(pair).or_insert((rank as u32, id(&format!("{left}{right}"))?));
         }
-        let special = file.added_tokens.into_iter().map(|t| (t.id, t.content)).collect();
-        build(vocabulary, Merges::Listed(listed), model.ignore_merges, special)
+        if let Some(id) =
+            (0u32..).zip(&tokens).find(|(id, token)| token.is_empty() && !special.contains_key(id))
+        {
+            return Err(Error::Invalid(format!("no token has the id {}", id.0)));
+        }
+        let vocabulary = vocabulary(&tokens)?;
+        let merges = read_merges(&vocabulary, &merges)?;
+        build(vocabulary, merges, file.model.ignore_merges, special.into_iter().collect())
     }
 }
 
-fn from_ranks(tokens: &[Vec<u8>]) -> Result<Tokenizer, Error> {
+/// `size` is one more than the largest id.
+fn check_id(size: usize) -> Result<(), Error> {
+    if size > MAX_ID as usize + 1 {
+        return Err(Error::TooLarge {
+            what: "an id too large".to_owned(),
+            limit: MAX_ID.into(),
+            found: size as u64 - 1,
+        });
+    }
+    Ok(())
+}
+
+fn vocabulary(tokens: &[impl AsRef<[u8]>]) -> Result<Vocabulary, Error> {
+    check_id(tokens.len())?;
+    if let Some((id, token)) = tokens.iter().enumerate().find(|(_, token)| token.as_ref().len() > MAX_TOKEN) {
+        return Err(Error::TooLarge {
+            what: format!("too many bytes in token {id}"),
+            limit: MAX_TOKEN as u64,
+            found: token.as_ref().len() as u64,
+        });
+    }
+    Vocabulary::new(tokens).ok_or_else(|| Error::Invalid("two tokens have the same bytes".to_owned()))
+}
+
+/// The merge list of a `tokenizer.json`, replaced by the ids themselves if they say the same: the list has every pair of
+/// tokens that makes a token, in the order of what they make.
+fn read_merges(vocabulary: &Vocabulary, merges: &[Merge]) -> Result<Merges, Error> {
+    if merges.len() >= MAX_RANK as usize {
+        return Err(Error::TooLarge {
+            what: "too many merges".to_owned(),
+            limit: u64::from(MAX_RANK) - 1,
+            found: merges.len() as u64,
+        });
+    }
+    let mut listed = HashMap::with_capacity(merges.len());
+    let mut ordered = true;
+    let mut last = 0;
+    for (rank, merge) in (0u32..).zip(merges) {
+        let (left, right) = merge.pair().ok_or_else(|| {
+            Error::Invalid(format!("merge {rank}: expected two tokens separated by a space"))
+        })?;
+        let id = |token: &str| {
+            byte_level(token)
+                .and_then(|bytes| vocabulary.id(&bytes))
+                .ok_or_else(|| Error::Invalid(format!("merge {rank}: {token:?} is not in the vocabulary")))
+        };
+        let product = id(&format!("{left}{right}"))?;
+        ordered &= product >= last;
+        last = product;
+        listed.entry((id(left)?, id(right)?)).or_insert((rank, product));
+    }
+    let splits = |id: u32| {
+        let token = vocabulary.token(id);
+        (1..token.len()).filter(|&at| {
+            let (left, right) = token.split_at(at);
+            vocabulary.id(left).is_some() && vocabulary.id(right).is_some()
+        })
+    };
+    let complete =
+        || (0..vocabulary.len() as u32).map(|id| splits(id).count()).sum::<usize>() == listed.len();
+    Ok(if ordered && complete() { Merges::ByRank } else { Merges::Listed(listed) })
+}
+
+fn from_ranks(tokens: &[impl AsRef<[u8]>]) -> Result<Tokenizer, Error> {
     let first_special = O200K_SPECIAL[0].0;
     if tokens.len() > first_special as usize {
         return Err(Error::Invalid(format!(
@@ -162,8 +259,7 @@ fn from_ranks(tokens: &[Vec<u8>]) -> Result<Tokenizer, Error> {
             tokens.len()
         )));
     }
-    let vocabulary =
-        Vocabulary::new(tokens).ok_or_else(|| Error::Invalid("two tokens have the same bytes".to_owned()))?;
+    let vocabulary = vocabulary(tokens)?;
     let mut special: Vec<(u32, String)> =
         O200K_SPECIAL.iter().map(|&(id, spelling)| (id, spelling.to_owned())).collect();
     special.extend(
@@ -197,11 +293,18 @@ fn build(
                 found: format!("{spelling:?}"),
             });
         }
-        if spellings.insert(spelling.clone(), id).is_some_and(|other| other != id) {
+        if spelling.len() > MAX_TOKEN {
+            return Err(Error::TooLarge {
+                what: format!("too many bytes in the added token {id}"),
+                limit: MAX_TOKEN as u64,
+                found: spelling.len() as u64,
+            });
+        }
+        if spellings.insert(spelling.clone(), id).is_some() {
             return Err(Error::Invalid(format!("two special tokens are spelled {spelling:?}")));
         }
         size = size.max(id as usize + 1);
-        special.entry(id).or_insert(spelling);
+        special.insert(id, spelling);
     }
     let longest_spelling = spellings.keys().map(String::len).max().unwrap_or(0);
     Ok(Tokenizer { vocabulary, merges, whole_pieces, bytes, special, spellings, longest_spelling, size })
@@ -232,7 +335,7 @@ struct File {
 struct Model {
     #[serde(rename = "type")]
     kind: Option<String>,
-    vocab: HashMap<String, u32>,
+    vocab: Vocab,
     #[serde(default)]
     merges: Vec<Merge>,
     #[serde(default)]
@@ -240,6 +343,33 @@ struct Model {
     dropout: Option<f32>,
     #[serde(default)]
     byte_fallback: bool,
+    continuing_subword_prefix: Option<String>,
+    end_of_word_suffix: Option<String>,
+}
+
+/// Spellings and ids as the file has them: a map would hide that a spelling occurs twice.
+struct Vocab(Vec<(String, u32)>);
+
+impl<'de> Deserialize<'de> for Vocab {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Vocab, D::Error> {
+        struct Entries;
+        impl<'de> serde::de::Visitor<'de> for Entries {
+            type Value = Vocab;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object of tokens and their ids")
+            }
+
+            fn visit_map<M: serde::de::MapAccess<'de>>(self, mut map: M) -> Result<Vocab, M::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Vocab(entries))
+            }
+        }
+        deserializer.deserialize_map(Entries)
+    }
 }
 
 #[derive(Deserialize)]
@@ -262,6 +392,12 @@ impl Merge {
 struct AddedToken {
     id: u32,
     content: String,
+    #[serde(default)]
+    single_word: bool,
+    #[serde(default)]
+    lstrip: bool,
+    #[serde(default)]
+    rstrip: bool,
 }
 
 #[derive(Deserialize)]
@@ -299,6 +435,17 @@ impl File {
         }
         if self.model.byte_fallback {
             return unsupported("byte fallback", "false", "true".to_owned());
+        }
+        let affixes = [&self.model.continuing_subword_prefix, &self.model.end_of_word_suffix];
+        if let Some(affix) = affixes.into_iter().flatten().find(|affix| !affix.is_empty()) {
+            return unsupported("a prefix or suffix of subwords", "none", format!("{affix:?}"));
+        }
+        if let Some(token) = self.added_tokens.iter().find(|t| t.single_word || t.lstrip || t.rstrip) {
+            let found = format!(
+                "{:?} with single_word {}, lstrip {}, rstrip {}",
+                token.content, token.single_word, token.lstrip, token.rstrip
+            );
+            return unsupported("an added token that depends on its surroundings", "none", found);
         }
         if let Some(normalizer) = self.normalizer.as_ref().filter(|n| !n.is_null()) {
             let kind = normalizer.get("type").map_or_else(|| normalizer.to_string(), ToString::to_string);

@@ -19,8 +19,8 @@ pub(crate) fn piece_len(text: &str) -> usize {
         .unwrap_or_else(|| text.chars().next().map_or(0, char::len_utf8))
 }
 
-/// What the pattern tells apart. The order is that of `RUNS`.
-#[derive(Clone, Copy, PartialEq, Eq)]
+/// What the pattern tells apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Class {
     /// `\p{Lu}`, `\p{Lt}`
     Upper,
@@ -37,24 +37,54 @@ enum Class {
     Other,
 }
 
+/// In the order of the numbers in `RUNS`.
+const CLASSES: [Class; 7] =
+    [Class::Upper, Class::Lower, Class::Letter, Class::Mark, Class::Number, Class::Space, Class::Other];
+
+/// The classes of 256 characters each: first a block for each class alone, then the 139 mixed ones.
+struct Blocks {
+    /// Which block the characters `index << 8 ..` have.
+    index: [u8; 0x1100],
+    classes: [[Class; 256]; CLASSES.len() + 139],
+}
+
+static BLOCKS: Blocks = {
+    let mut blocks = Blocks { index: [0; 0x1100], classes: [[Class::Other; 256]; CLASSES.len() + 139] };
+    let mut used = 0;
+    while used < CLASSES.len() {
+        blocks.classes[used] = [CLASSES[used]; 256];
+        used += 1;
+    }
+    let (mut run, mut block) = (0, 0);
+    while block < blocks.index.len() {
+        let first = (block as u32) << 8;
+        while run + 1 < RUNS.len() && RUNS[run + 1].0 <= first {
+            run += 1;
+        }
+        if run + 1 == RUNS.len() || RUNS[run + 1].0 >= first + 256 {
+            blocks.index[block] = RUNS[run].1;
+        } else {
+            let mut low = 0;
+            while low < 256 {
+                if run + 1 < RUNS.len() && RUNS[run + 1].0 == first + low {
+                    run += 1;
+                }
+                blocks.classes[used][low as usize] = CLASSES[RUNS[run].1 as usize];
+                low += 1;
+            }
+            blocks.index[block] = used as u8;
+            used += 1;
+        }
+        block += 1;
+    }
+    assert!(used == blocks.classes.len());
+    blocks
+};
+
 impl Class {
     fn of(c: char) -> Class {
-        match c {
-            'a'..='z' => return Class::Lower,
-            'A'..='Z' => return Class::Upper,
-            ' ' => return Class::Space,
-            _ => {}
-        }
-        let run = RUNS.partition_point(|&(start, _)| start <= u32::from(c)) - 1;
-        match RUNS[run].1 {
-            0 => Class::Upper,
-            1 => Class::Lower,
-            2 => Class::Letter,
-            3 => Class::Mark,
-            4 => Class::Number,
-            5 => Class::Space,
-            _ => Class::Other,
-        }
+        let c = c as usize;
+        BLOCKS.classes[usize::from(BLOCKS.index[c >> 8])][c & 0xff]
     }
 
     /// In the first character class of the word alternatives.
@@ -181,4 +211,32 @@ fn space(text: &str) -> Option<usize> {
     // A run before a word leaves its last character to the word, if it has another.
     let shorter = run.len() - last.len_utf8();
     Some(if rest.is_empty() || shorter == 0 { run.len() } else { shorter })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Class;
+
+    #[test]
+    fn every_character_has_the_class_of_the_oracle() {
+        let text: String = ('\0'..=char::MAX).collect();
+        let mut expected = vec![Class::Other; 0x11_0000];
+        for (pattern, class) in [
+            (r"[\p{Lu}\p{Lt}]", Class::Upper),
+            (r"\p{Ll}", Class::Lower),
+            (r"[\p{Lm}\p{Lo}]", Class::Letter),
+            (r"\p{M}", Class::Mark),
+            (r"\p{N}", Class::Number),
+            (r"\s", Class::Space),
+        ] {
+            for found in fancy_regex::Regex::new(pattern).unwrap().find_iter(&text) {
+                let c = found.unwrap().as_str().chars().next().unwrap();
+                assert_eq!(expected[c as usize], Class::Other, "{c:?}: two classes");
+                expected[c as usize] = class;
+            }
+        }
+        for c in '\0'..=char::MAX {
+            assert_eq!(Class::of(c), expected[c as usize], "{c:?}");
+        }
+    }
 }

@@ -22,7 +22,7 @@ use crate::ui::{Ui, bold, bytes, dim, green, grouped};
 /// Public-domain English books that the small model has not seen.
 const TEXT: &str = include_str!("../../data/books.txt");
 
-const WINDOWS: usize = 6;
+const WINDOWS: usize = 4;
 const CONTEXT: usize = 1024;
 
 pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
@@ -31,7 +31,7 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     let original = Arc::new(Model::built_in()?.checkpoint);
     println!("{}", bold("nibble: gpt-oss in four bits, without losing one"));
     println!(
-        "{}\n",
+        "{}",
         dim(&format!(
             "tiny-gpt-oss, a gpt-oss of {} parameters trained for this program; {} threads of this CPU",
             grouped(original.parameters()),
@@ -159,8 +159,8 @@ fn ask(model: Cpu, checkpoint: &Checkpoint) -> Result<()> {
             description: Some("Get the current weather for a city.".to_owned()),
             parameters: Some(serde_json::json!({
                 "type": "object",
-                "properties": {"city": {"type": "string"}},
-                "required": ["city"],
+                "properties": {"location": {"type": "string"}},
+                "required": ["location"],
             })),
         },
     };

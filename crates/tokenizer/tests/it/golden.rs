@@ -146,7 +146,7 @@ fn the_small_models_prompts() {
 fn the_vocabulary_is_tiktokens() {
     let oracle = tiktoken_rs::o200k_base().unwrap();
     let tokenizer = Tokenizer::o200k_harmony();
-    for id in (0..199_998).step_by(7).chain([199_997]) {
+    for id in 0..199_998 {
         let bytes = oracle.decode_bytes(&[id]).unwrap();
         assert_eq!(tokenizer.token_bytes(id), Some(&bytes[..]), "{id}");
     }

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 use tokenizer::Tokenizer;
 
-use crate::json as read;
+use crate::{json as read, root};
 
 fn refused(change: impl FnOnce(&mut Value)) -> String {
     let mut file = read("models/tiny-gpt-oss/tokenizer.json");
@@ -21,9 +21,20 @@ fn files_that_contradict_themselves_are_refused_by_name() {
     };
     for (change, expected) in [
         (Box::new(|f: &mut Value| vocab(f, "zzzz", json!(5))) as Box<dyn FnOnce(&mut Value)>, "the id 5"),
-        (Box::new(|f| vocab(f, "zzzz", json!(4_000_000_000u32))), "expected ids up to"),
+        (Box::new(|f| vocab(f, "zzzz", json!(4_000_000_000u32))), "an id too large"),
         (Box::new(|f| vocab(f, "zzzz", json!(-1))), "not valid"),
-        (Box::new(|f| vocab(f, "z z", json!(9999))), "byte-level alphabet"),
+        (Box::new(|f| vocab(f, "zzzz", json!(5_000_000))), "expected a token for each id"),
+        (Box::new(|f| vocab(f, "zzzz", json!(4083))), "the id 4083"),
+        (Box::new(|f| vocab(f, "zzzz", json!(4097))), "expected a token for each id"),
+        (
+            Box::new(|f| {
+                f["added_tokens"][0]["id"] = json!(5000);
+                vocab(f, "zzzz", json!(4096));
+            }),
+            "no token has the id 4080",
+        ),
+        (Box::new(|f| vocab(f, &"z".repeat(513), json!(4096))), "too many bytes in token 4096"),
+        (Box::new(|f| vocab(f, "z z", json!(4096))), "byte-level alphabet"),
         (
             Box::new(|f| {
                 f["model"]["vocab"].as_object_mut().unwrap().remove("A");
@@ -37,12 +48,32 @@ fn files_that_contradict_themselves_are_refused_by_name() {
         (Box::new(|f| f["pre_tokenizer"] = json!({"type": "Whitespace"})), "Whitespace"),
         (Box::new(|f| f["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = json!("x+")), "x+"),
         (Box::new(|f| f["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = json!(true)), "ByteLevel"),
+        (Box::new(|f| f["model"]["end_of_word_suffix"] = json!("</w>")), "</w>"),
         (Box::new(|f| f["added_tokens"][0]["content"] = json!("bare")), "bare"),
+        (Box::new(|f| f["added_tokens"][0]["lstrip"] = json!(true)), "lstrip true"),
+        (Box::new(|f| f["added_tokens"][0]["id"] = json!(4081)), "the same id: 4081"),
+        (Box::new(|f| f["added_tokens"][0]["id"] = json!(u32::MAX)), "an id too large"),
+        (Box::new(|f| f["added_tokens"][0]["id"] = json!(7)), "the id 7"),
+        (
+            Box::new(|f| f["added_tokens"][0]["content"] = json!(format!("<|{}|>", "x".repeat(600)))),
+            "too many bytes in the added token",
+        ),
         (Box::new(|f| f["added_tokens"][1]["content"] = json!("<|startoftext|>")), "startoftext"),
     ] {
         let message = refused(change);
         assert!(message.contains(expected), "{message:?} does not name {expected:?}");
     }
+    let file = std::fs::read_to_string(root("models/tiny-gpt-oss/tokenizer.json")).unwrap();
+    let (before, after) = file.split_once("\"vocab\"").unwrap();
+    let brace = after.find('{').unwrap() + 1;
+    for (entry, expected) in [("\"!\": 4096,", "the same bytes"), ("\"!\": 0,", "the id 0")] {
+        let twice = format!("{before}\"vocab\"{}{entry}{}", &after[..brace], &after[brace..]);
+        let message = Tokenizer::from_json(twice.as_bytes()).err().unwrap().to_string();
+        assert!(message.contains(expected), "{message:?} does not name {expected:?}");
+    }
+    let path = root("crates/tokenizer/Cargo.toml");
+    let message = Tokenizer::from_file(&path).err().unwrap().to_string();
+    assert!(message.contains("Cargo.toml: ") && message.contains("line 1"), "{message:?}");
     for bytes in [&b""[..], b"{", b"null", b"[]", b"{\"model\":{\"vocab\":{}}}", b"\xff\xfe"] {
         assert!(Tokenizer::from_json(bytes).is_err());
     }

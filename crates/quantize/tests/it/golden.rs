@@ -1,0 +1,110 @@
+//! `testdata/quant/tiny_gptoss`: weights, block scales and global scales bit for bit.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use checkpoint::{
+    Checkpoint, Config, Error, Format, Matrix, MatrixId, MatrixKind, TensorFile, Values, Vector, VectorId,
+    Weights, matrices,
+};
+use quantize::{Algorithm, Recipe};
+
+use crate::{nvfp4, open, root, view};
+
+#[test]
+fn max_calibration_equals_model_optimizers_exports() {
+    for (name, recipe) in [
+        ("nvfp4_default", Recipe::Linear),
+        ("w4a16_nvfp4", Recipe::Linear),
+        ("nvfp4_default_kv_fp8", Recipe::Linear),
+        ("nvfp4_experts_only", Recipe::Experts),
+    ] {
+        let golden = open(&format!("testdata/quant/tiny_gptoss/{name}"));
+        let found = view(open("testdata/quant/tiny_gptoss/source"), nvfp4(recipe, Algorithm::Max));
+        let mut packed = 0;
+        for id in matrices(golden.config()) {
+            assert_eq!(found.format(id), golden.format(id), "{name}: {id:?}");
+            packed += usize::from(found.format(id) == Format::Nvfp4);
+            for expert in 0..id.kind.shape(golden.config()).0 {
+                let (found, golden) = (found.matrix(id, expert).unwrap(), golden.matrix(id, expert).unwrap());
+                assert_eq!(found, golden, "{name}: {id:?}, matrix {expert}");
+            }
+        }
+        assert_eq!(packed, if recipe == Recipe::Linear { 2 * 6 } else { 2 * 2 });
+    }
+}
+
+/// The source model with its experts taken from the file of MXFP4 experts.
+struct Mxfp4Experts {
+    rest: Arc<Checkpoint>,
+    experts: TensorFile,
+}
+
+impl Weights for Mxfp4Experts {
+    fn config(&self) -> &Config {
+        self.rest.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        if id.kind.is_expert() { Format::Mxfp4 } else { self.rest.format(id) }
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, Error> {
+        if !id.kind.is_expert() {
+            return self.rest.matrix(id, expert);
+        }
+        let (_, rows, cols) = id.kind.shape(self.config());
+        let part = |suffix: &str, size: usize| {
+            let tensor = self.experts.tensor(&format!("{}_{suffix}", name(id))).unwrap();
+            Cow::Borrowed(&self.experts.data(tensor)[expert * size..][..size])
+        };
+        let values = Values::Mxfp4 {
+            codes: part("blocks", rows * cols / 2),
+            scales: part("scales", rows * cols / 32),
+        };
+        Ok(Matrix { rows, cols, values })
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
+        self.rest.vector(id)
+    }
+}
+
+fn name(id: MatrixId) -> String {
+    let kind = if id.kind == MatrixKind::GateUp { "gate_up" } else { "down" };
+    format!("model.layers.{}.mlp.experts.{kind}_proj", id.layer)
+}
+
+#[test]
+fn the_cast_equals_model_optimizers() {
+    let source = Mxfp4Experts {
+        rest: open("testdata/quant/tiny_gptoss/source"),
+        experts: TensorFile::open(&root("testdata/quant/tiny_gptoss/mxfp4_source/model.safetensors"))
+            .unwrap(),
+    };
+    let golden =
+        TensorFile::open(&root("testdata/quant/tiny_gptoss/nvfp4_cast_from_mxfp4/model.safetensors"))
+            .unwrap();
+    let cast = view(Arc::new(source), nvfp4(Recipe::Experts, Algorithm::Cast));
+    let counts = cast.cast_counts();
+    assert_eq!((counts.blocks, counts.lossless_blocks, counts.changed_values), (4608, 4608, 0));
+    for id in matrices(cast.config()).filter(|id| id.kind.is_expert()) {
+        let bytes = |suffix: &str| golden.data(golden.tensor(&format!("{}{suffix}", name(id))).unwrap());
+        let (count, rows, cols) = id.kind.shape(cast.config());
+        for expert in 0..count {
+            let Values::Nvfp4 { codes, scales, global_scale } = cast.matrix(id, expert).unwrap().values
+            else {
+                panic!("{id:?} is not NVFP4");
+            };
+            assert_eq!(global_scale.to_le_bytes(), bytes("_weight_scale_2"));
+            // The file has the input dimension before the output.
+            for (ours, theirs, width) in
+                [(&codes, bytes(""), cols / 2), (&scales, bytes("_weight_scale"), cols / 16)]
+            {
+                let theirs = &theirs[expert * rows * width..][..rows * width];
+                for r in 0..rows {
+                    for c in 0..width {
+                        assert_eq!(ours[r * width + c], theirs[c * rows + r], "{id:?} {expert} {r} {c}");
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! Views over the small model and over made-up weights.
+
+use std::borrow::Cow;
+use std::sync::Arc;
+
+use checkpoint::{
+    Config, Error, Format, Matrix, MatrixId, MatrixKind, Synthetic, Values, Vector, VectorId, Weights,
+    compare,
+};
+use half::bf16;
+use quantize::{Algorithm, Method, Options, Quantized, Recipe, ScalesPer};
+
+use crate::{nvfp4, open, view};
+
+const SMALL: &str = "models/tiny-gpt-oss";
+
+#[test]
+fn every_block_of_the_small_model_is_cast_without_loss_and_back() {
+    let cast = Arc::new(view(open(SMALL), nvfp4(Recipe::Experts, Algorithm::Auto)));
+    let counts = cast.cast_counts();
+    assert_eq!((counts.blocks, counts.lossless_blocks, counts.changed_values), (393_216, 393_216, 0));
+    assert!(compare(&*cast, &*open(SMALL), None).unwrap().identical);
+    let back = view(Arc::clone(&cast) as Arc<dyn Weights>, Options::Mxfp4);
+    assert_eq!(back.format(MatrixKind::Down.at(1)), Format::Mxfp4);
+    assert!(compare(&back, &*open(SMALL), None).unwrap().identical);
+    let upcast = view(cast, Options::Bf16);
+    assert!(compare(&upcast, &*open(SMALL), None).unwrap().identical);
+    assert!(upcast.report().iter().all(|t| t.totals.changed == 0 && t.format == Format::Bf16));
+}
+
+#[test]
+fn max_changes_values_and_reports_the_error() {
+    let max = view(open(SMALL), nvfp4(Recipe::All, Algorithm::Max));
+    let comparison = compare(&max, &*open(SMALL), None).unwrap();
+    // Two stacks and four projections in each of four layers, and the output layer.
+    assert_eq!(comparison.different.len(), 4 * 6 + 1);
+    assert_eq!(max.cast_counts().blocks, 0);
+    for tensor in max.report() {
+        if tensor.method == Method::Max {
+            let sqnr = tensor.totals.sqnr_db();
+            assert!(tensor.totals.changed > 0 && (15.0..40.0).contains(&sqnr), "{tensor:?}: {sqnr}");
+        } else {
+            assert_eq!(tensor.totals.values, 0);
+        }
+    }
+}
+
+#[test]
+fn query_key_and_value_share_their_global_scale() {
+    let max = view(open("testdata/tiny-gpt-oss-bf16"), nvfp4(Recipe::Linear, Algorithm::Auto));
+    let scale = |kind: MatrixKind| match max.matrix(kind.at(2), 0).unwrap().values {
+        Values::Nvfp4 { global_scale, .. } => global_scale,
+        other => panic!("{:?}", other.format()),
+    };
+    assert_eq!(scale(MatrixKind::Query), scale(MatrixKind::Key));
+    assert_eq!(scale(MatrixKind::Query), scale(MatrixKind::Value));
+    assert_ne!(scale(MatrixKind::Query), scale(MatrixKind::Output));
+}
+
+/// Made-up weights in which one matrix was replaced.
+struct With {
+    rest: Synthetic,
+    id: MatrixId,
+    values: Values<'static>,
+}
+
+impl Weights for With {
+    fn config(&self) -> &Config {
+        self.rest.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        if id == self.id { self.values.format() } else { self.rest.format(id) }
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, Error> {
+        if id != self.id {
+            return self.rest.matrix(id, expert);
+        }
+        let (_, rows, cols) = id.kind.shape(self.config());
+        Ok(Matrix { rows, cols, values: self.values.clone() })
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
+        self.rest.vector(id)
+    }
+}
+
+fn config() -> Config {
+    let mut config = Config::gpt_oss_20b();
+    (config.hidden_size, config.intermediate_size) = (64, 96);
+    (config.query_heads, config.kv_heads, config.head_dim) = (2, 1, 16);
+    (config.experts, config.experts_per_token, config.vocab_size) = (3, 2, 50);
+    config.layer_kinds.truncate(1);
+    config
+}
+
+fn with(id: MatrixId, values: impl FnOnce(usize, usize) -> Values<'static>) -> Arc<With> {
+    let (_, rows, cols) = id.kind.shape(&config());
+    Arc::new(With { rest: Synthetic::new(config(), |_| Format::Bf16, 3), id, values: values(rows, cols) })
+}
+
+#[test]
+fn values_that_are_not_finite_are_refused_by_name() {
+    for bad in [bf16::NAN, bf16::INFINITY, bf16::NEG_INFINITY] {
+        let source = with(MatrixKind::Down.at(0), |rows, cols| {
+            let mut values = vec![bf16::ONE; rows * cols];
+            values[rows * cols / 2] = bad;
+            Values::Bf16(Cow::Owned(values))
+        });
+        let error =
+            Quantized::new(source, nvfp4(Recipe::Experts, Algorithm::Auto), 2, &mut |_, _| {}).err().unwrap();
+        assert!(error.to_string().contains("Down of layer 0"), "{error}");
+    }
+    let source = with(MatrixKind::GateUp.at(0), |rows, cols| Values::Mxfp4 {
+        codes: Cow::Owned(vec![0x11; rows * cols / 2]),
+        scales: Cow::Owned(vec![255; rows * cols / 32]),
+    });
+    let error =
+        Quantized::new(source, nvfp4(Recipe::Experts, Algorithm::Auto), 2, &mut |_, _| {}).err().unwrap();
+    assert!(error.to_string().contains("NaN"), "{error}");
+}
+
+#[test]
+fn a_cast_out_of_the_window_is_counted_before_anything_is_read() {
+    let source = with(MatrixKind::GateUp.at(0), |rows, cols| {
+        let mut scales = vec![120; rows * cols / 32];
+        scales[5] = 100;
+        Values::Mxfp4 { codes: Cow::Owned(vec![0x21; rows * cols / 2]), scales: Cow::Owned(scales) }
+    });
+    let view = view(Arc::clone(&source) as Arc<dyn Weights>, nvfp4(Recipe::Experts, Algorithm::Auto));
+    let counts = view.cast_counts();
+    let blocks = 3 * 192 * 2;
+    assert_eq!((counts.blocks, counts.lossless_blocks), (blocks, blocks - 3));
+    // 0.5 and 1 at 20 octaves below the top both vanish.
+    assert_eq!(counts.changed_values, 3 * 32);
+    let comparison = compare(&view, &*source, None).unwrap();
+    assert!(!comparison.identical && comparison.different[0].elements == 96, "{comparison:?}");
+    let report = view.report();
+    let tensor = report.iter().find(|t| t.id.kind == MatrixKind::GateUp).unwrap();
+    assert_eq!(tensor.totals.changed, 96);
+}
+
+#[test]
+fn an_all_zero_matrix_stays_exactly_zero() {
+    let source =
+        with(MatrixKind::Down.at(0), |rows, cols| Values::Bf16(Cow::Owned(vec![bf16::ZERO; rows * cols])));
+    let view = view(source, nvfp4(Recipe::Experts, Algorithm::Auto));
+    let matrix = view.matrix(MatrixKind::Down.at(0), 1).unwrap();
+    assert!(matrix.to_f32().iter().all(|v| v.to_bits() == 0));
+    matrix.check_scales("zero").unwrap();
+}
+
+#[test]
+fn scales_per_expert_are_no_worse_than_one_for_the_stack() {
+    let source = open("testdata/tiny-gpt-oss-bf16");
+    let error = |scales_per| {
+        let options = Options::Nvfp4 {
+            recipe: Recipe::Experts,
+            algorithm: Algorithm::Max,
+            embedding: false,
+            scales_per,
+            experts_in_bf16: false,
+        };
+        let view = view(Arc::clone(&source) as Arc<dyn Weights>, options);
+        let scales: Vec<u32> = (0..16)
+            .map(|e| match view.matrix(MatrixKind::Down.at(0), e).unwrap().values {
+                Values::Nvfp4 { global_scale, .. } => global_scale.to_bits(),
+                _ => 0,
+            })
+            .collect();
+        let different = scales.iter().any(|s| *s != scales[0]);
+        (different, view.report().iter().map(|t| t.totals.mse()).sum::<f64>())
+    };
+    let (stack, expert) = (error(ScalesPer::Stack), error(ScalesPer::Expert));
+    assert!(!stack.0 && expert.0);
+    assert!(expert.1 <= stack.1 * 1.001, "{expert:?} {stack:?}");
+}
+
+#[test]
+fn the_numbers_do_not_depend_on_the_threads() {
+    let source = open("testdata/tiny-gpt-oss-bf16");
+    let make = |threads| {
+        let options = nvfp4(Recipe::All, Algorithm::Max);
+        Quantized::new(Arc::clone(&source) as Arc<dyn Weights>, options, threads, &mut |_, _| {}).unwrap()
+    };
+    let (one, many) = (make(1), make(5));
+    assert!(compare(&one, &many, None).unwrap().identical);
+    let errors = |view: &Quantized| view.report().iter().map(|t| t.totals.squared_error).collect::<Vec<_>>();
+    assert_eq!(errors(&one), errors(&many));
+}
