@@ -19,7 +19,7 @@ fi
 cd "$here/.."
 cargo build --release --package nibble
 output=$(mktemp)
-target/release/nibble serve --port 0 >"$output" &
+"${CARGO_TARGET_DIR:-target}/release/nibble" serve --port 0 >"$output" &
 server=$!
 trap 'kill "$server" 2>/dev/null || true; rm -f "$output"' EXIT
 
