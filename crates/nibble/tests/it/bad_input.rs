@@ -1,0 +1,167 @@
+//! Wrong usage, wrong files, a failing machine: each a sentence and a status, never a panic.
+
+use std::process::{Command, Stdio};
+
+use crate::{bf16, fails, nibble, ok, run, run_with_input, small};
+
+#[test]
+fn wrong_usage_is_refused_by_name() {
+    let small = small();
+    for (args, named) in [
+        (vec!["quantise"], "quantise"),
+        (vec!["quantize", &small], "--out"),
+        (vec!["quantize", &small, "--out", "x", "--recipe", "some"], "some"),
+        (vec!["quantize", &small, "--out", "/nonexistent/x", "--format", "compressed-tensors"], "--recipe"),
+        (vec!["inspect", "no-such-folder"], "no-such-folder"),
+        (vec!["inspect", "Cargo.toml"], "Cargo.toml"),
+        (vec!["generate"], "prompt"),
+        (vec!["generate", "-p", "x", "--temperature", "9"], "temperature"),
+        (vec!["generate", "-p", "x", "--temperature", "nan"], "temperature"),
+        (vec!["generate", "-p", "x", "--top-p", "0"], "top_p"),
+        (vec!["generate", "-p", "x", "--n", "0"], "n"),
+        (vec!["generate", "-p", "x", "--max-model-len", "0"], "--max-model-len"),
+        (vec!["generate", "-p", "x", "--max-model-len", "900k"], "131072"),
+        (vec!["generate", "-p", "x", "--system", "y"], "--system"),
+        (vec!["generate", "-p", "x", "--quantization", "int3"], "int3"),
+        (vec!["generate", "-p", "x", "--quantization", "modelopt"], "modelopt"),
+        (vec!["generate", "-p", "x", "--tensor-parallel-size", "2"], "--tensor-parallel-size"),
+        (vec!["generate", "-p", "x", "--device", "cuda"], "--device"),
+        (vec!["generate", "-p", ""], "prompt"),
+        (vec!["generate", "--prompts", "no-such-file"], "no-such-file"),
+        (vec!["eval", &small, "perplexity"], "--text"),
+        (vec!["eval", &small, "perplexity", "--text", "Cargo.toml"], "window"),
+        (vec!["eval", "no-such-folder", "perplexity", "--text", "Cargo.toml"], "no-such-folder"),
+        (vec!["verify", &small, &small, "--tolerance", "nan"], "--tolerance"),
+        (vec!["logits", &small, "--ids", "1,5000", "--out", "/nonexistent/x"], "5000"),
+        (vec!["logits", &small, "--ids", "1", "--layer", "9", "--out", "x"], "--layer"),
+        (vec!["logits", &small, "--ids", "1", "--out", "/nonexistent/x"], "/nonexistent/x"),
+        (vec!["bench", "--synthetic", "gpt-5"], "gpt-5"),
+        (vec!["bench", "--synthetic", "gpt-oss-20b:99"], "99"),
+        (vec!["tokens", "decode", "x"], "\"x\""),
+        (vec!["tokens", "encode", "no-such-file"], "no-such-file"),
+        (vec!["harmony", "render", "no-such-file"], "no-such-file"),
+        (vec!["serve", "--max-modle-len", "3"], "--max-model-len"),
+    ] {
+        fails(&args, 2, named);
+    }
+}
+
+#[test]
+fn help_has_examples_for_every_command() {
+    let help = ok(&["--help"]).stdout;
+    for command in [
+        "demo", "quantize", "inspect", "verify", "generate", "chat", "serve", "eval", "bench", "doctor",
+        "tokens", "harmony", "logits",
+    ] {
+        assert!(help.contains(command), "{command}");
+        assert!(ok(&[command, "--help"]).stdout.contains("Usage: nibble"), "{command}");
+    }
+    assert!(help.contains("Examples:"));
+}
+
+#[test]
+fn an_output_that_exists_is_kept() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().to_str().unwrap();
+    std::fs::write(folder.path().join("precious"), "x").unwrap();
+    fails(&["quantize", &small(), "--out", out], 2, out);
+    // Not even by force, since it is no checkpoint.
+    fails(&["quantize", &small(), "--out", out, "--overwrite"], 2, out);
+    assert!(folder.path().join("precious").exists());
+    let checkpoint = format!("{out}/model");
+    ok(&["quantize", &small(), "--out", &checkpoint]);
+    fails(&["quantize", &small(), "--out", &checkpoint], 2, "--overwrite");
+    ok(&["quantize", &small(), "--out", &checkpoint, "--overwrite", "--algorithm", "max"]);
+    assert_eq!(run(&["verify", &small(), &checkpoint]).status, 1);
+}
+
+#[test]
+fn damaged_checkpoints_name_the_tensor() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("model");
+    std::fs::create_dir(&copy).unwrap();
+    for file in ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"] {
+        std::fs::copy(format!("{}/{file}", small()), copy.join(file)).unwrap();
+    }
+    let path = copy.to_str().unwrap();
+    let weights = copy.join("model.safetensors");
+    let whole = std::fs::read(&weights).unwrap();
+    let text = |from: &str, to: &str| {
+        let header = u64::from_le_bytes(whole[..8].try_into().unwrap()) as usize;
+        let changed = String::from_utf8(whole[8..8 + header].to_vec()).unwrap().replacen(from, to, 1);
+        assert_eq!(changed.len(), header, "the replacement has the same length");
+        [&whole[..8], changed.as_bytes(), &whole[8 + header..]].concat()
+    };
+    for (bytes, named) in [
+        (whole[..whole.len() - 100].to_vec(), "model.safetensors"),
+        (whole[..5].to_vec(), "model.safetensors"),
+        (text("model.layers.2.self_attn.sinks", "model.layers.2.self_attn.sunks"), "self_attn.sunks"),
+        (text("model.norm.weight", "model.norm.wrong!"), "model.norm.weight"),
+        ([&u64::MAX.to_le_bytes(), &whole[8..]].concat(), "model.safetensors"),
+    ] {
+        std::fs::write(&weights, bytes).unwrap();
+        for command in ["inspect", "generate"] {
+            let args = [command, path, "-p", "x"];
+            fails(&args[..if command == "inspect" { 2 } else { 4 }], 2, named);
+        }
+    }
+    std::fs::write(&weights, &whole).unwrap();
+    let config = std::fs::read_to_string(copy.join("config.json")).unwrap();
+    std::fs::write(copy.join("config.json"), config.replace("\"hidden_size\": 256", "\"hidden_size\": 288"))
+        .unwrap();
+    fails(&["inspect", path], 2, "288");
+    std::fs::write(copy.join("config.json"), "{").unwrap();
+    fails(&["inspect", path], 2, "config.json");
+}
+
+#[test]
+fn text_that_is_none_or_without_end_is_refused() {
+    let invalid = run_with_input(&["tokens", "encode", "-"], b"abc\xff\xfe");
+    assert_eq!(invalid.status, 2);
+    assert!(invalid.stderr.contains("position 3"), "{}", invalid.stderr);
+    let lines = run_with_input(&["tokens", "encode", "--lines", "-"], b"\"fine\"\n\"\xff\"\n");
+    assert_eq!(lines.status, 2);
+    assert!(lines.stderr.contains("line 2"), "{}", lines.stderr);
+    let json = run_with_input(&["harmony", "parse", "--lines", "-"], b"{\"ids\": 3}\n");
+    assert!(json.status == 2 && json.stderr.contains("line 1"), "{}", json.stderr);
+
+    // A gigabyte is offered; a quarter of it is read.
+    let zeros = std::fs::File::open("/dev/zero").unwrap();
+    let mut head =
+        Command::new("head").args(["-c", "1G"]).stdin(zeros).stdout(Stdio::piped()).spawn().unwrap();
+    let input = head.stdout.take().unwrap();
+    let output = nibble(&["tokens", "encode", "-"]).stdin(input).output().unwrap();
+    let _ = head.kill();
+    let _ = head.wait();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("at most 256 MiB"));
+}
+
+#[test]
+fn a_full_disk_leaves_nothing_under_the_final_name() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("model");
+    // The limit on a file's size fails a write in the middle, as a full disk does.
+    let script = "ulimit -f 4000; trap '' XFSZ; exec \"$0\" quantize \"$1\" --out \"$2\"";
+    let limited = Command::new("bash")
+        .args(["-c", script, env!("CARGO_BIN_EXE_nibble"), &bf16(), out.to_str().unwrap()])
+        .output()
+        .unwrap();
+    let stderr = String::from_utf8_lossy(&limited.stderr);
+    assert_eq!(limited.status.code(), Some(3), "{stderr}");
+    assert!(stderr.contains("model"), "{stderr}");
+    assert!(!out.exists());
+    // With room again, the same command continues.
+    ok(&["quantize", &bf16(), "--out", out.to_str().unwrap()]);
+    assert!(!folder.path().join("model.partial").exists());
+    ok(&["inspect", out.to_str().unwrap()]);
+}
+
+#[test]
+fn a_closed_pipe_is_no_error() {
+    let mut child =
+        nibble(&["inspect", &small()]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(!String::from_utf8_lossy(&output.stderr).contains("panicked"));
+}

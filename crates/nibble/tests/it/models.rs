@@ -1,0 +1,291 @@
+//! `demo`, `generate`, `chat`, `eval`, `bench`, `doctor`, `serve`: what runs a model.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::Stdio;
+
+use serde_json::{Value, json};
+
+use crate::{fails, ids, nibble, ok, path, root, run_with_input, small};
+
+#[test]
+fn the_demo_does_the_whole_job() {
+    let shown = ok(&["demo"]).stdout;
+    for line in [
+        "393,216 of 393,216 blocks lossless, 0 values changed",
+        "identical, 71 tensors",
+        "17 + 25 = 42.",
+        "The capital of France is Paris.",
+        "get_weather {",
+        "nibble quantize openai/gpt-oss-20b",
+    ] {
+        assert!(shown.contains(line), "{line:?} is not in\n{shown}");
+    }
+    let row =
+        |name: &str| shown.lines().find(|l| l.contains(name)).unwrap().split_whitespace().collect::<Vec<_>>();
+    assert!(row("NVFP4, cast").contains(&"0.000000"), "{shown}");
+    assert!(!row("NVFP4, usual way").contains(&"0.000000"), "{shown}");
+}
+
+#[test]
+fn greedy_answers_are_the_references() {
+    let golden: Value =
+        serde_json::from_slice(&std::fs::read(root("testdata/model/tiny-gpt-oss.json")).unwrap()).unwrap();
+    let prompts: Vec<&Value> = match &golden["prompts"] {
+        Value::Object(map) => map.values().collect(),
+        Value::Array(list) => list.iter().collect(),
+        other => panic!("{other}"),
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.jsonl");
+    let lines: String =
+        prompts.iter().map(|p| format!("{}\n", json!({"prompt_token_ids": p["ids"]}))).collect();
+    std::fs::write(&file, lines).unwrap();
+    for quantization in ["auto", "nvfp4"] {
+        let args = [
+            "generate",
+            &small(),
+            "--prompts",
+            file.to_str().unwrap(),
+            "--temperature",
+            "0",
+            "--max-tokens",
+            "64",
+            "--json",
+            "--quantization",
+            quantization,
+        ];
+        let found = ok(&args).json();
+        for (output, prompt) in found["outputs"].as_array().unwrap().iter().zip(&prompts) {
+            let greedy = ids(&prompt["greedy"]);
+            let stop = prompt["first_stop"].as_u64().map_or(greedy.len(), |at| at as usize + 1);
+            assert_eq!(output["prompt_token_ids"], prompt["ids"]);
+            assert_eq!(ids(&output["choices"][0]["token_ids"]), greedy[..stop], "{quantization}");
+        }
+    }
+}
+
+#[test]
+fn chats_have_reasoning_content_and_logprobs() {
+    let args = [
+        "generate",
+        "--chat",
+        "-p",
+        "What is 2 + 2?",
+        "-p",
+        "What is the capital of France?",
+        "--temperature",
+        "0",
+        "--logprobs",
+        "2",
+        "--json",
+    ];
+    let found = ok(&args).json();
+    let choice = &found["outputs"][1]["choices"][0];
+    assert_eq!(choice["content"], "The capital of France is Paris.");
+    assert!(choice["reasoning"].as_str().unwrap().contains("France"));
+    assert_eq!(choice["finish_reason"], "stop");
+    let (tokens, logprobs) = (ids(&choice["token_ids"]), choice["logprobs"].as_array().unwrap());
+    assert_eq!(tokens.len(), logprobs.len());
+    for (token, entry) in tokens.iter().zip(logprobs) {
+        assert_eq!(entry["id"].as_u64(), Some(*token));
+        assert_eq!(entry["top"].as_array().unwrap().len(), 2);
+        assert_eq!(entry["top"][0]["id"], entry["id"], "greedy takes the best");
+    }
+    assert_eq!(found["completion_tokens"].as_u64().unwrap() as usize, {
+        let counts =
+            found["outputs"].as_array().unwrap().iter().map(|o| ids(&o["choices"][0]["token_ids"]).len());
+        counts.sum::<usize>()
+    });
+}
+
+#[test]
+fn a_seed_repeats_and_n_answers_differ() {
+    let args =
+        ["generate", "-p", "Once upon a time", "--max-tokens", "24", "--seed", "7", "--n", "3", "--json"];
+    let (first, second) = (ok(&args).json(), ok(&args).json());
+    assert_eq!(first["outputs"], second["outputs"]);
+    let texts: std::collections::BTreeSet<String> =
+        first["outputs"][0]["choices"].as_array().unwrap().iter().map(|c| c["text"].to_string()).collect();
+    assert_eq!(texts.len(), 3);
+    // A special token in a raw prompt is one token, in a message it is text.
+    let raw = ok(&["generate", "-p", "<|start|>", "--max-tokens", "1", "--json"]).json();
+    assert_eq!(raw["outputs"][0]["prompt_token_ids"], json!([4086]));
+    let stopped = ok(&[
+        "generate",
+        "--chat",
+        "-p",
+        "What is the capital of France?",
+        "--temperature",
+        "0",
+        "--stop",
+        "France is",
+        "--json",
+    ]);
+    assert_eq!(stopped.json()["outputs"][0]["choices"][0]["content"], "The capital of ");
+}
+
+#[test]
+fn a_conversation_goes_on_until_its_input_ends() {
+    let questions = "What is 2 + 2?\nWhat is the capital of France?\n\nnever asked\n";
+    let outcome = run_with_input(&["chat", "--temperature", "0", "--json"], questions.as_bytes());
+    assert_eq!(outcome.status, 0, "{}", outcome.stderr);
+    let turns: Vec<Value> = outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let contents: Vec<&str> = turns.iter().map(|turn| turn["content"].as_str().unwrap()).collect();
+    assert_eq!(contents, ["2 + 2 = 4.", "The capital of France is Paris."]);
+}
+
+#[test]
+fn measurements() {
+    let text = path("testdata/data/books-valid.txt");
+    let found = ok(&["eval", &small(), "perplexity", "--text", &text, "--windows", "2", "--json"]).json();
+    let golden: Value =
+        serde_json::from_slice(&std::fs::read(root("testdata/model/tiny-gpt-oss.json")).unwrap()).unwrap();
+    let windows = golden["perplexity"]["mean_nll_per_window"].as_array().unwrap();
+    let expected = (windows[0].as_f64().unwrap() + windows[1].as_f64().unwrap()) / 2.0;
+    assert!((found["nll"].as_f64().unwrap() - expected).abs() < 1e-4, "{found}");
+    assert_eq!(found["tokens"], 2 * 1023);
+
+    let ids = path("testdata/data/conversations-valid.jsonl");
+    let found = ok(&[
+        "eval",
+        &bf16(),
+        "divergence",
+        "--reference",
+        &bf16(),
+        "--ids",
+        &ids,
+        "--windows",
+        "1",
+        "--json",
+    ]);
+    assert_eq!(found.json()["kl_mean"], 0.0);
+    let packed = ok(&[
+        "eval",
+        &bf16(),
+        "divergence",
+        "--reference",
+        &bf16(),
+        "--ids",
+        &ids,
+        "--windows",
+        "1",
+        "--quantization",
+        "nvfp4",
+        "--json",
+    ]);
+    assert!(packed.json()["kl_mean"].as_f64().unwrap() > 0.0);
+
+    let folder = tempfile::tempdir().unwrap();
+    let conversations = folder.path().join("chats.jsonl");
+    let chat = json!({"messages": [{"role": "user", "content": "What is 2 + 2?"},
+        {"role": "assistant", "reasoning": "We need 2 + 2. That is 4.", "content": "2 + 2 = 4."}]});
+    std::fs::write(&conversations, format!("{chat}\n")).unwrap();
+    let found =
+        ok(&["eval", &small(), "perplexity", "--conversations", conversations.to_str().unwrap(), "--json"]);
+    assert_eq!(found.json()["windows"], 1);
+
+    let bench =
+        ok(&["bench", &small(), "-p", "32", "-n", "4", "-b", "1,3", "-d", "0,100", "-r", "2", "--json"]);
+    let bench = bench.json();
+    assert!(bench["bandwidth_bytes_per_second"].as_f64().unwrap() > 0.0);
+    let tests: Vec<&str> =
+        bench["rows"].as_array().unwrap().iter().map(|r| r["test"].as_str().unwrap()).collect();
+    assert_eq!(tests, ["pp32", "tg4", "tg4", "pp32", "tg4", "tg4"]);
+    assert!(ok(&["doctor", "--json"]).json()["passed"].as_bool().unwrap());
+}
+
+fn bf16() -> String {
+    crate::bf16()
+}
+
+/// A server on a free port, ended when dropped.
+struct Serving {
+    child: std::process::Child,
+    address: String,
+}
+
+impl Serving {
+    fn start(args: &[&str]) -> Serving {
+        let mut child = nibble(&[&["serve", "--port", "0"], args].concat())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().trim_start_matches("http://").to_owned();
+        Serving { child, address }
+    }
+
+    /// Status and body of a request; asks again while the model loads.
+    fn request(&self, method: &str, path: &str, headers: &str, body: &str) -> (u16, String) {
+        loop {
+            let mut stream = TcpStream::connect(&self.address).unwrap();
+            let length = body.len();
+            write!(
+                stream,
+                "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Type: application/json\r\n\
+                 Content-Length: {length}\r\n{headers}\r\n{body}"
+            )
+            .unwrap();
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).unwrap();
+            let status = answer.split(' ').nth(1).unwrap().parse().unwrap();
+            let body = answer.split_once("\r\n\r\n").unwrap().1.to_owned();
+            if status != 503 {
+                return (status, body);
+            }
+        }
+    }
+}
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn the_server_answers_and_ends_on_sigterm() {
+    let key = "Authorization: Bearer one\r\n";
+    let mut server = Serving::start(&[
+        "--api_key",
+        "one",
+        "two",
+        "--served-model-name",
+        "small",
+        "--max_model_len=1k",
+        "--trust-remote-code",
+        "--tensor-parallel-size",
+        "1",
+        "--quantization",
+        "nvfp4",
+    ]);
+    let (status, body) = server.request("GET", "/v1/models", key, "");
+    assert_eq!(status, 200, "{body}");
+    let models: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(
+        (&models["data"][0]["id"], &models["data"][0]["max_model_len"]),
+        (&"small".into(), &1000.into())
+    );
+    assert_eq!(server.request("GET", "/v1/models", "", "").0, 401);
+    assert_eq!(server.request("GET", "/health", "", "").0, 200);
+    let request = json!({"model": "small", "temperature": 0,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}]});
+    let (status, body) = server.request("POST", "/v1/chat/completions", key, &request.to_string());
+    assert_eq!(status, 200, "{body}");
+    let answer: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!(answer["choices"][0]["message"]["content"], "The capital of France is Paris.");
+    // SAFETY: a signal to a child that has not been waited for.
+    unsafe { libc::kill(server.child.id() as i32, libc::SIGTERM) };
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn a_port_in_use_is_the_machines_fault() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    fails(&["serve", "--port", &port], 3, &port);
+}
