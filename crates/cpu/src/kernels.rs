@@ -245,6 +245,7 @@ unsafe fn e2m1_panel<L: Lanes, const MX: bool, const R: usize, const T: usize>(
 
 /// Sums over one panel of BF16 values, in the same order.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "rows and tokens index several arrays at once")]
 unsafe fn bf16_panel<L: Lanes, const R: usize, const T: usize>(
     panel: Panel,
     x: [*const f32; TOKENS],
@@ -430,7 +431,7 @@ pub struct SelfTest {
 /// Runs every kernel family of `isa` on small cases against plain arithmetic. Empty if this CPU lacks it.
 pub fn self_test(isa: Isa) -> Vec<SelfTest> {
     let Some(kernels) = isa.kernels() else { return Vec::new() };
-    let families: [(&'static str, fn(&Kernels) -> (Vec<f32>, Vec<f64>)); 6] = [
+    let families: [(&'static str, cases::Case); 6] = [
         ("nvfp4 product", |k| cases::panel(k.nvfp4, cases::Kind::Nvfp4)),
         ("mxfp4 product", |k| cases::panel(k.mxfp4, cases::Kind::Mxfp4)),
         ("bf16 product", |k| cases::panel(k.bf16, cases::Kind::Bf16)),
@@ -460,6 +461,15 @@ pub fn self_test(isa: Isa) -> Vec<SelfTest> {
 mod cases {
     use super::*;
 
+    /// What a kernel gave, and what plain arithmetic gives.
+    pub(super) type Outcome = (Vec<f32>, Vec<f64>);
+
+    pub(super) type Case = fn(&Kernels) -> Outcome;
+
+    /// Row and column to the value of a weight.
+    type Weight = Box<dyn Fn(usize, usize) -> f64>;
+
+    #[derive(Clone, Copy)]
     pub(super) enum Kind {
         Nvfp4,
         Mxfp4,
@@ -483,10 +493,10 @@ mod cases {
         noise(len, seed).into_iter().map(|v| ((v + 1.0) * 127.5) as u8).collect()
     }
 
-    pub(super) fn panel(kernel: PanelKernel, kind: Kind) -> (Vec<f32>, Vec<f64>) {
+    pub(super) fn panel(kernel: PanelKernel, kind: Kind) -> Outcome {
         const TILES: usize = 10;
         const COLS: usize = TILES * LANES;
-        let (values, scales, weight): (Vec<u8>, Vec<u8>, Box<dyn Fn(usize, usize) -> f64>) = match kind {
+        let (values, scales, weight): (Vec<u8>, Vec<u8>, Weight) = match kind {
             Kind::Bf16 => {
                 let values: Vec<u8> = noise(ROWS * COLS, 3)
                     .into_iter()
@@ -540,7 +550,7 @@ mod cases {
         (found, expected)
     }
 
-    pub(super) fn attention(kernels: &Kernels) -> (Vec<f32>, Vec<f64>) {
+    pub(super) fn attention(kernels: &Kernels) -> Outcome {
         let (mut found, mut expected) = (Vec::new(), Vec::new());
         for (size, first, last) in [(64, 0, 0), (64, 5, 40), (16, 0, 31), (24, 17, 33)] {
             let blocks = [2u32, 0, 1];
@@ -580,7 +590,7 @@ mod cases {
         (found, expected)
     }
 
-    pub(super) fn norm(kernels: &Kernels) -> (Vec<f32>, Vec<f64>) {
+    pub(super) fn norm(kernels: &Kernels) -> Outcome {
         let (x, scale) = (noise(96, 29), noise(96, 31));
         let mut out = vec![0.0; 96];
         // SAFETY: the table is that of an available instruction set; the lengths are equal and a multiple of 16.
@@ -591,7 +601,7 @@ mod cases {
         (out, expected.collect())
     }
 
-    pub(super) fn activation(kernels: &Kernels) -> (Vec<f32>, Vec<f64>) {
+    pub(super) fn activation(kernels: &Kernels) -> Outcome {
         let z: Vec<f32> = noise(80, 37).into_iter().map(|v| v * 12.0).collect();
         let mut out = vec![0.0; 40];
         // SAFETY: the table is that of an available instruction set; `z` is twice as long as `out`.

@@ -54,6 +54,12 @@ pub struct Quantized {
     totals: Mutex<BTreeMap<MatrixId, Totals>>,
 }
 
+/// The values of a row to codes and scales.
+type EncodeRow<'a> = dyn Fn(&[f32], &mut [u8], &mut [u8]) + Sync + 'a;
+
+/// Codes and scales of a row to its values.
+type DecodeRow<'a> = dyn Fn(&[u8], &[u8], &mut [f32]) + Sync + 'a;
+
 struct Plan {
     method: Method,
     /// Per matrix of the stack: the largest scale byte of a cast's stack or matrix.
@@ -123,8 +129,8 @@ impl Quantized {
         id: MatrixId,
         source: &Matrix<'_>,
         block: usize,
-        encode: &(dyn Fn(&[f32], &mut [u8], &mut [u8]) + Sync),
-        decode: &(dyn Fn(&[u8], &[u8], &mut [f32]) + Sync),
+        encode: &EncodeRow<'_>,
+        decode: &DecodeRow<'_>,
     ) -> (Vec<u8>, Vec<u8>) {
         let (rows, cols) = (source.rows, source.cols);
         let mut codes = vec![0; rows * cols / 2];

@@ -65,7 +65,7 @@ fn write(args: &Logits, positions: usize, tensors: &[(&str, usize, Vec<f32>)]) -
         header.insert((*name).to_owned(), entry);
     }
     let mut header = serde_json::Value::from(header).to_string();
-    while header.len() % 8 != 0 {
+    while !header.len().is_multiple_of(8) {
         header.push(' ');
     }
     let mut partial = args.out.clone().into_os_string();
