@@ -39,7 +39,15 @@ fn files_that_contradict_themselves_are_refused_by_name() {
             Box::new(|f| {
                 f["model"]["vocab"].as_object_mut().unwrap().remove("A");
             }),
-            "vocabulary",
+            "no token has the id 32",
+        ),
+        (
+            Box::new(|f| {
+                f["model"]["vocab"].as_object_mut().unwrap().remove("A");
+                vocab(f, "zzzz", json!(32));
+                f["model"]["merges"] = json!([]);
+            }),
+            "the single byte 0x41 is not in the vocabulary",
         ),
         (Box::new(|f| f["model"]["merges"][0] = json!(["Ġ", "nope"])), "merge 0"),
         (Box::new(|f| f["model"]["merges"][0] = json!("nospace")), "merge 0"),
