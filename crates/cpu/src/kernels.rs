@@ -221,11 +221,11 @@ unsafe fn e2m1_panel<L: Lanes, const MX: bool, const R: usize, const T: usize>(
                     codes = L::skip_rows(codes, first as i32);
                 }
                 let at = if MX { tile / 2 } else { tile };
-                let scales: [u8; R] = panel.scales.add(at * ROWS + first).cast::<[u8; R]>().read_unaligned();
-                let scales = if MX { scales.map(e8m0) } else { scales.map(e4m3) };
+                let scales = panel.scales.add(at * ROWS);
+                let scales = if MX { L::e8m0(scales) } else { L::e4m3(scales) };
                 let x: [L; T] = std::array::from_fn(|t| L::load(x[t].add(tile * LANES)));
                 for r in 0..R {
-                    let weight = L::e2m1(codes).mul(L::splat(scales[r]));
+                    let weight = L::e2m1(codes).mul(L::splat(scales[first + r]));
                     for t in 0..T {
                         acc[t][r] = weight.fma(x[t], acc[t][r]);
                     }
@@ -272,20 +272,6 @@ unsafe fn bf16_panel<L: Lanes, const R: usize, const T: usize>(
             }
         }
     }
-}
-
-/// The value of a non-negative E4M3 byte: its bits moved to the place of an f32's, times the difference of the biases.
-/// Exact for the subnormal bytes too.
-#[inline(always)]
-fn e4m3(byte: u8) -> f32 {
-    const BIAS: f32 = f32::from_bits((127 + 120) << 23);
-    f32::from_bits(u32::from(byte) << 20) * BIAS
-}
-
-#[inline(always)]
-fn e8m0(byte: u8) -> f32 {
-    // 2^-127, byte 0, is the only one below the normal range.
-    f32::from_bits(if byte == 0 { 1 << 22 } else { u32::from(byte) << 23 })
 }
 
 /// Attention of one token's query group over its visible positions, with the sink in the denominator.

@@ -7,6 +7,9 @@
 /// Lanes per vector: the elements of an NVFP4 block.
 pub(crate) const LANES: usize = 16;
 
+/// 2^120: between the exponent biases of E4M3 and f32.
+const E4M3_BIAS: f32 = f32::from_bits((127 + 120) << 23);
+
 /// Adding this to a small f32 leaves its nearest integer in the low mantissa bits.
 const ROUND: f32 = 12_582_912.0;
 
@@ -14,7 +17,7 @@ const ROUND: f32 = 12_582_912.0;
 ///
 /// # Safety
 /// All methods require that the CPU has the features of the implementation; pointers must be valid for sixteen elements
-/// (codes: 64 bytes).
+/// (codes: 64 bytes, scales: 8).
 pub(crate) trait Lanes: Copy {
     /// A tile of E2M1 codes: lane `j` holds the codes of eight rows at column `j`, row `r` in bits `4 r ..`.
     type Codes: Copy;
@@ -40,6 +43,23 @@ pub(crate) trait Lanes: Copy {
     unsafe fn skip_rows(codes: Self::Codes, rows: i32) -> Self::Codes;
     /// The values of the first row's codes.
     unsafe fn e2m1(codes: Self::Codes) -> Self;
+
+    /// Eight non-negative E4M3 bytes: the bits moved to the place of an f32's, times the difference of the biases. Exact for
+    /// the subnormal bytes too.
+    #[inline(always)]
+    unsafe fn e4m3(from: *const u8) -> [f32; 8] {
+        // SAFETY: valid for eight bytes by the trait's contract.
+        let bytes = unsafe { from.cast::<[u8; 8]>().read_unaligned() };
+        bytes.map(|byte| f32::from_bits(u32::from(byte) << 20) * E4M3_BIAS)
+    }
+
+    /// Eight E8M0 bytes. 2^-127, byte 0, is the only one below the normal range.
+    #[inline(always)]
+    unsafe fn e8m0(from: *const u8) -> [f32; 8] {
+        // SAFETY: valid for eight bytes by the trait's contract.
+        let bytes = unsafe { from.cast::<[u8; 8]>().read_unaligned() };
+        bytes.map(|byte| f32::from_bits((u32::from(byte) << 23).max(1 << 22)))
+    }
 
     /// e^self to about one unit in the last place, for arguments up to 88; below -87 the result stays at e^-87.
     #[inline(always)]
@@ -264,6 +284,16 @@ mod x86 {
                 Avx512(_mm512_permutexvar_ps(codes, table))
             }
         }
+        #[inline(always)]
+        unsafe fn e4m3(from: *const u8) -> [f32; 8] {
+            // SAFETY: the trait's contract.
+            unsafe { scales8::<20>(from, _mm256_setzero_si256(), super::E4M3_BIAS) }
+        }
+        #[inline(always)]
+        unsafe fn e8m0(from: *const u8) -> [f32; 8] {
+            // SAFETY: the trait's contract.
+            unsafe { scales8::<23>(from, _mm256_set1_epi32(1 << 22), 1.0) }
+        }
     }
 
     /// Sixteen lanes in two registers.
@@ -381,6 +411,29 @@ mod x86 {
                 Avx2(decode(codes.0), decode(codes.1))
             }
         }
+        #[inline(always)]
+        unsafe fn e4m3(from: *const u8) -> [f32; 8] {
+            // SAFETY: the trait's contract.
+            unsafe { scales8::<20>(from, _mm256_setzero_si256(), super::E4M3_BIAS) }
+        }
+        #[inline(always)]
+        unsafe fn e8m0(from: *const u8) -> [f32; 8] {
+            // SAFETY: the trait's contract.
+            unsafe { scales8::<23>(from, _mm256_set1_epi32(1 << 22), 1.0) }
+        }
+    }
+
+    /// Eight bytes shifted left by `SHIFT`, at least `least`, as f32 times `factor`.
+    #[inline(always)]
+    unsafe fn scales8<const SHIFT: i32>(from: *const u8, least: __m256i, factor: f32) -> [f32; 8] {
+        let mut scales = [0.0; 8];
+        // SAFETY: only called from the implementations above, whose contract includes AVX2 and eight valid bytes.
+        unsafe {
+            let bits = _mm256_slli_epi32::<SHIFT>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
+            let values = _mm256_castsi256_ps(_mm256_max_epu32(bits, least));
+            _mm256_storeu_ps(scales.as_mut_ptr(), _mm256_mul_ps(values, _mm256_set1_ps(factor)));
+        }
+        scales
     }
 
     #[inline(always)]
