@@ -1,5 +1,6 @@
 //! `nibble serve`: the OpenAI-compatible server.
 
+use std::io::IsTerminal;
 use std::time::Duration;
 
 use server::{Options, SamplingDefaults, Server};
@@ -14,7 +15,11 @@ use crate::ui::Ui;
 pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env()
         .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_writer(std::io::stderr)
+        .init();
     ignored(&args).iter().for_each(|flag| tracing::info!("ignored for compatibility: {flag}"));
 
     let name = args.model.clone().or_else(|| args.model_flag.clone());
