@@ -6,6 +6,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::Deserialize;
@@ -499,26 +500,29 @@ fn link(snapshot: &Path, name: &str, blob: &Path) -> Result<(), Error> {
     let digest = blob.file_name().unwrap_or_default();
     let target = "../".repeat(2 + name.matches('/').count());
     let target = Path::new(&target).join("blobs").join(digest);
-    // Left over from a blob that is gone.
-    let _ = fs::remove_file(&link);
+    let temporary = temporary(&link);
     #[cfg(unix)]
-    let made = std::os::unix::fs::symlink(&target, &link);
+    std::os::unix::fs::symlink(&target, &temporary).map_err(io(&temporary))?;
     #[cfg(not(unix))]
-    let made = fs::copy(blob, &link).map(|_| ());
-    match made {
-        // Another process was faster.
-        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
-        other => other.map_err(io(&link)),
-    }
+    fs::copy(blob, &temporary).map_err(io(&temporary))?;
+    fs::rename(&temporary, &link).map_err(io(&link))
 }
 
 /// Writes a small file so that readers see the old or the new one.
 fn replace(path: &Path, contents: &[u8]) -> Result<(), Error> {
     let parent = path.parent().unwrap_or(path);
     fs::create_dir_all(parent).map_err(io(parent))?;
-    let temporary = path.with_extension(format!("{}.tmp", std::process::id()));
+    let temporary = temporary(path);
     fs::write(&temporary, contents).map_err(io(&temporary))?;
     fs::rename(&temporary, path).map_err(io(path))
+}
+
+/// A name beside `path` that no other thread or process uses.
+fn temporary(path: &Path) -> PathBuf {
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let mut name = path.file_name().unwrap_or_default().to_owned();
+    name.push(format!(".{}-{}.tmp", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed)));
+    path.with_file_name(name)
 }
 
 fn check_status(status: u16, name: &str, revision: &str, url: &str) -> Result<(), Error> {
