@@ -11,6 +11,7 @@ use engine::{EngineOptions, SamplingParams};
 use evaluate::{divergence, perplexity};
 use harmony::{ChatMessage, ChatPrompt, ChatTool, Delta, FunctionTool};
 use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
+use serde_json::{Value, json};
 
 use crate::args::Common;
 use crate::commands::chat::{answer, show};
@@ -18,6 +19,15 @@ use crate::commands::eval::text_windows;
 use crate::failure::{Failure, Result};
 use crate::model::{Model, backend, threads};
 use crate::ui::{Ui, bold, bytes, dim, green, grouped};
+
+/// Text for people: nothing with `--json`.
+macro_rules! say {
+    ($ui:expr, $($text:tt)*) => {
+        if !$ui.json {
+            println!($($text)*);
+        }
+    };
+}
 
 /// Public-domain English books that the small model has not seen.
 const TEXT: &str = include_str!("../../data/books.txt");
@@ -29,8 +39,9 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     let started = Instant::now();
     let folder = Scratch::new()?;
     let original = Arc::new(Model::built_in()?.checkpoint);
-    println!("{}", bold("nibble: gpt-oss in four bits, without losing one"));
-    println!(
+    say!(ui, "{}", bold("nibble: gpt-oss in four bits, without losing one"));
+    say!(
+        ui,
         "{}",
         dim(&format!(
             "tiny-gpt-oss, a gpt-oss of {} parameters trained for this program; {} threads of this CPU",
@@ -39,12 +50,13 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         ))
     );
 
-    heading(1, "Quantize: MXFP4, as gpt-oss is published, to NVFP4");
+    heading(ui, 1, "Quantize: MXFP4, as gpt-oss is published, to NVFP4");
     let cast = quantized(Arc::clone(&original) as Arc<dyn Weights>, Algorithm::Cast, common)?;
     let counts = cast.cast_counts();
     let cast_folder = folder.0.join("nvfp4");
     write(&cast, &original, &cast_folder)?;
-    println!(
+    say!(
+        ui,
         "   {} of {} blocks lossless, {} values changed",
         green(&grouped(counts.lossless_blocks)),
         grouped(counts.blocks),
@@ -53,12 +65,12 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     let cast = Arc::new(Checkpoint::open(&cast_folder)?);
     let comparison = checkpoint::compare(&*original, &*cast, None)?;
     let verdict = if comparison.identical { green("identical") } else { "different".to_owned() };
-    println!("   read back and compared with the original: {verdict}, {} tensors", comparison.tensors);
+    say!(ui, "   read back and compared with the original: {verdict}, {} tensors", comparison.tensors);
     if !comparison.identical {
         return Err(Failure::machine("the cast checkpoint differs from the original"));
     }
 
-    heading(2, "The usual way, for comparison: up to BF16, then scales from the largest value");
+    heading(ui, 2, "The usual way, for comparison: up to BF16, then scales from the largest value");
     let upcast: Arc<dyn Weights> = Arc::new(Quantized::new(
         Arc::clone(&original) as Arc<dyn Weights>,
         Options::Bf16,
@@ -70,24 +82,26 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     write(&usual, &original, &usual_folder)?;
     let (changed, values) =
         usual.report().iter().fold((0, 0), |(c, v), t| (c + t.totals.changed, v + t.totals.values));
-    println!("   {} of {} expert weights changed", grouped(changed), grouped(values));
+    say!(ui, "   {} of {} expert weights changed", grouped(changed), grouped(values));
     let usual = Arc::new(Checkpoint::open(&usual_folder)?);
 
-    heading(3, "Measure: what did it cost?");
+    heading(ui, 3, "Measure: what did it cost?");
     let tokenizer = Model::built_in()?.tokenizer()?;
     let windows = text_windows(&tokenizer, TEXT, CONTEXT, Some(WINDOWS));
     let load = |weights: Arc<Checkpoint>| backend(weights, common, ui);
     let mut reference = load(Arc::clone(&original))?;
     let base = perplexity(&mut reference, &windows, &mut |_| {})?;
     let tokens = base.tokens;
-    println!(
+    say!(
+        ui,
         "   {}",
         dim(&format!("{} windows of {CONTEXT} tokens of books it has not seen", windows.len()))
     );
-    println!("   {}", bold("                       size   perplexity   KL from original   same top token"));
+    say!(ui, "   {}", bold("                       size   perplexity   KL from original   same top token"));
     let row = |name: &str, size: u64, perplexity: f64, rest: &str| {
-        println!("   {name:<18} {:>8}   {perplexity:>10.4}   {rest}", bytes(size));
+        say!(ui, "   {name:<18} {:>8}   {perplexity:>10.4}   {rest}", bytes(size));
     };
+    let mut measured = Vec::new();
     row("MXFP4 (original)", original.tensor_bytes(), base.perplexity, "               –               –");
     let mut fast = load(Arc::clone(&cast))?;
     for (name, checkpoint, model) in
@@ -97,32 +111,41 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         let agreement = format!("{:.2} %", found.top1_agreement * 100.0);
         let rest = format!("{:>16.6}   {agreement:>13}", found.kl_mean);
         row(name, checkpoint.tensor_bytes(), found.nll.exp(), &rest);
+        measured.push(json!({"name": name, "bytes": checkpoint.tensor_bytes(), "divergence": found}));
     }
-    println!(
+    say!(
+        ui,
         "   {}",
         dim(&format!(
             "{tokens} predictions each; the cast gives the same numbers because it is the same model"
         ))
     );
 
-    heading(4, "Ask: three questions to the cast model");
-    ask(fast, &cast)?;
+    heading(ui, 4, "Ask: three questions to the cast model");
+    let answers = ask(fast, ui)?;
 
-    heading(5, "Next: the real one");
+    heading(ui, 5, "Next: the real one");
     for (command, remark) in [
         ("nibble quantize openai/gpt-oss-20b --out gpt-oss-20b-nvfp4", "fetches 14 GB on first use"),
         ("nibble verify openai/gpt-oss-20b gpt-oss-20b-nvfp4", "bit for bit"),
         ("nibble chat gpt-oss-20b-nvfp4", ""),
         ("nibble serve gpt-oss-20b-nvfp4", "OpenAI's API on port 8000"),
     ] {
-        println!("   {command:<60} {}", dim(remark));
+        say!(ui, "   {command:<60} {}", dim(remark));
     }
-    println!("\n{}", dim(&format!("done in {:.1} s", started.elapsed().as_secs_f64())));
+    if ui.json {
+        ui.document(&json!({
+            "blocks": counts.blocks, "lossless_blocks": counts.lossless_blocks, "changed_values": counts.changed_values,
+            "identical": comparison.identical, "original": {"bytes": original.tensor_bytes(), "perplexity": base},
+            "quantized": measured, "answers": answers, "seconds": started.elapsed().as_secs_f64(),
+        }));
+    }
+    say!(ui, "\n{}", dim(&format!("done in {:.1} s", started.elapsed().as_secs_f64())));
     Ok(())
 }
 
-fn heading(number: usize, text: &str) {
-    println!("\n{}", bold(&format!("{number}  {text}")));
+fn heading(ui: Ui, number: usize, text: &str) {
+    say!(ui, "\n{}", bold(&format!("{number}  {text}")));
 }
 
 fn quantized(source: Arc<dyn Weights>, algorithm: Algorithm, common: &Common) -> Result<Quantized> {
@@ -143,21 +166,21 @@ fn write(weights: &dyn Weights, source: &Checkpoint, out: &Path) -> Result<()> {
 }
 
 /// Three answers, greedy so that they are the same everywhere. The last question comes with a tool.
-fn ask(model: Cpu, checkpoint: &Checkpoint) -> Result<()> {
+fn ask(model: Cpu, ui: Ui) -> Result<Vec<Value>> {
+    let mut answers = Vec::new();
     let options = EngineOptions {
         eos_ids: Model::built_in()?.checkpoint.generation_config().eos_token_ids.clone(),
         max_model_len: Some(2048),
         kv_cache_bytes: 256 << 20,
         ..EngineOptions::default()
     };
-    debug_assert_eq!(checkpoint.layout(), Layout::ModelOpt);
     let engine = crate::engine::engine(model, Model::built_in()?.harmony()?, options)?;
     let params = SamplingParams { temperature: 0.0, max_tokens: Some(128), ..SamplingParams::default() };
     let weather = ChatTool {
         function: FunctionTool {
             name: "get_weather".to_owned(),
             description: Some("Get the current weather for a city.".to_owned()),
-            parameters: Some(serde_json::json!({
+            parameters: Some(json!({
                 "type": "object",
                 "properties": {"location": {"type": "string"}},
                 "required": ["location"],
@@ -174,9 +197,12 @@ fn ask(model: Cpu, checkpoint: &Checkpoint) -> Result<()> {
             date: Some("2025-06-28".to_owned()),
             ..ChatPrompt::new(vec![ChatMessage::new("user", question)])
         };
-        println!("   {} {question}", bold("you      "));
+        say!(ui, "   {} {question}", bold("you      "));
         let mut field = "";
-        answer(&engine, &prompt, &params, &mut |delta| {
+        let turn = answer(&engine, &prompt, &params, &mut |delta| {
+            if ui.json {
+                return;
+            }
             let (name, label) = match delta {
                 Delta::Reasoning(_) => ("reasoning", "reasoning"),
                 Delta::Content(_) => ("content", "answer   "),
@@ -191,10 +217,11 @@ fn ask(model: Cpu, checkpoint: &Checkpoint) -> Result<()> {
                 other => show(other),
             }
         })?;
-        println!("\n");
+        say!(ui, "\n");
+        answers.push(json!({"question": question, "answer": turn}));
     }
     engine.shutdown();
-    Ok(())
+    Ok(answers)
 }
 
 /// A folder that is gone when the demo is.

@@ -66,8 +66,13 @@ pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
         bar.set_total(progress.total_bytes);
         bar.set(progress.done_bytes);
         if interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-    })?;
+    });
     drop(bar);
+    let written = written.map_err(|error| match error {
+        checkpoint::Error::File { .. } => Failure::from(error)
+            .hint("--overwrite drops the unfinished work of another command and begins anew"),
+        error => error.into(),
+    })?;
     report(args, &view, &written, &names, parameters, source_bytes, started, ui);
     Ok(())
 }

@@ -28,6 +28,14 @@ fn the_demo_does_the_whole_job() {
 }
 
 #[test]
+fn the_demo_for_scripts() {
+    let found = ok(&["demo", "--json"]).json();
+    assert_eq!((&found["identical"], &found["changed_values"]), (&true.into(), &0.into()));
+    assert_eq!(found["quantized"][0]["divergence"]["kl_mean"], 0.0);
+    assert_eq!(found["answers"][2]["answer"]["tool_calls"][0]["name"], "get_weather");
+}
+
+#[test]
 fn greedy_answers_are_the_references() {
     let golden: Value =
         serde_json::from_slice(&std::fs::read(root("testdata/model/tiny-gpt-oss.json")).unwrap()).unwrap();
