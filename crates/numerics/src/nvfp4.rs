@@ -38,6 +38,104 @@ pub fn block_scale(amax: f32, global_scale: f32) -> u8 {
     if t == 0.0 { ZERO_BLOCK_SCALE } else { e4m3::encode_scale(t) }
 }
 
+/// The largest block scale that the static form aims at: all of E4M3's range.
+pub const STATIC_MAX_SCALE: f32 = 448.0;
+
+/// The same for four-over-six, which leaves room for a factor of 1.5 below 448.
+pub const FOUR_OVER_SIX_MAX_SCALE: f32 = 256.0;
+
+/// The global scale in the static form (searched scales): `amax / (6 · max_scale)`.
+#[inline]
+pub fn static_global_scale(amax: f32, max_scale: f32) -> f32 {
+    (amax / (6.0 * max_scale)).max(MIN_GLOBAL_SCALE)
+}
+
+/// The scale byte in the static form, for a block that is to be scaled as if its largest magnitude were `block_amax`, in a
+/// tensor of largest magnitude `amax`.
+#[inline]
+pub fn static_block_scale(block_amax: f32, amax: f32, max_scale: f32) -> u8 {
+    let sixth = block_amax / 6.0;
+    let sixth = if sixth == 0.0 { 1.0 } else { sixth };
+    e4m3::encode_scale(sixth * max_scale / (amax / 6.0))
+}
+
+/// Chooses block scales by their squared error, as Model Optimizer's static fake quantizer measures it.
+pub struct ScaleSearch {
+    amax: f32,
+    max_scale: f32,
+    /// Of each candidate byte: the block amax that stands for it and the scale that it is tried with.
+    sweep: Vec<(f32, f32)>,
+}
+
+/// Candidates of a sweep, relative to the byte of the max rule: the winners lie between -2 and +6.
+const SWEEP_BELOW: usize = 8;
+const SWEEP_ABOVE: usize = 12;
+
+impl ScaleSearch {
+    /// For a tensor (or group of tensors) of largest magnitude `amax`.
+    pub fn new(amax: f32, max_scale: f32) -> ScaleSearch {
+        let mut search = ScaleSearch { amax, max_scale, sweep: Vec::new() };
+        search.sweep = (1..=0x7e)
+            .map(|byte| {
+                let block_amax = amax * (e4m3::decode(byte) / e4m3::MAX);
+                (block_amax, search.trial_scale(block_amax))
+            })
+            .collect();
+        search
+    }
+
+    /// The best of all E4M3 scales: the smallest squared error, the smaller scale on a tie. `full` looks at all 126 bytes, else
+    /// at those around the max rule's.
+    pub fn best_of_sweep(&self, values: &[f32], full: bool) -> u8 {
+        // Candidate i stands for byte i + 1. In a block of zeros all are equal, and the first wins.
+        let candidates = if amax(values) == 0.0 {
+            0..1
+        } else if full {
+            0..self.sweep.len()
+        } else {
+            let start = static_block_scale(amax(values), self.amax, self.max_scale) as usize - 1;
+            start.saturating_sub(SWEEP_BELOW)..(start + SWEEP_ABOVE + 1).min(self.sweep.len())
+        };
+        let (mut best, mut least) = (candidates.start, f32::INFINITY);
+        for i in candidates {
+            let error = squared_error(values, self.sweep[i].1);
+            if error < least {
+                (best, least) = (i, error);
+            }
+        }
+        static_block_scale(self.sweep[best].0, self.amax, self.max_scale)
+    }
+
+    /// Scales the block so that its largest magnitude lands on 6 or on 4, whichever has the smaller squared error; 6 on a tie
+    /// (Cook et al., "Four Over Six", 2025).
+    pub fn four_over_six(&self, values: &[f32]) -> u8 {
+        let block_amax = amax(values);
+        let error = |block_amax: f32| squared_error(values, self.trial_scale(block_amax));
+        let (six, four) = (block_amax, block_amax * 1.5);
+        let chosen = if error(four) < error(six) { four } else { six };
+        static_block_scale(chosen, self.amax, self.max_scale)
+    }
+
+    /// The scale that the fake quantizer uses for a block amax. It differs from the exported one in the last bit.
+    fn trial_scale(&self, block_amax: f32) -> f32 {
+        let sixth = self.amax * (e4m3::MAX / self.max_scale) / 6.0;
+        let ratio = e4m3::MAX / sixth;
+        e4m3::decode(e4m3::encode((block_amax / 6.0 * ratio).min(e4m3::MAX))) * (1.0 / ratio)
+    }
+}
+
+/// Squared error of quantizing `values` with scale `s`.
+fn squared_error(values: &[f32], s: f32) -> f32 {
+    let mut sum = 0.0;
+    for &value in values {
+        let magnitude = value.abs();
+        let quantized = if s == 0.0 { 0.0 } else { e2m1::decode(e2m1::encode(magnitude / s)) * s };
+        let error = magnitude - quantized;
+        sum += error * error;
+    }
+    sum
+}
+
 /// Encodes one block with a given scale byte: `code = E2M1(value / (f32(scale) · global_scale))`.
 /// `values` has 16 elements, `codes` 8 bytes.
 #[inline]

@@ -270,3 +270,38 @@ fn max_calibrated_linear() {
         assert_eq!(scales, golden.u8(&format!("{case}.weight_scale")));
     }
 }
+
+/// Encodes a tensor whose block scales `choose` finds.
+fn encode(values: &[f32], global: f32, choose: impl Fn(&[f32]) -> u8) -> (Vec<u8>, Vec<u8>) {
+    let mut codes = vec![0; values.len() / 2];
+    let scales: Vec<u8> = values.chunks_exact(nvfp4::BLOCK).map(choose).collect();
+    for ((values, codes), &scale) in
+        values.chunks_exact(nvfp4::BLOCK).zip(codes.chunks_exact_mut(nvfp4::BLOCK / 2)).zip(&scales)
+    {
+        nvfp4::encode_block(values, scale, global, codes);
+    }
+    (codes, scales)
+}
+
+#[test]
+fn searched_scales_of_a_linear() {
+    let golden = Golden::open("calib_linear.safetensors");
+    let weight = golden.f32("weight");
+    let amax = nvfp4::amax(&weight);
+    for (case, max_scale) in
+        [("mse_fp8_sweep", nvfp4::STATIC_MAX_SCALE), ("four_over_six", nvfp4::FOUR_OVER_SIX_MAX_SCALE)]
+    {
+        let search = nvfp4::ScaleSearch::new(amax, max_scale);
+        let global = nvfp4::static_global_scale(amax, max_scale);
+        assert_bits(&[global], &golden.f32(&format!("{case}.weight_scale_2")), case);
+        for full in [true, false] {
+            let choose = |values: &[f32]| match case {
+                "mse_fp8_sweep" => search.best_of_sweep(values, full),
+                _ => search.four_over_six(values),
+            };
+            let (codes, scales) = encode(&weight, global, choose);
+            assert_eq!(scales, golden.u8(&format!("{case}.weight_scale")), "{case}");
+            assert_eq!(codes, golden.u8(&format!("{case}.packed")), "{case}");
+        }
+    }
+}

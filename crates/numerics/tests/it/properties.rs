@@ -106,4 +106,30 @@ proptest! {
         prop_assert!(amax <= 6.0 * e8m0::decode(scales[0]) * 1.000001);
         prop_assert!(amax > 3.0 * e8m0::decode(scales[0]) * 0.999999);
     }
+
+    #[test]
+    fn the_window_of_the_sweep_finds_what_the_full_one_finds(
+        values in proptest::collection::vec(-1.0f32..1.0, 64), spread in proptest::collection::vec(-6i32..=0, 4),
+        exponent in -20i32..20,
+    ) {
+        // Blocks of different size in one tensor, as in real weights.
+        let values: Vec<f32> =
+            values.iter().enumerate().map(|(i, v)| v * 2f32.powi(exponent + spread[i / 16])).collect();
+        let amax = nvfp4::amax(&values);
+        prop_assume!(amax > 1e-20);
+        let search = nvfp4::ScaleSearch::new(amax, nvfp4::STATIC_MAX_SCALE);
+        let global = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
+        for block in values.chunks_exact(16) {
+            prop_assert_eq!(search.best_of_sweep(block, false), search.best_of_sweep(block, true));
+            // And it is never worse than the max rule.
+            let error = |scale: u8| {
+                let (mut codes, mut out) = ([0; 8], [0.0; 16]);
+                nvfp4::encode_block(block, scale, global, &mut codes);
+                nvfp4::dequantize(&codes, &[scale], global, &mut out);
+                block.iter().zip(out).map(|(b, o)| f64::from(b - o).powi(2)).sum::<f64>()
+            };
+            let max = nvfp4::block_scale(nvfp4::amax(block), global);
+            prop_assert!(error(search.best_of_sweep(block, false)) <= error(max) * 1.00001);
+        }
+    }
 }
