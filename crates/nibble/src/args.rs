@@ -105,7 +105,9 @@ pub(crate) struct Quantize {
     /// What is quantized: the experts; attention too; the output layer too
     #[arg(long, value_enum, default_value = "experts")]
     pub(crate) recipe: Recipe,
-    /// `cast` and `auto` cast what is MXFP4 and use `max` for the rest; `max` uses it for everything
+    /// All but `max` cast what is MXFP4. For the rest: `max`, the largest magnitude; `mse`, the block scale of the smallest
+    /// squared error; `four-over-six`, the better of two; `auto`, `mse`, the best of these as measured in
+    /// BENCHMARKS.md
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) algorithm: Algorithm,
     /// The layout to write
@@ -140,6 +142,8 @@ pub(crate) enum Algorithm {
     Auto,
     Cast,
     Max,
+    Mse,
+    FourOverSix,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -131,7 +131,8 @@ impl Model {
         }
         let options = Options::Nvfp4 {
             recipe: Recipe::Experts,
-            algorithm: Algorithm::Auto,
+            // Plain BF16 is rounded by `max`, which is the quickest.
+            algorithm: Algorithm::Cast,
             embedding: false,
             scales_per: ScalesPer::Stack,
             experts_in_bf16: false,

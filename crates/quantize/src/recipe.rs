@@ -17,13 +17,18 @@ pub enum Recipe {
 /// How scales and codes are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Algorithm {
-    /// `Cast` for what is MXFP4, nothing for what is NVFP4, `Max` for the rest.
+    /// The cast for what is MXFP4, nothing for what is NVFP4, and `Mse` for the rest: of the algorithms here it has the lowest
+    /// divergence from the original (BENCHMARKS.md).
     #[default]
     Auto,
     /// The lossless cast for what is MXFP4, `Max` for the rest.
     Cast,
     /// Scales from the largest magnitude, for everything.
     Max,
+    /// The cast for what is MXFP4, for the rest the E4M3 scale of the smallest squared error.
+    Mse,
+    /// The cast for what is MXFP4, for the rest the largest magnitude of each block on 6 or on 4, whichever is closer.
+    FourOverSix,
 }
 
 /// How many global scales a stack of experts has.
@@ -60,7 +65,7 @@ pub enum Options {
 
 /// What happens to one matrix or stack.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Method {
     /// It stays as it is.
     Keep,
@@ -68,6 +73,10 @@ pub enum Method {
     Cast,
     /// NVFP4 by the largest magnitude.
     Max,
+    /// NVFP4 by the smallest squared error over all block scales.
+    Mse,
+    /// NVFP4 by the smaller squared error of two block scales.
+    FourOverSix,
     /// MXFP4 by Model Optimizer's choice of scale.
     Mxfp4,
     /// Decoded to BF16.
@@ -102,6 +111,8 @@ impl Options {
                     (true, _, Algorithm::Max) => Method::Max,
                     (true, Format::Mxfp4, _) => Method::Cast,
                     (true, Format::Nvfp4, _) => Method::Keep,
+                    (true, Format::Bf16, Algorithm::Auto | Algorithm::Mse) => Method::Mse,
+                    (true, Format::Bf16, Algorithm::FourOverSix) => Method::FourOverSix,
                     (true, Format::Bf16, _) => Method::Max,
                 }
             }
@@ -114,9 +125,22 @@ impl Method {
     pub(crate) fn format(self, source: Format) -> Format {
         match self {
             Method::Keep => source,
-            Method::Cast | Method::Max => Format::Nvfp4,
+            Method::Cast | Method::Max | Method::Mse | Method::FourOverSix => Format::Nvfp4,
             Method::Mxfp4 => Format::Mxfp4,
             Method::Bf16 => Format::Bf16,
+        }
+    }
+
+    /// The name in reports and on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Method::Keep => "keep",
+            Method::Cast => "cast",
+            Method::Max => "max",
+            Method::Mse => "mse",
+            Method::FourOverSix => "four-over-six",
+            Method::Mxfp4 => "mxfp4",
+            Method::Bf16 => "bf16",
         }
     }
 }

@@ -64,8 +64,8 @@ struct Plan {
     method: Method,
     /// Per matrix of the stack: the largest scale byte of a cast's stack or matrix.
     max_scales: Vec<Option<u8>>,
-    /// Per matrix of the stack: the global scale.
-    global_scales: Vec<f32>,
+    /// Per matrix of the stack: the largest magnitude that its global scale comes from.
+    amaxes: Vec<f32>,
     cast: CastCounts,
 }
 
@@ -185,7 +185,7 @@ impl Weights for Quantized {
                 let (mut out_codes, mut out_scales) = (vec![0; codes.len()], vec![0; scales.len() * 2]);
                 let max = plan.max_scales[expert];
                 nvfp4::cast_from_mxfp4(codes, scales, max, &mut out_codes, &mut out_scales);
-                let global_scale = plan.global_scales[expert];
+                let global_scale = nvfp4::cast_global_scale(max);
                 let values = Values::Nvfp4 {
                     codes: Cow::Owned(out_codes),
                     scales: Cow::Owned(out_scales),
@@ -205,13 +205,30 @@ impl Weights for Quantized {
                 }
                 values
             }
-            (Method::Max, _) => {
-                let global_scale = plan.global_scales[expert];
+            (Method::Max | Method::Mse | Method::FourOverSix, _) => {
+                let amax = plan.amaxes[expert];
+                let global_scale = plan.method.global_scale(amax);
+                let max_scale = plan.method.max_scale();
+                let search = nvfp4::ScaleSearch::new(amax, max_scale);
+                let choose = |block: &[f32]| match plan.method {
+                    // Nothing to search for in a tensor of zeros.
+                    _ if amax == 0.0 => nvfp4::ZERO_BLOCK_SCALE,
+                    Method::Mse => search.best_of_sweep(block, false),
+                    Method::FourOverSix => search.four_over_six(block),
+                    _ => nvfp4::block_scale(nvfp4::amax(block), global_scale),
+                };
                 let (codes, scales) = self.encode(
                     id,
                     &source,
                     nvfp4::BLOCK,
-                    &|values, codes, scales| nvfp4::quantize(values, global_scale, codes, scales),
+                    &|values, codes, scales| {
+                        let blocks =
+                            values.chunks_exact(nvfp4::BLOCK).zip(codes.chunks_exact_mut(nvfp4::BLOCK / 2));
+                        for ((block, codes), scale) in blocks.zip(scales) {
+                            *scale = choose(block);
+                            nvfp4::encode_block(block, *scale, global_scale, codes);
+                        }
+                    },
                     &|codes, scales, out| nvfp4::dequantize(codes, scales, global_scale, out),
                 );
                 Values::Nvfp4 { codes: Cow::Owned(codes), scales: Cow::Owned(scales), global_scale }
@@ -278,7 +295,7 @@ impl Plan {
     ) -> Result<Plan, Error> {
         let (count, ..) = id.kind.shape(source.config());
         let mut plan =
-            Plan { method, max_scales: Vec::new(), global_scales: Vec::new(), cast: CastCounts::default() };
+            Plan { method, max_scales: Vec::new(), amaxes: Vec::new(), cast: CastCounts::default() };
         match method {
             Method::Keep | Method::Bf16 => {}
             Method::Mxfp4 => {
@@ -287,17 +304,15 @@ impl Plan {
                     source.release(id, expert);
                 }
             }
-            Method::Max => {
-                let mut amaxes = Vec::with_capacity(count);
+            Method::Max | Method::Mse | Method::FourOverSix => {
                 for expert in 0..count {
-                    amaxes.push(amax(&source.matrix(id, expert)?, id, pool)?);
+                    plan.amaxes.push(amax(&source.matrix(id, expert)?, id, pool)?);
                     source.release(id, expert);
                 }
                 if scales_per == ScalesPer::Stack {
-                    let all = amaxes.iter().copied().fold(0.0, f32::max);
-                    amaxes.fill(all);
+                    let all = plan.amaxes.iter().copied().fold(0.0, f32::max);
+                    plan.amaxes.fill(all);
                 }
-                plan.global_scales = amaxes.into_iter().map(nvfp4::global_scale).collect();
             }
             Method::Cast => {
                 for expert in 0..count {
@@ -311,8 +326,6 @@ impl Plan {
                     let all = plan.max_scales.iter().copied().max().flatten();
                     plan.max_scales.fill(all);
                 }
-                plan.global_scales =
-                    plan.max_scales.iter().map(|&max| nvfp4::cast_global_scale(max)).collect();
                 for expert in 0..count {
                     if let Values::Mxfp4 { codes, scales } = &source.matrix(id, expert)?.values {
                         plan.cast += cast_counts(codes, scales, plan.max_scales[expert]);
@@ -322,6 +335,22 @@ impl Plan {
             }
         }
         Ok(plan)
+    }
+}
+
+impl Method {
+    /// The largest block scale that the static form aims at.
+    fn max_scale(self) -> f32 {
+        if self == Method::FourOverSix { nvfp4::FOUR_OVER_SIX_MAX_SCALE } else { nvfp4::STATIC_MAX_SCALE }
+    }
+
+    /// The global scale of a tensor of largest magnitude `amax`.
+    fn global_scale(self, amax: f32) -> f32 {
+        if self == Method::Max {
+            nvfp4::global_scale(amax)
+        } else {
+            nvfp4::static_global_scale(amax, self.max_scale())
+        }
     }
 }
 
@@ -340,18 +369,16 @@ fn cast_counts(codes: &[u8], scales: &[u8], max_scale: Option<u8>) -> CastCounts
     counts
 }
 
-/// Gives matrices that run as one product the largest of their global scales.
+/// Gives matrices that run as one product the same global scale, by the largest of their magnitudes.
 fn share_scale(plans: &mut BTreeMap<MatrixId, Plan>, ids: &[MatrixId]) {
-    let is_max = |plan: &Plan| plan.method == Method::Max;
     let largest = ids
         .iter()
         .filter_map(|id| plans.get(id))
-        .filter(|p| is_max(p))
-        .flat_map(|p| p.global_scales.iter().copied())
+        .flat_map(|plan| plan.amaxes.iter().copied())
         .fold(0.0, f32::max);
     for id in ids {
-        if let Some(plan) = plans.get_mut(id).filter(|p| is_max(p)) {
-            plan.global_scales.fill(largest);
+        if let Some(plan) = plans.get_mut(id) {
+            plan.amaxes.fill(largest);
         }
     }
 }
@@ -359,7 +386,7 @@ fn share_scale(plans: &mut BTreeMap<MatrixId, Plan>, ids: &[MatrixId]) {
 fn check_shape(source: &dyn Weights, id: MatrixId, method: Method) -> Result<(), Error> {
     let (_, _, cols) = id.kind.shape(source.config());
     let block = match method {
-        Method::Max => nvfp4::BLOCK,
+        Method::Max | Method::Mse | Method::FourOverSix => nvfp4::BLOCK,
         Method::Mxfp4 => mxfp4::BLOCK,
         Method::Keep | Method::Cast | Method::Bf16 => return Ok(()),
     };

@@ -112,6 +112,8 @@ fn options(args: &Quantize) -> Options {
                 args::Algorithm::Auto => quantize::Algorithm::Auto,
                 args::Algorithm::Cast => quantize::Algorithm::Cast,
                 args::Algorithm::Max => quantize::Algorithm::Max,
+                args::Algorithm::Mse => quantize::Algorithm::Mse,
+                args::Algorithm::FourOverSix => quantize::Algorithm::FourOverSix,
             },
             embedding: args.embedding == Embedding::Nvfp4,
             scales_per: match args.scales_per {
@@ -205,14 +207,20 @@ fn report(
         return;
     }
     for t in tensors.iter().filter(|t| t.method != Method::Cast || t.cast.changed_values > 0) {
-        let method = format!("{:?}", t.method).to_lowercase();
+        let method = t.method.name();
         let sqnr = t.totals.sqnr_db();
         let quality = if sqnr.is_finite() {
             format!("SQNR {sqnr:5.1} dB, largest error {:.2e}", t.totals.max_error)
         } else {
             "every value kept".to_owned()
         };
-        println!("{:<52} {method:<6} {quality}", names.name(t.id));
+        println!("{:<52} {method:<13} {quality}", names.name(t.id));
+    }
+    if args.algorithm == args::Algorithm::Auto && tensors.iter().any(|t| t.method == Method::Mse) {
+        println!(
+            "{}",
+            dim("auto took mse for what is BF16: the lowest divergence of the algorithms measured so far")
+        );
     }
     if cast.blocks > 0 {
         let verdict =

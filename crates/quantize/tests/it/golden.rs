@@ -12,15 +12,16 @@ use quantize::{Algorithm, Recipe};
 use crate::{nvfp4, open, root, view};
 
 #[test]
-fn max_calibration_equals_model_optimizers_exports() {
-    for (name, recipe) in [
-        ("nvfp4_default", Recipe::Linear),
-        ("w4a16_nvfp4", Recipe::Linear),
-        ("nvfp4_default_kv_fp8", Recipe::Linear),
-        ("nvfp4_experts_only", Recipe::Experts),
+fn weights_equal_model_optimizers_exports() {
+    for (name, recipe, algorithm) in [
+        ("nvfp4_default", Recipe::Linear, Algorithm::Max),
+        ("w4a16_nvfp4", Recipe::Linear, Algorithm::Max),
+        ("nvfp4_default_kv_fp8", Recipe::Linear, Algorithm::Max),
+        ("nvfp4_experts_only", Recipe::Experts, Algorithm::Max),
+        ("nvfp4_four_over_six", Recipe::Linear, Algorithm::FourOverSix),
     ] {
         let golden = open(&format!("testdata/quant/tiny_gptoss/{name}"));
-        let found = view(open("testdata/quant/tiny_gptoss/source"), nvfp4(recipe, Algorithm::Max));
+        let found = view(open("testdata/quant/tiny_gptoss/source"), nvfp4(recipe, algorithm));
         let mut packed = 0;
         for id in matrices(golden.config()) {
             assert_eq!(found.format(id), golden.format(id), "{name}: {id:?}");
