@@ -1,22 +1,18 @@
 //! Bodies both ways: reading a request's under a limit, sending an answer's as it comes.
 
+use std::convert::Infallible;
 use std::future::poll_fn;
-use std::io;
 use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::{Body, Bytes, HttpBody};
-use tokio::io::{AsyncRead, ReadBuf};
-use tower_http::services::fs::AsyncReadBody;
+use http_body::Frame;
 
 use crate::error::ApiError;
 
 /// Longest pause between two parts of a request's body.
 const PART_TIMEOUT: Duration = Duration::from_secs(30);
-
-/// Bytes handed to the connection at once.
-const CHUNK_BYTES: usize = 16 * 1024;
 
 /// The whole body, if it is no larger than `max` bytes and keeps coming.
 pub(crate) async fn read(body: Body, max: usize) -> Result<Vec<u8>, ApiError> {
@@ -49,28 +45,19 @@ pub(crate) trait Source: Send + Unpin + 'static {
 
 /// A body of the source's parts.
 pub(crate) fn streaming(source: impl Source) -> Body {
-    Body::new(AsyncReadBody::with_capacity(Reader { source, rest: Bytes::new() }, CHUNK_BYTES))
+    Body::new(Parts(source))
 }
 
-struct Reader<S> {
-    source: S,
-    rest: Bytes,
-}
+struct Parts<S>(S);
 
-impl<S: Source> AsyncRead for Reader<S> {
-    fn poll_read(
+impl<S: Source> HttpBody for Parts<S> {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-        buf: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        if self.rest.is_empty() {
-            match std::task::ready!(self.source.poll_part(cx)) {
-                Some(part) => self.rest = part,
-                None => return Poll::Ready(Ok(())),
-            }
-        }
-        let len = self.rest.len().min(buf.remaining());
-        buf.put_slice(&self.rest.split_to(len));
-        Poll::Ready(Ok(()))
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        self.0.poll_part(cx).map(|part| part.map(|part| Ok(Frame::data(part))))
     }
 }
