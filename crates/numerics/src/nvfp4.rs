@@ -116,8 +116,9 @@ impl ScaleSearch {
         static_block_scale(chosen, self.amax, self.max_scale)
     }
 
-    /// The scale that the fake quantizer uses for a block amax. It differs from the exported one in the last bit.
-    fn trial_scale(&self, block_amax: f32) -> f32 {
+    /// The scale with which the static fake quantizer tries a block amax. For 256 it differs from the exported one in the
+    /// last bit.
+    pub fn trial_scale(&self, block_amax: f32) -> f32 {
         let sixth = self.amax * (e4m3::MAX / self.max_scale) / 6.0;
         let ratio = e4m3::MAX / sixth;
         e4m3::decode(e4m3::encode((block_amax / 6.0 * ratio).min(e4m3::MAX))) * (1.0 / ratio)

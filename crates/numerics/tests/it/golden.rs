@@ -271,6 +271,29 @@ fn max_calibrated_linear() {
     }
 }
 
+#[test]
+fn static_fake_quantization() {
+    let golden = Golden::open("fakequant.safetensors");
+    for (case, max_scale, tolerance) in
+        [("static_448", nvfp4::STATIC_MAX_SCALE, 0.0), ("static_256", nvfp4::FOUR_OVER_SIX_MAX_SCALE, 2e-7)]
+    {
+        let field = |name: &str| golden.f32(&format!("{case}.{name}"));
+        let search = nvfp4::ScaleSearch::new(field("global_amax")[0], max_scale);
+        let close = |found: f32, expected: f32| (found - expected).abs() <= tolerance * expected.abs();
+        let blocks = field("block_amax").into_iter().zip(field("block_scale"));
+        for ((amax, scale), (input, output)) in
+            blocks.zip(field("input").chunks_exact(16).zip(field("output").chunks_exact(16)))
+        {
+            let found = search.trial_scale(amax);
+            assert!(close(found, scale), "{case}: expected {scale}, found {found}");
+            for (&value, &expected) in input.iter().zip(output) {
+                let found = e2m1::decode(e2m1::encode(value / found)) * found;
+                assert!(close(found, expected), "{case}: expected {expected}, found {found}");
+            }
+        }
+    }
+}
+
 /// Encodes a tensor whose block scales `choose` finds.
 fn encode(values: &[f32], global: f32, choose: impl Fn(&[f32]) -> u8) -> (Vec<u8>, Vec<u8>) {
     let mut codes = vec![0; values.len() / 2];
