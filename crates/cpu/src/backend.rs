@@ -455,13 +455,7 @@ impl Backend for Cpu {
     }
 
     fn kv_layout(&self) -> KvLayout {
-        let config = &self.config;
-        let layer = BLOCK_TOKENS * config.kv_heads * config.head_dim * 2 * size_of::<f32>();
-        let sliding = config.layer_kinds.iter().filter(|&&k| k == LayerKind::Sliding).count();
-        KvLayout {
-            full_block_bytes: (config.layer_kinds.len() - sliding) * layer,
-            sliding_block_bytes: sliding * layer,
-        }
+        KvLayout::f32(&self.config)
     }
 
     fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {

@@ -3,7 +3,7 @@
 //! Tokens in, tokens out. A step takes a ragged batch in which prefill chunks and decodes mix; the keys and values of each
 //! sequence lie in blocks of [`BLOCK_TOKENS`] positions that the engine hands out and the backend stores.
 
-use checkpoint::Config;
+use checkpoint::{Config, LayerKind};
 
 /// Positions per block of the key/value cache.
 pub const BLOCK_TOKENS: usize = 16;
@@ -37,6 +37,18 @@ pub struct KvLayout {
     pub full_block_bytes: usize,
     /// A block in the layers that see a window.
     pub sliding_block_bytes: usize,
+}
+
+impl KvLayout {
+    /// The layout of keys and values stored as f32.
+    pub fn f32(config: &Config) -> KvLayout {
+        let layer = BLOCK_TOKENS * config.kv_heads * config.head_dim * 2 * size_of::<f32>();
+        let sliding = config.layer_kinds.iter().filter(|&&kind| kind == LayerKind::Sliding).count();
+        KvLayout {
+            full_block_bytes: (config.layer_kinds.len() - sliding) * layer,
+            sliding_block_bytes: sliding * layer,
+        }
+    }
 }
 
 /// One step's work.
