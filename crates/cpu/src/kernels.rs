@@ -34,6 +34,13 @@ pub(crate) struct Panel {
 pub(crate) type PanelKernel =
     unsafe fn(panel: Panel, x: [*const f32; TOKENS], tokens: usize, sums: &mut PanelSums);
 
+/// Eight rows times three rows of f32: `sums[j][i] = Σ a[i][k] · b[j][k]`.
+///
+/// # Safety
+/// The CPU has the table's instruction set; every pointer is valid for `16 · tiles` values.
+pub(crate) type DenseKernel =
+    unsafe fn(a: [*const f32; ROWS], b: [*const f32; TOKENS], tiles: usize, sums: &mut PanelSums);
+
 /// The queries of one token that share a key/value head, and where its keys and values lie.
 pub(crate) struct Attend<'a> {
     /// `[group, head size]`, already divided by the square root of the head size.
@@ -60,6 +67,7 @@ pub(crate) struct Kernels {
     pub(crate) nvfp4: PanelKernel,
     pub(crate) mxfp4: PanelKernel,
     pub(crate) bf16: PanelKernel,
+    pub(crate) dense: DenseKernel,
     /// # Safety
     /// The CPU has the instruction set.
     pub(crate) attend: unsafe fn(&Attend<'_>, scores: &mut Vec<f32>, out: &mut [f32]),
@@ -141,7 +149,7 @@ macro_rules! instantiate {
             use super::*;
 
             pub(super) const KERNELS: Kernels =
-                Kernels { isa: $isa, nvfp4, mxfp4, bf16, attend, rms_norm, swiglu };
+                Kernels { isa: $isa, nvfp4, mxfp4, bf16, dense, attend, rms_norm, swiglu };
 
             // SAFETY (of the calls below): the caller's obligations are handed on unchanged; the features that the lanes
             // need are enabled here.
@@ -177,6 +185,11 @@ macro_rules! instantiate {
                         _ => bf16_panel::<$lanes, $more, 3>(panel, x, sums),
                     }
                 }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn dense(a: [*const f32; ROWS], b: [*const f32; TOKENS], tiles: usize, sums: &mut PanelSums) {
+                // SAFETY: as stated above.
+                unsafe { dense_panel::<$lanes, $more>(a, b, tiles, sums) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend(job: &Attend<'_>, scores: &mut Vec<f32>, out: &mut [f32]) {
@@ -266,6 +279,37 @@ unsafe fn bf16_panel<L: Lanes, const R: usize, const T: usize>(
                 }
             }
             for t in 0..T {
+                for r in 0..R {
+                    sums[t][first + r] = acc[t][r].sum();
+                }
+            }
+        }
+    }
+}
+
+/// Products of eight rows with three, each a sum in the order of [`bf16_panel`].
+#[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "rows index several arrays at once")]
+unsafe fn dense_panel<L: Lanes, const R: usize>(
+    a: [*const f32; ROWS],
+    b: [*const f32; TOKENS],
+    tiles: usize,
+    sums: &mut PanelSums,
+) {
+    // SAFETY: the contract of `DenseKernel`: all pointers are valid for all tiles.
+    unsafe {
+        for first in (0..ROWS).step_by(R) {
+            let mut acc = [[L::splat(0.0); R]; TOKENS];
+            for tile in 0..tiles {
+                let b: [L; TOKENS] = std::array::from_fn(|t| L::load(b[t].add(tile * LANES)));
+                for r in 0..R {
+                    let a = L::load(a[first + r].add(tile * LANES));
+                    for t in 0..TOKENS {
+                        acc[t][r] = a.fma(b[t], acc[t][r]);
+                    }
+                }
+            }
+            for t in 0..TOKENS {
                 for r in 0..R {
                     sums[t][first + r] = acc[t][r].sum();
                 }

@@ -5,6 +5,7 @@
 
 mod backend;
 mod bandwidth;
+mod dense;
 mod kernels;
 mod packed;
 mod pool;
@@ -12,5 +13,6 @@ mod simd;
 
 pub use backend::{Cpu, Options, Traffic};
 pub use bandwidth::read_bandwidth;
+pub use dense::{Rows, Update, products};
 pub use kernels::{Isa, SelfTest, self_test};
 pub use pool::{Pool, physical_cores};

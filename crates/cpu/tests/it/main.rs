@@ -1,5 +1,6 @@
 //! The CPU backend against the reference, the golden values and itself.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod dense;
 mod kernels;
 mod model;

@@ -1,0 +1,102 @@
+//! Products of f32 matrices, for calibration: `out = a bᵀ`, where both have their rows in memory one after the other.
+//!
+//! Each element is a sum in one order, so results do not depend on the instruction set or the number of threads.
+
+use crate::kernels::{Isa, PanelSums, ROWS, TOKENS};
+use crate::packed::Output;
+use crate::pool::Pool;
+use crate::simd::LANES;
+
+/// A matrix of f32: rows of `cols` values, `stride` apart.
+#[derive(Debug, Clone, Copy)]
+pub struct Rows<'a> {
+    values: &'a [f32],
+    rows: usize,
+    cols: usize,
+    stride: usize,
+}
+
+impl<'a> Rows<'a> {
+    /// All of `values` as rows of `cols`, a multiple of 16.
+    pub fn new(values: &'a [f32], cols: usize) -> Rows<'a> {
+        Rows::within(values, values.len() / cols.max(1), cols, cols)
+    }
+
+    /// `rows` rows of `cols` values, a multiple of 16, that begin `stride` apart.
+    pub fn within(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Rows<'a> {
+        assert!(cols % LANES == 0 && cols <= stride, "rows of a multiple of 16 values within their stride");
+        assert!(rows == 0 || (rows - 1) * stride + cols <= values.len(), "rows within the slice");
+        Rows { values, rows, cols, stride }
+    }
+
+    fn at(&self, row: usize, col: usize) -> *const f32 {
+        self.values[row * self.stride + col..].as_ptr()
+    }
+}
+
+/// What happens with the product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Update {
+    /// It replaces what is there.
+    Set,
+    /// It is added.
+    Add,
+    /// It is subtracted.
+    Subtract,
+}
+
+/// Columns summed up in one go: eight rows of them fit the first-level cache.
+const DEPTH: usize = 512;
+
+/// Rows of `b` that stay in the second-level cache.
+const B_ROWS: usize = 96;
+
+/// Rows of `a` per task.
+const A_ROWS: usize = 64;
+
+/// `out[i · stride + j] (=, +=, -=) Σ_k a[i, k] · b[j, k]`.
+pub fn products(pool: &Pool, a: Rows<'_>, b: Rows<'_>, out: &mut [f32], stride: usize, update: Update) {
+    assert_eq!(a.cols, b.cols, "matrices of the same depth");
+    if a.rows == 0 || b.rows == 0 {
+        return;
+    }
+    assert!(
+        b.rows <= stride && (a.rows - 1) * stride + b.rows <= out.len(),
+        "an output of the product's shape"
+    );
+    let kernels = Isa::best().kernels().expect("the best instruction set is available");
+    let out = Output::new(out);
+    pool.run(a.rows.div_ceil(A_ROWS), &|task| {
+        let rows = task * A_ROWS..((task + 1) * A_ROWS).min(a.rows);
+        // A product over no columns still sets its output.
+        for k in (0..a.cols.max(1)).step_by(DEPTH) {
+            let tiles = DEPTH.min(a.cols - k) / LANES;
+            for block in (0..b.rows).step_by(B_ROWS) {
+                let end = (block + B_ROWS).min(b.rows);
+                for i in rows.clone().step_by(ROWS) {
+                    let height = ROWS.min(rows.end - i);
+                    let a_rows = std::array::from_fn(|r| a.at(i + r.min(height - 1), k));
+                    for j in (block..end).step_by(TOKENS) {
+                        let width = TOKENS.min(end - j);
+                        let b_rows = std::array::from_fn(|t| b.at(j + t.min(width - 1), k));
+                        let mut sums: PanelSums = [[0.0; ROWS]; TOKENS];
+                        // SAFETY: the instruction set is available; each pointer was taken from a row with
+                        // `16 · tiles` values from column `k` on.
+                        unsafe { (kernels.dense)(a_rows, b_rows, tiles, &mut sums) };
+                        for r in 0..height {
+                            // SAFETY: this task alone has these rows.
+                            let out = unsafe { out.slice((i + r) * stride + j, width) };
+                            for (out, sums) in out.iter_mut().zip(&sums) {
+                                match update {
+                                    Update::Set if k == 0 => *out = sums[r],
+                                    Update::Set | Update::Add => *out += sums[r],
+                                    Update::Subtract => *out -= sums[r],
+                                }
+                            }
+                        }
+                    }
+                }
+            }
+        }
+    });
+}
