@@ -5,6 +5,8 @@
 //! would lose anything, is found when the view is made.
 #![forbid(unsafe_code)]
 
+mod factor;
+mod gptq;
 mod recipe;
 mod report;
 mod view;
