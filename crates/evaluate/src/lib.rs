@@ -3,6 +3,8 @@
 //! Each window is scored on its own from its second token on; means are over tokens, in nats.
 #![forbid(unsafe_code)]
 
+pub mod report;
+
 use gptoss::{BLOCK_TOKENS, Backend, Error, Plan, Score, SequenceOutput, SequencePlan};
 
 /// Tokens per step: enough to reuse a weight that was read, little enough for the logits to stay small.

@@ -1,6 +1,8 @@
 //! The small model's perplexity against the reference implementation's, and what divergence must be.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod report;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
