@@ -24,7 +24,10 @@ impl<'a> Rows<'a> {
 
     /// `rows` rows of `cols` values, a multiple of 16, that begin `stride` apart.
     pub fn within(values: &'a [f32], rows: usize, cols: usize, stride: usize) -> Rows<'a> {
-        assert!(cols % LANES == 0 && cols <= stride, "rows of a multiple of 16 values within their stride");
+        assert!(
+            cols.is_multiple_of(LANES) && cols <= stride,
+            "rows of a multiple of 16 values within their stride"
+        );
         assert!(rows == 0 || (rows - 1) * stride + cols <= values.len(), "rows within the slice");
         Rows { values, rows, cols, stride }
     }

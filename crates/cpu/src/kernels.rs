@@ -289,7 +289,6 @@ unsafe fn bf16_panel<L: Lanes, const R: usize, const T: usize>(
 
 /// Products of eight rows with three, each a sum in the order of [`bf16_panel`].
 #[inline(always)]
-#[expect(clippy::needless_range_loop, reason = "rows index several arrays at once")]
 unsafe fn dense_panel<L: Lanes, const R: usize>(
     a: [*const f32; ROWS],
     b: [*const f32; TOKENS],

@@ -11,6 +11,6 @@ pub use backend::{
     BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Penalties, Plan, Sampled, Sampling, Score,
     SequenceOutput, SequencePlan, TokenLogprobs,
 };
-pub use reference::{Reference, Tap, top_experts};
-pub use rope::Rotary;
+pub use reference::{Reference, Tap, swiglu, top_experts};
+pub use rope::{Rotary, rotate};
 pub use sampling::{sample, score};

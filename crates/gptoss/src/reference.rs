@@ -292,7 +292,7 @@ pub fn top_experts(logits: &[f32], k: usize) -> Vec<(usize, f32)> {
 
 /// gpt-oss's clamped SwiGLU over interleaved gate and up: `(up + 1) · gate · sigmoid(alpha · gate)`. The gate has no lower
 /// clamp.
-fn swiglu(z: &[f32], config: &Config) -> Vec<f32> {
+pub fn swiglu(z: &[f32], config: &Config) -> Vec<f32> {
     z.chunks_exact(2)
         .map(|pair| {
             let gate = pair[0].min(config.swiglu_limit);

@@ -92,9 +92,10 @@ pub(crate) struct Run {
 Examples:
   nibble quantize openai/gpt-oss-20b --out gpt-oss-20b-nvfp4          the lossless cast
   nibble quantize my-finetune --recipe linear --out my-finetune-nvfp4   attention too
+  nibble quantize my-finetune --calibration chats.jsonl --out nvfp4     calibrated on your own data
   nibble quantize gpt-oss-20b-nvfp4 --format fake-bf16 --out fake       any program loads it
 
-Unfinished work lies in DIR.partial; the same command continues it.")]
+Unfinished work lies in DIR.partial and DIR.calibration; the same command continues it.")]
 pub(crate) struct Quantize {
     /// The checkpoint to quantize
     #[arg(value_name = "SOURCE")]
@@ -106,8 +107,8 @@ pub(crate) struct Quantize {
     #[arg(long, value_enum, default_value = "experts")]
     pub(crate) recipe: Recipe,
     /// All but `max` cast what is MXFP4. For the rest: `max`, the largest magnitude; `mse`, the block scale of the smallest
-    /// squared error; `four-over-six`, the better of two; `auto`, `mse`, the best of these as measured in
-    /// BENCHMARKS.md
+    /// squared error; `four-over-six`, the better of two; `gptq`, error feedback on calibration data; `refine`, the same
+    /// with searched scales and a refinement; `auto`, the best as measured in BENCHMARKS.md: `refine`
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) algorithm: Algorithm,
     /// The layout to write
@@ -119,6 +120,15 @@ pub(crate) struct Quantize {
     /// One global scale for a stack of experts, or one each
     #[arg(long, value_enum, default_value = "stack")]
     pub(crate) scales_per: ScalesPer,
+    /// What to calibrate on: .txt; .jsonl with `messages`, with `prompt`, or arrays of ids [default: a built-in set]
+    #[arg(long, value_name = "FILE")]
+    pub(crate) calibration: Vec<PathBuf>,
+    /// Tokens to calibrate on, shared equally among the files
+    #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
+    pub(crate) calibration_tokens: u32,
+    /// Every token goes through every expert for the statistics
+    #[arg(long)]
+    pub(crate) all_experts: bool,
     /// Cast even where values change
     #[arg(long)]
     pub(crate) allow_loss: bool,
@@ -144,6 +154,8 @@ pub(crate) enum Algorithm {
     Max,
     Mse,
     FourOverSix,
+    Gptq,
+    Refine,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -2,6 +2,7 @@
 #![allow(clippy::print_stdout, reason = "the results of commands go to standard output")]
 
 mod args;
+mod calibration;
 mod commands;
 mod engine;
 mod failure;

@@ -101,8 +101,7 @@ impl Factor {
             }
             for row in part.chunks_exact_mut(width) {
                 for j in 0..width {
-                    let sum: f32 =
-                        (0..j).map(|k| self.upper[(first + k) * cols + first + j] * row[k]).sum();
+                    let sum: f32 = (0..j).map(|k| self.upper[(first + k) * cols + first + j] * row[k]).sum();
                     row[j] = (row[j] - sum) / self.upper[(first + j) * cols + first + j];
                 }
             }
@@ -172,7 +171,8 @@ mod tests {
         for i in 0..cols {
             for j in 0..cols {
                 // M D Mᵀ, where Mᵀ has a unit diagonal that is not stored.
-                let m = |i: usize, k: usize| if i == k { 1.0 } else { f64::from(factor.feedback[k * cols + i]) };
+                let m =
+                    |i: usize, k: usize| if i == k { 1.0 } else { f64::from(factor.feedback[k * cols + i]) };
                 let sum: f64 =
                     (i.max(j)..cols).map(|k| m(i, k) * f64::from(factor.pivots[k]) * m(j, k)).sum();
                 let expected = f64::from(factor.moment[i * cols + j]);
@@ -183,7 +183,14 @@ mod tests {
         let mut solved = b.clone();
         factor.solve(&pool, &mut solved);
         let mut back = vec![0.0; rows * cols];
-        products(&pool, Rows::new(&solved, cols), Rows::new(&factor.moment, cols), &mut back, cols, Update::Set);
+        products(
+            &pool,
+            Rows::new(&solved, cols),
+            Rows::new(&factor.moment, cols),
+            &mut back,
+            cols,
+            Update::Set,
+        );
         for (found, expected) in back.iter().zip(&b) {
             assert!((found - expected).abs() < 1e-4, "{found} {expected}");
         }

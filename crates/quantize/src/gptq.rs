@@ -75,8 +75,12 @@ pub(crate) fn round(pool: &Pool, weights: &[f32], factor: &Factor, amax: f32, sc
                 }
                 let own = block(weights, at);
                 let found = match scales {
-                    Scales::Max => blocks[at / BLOCK].round(&grid, &target, own, [grid.max_rule(own); CANDIDATES]),
-                    Scales::Searched => blocks[at / BLOCK].round(&grid, &target, own, grid.candidates(&target)),
+                    Scales::Max => {
+                        blocks[at / BLOCK].round(&grid, &target, own, [grid.max_rule(own); CANDIDATES])
+                    }
+                    Scales::Searched => {
+                        blocks[at / BLOCK].round(&grid, &target, own, grid.candidates(&target))
+                    }
                 };
                 part.store(at, &found);
                 for (j, value) in found.values.iter().enumerate() {
@@ -328,7 +332,8 @@ impl Square {
             }
             *column = x.map(|v| v as f32);
         }
-        let feedback = std::array::from_fn(|j| std::array::from_fn(|i| if i < j { unit[i][j] as f32 } else { 0.0 }));
+        let feedback =
+            std::array::from_fn(|j| std::array::from_fn(|i| if i < j { unit[i][j] as f32 } else { 0.0 }));
         Square { moment, inverse, triangle: Triangle { feedback, pivots: pivots.map(|p| p as f32) } }
     }
 
@@ -409,7 +414,8 @@ mod tests {
         };
         // Correlated inputs, as a layer sees them.
         let shared: Vec<f32> = (0..tokens).map(|_| next()).collect();
-        let x: Vec<f32> = (0..cols).flat_map(|_| shared.iter().map(|s| 0.5 * s + next()).collect::<Vec<_>>()).collect();
+        let x: Vec<f32> =
+            (0..cols).flat_map(|_| shared.iter().map(|s| 0.5 * s + next()).collect::<Vec<_>>()).collect();
         let weights: Vec<f32> = (0..rows * cols).map(|_| next() * next()).collect();
         let mut moment = vec![0.0; cols * cols];
         products(&pool, Rows::new(&x, tokens), Rows::new(&x, tokens), &mut moment, cols, Update::Set);
@@ -420,7 +426,8 @@ mod tests {
         let (mut codes, mut scales) = (vec![0; rows * cols / 2], vec![0; rows * cols / BLOCK]);
         nvfp4::quantize(&weights, nvfp4::global_scale(amax), &mut codes, &mut scales);
         let nearest = loss(&weights, &Rounded { codes, scales }.values(global), &factor);
-        let plain = loss(&weights, &round(&pool, &weights, &factor, amax, Scales::Max).values(global), &factor);
+        let plain =
+            loss(&weights, &round(&pool, &weights, &factor, amax, Scales::Max).values(global), &factor);
         let mut searched = round(&pool, &weights, &factor, amax, Scales::Searched);
         let with_scales = loss(&weights, &searched.values(global), &factor);
         let one = round(&Pool::new(1), &weights, &factor, amax, Scales::Searched);

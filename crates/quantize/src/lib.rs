@@ -5,12 +5,16 @@
 //! would lose anything, is found when the view is made.
 #![forbid(unsafe_code)]
 
+mod calibrate;
 mod factor;
 mod gptq;
+mod moments;
 mod recipe;
 mod report;
+mod stream;
 mod view;
 
+pub use calibrate::{Calibration, FEWEST_TOKENS, LayerFacts};
 pub use recipe::{Algorithm, Method, Options, Recipe, ScalesPer};
 pub use report::{TensorReport, Totals};
 pub use view::{Error, Quantized};

@@ -17,8 +17,8 @@ pub enum Recipe {
 /// How scales and codes are chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Algorithm {
-    /// The cast for what is MXFP4, nothing for what is NVFP4, and `Mse` for the rest: of the algorithms here it has the lowest
-    /// divergence from the original (BENCHMARKS.md).
+    /// The cast for what is MXFP4, nothing for what is NVFP4, and for the rest the algorithm with the lowest divergence from the
+    /// original (BENCHMARKS.md): `Refine` for what the layers hold, `Mse` for the embedding and the output layer.
     #[default]
     Auto,
     /// The lossless cast for what is MXFP4, `Max` for the rest.
@@ -29,6 +29,19 @@ pub enum Algorithm {
     Mse,
     /// The cast for what is MXFP4, for the rest the largest magnitude of each block on 6 or on 4, whichever is closer.
     FourOverSix,
+    /// The cast for what is MXFP4; GPTQ (Frantar et al., 2022) for the rest, as Model Optimizer does it: max scales, each layer
+    /// fed by the quantized ones before it.
+    Gptq,
+    /// The cast for what is MXFP4; for the rest GPTQ with scales searched by its own loss, tokens weighted by their routing,
+    /// half of the earlier layers' errors made up for, the mean error taken by the bias, and a refinement block by block.
+    Refine,
+}
+
+impl Algorithm {
+    /// Whether it needs calibration data.
+    pub fn calibrates(self) -> bool {
+        matches!(self, Algorithm::Auto | Algorithm::Gptq | Algorithm::Refine)
+    }
 }
 
 /// How many global scales a stack of experts has.
@@ -77,6 +90,10 @@ pub enum Method {
     Mse,
     /// NVFP4 by the smaller squared error of two block scales.
     FourOverSix,
+    /// NVFP4 by GPTQ with max scales.
+    Gptq,
+    /// NVFP4 by GPTQ with searched scales and refinement.
+    Refine,
     /// MXFP4 by Model Optimizer's choice of scale.
     Mxfp4,
     /// Decoded to BF16.
@@ -111,7 +128,17 @@ impl Options {
                     (true, _, Algorithm::Max) => Method::Max,
                     (true, Format::Mxfp4, _) => Method::Cast,
                     (true, Format::Nvfp4, _) => Method::Keep,
-                    (true, Format::Bf16, Algorithm::Auto | Algorithm::Mse) => Method::Mse,
+                    (true, Format::Bf16, Algorithm::Gptq)
+                        if (id.kind.is_attention() || id.kind.is_expert()) =>
+                    {
+                        Method::Gptq
+                    }
+                    (true, Format::Bf16, Algorithm::Auto | Algorithm::Refine)
+                        if (id.kind.is_attention() || id.kind.is_expert()) =>
+                    {
+                        Method::Refine
+                    }
+                    (true, Format::Bf16, Algorithm::Auto | Algorithm::Mse | Algorithm::Refine) => Method::Mse,
                     (true, Format::Bf16, Algorithm::FourOverSix) => Method::FourOverSix,
                     (true, Format::Bf16, _) => Method::Max,
                 }
@@ -121,11 +148,21 @@ impl Options {
 }
 
 impl Method {
+    /// Whether it needs to see the matrix's inputs.
+    pub fn calibrates(self) -> bool {
+        matches!(self, Method::Gptq | Method::Refine)
+    }
+
     /// The format of the result, given that of the source.
     pub(crate) fn format(self, source: Format) -> Format {
         match self {
             Method::Keep => source,
-            Method::Cast | Method::Max | Method::Mse | Method::FourOverSix => Format::Nvfp4,
+            Method::Cast
+            | Method::Max
+            | Method::Mse
+            | Method::FourOverSix
+            | Method::Gptq
+            | Method::Refine => Format::Nvfp4,
             Method::Mxfp4 => Format::Mxfp4,
             Method::Bf16 => Format::Bf16,
         }
@@ -139,6 +176,8 @@ impl Method {
             Method::Max => "max",
             Method::Mse => "mse",
             Method::FourOverSix => "four-over-six",
+            Method::Gptq => "gptq",
+            Method::Refine => "refine",
             Method::Mxfp4 => "mxfp4",
             Method::Bf16 => "bf16",
         }

@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
+use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint::{
@@ -12,6 +13,7 @@ use half::bf16;
 use numerics::nvfp4::CastCounts;
 use numerics::{mxfp4, nvfp4};
 
+use crate::calibrate::{self, Calibrated, Calibration, Job, LayerFacts};
 use crate::recipe::{Method, Options, ScalesPer};
 use crate::report::{TensorReport, Totals};
 
@@ -44,6 +46,26 @@ pub enum Error {
         /// Elements per row.
         cols: usize,
     },
+    /// Calibration was interrupted; what is done is kept.
+    #[error("interrupted")]
+    Interrupted,
+    /// Nothing to calibrate on.
+    #[error("calibration: expected at least one token, found none")]
+    NoTokens,
+    /// A token of the calibration data that the model does not have.
+    #[error("calibration: expected token ids below {vocabulary}, found {found}")]
+    Token {
+        /// The id.
+        found: u32,
+        /// Tokens of the vocabulary.
+        vocabulary: usize,
+    },
+    /// The model's shape does not allow calibration.
+    #[error("calibration: expected hidden, intermediate and head sizes of a multiple of 16, found {found}")]
+    Shape {
+        /// The size.
+        found: usize,
+    },
 }
 
 /// Weights, quantized as they are read.
@@ -52,6 +74,7 @@ pub struct Quantized {
     pool: Pool,
     plans: BTreeMap<MatrixId, Plan>,
     totals: Mutex<BTreeMap<MatrixId, Totals>>,
+    calibrated: Option<Calibrated>,
 }
 
 /// The values of a row to codes and scales.
@@ -98,7 +121,46 @@ impl Quantized {
             );
         }
         progress(ids.len(), ids.len());
-        Ok(Quantized { source, pool, plans, totals: Mutex::default() })
+        Ok(Quantized { source, pool, plans, totals: Mutex::default(), calibrated: None })
+    }
+
+    /// Whether a matrix waits for [`Quantized::calibrate`].
+    pub fn needs_calibration(&self) -> bool {
+        self.calibrated.is_none() && self.plans.values().any(|plan| plan.method.calibrates())
+    }
+
+    /// Quantizes what needs to see its inputs, layer by layer. `progress` is called with the steps done and their number.
+    pub fn calibrate(
+        &mut self,
+        calibration: &Calibration,
+        progress: &mut dyn FnMut(usize, usize) -> ControlFlow<()>,
+    ) -> Result<(), Error> {
+        let methods: BTreeMap<MatrixId, Method> = self
+            .plans
+            .iter()
+            .filter(|(_, plan)| plan.method.calibrates())
+            .map(|(&id, plan)| (id, plan.method))
+            .collect();
+        let calibrated = calibrate::calibrate(
+            &Job {
+                source: &*self.source,
+                quantized: self,
+                methods,
+                amax: &|id, expert| self.plans.get(&id).map_or(0.0, |plan| plan.amaxes[expert]),
+                pool: &self.pool,
+                calibration,
+            },
+            progress,
+        )?;
+        // What was read meanwhile will be read, and counted, again.
+        self.totals = Mutex::default();
+        self.calibrated = Some(calibrated);
+        Ok(())
+    }
+
+    /// What calibration found out about each layer; empty without one.
+    pub fn facts(&self) -> &[LayerFacts] {
+        self.calibrated.as_ref().map_or(&[], |calibrated| &calibrated.facts)
     }
 
     /// The blocks of all casts: how many there are, and what they lose.
@@ -233,6 +295,27 @@ impl Weights for Quantized {
                 );
                 Values::Nvfp4 { codes: Cow::Owned(codes), scales: Cow::Owned(scales), global_scale }
             }
+            (Method::Gptq | Method::Refine, _) => {
+                let calibrated = self.calibrated.as_ref().ok_or_else(|| checkpoint::Error::Format {
+                    tensor: id.name(),
+                    expected: "a calibration before it is read".to_owned(),
+                    found: "none".to_owned(),
+                })?;
+                let rounded = calibrated.rounded(id, expert)?;
+                let global_scale = plan.method.global_scale(plan.amaxes[expert]);
+                let mut totals = Totals::default();
+                let mut values = vec![0.0; cols];
+                for (row, after) in rounded.values(global_scale).chunks_exact(cols).enumerate() {
+                    source.row(row, &mut values);
+                    totals.add(&values, after);
+                }
+                self.add_totals(id, &totals);
+                Values::Nvfp4 {
+                    codes: Cow::Owned(rounded.codes),
+                    scales: Cow::Owned(rounded.scales),
+                    global_scale,
+                }
+            }
             (Method::Mxfp4, _) => {
                 let (codes, scales) =
                     self.encode(id, &source, mxfp4::BLOCK, &mxfp4::quantize, &mxfp4::dequantize);
@@ -260,7 +343,10 @@ impl Weights for Quantized {
     }
 
     fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
-        self.source.vector(id)
+        match self.calibrated.as_ref().and_then(|calibrated| calibrated.bias(id).transpose()) {
+            Some(bias) => Ok(Vector::Bf16(Cow::Owned(bias?))),
+            None => self.source.vector(id),
+        }
     }
 
     fn input_scale(&self, id: MatrixId) -> Option<f32> {
@@ -304,7 +390,7 @@ impl Plan {
                     source.release(id, expert);
                 }
             }
-            Method::Max | Method::Mse | Method::FourOverSix => {
+            Method::Max | Method::Mse | Method::FourOverSix | Method::Gptq | Method::Refine => {
                 for expert in 0..count {
                     plan.amaxes.push(amax(&source.matrix(id, expert)?, id, pool)?);
                     source.release(id, expert);
@@ -386,7 +472,7 @@ fn share_scale(plans: &mut BTreeMap<MatrixId, Plan>, ids: &[MatrixId]) {
 fn check_shape(source: &dyn Weights, id: MatrixId, method: Method) -> Result<(), Error> {
     let (_, _, cols) = id.kind.shape(source.config());
     let block = match method {
-        Method::Max | Method::Mse | Method::FourOverSix => nvfp4::BLOCK,
+        Method::Max | Method::Mse | Method::FourOverSix | Method::Gptq | Method::Refine => nvfp4::BLOCK,
         Method::Mxfp4 => mxfp4::BLOCK,
         Method::Keep | Method::Cast | Method::Bf16 => return Ok(()),
     };

@@ -1,6 +1,8 @@
 //! `nibble quantize`: writes a quantized checkpoint.
 
+use std::hash::{Hash, Hasher};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -9,6 +11,7 @@ use quantize::{Method, Options, Quantized, ScalesPer, TensorReport};
 use serde_json::{Value, json};
 
 use crate::args::{self, Common, Embedding, Format, Quantize};
+use crate::calibration;
 use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::model::{Model, threads};
@@ -35,8 +38,21 @@ pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
         ui.note("note: compressed-tensors has no names for fused experts: they are written in BF16");
     }
 
+    let windows = if wants_calibration(&model, args) {
+        calibration::windows(&model, &args.calibration, args.calibration_tokens as usize, ui)?
+    } else {
+        Vec::new()
+    };
+    let scratch = scratch(args);
+    let calibration = quantize::Calibration {
+        fingerprint: format!("{} {}", target.fingerprint, digest(&windows)),
+        windows,
+        all_experts: args.all_experts,
+        scratch: scratch.clone(),
+    };
+
     let mut bar = ui.progress("Looking", 1);
-    let view =
+    let mut view =
         Quantized::new(source(model, args.format), options(args), threads(common), &mut |done, total| {
             bar.set_total(total as u64);
             bar.set(done as u64);
@@ -60,8 +76,26 @@ pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
         return Err(failure.hint("--allow-loss casts all the same; --scales-per expert may lose less"));
     }
 
-    let mut bar = ui.progress("Writing", 1);
     interrupt::handle_gracefully();
+    if view.needs_calibration() {
+        let mut bar = ui.progress("Calibrating", 1);
+        let calibrated = view.calibrate(&calibration, &mut |done, total| {
+            bar.set_total(total as u64);
+            bar.set(done as u64);
+            if interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        });
+        drop(bar);
+        calibrated.map_err(|error| match error {
+            quantize::Error::Interrupted => Failure::new(
+                crate::failure::Status::Interrupted,
+                format!("interrupted; the layers calibrated so far are in {}", scratch.display()),
+            )
+            .hint("the same command continues"),
+            error => error.into(),
+        })?;
+    }
+
+    let mut bar = ui.progress("Writing", 1);
     let written = checkpoint::write(&view, &target, &args.out, &mut |progress| {
         bar.set_total(progress.total_bytes);
         bar.set(progress.done_bytes);
@@ -73,6 +107,9 @@ pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
             .hint("--overwrite drops the unfinished work of another command and begins anew"),
         error => error.into(),
     })?;
+    if scratch.exists() {
+        std::fs::remove_dir_all(&scratch).map_err(|error| Failure::io(&scratch, &error))?;
+    }
     report(args, &view, &written, &names, parameters, source_bytes, started, ui);
     Ok(())
 }
@@ -92,6 +129,30 @@ fn check(args: &Quantize) -> Result<()> {
         .hint("--overwrite replaces it"));
     }
     Ok(())
+}
+
+/// Whether the algorithm calibrates and there is something in BF16 for it.
+fn wants_calibration(model: &Model, args: &Quantize) -> bool {
+    let kind = match args.recipe {
+        args::Recipe::Experts => checkpoint::MatrixKind::GateUp,
+        args::Recipe::Linear | args::Recipe::All => checkpoint::MatrixKind::Query,
+    };
+    let Options::Nvfp4 { algorithm, .. } = options(args) else { return false };
+    algorithm.calibrates() && model.checkpoint.format(kind.at(0)) == checkpoint::Format::Bf16
+}
+
+/// Where calibration keeps activations and finished layers.
+fn scratch(args: &Quantize) -> PathBuf {
+    let mut path = args.out.clone().into_os_string();
+    path.push(".calibration");
+    path.into()
+}
+
+/// Tells calibration data apart.
+fn digest(windows: &[Vec<u32>]) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    windows.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// Fake-quantized weights are taken as the codes that they stand for, unless they are to be plain BF16 again.
@@ -114,6 +175,8 @@ fn options(args: &Quantize) -> Options {
                 args::Algorithm::Max => quantize::Algorithm::Max,
                 args::Algorithm::Mse => quantize::Algorithm::Mse,
                 args::Algorithm::FourOverSix => quantize::Algorithm::FourOverSix,
+                args::Algorithm::Gptq => quantize::Algorithm::Gptq,
+                args::Algorithm::Refine => quantize::Algorithm::Refine,
             },
             embedding: args.embedding == Embedding::Nvfp4,
             scales_per: match args.scales_per {
@@ -154,8 +217,15 @@ fn fingerprint(source: &Checkpoint, args: &Quantize) -> String {
             format!("{} {:?} {modified:?}", file.path().display(), metadata.map(|m| m.len()))
         })
         .collect();
-    let options =
-        (args.recipe, args.algorithm, args.format, args.embedding, args.scales_per, args.max_shard_size);
+    let options = (
+        args.recipe,
+        args.algorithm,
+        args.format,
+        args.embedding,
+        args.scales_per,
+        args.max_shard_size,
+        args.all_experts,
+    );
     format!("{files:?} {options:?} {}", env!("CARGO_PKG_VERSION"))
 }
 
@@ -216,12 +286,13 @@ fn report(
         };
         println!("{:<52} {method:<13} {quality}", names.name(t.id));
     }
-    if args.algorithm == args::Algorithm::Auto && tensors.iter().any(|t| t.method == Method::Mse) {
+    if args.algorithm == args::Algorithm::Auto && tensors.iter().any(|t| t.method == Method::Refine) {
         println!(
             "{}",
-            dim("auto took mse for what is BF16: the lowest divergence of the algorithms measured so far")
+            dim("auto took refine for what is BF16: the lowest divergence of all algorithms measured")
         );
     }
+    coverage(view);
     if cast.blocks > 0 {
         let verdict =
             if cast.changed_values == 0 { green("without losing a bit") } else { "with losses".to_owned() };
@@ -235,6 +306,19 @@ fn report(
         started.elapsed().as_secs_f64()
     );
     println!("{}", dim(&format!("nibble verify {} {}", args.source, args.out.display())));
+}
+
+/// Says which experts calibration hardly saw.
+fn coverage(view: &Quantized) {
+    for (layer, facts) in view.facts().iter().enumerate() {
+        let starved: Vec<String> = (0..facts.coverage.len())
+            .filter(|&expert| facts.coverage[expert] < quantize::FEWEST_TOKENS as u64)
+            .map(|expert| format!("{expert} ({} tokens)", facts.coverage[expert]))
+            .collect();
+        if !starved.is_empty() {
+            println!("layer {layer}: too few tokens for expert {}: mse instead", starved.join(", "));
+        }
+    }
 }
 
 fn finite(value: f64) -> Option<f64> {

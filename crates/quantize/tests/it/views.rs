@@ -1,11 +1,12 @@
 //! Views over the small model and over made-up weights.
 
 use std::borrow::Cow;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use checkpoint::{
-    Config, Error, Format, Matrix, MatrixId, MatrixKind, Synthetic, Values, Vector, VectorId, Weights,
-    compare,
+    Config, Error, Format, Matrix, MatrixId, MatrixKind, Synthetic, Values, Vector, VectorId, VectorKind,
+    Weights, compare,
 };
 use half::bf16;
 use quantize::{Algorithm, Method, Options, Quantized, Recipe, ScalesPer};
@@ -66,7 +67,7 @@ fn searched_scales_lower_the_error_and_leave_the_cast_alone() {
 
 #[test]
 fn query_key_and_value_share_their_global_scale() {
-    let max = view(open("testdata/tiny-gpt-oss-bf16"), nvfp4(Recipe::Linear, Algorithm::Auto));
+    let max = view(open("testdata/tiny-gpt-oss-bf16"), nvfp4(Recipe::Linear, Algorithm::Mse));
     let scale = |kind: MatrixKind| match max.matrix(kind.at(2), 0).unwrap().values {
         Values::Nvfp4 { global_scale, .. } => global_scale,
         other => panic!("{:?}", other.format()),
@@ -144,7 +145,7 @@ fn a_cast_out_of_the_window_is_counted_before_anything_is_read() {
         scales[5] = 100;
         Values::Mxfp4 { codes: Cow::Owned(vec![0x21; rows * cols / 2]), scales: Cow::Owned(scales) }
     });
-    let view = view(Arc::clone(&source) as Arc<dyn Weights>, nvfp4(Recipe::Experts, Algorithm::Auto));
+    let view = view(Arc::clone(&source) as Arc<dyn Weights>, nvfp4(Recipe::Experts, Algorithm::Cast));
     let counts = view.cast_counts();
     let blocks = 3 * 192 * 2;
     assert_eq!((counts.blocks, counts.lossless_blocks), (blocks, blocks - 3));
@@ -211,4 +212,72 @@ fn the_numbers_do_not_depend_on_the_threads() {
     assert!(compare(&one, &many, None).unwrap().identical);
     let errors = |view: &Quantized| view.report().iter().map(|t| t.totals.squared_error).collect::<Vec<_>>();
     assert_eq!(errors(&one), errors(&many));
+}
+
+/// A calibration on the small model's own text, in a folder of its own.
+fn calibration(folder: &std::path::Path, seed: u32) -> quantize::Calibration {
+    let windows = (0..4).map(|w| (0..96).map(|t| (seed + w * 977 + t * t * 31) % 4000).collect()).collect();
+    quantize::Calibration {
+        windows,
+        all_experts: false,
+        scratch: folder.join("calibration"),
+        fingerprint: format!("{seed}"),
+    }
+}
+
+#[test]
+fn an_interrupted_calibration_continues_to_the_same_result() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = || open("testdata/tiny-gpt-oss-bf16");
+    let make = |name: &str, stop: Option<usize>| {
+        let path = folder.path().join(name);
+        let calibration = calibration(&path, 5);
+        let mut view = view(source(), nvfp4(Recipe::Linear, Algorithm::Refine));
+        assert!(view.needs_calibration());
+        let unread = view.matrix(MatrixKind::Down.at(1), 3).unwrap_err();
+        assert!(unread.to_string().contains("calibration"), "{unread}");
+        if let Some(stop) = stop {
+            let stopped = view.calibrate(&calibration, &mut |done, _| {
+                if done < stop { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+            });
+            assert!(matches!(stopped, Err(quantize::Error::Interrupted)));
+        }
+        let mut first = None;
+        view.calibrate(&calibration, &mut |done, _| {
+            first.get_or_insert(done);
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        assert_eq!(first.unwrap() > 0, stop.is_some(), "finished layers are not done again");
+        view
+    };
+    let (whole, continued) = (make("whole", None), make("continued", Some(25)));
+    assert!(compare(&whole, &continued, None).unwrap().identical);
+    let bias = VectorKind::DownBias.at(2);
+    assert_eq!(whole.vector(bias).unwrap(), continued.vector(bias).unwrap());
+    assert_ne!(whole.vector(bias).unwrap(), source().vector(bias).unwrap(), "the bias takes the mean error");
+    assert_eq!(whole.facts().len(), 4);
+    for facts in whole.facts() {
+        assert_eq!(facts.coverage.iter().sum::<u64>(), 4 * 96 * 4, "every token goes to four experts");
+        assert!(facts.input_amax.iter().all(|&a| a > 0.0) && facts.key_amax > 0.0 && facts.value_amax > 0.0);
+    }
+}
+
+#[test]
+fn one_token_leaves_every_expert_at_the_sweep() {
+    let folder = tempfile::tempdir().unwrap();
+    let calibration = quantize::Calibration { windows: vec![vec![7]], ..calibration(folder.path(), 1) };
+    let source = || open("testdata/tiny-gpt-oss-bf16");
+    let mut refined = view(source(), nvfp4(Recipe::Experts, Algorithm::Refine));
+    refined.calibrate(&calibration, &mut |_, _| ControlFlow::Continue(())).unwrap();
+    let mse = view(source(), nvfp4(Recipe::Experts, Algorithm::Mse));
+    assert!(compare(&refined, &mse, None).unwrap().identical);
+
+    let nothing = quantize::Calibration { windows: vec![], ..calibration.clone() };
+    let error = refined.calibrate(&nothing, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
+    assert!(matches!(error, quantize::Error::NoTokens));
+    let unknown =
+        quantize::Calibration { windows: vec![vec![4096]], fingerprint: "unknown".to_owned(), ..calibration };
+    let error = refined.calibrate(&unknown, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
+    assert!(error.to_string().contains("4096"), "{error}");
 }

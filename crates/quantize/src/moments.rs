@@ -1,0 +1,79 @@
+//! What calibration sees at the input of one linear layer.
+
+use cpu::{Pool, Rows, Update, products};
+
+/// Weighted sums over tokens: of the inputs that the quantized model gives (`x`), and of those that the source gives for the
+/// same tokens (`s`).
+pub(crate) struct Moments {
+    pub(crate) cols: usize,
+    /// Tokens seen.
+    pub(crate) tokens: usize,
+    /// `Σ ω x xᵀ`, `[cols, cols]`
+    pub(crate) second: Vec<f32>,
+    /// `Σ ω x sᵀ`, `[cols, cols]`
+    pub(crate) cross: Vec<f32>,
+    /// `Σ ω x`
+    pub(crate) mean: Vec<f64>,
+    /// `Σ ω s`
+    pub(crate) source_mean: Vec<f64>,
+    weight: f64,
+}
+
+impl Moments {
+    pub(crate) fn new(cols: usize) -> Moments {
+        Moments {
+            cols,
+            tokens: 0,
+            second: vec![0.0; cols * cols],
+            cross: vec![0.0; cols * cols],
+            mean: vec![0.0; cols],
+            source_mean: vec![0.0; cols],
+            weight: 0.0,
+        }
+    }
+
+    /// Adds some tokens, each with the weight `ω` that errors in its output have.
+    pub(crate) fn add(&mut self, pool: &Pool, inputs: &[f32], source: &[f32], weights: &[f32]) {
+        self.tokens += weights.len();
+        self.weight += weights.iter().map(|&w| f64::from(w)).sum::<f64>();
+        let sum = |rows: &[f32], mean: &mut [f64]| {
+            for (row, &weight) in rows.chunks_exact(self.cols).zip(weights) {
+                mean.iter_mut().zip(row).for_each(|(m, &x)| *m += f64::from(weight) * f64::from(x));
+            }
+        };
+        sum(inputs, &mut self.mean);
+        sum(source, &mut self.source_mean);
+        let padded = weights.len().next_multiple_of(16);
+        let x = transposed(inputs, self.cols, weights, padded);
+        let s = transposed(source, self.cols, weights, padded);
+        let (x, s) = (Rows::new(&x, padded), Rows::new(&s, padded));
+        products(pool, x, x, &mut self.second, self.cols, Update::Add);
+        products(pool, x, s, &mut self.cross, self.cols, Update::Add);
+    }
+
+    /// Sums to means; with `centered`, second moments to covariances.
+    pub(crate) fn finish(&mut self, centered: bool) {
+        let inverse = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
+        self.mean.iter_mut().chain(&mut self.source_mean).for_each(|m| *m *= inverse);
+        for (i, &mean) in self.mean.iter().enumerate() {
+            let range = i * self.cols..(i + 1) * self.cols;
+            let means = self.mean.iter().zip(&self.source_mean);
+            let rows = self.second[range.clone()].iter_mut().zip(&mut self.cross[range]);
+            for ((second, cross), (&own, &source)) in rows.zip(means) {
+                let (a, b) = if centered { (mean * own, mean * source) } else { (0.0, 0.0) };
+                *second = (f64::from(*second) * inverse - a) as f32;
+                *cross = (f64::from(*cross) * inverse - b) as f32;
+            }
+        }
+    }
+}
+
+/// `[tokens, cols]` to `[cols, padded]`, each token times the root of its weight.
+fn transposed(rows: &[f32], cols: usize, weights: &[f32], padded: usize) -> Vec<f32> {
+    let mut out = vec![0.0; cols * padded];
+    for (t, (row, weight)) in rows.chunks_exact(cols).zip(weights).enumerate() {
+        let root = weight.sqrt();
+        row.iter().enumerate().for_each(|(c, x)| out[c * padded + t] = x * root);
+    }
+    out
+}
