@@ -246,13 +246,6 @@ fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
     written
 }
 
-impl Quality {
-    /// `e^nll` of the source and of the quantized model.
-    pub fn perplexities(&self) -> (f64, f64) {
-        (self.nll_source.exp(), self.nll.exp())
-    }
-}
-
 impl Report {
     /// The distinct formats of fewer than sixteen bits, as people write them: `NVFP4`.
     fn formats(&self) -> Vec<String> {

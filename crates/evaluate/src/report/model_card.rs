@@ -1,7 +1,8 @@
 //! The model card: what the hub shows of a model, with the facts of the run and no others.
 
 use super::text::{
-    NONE, bytes, change, code, count, duration, fenced, figures, fixed, percent, plural, prose, yaml,
+    NONE, bytes, change, code, count, duration, fenced, figures, fixed, percent, perplexity, plural, prose,
+    yaml,
 };
 use super::{Report, STARVED_TOKENS};
 
@@ -67,7 +68,6 @@ fn quality(report: &Report) -> String {
     section += "| Data | Tokens | KL mean | KL 99th percentile | Same first choice | Perplexity, source | Perplexity, quantized | \
                 NLL, source | NLL, quantized |\n|:--|--:|--:|--:|--:|--:|--:|--:|--:|\n";
     for quality in &report.quality {
-        let (before, after) = quality.perplexities();
         section += &format!(
             "| {} | {} | {} | {} | {} | {} | {} | {} | {} |\n",
             code(&quality.data),
@@ -75,8 +75,8 @@ fn quality(report: &Report) -> String {
             figures(quality.kl_mean),
             figures(quality.kl_p99),
             percent(quality.top1_agreement),
-            figures(before),
-            figures(after),
+            perplexity(quality.nll_source),
+            perplexity(quality.nll),
             fixed(quality.nll_source, 4),
             fixed(quality.nll, 4)
         );
@@ -142,12 +142,7 @@ fn making(report: &Report) -> String {
     );
     let exact = report.tensors.iter().filter(|tensor| tensor.mse == 0.0).count();
     if exact > 0 {
-        let tensors = report.tensors.len();
-        section += &format!(
-            "- {} of {} kept every value\n",
-            count(exact as u64),
-            plural(tensors as u64, "tensor", "tensors")
-        );
+        section += &format!("- tensors that kept every value: {exact} of {}\n", report.tensors.len());
     }
     section += "\n";
     let Some(calibration) = &report.calibration else {

@@ -6,7 +6,8 @@ use plotters::style::RGBColor;
 
 use super::plot::{AFTER, BEFORE, Bar, HEAT, LINES, Line};
 use super::text::{
-    NONE, bytes, change, count, duration, figures, fixed, html, optional, percent, plural, short,
+    NONE, bytes, change, count, duration, figures, fixed, html, optional, percent, perplexity, plural, rough,
+    short,
 };
 use super::{Calibration, Error, Report, STARVED_TOKENS, Tensor, plot};
 
@@ -73,21 +74,18 @@ fn summary(report: &Report) -> String {
     summary += &card("Size", &bytes(run.bytes), &from);
     let parameters: u64 = report.sizes.iter().fold(0, |sum, part| sum.saturating_add(part.parameters));
     let of = if parameters > 0 {
-        format!("of {} parameters", count(parameters))
+        format!("of {} parameters", rough(parameters))
     } else {
         "over all tensors".to_owned()
     };
     summary += &card("Bits per weight", &fixed(run.bits_per_weight, 2), &of);
     if let Some(first) = report.quality.first() {
-        let (before, after) = first.perplexities();
         let on = format!("nats on {}", short(&first.data, 40));
         summary += &card("Mean divergence", &figures(first.kl_mean), &on);
-        let from = format!(
-            "from {}{}",
-            figures(before),
-            change(before, after).map_or_else(String::new, |c| format!(" ({c})"))
-        );
-        summary += &card("Perplexity", &figures(after), &from);
+        let worse = change(first.nll_source.exp(), first.nll.exp())
+            .map_or_else(String::new, |change| format!(" ({change})"));
+        let from = format!("from {}{worse}", perplexity(first.nll_source));
+        summary += &card("Perplexity", &perplexity(first.nll), &from);
         summary += &card("Same first choice", &percent(first.top1_agreement), "of the source's tokens");
     } else {
         summary += &card("Divergence", NONE, "not measured");
@@ -111,38 +109,24 @@ fn quality(report: &Report) -> Result<String, Error> {
         section += "<section>\n<h2>Quality</h2>\n<p>The quantized model against its source, token by token. Divergence is the \
                     mean of KL(source ‖ quantized) in nats; perplexity is e to the mean negative log-likelihood (NLL).</p>\n";
         let rows = report.quality.iter().map(|quality| {
-            let (before, after) = quality.perplexities();
+            let worse = change(quality.nll_source.exp(), quality.nll.exp());
             vec![
                 html(&quality.data),
                 count(quality.tokens),
                 figures(quality.kl_mean),
                 figures(quality.kl_p99),
                 percent(quality.top1_agreement),
-                figures(before),
                 format!(
-                    "{}{}",
-                    figures(after),
-                    change(before, after).map_or_else(String::new, |c| format!(" <small>{c}</small>"))
+                    "{} → {}{}",
+                    perplexity(quality.nll_source),
+                    perplexity(quality.nll),
+                    worse.map_or_else(String::new, |change| format!(" <small>{change}</small>"))
                 ),
-                fixed(quality.nll_source, 4),
-                fixed(quality.nll, 4),
+                format!("{} → {}", fixed(quality.nll_source, 4), fixed(quality.nll, 4)),
             ]
         });
-        section += &table(
-            &[
-                "Data",
-                "Tokens",
-                "KL mean",
-                "KL 99th percentile",
-                "Same first choice",
-                "Perplexity before",
-                "after",
-                "NLL before",
-                "after",
-            ],
-            1,
-            rows,
-        );
+        let head = ["Data", "Tokens", "KL mean", "KL 99th pct.", "Same first choice", "Perplexity", "NLL"];
+        section += &table(&head, 1, rows);
         section += "</section>\n";
     }
     if !report.algorithms.is_empty() {
@@ -150,7 +134,7 @@ fn quality(report: &Report) -> Result<String, Error> {
             report.quality.first().map_or_else(String::new, |quality| format!(" on {}", html(&quality.data)));
         section += &format!(
             "<section>\n<h2>Algorithms compared</h2>\n<p>Mean divergence from the source{on}, in nats; shorter is closer. \
-             This run's algorithm is the dark bar.</p>\n"
+             This run's algorithm is the blue bar.</p>\n"
         );
         let bars: Vec<Bar> = report
             .algorithms
@@ -183,18 +167,13 @@ fn sizes(report: &Report) -> Result<String, Error> {
             lengths: vec![(part.source_bytes as f64, BEFORE), (part.bytes as f64, AFTER)],
         })
         .collect();
-    let bits = |bytes: u64, parameters: u64| {
-        if parameters == 0 { NONE.to_owned() } else { fixed(bytes as f64 * 8.0 / parameters as f64, 2) }
+    let bits = |bytes: u64, parameters: u64| match parameters {
+        0 => NONE.to_owned(),
+        _ => fixed(bytes as f64 * 8.0 / parameters as f64, 2),
     };
     let rows = report.sizes.iter().map(|part| {
-        vec![
-            html(&part.name),
-            count(part.parameters),
-            bytes(part.source_bytes),
-            bytes(part.bytes),
-            bits(part.source_bytes, part.parameters),
-            bits(part.bytes, part.parameters),
-        ]
+        let (before, after) = (bits(part.source_bytes, part.parameters), bits(part.bytes, part.parameters));
+        vec![html(&part.name), count(part.parameters), format!("{before} → {after}")]
     });
     Ok(format!(
         "<section>\n<h2>Size by part</h2>\n<div class=\"pair\">\n{}<div>{}</div>\n</div>\n</section>\n",
@@ -206,7 +185,7 @@ fn sizes(report: &Report) -> Result<String, Error> {
                 legend([(BEFORE, "before".to_owned()), (AFTER, "after".to_owned())])
             )
         ),
-        table(&["Part", "Parameters", "Before", "After", "Bits before", "after"], 1, rows)
+        table(&["Part", "Parameters", "Bits per weight"], 1, rows)
     ))
 }
 
@@ -298,9 +277,9 @@ fn layers(report: &Report) -> Result<String, Error> {
         section += "<section>\n<h2>Error by layer</h2>\n";
         if exact > 0 {
             section += &format!(
-                "<p>{} of {} kept every value, so they have no error to plot.</p>\n",
+                "<p>Tensors that kept every value, and so have no error to plot: {} of {}.</p>\n",
                 count(exact as u64),
-                plural(report.tensors.len() as u64, "tensor", "tensors")
+                count(report.tensors.len() as u64)
             );
         }
         if !figures.is_empty() {

@@ -86,18 +86,12 @@ pub(super) fn yaml(text: &str) -> String {
 
 /// Three significant figures.
 pub(super) fn figures(value: f64) -> String {
-    if !value.is_finite() {
-        return NONE.to_owned();
-    }
-    if value == 0.0 {
-        return "0".to_owned();
-    }
-    let magnitude = value.abs();
-    if !(1e-4..1e6).contains(&magnitude) {
-        return format!("{value:.2e}");
-    }
-    let decimals = (2 - magnitude.log10().floor() as i32).max(0) as usize;
-    format!("{value:.decimals$}")
+    significant(value, 3)
+}
+
+/// Four significant figures: what quantizing changes in a perplexity is often in the fourth.
+pub(super) fn perplexity(nll: f64) -> String {
+    significant(nll.exp(), 4)
 }
 
 /// `decimals` places after the point.
@@ -154,6 +148,16 @@ pub(super) fn count(number: u64) -> String {
     grouped
 }
 
+/// A whole number of any size in one glance: `20.9 billion`.
+pub(super) fn rough(number: u64) -> String {
+    let value = number as f64;
+    match value {
+        ..999.5e3 => count(number),
+        ..999.5e6 => format!("{} million", figures(value / 1e6)),
+        _ => format!("{} billion", figures(value / 1e9)),
+    }
+}
+
 /// `number` and what is counted.
 pub(super) fn plural(number: u64, one: &str, many: &str) -> String {
     format!("{} {}", count(number), if number == 1 { one } else { many })
@@ -170,6 +174,21 @@ pub(super) fn duration(seconds: f64) -> String {
     let whole = seconds.round() as u64;
     let (hours, minutes, rest) = (whole / 3600, whole / 60 % 60, whole % 60);
     if hours > 0 { format!("{hours} h {minutes:02} min") } else { format!("{minutes} min {rest:02} s") }
+}
+
+fn significant(value: f64, figures: i32) -> String {
+    if !value.is_finite() {
+        return NONE.to_owned();
+    }
+    if value == 0.0 {
+        return "0".to_owned();
+    }
+    let magnitude = value.abs();
+    if !(1e-4..1e6).contains(&magnitude) {
+        return format!("{value:.2e}");
+    }
+    let decimals = (figures - 1 - magnitude.log10().floor() as i32).max(0) as usize;
+    format!("{value:.decimals$}")
 }
 
 /// Markdown's and HTML's punctuation as numeric references.

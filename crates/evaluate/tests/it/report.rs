@@ -220,13 +220,13 @@ fn the_page_says_what_happened() {
             "Quantized from bf16 to NVFP4 by <b>gptq</b>, recipe <b>linear</b>, written as <b>modelopt</b> in 1 h 18 min on 2 threads.",
             "Why this algorithm: the lowest measured divergence of six.",
             "<span class=\"value\">12.6 GB</span><span class=\"note\">from 41.8 GB (−70 %)</span>",
-            "<span class=\"value\">4.82</span><span class=\"note\">of 20,916,300,000 parameters</span>",
+            "<span class=\"value\">4.82</span><span class=\"note\">of 20.9 billion parameters</span>",
             "<span class=\"value\">0.0136</span><span class=\"note\">nats on books-valid.txt</span>",
-            "<span class=\"value\">12.3</span><span class=\"note\">from 12.2 (+1.26 %)</span>",
-            "<td class=\"l\">conversations-valid.jsonl</td><td>9,120</td><td>0.00871</td><td>0.0912</td><td>96.3 %</td>",
+            "<span class=\"value\">12.34</span><span class=\"note\">from 12.18 (+1.26 %)</span>",
+            "<td class=\"l\">conversations-valid.jsonl</td><td>9,120</td><td>0.00871</td><td>0.0912</td><td>96.3 %</td><td>3.490 → 3.501 <small>+0.31 %</small></td>",
             "KL 0.0250 · NLL 2.5301",
             "38.2 GB → 10.7 GB",
-            "1 of 145 tensors kept every value",
+            "Tensors that kept every value, and so have no error to plot: 1 of 145.",
             "65,536 tokens in windows of at most 1,024; each token went through the experts that the router chose. Seed 3.",
             "saw fewer than 16.</b>",
             "<code>model.layers.23.self_attn.o_proj.weight</code>",
@@ -259,7 +259,7 @@ fn the_model_card_states_the_facts() {
         &card,
         &[
             "from `bf16` to the `modelopt` layout: 12.6 GB instead of 41.8 GB (−70 %), 4.82 bits per weight",
-            "| `books-valid.txt` | 16,368 | 0.0136 | 0.110 | 94.1 % | 12.2 | 12.3 | 2.5000 | 2.5125 |\n",
+            "| `books-valid.txt` | 16,368 | 0.0136 | 0.110 | 94.1 % | 12.18 | 12.34 | 2.5000 | 2.5125 |\n",
             "| `max` | 0.0250 | 2.5301 |\n",
             "| experts | 19,110,000,000 | 38.2 GB | 10.7 GB | 4.50 |\n",
             "```sh\nnibble quantize acme/gpt-oss-20b-tuned --recipe linear --out tuned-nvfp4 --report report\n```\n",
@@ -453,9 +453,9 @@ fn a_lossless_cast_has_nothing_to_plot() {
         (tensor.max_rule_mse, tensor.output_error, tensor.max_rule_output_error) = (None, None, None);
     }
     let Written { page, card, .. } = written(&report);
-    assert_all(&page, &["25 of 25 tensors kept every value", "<td>exact</td>"]);
+    assert_all(&page, &["no error to plot: 25 of 25", "<td>exact</td>"]);
     assert!(!page.contains("signal to noise"));
-    assert!(card.contains("- 25 of 25 tensors kept every value\n"));
+    assert!(card.contains("- tensors that kept every value: 25 of 25\n"));
 }
 
 #[test]

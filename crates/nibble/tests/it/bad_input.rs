@@ -152,7 +152,7 @@ fn a_full_disk_leaves_nothing_under_the_final_name() {
     assert!(stderr.contains("model"), "{stderr}");
     assert!(!out.exists());
     // With room again, the same command continues.
-    ok(&["quantize", &bf16(), "--out", out.to_str().unwrap()]);
+    ok(&["quantize", &bf16(), "--out", out.to_str().unwrap(), "--algorithm", "mse"]);
     assert!(!folder.path().join("model.partial").exists());
     ok(&["inspect", out.to_str().unwrap()]);
 }

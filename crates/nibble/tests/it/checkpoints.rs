@@ -63,7 +63,7 @@ fn layouts_convert_into_one_another() {
         let packed = folder.path(&format!("{recipe}-packed"));
         let fake = folder.path(&format!("{recipe}-fake"));
         let again = folder.path(&format!("{recipe}-again"));
-        ok(&["quantize", &bf16(), "--out", &packed, "--recipe", recipe]);
+        ok(&["quantize", &bf16(), "--out", &packed, "--recipe", recipe, "--algorithm", "mse"]);
         ok(&["quantize", &packed, "--out", &fake, "--recipe", recipe, "--format", "fake-bf16"]);
         identical(&packed, &fake);
         ok(&["quantize", &fake, "--out", &again, "--recipe", recipe]);
