@@ -135,6 +135,8 @@ impl Model {
             algorithm: Algorithm::Cast,
             embedding: false,
             scales_per: ScalesPer::Stack,
+            activations: false,
+            kv_scales: false,
             experts_in_bf16: false,
         };
         let mut bar = ui.progress("Quantizing", 1);

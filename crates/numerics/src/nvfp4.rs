@@ -87,6 +87,27 @@ impl ScaleSearch {
     /// The best of all E4M3 scales: the smallest squared error, the smaller scale on a tie. `full` looks at all 126 bytes, else
     /// at those around the max rule's.
     pub fn best_of_sweep(&self, values: &[f32], full: bool) -> u8 {
+        self.best(values, full, |scale| squared_error(values, scale))
+    }
+
+    /// The E4M3 scale of the smallest `d H dᵀ`, `d` being the block's error and `hessian` the second moment `H` of its inputs;
+    /// the smaller scale on a tie. Winners lie anywhere, so all 126 are tried.
+    pub fn best_by_hessian(&self, values: &[f32], hessian: &[[f32; BLOCK]; BLOCK]) -> u8 {
+        self.best(values, true, |scale| {
+            let mut error = [0.0f32; BLOCK];
+            for (error, &value) in error.iter_mut().zip(values) {
+                *error = value - rounded(value, scale);
+            }
+            let mut product = [0.0f32; BLOCK];
+            for (row, error) in hessian.iter().zip(&error) {
+                product.iter_mut().zip(row).for_each(|(product, h)| *product += error * h);
+            }
+            product.iter().zip(&error).map(|(product, error)| product * error).sum()
+        })
+    }
+
+    /// The first scale of the smallest loss.
+    fn best(&self, values: &[f32], full: bool, loss: impl Fn(f32) -> f32) -> u8 {
         // Candidate i stands for byte i + 1. In a block of zeros all are equal, and the first wins.
         let candidates = if amax(values) == 0.0 {
             0..1
@@ -98,7 +119,7 @@ impl ScaleSearch {
         };
         let (mut best, mut least) = (candidates.start, f32::INFINITY);
         for i in candidates {
-            let error = squared_error(values, self.sweep[i].1);
+            let error = loss(self.sweep[i].1);
             if error < least {
                 (best, least) = (i, error);
             }
@@ -129,12 +150,15 @@ impl ScaleSearch {
 fn squared_error(values: &[f32], s: f32) -> f32 {
     let mut sum = 0.0;
     for &value in values {
-        let magnitude = value.abs();
-        let quantized = if s == 0.0 { 0.0 } else { e2m1::decode(e2m1::encode(magnitude / s)) * s };
-        let error = magnitude - quantized;
+        let error = value - rounded(value, s);
         sum += error * error;
     }
     sum
+}
+
+/// The nearest multiple of `s` that E2M1 has.
+fn rounded(value: f32, s: f32) -> f32 {
+    if s == 0.0 { 0.0 } else { e2m1::decode(e2m1::encode(value / s)) * s }
 }
 
 /// Encodes one block with a given scale byte: `code = E2M1(value / (f32(scale) · global_scale))`.

@@ -5,22 +5,23 @@
 //! folder, as do the finished layers, so that memory holds one expert at a time and an interrupted run continues.
 
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::ops::ControlFlow;
-use std::os::unix::fs::FileExt;
+use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
+use std::slice;
 
-use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, VectorId, VectorKind, Weights};
+use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, VectorKind, Weights};
 use cpu::{Pool, Rows, Update, products};
 use gptoss::{Rotary, rotate, swiglu, top_experts};
 use half::bf16;
 use numerics::nvfp4::{self, BLOCK};
 
 use crate::factor::Factor;
-use crate::gptq::{Rounded, Scales, refine, round};
+use crate::gptq::{Scales, refine, round};
 use crate::moments::Moments;
+use crate::rounded::{Rounded, diagonal_blocks, sweep};
+use crate::saved::{Calibrated, Done, LayerFacts, Record, bias_of, io};
 use crate::stream::Stream;
-use crate::{Error, Method};
+use crate::{Error, Method, awq};
 
 /// What to calibrate on, and where unfinished work lies.
 #[derive(Debug, Clone)]
@@ -33,19 +34,6 @@ pub struct Calibration {
     pub scratch: PathBuf,
     /// Of everything that the result depends on.
     pub fingerprint: String,
-}
-
-/// What calibration found out about one layer.
-#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
-pub struct LayerFacts {
-    /// Largest magnitudes of the inputs of: query, key and value; output; gate and up; down.
-    pub input_amax: [f32; 4],
-    /// Largest magnitude of the rotated keys.
-    pub key_amax: f32,
-    /// Largest magnitude of the values.
-    pub value_amax: f32,
-    /// Tokens routed to each expert.
-    pub coverage: Vec<u64>,
 }
 
 /// Fewer tokens than this say too little about an expert: it falls back to `mse`.
@@ -63,60 +51,6 @@ const PASSES: usize = 4;
 
 /// Tokens whose activations are in memory at a time.
 const CHUNK: usize = 1024;
-
-/// Quantized layers and facts in the scratch folder.
-pub(crate) struct Calibrated {
-    config: Config,
-    kinds: Vec<MatrixKind>,
-    files: Vec<(PathBuf, File)>,
-    pub(crate) facts: Vec<LayerFacts>,
-}
-
-impl Calibrated {
-    /// A matrix that was calibrated.
-    pub(crate) fn rounded(&self, id: MatrixId, expert: usize) -> Result<Rounded, checkpoint::Error> {
-        let (at, rows, cols) = self.place(id, expert).expect("a matrix that was calibrated");
-        let codes = self.read(id.layer, at, rows * cols / 2)?;
-        let scales = self.read(id.layer, at + (rows * cols / 2) as u64, rows * cols / BLOCK)?;
-        Ok(Rounded { codes, scales })
-    }
-
-    /// The corrected bias, if calibration made one.
-    pub(crate) fn bias(&self, id: VectorId) -> Result<Option<Vec<bf16>>, checkpoint::Error> {
-        let Some(kind) = MatrixKind::LAYER.into_iter().find(|&kind| bias_of(kind) == id.kind) else {
-            return Ok(None);
-        };
-        let (count, ..) = kind.shape(&self.config);
-        let mut bias = Vec::new();
-        for expert in 0..count {
-            let Some((at, rows, cols)) = self.place(kind.at(id.layer), expert) else { return Ok(None) };
-            let bytes = self.read(id.layer, at + (rows * cols / 2 + rows * cols / BLOCK) as u64, rows * 2)?;
-            bias.extend(bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]])));
-        }
-        Ok(Some(bias))
-    }
-
-    /// Where the record of a matrix begins, and its shape.
-    fn place(&self, id: MatrixId, expert: usize) -> Option<(u64, usize, usize)> {
-        let mut at = 0;
-        for &kind in &self.kinds {
-            let (count, rows, cols) = kind.shape(&self.config);
-            let record = record_bytes(rows, cols);
-            if kind == id.kind {
-                return Some(((at + expert * record) as u64, rows, cols));
-            }
-            at += count * record;
-        }
-        None
-    }
-
-    fn read(&self, layer: usize, at: u64, len: usize) -> Result<Vec<u8>, checkpoint::Error> {
-        let (path, file) = &self.files[layer];
-        let mut bytes = vec![0; len];
-        file.read_exact_at(&mut bytes, at).map_err(|source| io(path, source))?;
-        Ok(bytes)
-    }
-}
 
 /// What a calibration needs to know about the weights.
 pub(crate) struct Job<'a> {
@@ -140,6 +74,7 @@ pub(crate) fn calibrate(
     let config = job.source.config();
     let folder = &job.calibration.scratch;
     let layers = config.layer_kinds.len();
+    let sides = Side::of(job);
     let kinds: Vec<MatrixKind> =
         MatrixKind::LAYER.into_iter().filter(|kind| job.methods.contains_key(&kind.at(0))).collect();
     if job.calibration.windows.iter().all(Vec::is_empty) {
@@ -161,28 +96,33 @@ pub(crate) fn calibrate(
     }
     for layer in done..layers {
         step(layer, 0)?;
-        let pass = LayerPass { job, config, layer, kinds: &kinds };
+        let pass = LayerPass { job, sides: &sides, config, layer, kinds: &kinds };
         pass.run(&mut |part| step(layer, part))?;
     }
     let _ = progress(layers * per_layer, layers * per_layer);
-    let mut calibrated = Calibrated { config: config.clone(), kinds, files: Vec::new(), facts: Vec::new() };
-    for layer in 0..layers {
-        let path = layer_file(folder, layer);
-        let file = File::open(&path).map_err(|source| io(&path, source))?;
-        calibrated.files.push((path, file));
-        let path = facts_file(folder, layer);
-        let text = std::fs::read(&path).map_err(|source| io(&path, source))?;
-        let facts = serde_json::from_slice(&text).map_err(|error| io(&path, error.into()))?;
-        calibrated.facts.push(facts);
+    let final_amax = final_amax(job)?;
+    Ok(Calibrated::open(folder, config, kinds, final_amax)?)
+}
+
+/// The largest magnitude that the output layer sees.
+fn final_amax(job: &Job<'_>) -> Result<f32, Error> {
+    let config = job.source.config();
+    let path = stream_file(&job.calibration.scratch, Side::of(job)[0].name, config.layer_kinds.len());
+    let stream = Stream::open(&path, config.hidden_size)?;
+    let norm = job.source.vector(VectorKind::FinalNorm.at(0))?.to_f32();
+    let mut largest = 0.0f32;
+    for window in windows(job.calibration) {
+        let x = normed(config, &stream.read(window.start, window.len())?, &norm);
+        largest = largest.max(nvfp4::amax(&x));
     }
-    Ok(calibrated)
+    Ok(largest)
 }
 
 /// Makes the scratch folder, or finds one of the same fingerprint; returns the layers done.
 fn prepare(folder: &Path, fingerprint: &str, layers: usize) -> Result<usize, Error> {
     let state = folder.join("fingerprint");
     if std::fs::read_to_string(&state).is_ok_and(|found| found == fingerprint) {
-        return Ok((0..layers).take_while(|&layer| facts_file(folder, layer).exists()).count());
+        return Ok((0..layers).take_while(|&layer| Done::exists(folder, layer)).count());
     }
     if folder.exists() {
         std::fs::remove_dir_all(folder).map_err(|source| io(folder, source))?;
@@ -195,9 +135,9 @@ fn prepare(folder: &Path, fingerprint: &str, layers: usize) -> Result<usize, Err
 /// The tokens' embeddings as the input of the first layer, in both streams.
 fn embed(job: &Job<'_>) -> Result<(), Error> {
     let width = job.source.config().hidden_size;
-    for (weights, name) in [(job.source, SOURCE), (job.quantized, QUANTIZED)] {
-        let stream = Stream::create(&stream_file(&job.calibration.scratch, name, 0), width)?;
-        let embedding = weights.matrix(MatrixKind::Embedding.at(0), 0)?;
+    for side in Side::of(job) {
+        let stream = Stream::create(&stream_file(&job.calibration.scratch, side.name, 0), width)?;
+        let embedding = side.weights.matrix(MatrixKind::Embedding.at(0), 0)?;
         let mut first = 0;
         for window in &job.calibration.windows {
             let mut rows = vec![0.0; window.len() * width];
@@ -214,40 +154,8 @@ fn embed(job: &Job<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-const SOURCE: &str = "source";
-const QUANTIZED: &str = "quantized";
-
 fn stream_file(folder: &Path, name: &str, layer: usize) -> PathBuf {
     folder.join(format!("{name}-{layer}.f32"))
-}
-
-fn layer_file(folder: &Path, layer: usize) -> PathBuf {
-    folder.join(format!("layer-{layer}.nvfp4"))
-}
-
-fn facts_file(folder: &Path, layer: usize) -> PathBuf {
-    folder.join(format!("layer-{layer}.json"))
-}
-
-fn record_bytes(rows: usize, cols: usize) -> usize {
-    rows * cols / 2 + rows * cols / BLOCK + rows * 2
-}
-
-fn io(path: &Path, source: std::io::Error) -> checkpoint::Error {
-    checkpoint::Error::Io { path: path.to_owned(), source }
-}
-
-/// The bias that a matrix's product is added to.
-fn bias_of(kind: MatrixKind) -> VectorKind {
-    match kind {
-        MatrixKind::Query => VectorKind::QueryBias,
-        MatrixKind::Key => VectorKind::KeyBias,
-        MatrixKind::Value => VectorKind::ValueBias,
-        MatrixKind::Output => VectorKind::OutputBias,
-        MatrixKind::Router | MatrixKind::Embedding | MatrixKind::Unembedding => VectorKind::RouterBias,
-        MatrixKind::GateUp => VectorKind::GateUpBias,
-        MatrixKind::Down => VectorKind::DownBias,
-    }
 }
 
 /// A matrix with its bias, in f32.
@@ -275,15 +183,45 @@ impl Linear {
     }
 }
 
-/// The two residual streams between two places of the model.
-struct Streams {
-    source: Stream,
-    quantized: Stream,
+/// One of the two models whose forward passes are followed.
+struct Side<'a> {
+    name: &'static str,
+    weights: &'a dyn Weights,
 }
 
-/// One layer's calibration.
+impl<'a> Side<'a> {
+    /// The source, and the quantized model if something is quantized by what it sees there.
+    fn of(job: &Job<'a>) -> Vec<Side<'a>> {
+        let mut sides = vec![Side { name: "source", weights: job.source }];
+        if !job.methods.is_empty() {
+            sides.push(Side { name: "quantized", weights: job.quantized });
+        }
+        sides
+    }
+}
+
+/// Tokens that go through an expert, and the weights of its answers.
+#[derive(Default, Clone)]
+struct Route {
+    tokens: Vec<usize>,
+    weights: Vec<f32>,
+}
+
+impl Route {
+    fn push(&mut self, token: usize, weight: f32) {
+        self.tokens.push(token);
+        self.weights.push(weight);
+    }
+
+    fn chunks(&self) -> impl Iterator<Item = (&[usize], &[f32])> {
+        self.tokens.chunks(CHUNK).zip(self.weights.chunks(CHUNK))
+    }
+}
+
+/// One layer's calibration. What there is once per side is in the order of `sides`, the source first.
 struct LayerPass<'a> {
     job: &'a Job<'a>,
+    sides: &'a [Side<'a>],
     config: &'a Config,
     layer: usize,
     kinds: &'a [MatrixKind],
@@ -293,96 +231,103 @@ impl LayerPass<'_> {
     fn run(&self, step: &mut dyn FnMut(usize) -> Result<(), Error>) -> Result<(), Error> {
         let folder = &self.job.calibration.scratch;
         let width = self.config.hidden_size;
-        let mut facts = LayerFacts::default();
+        let mut done = Done::default();
         let mut record = Record::create(folder, self.layer)?;
-        let input = Streams {
-            source: Stream::open(&stream_file(folder, SOURCE, self.layer), width)?,
-            quantized: Stream::open(&stream_file(folder, QUANTIZED, self.layer), width)?,
-        };
-        let middle = self.streams("middle", width)?;
-        self.attention(&input, &middle, &mut facts, &mut record)?;
+        let input = self.streams(|side| Stream::open(&stream_file(folder, side.name, self.layer), width))?;
+        let middle = self.scratch_streams("middle", width)?;
+        self.attention(&input, &middle, &mut done, &mut record)?;
         step(1)?;
-        let output = Streams {
-            source: Stream::create(&stream_file(folder, SOURCE, self.layer + 1), width)?,
-            quantized: Stream::create(&stream_file(folder, QUANTIZED, self.layer + 1), width)?,
-        };
-        self.moe(&middle, &output, &mut facts, &mut record, step)?;
+        let output =
+            self.streams(|side| Stream::create(&stream_file(folder, side.name, self.layer + 1), width))?;
+        self.moe(&middle, &output, &mut done.facts, &mut record, step)?;
         record.finish()?;
-        let path = facts_file(folder, self.layer);
-        let text = serde_json::to_vec(&facts).expect("plain numbers are JSON");
-        let partial = path.with_extension("partial");
-        std::fs::write(&partial, text).map_err(|source| io(&partial, source))?;
-        std::fs::rename(&partial, &path).map_err(|source| io(&path, source))?;
-        for name in [SOURCE, QUANTIZED] {
-            let old = stream_file(folder, name, self.layer);
+        done.write(folder, self.layer)?;
+        for side in self.sides {
+            let old = stream_file(folder, side.name, self.layer);
             std::fs::remove_file(&old).map_err(|source| io(&old, source))?;
         }
         Ok(())
     }
 
-    /// Scratch streams that the next layer overwrites.
-    fn streams(&self, name: &str, width: usize) -> Result<Streams, Error> {
+    /// One stream per side.
+    fn streams(
+        &self,
+        open: impl Fn(&Side<'_>) -> Result<Stream, checkpoint::Error>,
+    ) -> Result<Vec<Stream>, Error> {
+        Ok(self.sides.iter().map(open).collect::<Result<_, _>>()?)
+    }
+
+    /// Streams that the next layer overwrites.
+    fn scratch_streams(&self, name: &str, width: usize) -> Result<Vec<Stream>, Error> {
         let folder = &self.job.calibration.scratch;
-        Ok(Streams {
-            source: Stream::create(&folder.join(format!("{name}-source.f32")), width)?,
-            quantized: Stream::create(&folder.join(format!("{name}-quantized.f32")), width)?,
-        })
+        self.streams(|side| Stream::create(&folder.join(format!("{name}-{}.f32", side.name)), width))
     }
 
     fn attention(
         &self,
-        input: &Streams,
-        middle: &Streams,
-        facts: &mut LayerFacts,
+        input: &[Stream],
+        middle: &[Stream],
+        done: &mut Done,
         record: &mut Record,
     ) -> Result<(), Error> {
         let pool = self.job.pool;
-        let width = self.config.hidden_size;
-        let source_norm = self.norm(self.job.source, VectorKind::InputNorm)?;
-        let norm = self.norm(self.job.quantized, VectorKind::InputNorm)?;
-        let projections = [MatrixKind::Query, MatrixKind::Key, MatrixKind::Value];
-        let source: Vec<Linear> = projections
-            .iter()
-            .map(|&kind| self.linear(self.job.source, kind, 0))
-            .collect::<Result<_, _>>()?;
-        let mut moments =
-            projections.iter().any(|kind| self.kinds.contains(kind)).then(|| Moments::new(width));
-        for window in self.windows() {
-            let x = self.normed(&input.quantized.read(window.start, window.len())?, &norm);
-            facts.input_amax[0] = facts.input_amax[0].max(nvfp4::amax(&x));
+        let facts = &mut done.facts;
+        let mut norms = self.norms(VectorKind::InputNorm)?;
+        let normed = |window: &Range<usize>, norms: &[Vec<f32>]| -> Result<Vec<Vec<f32>>, Error> {
+            let each = input.iter().zip(norms);
+            each.map(|(from, norm)| Ok(normed(self.config, &from.read(window.start, window.len())?, norm)))
+                .collect()
+        };
+        let kinds = [MatrixKind::Query, MatrixKind::Key, MatrixKind::Value];
+        let mut projections = vec![self.linears(&kinds)?];
+        let mut moments = self.moments(&kinds, self.config.hidden_size);
+        for window in windows(self.job.calibration) {
+            let x = normed(&window, &norms)?;
+            facts.input_amax[0] = facts.input_amax[0].max(nvfp4::amax(&x[0]));
             if let Some(moments) = &mut moments {
-                let s = self.normed(&input.source.read(window.start, window.len())?, &source_norm);
-                moments.add(pool, &x, &s, &vec![1.0; window.len()]);
+                self.add(moments, &kinds, &x, &vec![1.0; window.len()]);
             }
         }
-        let quantized = self.quantize(&projections, 0, &source, moments, record)?;
+        if let Some(norm) = norms.get_mut(1) {
+            projections.push(match moments {
+                Some(moments) if self.method(&kinds) == Some(Method::Awq) => {
+                    self.awq(&kinds, &projections[0], moments, Some(norm), done, record)?
+                }
+                moments => self.quantize(&kinds, 0, &projections[0], moments, record)?,
+            });
+        }
 
-        let context_width = self.config.query_heads * self.config.head_dim;
-        let context = self.streams("context", context_width)?;
-        let mut moments = self.kinds.contains(&MatrixKind::Output).then(|| Moments::new(context_width));
-        for window in self.windows() {
-            let x = self.normed(&input.quantized.read(window.start, window.len())?, &norm);
-            let s = self.normed(&input.source.read(window.start, window.len())?, &source_norm);
-            let x = self.attend(&quantized, &x, self.job.quantized, Some(facts))?;
-            let s = self.attend(&source, &s, self.job.source, None)?;
-            facts.input_amax[1] = facts.input_amax[1].max(nvfp4::amax(&x));
-            if let Some(moments) = &mut moments {
-                moments.add(pool, &x, &s, &vec![1.0; window.len()]);
+        let facts = &mut done.facts;
+        let width = self.config.query_heads * self.config.head_dim;
+        let context = self.scratch_streams("context", width)?;
+        let kinds = [MatrixKind::Output];
+        let mut moments = self.moments(&kinds, width);
+        for window in windows(self.job.calibration) {
+            let mut x = normed(&window, &norms)?;
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = self.attend(&projections[i], x, (i == 0).then_some(&mut *facts))?;
+                context[i].write(window.start, x)?;
             }
-            context.quantized.write(window.start, &x)?;
-            context.source.write(window.start, &s)?;
+            facts.input_amax[1] = facts.input_amax[1].max(nvfp4::amax(&x[0]));
+            if let Some(moments) = &mut moments {
+                self.add(moments, &kinds, &x, &vec![1.0; window.len()]);
+            }
         }
-        let source = [self.linear(self.job.source, MatrixKind::Output, 0)?];
-        let quantized = self.quantize(&[MatrixKind::Output], 0, &source, moments, record)?;
-        for window in self.windows() {
-            for (linear, from, context, to) in [
-                (&quantized[0], &input.quantized, &context.quantized, &middle.quantized),
-                (&source[0], &input.source, &context.source, &middle.source),
-            ] {
-                let mut x = from.read(window.start, window.len())?;
-                let a = linear.apply(pool, &context.read(window.start, window.len())?);
+        let mut outputs = vec![self.linears(&kinds)?];
+        if self.sides.len() > 1 {
+            outputs.push(match moments {
+                Some(moments) if self.method(&kinds) == Some(Method::Awq) => {
+                    self.awq(&kinds, &outputs[0], moments, None, done, record)?
+                }
+                moments => self.quantize(&kinds, 0, &outputs[0], moments, record)?,
+            });
+        }
+        for window in windows(self.job.calibration) {
+            for (i, output) in outputs.iter().enumerate() {
+                let mut x = input[i].read(window.start, window.len())?;
+                let a = output[0].apply(pool, &context[i].read(window.start, window.len())?);
                 x.iter_mut().zip(&a).for_each(|(x, a)| *x += a);
-                to.write(window.start, &x)?;
+                middle[i].write(window.start, &x)?;
             }
         }
         Ok(())
@@ -390,140 +335,145 @@ impl LayerPass<'_> {
 
     fn moe(
         &self,
-        middle: &Streams,
-        output: &Streams,
+        middle: &[Stream],
+        output: &[Stream],
         facts: &mut LayerFacts,
         record: &mut Record,
         step: &mut dyn FnMut(usize) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let (config, pool) = (self.config, self.job.pool);
-        let (width, inner) = (config.hidden_size, config.intermediate_size);
-        let source_norm = self.norm(self.job.source, VectorKind::PostAttentionNorm)?;
-        let norm = self.norm(self.job.quantized, VectorKind::PostAttentionNorm)?;
-        // Per stream and expert: its tokens and the weights of its answers.
-        let empty = || vec![(Vec::new(), Vec::new()); config.experts];
-        let (mut routes, mut source_routes) = (empty(), empty());
-        let mut others = vec![Vec::new(); config.experts];
-        let routers = [
-            self.linear(self.job.quantized, MatrixKind::Router, 0)?,
-            self.linear(self.job.source, MatrixKind::Router, 0)?,
-        ];
-        for window in self.windows() {
-            for (i, (from, to, norm, routes)) in [
-                (&middle.quantized, &output.quantized, &norm, &mut routes),
-                (&middle.source, &output.source, &source_norm, &mut source_routes),
-            ]
-            .into_iter()
-            .enumerate()
-            {
-                let x = from.read(window.start, window.len())?;
-                to.write(window.start, &x)?;
-                let h = self.normed(&x, norm);
+        let norms = self.norms(VectorKind::PostAttentionNorm)?;
+        let mut routes = vec![vec![Route::default(); config.experts]; self.sides.len()];
+        // Tokens of the last side that count for the statistics alone.
+        let mut others = vec![Route::default(); config.experts];
+        for (i, side) in self.sides.iter().enumerate() {
+            let router = self.linear(side.weights, MatrixKind::Router, 0)?;
+            for window in windows(self.job.calibration) {
+                let x = middle[i].read(window.start, window.len())?;
+                output[i].write(window.start, &x)?;
+                let h = normed(self.config, &x, &norms[i]);
                 if i == 0 {
                     facts.input_amax[2] = facts.input_amax[2].max(nvfp4::amax(&h));
                 }
-                for (t, logits) in routers[i].apply(pool, &h).chunks_exact(config.experts).enumerate() {
+                for (t, logits) in router.apply(pool, &h).chunks_exact(config.experts).enumerate() {
                     for (expert, weight) in top_experts(logits, config.experts_per_token) {
-                        routes[expert].0.push(window.start + t);
-                        routes[expert].1.push(weight);
+                        routes[i][expert].push(window.start + t, weight);
                     }
-                    if i == 0 && self.job.calibration.all_experts {
-                        for (expert, weight) in
-                            top_experts(logits, config.experts).into_iter().skip(config.experts_per_token)
-                        {
-                            others[expert].push((window.start + t, weight));
+                    if i > 0 && self.job.calibration.all_experts {
+                        let all = top_experts(logits, config.experts);
+                        for (expert, weight) in all.into_iter().skip(config.experts_per_token) {
+                            others[expert].push(window.start + t, weight);
                         }
                     }
                 }
             }
         }
-        facts.coverage = routes.iter().map(|(tokens, _)| tokens.len() as u64).collect();
+        facts.coverage = routes[self.sides.len() - 1].iter().map(|route| route.tokens.len() as u64).collect();
 
         // The record holds all experts of a kind one after the other, so the down matrices wait for their turn.
         let mut downs = Vec::new();
-        for expert in 0..config.experts {
+        for (expert, others) in others.iter().enumerate() {
             step(2 + expert)?;
-            let (tokens, answers) = &routes[expert];
-            let mut seen = tokens.clone();
-            let mut importance: Vec<f32> = answers.iter().map(|w| w * w).collect();
-            for &(token, weight) in &others[expert] {
-                seen.push(token);
-                importance.push(weight * weight);
+            let mut experts = vec![[
+                self.linear(self.job.source, MatrixKind::GateUp, expert)?,
+                self.linear(self.job.source, MatrixKind::Down, expert)?,
+            ]];
+            if let Some(routes) = routes.get(1) {
+                let mut down = Record::in_memory();
+                let seen = [&routes[expert], others];
+                experts.push(self.expert(expert, &experts[0], seen, middle, &norms, record, &mut down)?);
+                downs.push(down);
             }
-            let inputs = |at: usize, end: usize| -> Result<(Vec<f32>, Vec<f32>), Error> {
-                Ok((
-                    self.normed(&middle.quantized.gather(&seen[at..end])?, &norm),
-                    self.normed(&middle.source.gather(&seen[at..end])?, &source_norm),
-                ))
-            };
-            let chunks = || (0..seen.len()).step_by(CHUNK).map(|at| (at, (at + CHUNK).min(seen.len())));
-
-            let source_up = self.linear(self.job.source, MatrixKind::GateUp, expert)?;
-            let mut moments = self.kinds.contains(&MatrixKind::GateUp).then(|| Moments::new(width));
-            if let Some(moments) = &mut moments {
-                for (at, end) in chunks() {
-                    let (x, s) = inputs(at, end)?;
-                    moments.add(pool, &x, &s, &self.importance(&importance[at..end]));
-                }
-            }
-            let source_up = [source_up];
-            let up = self.quantize(&[MatrixKind::GateUp], expert, &source_up, moments, record)?;
-
-            let source_down = [self.linear(self.job.source, MatrixKind::Down, expert)?];
-            let mut moments = self.kinds.contains(&MatrixKind::Down).then(|| Moments::new(inner));
-            if let Some(moments) = &mut moments {
-                for (at, end) in chunks() {
-                    let (x, s) = inputs(at, end)?;
-                    let x = swiglu(&up[0].apply(pool, &x), config);
-                    let s = swiglu(&source_up[0].apply(pool, &s), config);
-                    moments.add(pool, &x, &s, &self.importance(&importance[at..end]));
-                }
-            }
-            let mut part = Record::in_memory();
-            let down = self.quantize(&[MatrixKind::Down], expert, &source_down, moments, &mut part)?;
-            downs.push(part);
-
-            for (i, (stream, to, norm, routes, up, down)) in [
-                (&middle.quantized, &output.quantized, &norm, &routes, &up[0], &down[0]),
-                (
-                    &middle.source,
-                    &output.source,
-                    &source_norm,
-                    &source_routes,
-                    &source_up[0],
-                    &source_down[0],
-                ),
-            ]
-            .into_iter()
-            .enumerate()
-            {
-                let (tokens, answers) = &routes[expert];
-                for (tokens, answers) in tokens.chunks(CHUNK).zip(answers.chunks(CHUNK)) {
-                    let x = self.normed(&stream.gather(tokens)?, norm);
+            for (i, [up, down]) in experts.iter().enumerate() {
+                for (tokens, weights) in routes[i][expert].chunks() {
+                    let x = normed(self.config, &middle[i].gather(tokens)?, &norms[i]);
                     let y = swiglu(&up.apply(pool, &x), config);
                     if i == 0 {
                         facts.input_amax[3] = facts.input_amax[3].max(nvfp4::amax(&y));
                     }
                     let mut z = down.apply(pool, &y);
-                    for (row, weight) in z.chunks_exact_mut(width).zip(answers) {
+                    for (row, weight) in z.chunks_exact_mut(config.hidden_size).zip(weights) {
                         row.iter_mut().for_each(|z| *z *= weight);
                     }
-                    to.add(tokens, &z)?;
+                    output[i].add(tokens, &z)?;
                 }
             }
             self.job.source.release(MatrixKind::GateUp.at(self.layer), expert);
             self.job.source.release(MatrixKind::Down.at(self.layer), expert);
         }
-        for part in downs {
-            record.append(&part.bytes)?;
+        for down in downs {
+            record.append(&down.bytes)?;
         }
         Ok(())
     }
 
-    /// Errors of an expert's answer count by the square of its weight; plain GPTQ does not know of weights.
-    fn importance(&self, squares: &[f32]) -> Vec<f32> {
-        let plain = self.job.methods.get(&MatrixKind::GateUp.at(self.layer)) == Some(&Method::Gptq);
-        if plain { vec![1.0; squares.len()] } else { squares.to_vec() }
+    /// Quantizes the two matrices of an expert by the tokens of `routes`.
+    #[expect(clippy::too_many_arguments, reason = "what an expert sees, and where its two matrices go")]
+    fn expert(
+        &self,
+        expert: usize,
+        source: &[Linear; 2],
+        routes: [&Route; 2],
+        middle: &[Stream],
+        norms: &[Vec<f32>],
+        up_record: &mut Record,
+        down_record: &mut Record,
+    ) -> Result<[Linear; 2], Error> {
+        let pool = self.job.pool;
+        let chunks = || routes.into_iter().flat_map(Route::chunks);
+        let inputs = |tokens: &[usize]| -> Result<Vec<Vec<f32>>, Error> {
+            let each = middle.iter().zip(norms);
+            each.map(|(from, norm)| Ok(normed(self.config, &from.gather(tokens)?, norm))).collect()
+        };
+        let kinds = [MatrixKind::GateUp];
+        let mut moments = self.moments(&kinds, self.config.hidden_size);
+        if let Some(moments) = &mut moments {
+            for (tokens, weights) in chunks() {
+                let x = inputs(tokens)?;
+                self.add(moments, &kinds, &x, weights);
+            }
+        }
+        let [source_up, source_down] = source;
+        let up = only(self.quantize(&kinds, expert, slice::from_ref(source_up), moments, up_record)?);
+
+        let kinds = [MatrixKind::Down];
+        let mut moments = self.moments(&kinds, self.config.intermediate_size);
+        if let Some(moments) = &mut moments {
+            for (tokens, weights) in chunks() {
+                let mut x = inputs(tokens)?;
+                for (x, up) in x.iter_mut().zip([source_up, &up]) {
+                    *x = swiglu(&up.apply(pool, x), self.config);
+                }
+                self.add(moments, &kinds, &x, weights);
+            }
+        }
+        let down = only(self.quantize(&kinds, expert, slice::from_ref(source_down), moments, down_record)?);
+        Ok([up, down])
+    }
+
+    /// How these matrices are quantized, if they are calibrated.
+    fn method(&self, kinds: &[MatrixKind]) -> Option<Method> {
+        kinds.iter().find_map(|kind| self.job.methods.get(&kind.at(self.layer)).copied())
+    }
+
+    /// Where their statistics go, if they are calibrated.
+    fn moments(&self, kinds: &[MatrixKind], cols: usize) -> Option<Moments> {
+        kinds.iter().any(|kind| self.kinds.contains(kind)).then(|| Moments::new(cols))
+    }
+
+    /// Adds tokens to the statistics: the inputs `x` that both sides give, and the `weights` of their answers.
+    fn add(&self, moments: &mut Moments, kinds: &[MatrixKind], x: &[Vec<f32>], weights: &[f32]) {
+        let method = self.method(kinds);
+        let importance: Vec<f32> = match method {
+            // An error in an expert's answer counts by the square of its weight.
+            Some(Method::Refine) => weights.iter().map(|weight| weight * weight).collect(),
+            // Means over windows, of means over their tokens.
+            Some(Method::Awq) => vec![1.0 / weights.len() as f32; weights.len()],
+            _ => vec![1.0; weights.len()],
+        };
+        // These two are defined on the source's own inputs.
+        let source_alone = matches!(method, Some(Method::LocalHessian | Method::Awq));
+        moments.add(self.job.pool, if source_alone { &x[0] } else { &x[1] }, &x[0], &importance);
     }
 
     /// Quantizes matrices that share an input, if they are to be calibrated, and records them; others are taken as they will be.
@@ -540,7 +490,7 @@ impl LayerPass<'_> {
         };
         let pool = self.job.pool;
         let tokens = moments.tokens;
-        let method = kinds.iter().find_map(|kind| self.job.methods.get(&kind.at(self.layer)).copied());
+        let method = self.method(kinds);
         let refined = method == Some(Method::Refine);
         moments.finish(refined);
         let Moments { cols, second, cross, mean, source_mean, .. } = moments;
@@ -548,7 +498,10 @@ impl LayerPass<'_> {
         let difference: Vec<f32> =
             if refined { cross.iter().zip(&second).map(|(c, h)| c - h).collect() } else { Vec::new() };
         drop(cross);
-        let factor = (tokens >= FEWEST_TOKENS).then(|| Factor::new(pool, second, cols, DAMPING));
+        let enough = tokens >= FEWEST_TOKENS;
+        let hessians =
+            (enough && method == Some(Method::LocalHessian)).then(|| diagonal_blocks(&second, cols));
+        let factor = (enough && hessians.is_none()).then(|| Factor::new(pool, second, cols, DAMPING));
         let mut results = Vec::new();
         for (&kind, source) in kinds.iter().zip(source) {
             let id = kind.at(self.layer);
@@ -556,8 +509,8 @@ impl LayerPass<'_> {
             let global_scale = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
             let mut bias = source.bias.clone();
             let rounded = match &factor {
-                _ if amax == 0.0 => zeros(&source.weights),
-                None => sweep(pool, &source.weights, cols, amax),
+                _ if amax == 0.0 => Rounded::zeros(source.weights.len()),
+                None => sweep(pool, &source.weights, cols, amax, hessians.as_deref()),
                 Some(factor) if refined => {
                     let mut target = vec![0.0; source.weights.len()];
                     let rows = Rows::new(&source.weights, cols);
@@ -584,11 +537,59 @@ impl LayerPass<'_> {
                     *bias = bf16::from_f32(*bias + sum as f32).to_f32();
                 }
             }
-            record.append(&rounded.codes)?;
-            record.append(&rounded.scales)?;
-            let bytes: Vec<u8> = bias.iter().flat_map(|&b| bf16::from_f32(b).to_le_bytes()).collect();
-            record.append(&bytes)?;
+            record.matrix(&rounded, &bias)?;
             results.push(Linear { weights, bias, cols });
+        }
+        Ok(results)
+    }
+
+    /// Quantizes projections that share an input as Model Optimizer's `awq_full` does: with a `norm` before them, their columns
+    /// are scaled and it takes the inverse; then their common global scale is clipped.
+    fn awq(
+        &self,
+        kinds: &[MatrixKind],
+        source: &[Linear],
+        mut moments: Moments,
+        norm: Option<&mut Vec<f32>>,
+        done: &mut Done,
+        record: &mut Record,
+    ) -> Result<Vec<Linear>, Error> {
+        let (pool, cols) = (self.job.pool, moments.cols);
+        moments.finish(false);
+        let mut weights: Vec<Vec<f32>> = source.iter().map(|linear| linear.weights.clone()).collect();
+        if let Some(norm) = norm {
+            // What runs as one product has one input, so the projections share the mean of their scales.
+            let mut scale = vec![0.0; cols];
+            for weights in &weights {
+                let own = awq::lite(pool, weights, &moments);
+                scale.iter_mut().zip(own).for_each(|(scale, own)| *scale += own / source.len() as f32);
+            }
+            for (scale, norm) in scale.iter_mut().zip(norm.iter_mut()) {
+                // As BF16 holds the product, so that scaling loses nothing.
+                let scaled = bf16::from_f32(*norm * *scale).to_f32();
+                *scale = if scaled.is_normal() && norm.is_normal() { scaled / *norm } else { 1.0 };
+                *norm *= *scale;
+            }
+            for row in weights.iter_mut().flat_map(|weights| weights.chunks_exact_mut(cols)) {
+                row.iter_mut().zip(&scale).for_each(|(weight, scale)| *weight /= scale);
+            }
+            moments.scale(&scale);
+            done.norm = Some(norm.clone());
+        }
+        let all = weights.concat();
+        let amax = nvfp4::amax(&all);
+        let amax = awq::clip(pool, &all, &moments, amax) * amax;
+        if kinds == [MatrixKind::Output] {
+            done.amax.1 = Some(amax);
+        } else {
+            done.amax.0 = Some(amax);
+        }
+        let mut results = Vec::new();
+        for (weights, source) in weights.iter().zip(source) {
+            let rounded = Rounded::by_max_rule(weights, amax);
+            record.matrix(&rounded, &source.bias)?;
+            let weights = rounded.values(nvfp4::global_scale(amax));
+            results.push(Linear { weights, bias: source.bias.clone(), cols });
         }
         Ok(results)
     }
@@ -598,7 +599,6 @@ impl LayerPass<'_> {
         &self,
         projections: &[Linear],
         x: &[f32],
-        weights: &dyn Weights,
         facts: Option<&mut LayerFacts>,
     ) -> Result<Vec<f32>, Error> {
         let (config, pool) = (self.config, self.job.pool);
@@ -618,7 +618,7 @@ impl LayerPass<'_> {
             facts.key_amax = facts.key_amax.max(nvfp4::amax(&k));
             facts.value_amax = facts.value_amax.max(nvfp4::amax(&v));
         }
-        let sinks = weights.vector(VectorKind::Sinks.at(self.layer))?.to_f32();
+        let sinks = self.job.source.vector(VectorKind::Sinks.at(self.layer))?.to_f32();
         let window = match config.layer_kinds[self.layer] {
             LayerKind::Sliding => config.sliding_window,
             LayerKind::Full => tokens,
@@ -660,92 +660,38 @@ impl LayerPass<'_> {
         Ok(Linear { weights: matrix.to_f32(), bias, cols: matrix.cols })
     }
 
-    fn norm(&self, weights: &dyn Weights, kind: VectorKind) -> Result<Vec<f32>, Error> {
-        Ok(weights.vector(kind.at(self.layer))?.to_f32())
+    /// The source's matrices.
+    fn linears(&self, kinds: &[MatrixKind]) -> Result<Vec<Linear>, Error> {
+        kinds.iter().map(|&kind| self.linear(self.job.source, kind, 0)).collect()
     }
 
-    fn normed(&self, x: &[f32], scale: &[f32]) -> Vec<f32> {
-        let mut out = Vec::with_capacity(x.len());
-        for x in x.chunks_exact(self.config.hidden_size) {
-            let mean = x.iter().map(|v| v * v).sum::<f32>() / x.len() as f32;
-            let inverse = 1.0 / (mean + self.config.rms_norm_eps).sqrt();
-            out.extend(x.iter().zip(scale).map(|(v, g)| v * inverse * g));
-        }
-        out
-    }
-
-    /// The windows as ranges of tokens.
-    fn windows(&self) -> impl Iterator<Item = std::ops::Range<usize>> + use<'_> {
-        self.job.calibration.windows.iter().scan(0, |first, window| {
-            let range = *first..*first + window.len();
-            *first = range.end;
-            Some(range)
-        })
+    /// A norm of each side.
+    fn norms(&self, kind: VectorKind) -> Result<Vec<Vec<f32>>, Error> {
+        self.sides.iter().map(|side| Ok(side.weights.vector(kind.at(self.layer))?.to_f32())).collect()
     }
 }
 
-/// The rounded matrices of a layer, written one after the other.
-struct Record {
-    file: Option<(PathBuf, File)>,
-    bytes: Vec<u8>,
-    at: u64,
+/// The element of an array of one.
+fn only<T>(mut linears: Vec<T>) -> T {
+    linears.remove(0)
 }
 
-impl Record {
-    fn create(folder: &Path, layer: usize) -> Result<Record, Error> {
-        let path = layer_file(folder, layer);
-        let file = File::create(&path).map_err(|source| io(&path, source))?;
-        Ok(Record { file: Some((path, file)), bytes: Vec::new(), at: 0 })
+/// RMS norm of rows.
+fn normed(config: &Config, x: &[f32], scale: &[f32]) -> Vec<f32> {
+    let mut out = Vec::with_capacity(x.len());
+    for x in x.chunks_exact(config.hidden_size) {
+        let mean = x.iter().map(|v| v * v).sum::<f32>() / x.len() as f32;
+        let inverse = 1.0 / (mean + config.rms_norm_eps).sqrt();
+        out.extend(x.iter().zip(scale).map(|(v, g)| v * inverse * g));
     }
-
-    fn in_memory() -> Record {
-        Record { file: None, bytes: Vec::new(), at: 0 }
-    }
-
-    fn append(&mut self, bytes: &[u8]) -> Result<(), Error> {
-        match &self.file {
-            Some((path, file)) => file.write_all_at(bytes, self.at).map_err(|source| io(path, source))?,
-            None => self.bytes.extend_from_slice(bytes),
-        }
-        self.at += bytes.len() as u64;
-        Ok(())
-    }
-
-    fn finish(&self) -> Result<(), Error> {
-        match &self.file {
-            Some((path, file)) => Ok(file.sync_all().map_err(|source| io(path, source))?),
-            None => Ok(()),
-        }
-    }
+    out
 }
 
-/// Each block with the scale of the smallest squared error.
-fn sweep(pool: &Pool, weights: &[f32], cols: usize, amax: f32) -> Rounded {
-    let global_scale = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
-    let search = nvfp4::ScaleSearch::new(amax, nvfp4::STATIC_MAX_SCALE);
-    let rows: Vec<std::sync::Mutex<Vec<u8>>> =
-        weights.chunks_exact(cols).map(|_| Default::default()).collect();
-    pool.run(rows.len(), &|row| {
-        let blocks = weights[row * cols..][..cols].chunks_exact(BLOCK);
-        let scales = blocks.map(|block| search.best_of_sweep(block, false)).collect();
-        *rows[row].lock().unwrap_or_else(std::sync::PoisonError::into_inner) = scales;
-    });
-    let scales: Vec<u8> = rows
-        .into_iter()
-        .flat_map(|row| row.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner))
-        .collect();
-    let mut codes = vec![0; weights.len() / 2];
-    for ((block, codes), &scale) in
-        weights.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK / 2)).zip(&scales)
-    {
-        nvfp4::encode_block(block, scale, global_scale, codes);
-    }
-    Rounded { codes, scales }
-}
-
-fn zeros(weights: &[f32]) -> Rounded {
-    Rounded {
-        codes: vec![0; weights.len() / 2],
-        scales: vec![nvfp4::ZERO_BLOCK_SCALE; weights.len() / BLOCK],
-    }
+/// The windows as ranges of tokens.
+fn windows(calibration: &Calibration) -> impl Iterator<Item = Range<usize>> {
+    calibration.windows.iter().scan(0, |first, window| {
+        let range = *first..*first + window.len();
+        *first = range.end;
+        Some(range)
+    })
 }

@@ -7,6 +7,7 @@ use numerics::nvfp4::{self, BLOCK};
 use numerics::{e2m1, e4m3};
 
 use crate::factor::Factor;
+use crate::rounded::Rounded;
 
 /// Columns between two products over all earlier errors; a multiple of a block.
 const LAZY: usize = 128;
@@ -17,24 +18,6 @@ const ROWS_PER_TASK: usize = 16;
 /// Scales that are tried side by side, around the byte of the max rule: the winners lie between -2 and +6 of it.
 const CANDIDATES: usize = 16;
 const BELOW: i32 = 4;
-
-/// A quantized matrix without its global scale.
-#[derive(Debug, Clone, PartialEq)]
-pub(crate) struct Rounded {
-    /// `[rows, cols / 2]`
-    pub(crate) codes: Vec<u8>,
-    /// `[rows, cols / 16]`
-    pub(crate) scales: Vec<u8>,
-}
-
-impl Rounded {
-    /// The values `[rows, cols]`.
-    pub(crate) fn values(&self, global_scale: f32) -> Vec<f32> {
-        let mut values = vec![0.0; self.codes.len() * 2];
-        nvfp4::dequantize(&self.codes, &self.scales, global_scale, &mut values);
-        values
-    }
-}
 
 /// How block scales are found.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -5,16 +5,23 @@
 //! would lose anything, is found when the view is made.
 #![forbid(unsafe_code)]
 
+mod awq;
 mod calibrate;
 mod factor;
+#[cfg(test)]
+#[expect(clippy::unwrap_used, reason = "tests")]
+mod golden;
 mod gptq;
 mod moments;
 mod recipe;
 mod report;
+mod rounded;
+mod saved;
 mod stream;
 mod view;
 
-pub use calibrate::{Calibration, FEWEST_TOKENS, LayerFacts};
+pub use calibrate::{Calibration, FEWEST_TOKENS};
 pub use recipe::{Algorithm, Method, Options, Recipe, ScalesPer};
 pub use report::{TensorReport, Totals};
+pub use saved::LayerFacts;
 pub use view::{Error, Quantized};

@@ -16,6 +16,8 @@ pub(crate) struct Moments {
     pub(crate) mean: Vec<f64>,
     /// `Σ ω s`
     pub(crate) source_mean: Vec<f64>,
+    /// `Σ ω |x|`
+    pub(crate) magnitude: Vec<f64>,
     weight: f64,
 }
 
@@ -28,6 +30,7 @@ impl Moments {
             cross: vec![0.0; cols * cols],
             mean: vec![0.0; cols],
             source_mean: vec![0.0; cols],
+            magnitude: vec![0.0; cols],
             weight: 0.0,
         }
     }
@@ -36,13 +39,14 @@ impl Moments {
     pub(crate) fn add(&mut self, pool: &Pool, inputs: &[f32], source: &[f32], weights: &[f32]) {
         self.tokens += weights.len();
         self.weight += weights.iter().map(|&w| f64::from(w)).sum::<f64>();
-        let sum = |rows: &[f32], mean: &mut [f64]| {
+        let sum = |rows: &[f32], sums: &mut [f64], of: fn(f32) -> f32| {
             for (row, &weight) in rows.chunks_exact(self.cols).zip(weights) {
-                mean.iter_mut().zip(row).for_each(|(m, &x)| *m += f64::from(weight) * f64::from(x));
+                sums.iter_mut().zip(row).for_each(|(sum, &x)| *sum += f64::from(weight) * f64::from(of(x)));
             }
         };
-        sum(inputs, &mut self.mean);
-        sum(source, &mut self.source_mean);
+        sum(inputs, &mut self.mean, |x| x);
+        sum(source, &mut self.source_mean, |x| x);
+        sum(inputs, &mut self.magnitude, f32::abs);
         let padded = weights.len().next_multiple_of(16);
         let x = transposed(inputs, self.cols, weights, padded);
         let s = transposed(source, self.cols, weights, padded);
@@ -54,7 +58,8 @@ impl Moments {
     /// Sums to means; with `centered`, second moments to covariances.
     pub(crate) fn finish(&mut self, centered: bool) {
         let inverse = if self.weight > 0.0 { 1.0 / self.weight } else { 0.0 };
-        self.mean.iter_mut().chain(&mut self.source_mean).for_each(|m| *m *= inverse);
+        let sums = self.mean.iter_mut().chain(&mut self.source_mean).chain(&mut self.magnitude);
+        sums.for_each(|sum| *sum *= inverse);
         for (i, &mean) in self.mean.iter().enumerate() {
             let range = i * self.cols..(i + 1) * self.cols;
             let means = self.mean.iter().zip(&self.source_mean);
@@ -64,6 +69,13 @@ impl Moments {
                 *second = (f64::from(*second) * inverse - a) as f32;
                 *cross = (f64::from(*cross) * inverse - b) as f32;
             }
+        }
+    }
+
+    /// Of the inputs times `scale`, column by column: the second moment; nothing else is kept true.
+    pub(crate) fn scale(&mut self, scale: &[f32]) {
+        for (row, a) in self.second.chunks_exact_mut(self.cols).zip(scale) {
+            row.iter_mut().zip(scale).for_each(|(second, b)| *second *= a * b);
         }
     }
 }

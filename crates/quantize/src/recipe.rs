@@ -29,6 +29,12 @@ pub enum Algorithm {
     Mse,
     /// The cast for what is MXFP4, for the rest the largest magnitude of each block on 6 or on 4, whichever is closer.
     FourOverSix,
+    /// The cast for what is MXFP4, for the rest the E4M3 scale of the smallest squared error of each block's product with its
+    /// inputs.
+    LocalHessian,
+    /// The cast for what is MXFP4; for attention scaled columns and a clipped global scale (Lin et al., 2024, as Model
+    /// Optimizer's `awq_full`), `Max` for the rest, whose inputs have no norm of their own to scale.
+    Awq,
     /// The cast for what is MXFP4; GPTQ (Frantar et al., 2022) for the rest, as Model Optimizer does it: max scales, each layer
     /// fed by the quantized ones before it.
     Gptq,
@@ -40,7 +46,8 @@ pub enum Algorithm {
 impl Algorithm {
     /// Whether it needs calibration data.
     pub fn calibrates(self) -> bool {
-        matches!(self, Algorithm::Auto | Algorithm::Gptq | Algorithm::Refine)
+        use Algorithm::{Auto, Awq, Gptq, LocalHessian, Refine};
+        matches!(self, Auto | LocalHessian | Awq | Gptq | Refine)
     }
 }
 
@@ -67,6 +74,10 @@ pub enum Options {
         embedding: bool,
         /// Global scales of the stacks.
         scales_per: ScalesPer,
+        /// Activations in NVFP4 too (W4A4): every quantized matrix has the static scale of its input, from calibration.
+        activations: bool,
+        /// Static scales for keys and values in FP8, from calibration.
+        kv_scales: bool,
         /// The experts in BF16 all the same, for a layout that has no names for packed ones.
         experts_in_bf16: bool,
     },
@@ -90,6 +101,10 @@ pub enum Method {
     Mse,
     /// NVFP4 by the smaller squared error of two block scales.
     FourOverSix,
+    /// NVFP4 by the smallest squared error of each block's product with its inputs.
+    LocalHessian,
+    /// NVFP4 by the largest magnitude, with scaled columns and a clipped global scale.
+    Awq,
     /// NVFP4 by GPTQ with max scales.
     Gptq,
     /// NVFP4 by GPTQ with searched scales and refinement.
@@ -121,6 +136,7 @@ impl Options {
                     MatrixKind::Embedding => embedding,
                     MatrixKind::Router => false,
                 };
+                let in_layer = id.kind.is_attention() || id.kind.is_expert();
                 match (covered, format, algorithm) {
                     (false, Format::Mxfp4, _) => Method::Bf16,
                     (false, Format::Nvfp4, _) if id.kind.is_expert() => Method::Bf16,
@@ -128,19 +144,15 @@ impl Options {
                     (true, _, Algorithm::Max) => Method::Max,
                     (true, Format::Mxfp4, _) => Method::Cast,
                     (true, Format::Nvfp4, _) => Method::Keep,
-                    (true, Format::Bf16, Algorithm::Gptq)
-                        if (id.kind.is_attention() || id.kind.is_expert()) =>
-                    {
-                        Method::Gptq
-                    }
-                    (true, Format::Bf16, Algorithm::Auto | Algorithm::Refine)
-                        if (id.kind.is_attention() || id.kind.is_expert()) =>
-                    {
-                        Method::Refine
-                    }
-                    (true, Format::Bf16, Algorithm::Auto | Algorithm::Mse | Algorithm::Refine) => Method::Mse,
+                    (true, Format::Bf16, Algorithm::Cast) => Method::Max,
                     (true, Format::Bf16, Algorithm::FourOverSix) => Method::FourOverSix,
-                    (true, Format::Bf16, _) => Method::Max,
+                    (true, Format::Bf16, Algorithm::Awq) if id.kind.is_attention() => Method::Awq,
+                    (true, Format::Bf16, Algorithm::Awq) => Method::Max,
+                    (true, Format::Bf16, Algorithm::LocalHessian) if in_layer => Method::LocalHessian,
+                    (true, Format::Bf16, Algorithm::Gptq) if in_layer => Method::Gptq,
+                    (true, Format::Bf16, Algorithm::Gptq) => Method::Max,
+                    (true, Format::Bf16, Algorithm::Auto | Algorithm::Refine) if in_layer => Method::Refine,
+                    (true, Format::Bf16, _) => Method::Mse,
                 }
             }
         }
@@ -150,21 +162,16 @@ impl Options {
 impl Method {
     /// Whether it needs to see the matrix's inputs.
     pub fn calibrates(self) -> bool {
-        matches!(self, Method::Gptq | Method::Refine)
+        matches!(self, Method::LocalHessian | Method::Awq | Method::Gptq | Method::Refine)
     }
 
     /// The format of the result, given that of the source.
     pub(crate) fn format(self, source: Format) -> Format {
         match self {
             Method::Keep => source,
-            Method::Cast
-            | Method::Max
-            | Method::Mse
-            | Method::FourOverSix
-            | Method::Gptq
-            | Method::Refine => Format::Nvfp4,
             Method::Mxfp4 => Format::Mxfp4,
             Method::Bf16 => Format::Bf16,
+            _ => Format::Nvfp4,
         }
     }
 
@@ -176,6 +183,8 @@ impl Method {
             Method::Max => "max",
             Method::Mse => "mse",
             Method::FourOverSix => "four-over-six",
+            Method::LocalHessian => "local-hessian",
+            Method::Awq => "awq",
             Method::Gptq => "gptq",
             Method::Refine => "refine",
             Method::Mxfp4 => "mxfp4",

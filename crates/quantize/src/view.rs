@@ -11,11 +11,12 @@ use checkpoint::{
 use cpu::Pool;
 use half::bf16;
 use numerics::nvfp4::CastCounts;
-use numerics::{mxfp4, nvfp4};
+use numerics::{e4m3, mxfp4, nvfp4};
 
-use crate::calibrate::{self, Calibrated, Calibration, Job, LayerFacts};
+use crate::calibrate::{self, Calibration, Job};
 use crate::recipe::{Method, Options, ScalesPer};
 use crate::report::{TensorReport, Totals};
+use crate::saved::{Calibrated, LayerFacts};
 
 /// What can be wrong with weights that are to be quantized.
 #[derive(Debug, thiserror::Error)]
@@ -73,6 +74,8 @@ pub struct Quantized {
     source: Arc<dyn Weights>,
     pool: Pool,
     plans: BTreeMap<MatrixId, Plan>,
+    activations: bool,
+    kv_scales: bool,
     totals: Mutex<BTreeMap<MatrixId, Totals>>,
     calibrated: Option<Calibrated>,
 }
@@ -103,9 +106,9 @@ impl Quantized {
     ) -> Result<Quantized, Error> {
         let pool = Pool::new(threads);
         let ids: Vec<MatrixId> = matrices(source.config()).collect();
-        let scales_per = match options {
-            Options::Nvfp4 { scales_per, .. } => scales_per,
-            Options::Mxfp4 | Options::Bf16 => ScalesPer::Stack,
+        let (scales_per, activations, kv_scales) = match options {
+            Options::Nvfp4 { scales_per, activations, kv_scales, .. } => (scales_per, activations, kv_scales),
+            Options::Mxfp4 | Options::Bf16 => (ScalesPer::Stack, false, false),
         };
         let mut plans = BTreeMap::new();
         for (done, &id) in ids.iter().enumerate() {
@@ -121,12 +124,14 @@ impl Quantized {
             );
         }
         progress(ids.len(), ids.len());
-        Ok(Quantized { source, pool, plans, totals: Mutex::default(), calibrated: None })
+        let totals = Mutex::default();
+        Ok(Quantized { source, pool, plans, activations, kv_scales, totals, calibrated: None })
     }
 
-    /// Whether a matrix waits for [`Quantized::calibrate`].
+    /// Whether a matrix or a static scale waits for [`Quantized::calibrate`].
     pub fn needs_calibration(&self) -> bool {
-        self.calibrated.is_none() && self.plans.values().any(|plan| plan.method.calibrates())
+        let waits = self.activations || self.kv_scales || self.plans.values().any(|p| p.method.calibrates());
+        waits && self.calibrated.is_none()
     }
 
     /// Quantizes what needs to see its inputs, layer by layer. `progress` is called with the steps done and their number.
@@ -159,8 +164,8 @@ impl Quantized {
     }
 
     /// What calibration found out about each layer; empty without one.
-    pub fn facts(&self) -> &[LayerFacts] {
-        self.calibrated.as_ref().map_or(&[], |calibrated| &calibrated.facts)
+    pub fn facts(&self) -> Vec<&LayerFacts> {
+        self.calibrated.iter().flat_map(Calibrated::facts).collect()
     }
 
     /// The blocks of all casts: how many there are, and what they lose.
@@ -295,14 +300,15 @@ impl Weights for Quantized {
                 );
                 Values::Nvfp4 { codes: Cow::Owned(codes), scales: Cow::Owned(scales), global_scale }
             }
-            (Method::Gptq | Method::Refine, _) => {
+            (method, _) if method.calibrates() => {
                 let calibrated = self.calibrated.as_ref().ok_or_else(|| checkpoint::Error::Format {
                     tensor: id.name(),
                     expected: "a calibration before it is read".to_owned(),
                     found: "none".to_owned(),
                 })?;
                 let rounded = calibrated.rounded(id, expert)?;
-                let global_scale = plan.method.global_scale(plan.amaxes[expert]);
+                let amax = calibrated.amax(id).unwrap_or(plan.amaxes[expert]);
+                let global_scale = method.global_scale(amax);
                 let mut totals = Totals::default();
                 let mut values = vec![0.0; cols];
                 for (row, after) in rounded.values(global_scale).chunks_exact(cols).enumerate() {
@@ -337,30 +343,51 @@ impl Weights for Quantized {
                 self.add_totals(id, &totals);
                 Values::Bf16(Cow::Owned(out))
             }
-            (Method::Keep | Method::Cast, _) => return Ok(source),
+            _ => return Ok(source),
         };
         Ok(Matrix { rows, cols, values })
     }
 
     fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
-        match self.calibrated.as_ref().and_then(|calibrated| calibrated.bias(id).transpose()) {
-            Some(bias) => Ok(Vector::Bf16(Cow::Owned(bias?))),
+        match self.calibrated.as_ref().and_then(|calibrated| calibrated.vector(id).transpose()) {
+            Some(changed) => Ok(Vector::Bf16(Cow::Owned(changed?))),
             None => self.source.vector(id),
         }
     }
 
     fn input_scale(&self, id: MatrixId) -> Option<f32> {
-        self.source.input_scale(id)
+        let Some(calibrated) = self.calibrated.as_ref().filter(|_| self.activations) else {
+            return self.source.input_scale(id);
+        };
+        let inputs = |layer: usize| calibrated.facts().nth(layer).map(|facts| facts.input_amax);
+        let amax = match id.kind {
+            MatrixKind::Query | MatrixKind::Key | MatrixKind::Value => inputs(id.layer)?[0],
+            MatrixKind::Output => inputs(id.layer)?[1],
+            MatrixKind::GateUp => inputs(id.layer)?[2],
+            MatrixKind::Down => inputs(id.layer)?[3],
+            MatrixKind::Unembedding => calibrated.final_amax,
+            MatrixKind::Embedding | MatrixKind::Router => UNSEEN_AMAX,
+        };
+        (self.format(id) == Format::Nvfp4)
+            .then(|| nvfp4::global_scale(if amax > 0.0 { amax } else { UNSEEN_AMAX }))
     }
 
     fn kv_scales(&self, layer: usize) -> Option<KvScales> {
-        self.source.kv_scales(layer)
+        let Some(calibrated) = self.calibrated.as_ref().filter(|_| self.kv_scales) else {
+            return self.source.kv_scales(layer);
+        };
+        let facts = calibrated.facts().nth(layer)?;
+        let scale = |amax: f32| if amax > 0.0 { amax / e4m3::MAX } else { 1.0 };
+        Some(KvScales { key: scale(facts.key_amax), value: scale(facts.value_amax) })
     }
 
     fn release(&self, id: MatrixId, expert: usize) {
         self.source.release(id, expert);
     }
 }
+
+/// The input's largest magnitude where calibration saw none or only zeros: Model Optimizer's.
+const UNSEEN_AMAX: f32 = 6.0;
 
 /// Rows that one task of the pool encodes: some tens of kilobytes.
 const ROWS_PER_TASK: usize = 16;
@@ -390,16 +417,6 @@ impl Plan {
                     source.release(id, expert);
                 }
             }
-            Method::Max | Method::Mse | Method::FourOverSix | Method::Gptq | Method::Refine => {
-                for expert in 0..count {
-                    plan.amaxes.push(amax(&source.matrix(id, expert)?, id, pool)?);
-                    source.release(id, expert);
-                }
-                if scales_per == ScalesPer::Stack {
-                    let all = plan.amaxes.iter().copied().fold(0.0, f32::max);
-                    plan.amaxes.fill(all);
-                }
-            }
             Method::Cast => {
                 for expert in 0..count {
                     let matrix = source.matrix(id, expert)?;
@@ -419,6 +436,16 @@ impl Plan {
                     source.release(id, expert);
                 }
             }
+            _ => {
+                for expert in 0..count {
+                    plan.amaxes.push(amax(&source.matrix(id, expert)?, id, pool)?);
+                    source.release(id, expert);
+                }
+                if scales_per == ScalesPer::Stack {
+                    let all = plan.amaxes.iter().copied().fold(0.0, f32::max);
+                    plan.amaxes.fill(all);
+                }
+            }
         }
         Ok(plan)
     }
@@ -432,7 +459,7 @@ impl Method {
 
     /// The global scale of a tensor of largest magnitude `amax`.
     fn global_scale(self, amax: f32) -> f32 {
-        if self == Method::Max {
+        if matches!(self, Method::Max | Method::Awq) {
             nvfp4::global_scale(amax)
         } else {
             nvfp4::static_global_scale(amax, self.max_scale())
@@ -472,9 +499,9 @@ fn share_scale(plans: &mut BTreeMap<MatrixId, Plan>, ids: &[MatrixId]) {
 fn check_shape(source: &dyn Weights, id: MatrixId, method: Method) -> Result<(), Error> {
     let (_, _, cols) = id.kind.shape(source.config());
     let block = match method {
-        Method::Max | Method::Mse | Method::FourOverSix | Method::Gptq | Method::Refine => nvfp4::BLOCK,
-        Method::Mxfp4 => mxfp4::BLOCK,
         Method::Keep | Method::Cast | Method::Bf16 => return Ok(()),
+        Method::Mxfp4 => mxfp4::BLOCK,
+        _ => nvfp4::BLOCK,
     };
     if cols % block == 0 {
         Ok(())

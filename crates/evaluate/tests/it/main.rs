@@ -30,6 +30,8 @@ fn quantized(source: Arc<dyn Weights>, algorithm: Algorithm) -> Arc<dyn Weights>
         algorithm,
         embedding: false,
         scales_per: ScalesPer::Stack,
+        activations: false,
+        kv_scales: false,
         experts_in_bf16: false,
     };
     Arc::new(Quantized::new(source, options, 2, &mut |_, _| {}).unwrap())

@@ -154,6 +154,8 @@ fn quantized(source: Arc<dyn Weights>, algorithm: Algorithm, common: &Common) ->
         algorithm,
         embedding: false,
         scales_per: ScalesPer::Stack,
+        activations: false,
+        kv_scales: false,
         experts_in_bf16: false,
     };
     Ok(Quantized::new(source, options, threads(common), &mut |_, _| {})?)

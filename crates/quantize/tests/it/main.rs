@@ -24,6 +24,8 @@ fn nvfp4(recipe: Recipe, algorithm: Algorithm) -> Options {
         algorithm,
         embedding: false,
         scales_per: ScalesPer::Stack,
+        activations: false,
+        kv_scales: false,
         experts_in_bf16: false,
     }
 }

@@ -184,6 +184,8 @@ fn scales_per_expert_are_no_worse_than_one_for_the_stack() {
             algorithm: Algorithm::Max,
             embedding: false,
             scales_per,
+            activations: false,
+            kv_scales: false,
             experts_in_bf16: false,
         };
         let view = view(Arc::clone(&source) as Arc<dyn Weights>, options);

@@ -1,0 +1,219 @@
+//! Finished layers in the scratch folder: calibration writes them, the view reads them.
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use checkpoint::{Config, MatrixId, MatrixKind, VectorId, VectorKind};
+use half::bf16;
+use numerics::nvfp4::BLOCK;
+
+use crate::rounded::Rounded;
+
+/// What calibration found out about one layer. Magnitudes are those of the source's forward pass.
+#[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
+pub struct LayerFacts {
+    /// Largest magnitudes of the inputs of: query, key and value; output; gate and up; down.
+    pub input_amax: [f32; 4],
+    /// Largest magnitude of the rotated keys.
+    pub key_amax: f32,
+    /// Largest magnitude of the values.
+    pub value_amax: f32,
+    /// Tokens routed to each expert.
+    pub coverage: Vec<u64>,
+}
+
+/// What is left of a layer besides its record. That it exists says that the layer is finished.
+#[derive(Default, serde::Serialize, serde::Deserialize)]
+pub(crate) struct Done {
+    pub(crate) facts: LayerFacts,
+    /// The input norm, if the algorithm changed it: BF16 values.
+    pub(crate) norm: Option<Vec<f32>>,
+    /// The largest magnitudes behind the global scales of query, key and value, and of output, if the algorithm chose them.
+    pub(crate) amax: (Option<f32>, Option<f32>),
+}
+
+impl Done {
+    pub(crate) fn exists(folder: &Path, layer: usize) -> bool {
+        done_file(folder, layer).exists()
+    }
+
+    fn read(folder: &Path, layer: usize) -> Result<Done, checkpoint::Error> {
+        let path = done_file(folder, layer);
+        let text = std::fs::read(&path).map_err(|source| io(&path, source))?;
+        serde_json::from_slice(&text).map_err(|error| io(&path, error.into()))
+    }
+
+    pub(crate) fn write(&self, folder: &Path, layer: usize) -> Result<(), checkpoint::Error> {
+        let path = done_file(folder, layer);
+        let partial = path.with_extension("partial");
+        let text = serde_json::to_vec(self).map_err(|error| io(&path, error.into()))?;
+        std::fs::write(&partial, text).map_err(|source| io(&partial, source))?;
+        std::fs::rename(&partial, &path).map_err(|source| io(&path, source))
+    }
+}
+
+/// Quantized layers and facts in the scratch folder.
+pub(crate) struct Calibrated {
+    config: Config,
+    kinds: Vec<MatrixKind>,
+    files: Vec<(PathBuf, File)>,
+    done: Vec<Done>,
+    /// The largest magnitude of the output layer's input.
+    pub(crate) final_amax: f32,
+}
+
+impl Calibrated {
+    /// What all layers of a calibration of `kinds` have left in `folder`.
+    pub(crate) fn open(
+        folder: &Path,
+        config: &Config,
+        kinds: Vec<MatrixKind>,
+        final_amax: f32,
+    ) -> Result<Calibrated, checkpoint::Error> {
+        let (mut files, mut done) = (Vec::new(), Vec::new());
+        for layer in 0..config.layer_kinds.len() {
+            let path = layer_file(folder, layer);
+            let file = File::open(&path).map_err(|source| io(&path, source))?;
+            files.push((path, file));
+            done.push(Done::read(folder, layer)?);
+        }
+        Ok(Calibrated { config: config.clone(), kinds, files, done, final_amax })
+    }
+
+    /// What was found out about each layer.
+    pub(crate) fn facts(&self) -> impl ExactSizeIterator<Item = &LayerFacts> {
+        self.done.iter().map(|done| &done.facts)
+    }
+
+    /// The largest magnitude behind the global scale of a matrix whose weights or whose range the calibration changed.
+    pub(crate) fn amax(&self, id: MatrixId) -> Option<f32> {
+        let (projections, output) = self.done.get(id.layer)?.amax;
+        match id.kind {
+            MatrixKind::Query | MatrixKind::Key | MatrixKind::Value => projections,
+            MatrixKind::Output => output,
+            _ => None,
+        }
+    }
+
+    /// A matrix that was calibrated.
+    pub(crate) fn rounded(&self, id: MatrixId, expert: usize) -> Result<Rounded, checkpoint::Error> {
+        let (at, rows, cols) = self.place(id, expert).expect("a matrix that was calibrated");
+        let codes = self.read(id.layer, at, rows * cols / 2)?;
+        let scales = self.read(id.layer, at + (rows * cols / 2) as u64, rows * cols / BLOCK)?;
+        Ok(Rounded { codes, scales })
+    }
+
+    /// A bias or a norm that calibration changed.
+    pub(crate) fn vector(&self, id: VectorId) -> Result<Option<Vec<bf16>>, checkpoint::Error> {
+        if id.kind == VectorKind::InputNorm {
+            let norm = self.done[id.layer].norm.as_ref();
+            return Ok(norm.map(|norm| norm.iter().map(|&v| bf16::from_f32(v)).collect()));
+        }
+        let Some(kind) = MatrixKind::LAYER.into_iter().find(|&kind| bias_of(kind) == id.kind) else {
+            return Ok(None);
+        };
+        let (count, ..) = kind.shape(&self.config);
+        let mut bias = Vec::new();
+        for expert in 0..count {
+            let Some((at, rows, cols)) = self.place(kind.at(id.layer), expert) else { return Ok(None) };
+            let bytes = self.read(id.layer, at + (rows * cols / 2 + rows * cols / BLOCK) as u64, rows * 2)?;
+            bias.extend(bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]])));
+        }
+        Ok(Some(bias))
+    }
+
+    /// Where the record of a matrix begins, and its shape.
+    fn place(&self, id: MatrixId, expert: usize) -> Option<(u64, usize, usize)> {
+        let mut at = 0;
+        for &kind in &self.kinds {
+            let (count, rows, cols) = kind.shape(&self.config);
+            let record = record_bytes(rows, cols);
+            if kind == id.kind {
+                return Some(((at + expert * record) as u64, rows, cols));
+            }
+            at += count * record;
+        }
+        None
+    }
+
+    fn read(&self, layer: usize, at: u64, len: usize) -> Result<Vec<u8>, checkpoint::Error> {
+        let (path, file) = &self.files[layer];
+        let mut bytes = vec![0; len];
+        file.read_exact_at(&mut bytes, at).map_err(|source| io(path, source))?;
+        Ok(bytes)
+    }
+}
+
+/// The rounded matrices of a layer, written one after the other.
+pub(crate) struct Record {
+    file: Option<(PathBuf, File)>,
+    pub(crate) bytes: Vec<u8>,
+    at: u64,
+}
+
+impl Record {
+    pub(crate) fn create(folder: &Path, layer: usize) -> Result<Record, checkpoint::Error> {
+        let path = layer_file(folder, layer);
+        let file = File::create(&path).map_err(|source| io(&path, source))?;
+        Ok(Record { file: Some((path, file)), bytes: Vec::new(), at: 0 })
+    }
+
+    pub(crate) fn in_memory() -> Record {
+        Record { file: None, bytes: Vec::new(), at: 0 }
+    }
+
+    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<(), checkpoint::Error> {
+        match &self.file {
+            Some((path, file)) => file.write_all_at(bytes, self.at).map_err(|source| io(path, source))?,
+            None => self.bytes.extend_from_slice(bytes),
+        }
+        self.at += bytes.len() as u64;
+        Ok(())
+    }
+
+    /// A matrix and the bias that belongs to it now.
+    pub(crate) fn matrix(&mut self, rounded: &Rounded, bias: &[f32]) -> Result<(), checkpoint::Error> {
+        self.append(&rounded.codes)?;
+        self.append(&rounded.scales)?;
+        let bias: Vec<u8> = bias.iter().flat_map(|&b| bf16::from_f32(b).to_le_bytes()).collect();
+        self.append(&bias)
+    }
+
+    pub(crate) fn finish(&self) -> Result<(), checkpoint::Error> {
+        match &self.file {
+            Some((path, file)) => Ok(file.sync_all().map_err(|source| io(path, source))?),
+            None => Ok(()),
+        }
+    }
+}
+
+fn layer_file(folder: &Path, layer: usize) -> PathBuf {
+    folder.join(format!("layer-{layer}.nvfp4"))
+}
+
+fn done_file(folder: &Path, layer: usize) -> PathBuf {
+    folder.join(format!("layer-{layer}.json"))
+}
+
+/// Codes, scales and bias of a matrix.
+fn record_bytes(rows: usize, cols: usize) -> usize {
+    rows * cols / 2 + rows * cols / BLOCK + rows * 2
+}
+
+pub(crate) fn io(path: &Path, source: std::io::Error) -> checkpoint::Error {
+    checkpoint::Error::Io { path: path.to_owned(), source }
+}
+
+/// The bias that a matrix's product is added to.
+pub(crate) fn bias_of(kind: MatrixKind) -> VectorKind {
+    match kind {
+        MatrixKind::Query => VectorKind::QueryBias,
+        MatrixKind::Key => VectorKind::KeyBias,
+        MatrixKind::Value => VectorKind::ValueBias,
+        MatrixKind::Output => VectorKind::OutputBias,
+        MatrixKind::Router | MatrixKind::Embedding | MatrixKind::Unembedding => VectorKind::RouterBias,
+        MatrixKind::GateUp => VectorKind::GateUpBias,
+        MatrixKind::Down => VectorKind::DownBias,
+    }
+}
