@@ -48,7 +48,7 @@ pub(crate) enum Command {
     /// The main job from end to end on the small built-in model: quantize, verify, measure, answer
     Demo,
     /// Write a quantized checkpoint
-    Quantize(Quantize),
+    Quantize(Box<Quantize>),
     /// What is in a checkpoint: layout, tensors, bits per weight, sizes, global scales
     Inspect(Inspect),
     /// Compare two checkpoints, whatever their layouts
@@ -93,6 +93,7 @@ Examples:
   nibble quantize openai/gpt-oss-20b --out gpt-oss-20b-nvfp4          the lossless cast
   nibble quantize my-finetune --recipe linear --out my-finetune-nvfp4   attention too
   nibble quantize my-finetune --calibration chats.jsonl --out nvfp4     calibrated on your own data
+  nibble quantize my-finetune --config NVFP4_DEFAULT_CFG --out w4a4      Model Optimizer's default, W4A4
   nibble quantize gpt-oss-20b-nvfp4 --format fake-bf16 --out fake       any program loads it
 
 Unfinished work lies in DIR.partial and DIR.calibration; the same command continues it.")]
@@ -106,11 +107,18 @@ pub(crate) struct Quantize {
     /// What is quantized: the experts; attention too; the output layer too
     #[arg(long, value_enum, default_value = "experts")]
     pub(crate) recipe: Recipe,
-    /// All but `max` cast what is MXFP4. For the rest: `max`, the largest magnitude; `mse`, the block scale of the smallest
-    /// squared error; `four-over-six`, the better of two; `gptq`, error feedback on calibration data; `refine`, the same
-    /// with searched scales and a refinement; `auto`, the best as measured in BENCHMARKS.md: `refine`
+    /// All but `max` cast what is MXFP4; what is BF16 takes the rest of the name
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) algorithm: Algorithm,
+    /// Activations in four bits too (W4A4): writes their static scales, from calibration
+    #[arg(long, value_enum, default_value = "none")]
+    pub(crate) activations: Activations,
+    /// What the KV cache is to be kept in: as the source says, or in FP8 with static scales from calibration
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) kv_cache: KvCache,
+    /// One of Model Optimizer's configurations, for the flags that it stands for
+    #[arg(long, value_name = "NAME", conflicts_with_all = ["recipe", "algorithm", "activations"])]
+    pub(crate) config: Option<String>,
     /// The layout to write
     #[arg(long, value_enum, default_value = "modelopt")]
     pub(crate) format: Format,
@@ -126,9 +134,15 @@ pub(crate) struct Quantize {
     /// Tokens to calibrate on, shared equally among the files
     #[arg(long, value_name = "N", default_value_t = 65_536, value_parser = clap::value_parser!(u32).range(1..=16_777_216))]
     pub(crate) calibration_tokens: u32,
+    /// Which windows of the files: 0 takes the first, any other number draws them
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
     /// Every token goes through every expert for the statistics
     #[arg(long)]
     pub(crate) all_experts: bool,
+    /// Measures the result and writes a report there: a page, the same as JSON, a model card
+    #[arg(long, value_name = "DIR")]
+    pub(crate) report: Option<PathBuf>,
     /// Cast even where values change
     #[arg(long)]
     pub(crate) allow_loss: bool,
@@ -149,13 +163,36 @@ pub(crate) enum Recipe {
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Algorithm {
+    /// The lowest divergence as measured in BENCHMARKS.md: refine
     Auto,
+    /// The lossless cast, and max
     Cast,
+    /// Scales from the largest magnitude, for everything
     Max,
+    /// The block scale of the smallest squared error
     Mse,
+    /// The better of two block scales
     FourOverSix,
+    /// The block scale of the smallest error of its product with the inputs; calibrates
+    LocalHessian,
+    /// For attention, scaled columns and a clipped global scale; max for the experts; calibrates
+    Awq,
+    /// Error feedback with max scales; calibrates
     Gptq,
+    /// Error feedback with searched scales, bias correction and refinement; calibrates
     Refine,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Activations {
+    None,
+    Nvfp4,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum KvCache {
+    Auto,
+    Fp8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

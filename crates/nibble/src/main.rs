@@ -8,6 +8,8 @@ mod engine;
 mod failure;
 mod interrupt;
 mod model;
+mod modelopt;
+mod report;
 mod ui;
 
 use std::process::ExitCode;
@@ -46,7 +48,7 @@ fn run(cli: Cli) -> Result<()> {
     let ui = Ui::new(&common);
     match command {
         Command::Demo => commands::demo::run(&common, ui),
-        Command::Quantize(args) => commands::quantize::run(&args, &common, ui),
+        Command::Quantize(args) => commands::quantize::run(*args, &common, ui),
         Command::Inspect(args) => commands::inspect::run(&args, ui),
         Command::Verify(args) => commands::verify::run(&args, ui),
         Command::Generate(args) => commands::generate::run(&args, &common, ui),

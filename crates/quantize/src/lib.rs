@@ -9,7 +9,6 @@ mod awq;
 mod calibrate;
 mod factor;
 #[cfg(test)]
-#[expect(clippy::unwrap_used, reason = "tests")]
 mod golden;
 mod gptq;
 mod moments;
@@ -22,6 +21,6 @@ mod view;
 
 pub use calibrate::{Calibration, FEWEST_TOKENS};
 pub use recipe::{Algorithm, Method, Options, Recipe, ScalesPer};
-pub use report::{TensorReport, Totals};
+pub use report::{TensorReport, Totals, WorstBlock};
 pub use saved::LayerFacts;
 pub use view::{Error, Quantized};

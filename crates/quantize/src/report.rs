@@ -1,7 +1,7 @@
 //! What quantization did to each tensor.
 
 use checkpoint::{Format, MatrixId};
-use numerics::nvfp4::CastCounts;
+use numerics::nvfp4::{BLOCK, CastCounts};
 
 use crate::Method;
 
@@ -33,6 +33,21 @@ pub struct Totals {
     pub squared_signal: f64,
     /// The largest difference.
     pub max_error: f32,
+    /// The block that lost most of its signal.
+    pub worst: Option<WorstBlock>,
+}
+
+/// The block of a matrix or stack with the largest relative error.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct WorstBlock {
+    /// Which matrix of the stack.
+    pub expert: usize,
+    /// Its row.
+    pub row: usize,
+    /// Its place in the row, counted in blocks of 16.
+    pub block: usize,
+    /// RMS of the difference over RMS of the source's values.
+    pub relative_error: f64,
 }
 
 impl Totals {
@@ -46,14 +61,30 @@ impl Totals {
         10.0 * (self.squared_signal / self.squared_error).log10()
     }
 
-    pub(crate) fn add(&mut self, source: &[f32], result: &[f32]) {
-        for (&s, &r) in source.iter().zip(result) {
-            let error = r - s;
-            self.values += 1;
-            self.changed += u64::from(error != 0.0);
-            self.squared_error += f64::from(error) * f64::from(error);
-            self.squared_signal += f64::from(s) * f64::from(s);
-            self.max_error = self.max_error.max(error.abs());
+    /// Adds a row of a matrix of the stack.
+    pub(crate) fn add(&mut self, (expert, row): (usize, usize), source: &[f32], result: &[f32]) {
+        for (block, (source, result)) in source.chunks(BLOCK).zip(result.chunks(BLOCK)).enumerate() {
+            let (mut squared_error, mut squared_signal) = (0.0, 0.0);
+            for (&s, &r) in source.iter().zip(result) {
+                let error = r - s;
+                self.changed += u64::from(error != 0.0);
+                squared_error += f64::from(error) * f64::from(error);
+                squared_signal += f64::from(s) * f64::from(s);
+                self.max_error = self.max_error.max(error.abs());
+            }
+            self.values += source.len() as u64;
+            self.squared_error += squared_error;
+            self.squared_signal += squared_signal;
+            let relative_error = (squared_error / squared_signal).sqrt();
+            if squared_error > 0.0 && squared_signal > 0.0 {
+                self.keep_worst(WorstBlock { expert, row, block, relative_error });
+            }
+        }
+    }
+
+    fn keep_worst(&mut self, other: WorstBlock) {
+        if self.worst.is_none_or(|worst| other.relative_error > worst.relative_error) {
+            self.worst = Some(other);
         }
     }
 
@@ -63,5 +94,6 @@ impl Totals {
         self.squared_error += other.squared_error;
         self.squared_signal += other.squared_signal;
         self.max_error = self.max_error.max(other.max_error);
+        other.worst.into_iter().for_each(|worst| self.keep_worst(worst));
     }
 }

@@ -193,7 +193,7 @@ impl Quantized {
     /// Encodes every row with `encode(row values, codes, scales)` and adds up the error of `decode(codes, scales, out)`.
     fn encode(
         &self,
-        id: MatrixId,
+        (id, expert): (MatrixId, usize),
         source: &Matrix<'_>,
         block: usize,
         encode: &EncodeRow<'_>,
@@ -213,10 +213,11 @@ impl Quantized {
             let (mut values, mut decoded) = (vec![0.0; cols], vec![0.0; cols]);
             let rows = codes.chunks_exact_mut(cols / 2).zip(scales.chunks_exact_mut(cols / block));
             for (r, (codes, scales)) in rows.enumerate() {
-                source.row(task * ROWS_PER_TASK + r, &mut values);
+                let row = task * ROWS_PER_TASK + r;
+                source.row(row, &mut values);
                 encode(&values, codes, scales);
                 decode(codes, scales, &mut decoded);
-                totals.add(&values, &decoded);
+                totals.add((expert, row), &values, &decoded);
             }
         });
         let mut sum = Totals::default();
@@ -266,7 +267,7 @@ impl Weights for Quantized {
                     for row in 0..rows {
                         source.row(row, &mut before);
                         cast.row(row, &mut after);
-                        totals.add(&before, &after);
+                        totals.add((expert, row), &before, &after);
                     }
                     self.add_totals(id, &totals);
                 }
@@ -285,7 +286,7 @@ impl Weights for Quantized {
                     _ => nvfp4::block_scale(nvfp4::amax(block), global_scale),
                 };
                 let (codes, scales) = self.encode(
-                    id,
+                    (id, expert),
                     &source,
                     nvfp4::BLOCK,
                     &|values, codes, scales| {
@@ -313,7 +314,7 @@ impl Weights for Quantized {
                 let mut values = vec![0.0; cols];
                 for (row, after) in rounded.values(global_scale).chunks_exact(cols).enumerate() {
                     source.row(row, &mut values);
-                    totals.add(&values, after);
+                    totals.add((expert, row), &values, after);
                 }
                 self.add_totals(id, &totals);
                 Values::Nvfp4 {
@@ -324,7 +325,7 @@ impl Weights for Quantized {
             }
             (Method::Mxfp4, _) => {
                 let (codes, scales) =
-                    self.encode(id, &source, mxfp4::BLOCK, &mxfp4::quantize, &mxfp4::dequantize);
+                    self.encode((id, expert), &source, mxfp4::BLOCK, &mxfp4::quantize, &mxfp4::dequantize);
                 Values::Mxfp4 { codes: Cow::Owned(codes), scales: Cow::Owned(scales) }
             }
             (Method::Bf16, _) => {
@@ -338,7 +339,7 @@ impl Weights for Quantized {
                         *rounded = value.to_f32();
                         out.push(value);
                     }
-                    totals.add(&values, &rounded);
+                    totals.add((expert, row), &values, &rounded);
                 }
                 self.add_totals(id, &totals);
                 Values::Bf16(Cow::Owned(out))

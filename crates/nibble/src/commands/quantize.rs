@@ -11,14 +11,16 @@ use quantize::{Method, Options, Quantized, ScalesPer, TensorReport};
 use serde_json::{Value, json};
 
 use crate::args::{self, Common, Embedding, Format, Quantize};
-use crate::calibration;
 use crate::failure::{Failure, Result};
-use crate::interrupt;
 use crate::model::{Model, threads};
+use crate::modelopt::flag;
 use crate::ui::{Ui, bold, bytes, dim, green, grouped};
+use crate::{calibration, interrupt, modelopt, report};
 
-pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
+pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     let started = Instant::now();
+    modelopt::expand(&mut args, ui)?;
+    let args = &args;
     check(args)?;
     let model = Model::open(Some(&args.source), ui)?;
     let source_bytes = model.checkpoint.tensor_bytes();
@@ -26,7 +28,7 @@ pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
     let fingerprint = fingerprint(&model.checkpoint, args);
     let names = Names::of(&model.checkpoint);
     let layout = layout(args.format);
-    let target = Target {
+    let mut target = Target {
         shard_bytes: args.max_shard_size,
         version: env!("CARGO_PKG_VERSION").to_owned(),
         scales_per_expert: args.scales_per == args::ScalesPer::Expert,
@@ -34,15 +36,19 @@ pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
         fingerprint,
         ..Target::like(&model.checkpoint, layout)?
     };
+    if args.kv_cache == args::KvCache::Fp8 {
+        target.kv_cache = Some(checkpoint::KvCache::Fp8);
+    }
     if args.format == Format::CompressedTensors {
         ui.note("note: compressed-tensors has no names for fused experts: they are written in BF16");
     }
 
-    let windows = if wants_calibration(&model, args) {
-        calibration::windows(&model, &args.calibration, args.calibration_tokens as usize, ui)?
+    let data = if args.report.is_some() || wants_calibration(&model, args) {
+        calibration::read(&model, &args.calibration, args.calibration_tokens as usize, args.seed, ui)?
     } else {
-        Vec::new()
+        calibration::Data::default()
     };
+    let windows = data.windows();
     let scratch = scratch(args);
     let calibration = quantize::Calibration {
         fingerprint: format!("{} {}", target.fingerprint, digest(&windows)),
@@ -50,6 +56,7 @@ pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
         all_experts: args.all_experts,
         scratch: scratch.clone(),
     };
+    let facts = report::SourceFacts::of(&model);
 
     let mut bar = ui.progress("Looking", 1);
     let mut view =
@@ -110,7 +117,24 @@ pub(crate) fn run(args: &Quantize, common: &Common, ui: Ui) -> Result<()> {
     if scratch.exists() {
         std::fs::remove_dir_all(&scratch).map_err(|error| Failure::io(&scratch, &error))?;
     }
-    report(args, &view, &written, &names, parameters, source_bytes, started, ui);
+    let bits = written.tensor_bytes as f64 * 8.0 / parameters as f64;
+    if ui.json {
+        ui.document(&document(args, &view, &written, &names, bits, source_bytes, started));
+    } else {
+        table(args, &view, &names);
+        println!(
+            "{}: {} ({bits:.3} bits per weight), from {}, in {:.1} s",
+            bold(&args.out.display().to_string()),
+            bytes(written.tensor_bytes),
+            bytes(source_bytes),
+            started.elapsed().as_secs_f64()
+        );
+        println!("{}", dim(&format!("nibble verify {} {}", args.source, args.out.display())));
+    }
+    if let Some(folder) = &args.report {
+        let run = report::Run { args, common, facts, data: &data, view: &view, started, source_bytes, bits };
+        report::write(&run, &written, &|id| names.name(id).to_owned(), folder, ui)?;
+    }
     Ok(())
 }
 
@@ -120,6 +144,22 @@ fn check(args: &Quantize) -> Result<()> {
         return Err(Failure::input(
             "--format: compressed-tensors has no names for packed experts, expected --recipe linear or all, found experts",
         ));
+    }
+    if args.algorithm == args::Algorithm::Awq && args.recipe == args::Recipe::Experts {
+        return Err(Failure::input(
+            "--algorithm: awq scales what stands behind a norm of its own, the attention projections; expected --recipe linear \
+             or all, found experts",
+        ));
+    }
+    if matches!(args.format, Format::Mxfp4 | Format::Bf16) {
+        let scales = [
+            (args.activations == args::Activations::Nvfp4, "--activations nvfp4"),
+            (args.kv_cache == args::KvCache::Fp8, "--kv-cache fp8"),
+        ];
+        if let Some((_, name)) = scales.iter().find(|(given, _)| *given) {
+            let format = flag(&args.format);
+            return Err(Failure::input(format!("{name}: the layout {format} has no place for its scales")));
+        }
     }
     if args.out.exists() && !args.overwrite {
         return Err(Failure::input(format!(
@@ -137,8 +177,10 @@ fn wants_calibration(model: &Model, args: &Quantize) -> bool {
         args::Recipe::Experts => checkpoint::MatrixKind::GateUp,
         args::Recipe::Linear | args::Recipe::All => checkpoint::MatrixKind::Query,
     };
-    let Options::Nvfp4 { algorithm, .. } = options(args) else { return false };
-    algorithm.calibrates() && model.checkpoint.format(kind.at(0)) == checkpoint::Format::Bf16
+    let Options::Nvfp4 { algorithm, activations, kv_scales, .. } = options(args) else { return false };
+    let calibrates =
+        algorithm.calibrates() && model.checkpoint.format(kind.at(0)) == checkpoint::Format::Bf16;
+    activations || kv_scales || calibrates
 }
 
 /// Where calibration keeps activations and finished layers.
@@ -156,14 +198,14 @@ fn digest(windows: &[Vec<u32>]) -> u64 {
 }
 
 /// Fake-quantized weights are taken as the codes that they stand for, unless they are to be plain BF16 again.
-fn source(model: Model, format: Format) -> Arc<dyn Weights> {
+pub(crate) fn source(model: Model, format: Format) -> Arc<dyn Weights> {
     match model.checkpoint.layout() {
         Layout::FakeBf16 if format != Format::Bf16 => Arc::new(model.checkpoint.into_packed()),
         _ => Arc::new(model.checkpoint),
     }
 }
 
-fn options(args: &Quantize) -> Options {
+pub(crate) fn options(args: &Quantize) -> Options {
     match args.format {
         Format::Mxfp4 => Options::Mxfp4,
         Format::Bf16 => Options::Bf16,
@@ -175,6 +217,8 @@ fn options(args: &Quantize) -> Options {
                 args::Algorithm::Max => quantize::Algorithm::Max,
                 args::Algorithm::Mse => quantize::Algorithm::Mse,
                 args::Algorithm::FourOverSix => quantize::Algorithm::FourOverSix,
+                args::Algorithm::LocalHessian => quantize::Algorithm::LocalHessian,
+                args::Algorithm::Awq => quantize::Algorithm::Awq,
                 args::Algorithm::Gptq => quantize::Algorithm::Gptq,
                 args::Algorithm::Refine => quantize::Algorithm::Refine,
             },
@@ -183,6 +227,8 @@ fn options(args: &Quantize) -> Options {
                 args::ScalesPer::Stack => ScalesPer::Stack,
                 args::ScalesPer::Expert => ScalesPer::Expert,
             },
+            activations: args.activations == args::Activations::Nvfp4,
+            kv_scales: args.kv_cache == args::KvCache::Fp8,
             experts_in_bf16: args.format == Format::CompressedTensors,
         },
     }
@@ -196,7 +242,7 @@ pub(crate) fn recipe(recipe: args::Recipe) -> quantize::Recipe {
     }
 }
 
-fn layout(format: Format) -> Layout {
+pub(crate) fn layout(format: Format) -> Layout {
     match format {
         Format::Modelopt => Layout::ModelOpt,
         Format::CompressedTensors => Layout::CompressedTensors,
@@ -225,6 +271,8 @@ fn fingerprint(source: &Checkpoint, args: &Quantize) -> String {
         args.scales_per,
         args.max_shard_size,
         args.all_experts,
+        args.activations,
+        args.kv_cache,
     );
     format!("{files:?} {options:?} {}", env!("CARGO_PKG_VERSION"))
 }
@@ -244,39 +292,40 @@ impl Names {
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the facts of one run, put together in one place")]
-fn report(
+/// The result for programs.
+fn document(
     args: &Quantize,
     view: &Quantized,
     written: &Written,
     names: &Names,
-    parameters: u64,
+    bits: f64,
     source_bytes: u64,
     started: Instant,
-    ui: Ui,
-) {
+) -> Value {
     let cast = view.cast_counts();
-    let bits = written.tensor_bytes as f64 * 8.0 / parameters as f64;
-    let tensors: Vec<TensorReport> = view.report().into_iter().filter(|t| t.method != Method::Keep).collect();
-    if ui.json {
-        let rows: Vec<Value> = tensors
-            .iter()
-            .map(|t| {
-                json!({"name": names.name(t.id), "format": t.format, "algorithm": t.method, "mse": t.totals.mse(),
-                    "max_error": t.totals.max_error, "sqnr_db": finite(t.totals.sqnr_db())})
-            })
-            .collect();
-        let name = |value: &dyn std::fmt::Debug| format!("{value:?}").to_lowercase();
-        ui.document(&json!({
-            "out": args.out, "format": layout(args.format).name(), "recipe": name(&args.recipe),
-            "algorithm": name(&args.algorithm), "bytes": written.tensor_bytes, "source_bytes": source_bytes,
-            "bits_per_weight": bits, "blocks": cast.blocks, "lossless_blocks": cast.lossless_blocks,
-            "changed_values": cast.changed_values, "tensors": rows, "seconds": started.elapsed().as_secs_f64(),
-            "peak_memory_bytes": peak_memory(),
-        }));
-        return;
+    let rows: Vec<Value> = changed(view)
+        .map(|t| {
+            json!({"name": names.name(t.id), "format": t.format, "algorithm": t.method, "mse": t.totals.mse(),
+                "max_error": t.totals.max_error, "sqnr_db": finite(t.totals.sqnr_db())})
+        })
+        .collect();
+    let mut document = json!({
+        "out": args.out, "format": layout(args.format).name(), "recipe": flag(&args.recipe),
+        "algorithm": flag(&args.algorithm), "bytes": written.tensor_bytes, "source_bytes": source_bytes,
+        "bits_per_weight": bits, "blocks": cast.blocks, "lossless_blocks": cast.lossless_blocks,
+        "changed_values": cast.changed_values, "tensors": rows, "seconds": started.elapsed().as_secs_f64(),
+        "peak_memory_bytes": peak_memory(),
+    });
+    if !view.facts().is_empty() {
+        let coverage: Vec<_> = view.facts().iter().map(|facts| facts.coverage.clone()).collect();
+        document["expert_coverage"] = json!(coverage);
     }
-    for t in tensors.iter().filter(|t| t.method != Method::Cast || t.cast.changed_values > 0) {
+    document
+}
+
+/// What was done to each matrix, for people.
+fn table(args: &Quantize, view: &Quantized, names: &Names) {
+    for t in changed(view).filter(|t| t.method != Method::Cast || t.cast.changed_values > 0) {
         let method = t.method.name();
         let sqnr = t.totals.sqnr_db();
         let quality = if sqnr.is_finite() {
@@ -286,30 +335,35 @@ fn report(
         };
         println!("{:<52} {method:<13} {quality}", names.name(t.id));
     }
-    if args.algorithm == args::Algorithm::Auto && tensors.iter().any(|t| t.method == Method::Refine) {
-        println!(
-            "{}",
-            dim("auto took refine for what is BF16: the lowest divergence of all algorithms measured")
-        );
+    if let Some(reason) = reason(args, view) {
+        println!("{}", dim(&format!("auto took refine for what is BF16: {reason}")));
     }
-    coverage(view);
+    coverage(args, view);
+    let cast = view.cast_counts();
     if cast.blocks > 0 {
         let verdict =
             if cast.changed_values == 0 { green("without losing a bit") } else { "with losses".to_owned() };
         println!("{} of {} MXFP4 blocks cast {verdict}", grouped(cast.lossless_blocks), grouped(cast.blocks));
     }
-    println!(
-        "{}: {} ({bits:.3} bits per weight), from {}, in {:.1} s",
-        bold(&args.out.display().to_string()),
-        bytes(written.tensor_bytes),
-        bytes(source_bytes),
-        started.elapsed().as_secs_f64()
-    );
-    println!("{}", dim(&format!("nibble verify {} {}", args.source, args.out.display())));
+}
+
+fn changed(view: &Quantized) -> impl Iterator<Item = TensorReport> {
+    view.report().into_iter().filter(|t| t.method != Method::Keep)
+}
+
+/// Why `auto` chose as it did.
+pub(crate) fn reason(args: &Quantize, view: &Quantized) -> Option<&'static str> {
+    let refined =
+        args.algorithm == args::Algorithm::Auto && changed(view).any(|t| t.method == Method::Refine);
+    refined.then_some("the lowest divergence of all algorithms measured")
 }
 
 /// Says which experts calibration hardly saw.
-fn coverage(view: &Quantized) {
+fn coverage(args: &Quantize, view: &Quantized) {
+    let calibrated = changed(view).any(|t| t.method.calibrates() && t.id.kind.is_expert());
+    if args.all_experts || !calibrated {
+        return;
+    }
     for (layer, facts) in view.facts().iter().enumerate() {
         let starved: Vec<String> = (0..facts.coverage.len())
             .filter(|&expert| facts.coverage[expert] < quantize::FEWEST_TOKENS as u64)
@@ -321,12 +375,12 @@ fn coverage(view: &Quantized) {
     }
 }
 
-fn finite(value: f64) -> Option<f64> {
+pub(crate) fn finite(value: f64) -> Option<f64> {
     value.is_finite().then_some(value)
 }
 
 /// The most memory that this process has held, mapped files included.
-fn peak_memory() -> Option<u64> {
+pub(crate) fn peak_memory() -> Option<u64> {
     let status = std::fs::read_to_string("/proc/self/status").ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     line.trim().trim_end_matches(" kB").trim().parse::<u64>().ok().map(|kb| kb * 1024)

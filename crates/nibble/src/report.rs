@@ -1,0 +1,315 @@
+//! `--report`: measures what was written, and puts the facts of the run together.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use checkpoint::{Checkpoint, Format, MatrixId, MatrixKind, Weights, Written, matrices, vectors};
+use evaluate::report::{
+    AlgorithmResult, Calibration, CalibrationFile, Part, Quality, Report, STARVED_TOKENS, Tensor, WorstBlock,
+};
+use gptoss::Backend;
+use quantize::{Method, Options, Quantized};
+
+use crate::args::{self, Common, Quantize};
+use crate::calibration::Data;
+use crate::commands::quantize as command;
+use crate::failure::{Failure, Result};
+use crate::model::{Model, backend, threads};
+use crate::modelopt::flag;
+use crate::ui::Ui;
+
+/// What is to be told of the source, which is gone when the report is made.
+pub(crate) struct SourceFacts {
+    layout: &'static str,
+    license: Option<String>,
+    base_model: Option<String>,
+    bytes: Vec<u64>,
+}
+
+impl SourceFacts {
+    pub(crate) fn of(model: &Model) -> SourceFacts {
+        let card =
+            std::fs::read_to_string(model.checkpoint.directory().join("README.md")).unwrap_or_default();
+        let is_hub_name = checkpoint::hub::is_hub_name(&model.name) && !Path::new(&model.name).exists();
+        SourceFacts {
+            layout: model.checkpoint.layout().name(),
+            license: front_matter(&card, "license"),
+            base_model: if is_hub_name {
+                Some(model.name.clone())
+            } else {
+                front_matter(&card, "base_model")
+            },
+            bytes: parts(&model.checkpoint).map(|(_, _, bytes)| bytes).collect(),
+        }
+    }
+}
+
+/// A finished run.
+pub(crate) struct Run<'a> {
+    pub(crate) args: &'a Quantize,
+    pub(crate) common: &'a Common,
+    pub(crate) facts: SourceFacts,
+    pub(crate) data: &'a Data,
+    pub(crate) view: &'a Quantized,
+    pub(crate) started: Instant,
+    pub(crate) source_bytes: u64,
+    pub(crate) bits: f64,
+}
+
+/// Measures the checkpoint that was written and writes the report to `folder`.
+pub(crate) fn write(
+    run: &Run<'_>,
+    written: &Written,
+    name: &dyn Fn(MatrixId) -> String,
+    folder: &Path,
+    ui: Ui,
+) -> Result<()> {
+    let args = run.args;
+    let (seconds, peak_memory_bytes) = (run.started.elapsed().as_secs_f64(), command::peak_memory());
+    let coverage: Vec<Vec<u64>> = run.view.facts().iter().map(|facts| facts.coverage.clone()).collect();
+    let max = max_rule(run, ui)?;
+    let (quality, algorithms) = measure(run, max.as_ref(), ui)?;
+    let report = Report {
+        run: evaluate::report::Run {
+            model: args.source.clone(),
+            source_layout: run.facts.layout.to_owned(),
+            source_license: run.facts.license.clone(),
+            base_model: run.facts.base_model.clone(),
+            layout: command::layout(args.format).name().to_owned(),
+            recipe: flag(&args.recipe),
+            algorithm: flag(&args.algorithm),
+            reason: command::reason(args, run.view).map(str::to_owned),
+            activations: flag(&args.activations),
+            kv_cache: flag(&args.kv_cache),
+            scales_per: flag(&args.scales_per),
+            command: command_line(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            seconds,
+            peak_memory_bytes,
+            threads: threads(run.common),
+            bytes: written.tensor_bytes,
+            source_bytes: run.source_bytes,
+            bits_per_weight: run.bits,
+        },
+        calibration: (!coverage.is_empty()).then(|| Calibration {
+            files: run
+                .data
+                .sets
+                .iter()
+                .map(|set| CalibrationFile {
+                    name: set.name.clone(),
+                    windows: set.windows.len(),
+                    tokens: set.tokens() as u64,
+                })
+                .collect(),
+            tokens: run.data.sets.iter().map(|set| set.tokens() as u64).sum(),
+            window: run.data.sets.iter().flat_map(|set| &set.windows).map(Vec::len).max().unwrap_or(0),
+            all_experts: args.all_experts,
+            seed: args.seed,
+            starved: coverage.iter().flatten().filter(|&&tokens| tokens < STARVED_TOKENS).count(),
+            coverage,
+        }),
+        sizes: parts(run.view)
+            .zip(&run.facts.bytes)
+            .map(|((name, parameters, bytes), &source_bytes)| Part {
+                name: name.to_owned(),
+                parameters,
+                source_bytes,
+                bytes,
+            })
+            .collect(),
+        tensors: tensors(run, max.as_ref(), name),
+        quality,
+        algorithms,
+    };
+    evaluate::report::write(&report, folder).map_err(|error| Failure::machine(error.to_string()))?;
+    if !ui.json {
+        println!("report: {}", folder.join("index.html").display());
+    }
+    Ok(())
+}
+
+/// The same source by the max rule, for comparison; none if the run itself went by it, or lost nothing.
+fn max_rule(run: &Run<'_>, ui: Ui) -> Result<Option<Arc<Quantized>>> {
+    let Options::Nvfp4 { recipe, embedding, scales_per, experts_in_bf16, .. } = command::options(run.args)
+    else {
+        return Ok(None);
+    };
+    let lossy = |t: &quantize::TensorReport| t.totals.changed > 0 && t.method != Method::Max;
+    if !run.view.report().iter().any(lossy) {
+        return Ok(None);
+    }
+    let options = Options::Nvfp4 {
+        recipe,
+        algorithm: quantize::Algorithm::Max,
+        embedding,
+        scales_per,
+        activations: false,
+        kv_scales: false,
+        experts_in_bf16,
+    };
+    let source = command::source(Model::open(Some(&run.args.source), ui)?, run.args.format);
+    let max = Quantized::new(source, options, threads(run.common), &mut |_, _| {})?;
+    // Its errors are known once every matrix has been read.
+    for id in matrices(max.config()) {
+        for expert in 0..id.kind.shape(max.config()).0 {
+            max.matrix(id, expert)?;
+            max.release(id, expert);
+        }
+    }
+    Ok(Some(Arc::new(max)))
+}
+
+/// Divergence from the source on the windows held out of the calibration files, and that of the max rule on the first of them.
+fn measure(
+    run: &Run<'_>,
+    max: Option<&Arc<Quantized>>,
+    ui: Ui,
+) -> Result<(Vec<Quality>, Vec<AlgorithmResult>)> {
+    let (mut quality, mut algorithms) = (Vec::new(), Vec::new());
+    let sets: Vec<_> = run.data.sets.iter().filter(|set| !set.held_out.is_empty()).collect();
+    let Some(first) = sets.first() else {
+        ui.note(
+            "note: the calibration files have no windows left to measure on: the report has no divergence",
+        );
+        return Ok((quality, algorithms));
+    };
+    let source = Model::open(Some(&run.args.source), ui)?;
+    let mut reference = backend(Arc::new(source.checkpoint), run.common, ui)?;
+    let mut model = backend(Arc::new(Checkpoint::open(&run.args.out)?), run.common, ui)?;
+    for set in &sets {
+        let found = divergence(&mut model, &mut reference, &set.held_out, ui)?;
+        quality.push(Quality {
+            data: set.name.clone(),
+            tokens: found.tokens as u64,
+            nll_source: found.nll_reference,
+            nll: found.nll,
+            kl_mean: found.kl_mean,
+            kl_p99: found.kl_p99,
+            top1_agreement: found.top1_agreement,
+        });
+    }
+    drop(model);
+    if let Some(max) = max {
+        let weights: Arc<dyn Weights> = Arc::<Quantized>::clone(max);
+        let found = divergence(&mut backend(weights, run.common, ui)?, &mut reference, &first.held_out, ui)?;
+        let own = &quality[0];
+        let chosen = if run.args.algorithm == args::Algorithm::Auto {
+            Method::Refine.name().to_owned()
+        } else {
+            flag(&run.args.algorithm)
+        };
+        algorithms.push(AlgorithmResult { algorithm: chosen, kl_mean: own.kl_mean, nll: own.nll });
+        let max = Method::Max.name().to_owned();
+        algorithms.push(AlgorithmResult { algorithm: max, kl_mean: found.kl_mean, nll: found.nll });
+    }
+    Ok((quality, algorithms))
+}
+
+fn divergence(
+    model: &mut dyn Backend,
+    reference: &mut dyn Backend,
+    windows: &[Vec<u32>],
+    ui: Ui,
+) -> Result<evaluate::Divergence> {
+    let mut bar = ui.progress("Measuring", windows.len() as u64);
+    Ok(evaluate::divergence(model, reference, windows, &mut |done| bar.set(done as u64))?)
+}
+
+fn tensors(run: &Run<'_>, max: Option<&Arc<Quantized>>, name: &dyn Fn(MatrixId) -> String) -> Vec<Tensor> {
+    let max = max.map(|max| max.report()).unwrap_or_default();
+    let changed = run.view.report().into_iter().filter(|t| t.method != Method::Keep);
+    changed
+        .map(|t| {
+            let stack = t.id.kind.is_expert();
+            let in_layer = !matches!(t.id.kind, MatrixKind::Embedding | MatrixKind::Unembedding);
+            Tensor {
+                name: name(t.id),
+                layer: in_layer.then_some(t.id.layer),
+                kind: kind(t.id.kind).to_owned(),
+                format: t.format.name().to_owned(),
+                algorithm: t.method.name().to_owned(),
+                mse: t.totals.mse(),
+                sqnr_db: command::finite(t.totals.sqnr_db()),
+                max_error: f64::from(t.totals.max_error),
+                max_rule_mse: max
+                    .iter()
+                    .find(|m| m.id == t.id && m.totals.values > 0)
+                    .map(|m| m.totals.mse()),
+                output_error: None,
+                max_rule_output_error: None,
+                worst_block: t.totals.worst.map(|worst| WorstBlock {
+                    expert: stack.then_some(worst.expert),
+                    row: worst.row,
+                    block: worst.block,
+                    relative_error: worst.relative_error,
+                }),
+            }
+        })
+        .collect()
+}
+
+/// Parts of a model: name, parameters, bytes.
+fn parts(weights: &dyn Weights) -> impl Iterator<Item = (&'static str, u64, u64)> {
+    const NAMES: [&str; 6] =
+        ["experts", "attention", "router", "embedding", "output layer", "norms, biases and sinks"];
+    let mut sums = [(0, 0); 6];
+    let config = weights.config();
+    for id in matrices(config) {
+        let part = match id.kind {
+            MatrixKind::GateUp | MatrixKind::Down => 0,
+            MatrixKind::Query | MatrixKind::Key | MatrixKind::Value | MatrixKind::Output => 1,
+            MatrixKind::Router => 2,
+            MatrixKind::Embedding => 3,
+            MatrixKind::Unembedding => 4,
+        };
+        let (count, rows, cols) = id.kind.shape(config);
+        let parameters = count as u64 * rows as u64 * cols as u64;
+        sums[part].0 += parameters;
+        sums[part].1 += match weights.format(id) {
+            Format::Bf16 => parameters * 2,
+            Format::Nvfp4 => parameters / 2 + parameters / 16,
+            Format::Mxfp4 => parameters / 2 + parameters / 32,
+        };
+    }
+    for id in vectors(config) {
+        let (count, len) = id.kind.shape(config);
+        sums[5].0 += count as u64 * len as u64;
+        sums[5].1 += count as u64 * len as u64 * 2;
+    }
+    NAMES.into_iter().zip(sums).map(|(name, (parameters, bytes))| (name, parameters, bytes))
+}
+
+fn kind(kind: MatrixKind) -> &'static str {
+    match kind {
+        MatrixKind::Query => "query",
+        MatrixKind::Key => "key",
+        MatrixKind::Value => "value",
+        MatrixKind::Output => "output",
+        MatrixKind::Router => "router",
+        MatrixKind::GateUp => "gate_up",
+        MatrixKind::Down => "down",
+        MatrixKind::Embedding => "embedding",
+        MatrixKind::Unembedding => "output layer",
+    }
+}
+
+/// The value of a plain `key: value` line in the front matter of a model card.
+fn front_matter(card: &str, key: &str) -> Option<String> {
+    let body = card.strip_prefix("---\n")?.split("\n---").next()?;
+    let value = body.lines().find_map(|line| line.strip_prefix(key)?.strip_prefix(':'))?;
+    let value = value.trim().trim_matches(['"', '\'']);
+    (!value.is_empty()).then(|| value.to_owned())
+}
+
+/// The command as typed, with the program's bare name.
+fn command_line() -> String {
+    let mut words = vec!["nibble".to_owned()];
+    for word in std::env::args().skip(1) {
+        let plain = word.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,+@".contains(c));
+        let quoted = format!("'{}'", word.replace('\'', "'\\''"));
+        words.push(if plain && !word.is_empty() { word } else { quoted });
+    }
+    words.join(" ")
+}
