@@ -51,3 +51,18 @@ fn round_magnitude(m: f32) -> u8 {
         + u8::from(m >= 3.5)
         + u8::from(m > 5.0)
 }
+/// The nearest E2M1 value, ties to the even code: [`decode`] of [`encode`], without branches so that compilers run many side
+/// by side. NaN becomes 0.
+#[inline]
+pub fn nearest(y: f32) -> f32 {
+    let m = y.abs();
+    let step = |over: bool, by: f32| if over { by } else { 0.0 };
+    let level = step(m > 0.25, 0.5)
+        + step(m >= 0.75, 0.5)
+        + step(m > 1.25, 0.5)
+        + step(m >= 1.75, 0.5)
+        + step(m > 2.5, 1.0)
+        + step(m >= 3.5, 1.0)
+        + step(m > 5.0, 2.0);
+    level.copysign(y)
+}

@@ -87,27 +87,6 @@ impl ScaleSearch {
     /// The best of all E4M3 scales: the smallest squared error, the smaller scale on a tie. `full` looks at all 126 bytes, else
     /// at those around the max rule's.
     pub fn best_of_sweep(&self, values: &[f32], full: bool) -> u8 {
-        self.best(values, full, |scale| squared_error(values, scale))
-    }
-
-    /// The E4M3 scale of the smallest `d H dᵀ`, `d` being the block's error and `hessian` the second moment `H` of its inputs;
-    /// the smaller scale on a tie. Winners lie anywhere, so all 126 are tried.
-    pub fn best_by_hessian(&self, values: &[f32], hessian: &[[f32; BLOCK]; BLOCK]) -> u8 {
-        self.best(values, true, |scale| {
-            let mut error = [0.0f32; BLOCK];
-            for (error, &value) in error.iter_mut().zip(values) {
-                *error = value - rounded(value, scale);
-            }
-            let mut product = [0.0f32; BLOCK];
-            for (row, error) in hessian.iter().zip(&error) {
-                product.iter_mut().zip(row).for_each(|(product, h)| *product += error * h);
-            }
-            product.iter().zip(&error).map(|(product, error)| product * error).sum()
-        })
-    }
-
-    /// The first scale of the smallest loss.
-    fn best(&self, values: &[f32], full: bool, loss: impl Fn(f32) -> f32) -> u8 {
         // Candidate i stands for byte i + 1. In a block of zeros all are equal, and the first wins.
         let candidates = if amax(values) == 0.0 {
             0..1
@@ -119,9 +98,46 @@ impl ScaleSearch {
         };
         let (mut best, mut least) = (candidates.start, f32::INFINITY);
         for i in candidates {
-            let error = loss(self.sweep[i].1);
+            let error = squared_error(values, self.sweep[i].1);
             if error < least {
                 (best, least) = (i, error);
+            }
+        }
+        static_block_scale(self.sweep[best].0, self.amax, self.max_scale)
+    }
+
+    /// The E4M3 scale of the smallest `d H dᵀ`, `d` being the block's error and `hessian` the second moment `H` of its inputs;
+    /// the smaller scale on a tie. Winners lie anywhere, so all 126 are tried.
+    pub fn best_by_hessian(&self, values: &[f32], hessian: &[[f32; BLOCK]; BLOCK]) -> u8 {
+        const LANES: usize = 16;
+        if amax(values) == 0.0 {
+            return static_block_scale(self.sweep[0].0, self.amax, self.max_scale);
+        }
+        let (mut best, mut least) = (0, f32::INFINITY);
+        for first in (0..self.sweep.len()).step_by(LANES) {
+            // So many candidates side by side; the last one repeated where there are fewer.
+            let scales: [f32; LANES] =
+                std::array::from_fn(|c| self.sweep[(first + c).min(self.sweep.len() - 1)].1);
+            let mut errors = [[0.0f32; LANES]; BLOCK];
+            for (errors, &value) in errors.iter_mut().zip(values) {
+                for (error, scale) in errors.iter_mut().zip(&scales) {
+                    *error = value - e2m1::nearest(value / scale) * scale;
+                }
+            }
+            let mut losses = [0.0f32; LANES];
+            for (row, own) in hessian.iter().zip(&errors) {
+                let mut product = [0.0f32; LANES];
+                for (h, errors) in row.iter().zip(&errors) {
+                    product.iter_mut().zip(errors).for_each(|(product, error)| *product += h * error);
+                }
+                for ((loss, product), error) in losses.iter_mut().zip(&product).zip(own) {
+                    *loss += product * error;
+                }
+            }
+            for (c, &loss) in losses.iter().enumerate() {
+                if loss < least {
+                    (best, least) = (first + c, loss);
+                }
             }
         }
         static_block_scale(self.sweep[best].0, self.amax, self.max_scale)
@@ -150,15 +166,11 @@ impl ScaleSearch {
 fn squared_error(values: &[f32], s: f32) -> f32 {
     let mut sum = 0.0;
     for &value in values {
-        let error = value - rounded(value, s);
+        let rounded = if s == 0.0 { 0.0 } else { e2m1::nearest(value / s) * s };
+        let error = value - rounded;
         sum += error * error;
     }
     sum
-}
-
-/// The nearest multiple of `s` that E2M1 has.
-fn rounded(value: f32, s: f32) -> f32 {
-    if s == 0.0 { 0.0 } else { e2m1::decode(e2m1::encode(value / s)) * s }
 }
 
 /// Encodes one block with a given scale byte: `code = E2M1(value / (f32(scale) · global_scale))`.

@@ -257,7 +257,7 @@ impl Triangle {
                 }
             }
             for c in 0..CANDIDATES {
-                let level = nearest(goal[c] / s[c]);
+                let level = e2m1::nearest(goal[c] / s[c]);
                 let value = level * s[c];
                 let rest = goal[c] - value;
                 loss[c] += rest * rest * self.pivots[j];
@@ -342,22 +342,6 @@ fn combine(matrix: &[[f32; BLOCK]; BLOCK], x: &[f32; BLOCK]) -> [f32; BLOCK] {
     out
 }
 
-/// The nearest E2M1 value, ties to the even code: `e2m1::encode` decoded, without branches so that candidates run side by
-/// side.
-#[inline(always)]
-fn nearest(y: f32) -> f32 {
-    let m = y.abs();
-    let step = |over: bool, by: f32| if over { by } else { 0.0 };
-    let level = step(m > 0.25, 0.5)
-        + step(m >= 0.75, 0.5)
-        + step(m > 1.25, 0.5)
-        + step(m >= 1.75, 0.5)
-        + step(m > 2.5, 1.0)
-        + step(m >= 3.5, 1.0)
-        + step(m > 5.0, 2.0);
-    level.copysign(y)
-}
-
 fn block(values: &[f32], at: usize) -> &[f32; BLOCK] {
     values[at..].first_chunk().expect("a row is a whole number of blocks")
 }
@@ -365,14 +349,6 @@ fn block(values: &[f32], at: usize) -> &[f32; BLOCK] {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn nearest_is_the_rounding_of_the_format() {
-        for i in -7000..=7000 {
-            let y = i as f32 / 1000.0;
-            assert_eq!(nearest(y), e2m1::decode(e2m1::encode(y)), "{y}");
-        }
-    }
 
     fn loss(weights: &[f32], values: &[f32], factor: &Factor) -> f64 {
         let cols = factor.cols;

@@ -23,6 +23,7 @@ proptest! {
     #[test]
     fn e2m1_rounds_to_the_nearest(value in -8.0f32..8.0) {
         let found = e2m1::decode(e2m1::encode(value));
+        prop_assert_eq!(e2m1::nearest(value), found);
         let clamped = value.clamp(-6.0, 6.0);
         let best = e2m1::VALUES.iter().map(|v| (v - clamped).abs()).fold(f32::INFINITY, f32::min);
         prop_assert_eq!((found - clamped).abs(), best);

@@ -1,13 +1,14 @@
 //! `testdata/quant/tiny_gptoss`: weights, block scales and global scales bit for bit.
 
 use std::borrow::Cow;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use checkpoint::{
     Checkpoint, Config, Error, Format, Matrix, MatrixId, MatrixKind, TensorFile, Values, Vector, VectorId,
     Weights, matrices,
 };
-use quantize::{Algorithm, Recipe};
+use quantize::{Algorithm, Options, Recipe, ScalesPer};
 
 use crate::{nvfp4, open, root, view};
 
@@ -32,6 +33,57 @@ fn weights_equal_model_optimizers_exports() {
             }
         }
         assert_eq!(packed, if recipe == Recipe::Linear { 2 * 6 } else { 2 * 2 });
+    }
+}
+
+#[test]
+fn static_scales_equal_those_of_model_optimizers_calibration() {
+    let file = TensorFile::open(&root("testdata/quant/tiny_gptoss/calib.safetensors")).unwrap();
+    let ids = file.data(file.tensor("calib_input_ids").unwrap());
+    let ids: Vec<u32> = ids.chunks_exact(8).map(|b| u32::from_le_bytes(b[..4].try_into().unwrap())).collect();
+    let scratch = tempfile::tempdir().unwrap();
+    let calibration = quantize::Calibration {
+        windows: ids.chunks_exact(32).map(<[u32]>::to_vec).collect(),
+        all_experts: false,
+        scratch: scratch.path().join("calibration"),
+        fingerprint: String::new(),
+    };
+    for (name, recipe) in [("nvfp4_default_kv_fp8", Recipe::Linear), ("nvfp4_experts_only", Recipe::Experts)]
+    {
+        let golden = open(&format!("testdata/quant/tiny_gptoss/{name}"));
+        let options = Options::Nvfp4 {
+            recipe,
+            algorithm: Algorithm::Max,
+            embedding: false,
+            scales_per: ScalesPer::Stack,
+            activations: true,
+            kv_scales: recipe == Recipe::Linear,
+            experts_in_bf16: false,
+        };
+        let mut found = view(open("testdata/quant/tiny_gptoss/source"), options);
+        assert!(found.needs_calibration());
+        found.calibrate(&calibration, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        // The peer's forward pass is in BF16.
+        let close = |found: f32, golden: f32| (found / golden - 1.0).abs() < 0.02;
+        let mut compared = 0;
+        for id in matrices(golden.config()) {
+            match (found.input_scale(id), golden.input_scale(id)) {
+                (Some(found), Some(golden)) => {
+                    assert!(close(found, golden), "{name}: {id:?}: {found} {golden}");
+                    compared += 1;
+                }
+                (found, golden) => assert_eq!(found, golden, "{name}: {id:?}"),
+            }
+        }
+        assert_eq!(compared, if recipe == Recipe::Linear { 2 * 6 } else { 2 * 2 });
+        for layer in 0..2 {
+            match (found.kv_scales(layer), golden.kv_scales(layer)) {
+                (Some(found), Some(golden)) => {
+                    assert!(close(found.key, golden.key) && close(found.value, golden.value), "{found:?}");
+                }
+                (found, golden) => assert_eq!(found, golden, "{name}"),
+            }
+        }
     }
 }
 
