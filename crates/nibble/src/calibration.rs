@@ -59,7 +59,7 @@ impl Data {
 /// At most `tokens` tokens, shared equally among the files; the built-in set if there are none. Seed 0 takes the first windows
 /// of each file, any other seed draws them.
 pub(crate) fn read(model: &Model, files: &[PathBuf], tokens: usize, seed: u64, ui: Ui) -> Result<Data> {
-    let share = tokens / files.len().max(if files.is_empty() { 2 } else { 1 });
+    let share = (tokens / if files.is_empty() { 2 } else { files.len() }).max(1);
     let mut sets = Vec::new();
     if files.is_empty() {
         let lines = CONVERSATIONS
@@ -136,14 +136,22 @@ fn of_text(model: &Model, text: &str, bytes: usize) -> Result<Vec<Vec<u32>>> {
 }
 
 fn of_lines(model: &Model, lines: Vec<Line>, file: &str) -> Result<Vec<Vec<u32>>> {
-    let (tokenizer, harmony) = (model.tokenizer()?, model.harmony()?);
+    // Ids alone ask for no vocabulary.
+    let plain = lines.iter().all(|line| matches!(line, Line::Ids(_)));
+    let harmony = if plain { None } else { Some(model.harmony()?) };
     let each = lines.into_iter().enumerate().map(|(number, line)| {
         let mut ids = match line {
             Line::Ids(ids) => ids,
-            Line::Prompt { prompt } => tokenizer.encode_with_special(&prompt),
-            Line::Messages(prompt) => harmony
-                .render_chat(&ChatPrompt { add_generation_prompt: false, ..*prompt })
-                .map_err(|e| Failure::input(format!("{file}: line {}: {e}", number + 1)))?,
+            Line::Prompt { prompt } => {
+                harmony.iter().flat_map(|h| h.tokenizer().encode_with_special(&prompt)).collect()
+            }
+            Line::Messages(prompt) => {
+                let prompt = ChatPrompt { add_generation_prompt: false, ..*prompt };
+                let rendered = harmony.as_ref().map(|harmony| harmony.render_chat(&prompt)).transpose();
+                rendered
+                    .map_err(|e| Failure::input(format!("{file}: line {}: {e}", number + 1)))?
+                    .unwrap_or_default()
+            }
         };
         ids.truncate(WINDOW);
         Ok(ids)

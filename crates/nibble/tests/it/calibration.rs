@@ -1,0 +1,188 @@
+//! `quantize` where it calibrates, and what it says about it.
+
+use std::path::Path;
+use std::process::Stdio;
+
+use crate::{bf16, fails, nibble, ok, small};
+
+fn write(folder: &Path, name: &str, text: &str) -> String {
+    let path = folder.join(name);
+    std::fs::write(&path, text).unwrap();
+    path.to_str().unwrap().to_owned()
+}
+
+#[test]
+fn bad_calibration_data_are_refused_before_any_work() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    for (name, text, named) in [
+        ("broken.jsonl", "[1, 2, 3]\n{\"messages\": [", "line 2"),
+        ("shape.jsonl", "{\"text\": \"no such field\"}\n", "line 1"),
+        ("unknown.jsonl", "[1, 2, 4096]\n", "expected ids below 4096, found 4096"),
+        ("negative.jsonl", "[-1]\n", "line 1"),
+        ("empty.txt", "", "expected at least one token"),
+        ("empty.jsonl", "[]\n\n", "expected at least one token"),
+        ("table.csv", "1,2\n", "expected a file that ends in .txt or .jsonl"),
+    ] {
+        let file = write(folder.path(), name, text);
+        fails(&["quantize", &bf16(), "--out", &out, "--calibration", &file], 2, named);
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1, "{name}: nothing else was written");
+        std::fs::remove_file(file).unwrap();
+    }
+    let missing = folder.path().join("missing.txt").to_str().unwrap().to_owned();
+    fails(&["quantize", &bf16(), "--out", &out, "--calibration", &missing], 2, "missing.txt");
+}
+
+#[test]
+fn combinations_without_a_meaning_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let refused = |flags: &[&str], named: &str| {
+        let source = bf16();
+        let args: Vec<&str> =
+            ["quantize", &source, "--out", &out].into_iter().chain(flags.iter().copied()).collect();
+        fails(&args, 2, named);
+    };
+    refused(&["--algorithm", "awq"], "expected --recipe linear or all, found experts");
+    refused(&["--format", "mxfp4", "--activations", "nvfp4"], "--activations nvfp4");
+    refused(&["--format", "bf16", "--kv-cache", "fp8"], "--kv-cache fp8");
+    refused(&["--config", "NVFP4_AWESOME_CFG"], "NVFP4_DEFAULT_CFG, W4A16_NVFP4_CFG");
+    refused(&["--config", "NVFP4_DEFAULT_CFG", "--algorithm", "mse"], "cannot be used with");
+    assert!(!Path::new(&out).exists());
+}
+
+#[test]
+fn model_optimizers_names_are_expanded_and_printed() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let config = ["--config", "W4A16_NVFP4_CFG", "--json"];
+    let source = bf16();
+    let done = ok(&[&["quantize", &source, "--out", &out], &config[..]].concat());
+    assert!(
+        done.stderr.contains("W4A16_NVFP4_CFG: --recipe linear --algorithm max --activations none (W4A16)"),
+        "{}",
+        done.stderr
+    );
+    let done = done.json();
+    assert_eq!((&done["recipe"], &done["algorithm"]), (&"linear".into(), &"max".into()));
+}
+
+#[test]
+fn w4a4_with_an_fp8_cache_and_a_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let text = std::fs::read_to_string(crate::path("testdata/data/books-valid.txt")).unwrap();
+    let file = write(folder.path(), "book.txt", &text[..16_000]);
+    let done = ok(&[
+        "quantize",
+        &bf16(),
+        "--out",
+        &path("out"),
+        "--config",
+        "NVFP4_W4A4_WEIGHT_MSE_FP8_SWEEP_CFG",
+        "--kv-cache",
+        "fp8",
+        "--calibration",
+        &file,
+        "--calibration-tokens",
+        "1024",
+        "--report",
+        &path("report"),
+        "--json",
+    ])
+    .json();
+    let coverage = done["expert_coverage"].as_array().unwrap();
+    assert_eq!((coverage.len(), coverage[0].as_array().unwrap().len()), (4, 16));
+    let routed: u64 = crate::ids(&coverage[3]).iter().sum();
+    assert_eq!(routed, 1024 * 4);
+    let config = std::fs::read_to_string(folder.path().join("out/hf_quant_config.json")).unwrap();
+    let config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["quantization"]["quant_algo"], "NVFP4");
+    assert_eq!(config["quantization"]["kv_cache_quant_algo"], "FP8");
+    for name in
+        ["mlp.experts.down_proj_input_scale", "self_attn.k_proj.k_scale", "self_attn.o_proj.input_scale"]
+    {
+        ok(&["inspect", &path("out"), "--tensor", &format!("model.layers.3.{name}")]);
+    }
+
+    let report = std::fs::read_to_string(folder.path().join("report/report.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let quality = &report["quality"][0];
+    assert_eq!((&quality["data"], &report["calibration"]["tokens"]), (&"book.txt".into(), &1024.into()));
+    let divergence = quality["kl_mean"].as_f64().unwrap();
+    assert!((0.001..1.0).contains(&divergence), "{divergence}");
+    let compared = report["algorithms"].as_array().unwrap();
+    assert_eq!((&compared[0]["algorithm"], &compared[1]["algorithm"]), (&"mse".into(), &"max".into()));
+    assert_eq!(compared[0]["kl_mean"], quality["kl_mean"]);
+    assert!(divergence < compared[1]["kl_mean"].as_f64().unwrap());
+    let tensor = &report["tensors"][0];
+    assert!(tensor["mse"].as_f64().unwrap() < tensor["max_rule_mse"].as_f64().unwrap(), "{tensor}");
+    assert!(tensor["worst_block"]["relative_error"].as_f64().unwrap() > 0.0, "{tensor}");
+    let bytes: u64 = report["sizes"].as_array().unwrap().iter().map(|p| p["bytes"].as_u64().unwrap()).sum();
+    // The files hold the global scales and the static scales as well.
+    let scales = report["run"]["bytes"].as_u64().unwrap() - bytes;
+    assert_eq!(scales, 4 * (6 * 2 + 2) * 4);
+    let page = std::fs::read_to_string(folder.path().join("report/index.html")).unwrap();
+    assert!(page.contains("<svg") && page.contains("book.txt"));
+    assert!(std::fs::read_to_string(folder.path().join("report/README.md")).unwrap().contains("`book.txt`"));
+}
+
+#[test]
+fn a_single_token_is_enough_to_say_what_happened() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let done = ok(&["quantize", &bf16(), "--out", &out, "--algorithm", "gptq", "--calibration-tokens", "1"]);
+    assert!(done.stdout.contains("too few tokens for expert"), "{}", done.stdout);
+    assert!(done.stdout.contains("(0 tokens)") && done.stdout.contains("mse instead"), "{}", done.stdout);
+}
+
+#[test]
+fn the_published_form_needs_no_calibration() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let report = folder.path().join("report").to_str().unwrap().to_owned();
+    let done =
+        ok(&["quantize", &small(), "--out", &out, "--report", &report, "--calibration-tokens", "2048"]);
+    assert!(done.stdout.contains("without losing a bit"), "{}", done.stdout);
+    let report = std::fs::read_to_string(folder.path().join("report/report.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    assert_eq!(report["calibration"], serde_json::Value::Null);
+    for quality in report["quality"].as_array().unwrap() {
+        assert_eq!((&quality["kl_mean"], &quality["top1_agreement"]), (&0.0.into(), &1.0.into()));
+    }
+    assert_eq!(report["quality"].as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn an_interrupted_calibration_is_continued_by_the_same_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let source = bf16();
+    let args = |out: &str| -> Vec<String> {
+        ["quantize", &source, "--out", out, "--algorithm", "gptq", "--calibration-tokens", "512"]
+            .map(str::to_owned)
+            .to_vec()
+    };
+    let (whole, halved) = (path("whole"), path("halved"));
+    ok(&args(&whole).iter().map(String::as_str).collect::<Vec<_>>());
+
+    let args = args(&halved);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let child = nibble(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let first = folder.path().join("halved.calibration/layer-0.json");
+    while !first.exists() {
+        std::thread::yield_now();
+    }
+    // SAFETY: a signal to a child that has not been waited for.
+    unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    let stopped = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&stopped.stderr);
+    assert_eq!(stopped.status.code(), Some(130), "{stderr}");
+    assert!(stderr.contains("the same command continues"), "{stderr}");
+    assert!(!Path::new(&halved).exists() && first.exists());
+
+    ok(&args);
+    let weights = |folder: &str| std::fs::read(Path::new(folder).join("model.safetensors")).unwrap();
+    assert!(weights(&whole) == weights(&halved), "the same bytes");
+    assert!(!folder.path().join("halved.calibration").exists(), "nothing is left behind");
+}
