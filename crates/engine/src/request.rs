@@ -2,7 +2,7 @@
 
 use gptoss::TokenLogprobs;
 
-use crate::SamplingParams;
+use crate::{Grammar, SamplingParams};
 
 /// A prompt with its parameters. It becomes `params.n` sequences, which share the prompt's computation.
 #[derive(Debug, Clone, PartialEq)]
@@ -13,6 +13,15 @@ pub struct Request {
     pub params: SamplingParams,
     /// How tokens become text.
     pub output: OutputMode,
+    /// What the answer must follow, from its first token on.
+    pub grammar: Option<Grammar>,
+}
+
+impl Request {
+    /// A request without a grammar.
+    pub fn new(prompt: Vec<u32>, params: SamplingParams, output: OutputMode) -> Request {
+        Request { prompt, params, output, grammar: None }
+    }
 }
 
 /// How tokens become text.
@@ -20,10 +29,12 @@ pub struct Request {
 pub enum OutputMode {
     /// Decoded as it is.
     Text,
-    /// Parsed as Harmony after `<|start|>assistant`, with these function tools declared.
+    /// Parsed as Harmony after `<|start|>assistant`.
     Chat {
-        /// Names of the declared tools.
+        /// Names of the declared function tools.
         tools: Vec<String>,
+        /// The last tokens of the prompt, if it begins the answer: what came after `<|start|>assistant`.
+        begun: Vec<u32>,
     },
 }
 
@@ -105,4 +116,7 @@ pub enum Failure {
     /// The device failed.
     #[error("the engine failed: {0}")]
     Device(String),
+    /// The request's grammar cannot be followed any further: it is too complex, or other fields forbid what it demands.
+    #[error("the grammar cannot be followed: {0}")]
+    Grammar(String),
 }

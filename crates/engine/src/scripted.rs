@@ -27,7 +27,7 @@ use crate::{FinishReason, SamplingParams};
 ///   or batching, since neither changes the tokens.
 /// - After its last token a script begins again.
 ///
-/// A token that the request's bias forbids is replaced by the next id that is allowed. Temperature, filters and penalties
+/// A token that the request's bias or mask forbids is replaced by the next id that is allowed. Temperature, filters and penalties
 /// have no effect. Log-probabilities are made up: the token itself has 1/2, the ids after it 1/4, 1/8 and so on.
 pub struct Scripted {
     config: Config,
@@ -234,12 +234,13 @@ impl Scripted {
         let delay = next.and_then(|(s, at)| s.delays.get(at)).copied().unwrap_or_default();
         let vocabulary = self.config.vocab_size as u32;
         let mut token = next.map_or(0, |(s, at)| s.tokens[at]);
-        let forbidden = |token| sampling.bias.iter().any(|&(t, b)| t == token && b == f32::NEG_INFINITY);
-        // No request can forbid as many ids as there are attempts.
-        for _ in 0..=sampling.bias.len() {
-            if forbidden(token) {
-                token = (token + 1) % vocabulary;
-            }
+        let forbidden = |token| {
+            sampling.mask.as_ref().is_some_and(|mask| !mask.allows(token))
+                || sampling.bias.iter().any(|&(t, b)| t == token && b == f32::NEG_INFINITY)
+        };
+        // If all are forbidden it is as good as any.
+        if let Some(allowed) = (0..vocabulary).map(|i| (token + i) % vocabulary).find(|&t| !forbidden(t)) {
+            token = allowed;
         }
         tokens.push(token);
         self.met.insert(digest(sampling.seed, tokens), Place { next: place.next + 1, ..place });

@@ -238,6 +238,11 @@ impl Parser {
         &self.repairs
     }
 
+    /// Whether the message that is being read goes to reasoning.
+    pub fn is_reasoning(&self) -> bool {
+        matches!(&self.state, State::Content(open) if open.field == Field::Reasoning)
+    }
+
     /// Text tokens of what went to reasoning.
     pub fn reasoning_tokens(&self) -> usize {
         self.reasoning_tokens

@@ -15,11 +15,14 @@ use crate::chat_request::ChatRequest;
 use crate::identifier::identifier;
 use crate::request::StreamOptions;
 use crate::sse::{Encoder, data};
+use crate::turn::Choice as CallChoice;
 
 /// What an answer shows, of what is generated.
 #[derive(Debug, Clone)]
 pub(crate) struct Shape {
     calls_allowed: bool,
+    /// The client named the function, so that the call is the answer.
+    call_is_answer: bool,
     parallel_tool_calls: bool,
     include_reasoning: bool,
     logprobs: bool,
@@ -33,7 +36,8 @@ pub(crate) struct Shape {
 impl Shape {
     pub(crate) fn new(request: &ChatRequest) -> Shape {
         Shape {
-            calls_allowed: request.calls_allowed,
+            calls_allowed: request.choice != CallChoice::None,
+            call_is_answer: matches!(request.choice, CallChoice::Named(_)),
             parallel_tool_calls: request.parallel_tool_calls,
             include_reasoning: request.include_reasoning,
             logprobs: request.params.logprobs.is_some(),
@@ -139,7 +143,9 @@ impl ChatAnswer {
                 choice.completion_tokens = completion_tokens;
                 choice.reasoning_tokens = Some(reasoning_tokens);
                 let reason = match reason {
-                    FinishReason::ToolCalls if choice.calls == 0 => FinishReason::Stop,
+                    FinishReason::ToolCalls if choice.calls == 0 || self.shape.call_is_answer => {
+                        FinishReason::Stop
+                    }
                     reason => reason,
                 };
                 let finish = Finish { reason, stop: stop.map(Stop::from) };

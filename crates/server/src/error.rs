@@ -38,6 +38,9 @@ pub(crate) enum ApiError {
     BodyTimeout,
     #[error("The request body must be of type application/json.")]
     MediaType,
+    /// What the client demands excludes itself, or takes too much to follow.
+    #[error("The form of the answer cannot be kept to: {}.", excerpt(.0))]
+    GrammarFailed(String),
     #[error("The model is being loaded. Please retry.")]
     Loading,
     #[error("The engine makes no progress.")]
@@ -72,7 +75,9 @@ impl ApiError {
 
     fn status(&self) -> StatusCode {
         match self {
-            ApiError::Body(_) | ApiError::Invalid { .. } => StatusCode::BAD_REQUEST,
+            ApiError::Body(_) | ApiError::Invalid { .. } | ApiError::GrammarFailed(_) => {
+                StatusCode::BAD_REQUEST
+            }
             ApiError::UnknownModel { .. } | ApiError::UnknownPath => StatusCode::NOT_FOUND,
             ApiError::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             ApiError::NotApplicable => StatusCode::NOT_IMPLEMENTED,
@@ -91,6 +96,7 @@ impl ApiError {
         match self {
             ApiError::Body(_)
             | ApiError::Invalid { .. }
+            | ApiError::GrammarFailed(_)
             | ApiError::TooLarge { .. }
             | ApiError::MediaType => "BadRequestError",
             ApiError::UnknownModel { .. } | ApiError::UnknownPath => "NotFoundError",

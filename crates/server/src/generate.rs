@@ -6,7 +6,7 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::Response;
-use engine::{Engine, Event, OutputMode, Request, SubmitError};
+use engine::{Engine, Event, Grammar, OutputMode, Request, SubmitError};
 
 use crate::answer::Identity;
 use crate::body;
@@ -17,6 +17,7 @@ use crate::completion_answer::{self, CompletionAnswer, CompletionChunks, WholeCo
 use crate::completion_request::{self, CompletionRequest};
 use crate::error::ApiError;
 use crate::events::{Events, Next, Pace};
+use crate::form;
 use crate::log::RequestLog;
 use crate::request::{Common, Context};
 use crate::routes::{Origin, X_REQUEST_ID};
@@ -32,14 +33,16 @@ const MAX_BYTES_PER_TOKEN: usize = 8 * 16;
 pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
     let engine = state.engine()?.clone();
     let body = body::read(body, state.max_body_bytes).await?;
-    let (request, prompt) = {
+    let (request, prompt, grammar) = {
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
             let date = state.date();
             let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
             bound_text(request.text_bytes, &engine)?;
-            let prompt = engine.harmony().render_chat(&request.prompt)?;
-            Ok((request, prompt))
+            let prompt = chat_prompt(&request, &engine)?;
+            check_length(prompt.ids.len(), &engine)?;
+            let grammar = request.turn.compile(engine.grammars())?;
+            Ok((request, prompt, grammar))
         })
         .await?
     };
@@ -48,12 +51,15 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     let shape = chat_answer::Shape::new(&request);
     let n = request.params.n;
     let harmony = Arc::clone(engine.harmony());
-    let answer = ChatAnswer::new(harmony, call.identity.clone(), shape, prompt.clone(), n);
-    let output = OutputMode::Chat { tools: request.tools };
-    let engine_request = Request { prompt, params: request.params, output };
+    let answer = ChatAnswer::new(harmony, call.identity.clone(), shape, prompt.ids.clone(), n);
+    let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
+    let remark = grammar.as_ref().and_then(unenforced);
+    let engine_request = Request { prompt: prompt.ids, params: request.params, output, grammar };
 
     if request.common.stream.is_some() {
-        return call.stream(ChatChunks::new(answer), vec![engine_request]).await;
+        let mut response = call.stream(ChatChunks::new(answer), vec![engine_request]).await?;
+        response.headers_mut().extend(remark);
+        return Ok(response);
     }
     let mut whole = WholeChat::new(answer);
     call.collect(vec![engine_request], |_, event| whole.add(event)).await?;
@@ -61,6 +67,7 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     let (body, remarks) = whole.finish();
     let mut response = call.response("application/json", Body::from(body));
     let headers = response.headers_mut();
+    headers.extend(remark);
     if remarks.malformed_arguments {
         headers.insert("x-malformed-tool-arguments", HeaderValue::from_static("1"));
     }
@@ -70,11 +77,39 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     Ok(response)
 }
 
+/// What the model is fed.
+struct Fed {
+    ids: Vec<u32>,
+    /// The last of them, if they begin the answer.
+    begun: Vec<u32>,
+}
+
+fn chat_prompt(request: &ChatRequest, engine: &Engine) -> Result<Fed, ApiError> {
+    let harmony = engine.harmony();
+    let mut ids = harmony.render_chat(&request.prompt)?;
+    let mut begun = Vec::new();
+    if request.turn.answer_at_once || request.continued.is_some() {
+        begun.extend(harmony.answer_header());
+        begun.extend(request.continued.iter().flat_map(|text| harmony.tokenizer().encode(text)));
+    }
+    ids.extend(&begun);
+    Ok(Fed { ids, begun })
+}
+
+/// Says which keywords of a schema have no effect.
+fn unenforced(grammar: &Grammar) -> Option<(HeaderName, HeaderValue)> {
+    const MAX: usize = 500;
+    let printable = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
+    let warnings: String = grammar.warnings().join("; ").chars().map(printable).take(MAX).collect();
+    let value = HeaderValue::from_str(&warnings).ok().filter(|value| !value.is_empty())?;
+    Some((HeaderName::from_static("x-unenforced-schema"), value))
+}
+
 /// `POST /v1/completions`
 pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
     let engine = state.engine()?.clone();
     let body = body::read(body, state.max_body_bytes).await?;
-    let (request, prompts) = {
+    let (request, prompts, grammar) = {
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
             let date = state.date();
@@ -82,7 +117,12 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
             let prompts = std::mem::take(&mut request.prompts);
             let prompts = prompts.into_iter().map(|prompt| tokenize(prompt, &engine));
             let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
-            Ok((request, prompts))
+            let wanted = request.wanted.as_ref();
+            let grammar = wanted.map(|wanted| {
+                let grammar = engine.grammars().text(&wanted.form);
+                grammar.map_err(|error| form::refusal(&error, &wanted.param, &[]))
+            });
+            Ok((request, prompts, grammar.transpose()?))
         })
         .await?
     };
@@ -93,6 +133,7 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
         prompt: prompt.ids.clone(),
         params: request.params.clone(),
         output: OutputMode::Text,
+        grammar: grammar.clone(),
     };
     let engine_requests = prompts.iter().map(engine_request).collect();
     let harmony = Arc::clone(engine.harmony());
@@ -263,6 +304,15 @@ fn bound_text(bytes: usize, engine: &Engine) -> Result<(), ApiError> {
          Please reduce the length of the input prompt."
     );
     Err(ApiError::invalid("input_tokens", message))
+}
+
+/// What the engine would say as well, after time was spent on a grammar.
+fn check_length(prompt: usize, engine: &Engine) -> Result<(), ApiError> {
+    let max_model_len = engine.max_model_len();
+    match prompt < max_model_len {
+        true => Ok(()),
+        false => Err(too_long(&SubmitError::TooLong { prompt, max_model_len })),
+    }
 }
 
 fn too_long(error: &SubmitError) -> ApiError {

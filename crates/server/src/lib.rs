@@ -15,6 +15,7 @@ mod completion_answer;
 mod completion_request;
 mod error;
 mod events;
+mod form;
 mod generate;
 mod identifier;
 mod json;
@@ -24,6 +25,7 @@ mod routes;
 mod sampling;
 mod server;
 mod sse;
+mod turn;
 
 pub use clock::today;
 pub use server::{Error, Handle, Options, SamplingDefaults, Server};

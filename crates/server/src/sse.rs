@@ -129,6 +129,7 @@ pub(crate) fn error(cause: &Cause, request_id: &str) -> ApiError {
     match cause {
         Cause::Engine(engine::Failure::ShuttingDown) | Cause::ShuttingDown => ApiError::ShuttingDown,
         Cause::SlowReader => ApiError::SlowReader,
+        Cause::Engine(engine::Failure::Grammar(reason)) => ApiError::GrammarFailed(reason.clone()),
         Cause::Engine(failure) => {
             tracing::error!(request_id, %failure, "the engine failed");
             ApiError::Internal { request_id: request_id.to_owned() }

@@ -68,11 +68,9 @@ pub(crate) fn answer(
     show: &mut dyn FnMut(&Delta),
 ) -> Result<Turn> {
     let (sender, receiver) = mpsc::channel();
-    let request = Request {
-        prompt: engine.harmony().render_chat(prompt)?,
-        params: params.clone(),
-        output: OutputMode::Chat { tools: prompt.tools.iter().map(|t| t.function.name.clone()).collect() },
-    };
+    let tools = prompt.tools.iter().map(|t| t.function.name.clone()).collect();
+    let output = OutputMode::Chat { tools, begun: Vec::new() };
+    let request = Request::new(engine.harmony().render_chat(prompt)?, params.clone(), output);
     let handle = engine.submit(request, Box::new(move |event| sender.send(event).is_ok()))?;
     let mut turn = Turn::default();
     loop {

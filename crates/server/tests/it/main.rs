@@ -1,5 +1,5 @@
 //! The server on loopback, over a scripted engine.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod chat;
 mod completions;
@@ -8,3 +8,4 @@ mod fixture;
 mod harmony_turns;
 mod life;
 mod streams;
+mod structured;
