@@ -157,7 +157,7 @@ impl Output {
 }
 
 impl Chat {
-    /// Passes deltas on, texts through the stop strings. A stop string lies within one stretch of one field. The result is
+    /// Passes deltas on, texts through the stop strings. A stop string lies within one message, whose end is passed on. The result is
     /// the stop string that was found; what comes after it is dropped.
     fn pass(
         &mut self,
@@ -171,10 +171,10 @@ impl Chat {
             let (field, text) = match delta {
                 Delta::Reasoning(text) => (Field::Reasoning, text),
                 Delta::Content(text) => (Field::Content, text),
-                call => {
+                other => {
                     self.emit(stops.flush(), out);
-                    self.calls += usize::from(matches!(call, Delta::CallStart { .. }));
-                    out.push(call);
+                    self.calls += usize::from(matches!(other, Delta::CallStart { .. }));
+                    out.push(other);
                     continue;
                 }
             };

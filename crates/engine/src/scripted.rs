@@ -39,6 +39,8 @@ pub struct Scripted {
     sliding: Vec<u32>,
     /// Sequences met, each by its seed and a digest of its tokens.
     met: HashMap<(u64, u64), Place>,
+    /// Those met longer ago. Sequences that were cancelled are never met again, and end here.
+    met_before: HashMap<(u64, u64), Place>,
     begun: usize,
 }
 
@@ -112,6 +114,7 @@ impl Scripted {
             full: Vec::new(),
             sliding: Vec::new(),
             met: HashMap::new(),
+            met_before: HashMap::new(),
             begun: 0,
         }
     }
@@ -218,7 +221,9 @@ impl Scripted {
 
     /// The next token of the sequence's script, and how long it takes.
     fn draw(&mut self, tokens: &mut Vec<u32>, sampling: &Sampling) -> (Sampled, Duration) {
-        let place = self.met.remove(&digest(sampling.seed, tokens)).unwrap_or_else(|| {
+        let sequence = digest(sampling.seed, tokens);
+        let met = self.met.remove(&sequence).or_else(|| self.met_before.remove(&sequence));
+        let place = met.unwrap_or_else(|| {
             let seeded = (0..SamplingParams::MAX_N)
                 .map(|choice| sampling.seed.wrapping_sub(choice_seed(0, choice)))
                 .find(|seed| self.by_seed.contains_key(seed));
@@ -243,6 +248,9 @@ impl Scripted {
             token = allowed;
         }
         tokens.push(token);
+        if self.met.len() == MOST_MET {
+            self.met_before = std::mem::take(&mut self.met);
+        }
         self.met.insert(digest(sampling.seed, tokens), Place { next: place.next + 1, ..place });
         (Sampled { token, logprobs: sampling.logprobs.map(|top| self.logprobs(token, top)) }, delay)
     }
@@ -309,6 +317,9 @@ impl Backend for Scripted {
         Ok(outputs)
     }
 }
+
+/// Far more sequences than run at a time.
+const MOST_MET: usize = 1 << 16;
 
 fn digest(seed: u64, tokens: &[u32]) -> (u64, u64) {
     let mut hasher = DefaultHasher::new();

@@ -344,6 +344,12 @@ pub(crate) struct Serve {
     /// Requests that may wait or run
     #[arg(long, value_name = "N", value_parser = count)]
     pub(crate) max_num_queued_reqs: Option<u64>,
+    /// Responses kept for `previous_response_id` and GET [default: none]
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) responses_store: usize,
+    /// What answers: the model, or for tests of clients the tokens of a file
+    #[arg(long, value_name = "auto|scripted:FILE", default_value = "auto")]
+    pub(crate) engine: String,
     /// Date in the system message, as YYYY-MM-DD [default: today, UTC]
     #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE")]
     pub(crate) system_date: Option<String>,

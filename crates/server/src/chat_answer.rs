@@ -14,17 +14,16 @@ use crate::answer::{
 use crate::chat_request::ChatRequest;
 use crate::identifier::identifier;
 use crate::request::StreamOptions;
-use crate::sse::{Encoder, data};
+use crate::sse::{DONE, Encoder, data};
 use crate::turn::Choice as CallChoice;
+use crate::visible::{Rules, Visible};
 
 /// What an answer shows, of what is generated.
 #[derive(Debug, Clone)]
 pub(crate) struct Shape {
-    calls_allowed: bool,
+    rules: Rules,
     /// The client named the function, so that the call is the answer.
     call_is_answer: bool,
-    parallel_tool_calls: bool,
-    include_reasoning: bool,
     logprobs: bool,
     prompt_logprobs: Option<usize>,
     token_ids: bool,
@@ -36,10 +35,12 @@ pub(crate) struct Shape {
 impl Shape {
     pub(crate) fn new(request: &ChatRequest) -> Shape {
         Shape {
-            calls_allowed: request.choice != CallChoice::None,
+            rules: Rules {
+                calls_allowed: request.choice != CallChoice::None,
+                parallel_tool_calls: request.parallel_tool_calls,
+                include_reasoning: request.include_reasoning,
+            },
             call_is_answer: matches!(request.choice, CallChoice::Named(_)),
-            parallel_tool_calls: request.parallel_tool_calls,
-            include_reasoning: request.include_reasoning,
             logprobs: request.params.logprobs.is_some(),
             prompt_logprobs: request.params.prompt_logprobs,
             token_ids: request.common.return_token_ids,
@@ -63,10 +64,7 @@ pub(crate) struct ChatAnswer {
 
 #[derive(Default)]
 struct Choice {
-    calls: usize,
-    /// A call that is not allowed has begun after other reasoning: its text, kept as reasoning, needs a line of its own.
-    stray_call: bool,
-    has_reasoning: bool,
+    visible: Visible,
     finished: bool,
     completion_tokens: usize,
     /// Known at the end.
@@ -122,11 +120,11 @@ impl ChatAnswer {
                 choice.completion_tokens += token_ids.len();
                 let mut shown = Vec::with_capacity(deltas.len());
                 for delta in deltas {
-                    if !self.shape.parallel_tool_calls && choice.is_beyond_first_call(&delta) {
+                    if choice.visible.is_beyond(&delta, &self.shape.rules) {
                         choice.finished = true;
                         break;
                     }
-                    shown.extend(choice.show(delta, &self.shape));
+                    shown.extend(choice.visible.show(delta, &self.shape.rules));
                 }
                 let finished = choice.finished;
                 changes.push(Change::Delta { choice: index, deltas: shown, token_ids, logprobs });
@@ -143,7 +141,7 @@ impl ChatAnswer {
                 choice.completion_tokens = completion_tokens;
                 choice.reasoning_tokens = Some(reasoning_tokens);
                 let reason = match reason {
-                    FinishReason::ToolCalls if choice.calls == 0 || self.shape.call_is_answer => {
+                    FinishReason::ToolCalls if choice.visible.calls == 0 || self.shape.call_is_answer => {
                         FinishReason::Stop
                     }
                     reason => reason,
@@ -154,36 +152,6 @@ impl ChatAnswer {
             Event::Done | Event::Failed(_) => {}
         }
         changes
-    }
-}
-
-impl Choice {
-    /// Whether a delta comes after the one call that may be made.
-    fn is_beyond_first_call(&self, delta: &Delta) -> bool {
-        self.calls > 0 && !matches!(delta, Delta::CallArguments { index: 0, .. })
-    }
-
-    /// A delta as the client is to see it, if at all.
-    fn show(&mut self, delta: Delta, shape: &Shape) -> Option<Delta> {
-        let delta = match delta {
-            Delta::CallStart { .. } if !shape.calls_allowed => {
-                self.stray_call = self.has_reasoning;
-                return None;
-            }
-            // Nothing that was generated is lost.
-            Delta::CallArguments { text, .. } if !shape.calls_allowed => {
-                let joint = if std::mem::take(&mut self.stray_call) { "\n" } else { "" };
-                Delta::Reasoning(format!("{joint}{text}"))
-            }
-            delta => delta,
-        };
-        match &delta {
-            Delta::Reasoning(_) if !shape.include_reasoning => return None,
-            Delta::Reasoning(_) => self.has_reasoning = true,
-            Delta::CallStart { .. } => self.calls += 1,
-            Delta::Content(_) | Delta::CallArguments { .. } => {}
-        }
-        Some(delta)
     }
 }
 
@@ -404,6 +372,7 @@ impl ChatChunks {
                     r#type: None,
                     function: DeltaFunction { name: None, arguments: text },
                 }),
+                Delta::End => {}
             }
         }
         message.reasoning_content = message.reasoning.clone();
@@ -459,6 +428,7 @@ impl Encoder for ChatChunks {
         if self.answer.shape.stream.include_usage {
             self.chunk(Vec::new(), true, out);
         }
+        out.extend_from_slice(DONE);
     }
 
     fn usage(&self) -> Usage {
@@ -545,6 +515,6 @@ struct DeltaFunction {
     arguments: String,
 }
 
-fn call_id() -> String {
+pub(crate) fn call_id() -> String {
     format!("call_{}", &identifier()[..24])
 }

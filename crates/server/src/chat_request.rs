@@ -354,7 +354,7 @@ impl WireMessage {
 }
 
 /// A content: a string, or parts of text, joined.
-fn text(field: &Field<'_>, assistant: bool) -> Result<String, ApiError> {
+pub(crate) fn text(field: &Field<'_>, assistant: bool) -> Result<String, ApiError> {
     if field.is_string() {
         return field.string();
     }
@@ -468,7 +468,7 @@ fn history(messages: Vec<WireMessage>) -> Result<(Vec<ChatMessage>, usize), ApiE
     Ok((checked, bytes))
 }
 
-fn text_bytes(message: &ChatMessage) -> usize {
+pub(crate) fn text_bytes(message: &ChatMessage) -> usize {
     let content = match &message.content {
         Some(MessageContent::Text(text)) => text.len(),
         _ => 0,

@@ -13,7 +13,7 @@ use crate::answer::{
 };
 use crate::completion_request::CompletionRequest;
 use crate::request::StreamOptions;
-use crate::sse::{Encoder, data};
+use crate::sse::{DONE, Encoder, data};
 
 /// What an answer shows, of what is generated.
 #[derive(Debug, Clone)]
@@ -328,6 +328,7 @@ impl Encoder for CompletionChunks {
         if self.answer.shape.stream.include_usage {
             self.chunk(Vec::new(), true, out);
         }
+        out.extend_from_slice(DONE);
     }
 
     fn usage(&self) -> Usage {

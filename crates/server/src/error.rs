@@ -24,6 +24,10 @@ pub(crate) enum ApiError {
     },
     #[error("The model `{}` does not exist. Valid aliases: {aliases}.", excerpt(.name))]
     UnknownModel { name: String, aliases: String },
+    #[error(
+        "There is no such response: it was never stored, has been deleted, or was dropped for newer ones."
+    )]
+    UnknownResponse { param: &'static str },
     #[error("There is nothing at this path.")]
     UnknownPath,
     #[error("This path does not take this method.")]
@@ -78,7 +82,9 @@ impl ApiError {
             ApiError::Body(_) | ApiError::Invalid { .. } | ApiError::GrammarFailed(_) => {
                 StatusCode::BAD_REQUEST
             }
-            ApiError::UnknownModel { .. } | ApiError::UnknownPath => StatusCode::NOT_FOUND,
+            ApiError::UnknownModel { .. } | ApiError::UnknownResponse { .. } | ApiError::UnknownPath => {
+                StatusCode::NOT_FOUND
+            }
             ApiError::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             ApiError::NotApplicable => StatusCode::NOT_IMPLEMENTED,
             ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
@@ -100,6 +106,7 @@ impl ApiError {
             | ApiError::TooLarge { .. }
             | ApiError::MediaType => "BadRequestError",
             ApiError::UnknownModel { .. } | ApiError::UnknownPath => "NotFoundError",
+            ApiError::UnknownResponse { .. } => "invalid_request_error",
             ApiError::MethodNotAllowed => "MethodNotAllowedError",
             ApiError::NotApplicable => "NotImplementedError",
             ApiError::Unauthorized => "AuthenticationError",
@@ -115,6 +122,7 @@ impl ApiError {
         match self {
             ApiError::Invalid { param, .. } => Some(param),
             ApiError::UnknownModel { .. } => Some("model"),
+            ApiError::UnknownResponse { param } => Some(param),
             _ => None,
         }
     }

@@ -157,6 +157,7 @@ fn cost(event: &Event) -> usize {
                     | harmony::Delta::Content(text)
                     | harmony::Delta::CallArguments { text, .. } => text.len(),
                     harmony::Delta::CallStart { name, .. } => name.len(),
+                    harmony::Delta::End => 0,
                 }
         })
         .sum();

@@ -1,4 +1,4 @@
-//! The two endpoints that generate: from a body to an answer, whole or streamed.
+//! The endpoints that generate: from a body to an answer, whole or streamed.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -7,6 +7,7 @@ use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::Response;
 use engine::{Engine, Event, Grammar, OutputMode, Request, SubmitError};
+use harmony::ChatPrompt;
 
 use crate::answer::Identity;
 use crate::body;
@@ -18,8 +19,11 @@ use crate::completion_request::{self, CompletionRequest};
 use crate::error::ApiError;
 use crate::events::{Events, Next, Pace};
 use crate::form;
+use crate::identifier::identifier;
 use crate::log::RequestLog;
 use crate::request::{Common, Context};
+use crate::response_answer::ResponseAnswer;
+use crate::response_request::{self, ResponseRequest};
 use crate::routes::{Origin, X_REQUEST_ID};
 use crate::sampling::Limits;
 use crate::server::State;
@@ -39,8 +43,8 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
             let date = state.date();
             let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
             bound_text(request.text_bytes, &engine)?;
-            let prompt = chat_prompt(&request, &engine)?;
-            check_length(prompt.ids.len(), &engine)?;
+            let (at_once, continued) = (request.turn.answer_at_once, request.continued.as_ref());
+            let prompt = fed(&request.prompt, at_once, continued, &engine)?;
             let grammar = request.turn.compile(engine.grammars())?;
             Ok((request, prompt, grammar))
         })
@@ -77,6 +81,48 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     Ok(response)
 }
 
+/// `POST /v1/responses`
+pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
+    let engine = state.engine()?.clone();
+    let body = body::read(body, state.max_body_bytes).await?;
+    let (mut request, earlier, prompt, grammar) = {
+        let (state, engine, owner) = (Arc::clone(&state), engine.clone(), origin.owner);
+        blocking(&origin, move || {
+            let previous = response_request::previous(&body)?;
+            let previous = previous.map(|id| state.responses.find(&id, owner, "previous_response_id"));
+            let earlier = previous.transpose()?.map_or_else(Vec::new, |stored| stored.conversation.clone());
+            let date = state.date();
+            let request = ResponseRequest::new(&body, &earlier, &context(&state, &engine, &date))?;
+            bound_text(request.text_bytes, &engine)?;
+            let prompt = fed(&request.prompt, request.turn.answer_at_once, None, &engine)?;
+            let grammar = request.turn.compile(engine.grammars())?;
+            Ok((request, earlier, prompt, grammar))
+        })
+        .await?
+    };
+
+    let mut call = Call::new(&state, &engine, &origin, &request.common, "resp");
+    // Others must not guess it, whatever the client called its request.
+    call.identity.id = format!("resp_{}", identifier());
+    let items = std::mem::take(&mut request.items);
+    let keep = request.store.then(|| state.responses.place(origin.owner, earlier, items)).flatten();
+    let harmony = Arc::clone(engine.harmony());
+    let mut answer =
+        ResponseAnswer::new(harmony, call.identity.clone(), &mut request, prompt.ids.len(), keep);
+    let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
+    let remark = grammar.as_ref().and_then(unenforced);
+    let engine_request = Request { prompt: prompt.ids, params: request.params, output, grammar };
+    let mut response = if request.common.stream.is_some() {
+        call.stream(answer, vec![engine_request]).await?
+    } else {
+        call.collect(vec![engine_request], |_, event| answer.apply(event, &mut Vec::new())).await?;
+        call.log.usage(answer.usage());
+        call.response("application/json", Body::from(answer.finish()))
+    };
+    response.headers_mut().extend(remark);
+    Ok(response)
+}
+
 /// What the model is fed.
 struct Fed {
     ids: Vec<u32>,
@@ -84,15 +130,22 @@ struct Fed {
     begun: Vec<u32>,
 }
 
-fn chat_prompt(request: &ChatRequest, engine: &Engine) -> Result<Fed, ApiError> {
+/// The prompt, with the beginning of the answer where that is not the model's to write.
+fn fed(
+    prompt: &ChatPrompt,
+    answer_at_once: bool,
+    continued: Option<&String>,
+    engine: &Engine,
+) -> Result<Fed, ApiError> {
     let harmony = engine.harmony();
-    let mut ids = harmony.render_chat(&request.prompt)?;
+    let mut ids = harmony.render_chat(prompt)?;
     let mut begun = Vec::new();
-    if request.turn.answer_at_once || request.continued.is_some() {
+    if answer_at_once || continued.is_some() {
         begun.extend(harmony.answer_header());
-        begun.extend(request.continued.iter().flat_map(|text| harmony.tokenizer().encode(text)));
+        begun.extend(continued.into_iter().flat_map(|text| harmony.tokenizer().encode(text)));
     }
     ids.extend(&begun);
+    check_length(ids.len(), engine)?;
     Ok(Fed { ids, begun })
 }
 

@@ -4,28 +4,30 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
-use axum::extract::{Extension, Path, Request, State as Shared};
+use axum::extract::{Extension, Path, Query, Request, State as Shared};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::{Json, Router};
 use engine::Engine;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use crate::auth::key_id;
+use crate::auth::{self, key_id};
 use crate::error::ApiError;
 use crate::generate;
 use crate::identifier::identifier;
 use crate::json::excerpt;
 use crate::log::RequestLog;
 use crate::request::is_request_id;
+use crate::response_store::Owner;
 use crate::server::State;
 
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
+const RESPONSES: &str = "/v1/responses";
 const MODELS: &str = "/v1/models";
 
 /// Needs no key: for probes.
@@ -44,12 +46,18 @@ pub(crate) struct Origin {
     pub(crate) log: RequestLog,
     /// The request's id is the client's.
     pub(crate) named_by_client: bool,
+    /// Whose it is, if keys are asked for.
+    pub(crate) owner: Owner,
 }
 
 pub(crate) fn router(state: Arc<State>) -> Router {
     let mut router = Router::new()
         .route(CHAT, post(chat))
         .route(COMPLETIONS, post(completions))
+        .route(RESPONSES, post(responses))
+        .route("/v1/responses/{id}", get(response).delete(delete_response))
+        .route("/v1/responses/{id}/cancel", post(cancel_response))
+        .route("/v1/responses/{id}/input_items", get(input_items))
         .route(MODELS, get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))
@@ -75,7 +83,7 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
     let id = client_id.unwrap_or_else(identifier);
     let path = request.uri().path();
     let public = PUBLIC.contains(&path);
-    let generates = request.method() == Method::POST && [CHAT, COMPLETIONS].contains(&path);
+    let generates = request.method() == Method::POST && [CHAT, COMPLETIONS, RESPONSES].contains(&path);
     // Probes come every few seconds and say nothing.
     let log = (!public).then(|| RequestLog::new(id.clone(), key_id(request.headers()), template(path)));
 
@@ -85,7 +93,8 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
         ApiError::Unauthorized.into_response()
     } else {
         if let Some(log) = &log {
-            request.extensions_mut().insert(Origin { log: log.clone(), named_by_client });
+            let owner = auth::owner(request.headers()).filter(|_| !state.keys.is_empty());
+            request.extensions_mut().insert(Origin { log: log.clone(), named_by_client, owner });
         }
         next.run(request).await
     };
@@ -100,10 +109,11 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
 
 /// The path for the log: never what the client wrote.
 fn template(path: &str) -> &'static str {
-    let known = [CHAT, COMPLETIONS, MODELS];
+    let known = [CHAT, COMPLETIONS, RESPONSES, MODELS];
     match known.into_iter().find(|known| *known == path) {
         Some(path) => path,
         None if path.starts_with("/v1/models/") => "/v1/models/{id}",
+        None if path.starts_with("/v1/responses/") => "/v1/responses/{id}",
         None => "none",
     }
 }
@@ -128,6 +138,67 @@ async fn completions(
     body: Body,
 ) -> Result<Response, ApiError> {
     generate::completions(state, origin, body).await
+}
+
+async fn responses(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    generate::responses(state, origin, body).await
+}
+
+async fn response(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    Path(id): Path<String>,
+    Query(query): Query<ResponseQuery>,
+) -> Result<Response, ApiError> {
+    if query.stream {
+        return Err(ApiError::unsupported("stream"));
+    }
+    let stored = state.responses.find(&id, origin.owner, "response_id")?;
+    let json = HeaderValue::from_static("application/json");
+    Ok(([(header::CONTENT_TYPE, json)], stored.response.clone()).into_response())
+}
+
+#[derive(Deserialize)]
+struct ResponseQuery {
+    #[serde(default)]
+    stream: bool,
+}
+
+async fn delete_response(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    state.responses.remove(&id, origin.owner)?;
+    Ok(Json(serde_json::json!({"id": id, "object": "response", "deleted": true})).into_response())
+}
+
+/// Responses are made while their client waits: what is stored is over.
+async fn cancel_response(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    state.responses.find(&id, origin.owner, "response_id")?;
+    Err(ApiError::invalid("response_id", "Cannot cancel a synchronous response."))
+}
+
+async fn input_items(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let stored = state.responses.find(&id, origin.owner, "response_id")?;
+    let id = |item: Option<&serde_json::Value>| item.map(|item| item["id"].clone());
+    let (first, last) = (id(stored.input.first()), id(stored.input.last()));
+    let list = serde_json::json!({
+        "object": "list", "data": stored.input, "first_id": first, "last_id": last, "has_more": false
+    });
+    Ok(Json(list).into_response())
 }
 
 #[derive(Serialize)]

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use crate::auth::{Keys, digest, hex};
 use crate::clock;
 use crate::error::ApiError;
+use crate::response_store::Store;
 use crate::routes;
 
 /// Longest wait for connections after what ran was aborted: they have only their last words to send.
@@ -41,6 +42,8 @@ pub struct Options {
     pub defaults: SamplingDefaults,
     /// Most alternatives per token that a request may ask for. Default 20.
     pub max_logprobs: usize,
+    /// Responses that are kept for clients to refer to. Default 0.
+    pub responses_store: usize,
     /// Largest body of a request. Default 32 MiB.
     pub max_body_bytes: usize,
     /// Pause on a stream after which a comment is sent. Default 15 s.
@@ -60,6 +63,7 @@ impl Default for Options {
             system_date: None,
             defaults: SamplingDefaults::default(),
             max_logprobs: 20,
+            responses_store: 0,
             max_body_bytes: 32 << 20,
             sse_keep_alive: Duration::from_secs(15),
             shutdown_timeout: Duration::from_secs(30),
@@ -214,6 +218,7 @@ pub(crate) struct State {
     pub(crate) fingerprint: String,
     pub(crate) defaults: SamplingDefaults,
     pub(crate) max_logprobs: usize,
+    pub(crate) responses: Arc<Store>,
     pub(crate) max_body_bytes: usize,
     pub(crate) sse_keep_alive: Duration,
     system_date: Option<String>,
@@ -251,6 +256,7 @@ impl State {
             fingerprint: format!("vllm-compatible-{version}-{hash}"),
             defaults: options.defaults,
             max_logprobs: options.max_logprobs,
+            responses: Arc::new(Store::new(options.responses_store)),
             max_body_bytes: options.max_body_bytes,
             sse_keep_alive: options.sse_keep_alive,
             system_date: options.system_date.clone(),

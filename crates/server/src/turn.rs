@@ -41,16 +41,18 @@ impl Turn {
             Choice::None => false,
             Choice::Auto | Choice::Required => true,
             Choice::Named(name) => tool.tool.function.name == *name,
+            Choice::Allowed { names, .. } => names.contains(&tool.tool.function.name),
         });
         let callable: Vec<&Tool> = callable.collect();
-        let forced = matches!(choice, Choice::Required | Choice::Named(_));
+        let forced =
+            matches!(choice, Choice::Required | Choice::Named(_) | Choice::Allowed { required: true, .. });
         let strict = callable.iter().any(|tool| tool.strict == Some(true));
-        let suppressed = *choice == Choice::None && !tools.is_empty();
+        let suppressed = callable.len() < tools.len();
         if wanted.is_none() && !forced && !strict && !suppressed && (reasoning || callable.is_empty()) {
             return Turn { answer_at_once: !reasoning, ..Turn::default() };
         }
         let arguments = |tool: &Tool| {
-            if !forced && tool.strict != Some(true) {
+            if tool.free || !forced && tool.strict != Some(true) {
                 return Form::Text;
             }
             let schema = tool.tool.function.parameters.clone();
@@ -97,6 +99,8 @@ pub(crate) struct Tools {
 struct Tool {
     tool: ChatTool,
     strict: Option<bool>,
+    /// Its argument is a text, not JSON.
+    free: bool,
     /// Where it came from, to complain about.
     path: String,
 }
@@ -145,8 +149,42 @@ impl Tools {
         let strict = object.bool("strict")?;
         let description = object.string("description")?;
         let function = FunctionTool { name: name.string()?, description, parameters };
-        self.tools.push(Tool { tool: ChatTool { function }, strict, path: field.path().to_owned() });
+        self.tools.push(Tool {
+            tool: ChatTool { function },
+            strict,
+            free: false,
+            path: field.path().to_owned(),
+        });
         Ok(())
+    }
+
+    /// In the flat form of responses.
+    pub(crate) fn read_flat(field: &Field<'_>) -> Result<Tools, ApiError> {
+        let mut tools = Tools::bounded(field)?;
+        for tool in field.array(MAX_TOOLS)? {
+            let kind = tool.object(&["type"])?.required("type")?;
+            match kind.string()?.as_str() {
+                "function" => tools.add(&tool)?,
+                "custom" => {
+                    tools.add(&tool)?;
+                    tools.tools.last_mut().expect("one was added").make_free();
+                }
+                other => {
+                    let message = format!(
+                        "Tools of type {} are not supported: only function and custom are.",
+                        excerpt(other)
+                    );
+                    return Err(kind.error(message));
+                }
+            }
+        }
+        Ok(tools)
+    }
+
+    /// The names of the tools whose argument is a text.
+    pub(crate) fn free(&self) -> Vec<String> {
+        let free = self.tools.iter().filter(|tool| tool.free);
+        free.map(|tool| tool.tool.function.name.clone()).collect()
     }
 
     /// Names follow the rule and are different.
@@ -176,6 +214,10 @@ impl Tools {
         Ok(())
     }
 
+    pub(crate) fn is_empty(&self) -> bool {
+        self.tools.is_empty()
+    }
+
     /// As the prompt shows them.
     pub(crate) fn shown(&self) -> Vec<ChatTool> {
         self.tools.iter().map(|tool| tool.tool.clone()).collect()
@@ -183,6 +225,19 @@ impl Tools {
 
     pub(crate) fn names(&self) -> Vec<String> {
         self.tools.iter().map(|tool| tool.tool.function.name.clone()).collect()
+    }
+}
+
+impl Tool {
+    fn make_free(&mut self) {
+        const NOTE: &str = "The argument is plain text, not JSON.";
+        self.free = true;
+        let function = &mut self.tool.function;
+        function.parameters = None;
+        function.description = Some(match function.description.take() {
+            Some(text) if !text.is_empty() => format!("{text}\n{NOTE}"),
+            _ => NOTE.to_owned(),
+        });
     }
 }
 
@@ -198,6 +253,7 @@ enum Asked {
     Auto,
     Required,
     Named(String),
+    Allowed { names: Vec<String>, required: bool },
 }
 
 /// How calls may be made.
@@ -209,6 +265,11 @@ pub(crate) enum Choice {
     Required,
     /// A call of this function.
     Named(String),
+    /// Calls of these functions only, at least one if so said.
+    Allowed {
+        names: Vec<String>,
+        required: bool,
+    },
 }
 
 impl ToolChoice {
@@ -236,6 +297,40 @@ impl ToolChoice {
                     return Err(choice.error(message));
                 }
             },
+        };
+        Ok(ToolChoice { field: "tool_choice", asked })
+    }
+
+    /// `tool_choice`, in the form of responses.
+    pub(crate) fn read_flat(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
+        let Some(choice) = object.field("tool_choice").filter(Field::is_object) else {
+            return ToolChoice::read(object);
+        };
+        let object = choice.object(&["type", "name", "mode", "tools"])?;
+        let kind = object.required("type")?;
+        let asked = match kind.string()?.as_str() {
+            "function" | "custom" => Asked::Named(object.required("name")?.string()?),
+            "allowed_tools" => {
+                let tools = object.required("tools")?.array(MAX_TOOLS)?;
+                let name = |tool: &Field<'_>| tool.object(&["name"])?.required("name")?.string();
+                let required = match object.string("mode")?.as_deref() {
+                    None | Some("auto") => false,
+                    Some("required") => true,
+                    Some(other) => {
+                        let message =
+                            format!("tool_choice.mode must be auto or required, got {}.", excerpt(other));
+                        return Err(ApiError::invalid("tool_choice.mode", message));
+                    }
+                };
+                Asked::Allowed { names: tools.iter().map(name).collect::<Result<_, _>>()?, required }
+            }
+            other => {
+                let message = format!(
+                    "tool_choice.type must be function, custom or allowed_tools, got {}.",
+                    excerpt(other)
+                );
+                return Err(kind.error(message));
+            }
         };
         Ok(ToolChoice { field: "tool_choice", asked })
     }
@@ -274,6 +369,22 @@ impl ToolChoice {
                 let message =
                     format!("{} names {}, which is not among the tools.", self.field, excerpt(name));
                 Err(ApiError::invalid(self.field, message))
+            }
+            Asked::Allowed { names, required } => {
+                let known = |name: &String| tools.iter().any(|tool| tool.tool.function.name == *name);
+                match names.iter().find(|name| !known(name)) {
+                    None if names.is_empty() && *required => {
+                        Err(ApiError::invalid("tool_choice.tools", "tool_choice.tools must not be empty."))
+                    }
+                    None => Ok(Choice::Allowed { names: names.clone(), required: *required }),
+                    Some(name) => {
+                        let message = format!(
+                            "tool_choice.tools names {}, which is not among the tools.",
+                            excerpt(name)
+                        );
+                        Err(ApiError::invalid("tool_choice.tools", message))
+                    }
+                }
             }
             Asked::Required => Ok(Choice::Required),
             Asked::Named(name) => Ok(Choice::Named(name.clone())),

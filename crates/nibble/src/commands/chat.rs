@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use engine::{Engine, Event, OutputMode, Request, SamplingParams};
+use engine::{Engine, EngineOptions, Event, OutputMode, Request, SamplingParams};
 use harmony::{ChatMessage, ChatPrompt, Delta, Turn};
 
 use crate::args::{Chat, Common};
@@ -17,7 +17,7 @@ use crate::ui::{Ui, bold, dim};
 pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
     let model = Model::open(args.model.as_deref(), ui)?;
     let name = model.name.clone();
-    let running = start(model, &args.run, &args.capacity, 0, common, ui)?;
+    let running = start(model, &args.run, &args.capacity, &EngineOptions::default(), common, ui)?;
     let params = sampling(&args.sampling, &running.generation);
     let mut prompt = ChatPrompt {
         reasoning_effort: args.reasoning_effort.clone(),
@@ -103,6 +103,7 @@ pub(crate) fn show(delta: &Delta) {
         Delta::Content(text) => print!("{text}"),
         Delta::CallStart { name, .. } => print!("\n{} ", bold(name)),
         Delta::CallArguments { text, .. } => print!("{text}"),
+        Delta::End => {}
     }
     let _ = std::io::stdout().flush();
 }

@@ -7,5 +7,7 @@ mod errors;
 mod fixture;
 mod harmony_turns;
 mod life;
+mod responses;
+mod soup;
 mod streams;
 mod structured;
