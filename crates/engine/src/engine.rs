@@ -254,6 +254,7 @@ pub(crate) enum Phase {
 pub(crate) struct Job {
     /// Order of arrival, from 1.
     pub(crate) number: u64,
+    pub(crate) arrival: Instant,
     /// Valid.
     pub(crate) request: Request,
     pub(crate) sink: Sink,
@@ -344,7 +345,7 @@ impl Engine {
         mailbox.open += 1;
         mailbox.queued_tokens = queued_tokens;
         let number = mailbox.submitted;
-        mailbox.incoming.push_back(Job { number, request, sink });
+        mailbox.incoming.push_back(Job { number, arrival: Instant::now(), request, sink });
         drop(mailbox);
         self.inner.shared.changed.notify_all();
         Ok(RequestHandle { shared: Arc::clone(&self.inner.shared), number })

@@ -222,7 +222,7 @@ impl Draft {
 
     fn apply(&mut self, event: Event) {
         match event {
-            Event::Started { cached_tokens, prompt_logprobs } => {
+            Event::Started { cached_tokens, prompt_logprobs, .. } => {
                 (self.cached_tokens, self.prompt_logprobs) = (cached_tokens, prompt_logprobs);
             }
             Event::Tokens { choice, token_ids, text, deltas, logprobs } => {

@@ -1,5 +1,7 @@
 //! What goes into the engine and what comes out of it, for anyone who holds an [`crate::Engine`].
 
+use std::time::Duration;
+
 use gptoss::TokenLogprobs;
 
 use crate::{Grammar, SamplingParams};
@@ -49,6 +51,8 @@ pub enum Event {
     Started {
         /// Prompt tokens that came from the prefix cache.
         cached_tokens: usize,
+        /// From its arrival until it was computed for the first time.
+        queued: Duration,
         /// One entry per prompt token, the first `None`, if `prompt_logprobs` was asked.
         prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
     },

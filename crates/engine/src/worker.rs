@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gptoss::{
     Backend, Mask, Penalties, Plan, Sampled, Sampling, Score, SequenceOutput, SequencePlan, TokenLogprobs,
@@ -55,6 +55,9 @@ struct Active {
     seed: u64,
     /// Log-probabilities of the prompt so far, if asked.
     scores: Option<Vec<Option<TokenLogprobs>>>,
+    arrival: Instant,
+    /// From the arrival to the first step.
+    queued: Option<Duration>,
     /// The prompt was computed.
     started: bool,
     /// `None`: ended.
@@ -133,7 +136,7 @@ impl Worker {
     }
 
     fn accept(&mut self, job: Job) {
-        let Job { number, request: Request { prompt, params, output, grammar }, sink } = job;
+        let Job { number, arrival, request: Request { prompt, params, output, grammar }, sink } = job;
         let mut stop_tokens = params.stop_token_ids.clone();
         if !params.ignore_eos {
             stop_tokens.extend(&self.settings.eos_ids);
@@ -158,13 +161,31 @@ impl Worker {
             params,
         });
         let choices = (0..rules.params.n).map(|_| Some(Choice::new(&rules, &prompt))).collect();
-        self.requests
-            .insert(number, Active { sink, rules, prompt, root, seed, scores, started: false, choices });
+        self.requests.insert(
+            number,
+            Active {
+                sink,
+                rules,
+                prompt,
+                root,
+                seed,
+                scores,
+                arrival,
+                queued: None,
+                started: false,
+                choices,
+            },
+        );
     }
 
     /// Schedule, run, commit.
     fn step(&mut self) {
         let shares = self.scheduler.schedule();
+        for share in &shares {
+            if let Some(active) = self.requests.get_mut(&share.id.request) {
+                active.queued.get_or_insert_with(|| active.arrival.elapsed());
+            }
+        }
         shares.iter().filter(|share| share.complete).for_each(|share| self.constrain(share.id));
         let sequences = shares.iter().map(|share| self.plan(share)).collect();
         let plan = Plan { sequences };
@@ -259,6 +280,7 @@ impl Worker {
         self.shared.mailbox().queued_tokens -= prompt_len;
         let event = Event::Started {
             cached_tokens: self.scheduler.cached_tokens(first),
+            queued: active.queued.unwrap_or_default(),
             prompt_logprobs: active.scores.take(),
         };
         if !tell(&mut active.sink, event) {

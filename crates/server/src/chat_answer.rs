@@ -107,7 +107,7 @@ impl ChatAnswer {
     fn apply(&mut self, event: Event) -> Vec<Change> {
         let mut changes = Vec::new();
         match event {
-            Event::Started { cached_tokens, prompt_logprobs: entries } => {
+            Event::Started { cached_tokens, prompt_logprobs: entries, .. } => {
                 self.cached_tokens = cached_tokens;
                 if let (Some(top), Some(entries)) = (self.shape.prompt_logprobs, entries) {
                     self.prompt_logprobs = Some(prompt_logprobs(&entries, top, self.names()));

@@ -113,7 +113,7 @@ impl CompletionAnswer {
 
     fn apply(&mut self, prompt: usize, event: Event) -> Option<Change> {
         match event {
-            Event::Started { cached_tokens, prompt_logprobs } => {
+            Event::Started { cached_tokens, prompt_logprobs, .. } => {
                 self.cached_tokens += cached_tokens;
                 if let (Some(entries), Some(slot)) = (prompt_logprobs, self.entries.get_mut(prompt)) {
                     *slot = entries;

@@ -130,6 +130,15 @@ struct Fed {
     begun: Vec<u32>,
 }
 
+/// The ids that the chat endpoint would feed.
+pub(crate) fn chat_ids(body: &[u8], state: &State, engine: &Engine) -> Result<Vec<u32>, ApiError> {
+    let date = state.date();
+    let request = ChatRequest::new(body, &context(state, engine, &date))?;
+    bound_text(request.text_bytes, engine)?;
+    let at_once = request.turn.answer_at_once;
+    Ok(fed(&request.prompt, at_once, request.continued.as_ref(), engine)?.ids)
+}
+
 /// The prompt, with the beginning of the answer where that is not the model's to write.
 fn fed(
     prompt: &ChatPrompt,
@@ -289,7 +298,7 @@ impl<'a> Call<'a> {
     }
 
     fn submit(&self, requests: Vec<Request>, pace: Pace) -> Result<Events, ApiError> {
-        Events::submit(self.engine, requests, pace, self.state.abort())
+        Events::submit(self.engine, requests, pace, &self.state.metrics, self.state.abort())
             .map_err(|error| refusal(&error, self.log.request_id()))
     }
 
@@ -305,7 +314,7 @@ impl<'a> Call<'a> {
 }
 
 /// Runs what takes time in proportion to a body's length, off the threads that serve connections.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     origin: &Origin,
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -347,7 +356,7 @@ fn tokenize(
 }
 
 /// Refuses texts that cannot fit before time is spent on their tokens.
-fn bound_text(bytes: usize, engine: &Engine) -> Result<(), ApiError> {
+pub(crate) fn bound_text(bytes: usize, engine: &Engine) -> Result<(), ApiError> {
     let max_model_len = engine.max_model_len();
     if bytes <= max_model_len.saturating_mul(MAX_BYTES_PER_TOKEN) {
         return Ok(());

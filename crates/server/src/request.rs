@@ -85,12 +85,17 @@ impl Common {
     }
 
     pub(crate) fn check_model(&self, context: &Context<'_>) -> Result<(), ApiError> {
-        match &self.model {
-            Some(name) if !context.model_names.contains(name) => {
-                Err(ApiError::UnknownModel { name: excerpt(name), aliases: context.model_names.join(", ") })
-            }
-            _ => Ok(()),
+        check_model(self.model.as_deref(), context.model_names)
+    }
+}
+
+/// Whether the model answers to a name; without one the default is meant.
+pub(crate) fn check_model(name: Option<&str>, known: &[String]) -> Result<(), ApiError> {
+    match name.filter(|name| !name.is_empty()) {
+        Some(name) if known.iter().all(|known| known != name) => {
+            Err(ApiError::UnknownModel { name: excerpt(name), aliases: known.join(", ") })
         }
+        _ => Ok(()),
     }
 }
 

@@ -1,7 +1,7 @@
 //! Paths, what is checked before any of them, and the small endpoints.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
 use axum::extract::{Extension, Path, Query, Request, State as Shared};
@@ -22,6 +22,7 @@ use crate::log::RequestLog;
 use crate::request::is_request_id;
 use crate::response_store::Owner;
 use crate::server::State;
+use crate::small;
 
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -31,7 +32,22 @@ const RESPONSES: &str = "/v1/responses";
 const MODELS: &str = "/v1/models";
 
 /// Needs no key: for probes.
-const PUBLIC: [&str; 5] = ["/health", "/live", "/ready", "/ping", "/version"];
+const PUBLIC: [&str; 7] = ["/health", "/live", "/ready", "/ping", "/version", "/load", "/metrics"];
+
+/// Take JSON and nothing else.
+const JSON: [&str; 8] = [
+    CHAT,
+    COMPLETIONS,
+    RESPONSES,
+    "/tokenize",
+    "/v1/tokenize",
+    "/detokenize",
+    "/v1/detokenize",
+    "/invocations",
+];
+
+/// Other paths as the log and the metrics name them.
+const OTHERS: [&str; 4] = ["/api/version", "/api/tags", "/api/show", "/api/pull"];
 
 /// Other endpoints of OpenAI and vLLM, for other kinds of models.
 const NOT_APPLICABLE: [&str; 6] =
@@ -64,7 +80,19 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/live", get(|| async {}))
         .route("/ready", get(ready))
         .route("/ping", get(ready).post(ready))
-        .route("/version", get(version));
+        .route("/version", get(version))
+        .route("/load", get(small::load))
+        .route("/metrics", get(small::metrics))
+        .route("/invocations", post(small::invocations))
+        .route("/api/version", get(small::ollama_version))
+        .route("/api/tags", get(small::ollama_tags))
+        .route("/api/show", post(small::ollama_show))
+        .route("/api/pull", post(small::ollama_pull));
+    for prefix in ["", "/v1"] {
+        router = router
+            .route(&format!("{prefix}/tokenize"), post(small::tokenize))
+            .route(&format!("{prefix}/detokenize"), post(small::detokenize));
+    }
     for path in NOT_APPLICABLE {
         router = router.route(path, any(|| async { ApiError::NotApplicable }));
     }
@@ -83,11 +111,12 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
     let id = client_id.unwrap_or_else(identifier);
     let path = request.uri().path();
     let public = PUBLIC.contains(&path);
-    let generates = request.method() == Method::POST && [CHAT, COMPLETIONS, RESPONSES].contains(&path);
+    let takes_json = request.method() == Method::POST && JSON.contains(&path);
+    let (arrival, method, route) = (Instant::now(), method(request.method()), template(path));
     // Probes come every few seconds and say nothing.
     let log = (!public).then(|| RequestLog::new(id.clone(), key_id(request.headers()), template(path)));
 
-    let mut response = if generates && !is_json(request.headers()) {
+    let mut response = if takes_json && !is_json(request.headers()) {
         ApiError::MediaType.into_response()
     } else if !public && request.method() != Method::OPTIONS && !state.keys.admit(request.headers()) {
         ApiError::Unauthorized.into_response()
@@ -100,6 +129,7 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
     };
     if let Some(log) = log {
         log.status(response.status().as_u16());
+        state.metrics.answer(method, route, response.status().as_u16(), arrival.elapsed());
     }
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().entry(X_REQUEST_ID).or_insert(id);
@@ -109,13 +139,19 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
 
 /// The path for the log: never what the client wrote.
 fn template(path: &str) -> &'static str {
-    let known = [CHAT, COMPLETIONS, RESPONSES, MODELS];
-    match known.into_iter().find(|known| *known == path) {
+    let mut known = JSON.into_iter().chain(OTHERS).chain([MODELS]);
+    match known.find(|known| *known == path) {
         Some(path) => path,
         None if path.starts_with("/v1/models/") => "/v1/models/{id}",
         None if path.starts_with("/v1/responses/") => "/v1/responses/{id}",
         None => "none",
     }
+}
+
+/// The method for the metrics: one of few.
+fn method(method: &Method) -> &'static str {
+    let known = ["GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"];
+    known.into_iter().find(|known| method.as_str() == *known).unwrap_or("other")
 }
 
 fn is_json(headers: &HeaderMap) -> bool {

@@ -16,6 +16,7 @@ use tokio::sync::watch;
 use crate::auth::{Keys, digest, hex};
 use crate::clock;
 use crate::error::ApiError;
+use crate::metrics::Metrics;
 use crate::response_store::Store;
 use crate::routes;
 
@@ -219,6 +220,7 @@ pub(crate) struct State {
     pub(crate) defaults: SamplingDefaults,
     pub(crate) max_logprobs: usize,
     pub(crate) responses: Arc<Store>,
+    pub(crate) metrics: Arc<Metrics>,
     pub(crate) max_body_bytes: usize,
     pub(crate) sse_keep_alive: Duration,
     system_date: Option<String>,
@@ -256,6 +258,7 @@ impl State {
             fingerprint: format!("vllm-compatible-{version}-{hash}"),
             defaults: options.defaults,
             max_logprobs: options.max_logprobs,
+            metrics: Arc::new(Metrics::new()),
             responses: Arc::new(Store::new(options.responses_store)),
             max_body_bytes: options.max_body_bytes,
             sse_keep_alive: options.sse_keep_alive,
