@@ -315,6 +315,21 @@ fn a_scripted_server_says_what_it_is_told() {
     let (status, body) = server.request("POST", "/v1/responses", "", "{\"input\": \"Hi\"}");
     assert_eq!((status, body.contains("\"store\":true")), (200, true), "{body}");
 
+    // A load of completions, which play the default in turn.
+    let url = format!("http://{}/v1", server.address);
+    let bench = |more: &[&str]| {
+        let all =
+            ["--json", "bench", "serve", &url, "--num-prompts", "6", "--input-len", "9", "--output-len", "4"];
+        ok(&[&all, more].concat()).json()
+    };
+    let found = bench(&["--concurrency", "1", "--shared-prefix-len", "5"]);
+    assert_eq!((&found["requests"], &found["errors"]), (&json!(6), &json!(0)), "{found}");
+    assert_eq!((&found["input_tokens"], &found["output_tokens"]), (&json!(54), &json!(24)));
+    assert!(found["ttft_ms"]["p99"].as_f64().unwrap() > 0.0 && found["model"] == "scripted");
+    let found = bench(&["--concurrency", "2", "--request-rate", "1000"]);
+    assert_eq!(found["requests"].as_u64().unwrap() + found["errors"].as_u64().unwrap(), 6);
+    fails(&["bench", "serve", "http://127.0.0.1:1"], 3, "list of models");
+
     fails(&["serve", "--port", "0", "--engine", "scripted:/nowhere.json"], 2, "/nowhere.json");
     fails(&["serve", "--port", "0", "--engine", "other"], 2, "scripted:FILE");
     std::fs::write(&file, "{\"default\": {\"tokens\": [999999]}}").unwrap();
