@@ -40,6 +40,8 @@ pub(crate) enum ApiError {
     TooLarge { max: usize },
     #[error("The request body did not arrive in time.")]
     BodyTimeout,
+    #[error("The path and query are longer than {max} bytes.")]
+    LongPath { max: usize },
     #[error("The request body must be of type application/json.")]
     MediaType,
     /// What the client demands excludes itself, or takes too much to follow.
@@ -90,6 +92,7 @@ impl ApiError {
             ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::BodyTimeout | ApiError::SlowReader => StatusCode::REQUEST_TIMEOUT,
+            ApiError::LongPath { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             ApiError::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             ApiError::Loading | ApiError::Unhealthy | ApiError::Busy | ApiError::ShuttingDown => {
                 StatusCode::SERVICE_UNAVAILABLE
@@ -104,6 +107,7 @@ impl ApiError {
             | ApiError::Invalid { .. }
             | ApiError::GrammarFailed(_)
             | ApiError::TooLarge { .. }
+            | ApiError::LongPath { .. }
             | ApiError::MediaType => "BadRequestError",
             ApiError::UnknownModel { .. } | ApiError::UnknownPath => "NotFoundError",
             ApiError::UnknownResponse { .. } => "invalid_request_error",

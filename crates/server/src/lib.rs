@@ -13,6 +13,7 @@ mod chat_request;
 mod clock;
 mod completion_answer;
 mod completion_request;
+mod connections;
 mod error;
 mod events;
 mod form;

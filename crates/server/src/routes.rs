@@ -53,6 +53,9 @@ const OTHERS: [&str; 4] = ["/api/version", "/api/tags", "/api/show", "/api/pull"
 const NOT_APPLICABLE: [&str; 6] =
     ["/v1/embeddings", "/v1/audio/{*rest}", "/v1/images/{*rest}", "/score", "/rerank", "/pooling"];
 
+/// Longest path and query.
+const MAX_URI_BYTES: usize = 8 << 10;
+
 /// A step that takes longer means that the device hangs.
 const STALL: Duration = Duration::from_secs(10);
 
@@ -116,7 +119,10 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
     // Probes come every few seconds and say nothing.
     let log = (!public).then(|| RequestLog::new(id.clone(), key_id(request.headers()), template(path)));
 
-    let mut response = if takes_json && !is_json(request.headers()) {
+    let uri_bytes = path.len() + request.uri().query().map_or(0, str::len);
+    let mut response = if uri_bytes > MAX_URI_BYTES {
+        ApiError::LongPath { max: MAX_URI_BYTES }.into_response()
+    } else if takes_json && !is_json(request.headers()) {
         ApiError::MediaType.into_response()
     } else if !public && request.method() != Method::OPTIONS && !state.keys.admit(request.headers()) {
         ApiError::Unauthorized.into_response()

@@ -122,9 +122,9 @@ async fn serve(options: Options, source: Source, args: Serve, common: Common, ui
     };
     tracing::info!("ready: {}, context {}", engine.device(), engine.max_model_len());
     handle.ready(engine.clone());
-    let served = serving.await.map_err(failed)?;
+    let served = serving.await.map_err(failed);
     engine.abort();
-    served.map_err(|e| Failure::machine(e.to_string()))
+    served
 }
 
 /// SIGTERM or SIGINT.

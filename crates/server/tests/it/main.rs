@@ -7,6 +7,7 @@ mod errors;
 mod fixture;
 mod harmony_turns;
 mod life;
+mod limits;
 mod operations;
 mod responses;
 mod soup;
