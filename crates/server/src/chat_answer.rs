@@ -12,9 +12,10 @@ use crate::answer::{
     ChatLogprob, ChatLogprobs, Finish, Identity, PromptLogprobs, Stop, TokenNames, Usage, prompt_logprobs,
 };
 use crate::chat_request::ChatRequest;
+use crate::chunk::Envelope;
 use crate::identifier::identifier;
 use crate::request::StreamOptions;
-use crate::sse::{DONE, Encoder, data};
+use crate::sse::{DONE, Encoder};
 use crate::turn::Choice as CallChoice;
 use crate::visible::{Rules, Visible};
 
@@ -330,22 +331,15 @@ impl ChatChunks {
         ChatChunks { answer }
     }
 
-    fn chunk(&self, choices: Vec<ChunkChoice>, last: bool, out: &mut Vec<u8>) {
-        let identity = &self.answer.identity;
-        let stream = self.answer.shape.stream;
-        let usage = stream.continuous_usage_stats || (stream.include_usage && choices.is_empty());
-        data(
-            out,
-            &Chunk {
-                id: &identity.id,
-                object: "chat.completion.chunk",
-                created: identity.created,
-                model: &identity.model,
-                system_fingerprint: last.then_some(&identity.fingerprint),
-                choices,
-                usage: usage.then(|| self.answer.usage()),
-            },
-        );
+    fn chunk(&self, choices: &[ChunkChoice], last: bool, out: &mut Vec<u8>) {
+        let answer = &self.answer;
+        let envelope = Envelope {
+            object: "chat.completion.chunk",
+            identity: &answer.identity,
+            stream: answer.shape.stream,
+            usage: answer.usage(),
+        };
+        envelope.write(choices, last, out);
     }
 
     fn delta(
@@ -400,7 +394,7 @@ impl Encoder for ChatChunks {
             if self.answer.shape.token_ids {
                 choice.prompt_token_ids = Some(self.answer.prompt.clone());
             }
-            self.chunk(vec![choice], false, out);
+            self.chunk(&[choice], false, out);
         }
     }
 
@@ -409,7 +403,7 @@ impl Encoder for ChatChunks {
             match change {
                 Change::Delta { choice, deltas, token_ids, logprobs } => {
                     if let Some(choice) = self.delta(choice, deltas, token_ids, &logprobs) {
-                        self.chunk(vec![choice], false, out);
+                        self.chunk(&[choice], false, out);
                     }
                 }
                 Change::Finish { choice, finish } => {
@@ -417,7 +411,7 @@ impl Encoder for ChatChunks {
                     choice.finish_reason = Some(finish.reason);
                     choice.stop_reason = Some(finish.stop);
                     let last = self.answer.is_finished() && !self.answer.shape.stream.include_usage;
-                    self.chunk(vec![choice], last, out);
+                    self.chunk(&[choice], last, out);
                 }
             }
         }
@@ -426,7 +420,7 @@ impl Encoder for ChatChunks {
 
     fn end(&mut self, out: &mut Vec<u8>) {
         if self.answer.shape.stream.include_usage {
-            self.chunk(Vec::new(), true, out);
+            self.chunk(&[], true, out);
         }
         out.extend_from_slice(DONE);
     }
@@ -434,19 +428,6 @@ impl Encoder for ChatChunks {
     fn usage(&self) -> Usage {
         self.answer.usage()
     }
-}
-
-#[derive(Serialize)]
-struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    system_fingerprint: Option<&'a String>,
-    choices: Vec<ChunkChoice>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Usage>,
 }
 
 #[derive(Serialize)]

@@ -19,6 +19,7 @@ use crate::generate;
 use crate::identifier::identifier;
 use crate::json::excerpt;
 use crate::log::RequestLog;
+use crate::page;
 use crate::request::is_request_id;
 use crate::response_store::Owner;
 use crate::server::State;
@@ -31,8 +32,8 @@ const COMPLETIONS: &str = "/v1/completions";
 const RESPONSES: &str = "/v1/responses";
 const MODELS: &str = "/v1/models";
 
-/// Needs no key: for probes.
-const PUBLIC: [&str; 7] = ["/health", "/live", "/ready", "/ping", "/version", "/load", "/metrics"];
+/// Needs no key: the chat page, which says nothing by itself, and what is for probes.
+const PUBLIC: [&str; 8] = ["/", "/health", "/live", "/ready", "/ping", "/version", "/load", "/metrics"];
 
 /// Take JSON and nothing else.
 const JSON: [&str; 8] = [
@@ -84,6 +85,7 @@ pub(crate) fn router(state: Arc<State>) -> Router {
         .route("/ready", get(ready))
         .route("/ping", get(ready).post(ready))
         .route("/version", get(version))
+        .route("/", get(page::page))
         .route("/load", get(small::load))
         .route("/metrics", get(small::metrics))
         .route("/invocations", post(small::invocations))

@@ -12,7 +12,7 @@ use crate::failure::{Failure, Result};
 use crate::ui::{Ui, bold, dim};
 
 /// Ids of prompts are below: every vocabulary in use is larger.
-const ORDINARY_IDS: u64 = 30_000;
+const ORDINARY_IDS: u64 = 3_000;
 
 /// A client has little to remember.
 const STACK: usize = 256 << 10;

@@ -212,6 +212,17 @@ fn invocations_are_told_apart_by_their_shape() {
 }
 
 #[test]
+fn the_page_asks_nobody_else() {
+    let server = Fixture::loading(&options());
+    let page = server.get("/");
+    assert_eq!((page.status, page.header("content-type")), (200, Some("text/html; charset=utf-8")));
+    assert!(page.header("content-security-policy").unwrap().starts_with("default-src 'none'"));
+    for elsewhere in ["http://", "https://", "src=", "@import", "innerHTML", "eval("] {
+        assert!(!page.body.contains(elsewhere), "{elsewhere}");
+    }
+}
+
+#[test]
 fn every_route_needs_a_key_but_those_for_probes() {
     let options = Options { api_keys: vec!["secret".to_owned()], ..options() };
     let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]);
@@ -252,7 +263,7 @@ fn every_route_needs_a_key_but_those_for_probes() {
         let with_key = format!("{JSON}authorization: Bearer secret\r\n");
         assert_ne!(server.request(method, path, &with_key, b"{}").status, 401, "{method} {path}");
     }
-    for path in ["/health", "/live", "/ready", "/ping", "/version", "/load", "/metrics"] {
+    for path in ["/", "/health", "/live", "/ready", "/ping", "/version", "/load", "/metrics"] {
         let response = server.get(path);
         assert_eq!(response.status, 200, "{path}");
         assert!(!response.body.contains("secret"));
