@@ -95,6 +95,57 @@ def check_tool(client, model):
     assert report.finish_reason == "stop" and report.message.content, report
 
 
+def check_structured_output(client, model):
+    schema = {
+        "type": "object",
+        "properties": {"city": {"type": "string", "maxLength": 12}, "sure": {"type": "boolean"}},
+        "required": ["city", "sure"],
+        "additionalProperties": False,
+    }
+    format = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema, "strict": True}}
+    answer = client.chat.completions.create(
+        model=model, messages=user("What is the capital of France?"), temperature=0, response_format=format
+    )
+    found = json.loads(answer.choices[0].message.content)
+    assert set(found) == {"city", "sure"} and isinstance(found["sure"], bool), found
+    assert answer.choices[0].message.reasoning and answer.choices[0].finish_reason == "stop"
+    forced = client.chat.completions.create(
+        model=model, messages=user("Hello"), temperature=0, tools=[WEATHER], tool_choice="required", max_tokens=300
+    )
+    choice = forced.choices[0]
+    if choice.finish_reason != "length":
+        assert "location" in json.loads(choice.message.tool_calls[0].function.arguments), choice
+
+
+def check_responses(client, model):
+    question = "What is the capital of France?"
+    answer = client.responses.create(model=model, input=question, temperature=0)
+    assert answer.status == "completed" and "Paris" in answer.output_text, answer
+    assert [item.type for item in answer.output] == ["reasoning", "message"], answer.output
+    assert answer.output[0].content[0].text and answer.usage.output_tokens > 0
+    texts, last = [], None
+    for event in client.responses.create(model=model, input=question, temperature=0, stream=True):
+        if event.type == "response.output_text.delta":
+            texts.append(event.delta)
+        last = event
+    assert last.type == "response.completed" and "".join(texts) == answer.output_text
+    with client.responses.stream(model=model, input=question, temperature=0) as stream:
+        assert stream.get_final_response().output_text == answer.output_text
+    tool = {"type": "function", "strict": False, **WEATHER["function"]}
+    called = client.responses.create(
+        model=model, input="What is the weather in Paris?", temperature=0, tools=[tool], tool_choice="required"
+    )
+    call = next(item for item in called.output if item.type == "function_call")
+    assert call.name == "get_weather" and "location" in json.loads(call.arguments), call
+    history = [{"role": "user", "content": "What is the weather in Paris?"}, *called.output]
+    history.append({"type": "function_call_output", "call_id": call.call_id, "output": "sunny"})
+    assert client.responses.create(model=model, input=history, temperature=0, tools=[tool]).output_text
+    try:
+        client.responses.retrieve("resp_none")
+    except openai.NotFoundError as caught:
+        assert caught.body["param"] == "response_id", caught.body
+
+
 def check_completions(client, model):
     answer = client.completions.create(
         model=model, prompt="Once upon a time", max_tokens=8, temperature=0, logprobs=2, echo=True
@@ -163,6 +214,8 @@ def main():
         check_chat,
         check_stream,
         check_tool,
+        check_structured_output,
+        check_responses,
         check_completions,
         check_errors,
         check_interleaving,

@@ -9,7 +9,9 @@ use checkpoint::Config;
 use gptoss::{BLOCK_TOKENS, Backend, BlockId, KvLayout};
 use harmony::Harmony;
 
+use crate::grammar::Grammars;
 use crate::kv::Blocks;
+use crate::masks::Masks;
 use crate::scheduler::{Limits, Scheduler};
 use crate::worker::{Settings, Worker};
 use crate::{InvalidParam, Request, Sink};
@@ -205,6 +207,7 @@ struct Inner {
     shared: Arc<Shared>,
     config: Config,
     harmony: Arc<Harmony>,
+    grammars: Grammars,
     eos_ids: Vec<u32>,
     max_model_len: usize,
     max_queued_requests: usize,
@@ -251,6 +254,7 @@ pub(crate) enum Phase {
 pub(crate) struct Job {
     /// Order of arrival, from 1.
     pub(crate) number: u64,
+    pub(crate) arrival: Instant,
     /// Valid.
     pub(crate) request: Request,
     pub(crate) sink: Sink,
@@ -295,7 +299,9 @@ impl Engine {
             seed: options.seed,
             prefix_caching: options.prefix_caching,
         };
-        let worker = Worker::new(backend, Arc::clone(&shared), Scheduler::new(limits, blocks), settings);
+        let masks = Masks::new().map_err(Error::Thread)?;
+        let worker =
+            Worker::new(backend, Arc::clone(&shared), Scheduler::new(limits, blocks), masks, settings);
         let thread = std::thread::Builder::new()
             .name("engine".to_owned())
             .spawn(move || worker.run())
@@ -306,6 +312,7 @@ impl Engine {
             inner: Arc::new(Inner {
                 shared,
                 config,
+                grammars: Grammars::new(Arc::clone(&harmony)),
                 harmony,
                 eos_ids,
                 max_model_len: capacity.max_model_len,
@@ -338,7 +345,7 @@ impl Engine {
         mailbox.open += 1;
         mailbox.queued_tokens = queued_tokens;
         let number = mailbox.submitted;
-        mailbox.incoming.push_back(Job { number, request, sink });
+        mailbox.incoming.push_back(Job { number, arrival: Instant::now(), request, sink });
         drop(mailbox);
         self.inner.shared.changed.notify_all();
         Ok(RequestHandle { shared: Arc::clone(&self.inner.shared), number })
@@ -390,6 +397,11 @@ impl Engine {
     /// The chat format and the tokenizer.
     pub fn harmony(&self) -> &Arc<Harmony> {
         &self.inner.harmony
+    }
+
+    /// Where the grammars of requests are compiled.
+    pub fn grammars(&self) -> &Grammars {
+        &self.inner.grammars
     }
 
     /// The model's own stop tokens.

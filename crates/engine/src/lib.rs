@@ -2,12 +2,15 @@
 //!
 //! [`Engine`] runs a [`gptoss::Backend`] on a thread of its own; [`Llm`] is the offline API over it. Each step is scheduled
 //! (`scheduler.rs`, over the blocks of `kv.rs`), run by the backend, and committed (`worker.rs`); tokens become text and
-//! message fields in `output.rs`.
+//! message fields in `output.rs`. What a
+//! client demands of an answer is compiled in `grammar.rs` and kept to by the masks of `masks.rs`.
 #![forbid(unsafe_code)]
 
 mod engine;
+mod grammar;
 pub mod kv;
 mod llm;
+mod masks;
 mod output;
 mod params;
 mod request;
@@ -16,6 +19,7 @@ mod scripted;
 mod worker;
 
 pub use engine::{Engine, EngineOptions, Error, RequestHandle, Stats, SubmitError};
+pub use grammar::{Form, Grammar, GrammarError, Grammars, TurnRules, Whitespace};
 pub use llm::{CompletionOutput, Llm, Progress, Prompt, RequestOutput};
 pub use params::{InvalidParam, SamplingParams};
 pub use request::{Event, Failure, FinishReason, OutputMode, Request, Sink, StopReason};

@@ -123,7 +123,7 @@ impl Llm {
             let tools = conversation.tools.iter().map(|tool| tool.function.name.clone()).collect();
             prompts.push((
                 tokens.map_err(|source| Error::Render { index, source })?,
-                OutputMode::Chat { tools },
+                OutputMode::Chat { tools, begun: Vec::new() },
             ));
         }
         self.run(prompts, params, progress)
@@ -143,7 +143,7 @@ impl Llm {
         let mut drafts = Vec::with_capacity(total);
         for (index, (prompt, output)) in prompts.into_iter().enumerate() {
             let params = params[index % params.len()].clone();
-            let request = self.engine.validate(Request { prompt, params, output });
+            let request = self.engine.validate(Request::new(prompt, params, output));
             let request = request.map_err(|source| Error::Submit { index, source })?;
             drafts.push(Draft::new(&request));
             requests.push(request);
@@ -222,7 +222,7 @@ impl Draft {
 
     fn apply(&mut self, event: Event) {
         match event {
-            Event::Started { cached_tokens, prompt_logprobs } => {
+            Event::Started { cached_tokens, prompt_logprobs, .. } => {
                 (self.cached_tokens, self.prompt_logprobs) = (cached_tokens, prompt_logprobs);
             }
             Event::Tokens { choice, token_ids, text, deltas, logprobs } => {

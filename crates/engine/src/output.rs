@@ -2,10 +2,11 @@
 
 use std::sync::Arc;
 
+use gptoss::Mask;
 use harmony::{Delta, Harmony, Parser};
 use tokenizer::Detokenizer;
 
-use crate::{FinishReason, OutputMode, SamplingParams, StopReason};
+use crate::{FinishReason, Grammar, OutputMode, SamplingParams, StopReason};
 
 /// What the choices of a request have in common.
 pub(crate) struct Rules {
@@ -15,6 +16,11 @@ pub(crate) struct Rules {
     pub(crate) params: SamplingParams,
     /// The tokens that end a choice, sorted.
     pub(crate) stop_tokens: Vec<u32>,
+    /// The only tokens that may be drawn, if not all.
+    pub(crate) allowed: Option<Mask>,
+    /// Sequences of tokens that must not come.
+    pub(crate) bad_words: Vec<Vec<u32>>,
+    pub(crate) grammar: Option<Grammar>,
 }
 
 /// The state of one choice.
@@ -56,8 +62,10 @@ impl Output {
     pub(crate) fn new(rules: Arc<Rules>) -> Output {
         let kind = match &rules.mode {
             OutputMode::Text => Kind::Text(Detokenizer::new()),
-            OutputMode::Chat { tools } => {
-                let parser = rules.harmony.parser(tools);
+            OutputMode::Chat { tools, begun } => {
+                let mut parser = rules.harmony.parser(tools);
+                // A header gives no text.
+                begun.iter().for_each(|&token| drop(parser.push(token)));
                 Kind::Chat(Box::new(Chat { parser, field: Field::Content, calls: 0 }))
             }
         };
@@ -79,6 +87,16 @@ impl Output {
         match &self.kind {
             Kind::Text(_) => 0,
             Kind::Chat(chat) => chat.parser.reasoning_tokens(),
+        }
+    }
+
+    /// Whether the budget for reasoning is spent and reasoning goes on.
+    pub(crate) fn must_conclude(&self) -> bool {
+        match (&self.kind, self.rules.params.thinking_token_budget) {
+            (Kind::Chat(chat), Some(budget)) => {
+                chat.parser.is_reasoning() && chat.parser.reasoning_tokens() >= budget
+            }
+            _ => false,
         }
     }
 
@@ -139,7 +157,7 @@ impl Output {
 }
 
 impl Chat {
-    /// Passes deltas on, texts through the stop strings. A stop string lies within one stretch of one field. The result is
+    /// Passes deltas on, texts through the stop strings. A stop string lies within one message, whose end is passed on. The result is
     /// the stop string that was found; what comes after it is dropped.
     fn pass(
         &mut self,
@@ -153,10 +171,10 @@ impl Chat {
             let (field, text) = match delta {
                 Delta::Reasoning(text) => (Field::Reasoning, text),
                 Delta::Content(text) => (Field::Content, text),
-                call => {
+                other => {
                     self.emit(stops.flush(), out);
-                    self.calls += usize::from(matches!(call, Delta::CallStart { .. }));
-                    out.push(call);
+                    self.calls += usize::from(matches!(other, Delta::CallStart { .. }));
+                    out.push(other);
                     continue;
                 }
             };

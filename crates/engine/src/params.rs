@@ -42,6 +42,12 @@ pub struct SamplingParams {
     pub repetition_penalty: f32,
     /// Added to single logits, each within ±100.
     pub logit_bias: BTreeMap<u32, f32>,
+    /// The only tokens that may be drawn; `None`: all.
+    pub allowed_token_ids: Option<Vec<u32>>,
+    /// Texts that must not come, at the beginning of a word or within one.
+    pub bad_words: Vec<String>,
+    /// Chats: reasoning ends after this many tokens. `None`: when the model wants.
+    pub thinking_token_budget: Option<usize>,
     /// Leave special tokens out of the text of raw completions.
     pub skip_special_tokens: bool,
 }
@@ -67,6 +73,9 @@ impl Default for SamplingParams {
             frequency_penalty: 0.0,
             repetition_penalty: 1.0,
             logit_bias: BTreeMap::new(),
+            allowed_token_ids: None,
+            bad_words: Vec::new(),
+            thinking_token_budget: None,
             skip_special_tokens: true,
         }
     }
@@ -83,6 +92,10 @@ impl SamplingParams {
     pub const MAX_STOP_TOKENS: usize = 256;
     /// The most biased logits.
     pub const MAX_LOGIT_BIAS: usize = 1024;
+    /// The most bad words.
+    pub const MAX_BAD_WORDS: usize = 128;
+    /// The longest bad word, in bytes.
+    pub const MAX_BAD_WORD_BYTES: usize = 256;
 
     /// Checks every rule and returns the parameters as the engine uses them: temperatures near 0 raised or greedy, a greedy
     /// request without filters, biases clamped, duplicate stop tokens removed, a seed of -1 as none.
@@ -153,6 +166,22 @@ impl SamplingParams {
                 format!("must have numbers as values, got {bias} for {token}.")
             })?;
             *bias = bias.clamp(-100.0, 100.0);
+        }
+        if let Some(allowed) = &self.allowed_token_ids {
+            require(!allowed.is_empty(), "allowed_token_ids", || "must not be empty.".to_owned())?;
+            in_vocabulary(allowed, vocab_size, "allowed_token_ids")?;
+        }
+        require(self.bad_words.len() <= Self::MAX_BAD_WORDS, "bad_words", || {
+            format!("must have at most {} words, got {}.", Self::MAX_BAD_WORDS, self.bad_words.len())
+        })?;
+        for word in &self.bad_words {
+            require(!word.is_empty() && word.len() <= Self::MAX_BAD_WORD_BYTES, "bad_words", || {
+                format!(
+                    "must have words of 1 to {} bytes, got one of {}.",
+                    Self::MAX_BAD_WORD_BYTES,
+                    word.len()
+                )
+            })?;
         }
         Ok(valid)
     }

@@ -1,8 +1,10 @@
 //! What goes into the engine and what comes out of it, for anyone who holds an [`crate::Engine`].
 
+use std::time::Duration;
+
 use gptoss::TokenLogprobs;
 
-use crate::SamplingParams;
+use crate::{Grammar, SamplingParams};
 
 /// A prompt with its parameters. It becomes `params.n` sequences, which share the prompt's computation.
 #[derive(Debug, Clone, PartialEq)]
@@ -13,6 +15,15 @@ pub struct Request {
     pub params: SamplingParams,
     /// How tokens become text.
     pub output: OutputMode,
+    /// What the answer must follow, from its first token on.
+    pub grammar: Option<Grammar>,
+}
+
+impl Request {
+    /// A request without a grammar.
+    pub fn new(prompt: Vec<u32>, params: SamplingParams, output: OutputMode) -> Request {
+        Request { prompt, params, output, grammar: None }
+    }
 }
 
 /// How tokens become text.
@@ -20,10 +31,12 @@ pub struct Request {
 pub enum OutputMode {
     /// Decoded as it is.
     Text,
-    /// Parsed as Harmony after `<|start|>assistant`, with these function tools declared.
+    /// Parsed as Harmony after `<|start|>assistant`.
     Chat {
-        /// Names of the declared tools.
+        /// Names of the declared function tools.
         tools: Vec<String>,
+        /// The last tokens of the prompt, if it begins the answer: what came after `<|start|>assistant`.
+        begun: Vec<u32>,
     },
 }
 
@@ -38,6 +51,8 @@ pub enum Event {
     Started {
         /// Prompt tokens that came from the prefix cache.
         cached_tokens: usize,
+        /// From its arrival until it was computed for the first time.
+        queued: Duration,
         /// One entry per prompt token, the first `None`, if `prompt_logprobs` was asked.
         prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
     },
@@ -105,4 +120,7 @@ pub enum Failure {
     /// The device failed.
     #[error("the engine failed: {0}")]
     Device(String),
+    /// The request's grammar cannot be followed any further: it is too complex, or other fields forbid what it demands.
+    #[error("the grammar cannot be followed: {0}")]
+    Grammar(String),
 }

@@ -27,7 +27,7 @@ use crate::{FinishReason, SamplingParams};
 ///   or batching, since neither changes the tokens.
 /// - After its last token a script begins again.
 ///
-/// A token that the request's bias forbids is replaced by the next id that is allowed. Temperature, filters and penalties
+/// A token that the request's bias or mask forbids is replaced by the next id that is allowed. Temperature, filters and penalties
 /// have no effect. Log-probabilities are made up: the token itself has 1/2, the ids after it 1/4, 1/8 and so on.
 pub struct Scripted {
     config: Config,
@@ -39,6 +39,8 @@ pub struct Scripted {
     sliding: Vec<u32>,
     /// Sequences met, each by its seed and a digest of its tokens.
     met: HashMap<(u64, u64), Place>,
+    /// Those met longer ago. Sequences that were cancelled are never met again, and end here.
+    met_before: HashMap<(u64, u64), Place>,
     begun: usize,
 }
 
@@ -112,6 +114,7 @@ impl Scripted {
             full: Vec::new(),
             sliding: Vec::new(),
             met: HashMap::new(),
+            met_before: HashMap::new(),
             begun: 0,
         }
     }
@@ -218,7 +221,9 @@ impl Scripted {
 
     /// The next token of the sequence's script, and how long it takes.
     fn draw(&mut self, tokens: &mut Vec<u32>, sampling: &Sampling) -> (Sampled, Duration) {
-        let place = self.met.remove(&digest(sampling.seed, tokens)).unwrap_or_else(|| {
+        let sequence = digest(sampling.seed, tokens);
+        let met = self.met.remove(&sequence).or_else(|| self.met_before.remove(&sequence));
+        let place = met.unwrap_or_else(|| {
             let seeded = (0..SamplingParams::MAX_N)
                 .map(|choice| sampling.seed.wrapping_sub(choice_seed(0, choice)))
                 .find(|seed| self.by_seed.contains_key(seed));
@@ -234,14 +239,18 @@ impl Scripted {
         let delay = next.and_then(|(s, at)| s.delays.get(at)).copied().unwrap_or_default();
         let vocabulary = self.config.vocab_size as u32;
         let mut token = next.map_or(0, |(s, at)| s.tokens[at]);
-        let forbidden = |token| sampling.bias.iter().any(|&(t, b)| t == token && b == f32::NEG_INFINITY);
-        // No request can forbid as many ids as there are attempts.
-        for _ in 0..=sampling.bias.len() {
-            if forbidden(token) {
-                token = (token + 1) % vocabulary;
-            }
+        let forbidden = |token| {
+            sampling.mask.as_ref().is_some_and(|mask| !mask.allows(token))
+                || sampling.bias.iter().any(|&(t, b)| t == token && b == f32::NEG_INFINITY)
+        };
+        // If all are forbidden it is as good as any.
+        if let Some(allowed) = (0..vocabulary).map(|i| (token + i) % vocabulary).find(|&t| !forbidden(t)) {
+            token = allowed;
         }
         tokens.push(token);
+        if self.met.len() == MOST_MET {
+            self.met_before = std::mem::take(&mut self.met);
+        }
         self.met.insert(digest(sampling.seed, tokens), Place { next: place.next + 1, ..place });
         (Sampled { token, logprobs: sampling.logprobs.map(|top| self.logprobs(token, top)) }, delay)
     }
@@ -308,6 +317,9 @@ impl Backend for Scripted {
         Ok(outputs)
     }
 }
+
+/// Far more sequences than run at a time.
+const MOST_MET: usize = 1 << 16;
 
 fn digest(seed: u64, tokens: &[u32]) -> (u64, u64) {
     let mut hasher = DefaultHasher::new();

@@ -1,17 +1,19 @@
 //! The engine's thread: takes what arrives, runs step after step, and turns results into events.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use gptoss::{
-    Backend, Penalties, Plan, Sampled, Sampling, Score, SequenceOutput, SequencePlan, TokenLogprobs,
+    Backend, Mask, Penalties, Plan, Sampled, Sampling, Score, SequenceOutput, SequencePlan, TokenLogprobs,
 };
 use harmony::Harmony;
+use tokenizer::Tokenizer;
 
 use crate::engine::{Job, Phase, Shared};
 use crate::kv::{SHARED, Tokens};
+use crate::masks::{Constraint, Masks};
 use crate::output::{Output, Rules};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
 use crate::{Event, Failure, FinishReason, Request, Sink, StopReason};
@@ -21,6 +23,7 @@ pub(crate) struct Worker {
     shared: Arc<Shared>,
     scheduler: Scheduler,
     requests: BTreeMap<u64, Active>,
+    masks: Masks,
     settings: Settings,
     vocab_size: usize,
     prompt_tokens: u64,
@@ -52,6 +55,9 @@ struct Active {
     seed: u64,
     /// Log-probabilities of the prompt so far, if asked.
     scores: Option<Vec<Option<TokenLogprobs>>>,
+    arrival: Instant,
+    /// From the arrival to the first step.
+    queued: Option<Duration>,
     /// The prompt was computed.
     started: bool,
     /// `None`: ended.
@@ -62,6 +68,12 @@ struct Choice {
     output: Output,
     /// For penalties: each token of prompt and output, with its occurrences in the output.
     seen: BTreeMap<u32, u32>,
+    /// The last tokens, as many as the longest bad word has before its last.
+    recent: VecDeque<u32>,
+    /// Tokens that must come next, whatever the model says.
+    forced: VecDeque<u32>,
+    /// Made when its first token is about to be drawn.
+    constraint: Option<Constraint>,
 }
 
 impl Worker {
@@ -69,6 +81,7 @@ impl Worker {
         backend: Box<dyn Backend>,
         shared: Arc<Shared>,
         scheduler: Scheduler,
+        masks: Masks,
         settings: Settings,
     ) -> Worker {
         Worker {
@@ -77,6 +90,7 @@ impl Worker {
             shared,
             scheduler,
             requests: BTreeMap::new(),
+            masks,
             settings,
             prompt_tokens: 0,
             generated_tokens: 0,
@@ -122,7 +136,7 @@ impl Worker {
     }
 
     fn accept(&mut self, job: Job) {
-        let Job { number, request: Request { prompt, params, output }, sink } = job;
+        let Job { number, arrival, request: Request { prompt, params, output, grammar }, sink } = job;
         let mut stop_tokens = params.stop_token_ids.clone();
         if !params.ignore_eos {
             stop_tokens.extend(&self.settings.eos_ids);
@@ -140,17 +154,39 @@ impl Worker {
         let rules = Arc::new(Rules {
             harmony: Arc::clone(&self.settings.harmony),
             mode: output,
-            params,
             stop_tokens,
+            allowed: params.allowed_token_ids.as_deref().map(Mask::of),
+            bad_words: bad_words(&params.bad_words, self.settings.harmony.tokenizer()),
+            grammar,
+            params,
         });
         let choices = (0..rules.params.n).map(|_| Some(Choice::new(&rules, &prompt))).collect();
-        self.requests
-            .insert(number, Active { sink, rules, prompt, root, seed, scores, started: false, choices });
+        self.requests.insert(
+            number,
+            Active {
+                sink,
+                rules,
+                prompt,
+                root,
+                seed,
+                scores,
+                arrival,
+                queued: None,
+                started: false,
+                choices,
+            },
+        );
     }
 
     /// Schedule, run, commit.
     fn step(&mut self) {
         let shares = self.scheduler.schedule();
+        for share in &shares {
+            if let Some(active) = self.requests.get_mut(&share.id.request) {
+                active.queued.get_or_insert_with(|| active.arrival.elapsed());
+            }
+        }
+        shares.iter().filter(|share| share.complete).for_each(|share| self.constrain(share.id));
         let sequences = shares.iter().map(|share| self.plan(share)).collect();
         let plan = Plan { sequences };
         self.publish(Some(Instant::now()));
@@ -177,6 +213,19 @@ impl Worker {
                 self.last_failed = true;
                 self.fail_running(&message);
             }
+        }
+    }
+
+    /// Sees to it that a choice with a grammar has its mask in the making.
+    fn constrain(&mut self, id: SequenceId) {
+        let Some(active) = self.requests.get_mut(&id.request) else { return };
+        let (rules, choice) = (&active.rules, &mut active.choices[id.choice]);
+        if let (Some(grammar), Some(choice)) = (&rules.grammar, choice)
+            && choice.constraint.is_none()
+            && rules.params.max_tokens != Some(0)
+        {
+            let may_stop = choice.output.may_stop();
+            choice.constraint = Some(Constraint::new(&self.masks, rules, grammar, may_stop));
         }
     }
 
@@ -231,6 +280,7 @@ impl Worker {
         self.shared.mailbox().queued_tokens -= prompt_len;
         let event = Event::Started {
             cached_tokens: self.scheduler.cached_tokens(first),
+            queued: active.queued.unwrap_or_default(),
             prompt_logprobs: active.scores.take(),
         };
         if !tell(&mut active.sink, event) {
@@ -255,13 +305,17 @@ impl Worker {
     fn take_token(&mut self, id: SequenceId, sampled: Sampled) {
         let Some(active) = self.requests.get_mut(&id.request) else { return };
         let Some(choice) = &mut active.choices[id.choice] else { return };
-        self.generated_tokens += 1;
         let token = sampled.token;
+        if let Some(failure) = choice.constraint.as_ref().and_then(Constraint::failure) {
+            return self.end(id.request, Event::Failed(Failure::Grammar(failure)));
+        }
+        self.generated_tokens += 1;
         let room = self.scheduler.push(id, token) < self.settings.max_model_len;
         if !choice.seen.is_empty() {
             *choice.seen.entry(token).or_default() += 1;
         }
         let piece = choice.output.push(token, room);
+        choice.advance(token, &active.rules, piece.end.is_some());
         let tokens = Event::Tokens {
             choice: id.choice,
             token_ids: vec![token],
@@ -404,17 +458,73 @@ impl Choice {
             || params.frequency_penalty != 0.0
             || params.presence_penalty != 0.0;
         let seen = if penalized { prompt.iter().map(|&t| (t, 0)).collect() } else { BTreeMap::new() };
-        Choice { output: Output::new(Arc::clone(rules)), seen }
+        let output = Output::new(Arc::clone(rules));
+        let mut choice =
+            Choice { output, seen, recent: VecDeque::new(), forced: VecDeque::new(), constraint: None };
+        // A budget of nothing may be spent in the prompt.
+        choice.conclude(rules);
+        choice
+    }
+
+    /// Takes note of a token that was drawn; `last`: none comes after it.
+    fn advance(&mut self, token: u32, rules: &Rules, last: bool) {
+        if last {
+            return;
+        }
+        let longest = rules.bad_words.iter().map(Vec::len).max().unwrap_or(0);
+        if longest > 1 {
+            if self.recent.len() + 1 == longest {
+                self.recent.pop_front();
+            }
+            self.recent.push_back(token);
+        }
+        if self.forced.front() == Some(&token) {
+            self.forced.pop_front();
+        }
+        self.conclude(rules);
+        if let Some(constraint) = &mut self.constraint {
+            constraint.advance(token, self.output.may_stop());
+        }
+    }
+
+    /// Ends the reasoning if its budget is spent.
+    fn conclude(&mut self, rules: &Rules) {
+        if self.forced.is_empty() && self.output.must_conclude() {
+            self.forced.extend(rules.harmony.conclusion());
+            // What comes after the reasoning is the grammar's to say.
+            if rules.grammar.is_some() {
+                self.forced.truncate(1);
+            }
+        }
+    }
+
+    /// What may be drawn, if not everything.
+    fn mask(&self, rules: &Rules) -> Option<Mask> {
+        match (self.forced.front(), &self.constraint) {
+            (Some(&token), _) => Some(Mask::of(&[token])),
+            (None, Some(constraint)) => Some(constraint.mask()),
+            (None, None) => rules.allowed.clone(),
+        }
     }
 
     /// How the token at `position` is drawn.
     fn sampling(&self, active: &Active, choice: usize, position: usize) -> Sampling {
         let params = &active.rules.params;
         let mut bias: Vec<(u32, f32)> = params.logit_bias.iter().map(|(&t, &b)| (t, b)).collect();
-        if !self.output.may_stop() {
+        // A grammar's mask sees to it itself.
+        if !self.output.may_stop() && self.constraint.is_none() {
             bias.extend(active.rules.stop_tokens.iter().map(|&t| (t, f32::NEG_INFINITY)));
         }
+        if self.forced.is_empty() {
+            let completed = |word: &Vec<u32>| {
+                let (&last, before) = word.split_last()?;
+                let recent = self.recent.iter().rev().take(before.len());
+                recent.eq(before.iter().rev()).then_some((last, f32::NEG_INFINITY))
+            };
+            bias.extend(active.rules.bad_words.iter().filter_map(completed));
+        }
         Sampling {
+            mask: self.mask(&active.rules),
             temperature: params.temperature,
             top_k: params.top_k,
             top_p: params.top_p,
@@ -431,6 +541,11 @@ impl Choice {
             logprobs: params.logprobs,
         }
     }
+}
+
+/// The tokens of each word, as it is and after a space.
+fn bad_words(words: &[String], tokenizer: &Tokenizer) -> Vec<Vec<u32>> {
+    words.iter().flat_map(|word| [tokenizer.encode(word), tokenizer.encode(&format!(" {word}"))]).collect()
 }
 
 /// The generator's key for one choice of a request: the request's seed for the first.

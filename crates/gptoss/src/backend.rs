@@ -3,6 +3,8 @@
 //! Tokens in, tokens out. A step takes a ragged batch in which prefill chunks and decodes mix; the keys and values of each
 //! sequence lie in blocks of [`BLOCK_TOKENS`] positions that the engine hands out and the backend stores.
 
+use std::sync::{Arc, OnceLock};
+
 use checkpoint::{Config, LayerKind};
 
 /// Positions per block of the key/value cache.
@@ -95,12 +97,46 @@ pub struct Sampling {
     pub seed: u64,
     /// Counter of the generator: the position of the token that is drawn.
     pub position: u64,
+    /// Forbids the tokens that are not in it. It may still be in the making when the step begins, so a backend asks for it
+    /// only once it has the logits.
+    pub mask: Option<Mask>,
     /// Added to single logits; -infinity forbids a token.
     pub bias: Vec<(u32, f32)>,
     /// Penalties for tokens seen before.
     pub penalties: Option<Penalties>,
     /// Return log-probabilities: of the drawn token and of this many best. They are those of the raw logits.
     pub logprobs: Option<usize>,
+}
+
+/// A set of tokens, set once by whoever makes it while others wait for it.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Mask(Arc<OnceLock<Vec<u32>>>);
+
+impl Mask {
+    /// A mask of these tokens.
+    pub fn of(tokens: &[u32]) -> Mask {
+        let mut words = vec![0; tokens.iter().max().map_or(0, |&last| last as usize / 32 + 1)];
+        tokens.iter().for_each(|&token| words[token as usize / 32] |= 1 << (token % 32));
+        let mask = Mask::default();
+        mask.set(words);
+        mask
+    }
+
+    /// Bit `i % 32` of word `i / 32` allows token `i`; what is beyond is forbidden. Only the first call counts.
+    pub fn set(&self, words: Vec<u32>) {
+        // An error means that it is set.
+        let _ = self.0.set(words);
+    }
+
+    /// The words, as soon as they are set.
+    pub fn wait(&self) -> &[u32] {
+        self.0.wait()
+    }
+
+    /// Whether a token is in the mask, once it is set.
+    pub fn allows(&self, token: u32) -> bool {
+        self.wait().get(token as usize / 32).is_some_and(|word| word >> (token % 32) & 1 == 1)
+    }
 }
 
 /// Penalties for tokens seen before; see `serving.md` 10 for the formulas.

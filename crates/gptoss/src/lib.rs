@@ -8,7 +8,7 @@ mod rope;
 mod sampling;
 
 pub use backend::{
-    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Penalties, Plan, Sampled, Sampling, Score,
+    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Mask, Penalties, Plan, Sampled, Sampling, Score,
     SequenceOutput, SequencePlan, TokenLogprobs,
 };
 pub use reference::{Reference, Tap, swiglu, top_experts};

@@ -5,6 +5,9 @@ use crate::backend::{Sampled, Sampling, TokenLogprobs};
 /// Draws a token. `logits` (one per token of the vocabulary) is changed on the way.
 pub fn sample(logits: &mut [f32], sampling: &Sampling) -> Sampled {
     let raw = sampling.logprobs.map(|top| RawLogprobs::new(logits, top));
+    if let Some(mask) = &sampling.mask {
+        forbid_others(logits, mask.wait());
+    }
     for &(token, bias) in &sampling.bias {
         if let Some(logit) = logits.get_mut(token as usize) {
             *logit += bias;
@@ -22,6 +25,15 @@ pub fn sample(logits: &mut [f32], sampling: &Sampling) -> Sampled {
     }
     let token = if sampling.temperature <= 0.0 { argmax(logits) } else { draw(logits, sampling) };
     Sampled { token, logprobs: raw.map(|raw| raw.of(token)) }
+}
+
+fn forbid_others(logits: &mut [f32], mask: &[u32]) {
+    for (chunk, word) in logits.chunks_mut(32).zip(mask.iter().copied().chain(std::iter::repeat(0))) {
+        if word != u32::MAX {
+            let forbidden = chunk.iter_mut().enumerate().filter(|(bit, _)| word >> bit & 1 == 0);
+            forbidden.for_each(|(_, logit)| *logit = f32::NEG_INFINITY);
+        }
+    }
 }
 
 /// The log-probability of `token` and of the `top` best under `logits`.
@@ -220,6 +232,23 @@ mod tests {
     }
 
     #[test]
+    fn a_mask_forbids_what_is_not_in_it() {
+        let plain = Sampling { temperature: 1.0, top_p: 1.0, ..Sampling::default() };
+        check(&Sampling { mask: Some(Mask::of(&[1, 3])), ..plain.clone() }, &[0.0, 0.75, 0.0, 0.25]);
+        check(&Sampling { mask: Some(Mask::of(&[2])), ..Sampling::default() }, &[0.0, 0.0, 1.0, 0.0]);
+        let top_p = Sampling { mask: Some(Mask::of(&[1, 2, 99])), top_p: 0.5, ..plain };
+        check(&top_p, &[0.0, 1.0, 0.0, 0.0]);
+
+        // It is waited for.
+        let mask = Mask::default();
+        let sampling = Sampling { mask: Some(mask.clone()), ..Sampling::default() };
+        let drawn = std::thread::spawn(move || sample(&mut [2.0, 1.0, 0.0], &sampling).token);
+        mask.set(vec![0b110]);
+        assert_eq!(drawn.join().unwrap(), 1);
+        assert!(mask.allows(1) && !mask.allows(0) && !mask.allows(32));
+    }
+
+    #[test]
     fn top_p_over_a_flat_vocabulary_keeps_its_share() {
         let logits = vec![0.0f32; 5000];
         let sampling = Sampling { temperature: 1.0, top_p: 0.5, ..Sampling::default() };
@@ -244,5 +273,5 @@ mod tests {
         assert!((total - 1.0).abs() < 1e-6);
     }
 
-    use crate::backend::Penalties;
+    use crate::backend::{Mask, Penalties};
 }

@@ -7,7 +7,8 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use crate::message::{
-    Content, Message, Mode, RenderOptions, Role, SystemContent, ToolDescription, ToolNamespace,
+    Content, Message, Mode, RenderOptions, ResponseFormat, Role, SystemContent, ToolDescription,
+    ToolNamespace,
 };
 use crate::render::FUNCTIONS;
 use crate::{Error, Harmony};
@@ -20,6 +21,9 @@ pub struct ChatPrompt {
     /// Function tools.
     #[serde(default)]
     pub tools: Vec<ChatTool>,
+    /// The form that the answer must have, shown to the model.
+    #[serde(default)]
+    pub response_format: Option<Box<ResponseFormat>>,
     /// `low`, `medium` (the default) or `high`.
     #[serde(default)]
     pub reasoning_effort: Option<String>,
@@ -43,6 +47,7 @@ impl ChatPrompt {
         ChatPrompt {
             messages,
             tools: Vec::new(),
+            response_format: None,
             reasoning_effort: None,
             date: None,
             builtin_tools: Vec::new(),
@@ -227,13 +232,15 @@ fn conversation(prompt: &ChatPrompt) -> Result<Vec<Message>, Error> {
 
     let first = prompt.messages.first().filter(|m| is_instructions(m));
     let first_text = first.map_or(Ok(None), |m| instructions(m, 0))?;
-    messages.extend(developer_message(first_text, tools));
+    messages.extend(developer_message(first_text, tools, prompt.response_format.clone()));
 
     let mut calls: HashMap<&str, &str> = HashMap::new();
     for (i, message) in prompt.messages.iter().enumerate().skip(usize::from(first.is_some())) {
         let field = |name: &str| format!("messages.{i}.{name}");
         match message.role.as_str() {
-            "system" | "developer" => messages.extend(developer_message(instructions(message, i)?, None)),
+            "system" | "developer" => {
+                messages.extend(developer_message(instructions(message, i)?, None, None))
+            }
             "user" => messages.push(Message::text(Role::User, text(message, i)?)),
             "assistant" => {
                 if let Some(reasoning) = message.reasoning() {
@@ -357,12 +364,13 @@ fn function_tools(tools: &[ChatTool]) -> BTreeMap<String, ToolNamespace> {
 fn developer_message(
     instructions: Option<String>,
     tools: Option<BTreeMap<String, ToolNamespace>>,
+    response_format: Option<Box<ResponseFormat>>,
 ) -> Option<Message> {
-    if instructions.is_none() && tools.is_none() {
+    if instructions.is_none() && tools.is_none() && response_format.is_none() {
         return None;
     }
     let mut message = Message::text(Role::Developer, "");
-    message.content = vec![Content::DeveloperContent { instructions, tools }];
+    message.content = vec![Content::DeveloperContent { instructions, tools, response_format }];
     Some(message)
 }
 

@@ -19,7 +19,8 @@ pub use chat::{
     ChatMessage, ChatPrompt, ChatTool, Document, FunctionCall, FunctionTool, MessageContent, ToolCallInput,
 };
 pub use message::{
-    ChannelConfig, Content, Message, Mode, RenderOptions, Role, SystemContent, ToolDescription, ToolNamespace,
+    ChannelConfig, Content, Message, Mode, RenderOptions, ResponseFormat, Role, SystemContent,
+    ToolDescription, ToolNamespace,
 };
 pub use parser::{Delta, ParsedMessage, Parser, ToolCall, Turn};
 
@@ -90,6 +91,16 @@ impl Harmony {
     /// `<|return|>`, `<|call|>` and `<|endoftext|>`: the tokens that end a generation.
     pub fn stop_ids(&self) -> [u32; 3] {
         [self.control.r#return, self.control.call, self.control.end_of_text]
+    }
+
+    /// What ends a message of reasoning and begins the answer.
+    pub fn conclusion(&self) -> Vec<u32> {
+        self.tokenizer.encode_with_special("<|end|><|start|>assistant<|channel|>final<|message|>")
+    }
+
+    /// What begins an answer without reasoning, after `<|start|>assistant`.
+    pub fn answer_header(&self) -> Vec<u32> {
+        self.tokenizer.encode_with_special("<|channel|>final<|message|>")
     }
 
     /// A parser of what is generated after `<|start|>assistant`; `tools` are the names of the declared functions.

@@ -101,6 +101,9 @@ pub enum Content {
         /// Tools by namespace.
         #[serde(default)]
         tools: Option<BTreeMap<String, ToolNamespace>>,
+        /// The form of the answer.
+        #[serde(default)]
+        response_format: Option<Box<ResponseFormat>>,
     },
 }
 
@@ -145,6 +148,18 @@ pub struct ChannelConfig {
     /// Whether each message must name one.
     #[serde(default)]
     pub channel_required: bool,
+}
+
+/// A form that the answer must have.
+#[derive(Debug, Clone, PartialEq, Default, Deserialize)]
+pub struct ResponseFormat {
+    /// Its name.
+    pub name: String,
+    /// What it is for.
+    #[serde(default)]
+    pub description: Option<String>,
+    /// A JSON Schema.
+    pub schema: Value,
 }
 
 /// Tools that share a prefix.

@@ -34,6 +34,8 @@ pub enum Delta {
         /// The piece.
         text: String,
     },
+    /// A message that brought any of the above ended.
+    End,
 }
 
 /// A finished message.
@@ -92,6 +94,7 @@ impl Turn {
                     call.arguments.push_str(text);
                 }
             }
+            Delta::End => {}
         }
     }
 
@@ -238,6 +241,11 @@ impl Parser {
         &self.repairs
     }
 
+    /// Whether the message that is being read goes to reasoning.
+    pub fn is_reasoning(&self) -> bool {
+        matches!(&self.state, State::Content(open) if open.field == Field::Reasoning)
+    }
+
     /// Text tokens of what went to reasoning.
     pub fn reasoning_tokens(&self) -> usize {
         self.reasoning_tokens
@@ -366,6 +374,9 @@ impl Parser {
         };
         self.emit(rest, deltas);
         if let State::Content(open) = std::mem::replace(&mut self.state, State::Between) {
+            if open.begun || matches!(open.field, Field::Call(_)) {
+                deltas.push(Delta::End);
+            }
             self.messages.push(open.message);
         }
     }

@@ -1,7 +1,7 @@
 //! Messages to tokens. Text becomes ordinary tokens only, each run on its own, so nothing that a user writes can turn into
 //! a control token.
 
-use crate::message::{Content, Message, Mode, RenderOptions, Role, SystemContent};
+use crate::message::{Content, Message, Mode, RenderOptions, ResponseFormat, Role, SystemContent};
 use crate::schema::tools_block;
 use crate::{Error, Harmony};
 
@@ -97,13 +97,16 @@ impl Harmony {
                 Content::SystemContent(system) if message.role == Role::System => {
                     self.render_text(&system_text(system, function_tools), ids);
                 }
-                Content::DeveloperContent { instructions, tools } if message.role == Role::Developer => {
+                Content::DeveloperContent { instructions, tools, response_format }
+                    if message.role == Role::Developer =>
+                {
                     let mut sections = Vec::new();
                     if let Some(instructions) = instructions {
                         sections.push("# Instructions".to_owned());
                         sections.push(instructions.clone());
                     }
                     sections.extend(tools.as_ref().filter(|tools| !tools.is_empty()).map(tools_block));
+                    sections.extend(response_format.as_deref().map(format_block));
                     self.render_text(&sections.join("\n\n"), ids);
                 }
                 Content::SystemContent(_) => return misplaced("system"),
@@ -118,6 +121,15 @@ impl Harmony {
     fn render_text(&self, text: &str, ids: &mut Vec<u32>) {
         ids.extend(self.tokenizer.encode(text));
     }
+}
+
+fn format_block(format: &ResponseFormat) -> String {
+    let mut text = format!("# Response Formats\n\n## {}\n\n", format.name);
+    let description = format.description.as_deref().filter(|description| !description.is_empty());
+    for line in description.into_iter().flat_map(str::lines) {
+        text += &format!("// {line}\n");
+    }
+    text + &format.schema.to_string()
 }
 
 fn has_function_tools(message: &Message) -> bool {

@@ -381,6 +381,12 @@ pub(crate) struct Serve {
     /// Requests that may wait or run
     #[arg(long, value_name = "N", value_parser = count)]
     pub(crate) max_num_queued_reqs: Option<u64>,
+    /// Responses kept for `previous_response_id` and GET [default: none]
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) responses_store: usize,
+    /// What answers: the model, or for tests of clients the tokens of a file
+    #[arg(long, value_name = "auto|scripted:FILE", default_value = "auto")]
+    pub(crate) engine: String,
     /// Date in the system message, as YYYY-MM-DD [default: today, UTC]
     #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE")]
     pub(crate) system_date: Option<String>,
@@ -466,8 +472,12 @@ pub(crate) struct EvalInput {
 #[command(after_help = "\
 Examples:
   nibble bench gpt-oss-20b-nvfp4
-  nibble bench --synthetic gpt-oss-20b:4 -p 128 -n 32 -r 3      four layers with made-up weights")]
+  nibble bench --synthetic gpt-oss-20b:4 -p 128 -n 32 -r 3      four layers with made-up weights
+  nibble bench serve http://127.0.0.1:8000 --concurrency 64     a load for a server")]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct Bench {
+    #[command(subcommand)]
+    pub(crate) target: Option<BenchTarget>,
     /// The model
     #[arg(required_unless_present = "synthetic", conflicts_with = "synthetic")]
     pub(crate) model: Option<String>,
@@ -506,6 +516,48 @@ pub(crate) struct Bench {
     pub(crate) repetitions: usize,
     #[command(flatten)]
     pub(crate) run: Run,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum BenchTarget {
+    /// Load a server that speaks OpenAI's API
+    Serve(BenchServe),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct BenchServe {
+    /// Where the server is, such as http://127.0.0.1:8000
+    pub(crate) url: String,
+    /// The model to ask for [default: the first that the server has]
+    #[arg(long, value_name = "NAME")]
+    pub(crate) model: Option<String>,
+    /// Key to send
+    #[arg(long, value_name = "KEY", env = "OPENAI_API_KEY", hide_env_values = true)]
+    pub(crate) api_key: Option<String>,
+    /// Requests to send
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    pub(crate) num_prompts: usize,
+    /// Requests at a time
+    #[arg(long, value_name = "N", default_value_t = 32)]
+    pub(crate) concurrency: usize,
+    /// Requests per second, at random times [default: as fast as they are answered]
+    #[arg(long, value_name = "R")]
+    pub(crate) request_rate: Option<f64>,
+    /// Tokens per prompt
+    #[arg(long, value_name = "N", default_value_t = 128)]
+    pub(crate) input_len: usize,
+    /// Tokens per answer
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub(crate) output_len: usize,
+    /// Tokens with which all prompts begin
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) shared_prefix_len: usize,
+    /// Sampling temperature
+    #[arg(long, value_name = "T", default_value_t = 1.0)]
+    pub(crate) temperature: f32,
+    /// Seed of prompts and arrivals
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) seed: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

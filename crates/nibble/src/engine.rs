@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use checkpoint::GenerationConfig;
-use engine::{Engine, EngineOptions, SamplingParams};
+use engine::{Engine, EngineOptions, SamplingParams, Scripted};
 use gptoss::Backend;
 use harmony::Harmony;
+use tokenizer::Tokenizer;
 
 use crate::args::{Capacity, Common, Context, Run, Sampling};
 use crate::failure::{Failure, Result};
@@ -21,11 +22,12 @@ pub(crate) struct Running {
     pub(crate) generation: GenerationConfig,
 }
 
+/// `base` holds what is not a matter of the model or of `capacity`.
 pub(crate) fn start(
     model: Model,
     run: &Run,
     capacity: &Capacity,
-    seed: u64,
+    base: &EngineOptions,
     common: &Common,
     ui: Ui,
 ) -> Result<Running> {
@@ -38,7 +40,7 @@ pub(crate) fn start(
     let harmony = model.harmony()?;
     let generation = model.checkpoint.generation_config().clone();
     let backend = backend(model.weights(run, common, ui)?, common, ui)?;
-    let options = options(&backend, capacity, &generation, seed)?;
+    let options = options(&backend, capacity, &generation, base)?;
     Ok(Running { engine: engine(backend, harmony, options)?, generation })
 }
 
@@ -51,14 +53,26 @@ pub(crate) fn engine(
     Ok(Engine::start(Box::new(backend), harmony, options)?)
 }
 
+/// An engine that says what a file tells it to, for tests of clients.
+pub(crate) fn scripted(file: &str, capacity: &Capacity, base: &EngineOptions) -> Result<Engine> {
+    let script = std::fs::read_to_string(file)
+        .map_err(|e| Failure::input(format!("{file}: expected a file of scripts, found: {e}")))?;
+    let backend = Scripted::from_json(Scripted::gpt_oss(), &script)
+        .map_err(|e| Failure::input(format!("{file}: {e}")))?;
+    let harmony = Harmony::new(Tokenizer::o200k_harmony()).map_err(|e| Failure::input(e.to_string()))?;
+    let generation = GenerationConfig::default();
+    let kv_cache_bytes = base.kv_cache_bytes;
+    let options = EngineOptions { kv_cache_bytes, ..options(&backend, capacity, &generation, base)? };
+    engine(backend, Arc::new(harmony), options)
+}
+
 fn options(
     backend: &dyn Backend,
     capacity: &Capacity,
     generation: &GenerationConfig,
-    seed: u64,
+    base: &EngineOptions,
 ) -> Result<EngineOptions> {
-    let mut options =
-        EngineOptions { eos_ids: generation.eos_token_ids.clone(), seed, ..EngineOptions::default() };
+    let mut options = EngineOptions { eos_ids: generation.eos_token_ids.clone(), ..base.clone() };
     if let Some(Context::Tokens(tokens)) = capacity.max_model_len {
         let limit = backend.config().max_context;
         if tokens > limit {

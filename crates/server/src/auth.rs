@@ -12,6 +12,11 @@ impl Keys {
         Keys(keys.iter().map(|key| digest(key.as_bytes())).collect())
     }
 
+    /// Whether anybody is let in.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     /// Whether the request is let in. The time it takes depends on the number of keys only.
     pub(crate) fn admit(&self, headers: &HeaderMap) -> bool {
         if self.0.is_empty() {
@@ -26,6 +31,11 @@ impl Keys {
         }
         found != 0
     }
+}
+
+/// Whom a request belongs to, by its key.
+pub(crate) fn owner(headers: &HeaderMap) -> Option<[u8; 32]> {
+    bearer(headers).map(digest)
 }
 
 /// What logs call a key: the first 6 hexadecimal digits of its digest.

@@ -12,16 +12,19 @@ use crate::answer::{
     ChatLogprob, ChatLogprobs, Finish, Identity, PromptLogprobs, Stop, TokenNames, Usage, prompt_logprobs,
 };
 use crate::chat_request::ChatRequest;
+use crate::chunk::Envelope;
 use crate::identifier::identifier;
 use crate::request::StreamOptions;
-use crate::sse::{Encoder, data};
+use crate::sse::{DONE, Encoder};
+use crate::turn::Choice as CallChoice;
+use crate::visible::{Rules, Visible};
 
 /// What an answer shows, of what is generated.
 #[derive(Debug, Clone)]
 pub(crate) struct Shape {
-    calls_allowed: bool,
-    parallel_tool_calls: bool,
-    include_reasoning: bool,
+    rules: Rules,
+    /// The client named the function, so that the call is the answer.
+    call_is_answer: bool,
     logprobs: bool,
     prompt_logprobs: Option<usize>,
     token_ids: bool,
@@ -33,9 +36,12 @@ pub(crate) struct Shape {
 impl Shape {
     pub(crate) fn new(request: &ChatRequest) -> Shape {
         Shape {
-            calls_allowed: request.calls_allowed,
-            parallel_tool_calls: request.parallel_tool_calls,
-            include_reasoning: request.include_reasoning,
+            rules: Rules {
+                calls_allowed: request.choice != CallChoice::None,
+                parallel_tool_calls: request.parallel_tool_calls,
+                include_reasoning: request.include_reasoning,
+            },
+            call_is_answer: matches!(request.choice, CallChoice::Named(_)),
             logprobs: request.params.logprobs.is_some(),
             prompt_logprobs: request.params.prompt_logprobs,
             token_ids: request.common.return_token_ids,
@@ -59,10 +65,7 @@ pub(crate) struct ChatAnswer {
 
 #[derive(Default)]
 struct Choice {
-    calls: usize,
-    /// A call that is not allowed has begun after other reasoning: its text, kept as reasoning, needs a line of its own.
-    stray_call: bool,
-    has_reasoning: bool,
+    visible: Visible,
     finished: bool,
     completion_tokens: usize,
     /// Known at the end.
@@ -105,7 +108,7 @@ impl ChatAnswer {
     fn apply(&mut self, event: Event) -> Vec<Change> {
         let mut changes = Vec::new();
         match event {
-            Event::Started { cached_tokens, prompt_logprobs: entries } => {
+            Event::Started { cached_tokens, prompt_logprobs: entries, .. } => {
                 self.cached_tokens = cached_tokens;
                 if let (Some(top), Some(entries)) = (self.shape.prompt_logprobs, entries) {
                     self.prompt_logprobs = Some(prompt_logprobs(&entries, top, self.names()));
@@ -118,11 +121,11 @@ impl ChatAnswer {
                 choice.completion_tokens += token_ids.len();
                 let mut shown = Vec::with_capacity(deltas.len());
                 for delta in deltas {
-                    if !self.shape.parallel_tool_calls && choice.is_beyond_first_call(&delta) {
+                    if choice.visible.is_beyond(&delta, &self.shape.rules) {
                         choice.finished = true;
                         break;
                     }
-                    shown.extend(choice.show(delta, &self.shape));
+                    shown.extend(choice.visible.show(delta, &self.shape.rules));
                 }
                 let finished = choice.finished;
                 changes.push(Change::Delta { choice: index, deltas: shown, token_ids, logprobs });
@@ -139,7 +142,9 @@ impl ChatAnswer {
                 choice.completion_tokens = completion_tokens;
                 choice.reasoning_tokens = Some(reasoning_tokens);
                 let reason = match reason {
-                    FinishReason::ToolCalls if choice.calls == 0 => FinishReason::Stop,
+                    FinishReason::ToolCalls if choice.visible.calls == 0 || self.shape.call_is_answer => {
+                        FinishReason::Stop
+                    }
                     reason => reason,
                 };
                 let finish = Finish { reason, stop: stop.map(Stop::from) };
@@ -148,36 +153,6 @@ impl ChatAnswer {
             Event::Done | Event::Failed(_) => {}
         }
         changes
-    }
-}
-
-impl Choice {
-    /// Whether a delta comes after the one call that may be made.
-    fn is_beyond_first_call(&self, delta: &Delta) -> bool {
-        self.calls > 0 && !matches!(delta, Delta::CallArguments { index: 0, .. })
-    }
-
-    /// A delta as the client is to see it, if at all.
-    fn show(&mut self, delta: Delta, shape: &Shape) -> Option<Delta> {
-        let delta = match delta {
-            Delta::CallStart { .. } if !shape.calls_allowed => {
-                self.stray_call = self.has_reasoning;
-                return None;
-            }
-            // Nothing that was generated is lost.
-            Delta::CallArguments { text, .. } if !shape.calls_allowed => {
-                let joint = if std::mem::take(&mut self.stray_call) { "\n" } else { "" };
-                Delta::Reasoning(format!("{joint}{text}"))
-            }
-            delta => delta,
-        };
-        match &delta {
-            Delta::Reasoning(_) if !shape.include_reasoning => return None,
-            Delta::Reasoning(_) => self.has_reasoning = true,
-            Delta::CallStart { .. } => self.calls += 1,
-            Delta::Content(_) | Delta::CallArguments { .. } => {}
-        }
-        Some(delta)
     }
 }
 
@@ -356,22 +331,15 @@ impl ChatChunks {
         ChatChunks { answer }
     }
 
-    fn chunk(&self, choices: Vec<ChunkChoice>, last: bool, out: &mut Vec<u8>) {
-        let identity = &self.answer.identity;
-        let stream = self.answer.shape.stream;
-        let usage = stream.continuous_usage_stats || (stream.include_usage && choices.is_empty());
-        data(
-            out,
-            &Chunk {
-                id: &identity.id,
-                object: "chat.completion.chunk",
-                created: identity.created,
-                model: &identity.model,
-                system_fingerprint: last.then_some(&identity.fingerprint),
-                choices,
-                usage: usage.then(|| self.answer.usage()),
-            },
-        );
+    fn chunk(&self, choices: &[ChunkChoice], last: bool, out: &mut Vec<u8>) {
+        let answer = &self.answer;
+        let envelope = Envelope {
+            object: "chat.completion.chunk",
+            identity: &answer.identity,
+            stream: answer.shape.stream,
+            usage: answer.usage(),
+        };
+        envelope.write(choices, last, out);
     }
 
     fn delta(
@@ -398,6 +366,7 @@ impl ChatChunks {
                     r#type: None,
                     function: DeltaFunction { name: None, arguments: text },
                 }),
+                Delta::End => {}
             }
         }
         message.reasoning_content = message.reasoning.clone();
@@ -425,7 +394,7 @@ impl Encoder for ChatChunks {
             if self.answer.shape.token_ids {
                 choice.prompt_token_ids = Some(self.answer.prompt.clone());
             }
-            self.chunk(vec![choice], false, out);
+            self.chunk(&[choice], false, out);
         }
     }
 
@@ -434,7 +403,7 @@ impl Encoder for ChatChunks {
             match change {
                 Change::Delta { choice, deltas, token_ids, logprobs } => {
                     if let Some(choice) = self.delta(choice, deltas, token_ids, &logprobs) {
-                        self.chunk(vec![choice], false, out);
+                        self.chunk(&[choice], false, out);
                     }
                 }
                 Change::Finish { choice, finish } => {
@@ -442,7 +411,7 @@ impl Encoder for ChatChunks {
                     choice.finish_reason = Some(finish.reason);
                     choice.stop_reason = Some(finish.stop);
                     let last = self.answer.is_finished() && !self.answer.shape.stream.include_usage;
-                    self.chunk(vec![choice], last, out);
+                    self.chunk(&[choice], last, out);
                 }
             }
         }
@@ -451,26 +420,14 @@ impl Encoder for ChatChunks {
 
     fn end(&mut self, out: &mut Vec<u8>) {
         if self.answer.shape.stream.include_usage {
-            self.chunk(Vec::new(), true, out);
+            self.chunk(&[], true, out);
         }
+        out.extend_from_slice(DONE);
     }
 
     fn usage(&self) -> Usage {
         self.answer.usage()
     }
-}
-
-#[derive(Serialize)]
-struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    system_fingerprint: Option<&'a String>,
-    choices: Vec<ChunkChoice>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Usage>,
 }
 
 #[derive(Serialize)]
@@ -539,6 +496,6 @@ struct DeltaFunction {
     arguments: String,
 }
 
-fn call_id() -> String {
+pub(crate) fn call_id() -> String {
     format!("call_{}", &identifier()[..24])
 }

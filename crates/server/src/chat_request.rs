@@ -3,20 +3,18 @@
 use std::collections::HashSet;
 
 use engine::SamplingParams;
-use harmony::{ChatMessage, ChatPrompt, ChatTool, FunctionCall, FunctionTool, MessageContent, ToolCallInput};
+use harmony::{ChatMessage, ChatPrompt, FunctionCall, MessageContent, ToolCallInput};
 use serde_json::Value;
 
 use crate::error::ApiError;
+use crate::form::{self, Wanted};
 use crate::json::{self, Field, Object, excerpt};
 use crate::request::{self, Common, Context, StreamOptions};
 use crate::sampling::{self, EndpointFields, SamplingFields};
+use crate::turn::{Choice, MAX_TOOLS, MAX_TOOLS_BYTES, ToolChoice, Tools, Turn};
 
 const MAX_MESSAGES: usize = 4096;
 const MAX_PARTS: usize = 4096;
-const MAX_TOOLS: usize = 512;
-/// Of all tools together, as JSON: their trees take up to fifty times as much memory.
-const MAX_TOOLS_BYTES: usize = 1 << 20;
-const MAX_TOOL_NAME: usize = 64;
 
 const FIELDS: &[&str] = &[
     "messages",
@@ -92,8 +90,11 @@ pub(crate) struct ChatRequest {
     /// Names of the tools that may be called.
     pub(crate) tools: Vec<String>,
     pub(crate) params: SamplingParams,
-    /// Calls are returned; otherwise what the model writes into one is kept as reasoning.
-    pub(crate) calls_allowed: bool,
+    /// How calls may be made; where they may not, what the model writes into one is kept as reasoning.
+    pub(crate) choice: Choice,
+    pub(crate) turn: Turn,
+    /// The last message is one of the assistant's that the answer continues: what it says.
+    pub(crate) continued: Option<String>,
     pub(crate) parallel_tool_calls: bool,
     pub(crate) include_reasoning: bool,
     pub(crate) return_prompt_text: bool,
@@ -119,15 +120,15 @@ impl ChatRequest {
         let endpoint = EndpointFields {
             max_tokens: sampling::tokens(wire.max_field, wire.max_tokens, 1)?,
             logprobs: wire.logprobs.then(|| top_logprobs.unwrap_or(0)),
+            thinking_token_budget: match wire.thinking_token_budget {
+                None | Some(-1) => None,
+                budget => sampling::tokens("thinking_token_budget", budget, 0)?,
+            },
         };
         let params = wire.sampling.params(endpoint, context.defaults, context.limits)?;
         let effort = wire.reasoning_effort.as_deref().map(reasoning_effort).transpose()?;
         if let Some(tools) = &wire.tools {
             tools.check()?;
-        }
-        if let Some(budget) = wire.thinking_token_budget.filter(|&budget| budget < -1) {
-            let message = format!("thinking_token_budget must be -1 or at least 0, got {budget}.");
-            return Err(ApiError::invalid("thinking_token_budget", message));
         }
 
         // Rules across fields.
@@ -136,55 +137,53 @@ impl ChatRequest {
             return Err(ApiError::invalid("top_logprobs", message));
         }
         wire.common.cross_check(params.prompt_logprobs)?;
-        let choice = wire.tool_choice.check(wire.tools.as_ref().map_or(&[], |tools| &tools.tools))?;
-        let (messages, text_bytes) = history(wire.messages)?;
+        let choice = wire.tool_choice.check(wire.tools.as_ref())?;
+        let (mut messages, text_bytes) = history(wire.messages)?;
+        let continued = match wire.continue_final_message {
+            true => Some(last_answer(&mut messages)?),
+            false => None,
+        };
 
         wire.common.check_model(context)?;
 
         // Support.
         request::refuse_unsupported(&object)?;
-        refuse_unsupported(&object, &wire.chat_template_kwargs)?;
-        if let Some(path) = wire.tools.as_ref().and_then(|tools| tools.strict.as_deref()) {
-            return Err(ApiError::unsupported(path));
-        }
-        if wire.thinking_token_budget.is_some_and(|budget| budget >= 0) {
-            return Err(ApiError::unsupported("thinking_token_budget"));
-        }
-        if effort == Some(None) {
-            let message = "reasoning_effort `none` is not supported yet.";
-            return Err(ApiError::invalid("reasoning_effort", message));
-        }
+        refuse_unsupported(&object)?;
         if !wire.include_reasoning && (wire.logprobs || wire.common.return_token_ids) {
             let message = "include_reasoning=false is not supported yet together with logprobs or token ids.";
             return Err(ApiError::invalid("include_reasoning", message));
         }
-        let calls_allowed = match choice {
-            Choice::None => false,
-            Choice::Auto => true,
-            Choice::Forced => {
-                let message = "tool_choice other than `none` and `auto` is not supported yet.";
-                return Err(ApiError::invalid(wire.tool_choice.field, message));
-            }
-        };
-
-        // Without a constraint that suppresses calls, a model that sees no tools is the one that does not call them.
-        let tools = wire.tools.filter(|_| calls_allowed).map_or(Vec::new(), |tools| tools.tools);
         let kwargs = wire.chat_template_kwargs;
-        let kwargs_effort = kwargs.reasoning_effort.as_deref().map(reasoning_effort).transpose()?.flatten();
+        let kwargs_effort = kwargs.reasoning_effort.as_deref().map(reasoning_effort).transpose()?;
+        let effort = effort.or(kwargs_effort).unwrap_or_default();
+        let turn = Turn::new(
+            wire.tools.as_ref(),
+            &choice,
+            wire.parallel_tool_calls,
+            wire.wanted.as_ref(),
+            effort != Effort::None,
+        );
+        if continued.is_some() && !turn.is_free() {
+            let message = "continue_final_message cannot be used with tools or a form of the answer.";
+            return Err(ApiError::invalid("continue_final_message", message));
+        }
         Ok(ChatRequest {
             common: wire.common,
-            tools: tools.iter().map(|tool| tool.function.name.clone()).collect(),
+            tools: wire.tools.as_ref().map_or_else(Vec::new, Tools::names),
             prompt: ChatPrompt {
                 messages,
-                tools,
-                reasoning_effort: effort.flatten().or(kwargs_effort).map(str::to_owned),
+                tools: wire.tools.as_ref().map_or_else(Vec::new, Tools::shown),
+                response_format: wire.wanted.and_then(|wanted| wanted.shown).map(Box::new),
+                reasoning_effort: Some(effort.shown().to_owned()),
                 date: Some(context.date.to_owned()),
                 builtin_tools: kwargs.builtin_tools,
                 model_identity: kwargs.model_identity,
                 add_generation_prompt: true,
             },
             params,
-            calls_allowed,
+            choice,
+            turn,
+            continued,
             parallel_tool_calls: wire.parallel_tool_calls,
             include_reasoning: wire.include_reasoning,
             return_prompt_text: wire.return_prompt_text,
@@ -209,6 +208,8 @@ struct Wire {
     reasoning_effort: Option<String>,
     include_reasoning: bool,
     thinking_token_budget: Option<i64>,
+    wanted: Option<Wanted>,
+    continue_final_message: bool,
     return_prompt_text: bool,
     chat_template_kwargs: TemplateKwargs,
 }
@@ -245,6 +246,8 @@ impl Wire {
             reasoning_effort: object.string("reasoning_effort")?,
             include_reasoning: object.bool("include_reasoning")?.unwrap_or(true),
             thinking_token_budget: object.int("thinking_token_budget")?,
+            wanted: form::read(object)?,
+            continue_final_message: object.bool("continue_final_message")?.unwrap_or(false),
             return_prompt_text: object.bool("return_prompt_text")?.unwrap_or(false),
             chat_template_kwargs: TemplateKwargs::read(object)?,
         })
@@ -351,7 +354,7 @@ impl WireMessage {
 }
 
 /// A content: a string, or parts of text, joined.
-fn text(field: &Field<'_>, assistant: bool) -> Result<String, ApiError> {
+pub(crate) fn text(field: &Field<'_>, assistant: bool) -> Result<String, ApiError> {
     if field.is_string() {
         return field.string();
     }
@@ -401,178 +404,6 @@ fn read_call(field: &Field<'_>) -> Result<FunctionCall, ApiError> {
         Some(arguments) => Value::String(arguments.string()?),
     };
     Ok(FunctionCall { name, arguments })
-}
-
-/// Declared tools.
-struct Tools {
-    tools: Vec<ChatTool>,
-    /// Where they came from, to complain about.
-    paths: Vec<String>,
-    field: String,
-    /// Path of the first `strict: true`.
-    strict: Option<String>,
-}
-
-impl Tools {
-    fn read(field: &Field<'_>) -> Result<Tools, ApiError> {
-        let mut tools = Tools::bounded(field)?;
-        for tool in field.array(MAX_TOOLS)? {
-            let object = tool.object(&["type", "function"])?;
-            let kind = object.required("type")?;
-            if kind.string()? != "function" {
-                return Err(kind.error("Only tools of type function are supported."));
-            }
-            tools.add(&object.required("function")?)?;
-        }
-        Ok(tools)
-    }
-
-    fn read_legacy(field: &Field<'_>) -> Result<Tools, ApiError> {
-        let mut tools = Tools::bounded(field)?;
-        for function in field.array(MAX_TOOLS)? {
-            tools.add(&function)?;
-        }
-        Ok(tools)
-    }
-
-    /// No tools yet, of a field that is not too large.
-    fn bounded(field: &Field<'_>) -> Result<Tools, ApiError> {
-        if field.text().len() > MAX_TOOLS_BYTES {
-            return Err(field.error(format!("{} is longer than {MAX_TOOLS_BYTES} bytes.", field.path())));
-        }
-        Ok(Tools { tools: Vec::new(), paths: Vec::new(), field: field.path().to_owned(), strict: None })
-    }
-
-    fn add(&mut self, field: &Field<'_>) -> Result<(), ApiError> {
-        let object = field.object(&["name", "description", "parameters", "strict"])?;
-        let name = object.required("name")?;
-        let parameters = match object.field("parameters") {
-            Some(schema) if schema.is_object() => Some(schema.value(MAX_TOOLS_BYTES)?),
-            Some(schema) => return Err(schema.error(format!("{} must be an object.", schema.path()))),
-            None => None,
-        };
-        if object.bool("strict")? == Some(true) {
-            self.strict.get_or_insert_with(|| format!("{}.strict", field.path()));
-        }
-        let description = object.string("description")?;
-        self.tools
-            .push(ChatTool { function: FunctionTool { name: name.string()?, description, parameters } });
-        self.paths.push(name.path().to_owned());
-        Ok(())
-    }
-
-    fn check(&self) -> Result<(), ApiError> {
-        if self.tools.is_empty() {
-            let field = &self.field;
-            let message = format!(
-                "`{field}` must not be an empty array. Either provide at least one tool or omit the field entirely."
-            );
-            return Err(ApiError::invalid(field, message));
-        }
-        let letters = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
-        let mut names = HashSet::new();
-        for (tool, path) in self.tools.iter().zip(&self.paths) {
-            let name = &tool.function.name;
-            if name.is_empty() || name.len() > MAX_TOOL_NAME || !name.chars().all(letters) {
-                let message = format!(
-                    "{path} must be 1 to {MAX_TOOL_NAME} letters, digits, `_`, `.` or `-`, got {}.",
-                    excerpt(name)
-                );
-                return Err(ApiError::invalid(path, message));
-            }
-            if !names.insert(name.as_str()) {
-                return Err(ApiError::invalid(path, format!("Two tools are named {name}.")));
-            }
-        }
-        Ok(())
-    }
-}
-
-/// What `tool_choice`, or its old name `function_call`, says.
-struct ToolChoice {
-    field: &'static str,
-    wanted: Wanted,
-}
-
-enum Wanted {
-    Unsaid,
-    None,
-    Auto,
-    Required,
-    Named(String),
-}
-
-/// How calls may be made.
-enum Choice {
-    None,
-    Auto,
-    Forced,
-}
-
-impl ToolChoice {
-    fn read(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
-        let wanted = match object.field("tool_choice") {
-            None => Wanted::Unsaid,
-            Some(choice) if choice.is_object() => {
-                let object = choice.object(&["type", "function"])?;
-                let kind = object.required("type")?;
-                if kind.string()? != "function" {
-                    return Err(kind.error("tool_choice.type must be `function`."));
-                }
-                Wanted::Named(object.required("function")?.object(&["name"])?.required("name")?.string()?)
-            }
-            Some(choice) => match choice.string()?.as_str() {
-                "none" => Wanted::None,
-                "auto" => Wanted::Auto,
-                "required" => Wanted::Required,
-                other => {
-                    let message = format!(
-                        "tool_choice must be none, auto, required or an object, got {}.",
-                        excerpt(other)
-                    );
-                    return Err(choice.error(message));
-                }
-            },
-        };
-        Ok(ToolChoice { field: "tool_choice", wanted })
-    }
-
-    fn read_legacy(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
-        let wanted = match object.field("function_call") {
-            None => Wanted::Unsaid,
-            Some(choice) if choice.is_object() => {
-                Wanted::Named(choice.object(&["name"])?.required("name")?.string()?)
-            }
-            Some(choice) => match choice.string()?.as_str() {
-                "none" => Wanted::None,
-                "auto" => Wanted::Auto,
-                other => {
-                    let message =
-                        format!("function_call must be none, auto or an object, got {}.", excerpt(other));
-                    return Err(choice.error(message));
-                }
-            },
-        };
-        Ok(ToolChoice { field: "function_call", wanted })
-    }
-
-    fn check(&self, tools: &[ChatTool]) -> Result<Choice, ApiError> {
-        match &self.wanted {
-            Wanted::None => Ok(Choice::None),
-            Wanted::Unsaid if tools.is_empty() => Ok(Choice::None),
-            Wanted::Unsaid => Ok(Choice::Auto),
-            _ if tools.is_empty() => {
-                Err(ApiError::invalid(self.field, "When using `tool_choice`, `tools` must be set."))
-            }
-            Wanted::Auto => Ok(Choice::Auto),
-            Wanted::Named(name) if tools.iter().all(|tool| tool.function.name != *name) => {
-                let message =
-                    format!("{} names {}, which is not among the tools.", self.field, excerpt(name));
-                Err(ApiError::invalid(self.field, message))
-            }
-            Wanted::Required | Wanted::Named(_) => Ok(Choice::Forced),
-        }
-    }
 }
 
 /// Checks that results answer calls, gives old-style calls ids, and counts the text.
@@ -637,7 +468,7 @@ fn history(messages: Vec<WireMessage>) -> Result<(Vec<ChatMessage>, usize), ApiE
     Ok((checked, bytes))
 }
 
-fn text_bytes(message: &ChatMessage) -> usize {
+pub(crate) fn text_bytes(message: &ChatMessage) -> usize {
     let content = match &message.content {
         Some(MessageContent::Text(text)) => text.len(),
         _ => 0,
@@ -649,13 +480,49 @@ fn text_bytes(message: &ChatMessage) -> usize {
     content + message.reasoning.as_ref().map_or(0, String::len) + calls.sum::<usize>()
 }
 
-/// The level that Harmony knows; `None` for `none`.
-fn reasoning_effort(effort: &str) -> Result<Option<&'static str>, ApiError> {
+/// Takes the last message away, which must be an answer of the assistant; the result is its text.
+fn last_answer(messages: &mut Vec<ChatMessage>) -> Result<String, ApiError> {
+    match messages.pop() {
+        Some(ChatMessage { role, content: Some(MessageContent::Text(text)), tool_calls: None, .. })
+            if role == "assistant" =>
+        {
+            Ok(text)
+        }
+        _ => {
+            let message = "continue_final_message needs an answer of the assistant as the last message.";
+            Err(ApiError::invalid("continue_final_message", message))
+        }
+    }
+}
+
+/// How much the model is to reason.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) enum Effort {
+    /// It answers at once.
+    None,
+    Low,
+    #[default]
+    Medium,
+    High,
+}
+
+impl Effort {
+    /// The level that the prompt names.
+    pub(crate) fn shown(self) -> &'static str {
+        match self {
+            Effort::None | Effort::Low => "low",
+            Effort::Medium => "medium",
+            Effort::High => "high",
+        }
+    }
+}
+
+pub(crate) fn reasoning_effort(effort: &str) -> Result<Effort, ApiError> {
     match effort {
-        "none" => Ok(None),
-        "minimal" | "low" => Ok(Some("low")),
-        "medium" => Ok(Some("medium")),
-        "high" | "xhigh" | "max" => Ok(Some("high")),
+        "none" => Ok(Effort::None),
+        "minimal" | "low" => Ok(Effort::Low),
+        "medium" => Ok(Effort::Medium),
+        "high" | "xhigh" | "max" => Ok(Effort::High),
         other => Err(ApiError::invalid(
             "reasoning_effort",
             format!(
@@ -667,13 +534,13 @@ fn reasoning_effort(effort: &str) -> Result<Option<&'static str>, ApiError> {
 }
 
 /// Fields of chats only that the engine cannot honour.
-fn refuse_unsupported(object: &Object<'_>, kwargs: &TemplateKwargs) -> Result<(), ApiError> {
-    for name in ["echo", "continue_final_message"] {
-        if object.bool(name)? == Some(true) {
-            return Err(ApiError::unsupported(name));
-        }
+fn refuse_unsupported(object: &Object<'_>) -> Result<(), ApiError> {
+    if object.bool("echo")? == Some(true) {
+        return Err(ApiError::unsupported("echo"));
     }
-    if object.bool("add_generation_prompt")? == Some(false) {
+    // Whoever continues a message says that no other is to begin.
+    let continues = object.bool("continue_final_message")? == Some(true);
+    if !continues && object.bool("add_generation_prompt")? == Some(false) {
         return Err(ApiError::unsupported("add_generation_prompt"));
     }
     if object.field("chat_template").is_some() {
@@ -689,10 +556,6 @@ fn refuse_unsupported(object: &Object<'_>, kwargs: &TemplateKwargs) -> Result<()
                 return Err(modalities.error("This model writes text only."));
             }
         }
-    }
-    if kwargs.reasoning_effort.as_deref() == Some("none") {
-        let field = "chat_template_kwargs.reasoning_effort";
-        return Err(ApiError::invalid(field, format!("{field} `none` is not supported yet.")));
     }
     Ok(())
 }

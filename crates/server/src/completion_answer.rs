@@ -11,9 +11,10 @@ use serde::Serialize;
 use crate::answer::{
     Finish, Identity, PromptLogprobs, Stop, TextLogprobs, TokenNames, Usage, prompt_logprobs,
 };
+use crate::chunk::Envelope;
 use crate::completion_request::CompletionRequest;
 use crate::request::StreamOptions;
-use crate::sse::{Encoder, data};
+use crate::sse::{DONE, Encoder};
 
 /// What an answer shows, of what is generated.
 #[derive(Debug, Clone)]
@@ -113,7 +114,7 @@ impl CompletionAnswer {
 
     fn apply(&mut self, prompt: usize, event: Event) -> Option<Change> {
         match event {
-            Event::Started { cached_tokens, prompt_logprobs } => {
+            Event::Started { cached_tokens, prompt_logprobs, .. } => {
                 self.cached_tokens += cached_tokens;
                 if let (Some(entries), Some(slot)) = (prompt_logprobs, self.entries.get_mut(prompt)) {
                     *slot = entries;
@@ -277,22 +278,15 @@ impl CompletionChunks {
         CompletionChunks { answer }
     }
 
-    fn chunk(&self, choices: Vec<ChunkChoice>, last: bool, out: &mut Vec<u8>) {
-        let identity = &self.answer.identity;
-        let stream = self.answer.shape.stream;
-        let usage = stream.continuous_usage_stats || (stream.include_usage && choices.is_empty());
-        data(
-            out,
-            &Chunk {
-                id: &identity.id,
-                object: "text_completion",
-                created: identity.created,
-                model: &identity.model,
-                system_fingerprint: last.then_some(&identity.fingerprint),
-                choices,
-                usage: usage.then(|| self.answer.usage()),
-            },
-        );
+    fn chunk(&self, choices: &[ChunkChoice], last: bool, out: &mut Vec<u8>) {
+        let answer = &self.answer;
+        let envelope = Envelope {
+            object: "text_completion",
+            identity: &answer.identity,
+            stream: answer.shape.stream,
+            usage: answer.usage(),
+        };
+        envelope.write(choices, last, out);
     }
 }
 
@@ -318,7 +312,7 @@ impl Encoder for CompletionChunks {
                     token_ids: shape.token_ids.then_some(change.token_ids),
                 };
                 let last = finished && self.answer.is_finished() && !shape.stream.include_usage;
-                self.chunk(vec![choice], last, out);
+                self.chunk(&[choice], last, out);
             }
         }
         !self.answer.is_finished()
@@ -326,26 +320,14 @@ impl Encoder for CompletionChunks {
 
     fn end(&mut self, out: &mut Vec<u8>) {
         if self.answer.shape.stream.include_usage {
-            self.chunk(Vec::new(), true, out);
+            self.chunk(&[], true, out);
         }
+        out.extend_from_slice(DONE);
     }
 
     fn usage(&self) -> Usage {
         self.answer.usage()
     }
-}
-
-#[derive(Serialize)]
-struct Chunk<'a> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    system_fingerprint: Option<&'a String>,
-    choices: Vec<ChunkChoice>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Usage>,
 }
 
 #[derive(Serialize)]

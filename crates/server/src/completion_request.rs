@@ -3,6 +3,7 @@
 use engine::SamplingParams;
 
 use crate::error::ApiError;
+use crate::form::{self, Wanted};
 use crate::json::{self, Field, Object};
 use crate::request::{self, Common, Context};
 use crate::sampling::{self, EndpointFields, SamplingFields};
@@ -68,6 +69,7 @@ pub(crate) struct CompletionRequest {
     /// At least one.
     pub(crate) prompts: Vec<Prompt>,
     pub(crate) params: SamplingParams,
+    pub(crate) wanted: Option<Wanted>,
     /// The prompt comes before the completion.
     pub(crate) echo: bool,
     /// Each choice shows its prompt's log-probabilities.
@@ -98,6 +100,7 @@ impl CompletionRequest {
             // Without new tokens there must be something else to show.
             max_tokens: sampling::tokens("max_tokens", Some(wire.max_tokens), usize::from(!wire.echo))?,
             logprobs: sampling::count("logprobs", "sample", wire.logprobs, context.limits)?,
+            thinking_token_budget: None,
         };
         let mut params = wire.sampling.params(endpoint, context.defaults, context.limits)?;
 
@@ -123,6 +126,7 @@ impl CompletionRequest {
             common: wire.common,
             prompts: wire.prompts,
             params,
+            wanted: wire.wanted,
             echo: wire.echo,
             prompt_logprobs,
         })
@@ -135,6 +139,7 @@ struct Wire {
     sampling: SamplingFields,
     max_tokens: i64,
     logprobs: Option<i64>,
+    wanted: Option<Wanted>,
     echo: bool,
 }
 
@@ -147,6 +152,7 @@ impl Wire {
             sampling: SamplingFields::read(object)?,
             max_tokens: object.int("max_tokens")?.unwrap_or(DEFAULT_MAX_TOKENS),
             logprobs: object.int("logprobs")?,
+            wanted: form::read(object)?,
             echo: object.bool("echo")?.unwrap_or(false),
         })
     }

@@ -24,6 +24,10 @@ pub(crate) enum ApiError {
     },
     #[error("The model `{}` does not exist. Valid aliases: {aliases}.", excerpt(.name))]
     UnknownModel { name: String, aliases: String },
+    #[error(
+        "There is no such response: it was never stored, has been deleted, or was dropped for newer ones."
+    )]
+    UnknownResponse { param: &'static str },
     #[error("There is nothing at this path.")]
     UnknownPath,
     #[error("This path does not take this method.")]
@@ -36,8 +40,13 @@ pub(crate) enum ApiError {
     TooLarge { max: usize },
     #[error("The request body did not arrive in time.")]
     BodyTimeout,
+    #[error("The path and query are longer than {max} bytes.")]
+    LongPath { max: usize },
     #[error("The request body must be of type application/json.")]
     MediaType,
+    /// What the client demands excludes itself, or takes too much to follow.
+    #[error("The form of the answer cannot be kept to: {}.", excerpt(.0))]
+    GrammarFailed(String),
     #[error("The model is being loaded. Please retry.")]
     Loading,
     #[error("The engine makes no progress.")]
@@ -72,13 +81,18 @@ impl ApiError {
 
     fn status(&self) -> StatusCode {
         match self {
-            ApiError::Body(_) | ApiError::Invalid { .. } => StatusCode::BAD_REQUEST,
-            ApiError::UnknownModel { .. } | ApiError::UnknownPath => StatusCode::NOT_FOUND,
+            ApiError::Body(_) | ApiError::Invalid { .. } | ApiError::GrammarFailed(_) => {
+                StatusCode::BAD_REQUEST
+            }
+            ApiError::UnknownModel { .. } | ApiError::UnknownResponse { .. } | ApiError::UnknownPath => {
+                StatusCode::NOT_FOUND
+            }
             ApiError::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
             ApiError::NotApplicable => StatusCode::NOT_IMPLEMENTED,
             ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::BodyTimeout | ApiError::SlowReader => StatusCode::REQUEST_TIMEOUT,
+            ApiError::LongPath { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             ApiError::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             ApiError::Loading | ApiError::Unhealthy | ApiError::Busy | ApiError::ShuttingDown => {
                 StatusCode::SERVICE_UNAVAILABLE
@@ -91,9 +105,12 @@ impl ApiError {
         match self {
             ApiError::Body(_)
             | ApiError::Invalid { .. }
+            | ApiError::GrammarFailed(_)
             | ApiError::TooLarge { .. }
+            | ApiError::LongPath { .. }
             | ApiError::MediaType => "BadRequestError",
             ApiError::UnknownModel { .. } | ApiError::UnknownPath => "NotFoundError",
+            ApiError::UnknownResponse { .. } => "invalid_request_error",
             ApiError::MethodNotAllowed => "MethodNotAllowedError",
             ApiError::NotApplicable => "NotImplementedError",
             ApiError::Unauthorized => "AuthenticationError",
@@ -109,6 +126,7 @@ impl ApiError {
         match self {
             ApiError::Invalid { param, .. } => Some(param),
             ApiError::UnknownModel { .. } => Some("model"),
+            ApiError::UnknownResponse { param } => Some(param),
             _ => None,
         }
     }

@@ -8,6 +8,8 @@ use std::task::{Context, Poll, ready};
 use engine::{Engine, Event, Failure, Request, RequestHandle, SubmitError};
 use tokio::sync::{mpsc, watch};
 
+use crate::metrics::{Metrics, Observed, Rejection};
+
 /// What may wait for a client that reads slowly.
 const MAX_BACKLOG_BYTES: usize = 1 << 20;
 const MAX_BACKLOG_EVENTS: usize = 10_000;
@@ -20,6 +22,19 @@ pub(crate) struct Events {
     /// Prompts that are not done.
     running: usize,
     handles: Vec<RequestHandle>,
+    metrics: Arc<Metrics>,
+}
+
+/// A request that the engine holds; gone when the engine has forgotten it.
+struct Tracked {
+    observed: Observed,
+    metrics: Arc<Metrics>,
+}
+
+impl Drop for Tracked {
+    fn drop(&mut self) {
+        self.observed.end(&self.metrics);
+    }
 }
 
 /// What comes next.
@@ -67,6 +82,7 @@ impl Events {
         engine: &Engine,
         requests: Vec<Request>,
         pace: Pace,
+        metrics: &Arc<Metrics>,
         mut abort: watch::Receiver<bool>,
     ) -> Result<Events, SubmitError> {
         let (sender, receiver) = mpsc::unbounded_channel();
@@ -75,7 +91,11 @@ impl Events {
         let mut handles = Vec::with_capacity(running);
         for (prompt, request) in requests.into_iter().enumerate() {
             let (sender, backlog) = (sender.clone(), Arc::clone(&backlog));
+            let observed = Observed::new(metrics, &request);
+            let mut tracked = Tracked { observed, metrics: Arc::clone(metrics) };
             let sink = move |event: Event| {
+                let Tracked { observed, metrics } = &mut tracked;
+                observed.event(metrics, &event);
                 let too_much = backlog.add(&event);
                 if pace == Pace::Client && too_much {
                     backlog.overflowed.store(true, Ordering::Release);
@@ -83,13 +103,18 @@ impl Events {
                 }
                 sender.send((prompt, event)).is_ok()
             };
-            handles.push(engine.submit(request, Box::new(sink))?);
+            let handle = engine.submit(request, Box::new(sink)).inspect_err(|error| match error {
+                SubmitError::Full => metrics.reject(Rejection::QueueFull),
+                SubmitError::ShuttingDown => metrics.reject(Rejection::ShuttingDown),
+                _ => {}
+            });
+            handles.push(handle?);
         }
         let aborted = Box::pin(async move {
             // An error means that the server is gone, which aborts as well.
             let _ = abort.wait_for(|aborted| *aborted).await;
         });
-        Ok(Events { receiver, backlog, aborted, running, handles })
+        Ok(Events { receiver, backlog, aborted, running, handles, metrics: Arc::clone(metrics) })
     }
 
     /// Waits for the next event.
@@ -127,6 +152,14 @@ impl Events {
     }
 }
 
+impl Drop for Events {
+    fn drop(&mut self) {
+        if !self.handles.is_empty() {
+            self.metrics.disconnect();
+        }
+    }
+}
+
 impl Backlog {
     /// Counts an event that will wait, and says whether that is too much.
     fn add(&self, event: &Event) -> bool {
@@ -157,6 +190,7 @@ fn cost(event: &Event) -> usize {
                     | harmony::Delta::Content(text)
                     | harmony::Delta::CallArguments { text, .. } => text.len(),
                     harmony::Delta::CallStart { name, .. } => name.len(),
+                    harmony::Delta::End => 0,
                 }
         })
         .sum();

@@ -1,4 +1,4 @@
-//! The two endpoints that generate: from a body to an answer, whole or streamed.
+//! The endpoints that generate: from a body to an answer, whole or streamed.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,7 +6,8 @@ use std::sync::Arc;
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::Response;
-use engine::{Engine, Event, OutputMode, Request, SubmitError};
+use engine::{Engine, Event, Grammar, OutputMode, Request, SubmitError};
+use harmony::ChatPrompt;
 
 use crate::answer::Identity;
 use crate::body;
@@ -17,8 +18,12 @@ use crate::completion_answer::{self, CompletionAnswer, CompletionChunks, WholeCo
 use crate::completion_request::{self, CompletionRequest};
 use crate::error::ApiError;
 use crate::events::{Events, Next, Pace};
+use crate::form;
+use crate::identifier::identifier;
 use crate::log::RequestLog;
 use crate::request::{Common, Context};
+use crate::response_answer::ResponseAnswer;
+use crate::response_request::{self, ResponseRequest};
 use crate::routes::{Origin, X_REQUEST_ID};
 use crate::sampling::Limits;
 use crate::server::State;
@@ -32,14 +37,16 @@ const MAX_BYTES_PER_TOKEN: usize = 8 * 16;
 pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
     let engine = state.engine()?.clone();
     let body = body::read(body, state.max_body_bytes).await?;
-    let (request, prompt) = {
+    let (request, prompt, grammar) = {
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
             let date = state.date();
             let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
             bound_text(request.text_bytes, &engine)?;
-            let prompt = engine.harmony().render_chat(&request.prompt)?;
-            Ok((request, prompt))
+            let (at_once, continued) = (request.turn.answer_at_once, request.continued.as_ref());
+            let prompt = fed(&request.prompt, at_once, continued, &engine)?;
+            let grammar = request.turn.compile(engine.grammars())?;
+            Ok((request, prompt, grammar))
         })
         .await?
     };
@@ -48,12 +55,15 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     let shape = chat_answer::Shape::new(&request);
     let n = request.params.n;
     let harmony = Arc::clone(engine.harmony());
-    let answer = ChatAnswer::new(harmony, call.identity.clone(), shape, prompt.clone(), n);
-    let output = OutputMode::Chat { tools: request.tools };
-    let engine_request = Request { prompt, params: request.params, output };
+    let answer = ChatAnswer::new(harmony, call.identity.clone(), shape, prompt.ids.clone(), n);
+    let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
+    let remark = grammar.as_ref().and_then(unenforced);
+    let engine_request = Request { prompt: prompt.ids, params: request.params, output, grammar };
 
     if request.common.stream.is_some() {
-        return call.stream(ChatChunks::new(answer), vec![engine_request]).await;
+        let mut response = call.stream(ChatChunks::new(answer), vec![engine_request]).await?;
+        response.headers_mut().extend(remark);
+        return Ok(response);
     }
     let mut whole = WholeChat::new(answer);
     call.collect(vec![engine_request], |_, event| whole.add(event)).await?;
@@ -61,6 +71,7 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     let (body, remarks) = whole.finish();
     let mut response = call.response("application/json", Body::from(body));
     let headers = response.headers_mut();
+    headers.extend(remark);
     if remarks.malformed_arguments {
         headers.insert("x-malformed-tool-arguments", HeaderValue::from_static("1"));
     }
@@ -70,11 +81,97 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     Ok(response)
 }
 
+/// `POST /v1/responses`
+pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
+    let engine = state.engine()?.clone();
+    let body = body::read(body, state.max_body_bytes).await?;
+    let (mut request, earlier, prompt, grammar) = {
+        let (state, engine, owner) = (Arc::clone(&state), engine.clone(), origin.owner);
+        blocking(&origin, move || {
+            let previous = response_request::previous(&body)?;
+            let previous = previous.map(|id| state.responses.find(&id, owner, "previous_response_id"));
+            let earlier = previous.transpose()?.map_or_else(Vec::new, |stored| stored.conversation.clone());
+            let date = state.date();
+            let request = ResponseRequest::new(&body, &earlier, &context(&state, &engine, &date))?;
+            bound_text(request.text_bytes, &engine)?;
+            let prompt = fed(&request.prompt, request.turn.answer_at_once, None, &engine)?;
+            let grammar = request.turn.compile(engine.grammars())?;
+            Ok((request, earlier, prompt, grammar))
+        })
+        .await?
+    };
+
+    let mut call = Call::new(&state, &engine, &origin, &request.common, "resp");
+    // Others must not guess it, whatever the client called its request.
+    call.identity.id = format!("resp_{}", identifier());
+    let items = std::mem::take(&mut request.items);
+    let keep = request.store.then(|| state.responses.place(origin.owner, earlier, items)).flatten();
+    let harmony = Arc::clone(engine.harmony());
+    let mut answer =
+        ResponseAnswer::new(harmony, call.identity.clone(), &mut request, prompt.ids.len(), keep);
+    let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
+    let remark = grammar.as_ref().and_then(unenforced);
+    let engine_request = Request { prompt: prompt.ids, params: request.params, output, grammar };
+    let mut response = if request.common.stream.is_some() {
+        call.stream(answer, vec![engine_request]).await?
+    } else {
+        call.collect(vec![engine_request], |_, event| answer.apply(event, &mut Vec::new())).await?;
+        call.log.usage(answer.usage());
+        call.response("application/json", Body::from(answer.finish()))
+    };
+    response.headers_mut().extend(remark);
+    Ok(response)
+}
+
+/// What the model is fed.
+struct Fed {
+    ids: Vec<u32>,
+    /// The last of them, if they begin the answer.
+    begun: Vec<u32>,
+}
+
+/// The ids that the chat endpoint would feed.
+pub(crate) fn chat_ids(body: &[u8], state: &State, engine: &Engine) -> Result<Vec<u32>, ApiError> {
+    let date = state.date();
+    let request = ChatRequest::new(body, &context(state, engine, &date))?;
+    bound_text(request.text_bytes, engine)?;
+    let at_once = request.turn.answer_at_once;
+    Ok(fed(&request.prompt, at_once, request.continued.as_ref(), engine)?.ids)
+}
+
+/// The prompt, with the beginning of the answer where that is not the model's to write.
+fn fed(
+    prompt: &ChatPrompt,
+    answer_at_once: bool,
+    continued: Option<&String>,
+    engine: &Engine,
+) -> Result<Fed, ApiError> {
+    let harmony = engine.harmony();
+    let mut ids = harmony.render_chat(prompt)?;
+    let mut begun = Vec::new();
+    if answer_at_once || continued.is_some() {
+        begun.extend(harmony.answer_header());
+        begun.extend(continued.into_iter().flat_map(|text| harmony.tokenizer().encode(text)));
+    }
+    ids.extend(&begun);
+    check_length(ids.len(), engine)?;
+    Ok(Fed { ids, begun })
+}
+
+/// Says which keywords of a schema have no effect.
+fn unenforced(grammar: &Grammar) -> Option<(HeaderName, HeaderValue)> {
+    const MAX: usize = 500;
+    let printable = |c: char| if c.is_ascii_graphic() || c == ' ' { c } else { '?' };
+    let warnings: String = grammar.warnings().join("; ").chars().map(printable).take(MAX).collect();
+    let value = HeaderValue::from_str(&warnings).ok().filter(|value| !value.is_empty())?;
+    Some((HeaderName::from_static("x-unenforced-schema"), value))
+}
+
 /// `POST /v1/completions`
 pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
     let engine = state.engine()?.clone();
     let body = body::read(body, state.max_body_bytes).await?;
-    let (request, prompts) = {
+    let (request, prompts, grammar) = {
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
             let date = state.date();
@@ -82,7 +179,12 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
             let prompts = std::mem::take(&mut request.prompts);
             let prompts = prompts.into_iter().map(|prompt| tokenize(prompt, &engine));
             let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
-            Ok((request, prompts))
+            let wanted = request.wanted.as_ref();
+            let grammar = wanted.map(|wanted| {
+                let grammar = engine.grammars().text(&wanted.form);
+                grammar.map_err(|error| form::refusal(&error, &wanted.param, &[]))
+            });
+            Ok((request, prompts, grammar.transpose()?))
         })
         .await?
     };
@@ -93,6 +195,7 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
         prompt: prompt.ids.clone(),
         params: request.params.clone(),
         output: OutputMode::Text,
+        grammar: grammar.clone(),
     };
     let engine_requests = prompts.iter().map(engine_request).collect();
     let harmony = Arc::clone(engine.harmony());
@@ -195,7 +298,7 @@ impl<'a> Call<'a> {
     }
 
     fn submit(&self, requests: Vec<Request>, pace: Pace) -> Result<Events, ApiError> {
-        Events::submit(self.engine, requests, pace, self.state.abort())
+        Events::submit(self.engine, requests, pace, &self.state.metrics, self.state.abort())
             .map_err(|error| refusal(&error, self.log.request_id()))
     }
 
@@ -211,7 +314,7 @@ impl<'a> Call<'a> {
 }
 
 /// Runs what takes time in proportion to a body's length, off the threads that serve connections.
-async fn blocking<T: Send + 'static>(
+pub(crate) async fn blocking<T: Send + 'static>(
     origin: &Origin,
     work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
 ) -> Result<T, ApiError> {
@@ -253,7 +356,7 @@ fn tokenize(
 }
 
 /// Refuses texts that cannot fit before time is spent on their tokens.
-fn bound_text(bytes: usize, engine: &Engine) -> Result<(), ApiError> {
+pub(crate) fn bound_text(bytes: usize, engine: &Engine) -> Result<(), ApiError> {
     let max_model_len = engine.max_model_len();
     if bytes <= max_model_len.saturating_mul(MAX_BYTES_PER_TOKEN) {
         return Ok(());
@@ -263,6 +366,15 @@ fn bound_text(bytes: usize, engine: &Engine) -> Result<(), ApiError> {
          Please reduce the length of the input prompt."
     );
     Err(ApiError::invalid("input_tokens", message))
+}
+
+/// What the engine would say as well, after time was spent on a grammar.
+fn check_length(prompt: usize, engine: &Engine) -> Result<(), ApiError> {
+    let max_model_len = engine.max_model_len();
+    match prompt < max_model_len {
+        true => Ok(()),
+        false => Err(too_long(&SubmitError::TooLong { prompt, max_model_len })),
+    }
 }
 
 fn too_long(error: &SubmitError) -> ApiError {

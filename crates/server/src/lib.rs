@@ -1,8 +1,8 @@
 //! OpenAI's HTTP API over the engine.
 //!
 //! A body is read leniently (`json.rs`), becomes a request that cannot be wrong (`chat_request.rs`,
-//! `completion_request.rs`), goes to the engine, and comes back over a bounded bridge (`events.rs`) as one answer or as
-//! chunks (`chat_answer.rs`, `completion_answer.rs`, `sse.rs`). Every refusal is an `ApiError` (`error.rs`).
+//! `completion_request.rs`, `response_request.rs`), goes to the engine, and comes back over a bounded bridge (`events.rs`) as one answer or as
+//! chunks (`chat_answer.rs`, `completion_answer.rs`, `response_answer.rs`, `sse.rs`). Every refusal is an `ApiError` (`error.rs`).
 #![forbid(unsafe_code)]
 
 mod answer;
@@ -10,20 +10,32 @@ mod auth;
 mod body;
 mod chat_answer;
 mod chat_request;
+mod chunk;
 mod clock;
 mod completion_answer;
 mod completion_request;
+mod connections;
 mod error;
 mod events;
+mod form;
 mod generate;
 mod identifier;
 mod json;
 mod log;
+mod metrics;
+mod page;
 mod request;
+mod response_answer;
+mod response_items;
+mod response_request;
+mod response_store;
 mod routes;
 mod sampling;
 mod server;
+mod small;
 mod sse;
+mod turn;
+mod visible;
 
 pub use clock::today;
 pub use server::{Error, Handle, Options, SamplingDefaults, Server};

@@ -85,12 +85,17 @@ impl Common {
     }
 
     pub(crate) fn check_model(&self, context: &Context<'_>) -> Result<(), ApiError> {
-        match &self.model {
-            Some(name) if !context.model_names.contains(name) => {
-                Err(ApiError::UnknownModel { name: excerpt(name), aliases: context.model_names.join(", ") })
-            }
-            _ => Ok(()),
+        check_model(self.model.as_deref(), context.model_names)
+    }
+}
+
+/// Whether the model answers to a name; without one the default is meant.
+pub(crate) fn check_model(name: Option<&str>, known: &[String]) -> Result<(), ApiError> {
+    match name.filter(|name| !name.is_empty()) {
+        Some(name) if known.iter().all(|known| known != name) => {
+            Err(ApiError::UnknownModel { name: excerpt(name), aliases: known.join(", ") })
         }
+        _ => Ok(()),
     }
 }
 
@@ -119,29 +124,10 @@ pub(crate) fn refuse_removed(object: &Object<'_>) -> Result<(), ApiError> {
 
 /// Fields that the engine cannot honour yet: better no answer than one that silently lacks what was asked for.
 pub(crate) fn refuse_unsupported(object: &Object<'_>) -> Result<(), ApiError> {
-    if let Some(format) = object.field("response_format") {
-        let kind = format.object(&["type"])?.required("type")?.string()?;
-        if kind != "text" {
-            let message = format!("response_format of type {} is not supported yet.", excerpt(&kind));
-            return Err(ApiError::invalid("response_format", message));
-        }
-    }
-    for name in [
-        "structured_outputs",
-        "logprob_token_ids",
-        "allowed_token_ids",
-        "repetition_detection",
-        "cache_salt",
-        "truncate_prompt_tokens",
-    ] {
+    for name in ["logprob_token_ids", "repetition_detection", "cache_salt", "truncate_prompt_tokens"] {
         if object.field(name).is_some() {
             return Err(ApiError::unsupported(name));
         }
-    }
-    if let Some(words) = object.field("bad_words")
-        && !words.array(128)?.is_empty()
-    {
-        return Err(ApiError::unsupported("bad_words"));
     }
     if object.bool("use_beam_search")? == Some(true) {
         return Err(ApiError::unsupported("use_beam_search"));

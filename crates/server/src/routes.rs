@@ -1,39 +1,61 @@
 //! Paths, what is checked before any of them, and the small endpoints.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::body::Body;
-use axum::extract::{Extension, Path, Request, State as Shared};
+use axum::extract::{Extension, Path, Query, Request, State as Shared};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::{Json, Router};
 use engine::Engine;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-use crate::auth::key_id;
+use crate::auth::{self, key_id};
 use crate::error::ApiError;
 use crate::generate;
 use crate::identifier::identifier;
 use crate::json::excerpt;
 use crate::log::RequestLog;
+use crate::page;
 use crate::request::is_request_id;
+use crate::response_store::Owner;
 use crate::server::State;
+use crate::small;
 
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
+const RESPONSES: &str = "/v1/responses";
 const MODELS: &str = "/v1/models";
 
-/// Needs no key: for probes.
-const PUBLIC: [&str; 5] = ["/health", "/live", "/ready", "/ping", "/version"];
+/// Needs no key: the chat page, which says nothing by itself, and what is for probes.
+const PUBLIC: [&str; 8] = ["/", "/health", "/live", "/ready", "/ping", "/version", "/load", "/metrics"];
+
+/// Take JSON and nothing else.
+const JSON: [&str; 8] = [
+    CHAT,
+    COMPLETIONS,
+    RESPONSES,
+    "/tokenize",
+    "/v1/tokenize",
+    "/detokenize",
+    "/v1/detokenize",
+    "/invocations",
+];
+
+/// Other paths as the log and the metrics name them.
+const OTHERS: [&str; 4] = ["/api/version", "/api/tags", "/api/show", "/api/pull"];
 
 /// Other endpoints of OpenAI and vLLM, for other kinds of models.
 const NOT_APPLICABLE: [&str; 6] =
     ["/v1/embeddings", "/v1/audio/{*rest}", "/v1/images/{*rest}", "/score", "/rerank", "/pooling"];
+
+/// Longest path and query.
+const MAX_URI_BYTES: usize = 8 << 10;
 
 /// A step that takes longer means that the device hangs.
 const STALL: Duration = Duration::from_secs(10);
@@ -44,19 +66,38 @@ pub(crate) struct Origin {
     pub(crate) log: RequestLog,
     /// The request's id is the client's.
     pub(crate) named_by_client: bool,
+    /// Whose it is, if keys are asked for.
+    pub(crate) owner: Owner,
 }
 
 pub(crate) fn router(state: Arc<State>) -> Router {
     let mut router = Router::new()
         .route(CHAT, post(chat))
         .route(COMPLETIONS, post(completions))
+        .route(RESPONSES, post(responses))
+        .route("/v1/responses/{id}", get(response).delete(delete_response))
+        .route("/v1/responses/{id}/cancel", post(cancel_response))
+        .route("/v1/responses/{id}/input_items", get(input_items))
         .route(MODELS, get(models))
         .route("/v1/models/{*id}", get(model))
         .route("/health", get(health))
         .route("/live", get(|| async {}))
         .route("/ready", get(ready))
         .route("/ping", get(ready).post(ready))
-        .route("/version", get(version));
+        .route("/version", get(version))
+        .route("/", get(page::page))
+        .route("/load", get(small::load))
+        .route("/metrics", get(small::metrics))
+        .route("/invocations", post(small::invocations))
+        .route("/api/version", get(small::ollama_version))
+        .route("/api/tags", get(small::ollama_tags))
+        .route("/api/show", post(small::ollama_show))
+        .route("/api/pull", post(small::ollama_pull));
+    for prefix in ["", "/v1"] {
+        router = router
+            .route(&format!("{prefix}/tokenize"), post(small::tokenize))
+            .route(&format!("{prefix}/detokenize"), post(small::detokenize));
+    }
     for path in NOT_APPLICABLE {
         router = router.route(path, any(|| async { ApiError::NotApplicable }));
     }
@@ -75,22 +116,28 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
     let id = client_id.unwrap_or_else(identifier);
     let path = request.uri().path();
     let public = PUBLIC.contains(&path);
-    let generates = request.method() == Method::POST && [CHAT, COMPLETIONS].contains(&path);
+    let takes_json = request.method() == Method::POST && JSON.contains(&path);
+    let (arrival, method, route) = (Instant::now(), method(request.method()), template(path));
     // Probes come every few seconds and say nothing.
     let log = (!public).then(|| RequestLog::new(id.clone(), key_id(request.headers()), template(path)));
 
-    let mut response = if generates && !is_json(request.headers()) {
+    let uri_bytes = path.len() + request.uri().query().map_or(0, str::len);
+    let mut response = if uri_bytes > MAX_URI_BYTES {
+        ApiError::LongPath { max: MAX_URI_BYTES }.into_response()
+    } else if takes_json && !is_json(request.headers()) {
         ApiError::MediaType.into_response()
     } else if !public && request.method() != Method::OPTIONS && !state.keys.admit(request.headers()) {
         ApiError::Unauthorized.into_response()
     } else {
         if let Some(log) = &log {
-            request.extensions_mut().insert(Origin { log: log.clone(), named_by_client });
+            let owner = auth::owner(request.headers()).filter(|_| !state.keys.is_empty());
+            request.extensions_mut().insert(Origin { log: log.clone(), named_by_client, owner });
         }
         next.run(request).await
     };
     if let Some(log) = log {
         log.status(response.status().as_u16());
+        state.metrics.answer(method, route, response.status().as_u16(), arrival.elapsed());
     }
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().entry(X_REQUEST_ID).or_insert(id);
@@ -100,12 +147,19 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
 
 /// The path for the log: never what the client wrote.
 fn template(path: &str) -> &'static str {
-    let known = [CHAT, COMPLETIONS, MODELS];
-    match known.into_iter().find(|known| *known == path) {
+    let mut known = JSON.into_iter().chain(OTHERS).chain([MODELS]);
+    match known.find(|known| *known == path) {
         Some(path) => path,
         None if path.starts_with("/v1/models/") => "/v1/models/{id}",
+        None if path.starts_with("/v1/responses/") => "/v1/responses/{id}",
         None => "none",
     }
+}
+
+/// The method for the metrics: one of few.
+fn method(method: &Method) -> &'static str {
+    let known = ["GET", "POST", "DELETE", "PUT", "PATCH", "HEAD", "OPTIONS"];
+    known.into_iter().find(|known| method.as_str() == *known).unwrap_or("other")
 }
 
 fn is_json(headers: &HeaderMap) -> bool {
@@ -128,6 +182,67 @@ async fn completions(
     body: Body,
 ) -> Result<Response, ApiError> {
     generate::completions(state, origin, body).await
+}
+
+async fn responses(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    generate::responses(state, origin, body).await
+}
+
+async fn response(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    Path(id): Path<String>,
+    Query(query): Query<ResponseQuery>,
+) -> Result<Response, ApiError> {
+    if query.stream {
+        return Err(ApiError::unsupported("stream"));
+    }
+    let stored = state.responses.find(&id, origin.owner, "response_id")?;
+    let json = HeaderValue::from_static("application/json");
+    Ok(([(header::CONTENT_TYPE, json)], stored.response.clone()).into_response())
+}
+
+#[derive(Deserialize)]
+struct ResponseQuery {
+    #[serde(default)]
+    stream: bool,
+}
+
+async fn delete_response(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    state.responses.remove(&id, origin.owner)?;
+    Ok(Json(serde_json::json!({"id": id, "object": "response", "deleted": true})).into_response())
+}
+
+/// Responses are made while their client waits: what is stored is over.
+async fn cancel_response(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    state.responses.find(&id, origin.owner, "response_id")?;
+    Err(ApiError::invalid("response_id", "Cannot cancel a synchronous response."))
+}
+
+async fn input_items(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    Path(id): Path<String>,
+) -> Result<Response, ApiError> {
+    let stored = state.responses.find(&id, origin.owner, "response_id")?;
+    let id = |item: Option<&serde_json::Value>| item.map(|item| item["id"].clone());
+    let (first, last) = (id(stored.input.first()), id(stored.input.last()));
+    let list = serde_json::json!({
+        "object": "list", "data": stored.input, "first_id": first, "last_id": last, "has_more": false
+    });
+    Ok(Json(list).into_response())
 }
 
 #[derive(Serialize)]

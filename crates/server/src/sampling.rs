@@ -36,6 +36,8 @@ pub(crate) struct SamplingFields {
     ignore_eos: bool,
     prompt_logprobs: Option<i64>,
     logit_bias: Vec<(String, f64)>,
+    allowed_token_ids: Option<Vec<u32>>,
+    bad_words: Vec<String>,
     skip_special_tokens: bool,
 }
 
@@ -44,6 +46,7 @@ pub(crate) struct SamplingFields {
 pub(crate) struct EndpointFields {
     pub(crate) max_tokens: Option<usize>,
     pub(crate) logprobs: Option<usize>,
+    pub(crate) thinking_token_budget: Option<usize>,
 }
 
 impl SamplingFields {
@@ -65,6 +68,8 @@ impl SamplingFields {
             ignore_eos: object.bool("ignore_eos")?.unwrap_or(false),
             prompt_logprobs: object.int("prompt_logprobs")?,
             logit_bias: object.field("logit_bias").map_or(Ok(Vec::new()), |field| logit_bias(&field))?,
+            allowed_token_ids: object.field("allowed_token_ids").map(|field| field.ids()).transpose()?,
+            bad_words: object.field("bad_words").map_or(Ok(Vec::new()), |field| bad_words(&field))?,
             skip_special_tokens: object.bool("skip_special_tokens")?.unwrap_or(true),
         })
     }
@@ -97,6 +102,9 @@ impl SamplingFields {
             frequency_penalty: or(self.frequency_penalty, 0.0),
             repetition_penalty: or(self.repetition_penalty, 1.0),
             logit_bias: biases(self.logit_bias)?,
+            allowed_token_ids: self.allowed_token_ids,
+            bad_words: self.bad_words,
+            thinking_token_budget: endpoint.thinking_token_budget,
             skip_special_tokens: self.skip_special_tokens,
         };
         Ok(params.validate(limits.vocab_size)?)
@@ -151,6 +159,10 @@ fn stop(field: &Field<'_>) -> Result<Vec<String>, ApiError> {
         return Ok(vec![field.string()?]);
     }
     field.array(SamplingParams::MAX_STOP)?.iter().map(Field::string).collect()
+}
+
+fn bad_words(field: &Field<'_>) -> Result<Vec<String>, ApiError> {
+    field.array(SamplingParams::MAX_BAD_WORDS)?.iter().map(Field::string).collect()
 }
 
 fn logit_bias(field: &Field<'_>) -> Result<Vec<(String, f64)>, ApiError> {

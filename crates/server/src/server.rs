@@ -1,21 +1,22 @@
 //! The server's life: it binds a port, answers that the model is being loaded, serves, and finishes what runs.
 
 use std::convert::Infallible;
-use std::future::IntoFuture;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use engine::Engine;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::auth::{Keys, digest, hex};
 use crate::clock;
+use crate::connections;
 use crate::error::ApiError;
+use crate::metrics::Metrics;
+use crate::response_store::Store;
 use crate::routes;
 
 /// Longest wait for connections after what ran was aborted: they have only their last words to send.
@@ -41,8 +42,12 @@ pub struct Options {
     pub defaults: SamplingDefaults,
     /// Most alternatives per token that a request may ask for. Default 20.
     pub max_logprobs: usize,
+    /// Responses that are kept for clients to refer to. Default 0.
+    pub responses_store: usize,
     /// Largest body of a request. Default 32 MiB.
     pub max_body_bytes: usize,
+    /// Connections at a time; others wait to be accepted. Default 16,384.
+    pub max_connections: usize,
     /// Pause on a stream after which a comment is sent. Default 15 s.
     pub sse_keep_alive: Duration,
     /// Time to finish running requests after the shutdown signal. Default 30 s.
@@ -60,7 +65,9 @@ impl Default for Options {
             system_date: None,
             defaults: SamplingDefaults::default(),
             max_logprobs: 20,
+            responses_store: 0,
             max_body_bytes: 32 << 20,
+            max_connections: 16_384,
             sse_keep_alive: Duration::from_secs(15),
             shutdown_timeout: Duration::from_secs(30),
         }
@@ -108,9 +115,6 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
-    /// The listener failed.
-    #[error("the server failed: {0}")]
-    Serve(#[source] std::io::Error),
 }
 
 /// A server with its port open. Nobody is answered before [`Server::run`].
@@ -120,6 +124,7 @@ pub struct Server {
     address: SocketAddr,
     state: Arc<State>,
     shutdown_timeout: Duration,
+    max_connections: usize,
 }
 
 /// Tells a running server that the model is there. Clones are handles on the same server.
@@ -150,8 +155,13 @@ impl Server {
         };
         let listener = TcpListener::bind((options.host.as_str(), options.port)).await.map_err(fail)?;
         let address = listener.local_addr().map_err(fail)?;
-        let shutdown_timeout = options.shutdown_timeout;
-        Ok(Server { listener, address, state: Arc::new(State::new(options)), shutdown_timeout })
+        Ok(Server {
+            listener,
+            address,
+            state: Arc::new(State::new(options)),
+            shutdown_timeout: options.shutdown_timeout,
+            max_connections: options.max_connections,
+        })
     }
 
     /// Where the server listens; with the port that was free if 0 was asked for.
@@ -166,10 +176,7 @@ impl Server {
 
     /// Serves until `shutdown` comes, then takes nothing new and finishes what runs; what still runs after the timeout of
     /// the options ends with an error.
-    ///
-    /// # Errors
-    /// [`Error::Serve`] if the listener fails.
-    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Result<(), Error> {
+    pub async fn run(self, shutdown: impl Future<Output = ()>) {
         let state = self.state;
         let (down, draining) = watch::channel(false);
         let signal = async {
@@ -178,12 +185,8 @@ impl Server {
             let _ = down.send(true);
             std::future::pending::<Infallible>().await
         };
-        // Small chunks must not wait for the acknowledgement of earlier ones. A socket that refuses is slower, not wrong.
-        let listener = self.listener.tap_io(|stream| {
-            let _ = stream.set_nodelay(true);
-        });
-        let served = axum::serve(listener, routes::router(Arc::clone(&state)))
-            .with_graceful_shutdown(wait(draining.clone()));
+        let router = routes::router(Arc::clone(&state));
+        let served = connections::serve(self.listener, &router, self.max_connections, draining.clone());
         let give_up = async {
             wait(draining).await;
             tokio::time::sleep(self.shutdown_timeout).await;
@@ -191,8 +194,8 @@ impl Server {
             tokio::time::sleep(ABORT_GRACE).await;
         };
         tokio::select! {
-            served = served.into_future() => served.map_err(Error::Serve),
-            () = give_up => Ok(()),
+            () = served => {}
+            () = give_up => {}
             never = signal => match never {},
         }
     }
@@ -214,6 +217,8 @@ pub(crate) struct State {
     pub(crate) fingerprint: String,
     pub(crate) defaults: SamplingDefaults,
     pub(crate) max_logprobs: usize,
+    pub(crate) responses: Arc<Store>,
+    pub(crate) metrics: Arc<Metrics>,
     pub(crate) max_body_bytes: usize,
     pub(crate) sse_keep_alive: Duration,
     system_date: Option<String>,
@@ -251,6 +256,8 @@ impl State {
             fingerprint: format!("vllm-compatible-{version}-{hash}"),
             defaults: options.defaults,
             max_logprobs: options.max_logprobs,
+            metrics: Arc::new(Metrics::new()),
+            responses: Arc::new(Store::new(options.responses_store)),
             max_body_bytes: options.max_body_bytes,
             sse_keep_alive: options.sse_keep_alive,
             system_date: options.system_date.clone(),

@@ -1,4 +1,4 @@
-//! Server-sent events: an encoder's chunks as a body that keeps idle connections alive and never ends without `[DONE]`.
+//! Server-sent events: an encoder's chunks as a body that keeps idle connections alive and never ends without saying so.
 
 use std::collections::VecDeque;
 use std::pin::Pin;
@@ -22,11 +22,19 @@ pub(crate) trait Encoder: Send + Unpin + 'static {
     fn begin(&mut self, out: &mut Vec<u8>);
     /// An event of a prompt; false once nothing more can come.
     fn event(&mut self, prompt: usize, event: Event, out: &mut Vec<u8>) -> bool;
-    /// What comes after the last event, without `[DONE]`.
+    /// What comes after the last event.
     fn end(&mut self, out: &mut Vec<u8>);
+    /// What comes if the answer ends early.
+    fn fail(&mut self, error: &ApiError, out: &mut Vec<u8>) {
+        data(out, &error.wire());
+        out.extend_from_slice(DONE);
+    }
     /// Tokens so far.
     fn usage(&self) -> Usage;
 }
+
+/// The end of a stream of chunks.
+pub(crate) const DONE: &[u8] = b"data: [DONE]\n\n";
 
 /// One event of a stream.
 pub(crate) fn data(out: &mut Vec<u8>, value: &impl Serialize) {
@@ -84,20 +92,19 @@ impl<E: Encoder> Chunks<E> {
             }
             Next::Done => false,
             Next::Failed(cause) => {
-                data(&mut out, &error(&cause, self.log.request_id()).wire());
-                self.close(&mut out);
+                self.encoder.fail(&error(&cause, self.log.request_id()), &mut out);
+                self.close();
                 return out;
             }
         };
         if !more {
             self.encoder.end(&mut out);
-            self.close(&mut out);
+            self.close();
         }
         out
     }
 
-    fn close(&mut self, out: &mut Vec<u8>) {
-        out.extend_from_slice(b"data: [DONE]\n\n");
+    fn close(&mut self) {
         self.log.usage(self.encoder.usage());
         self.log.complete();
         self.events = None;
@@ -129,6 +136,7 @@ pub(crate) fn error(cause: &Cause, request_id: &str) -> ApiError {
     match cause {
         Cause::Engine(engine::Failure::ShuttingDown) | Cause::ShuttingDown => ApiError::ShuttingDown,
         Cause::SlowReader => ApiError::SlowReader,
+        Cause::Engine(engine::Failure::Grammar(reason)) => ApiError::GrammarFailed(reason.clone()),
         Cause::Engine(failure) => {
             tracing::error!(request_id, %failure, "the engine failed");
             ApiError::Internal { request_id: request_id.to_owned() }

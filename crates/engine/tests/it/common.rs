@@ -31,7 +31,7 @@ pub(crate) fn says(text: &str) -> Engine {
 }
 
 pub(crate) fn text_request(prompt: &[u32], params: SamplingParams) -> Request {
-    Request { prompt: prompt.to_vec(), params, output: OutputMode::Text }
+    Request::new(prompt.to_vec(), params, OutputMode::Text)
 }
 
 pub(crate) fn unlimited() -> SamplingParams {

@@ -2,6 +2,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod common;
+mod grammars;
 mod life;
 mod llm;
 mod model;

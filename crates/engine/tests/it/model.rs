@@ -174,8 +174,8 @@ fn the_trained_model_answers_and_calls_tools() {
                 ignore_eos: false,
                 ..greedy(64)
             };
-            let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()] };
-            submit(&engine, Request { prompt: ids(&reference["prompts"][name]["ids"]), params, output })
+            let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()], begun: Vec::new() };
+            submit(&engine, Request::new(ids(&reference["prompts"][name]["ids"]), params, output))
         })
         .collect();
     for ((name, reasoning, content, arguments, expected), (_handle, events)) in

@@ -131,8 +131,8 @@ fn each_token_has_its_log_probability_also_while_its_text_is_held_back() {
 
 /// The turn that an engine which says `script` gives, the deltas in order, and why it ended.
 fn chat(script: &str, params: SamplingParams) -> (Turn, Vec<Delta>, End) {
-    let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()] };
-    let events = run(&says(script), Request { prompt: vec![1, 2], params, output });
+    let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()], begun: Vec::new() };
+    let events = run(&says(script), Request::new(vec![1, 2], params, output));
     let mut turn = Turn::default();
     let mut all = Vec::new();
     for event in &events {
@@ -196,14 +196,17 @@ fn stop_strings_look_at_visible_text() {
 fn what_is_held_back_comes_before_the_next_field() {
     let (_, deltas, _) = chat(ANSWER, stops(&["there.!"]));
     let first_content = deltas.iter().position(|d| matches!(d, Delta::Content(_))).unwrap();
-    assert!(deltas[first_content..].iter().all(|d| matches!(d, Delta::Content(_))), "{deltas:?}");
+    assert!(
+        deltas[first_content..].iter().all(|d| matches!(d, Delta::Content(_) | Delta::End)),
+        "{deltas:?}"
+    );
 }
 
 #[test]
 fn reasoning_and_repairs_are_counted() {
-    let output = OutputMode::Chat { tools: Vec::new() };
+    let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
     let script = ANSWER.replace("<|end|>", "");
-    let events = run(&says(&script), Request { prompt: vec![1], params: unlimited(), output });
+    let events = run(&says(&script), Request::new(vec![1], unlimited(), output));
     let Event::Finished { reasoning_tokens, repairs, .. } = &events[events.len() - 2] else {
         panic!("{events:?}")
     };

@@ -128,6 +128,7 @@ fn check(harmony: &Harmony, ids: &[u32]) {
     assert!(deltas.iter().all(|delta| match delta {
         Delta::Reasoning(text) | Delta::Content(text) | Delta::CallArguments { text, .. } => !text.is_empty(),
         Delta::CallStart { name, .. } => !name.is_empty(),
+        Delta::End => true,
     }));
 
     // The fields follow from the messages.

@@ -9,7 +9,8 @@ use cpu::Cpu;
 use gptoss::{BLOCK_TOKENS, Backend, Plan, Sampling, SequencePlan};
 use serde_json::{Value, json};
 
-use crate::args::{Bench, BenchFormat, Common, Recipe};
+use crate::args::{Bench, BenchFormat, BenchTarget, Common, Recipe};
+use crate::commands::bench_serve;
 use crate::commands::doctor::machine;
 use crate::failure::{Failure, Result};
 use crate::model::{Model, backend};
@@ -22,6 +23,9 @@ const CHUNK: usize = 512;
 const WARM_UP: usize = 2;
 
 pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
+    if let Some(BenchTarget::Serve(args)) = &args.target {
+        return bench_serve::run(args, ui);
+    }
     let weights = match &args.synthetic {
         Some(shape) => synthetic(shape, args)?,
         None => Model::open(args.model.as_deref(), ui)?.weights(&args.run, common, ui)?,

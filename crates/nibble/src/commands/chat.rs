@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use engine::{Engine, Event, OutputMode, Request, SamplingParams};
+use engine::{Engine, EngineOptions, Event, OutputMode, Request, SamplingParams};
 use harmony::{ChatMessage, ChatPrompt, Delta, Turn};
 
 use crate::args::{Chat, Common};
@@ -17,7 +17,7 @@ use crate::ui::{Ui, bold, dim};
 pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
     let model = Model::open(args.model.as_deref(), ui)?;
     let name = model.name.clone();
-    let running = start(model, &args.run, &args.capacity, 0, common, ui)?;
+    let running = start(model, &args.run, &args.capacity, &EngineOptions::default(), common, ui)?;
     let params = sampling(&args.sampling, &running.generation);
     let mut prompt = ChatPrompt {
         reasoning_effort: args.reasoning_effort.clone(),
@@ -68,11 +68,9 @@ pub(crate) fn answer(
     show: &mut dyn FnMut(&Delta),
 ) -> Result<Turn> {
     let (sender, receiver) = mpsc::channel();
-    let request = Request {
-        prompt: engine.harmony().render_chat(prompt)?,
-        params: params.clone(),
-        output: OutputMode::Chat { tools: prompt.tools.iter().map(|t| t.function.name.clone()).collect() },
-    };
+    let tools = prompt.tools.iter().map(|t| t.function.name.clone()).collect();
+    let output = OutputMode::Chat { tools, begun: Vec::new() };
+    let request = Request::new(engine.harmony().render_chat(prompt)?, params.clone(), output);
     let handle = engine.submit(request, Box::new(move |event| sender.send(event).is_ok()))?;
     let mut turn = Turn::default();
     loop {
@@ -105,6 +103,7 @@ pub(crate) fn show(delta: &Delta) {
         Delta::Content(text) => print!("{text}"),
         Delta::CallStart { name, .. } => print!("\n{} ", bold(name)),
         Delta::CallArguments { text, .. } => print!("{text}"),
+        Delta::End => {}
     }
     let _ = std::io::stdout().flush();
 }

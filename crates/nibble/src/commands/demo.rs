@@ -209,6 +209,7 @@ fn ask(model: Cpu, ui: Ui) -> Result<Vec<Value>> {
                 Delta::Reasoning(_) => ("reasoning", "reasoning"),
                 Delta::Content(_) => ("content", "answer   "),
                 Delta::CallStart { .. } | Delta::CallArguments { .. } => ("call", "calls    "),
+                Delta::End => return,
             };
             if name != field {
                 print!("{}   {} ", if field.is_empty() { "" } else { "\n" }, bold(label));

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use engine::{CompletionOutput, Llm, Prompt, RequestOutput, SamplingParams};
+use engine::{CompletionOutput, EngineOptions, Llm, Prompt, RequestOutput, SamplingParams};
 use gptoss::TokenLogprobs;
 use harmony::{ChatMessage, ChatPrompt};
 use serde::Deserialize;
@@ -35,7 +35,14 @@ enum Input {
 pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
     let inputs = inputs(args)?;
     let started = Instant::now();
-    let running = start(Model::open(args.model.as_deref(), ui)?, &args.run, &args.capacity, 0, common, ui)?;
+    let running = start(
+        Model::open(args.model.as_deref(), ui)?,
+        &args.run,
+        &args.capacity,
+        &EngineOptions::default(),
+        common,
+        ui,
+    )?;
     let params = SamplingParams {
         n: args.n,
         logprobs: args.logprobs,

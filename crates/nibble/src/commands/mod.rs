@@ -1,6 +1,7 @@
 //! One module per command.
 
 pub(crate) mod bench;
+pub(crate) mod bench_serve;
 pub(crate) mod chat;
 pub(crate) mod demo;
 pub(crate) mod doctor;

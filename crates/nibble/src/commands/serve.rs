@@ -3,10 +3,12 @@
 use std::io::IsTerminal;
 use std::time::Duration;
 
+use checkpoint::GenerationConfig;
+use engine::{Engine, EngineOptions};
 use server::{Options, SamplingDefaults, Server};
 
 use crate::args::{Common, Serve};
-use crate::engine::{Running, start};
+use crate::engine::{scripted, start};
 use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::model::{BUILT_IN, Model};
@@ -24,9 +26,16 @@ pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
 
     let name = args.model.clone().or_else(|| args.model_flag.clone());
     // Wrong files are an error before the port is open.
-    let model = Model::open(name.as_deref(), ui)?;
-    let generation = model.checkpoint.generation_config().clone();
-    let root = name.unwrap_or_else(|| BUILT_IN.to_owned());
+    let source = match args.engine.split_once(':') {
+        Some(("scripted", file)) => Source::Script(scripted(file, &args.capacity, &base(&args))?),
+        _ if args.engine == "auto" => Source::Model(Box::new(Model::open(name.as_deref(), ui)?)),
+        _ => {
+            let found = &args.engine;
+            return Err(Failure::input(format!("--engine: expected auto or scripted:FILE, found {found}")));
+        }
+    };
+    let generation = source.generation();
+    let root = name.unwrap_or_else(|| source.name().to_owned());
     let served =
         if args.served_model_name.is_empty() { vec![root.clone()] } else { args.served_model_name.clone() };
     let options = Options {
@@ -36,6 +45,7 @@ pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
         root,
         api_keys: args.api_key.clone(),
         system_date: args.system_date.clone(),
+        responses_store: args.responses_store,
         defaults: SamplingDefaults {
             temperature: generation.temperature.unwrap_or(1.0),
             top_p: generation.top_p.unwrap_or(1.0),
@@ -51,10 +61,49 @@ pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
         .build()
         .map_err(|e| Failure::machine(format!("the server's threads cannot be started: {e}")))?;
     interrupt::handle_gracefully();
-    runtime.block_on(serve(options, model, args, common.clone(), ui))
+    runtime.block_on(serve(options, source, args, common.clone(), ui))
 }
 
-async fn serve(options: Options, model: Model, args: Serve, common: Common, ui: Ui) -> Result<()> {
+fn base(args: &Serve) -> EngineOptions {
+    let options = EngineOptions { seed: args.seed, ..EngineOptions::default() };
+    match args.max_num_queued_reqs {
+        Some(count) => EngineOptions { max_queued_requests: count as usize, ..options },
+        None => options,
+    }
+}
+
+/// Where tokens come from.
+enum Source {
+    Model(Box<Model>),
+    Script(Engine),
+}
+
+impl Source {
+    fn generation(&self) -> GenerationConfig {
+        match self {
+            Source::Model(model) => model.checkpoint.generation_config().clone(),
+            Source::Script(_) => GenerationConfig::default(),
+        }
+    }
+
+    fn name(&self) -> &'static str {
+        match self {
+            Source::Model(_) => BUILT_IN,
+            Source::Script(_) => "scripted",
+        }
+    }
+
+    fn start(self, args: &Serve, common: &Common, ui: Ui) -> Result<Engine> {
+        match self {
+            Source::Model(model) => {
+                Ok(start(*model, &args.run, &args.capacity, &base(args), common, ui)?.engine)
+            }
+            Source::Script(engine) => Ok(engine),
+        }
+    }
+}
+
+async fn serve(options: Options, source: Source, args: Serve, common: Common, ui: Ui) -> Result<()> {
     let server = Server::bind(&options).await.map_err(|e| Failure::machine(e.to_string()))?;
     let address = server.local_addr();
     if ui.json {
@@ -63,21 +112,19 @@ async fn serve(options: Options, model: Model, args: Serve, common: Common, ui: 
         println!("http://{address}");
     }
     let handle = server.handle();
-    let loading =
-        tokio::task::spawn_blocking(move || start(model, &args.run, &args.capacity, args.seed, &common, ui));
+    let loading = tokio::task::spawn_blocking(move || source.start(&args, &common, ui));
     let serving = tokio::spawn(server.run(shutdown()));
     let failed = |e: tokio::task::JoinError| Failure::machine(format!("the server failed: {e}"));
-    let loaded = tokio::select! {
+    let engine = tokio::select! {
         loaded = loading => loaded.map_err(failed)??,
         // A signal while the model loads: there is nothing to finish, and loading need not be waited for.
         () = shutdown() => std::process::exit(0),
     };
-    let Running { engine, .. } = loaded;
     tracing::info!("ready: {}, context {}", engine.device(), engine.max_model_len());
     handle.ready(engine.clone());
-    let served = serving.await.map_err(failed)?;
+    let served = serving.await.map_err(failed);
     engine.abort();
-    served.map_err(|e| Failure::machine(e.to_string()))
+    served
 }
 
 /// SIGTERM or SIGINT.

@@ -292,6 +292,51 @@ fn the_server_answers_and_ends_on_sigterm() {
 }
 
 #[test]
+fn a_scripted_server_says_what_it_is_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("script.json");
+    // `<|channel|>final<|message|>Hi<|return|>`, and without a header for another seed.
+    let script = json!({
+        "default": {"tokens": [200_005, 17_196, 200_008, 12_194, 200_002]},
+        "7": {"tokens": [24_912, 2_375, 200_002], "delays_ms": [1, 2], "finish_reason": "stop"},
+    });
+    std::fs::write(&file, script.to_string()).unwrap();
+    let engine = format!("scripted:{}", file.display());
+    let server =
+        Serving::start(&["--engine", &engine, "--responses-store", "3", "--max-num-queued-reqs", "1"]);
+    for (seed, text) in [(1, "Hi"), (7, "hello world")] {
+        let request = json!({"seed": seed, "messages": [{"role": "user", "content": "Hi"}]});
+        let (status, body) = server.request("POST", "/v1/chat/completions", "", &request.to_string());
+        assert_eq!(status, 200, "{body}");
+        let answer: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(answer["choices"][0]["message"]["content"], text);
+        assert_eq!(answer["model"], "scripted");
+    }
+    let (status, body) = server.request("POST", "/v1/responses", "", "{\"input\": \"Hi\"}");
+    assert_eq!((status, body.contains("\"store\":true")), (200, true), "{body}");
+
+    // A load of completions, which play the default in turn.
+    let url = format!("http://{}/v1", server.address);
+    let bench = |more: &[&str]| {
+        let all =
+            ["--json", "bench", "serve", &url, "--num-prompts", "6", "--input-len", "9", "--output-len", "4"];
+        ok(&[&all, more].concat()).json()
+    };
+    let found = bench(&["--concurrency", "1", "--shared-prefix-len", "5"]);
+    assert_eq!((&found["requests"], &found["errors"]), (&json!(6), &json!(0)), "{found}");
+    assert_eq!((&found["input_tokens"], &found["output_tokens"]), (&json!(54), &json!(24)));
+    assert!(found["ttft_ms"]["p99"].as_f64().unwrap() > 0.0 && found["model"] == "scripted");
+    let found = bench(&["--concurrency", "2", "--request-rate", "1000"]);
+    assert_eq!(found["requests"].as_u64().unwrap() + found["errors"].as_u64().unwrap(), 6);
+    fails(&["bench", "serve", "http://127.0.0.1:1"], 3, "list of models");
+
+    fails(&["serve", "--port", "0", "--engine", "scripted:/nowhere.json"], 2, "/nowhere.json");
+    fails(&["serve", "--port", "0", "--engine", "other"], 2, "scripted:FILE");
+    std::fs::write(&file, "{\"default\": {\"tokens\": [999999]}}").unwrap();
+    fails(&["serve", "--port", "0", "--engine", &engine], 2, "999999");
+}
+
+#[test]
 fn a_port_in_use_is_the_machines_fault() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();

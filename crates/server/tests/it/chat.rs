@@ -116,11 +116,11 @@ fn prompts() {
     let end = harmony().tokenizer().special("<|end|>").unwrap();
     assert_eq!(ids.iter().filter(|&&id| id == end).count(), 2, "of the system message and of the user's");
 
-    // Without calls the model is not told of tools.
-    let with_tools = json!({"messages": ask("Hi"), "tools": [tool("f")], "tool_choice": "none"});
-    assert_eq!(prompt_of(&server, with_tools), system("medium") + hi);
-    let with_tools = json!({"messages": ask("Hi"), "tools": [tool("f")]});
-    assert!(prompt_of(&server, with_tools).contains("type f = (_: {\nlocation?: string,\n}) => any;"));
+    // Whether it may call them or not, the model is told of tools.
+    for choice in ["auto", "none", "required"] {
+        let with_tools = json!({"messages": ask("Hi"), "tools": [tool("f")], "tool_choice": choice});
+        assert!(prompt_of(&server, with_tools).contains("type f = (_: {\nlocation?: string,\n}) => any;"));
+    }
     let legacy =
         json!({"messages": ask("Hi"), "functions": [tool("f")["function"]], "function_call": "auto"});
     assert!(prompt_of(&server, legacy).contains("type f = (_: {\nlocation?: string,\n}) => any;"));
@@ -267,7 +267,7 @@ fn one_call_at_most() {
 #[test]
 fn calls_that_were_not_allowed_are_reasoning() {
     let server = Fixture::saying(&[TWO_CALLS]);
-    let mut request = json!({"messages": ask("Hi"), "tools": [tool("f")], "tool_choice": "none"});
+    let mut request = json!({"messages": ask("Hi")});
     let whole = server.chat(&request).ok();
     let choice = &whole["choices"][0];
     assert_eq!(choice["message"].get("tool_calls"), None);

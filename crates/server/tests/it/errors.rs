@@ -54,6 +54,16 @@ fn chat_fields() {
         ("logit_bias", json!({"x": 1}), "logit_bias", "token ids"),
         ("logit_bias", json!({"201088": 1}), "logit_bias", "out of vocabulary"),
         ("logit_bias", json!({"1": "x"}), "logit_bias.1", "number"),
+        ("logit_bias", (0..1025).map(|id| (id.to_string(), json!(1))).collect(), "logit_bias", "1024"),
+        ("stop_token_ids", json!(vec![1; 257]), "stop_token_ids", "256"),
+        ("stop", json!(["x".repeat(257)]), "stop", "256"),
+        ("tools", (0..513).map(|i| tool(&format!("f{i}"))).collect(), "tools", "512"),
+        (
+            "tools",
+            json!([{"type": "function", "function": {"name": "f", "description": "x".repeat(2 << 20)}}]),
+            "tools",
+            "1048576",
+        ),
         ("tools", json!([]), "tools", "must not be an empty array"),
         ("tools", json!([{"type": "web_search"}]), "tools.0.type", "function"),
         ("tools", json!([tool("f"), {"type": "function"}]), "tools.1.function", "required"),
@@ -67,16 +77,14 @@ fn chat_fields() {
         ),
         (
             "tools",
-            json!([{"type": "function", "function": {"name": "g", "strict": true}}]),
-            "tools.0.function.strict",
-            "not supported yet",
+            json!([{"type": "function", "function": {"name": "g", "strict": true, "parameters": {"type": "what"}}}]),
+            "tools.0.function.parameters",
+            "what",
         ),
         ("tool_choice", json!("auto"), "tool_choice", "When using `tool_choice`, `tools` must be set."),
         ("tool_choice", json!("maybe"), "tool_choice", "maybe"),
         ("reasoning_effort", json!("huge"), "reasoning_effort", "huge"),
-        ("reasoning_effort", json!("none"), "reasoning_effort", "not supported yet"),
-        ("thinking_token_budget", json!(5), "thinking_token_budget", "not supported yet"),
-        ("thinking_token_budget", json!(-2), "thinking_token_budget", "at least 0"),
+        ("thinking_token_budget", json!(-2), "thinking_token_budget", "negative"),
         ("stream", json!("yes"), "stream", "boolean"),
         (
             "stream_options",
@@ -88,17 +96,57 @@ fn chat_fields() {
         ("modalities", json!(["text", "audio"]), "modalities", "text only"),
         ("request_id", json!("a b"), "request_id", "visible ASCII"),
         ("chat_template", json!("{{ x }}"), "chat_template", "built in"),
-        ("response_format", json!({"type": "json_object"}), "response_format", "not supported yet"),
-        ("structured_outputs", json!({"regex": "a"}), "structured_outputs", "not supported yet"),
-        ("bad_words", json!(["x"]), "bad_words", "not supported yet"),
-        ("allowed_token_ids", json!([1]), "allowed_token_ids", "not supported yet"),
+        ("response_format", json!({"type": "xml"}), "response_format.type", "xml"),
+        ("response_format", json!({"type": "json_schema"}), "response_format.json_schema", "required"),
+        (
+            "response_format",
+            json!({"type": "json_schema", "json_schema": {"name": "a b", "schema": {}}}),
+            "response_format.json_schema.name",
+            "letters",
+        ),
+        (
+            "response_format",
+            json!({"type": "json_schema", "json_schema": {"name": "a", "schema": {"if": {"minLength": 2}}}}),
+            "response_format.json_schema.schema",
+            "if",
+        ),
+        ("response_format", json!({"type": "structural_tag"}), "response_format.type", "structural_tag"),
+        ("response_format", json!({"type": "regex", "pattern": "("}), "response_format.pattern", "regex"),
+        (
+            "response_format",
+            json!({"type": "grammar", "grammar": "root ::= \"a\"", "syntax": "gbnf"}),
+            "response_format.syntax",
+            "lark",
+        ),
+        ("structured_outputs", json!({}), "structured_outputs", "only use one kind"),
+        (
+            "structured_outputs",
+            json!({"regex": "a", "choice": ["b"]}),
+            "structured_outputs",
+            "only use one kind",
+        ),
+        ("structured_outputs", json!({"regex": "\0"}), "structured_outputs.regex", "NUL"),
+        ("structured_outputs", json!({"choice": []}), "structured_outputs.choice", "must have choices"),
+        ("structured_outputs", json!({"grammar": "root ::= x"}), "structured_outputs.grammar", "::="),
+        (
+            "structured_outputs",
+            json!({"grammar": "start: <|end|>"}),
+            "structured_outputs.grammar",
+            "special tokens",
+        ),
+        ("structured_outputs", json!({"json": "{"}), "structured_outputs.json", "JSON"),
+        ("structured_outputs", json!({"json_object": false}), "structured_outputs.json_object", "true"),
+        ("bad_words", json!([""]), "bad_words", "1 to 256 bytes"),
+        ("bad_words", json!(vec!["x"; 129]), "bad_words", "128"),
+        ("allowed_token_ids", json!([]), "allowed_token_ids", "empty"),
+        ("allowed_token_ids", json!([201_088]), "allowed_token_ids", "out of vocabulary"),
         ("logprob_token_ids", json!([1]), "logprob_token_ids", "not supported yet"),
         ("repetition_detection", json!({}), "repetition_detection", "not supported yet"),
         ("truncate_prompt_tokens", json!(5), "truncate_prompt_tokens", "not supported yet"),
         ("cache_salt", json!("x"), "cache_salt", "not supported yet"),
         ("documents", json!([]), "documents", "not supported yet"),
         ("echo", json!(true), "echo", "not supported yet"),
-        ("continue_final_message", json!(true), "continue_final_message", "not supported yet"),
+        ("continue_final_message", json!(true), "continue_final_message", "the last message"),
         ("add_generation_prompt", json!(false), "add_generation_prompt", "not supported yet"),
         ("use_beam_search", json!(true), "use_beam_search", "not supported yet"),
         ("guided_json", json!({}), "guided_json", "structured_outputs"),
@@ -169,8 +217,11 @@ fn rules_across_fields() {
             "stream_options.continuous_usage_stats",
             "include_usage",
         ),
-        (json!({"tools": [tool("f")], "tool_choice": "required"}), "tool_choice", "not supported yet"),
-        (json!({"tools": [tool("g")], "tool_choice": named}), "tool_choice", "not supported yet"),
+        (
+            json!({"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}}),
+            "structured_outputs",
+            "together with response_format",
+        ),
         (json!({"tools": [tool("f")], "tool_choice": named}), "tool_choice", "not among the tools"),
         (json!({"include_reasoning": false, "logprobs": true}), "include_reasoning", "not supported yet"),
     ] {
@@ -226,7 +277,7 @@ fn completion_fields() {
         ("best_of", json!(2), "best_of", "not supported"),
         ("prompt_embeds", json!("x"), "prompt_embeds", "not supported"),
         ("guided_regex", json!("x"), "guided_regex", "structured_outputs"),
-        ("response_format", json!({"type": "json_object"}), "response_format", "not supported yet"),
+        ("response_format", json!({"type": "regex", "pattern": "("}), "response_format.pattern", "regex"),
     ] {
         let mut request = json!({"prompt": "Hi"});
         request[field] = value;
@@ -302,7 +353,7 @@ fn bodies_that_cannot_be_read() {
 #[test]
 fn paths_and_methods() {
     let server = Fixture::saying(&[HI]);
-    for path in ["/", "/v1", "/v1/chat", "/v1/nothing", "/v2/models", "/%ff"] {
+    for path in ["/v1", "/v1/chat", "/v1/nothing", "/v2/models", "/%ff"] {
         check(path, server.get(path).error(), (404, "NotFoundError", None));
     }
     for (method, path, allow) in [

@@ -21,7 +21,7 @@ pub(crate) struct Fixture {
     pub(crate) handle: Handle,
     pub(crate) engine: Option<Engine>,
     shutdown: Option<tokio::sync::oneshot::Sender<()>>,
-    ended: tokio::task::JoinHandle<Result<(), server::Error>>,
+    ended: tokio::task::JoinHandle<()>,
     pub(crate) runtime: tokio::runtime::Runtime,
 }
 
@@ -95,9 +95,9 @@ impl Fixture {
         self.shutdown.take().unwrap().send(()).unwrap();
     }
 
-    /// What the server returned.
-    pub(crate) fn ended(&mut self) -> Result<(), server::Error> {
-        self.runtime.block_on(&mut self.ended).unwrap()
+    /// Waits until the server has ended.
+    pub(crate) fn ended(&mut self) {
+        self.runtime.block_on(&mut self.ended).unwrap();
     }
 
     pub(crate) fn connect(&self) -> TcpStream {

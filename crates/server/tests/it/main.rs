@@ -1,5 +1,5 @@
 //! The server on loopback, over a scripted engine.
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 mod chat;
 mod completions;
@@ -7,4 +7,9 @@ mod errors;
 mod fixture;
 mod harmony_turns;
 mod life;
+mod limits;
+mod operations;
+mod responses;
+mod soup;
 mod streams;
+mod structured;

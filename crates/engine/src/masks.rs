@@ -1,0 +1,152 @@
+//! The masks of constrained answers, made on threads of their own while the model computes the logits that they apply to.
+
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
+
+use gptoss::Mask;
+use llguidance::Matcher;
+
+use crate::grammar::Grammar;
+use crate::output::Rules;
+
+/// A device waits for all masks of its step, each some 50 microseconds.
+const MAX_THREADS: usize = 4;
+
+/// The threads; they end when the engine's last constraint is gone.
+pub(crate) struct Masks {
+    work: mpsc::Sender<Box<dyn FnOnce() + Send>>,
+}
+
+impl Masks {
+    pub(crate) fn new() -> std::io::Result<Masks> {
+        let (work, queue) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
+        let queue = Arc::new(Mutex::new(queue));
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        for _ in 0..(cores / 4).clamp(1, MAX_THREADS) {
+            let queue = Arc::clone(&queue);
+            std::thread::Builder::new().name("masks".to_owned()).spawn(move || {
+                loop {
+                    let job = queue.lock().unwrap_or_else(PoisonError::into_inner).recv();
+                    match job {
+                        Ok(job) => job(),
+                        Err(_) => return,
+                    }
+                }
+            })?;
+        }
+        Ok(Masks { work })
+    }
+}
+
+/// Where one choice is in its grammar.
+pub(crate) struct Constraint {
+    rules: Arc<Rules>,
+    state: Arc<Mutex<State>>,
+    /// Of the next token; maybe still in the making.
+    mask: Mask,
+    work: mpsc::Sender<Box<dyn FnOnce() + Send>>,
+}
+
+#[derive(Default)]
+struct State {
+    matcher: Option<Matcher>,
+    failure: Option<String>,
+}
+
+impl Constraint {
+    /// At the beginning of the grammar. `may_stop`: stop tokens are allowed already.
+    pub(crate) fn new(masks: &Masks, rules: &Arc<Rules>, grammar: &Grammar, may_stop: bool) -> Constraint {
+        let mut constraint = Constraint {
+            rules: Arc::clone(rules),
+            state: Arc::default(),
+            mask: Mask::default(),
+            work: masks.work.clone(),
+        };
+        let grammar = grammar.clone();
+        constraint.request(may_stop, move |state| {
+            state.matcher = Some(grammar.matcher());
+            Ok(())
+        });
+        constraint
+    }
+
+    /// After this token.
+    pub(crate) fn advance(&mut self, token: u32, may_stop: bool) {
+        self.request(may_stop, move |state| match &mut state.matcher {
+            Some(matcher) if matcher.is_stopped() && !matcher.is_error() => Ok(()),
+            Some(matcher) => matcher.consume_token(token).map_err(|error| error.to_string()),
+            None => Ok(()),
+        });
+    }
+
+    /// What may come next.
+    pub(crate) fn mask(&self) -> Mask {
+        self.mask.clone()
+    }
+
+    /// Why the grammar could not be followed up to the last mask.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.mask.wait();
+        self.state.lock().unwrap_or_else(PoisonError::into_inner).failure.clone()
+    }
+
+    fn request(
+        &mut self,
+        may_stop: bool,
+        step: impl FnOnce(&mut State) -> Result<(), String> + Send + 'static,
+    ) {
+        self.mask = Mask::default();
+        let (state, rules) = (Arc::clone(&self.state), Arc::clone(&self.rules));
+        let promise = Promise(self.mask.clone());
+        // An error drops the job, which sets the mask.
+        let _ = self.work.send(Box::new(move || {
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            let made = step(&mut state).and_then(|()| state.mask(&rules, may_stop));
+            match made {
+                Ok(words) => promise.0.set(words),
+                Err(failure) => state.failure = Some(failure),
+            }
+        }));
+    }
+}
+
+impl State {
+    fn mask(&mut self, rules: &Rules, may_stop: bool) -> Result<Vec<u32>, String> {
+        let Some(matcher) = &mut self.matcher else { return Ok(Vec::new()) };
+        let mask = matcher.compute_mask_or_eos().map_err(|error| error.to_string())?;
+        let mut words = mask.as_slice().to_vec();
+        if let Some(allowed) = &rules.allowed {
+            let allowed = allowed.wait().iter().copied().chain(std::iter::repeat(0));
+            words.iter_mut().zip(allowed).for_each(|(word, allowed)| *word &= allowed);
+        }
+        if !may_stop {
+            let longer = without(&words, &rules.stop_tokens);
+            // Where the grammar ends the answer ends, however short.
+            if longer.iter().any(|&word| word != 0) {
+                words = longer;
+            }
+        }
+        if words.iter().all(|&word| word == 0) {
+            return Err("no token that is allowed continues the grammar".to_owned());
+        }
+        Ok(words)
+    }
+}
+
+fn without(words: &[u32], tokens: &[u32]) -> Vec<u32> {
+    let mut words = words.to_vec();
+    for &token in tokens {
+        if let Some(word) = words.get_mut(token as usize / 32) {
+            *word &= !(1 << (token % 32));
+        }
+    }
+    words
+}
+
+/// Whoever waits for the mask does not wait for ever.
+struct Promise(Mask);
+
+impl Drop for Promise {
+    fn drop(&mut self) {
+        self.0.set(Vec::new());
+    }
+}

@@ -1,0 +1,369 @@
+//! Answers that must follow a grammar, over scripts that say something else, and forms that are refused.
+
+use std::sync::OnceLock;
+
+use engine::{
+    Engine, EngineOptions, Event, Failure, FinishReason, Form, GrammarError, Grammars, OutputMode, Request,
+    SamplingParams, Scripted, TurnRules, Whitespace,
+};
+use harmony::{Delta, Turn};
+use serde_json::{Value, json};
+
+use crate::common::{harmony, run, says, start, submit, tokens, tokens_of, unlimited};
+
+fn schema(schema: Value) -> Form {
+    Form::Json { schema, lenient: false, whitespace: Whitespace::default() }
+}
+
+fn point() -> Form {
+    schema(json!({
+        "type": "object",
+        "properties": {"x": {"type": "integer"}, "y": {"enum": ["a", "b"]}},
+        "required": ["x", "y"],
+        "additionalProperties": false
+    }))
+}
+
+fn answering(form: Form) -> TurnRules {
+    TurnRules { reasoning: true, answer: Some(form), calls: Vec::new(), many_calls: true }
+}
+
+/// All tests compile in one engine, since to prepare the vocabulary takes a while.
+fn grammars() -> &'static Grammars {
+    static ENGINE: OnceLock<Engine> = OnceLock::new();
+    ENGINE.get_or_init(|| says("x<|return|>")).grammars()
+}
+
+fn request(rules: &TurnRules, params: SamplingParams) -> Request {
+    let tools = rules.calls.iter().map(|(name, _)| name.clone()).collect();
+    let output = OutputMode::Chat { tools, begun: Vec::new() };
+    Request { grammar: Some(grammars().turn(rules).unwrap()), ..Request::new(vec![1], params, output) }
+}
+
+/// A chat whose script is `text`: its fields, how it ended, its tokens.
+fn chat(text: &str, rules: &TurnRules, params: SamplingParams) -> (Turn, FinishReason, Vec<u32>) {
+    let events = run(&says(text), request(rules, params));
+    let deltas: Vec<Delta> = events
+        .iter()
+        .flat_map(|event| match event {
+            Event::Tokens { deltas, .. } => deltas.clone(),
+            _ => Vec::new(),
+        })
+        .collect();
+    let reason = events.iter().find_map(|event| match event {
+        Event::Finished { reason, .. } => Some(*reason),
+        _ => None,
+    });
+    (Turn::collect(&deltas), reason.unwrap(), tokens_of(&events, 0))
+}
+
+fn at_most(max_tokens: usize) -> SamplingParams {
+    SamplingParams { max_tokens: Some(max_tokens), ..unlimited() }
+}
+
+#[test]
+fn good_turns_pass_unchanged() {
+    let call = |i: usize| (format!("f{i}"), point());
+    let both = TurnRules { calls: vec![call(0), call(1)], ..answering(point()) };
+    for good in [
+        r#"<|channel|>analysis<|message|>Think 👋.<|end|><|start|>assistant<|channel|>final<|message|>{"x": 1, "y": "a"}<|return|>"#,
+        r#"<|channel|>final <|constrain|>json<|message|>{"x":-12,"y":"b"}<|return|>"#,
+        r#"<|channel|>commentary to=functions.f0 <|constrain|>json<|message|>{"x": 1, "y": "a"}<|call|>"#,
+        r#" to=functions.f1<|channel|>commentary json<|message|>{"x": 1, "y": "a"}<|call|>"#,
+        r#"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant<|channel|>commentary to=functions.f0<|message|>{"x": 1, "y": "a"}<|end|><|start|>assistant<|channel|>commentary to=functions.f1 <|constrain|>json<|message|>{"x": 2, "y": "b"}<|call|>"#,
+    ] {
+        let (_, _, said) = chat(good, &both, at_most(200));
+        assert_eq!(said, tokens(good), "{good}");
+    }
+}
+
+#[test]
+fn bad_turns_are_bent() {
+    // A bare text becomes an answer, of which only what fits is left.
+    for bad in [
+        "I cannot do that, sorry.<|return|>",
+        r#"<|channel|>final<|message|>{"x": "one", "z": 3}<|return|>"#,
+        r#"<|channel|>commentary to=functions.f<|message|>{}<|call|>"#,
+        "<|return|>",
+        "<|end|><|end|><|end|>",
+        "\u{fffd}👋<|start|><|channel|>",
+    ] {
+        let (turn, reason, said) = chat(bad, &answering(point()), at_most(60));
+        if reason == FinishReason::Stop {
+            let answer: Value = serde_json::from_str(turn.content.as_deref().unwrap())
+                .unwrap_or_else(|e| panic!("{bad}: {turn:?}: {e}"));
+            assert!(answer["x"].is_number() && (answer["y"] == "a" || answer["y"] == "b"), "{answer}");
+        } else {
+            assert_eq!(said.len(), 60, "{bad}");
+        }
+        assert!(turn.tool_calls.is_empty());
+    }
+    // Of all scripts one that answers at once.
+    let (turn, reason, _) =
+        chat(r#"<|channel|>final<|message|>{"x":7,"y":"c"}<|return|>"#, &answering(point()), at_most(60));
+    assert_eq!(reason, FinishReason::Stop);
+    let answer: Value = serde_json::from_str(&turn.content.unwrap()).unwrap();
+    assert_eq!(answer["x"], 7);
+}
+
+#[test]
+fn calls_that_must_be_made() {
+    let rules = TurnRules {
+        reasoning: true,
+        answer: None,
+        calls: vec![("look.up".to_owned(), point())],
+        many_calls: false,
+    };
+    let (turn, reason, _) =
+        chat(r#"<|channel|>final<|message|>No.<|return|>{"x": 5, "y": "b"}<|call|>"#, &rules, at_most(100));
+    // Reasoning and preamble may go on as long as the script likes, but there is never an answer.
+    assert!(reason != FinishReason::Stop, "{turn:?}");
+    let (turn, reason, _) = chat(
+        r#"<|channel|>commentary to=functions.look.up <|constrain|>json<|message|>{"x": 5, "q": 1}<|call|>"#,
+        &rules,
+        at_most(100),
+    );
+    if reason == FinishReason::ToolCalls {
+        assert_eq!(turn.tool_calls[0].name, "look.up");
+        let arguments: Value = serde_json::from_str(&turn.tool_calls[0].arguments).unwrap();
+        assert_eq!(arguments["x"], 5);
+    }
+    // With `many_calls` off a second one cannot begin.
+    let two = r#"<|channel|>commentary to=functions.look.up<|message|>{"x": 5, "y": "a"}<|end|><|start|>assistant<|channel|>commentary to=functions.look.up<|message|>{"x": 6, "y": "a"}<|call|>"#;
+    let (turn, reason, _) = chat(two, &rules, at_most(100));
+    assert_eq!((turn.tool_calls.len(), reason), (1, FinishReason::ToolCalls));
+    let (turn, ..) = chat(two, &TurnRules { many_calls: true, ..rules }, at_most(100));
+    assert_eq!(turn.tool_calls.len(), 2);
+}
+
+#[test]
+fn other_forms() {
+    let forms = [
+        (Form::Regex(r"[a-c]{3}/\d+x".to_owned()), "abc/17x", "xyz"),
+        (Form::Choice(vec!["yes".to_owned(), "no \"way\"\n".to_owned()]), "no \"way\"\n", "maybe"),
+        (Form::Lark("start: \"<\" inner \">\"\ninner: /[a-z]+/".to_owned()), "<ab>", "ab"),
+        (schema(json!({"type": "object"})), r#"{"a": [1, {"b": null}]}"#, "[1]"),
+        (Form::Text, "anything\nat all", ""),
+    ];
+    for (form, good, bad) in forms {
+        let final_of = |text: &str| format!("<|channel|>final<|message|>{text}<|return|>");
+        let (turn, reason, _) = chat(&final_of(good), &answering(form.clone()), at_most(80));
+        assert_eq!((turn.content.as_deref(), reason), (Some(good), FinishReason::Stop), "{form:?}");
+        let (turn, _, _) = chat(&final_of(bad), &answering(form.clone()), at_most(10));
+        if !bad.is_empty() {
+            assert_ne!(turn.content.as_deref(), Some(bad), "{form:?}");
+        }
+
+        // As a raw text.
+        let engine = says(&format!("{good}<|return|>"));
+        let grammar = grammars().text(&form).unwrap();
+        let request =
+            Request { grammar: Some(grammar), ..Request::new(vec![1], at_most(80), OutputMode::Text) };
+        let mut expected = tokens(good);
+        expected.push(crate::common::RETURN);
+        assert_eq!(tokens_of(&run(&engine, request), 0), expected);
+    }
+}
+
+#[test]
+fn whitespace_is_bounded() {
+    let spaced = r#"<|channel|>final<|message|>{   "x":    1,    "y":"a"}<|return|>"#;
+    let (turn, ..) = chat(spaced, &answering(point()), at_most(100));
+    assert!(!turn.content.unwrap().contains("  "));
+    let Form::Json { schema, .. } = point() else { unreachable!() };
+    for (whitespace, text) in [
+        (Whitespace::None, r#"{"x":1,"y":"a"}"#),
+        (Whitespace::Pattern("[ \n]{0,3}".to_owned()), "{ \n \"x\":1, \n \"y\":\"a\"}"),
+    ] {
+        let form = Form::Json { schema: schema.clone(), lenient: false, whitespace };
+        let said = format!("<|channel|>final<|message|>{text}<|return|>");
+        let (turn, ..) = chat(&said, &answering(form), at_most(100));
+        assert_eq!(turn.content.as_deref(), Some(text));
+    }
+}
+
+#[test]
+fn several_choices_go_their_own_ways() {
+    let script = |y: &str| tokens(&format!(r#"<|channel|>final<|message|>{{"x": 1, "y": "{y}"}}<|return|>"#));
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![script("a"), script("b"), script("a")]);
+    let engine = start(backend, EngineOptions::default());
+    let grammar = grammars().turn(&answering(point())).unwrap();
+    let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let params = SamplingParams { n: 3, ..unlimited() };
+    let events =
+        run(&engine, Request { grammar: Some(grammar), ..Request::new(vec![1; 40], params, output) });
+    let said: Vec<_> = (0..3).map(|choice| tokens_of(&events, choice)).collect();
+    assert_eq!(said, [script("a"), script("b"), script("a")]);
+}
+
+#[test]
+fn other_limits_hold_as_well() {
+    let good = r#"<|channel|>final<|message|>{"x": 1, "y": "a"}<|return|>"#;
+    // The grammar ends the answer, however many tokens it should have.
+    let (turn, reason, _) = chat(good, &answering(point()), SamplingParams { min_tokens: 50, ..at_most(60) });
+    assert_eq!((turn.content.as_deref(), reason), (Some(r#"{"x": 1, "y": "a"}"#), FinishReason::Stop));
+    // Where more may come, it must.
+    let letters = answering(Form::Regex("a+".to_owned()));
+    let said = "<|channel|>final<|message|>a<|return|>";
+    let (_, _, early) = chat(said, &letters, at_most(60));
+    let (_, _, late) = chat(said, &letters, SamplingParams { min_tokens: 12, ..at_most(60) });
+    assert!(early.len() < 12 && late.len() >= 12);
+
+    // Fields that forbid what the grammar demands: an error, not another answer.
+    let engine = says(good);
+    let grammar = grammars().turn(&answering(point())).unwrap();
+    let params = SamplingParams { allowed_token_ids: Some(vec![5, 6]), ..unlimited() };
+    let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let (_handle, events) =
+        submit(&engine, Request { grammar: Some(grammar), ..Request::new(vec![1], params, output) });
+    let last = events.iter().last();
+    assert!(matches!(last, Some(Event::Failed(Failure::Grammar(_)))), "{last:?}");
+}
+
+#[test]
+fn the_same_form_is_compiled_once() {
+    let grammar = |form| grammars().turn(&answering(form)).unwrap();
+    assert_eq!(grammar(point()), grammar(point()));
+    assert_ne!(grammar(point()), grammar(Form::Text));
+}
+
+#[test]
+fn what_cannot_be_enforced_is_refused_or_listed() {
+    let odd = json!({"type": "string", "contentSchema": {}, "if": {"minLength": 2}});
+    let refused = grammars().turn(&answering(schema(odd.clone()))).unwrap_err();
+    assert!(refused.to_string().contains("if"), "{refused}");
+    let lenient = Form::Json { schema: odd, lenient: true, whitespace: Whitespace::default() };
+    let grammar = grammars().turn(&answering(lenient)).unwrap();
+    assert!(grammar.warnings().iter().any(|warning| warning.contains("if")), "{:?}", grammar.warnings());
+
+    // The form at fault is named.
+    let bad = ("g".to_owned(), schema(json!({"type": "nothing"})));
+    let rules = TurnRules { calls: vec![("f".to_owned(), point()), bad], ..answering(Form::Text) };
+    let refused = grammars().turn(&rules).unwrap_err();
+    assert!(matches!(refused, GrammarError::Call { index: 1, .. }), "{refused:?}");
+}
+
+/// None of these may end the process, take long or be taken for something else.
+#[test]
+fn hostile_forms() {
+    let nested =
+        |depth: usize| (0..depth).fold(json!({"type": "string"}), |inner, _| json!({"items": inner}));
+    let wide = |count: usize| {
+        let properties: serde_json::Map<String, Value> =
+            (0..count).map(|i| (format!("p{i}"), json!({"type": "string"}))).collect();
+        json!({"type": "object", "properties": properties})
+    };
+    let product: Vec<Value> = (0..40)
+        .map(|i| {
+            let any: Vec<Value> =
+                (0..10).map(|j| json!({"properties": {format!("a{i}"): {"const": j}}})).collect();
+            json!({"anyOf": any})
+        })
+        .collect();
+    let chain: serde_json::Map<String, Value> = (0..5000)
+        .map(|i| (format!("d{i}"), json!({"$ref": format!("#/$defs/d{}", i + 1)})))
+        .chain([("d5000".to_owned(), json!({"type": "string"}))])
+        .collect();
+    let rules: String = (0..9000).map(|i| format!("a{i}:a{}\n", i + 1)).collect();
+    let refused: Vec<(&str, Form)> = vec![
+        ("deep schema", schema(nested(64))),
+        ("wide schema", schema(wide(10_001))),
+        ("many enumerated", schema(json!({"enum": (0..10_001).collect::<Vec<_>>()}))),
+        ("long schema", schema(json!({"description": "x".repeat(300 << 10)}))),
+        ("no object", schema(json!(true))),
+        ("a product of alternatives", schema(json!({"allOf": product}))),
+        ("nothing fits", schema(json!({"type": "string", "minLength": 3, "maxLength": 2}))),
+        ("a reference to nowhere", schema(json!({"$ref": "#/$defs/x"}))),
+        ("a reference elsewhere", schema(json!({"$ref": "http://127.0.0.1:1/x"}))),
+        ("brackets", Form::Regex("(".repeat(10_000) + &")".repeat(10_000))),
+        ("not a regular expression", Form::Regex("(".to_owned())),
+        ("long", Form::Regex("a".repeat((16 << 10) + 1))),
+        ("NUL", Form::Regex("a\0".to_owned())),
+        ("no choices", Form::Choice(Vec::new())),
+        ("many choices", Form::Choice(vec!["a".to_owned(); 10_001])),
+        ("no start", Form::Lark("a: \"b\"".to_owned())),
+        (
+            "brackets in a grammar",
+            Form::Lark(format!("start: {}a{}", "(".repeat(30_000), ")".repeat(30_000))),
+        ),
+        ("negations", Form::Lark(format!("start: {}/a/", "~".repeat(30_000)))),
+        ("special tokens", Form::Lark("start: <|return|>".to_owned())),
+        ("token ids", Form::Lark("start: <[200002]>".to_owned())),
+        ("a grammar within", Form::Lark("start: @nowhere".to_owned())),
+        ("rules for ever", Form::Lark(format!("start: a0\n{rules}"))),
+    ];
+    for (what, form) in refused {
+        let error = grammars().turn(&answering(form)).err();
+        let error = error.unwrap_or_else(|| panic!("{what} was taken")).to_string();
+        assert!(error.len() < 1000, "{what}: {error}");
+    }
+    // Large, but as good as any.
+    for (what, form) in [
+        ("a chain of references", schema(json!({"$ref": "#/$defs/d0", "$defs": chain}))),
+        ("many properties", schema(wide(2000))),
+        ("a long array", schema(json!({"type": "array", "maxItems": 1_000_000_000u64}))),
+        ("a long string", schema(json!({"type": "string", "maxLength": 1_000_000_000u64}))),
+        ("a repeated repetition", Form::Regex("((a{1000}){1000}){1000}b".to_owned())),
+        ("alternatives of repetitions", Form::Regex("(a|aa|a{2,90}){1,900}(.{0,9000}b){99}".to_owned())),
+        ("a reference to itself", schema(json!({"$ref": "#"}))),
+        ("a grammar that contains itself", Form::Lark("start: \"a\" | start start".to_owned())),
+    ] {
+        // Taken or refused, nothing breaks.
+        match grammars().turn(&answering(form.clone())) {
+            Err(error) => assert!(error.to_string().len() < 1000, "{what}: {error}"),
+            Ok(_) => {
+                let said = "<|channel|>final<|message|>aaaa";
+                let engine = says(said);
+                let (_handle, events) = submit(&engine, request(&answering(form), at_most(9)));
+                let last = events.iter().last();
+                let ended = matches!(last, Some(Event::Done | Event::Failed(Failure::Grammar(_))));
+                assert!(ended, "{what}: {last:?}");
+            }
+        }
+    }
+}
+
+#[test]
+fn words_and_tokens_that_are_not_to_come() {
+    let said = "One two three two one<|return|>";
+    let engine = says(said);
+    let word = |params| tokens_of(&run(&engine, Request::new(vec![1], params, OutputMode::Text)), 0);
+    let free = word(unlimited());
+    assert_eq!(free, tokens(said));
+    let two = tokens(" two")[0];
+    let without = word(SamplingParams { bad_words: vec!["two".to_owned()], ..at_most(5) });
+    assert!(!without.contains(&two) && without[0] == free[0] && without[2] == free[2]);
+    // Of several tokens only the last is forbidden, and only after the others.
+    let pair = word(SamplingParams { bad_words: vec!["three two".to_owned()], ..at_most(5) });
+    assert_eq!((pair[1], &pair[..3]), (two, &free[..3]));
+    assert_ne!(pair[3], two);
+
+    let only = word(SamplingParams { allowed_token_ids: Some(vec![two, 7]), ..at_most(5) });
+    assert!(only.iter().all(|token| [two, 7].contains(token)), "{only:?}");
+}
+
+#[test]
+fn reasoning_has_a_budget() {
+    let said = "<|channel|>analysis<|message|>one two three four five six<|end|><|start|>assistant<|channel|>final<|message|>Yes<|return|>";
+    let output = || OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    for (budget, reasoning) in [(0, ""), (2, "one two"), (99, "one two three four five six")] {
+        let params = SamplingParams { thinking_token_budget: Some(budget), ..at_most(40) };
+        let engine = says(said);
+        let plain = run(&engine, Request::new(vec![1], params.clone(), output()));
+        let grammar = grammars().turn(&answering(Form::Choice(vec!["Yes".to_owned()]))).unwrap();
+        let bound =
+            run(&engine, Request { grammar: Some(grammar), ..Request::new(vec![1], params, output()) });
+        for events in [plain, bound] {
+            let spelled = harmony().tokenizer().decode(&tokens_of(&events, 0));
+            let begin =
+                format!("<|channel|>analysis<|message|>{reasoning}<|end|><|start|>assistant<|channel|>");
+            assert!(spelled.starts_with(&begin), "{spelled}");
+        }
+    }
+    let header = harmony().answer_header();
+    let params = SamplingParams { max_tokens: Some(2), ..unlimited() };
+    let begun = OutputMode::Chat { tools: Vec::new(), begun: header };
+    let events = run(&says("Hello there"), Request::new(vec![1], params, begun));
+    let Event::Tokens { deltas, .. } = &events[1] else { panic!("{events:?}") };
+    assert_eq!(deltas[..], [Delta::Content("Hello".to_owned())]);
+}

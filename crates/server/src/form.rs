@@ -1,0 +1,181 @@
+//! `response_format` and `structured_outputs`: what an answer must look like (`serving.md` 9.1, 9.2).
+
+use engine::{Form, GrammarError, Whitespace};
+use harmony::ResponseFormat;
+use serde_json::{Value, json};
+
+use crate::error::ApiError;
+use crate::json::{Field, Object, excerpt};
+
+/// Of a schema or grammar as text; the engine has limits of its own below.
+const MAX_BYTES: usize = 256 << 10;
+const MAX_CHOICES: usize = 10_000;
+const MAX_NAME: usize = 64;
+
+/// What a client wants an answer to look like.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Wanted {
+    pub(crate) form: Form,
+    /// What the model is told of it.
+    pub(crate) shown: Option<ResponseFormat>,
+    /// The field to complain about.
+    pub(crate) param: String,
+}
+
+/// What either field says; both cannot.
+pub(crate) fn read(object: &Object<'_>) -> Result<Option<Wanted>, ApiError> {
+    let format = object.field("response_format").map(|field| response_format(&field)).transpose()?.flatten();
+    let outputs = object.field("structured_outputs").map(|field| structured_outputs(&field)).transpose()?;
+    match (format, outputs) {
+        (Some(_), Some(_)) => {
+            let message = "structured_outputs cannot be used together with response_format.";
+            Err(ApiError::invalid("structured_outputs", message))
+        }
+        (format, outputs) => Ok(format.or(outputs)),
+    }
+}
+
+/// A client is told which of its fields cannot be compiled.
+pub(crate) fn refusal(error: &GrammarError, answer: &str, calls: &[String]) -> ApiError {
+    let param = match error {
+        GrammarError::Busy => return ApiError::Busy,
+        GrammarError::Answer(_) => answer,
+        GrammarError::Call { index, .. } => calls.get(*index).map_or(answer, String::as_str),
+    };
+    ApiError::invalid(param, format!("{param} cannot be used: {error}."))
+}
+
+/// `{"type": "json_schema", …}` and its siblings; `None` for plain text.
+fn response_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
+    let object = field.object(&["type", "json_schema", "pattern", "grammar", "syntax"])?;
+    let kind = object.required("type")?;
+    let kind_name = kind.string()?;
+    Ok(Some(match kind_name.as_str() {
+        "text" => return Ok(None),
+        "json_object" => any_object(field.path()),
+        "json_schema" => {
+            let object =
+                object.required("json_schema")?.object(&["name", "description", "schema", "strict"])?;
+            json_schema(&object)?
+        }
+        "regex" => text_form(&object.required("pattern")?, Form::Regex)?,
+        "grammar" => {
+            if let Some(syntax) = object.field("syntax")
+                && syntax.string()? != "lark"
+            {
+                let message =
+                    format!("{} must be lark, the only notation that is understood.", syntax.path());
+                return Err(syntax.error(message));
+            }
+            grammar(&object.required("grammar")?)?
+        }
+        other => {
+            let message = format!(
+                "{} must be one of text, json_object, json_schema, regex, grammar, got {}.",
+                kind.path(),
+                excerpt(other)
+            );
+            return Err(kind.error(message));
+        }
+    }))
+}
+
+/// `name`, `description`, `schema` and `strict`, wherever they stand.
+pub(crate) fn json_schema(object: &Object<'_>) -> Result<Wanted, ApiError> {
+    let name = object.required("name")?;
+    let name_text = name.string()?;
+    let letters = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '-');
+    if name_text.is_empty() || name_text.len() > MAX_NAME || !name_text.chars().all(letters) {
+        let message = format!("{} must be 1 to {MAX_NAME} letters, digits, `_` or `-`.", name.path());
+        return Err(name.error(message));
+    }
+    let schema = object.required("schema")?;
+    let value = schema_value(&schema)?;
+    let shown =
+        ResponseFormat { name: name_text, description: object.string("description")?, schema: value.clone() };
+    // Without a word from the client nothing is silently left out.
+    let lenient = object.bool("strict")? == Some(false);
+    let form = Form::Json { schema: value, lenient, whitespace: Whitespace::default() };
+    Ok(Wanted { form, shown: Some(shown), param: schema.path().to_owned() })
+}
+
+/// Any JSON object.
+pub(crate) fn any_object(param: &str) -> Wanted {
+    let schema = json!({"type": "object"});
+    let form = Form::Json { schema, lenient: false, whitespace: Whitespace::default() };
+    Wanted { form, shown: None, param: param.to_owned() }
+}
+
+/// vLLM's: exactly one constraint, and options.
+fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
+    const KINDS: [&str; 6] = ["json", "regex", "choice", "grammar", "json_object", "structural_tag"];
+    let object = field.object(&[
+        "json",
+        "regex",
+        "choice",
+        "grammar",
+        "json_object",
+        "structural_tag",
+        "disable_any_whitespace",
+        "disable_additional_properties",
+        "whitespace_pattern",
+    ])?;
+    let given: Vec<Field<'_>> = KINDS.into_iter().filter_map(|kind| object.field(kind)).collect();
+    let [only] = &given[..] else {
+        let message =
+            "You can only use one kind of constraints for structured outputs ('json', 'regex' or 'choice').";
+        return Err(field.error(message));
+    };
+    if object.bool("disable_additional_properties")? == Some(true) {
+        return Err(ApiError::unsupported("structured_outputs.disable_additional_properties"));
+    }
+    let whitespace = match (object.bool("disable_any_whitespace")?, object.string("whitespace_pattern")?) {
+        (Some(true), _) => Whitespace::None,
+        (_, Some(pattern)) => Whitespace::Pattern(pattern),
+        _ => Whitespace::default(),
+    };
+    let kind = KINDS.into_iter().find(|kind| object.field(kind).is_some());
+    match kind {
+        Some("json") => {
+            let schema = if only.is_string() {
+                serde_json::from_str(&only.string()?)
+                    .map_err(|e| only.error(format!("{} is not valid JSON: {e}.", only.path())))?
+            } else {
+                schema_value(only)?
+            };
+            let shown =
+                ResponseFormat { name: "answer".to_owned(), description: None, schema: schema.clone() };
+            let form = Form::Json { schema, lenient: false, whitespace };
+            Ok(Wanted { form, shown: Some(shown), param: only.path().to_owned() })
+        }
+        Some("json_object") if !only.bool()? => Err(only.error(format!("{} must be true.", only.path()))),
+        Some("json_object") => Ok(any_object(only.path())),
+        Some("regex") => text_form(only, Form::Regex),
+        Some("choice") => {
+            let choices = only.array(MAX_CHOICES)?;
+            let choices = choices.iter().map(Field::string).collect::<Result<_, _>>()?;
+            Ok(Wanted { form: Form::Choice(choices), shown: None, param: only.path().to_owned() })
+        }
+        Some("grammar") => grammar(only),
+        _ => Err(ApiError::unsupported("structured_outputs.structural_tag")),
+    }
+}
+
+fn grammar(field: &Field<'_>) -> Result<Wanted, ApiError> {
+    if field.string()?.contains("::=") {
+        let message = format!("{} must be in Lark's notation, with `:` and not `::=`.", field.path());
+        return Err(field.error(message));
+    }
+    text_form(field, Form::Lark)
+}
+
+fn text_form(field: &Field<'_>, form: impl FnOnce(String) -> Form) -> Result<Wanted, ApiError> {
+    Ok(Wanted { form: form(field.string()?), shown: None, param: field.path().to_owned() })
+}
+
+fn schema_value(field: &Field<'_>) -> Result<Value, ApiError> {
+    if !field.is_object() {
+        return Err(field.error(format!("{} must be an object.", field.path())));
+    }
+    field.value(MAX_BYTES)
+}

@@ -1,0 +1,427 @@
+//! `GET /metrics`: counts and times in Prometheus' format, under vLLM's names (`serving.md` 12).
+//!
+//! Written by hand: the format is a dozen lines, and names with a colon and types per name are all that matters.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use engine::{Engine, Event, FinishReason, Request};
+use gptoss::BLOCK_TOKENS;
+
+use crate::clock;
+
+/// What has happened since the server started.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    start_time: u64,
+    first_token: Histogram,
+    between_tokens: Histogram,
+    per_token: Histogram,
+    whole: Histogram,
+    queue: Histogram,
+    inference: Histogram,
+    prefill: Histogram,
+    decode: Histogram,
+    prompt_tokens: Histogram,
+    generated_tokens: Histogram,
+    max_tokens: Histogram,
+    computed_tokens: Histogram,
+    choices: Histogram,
+    cached_tokens: AtomicU64,
+    disconnects: AtomicU64,
+    /// By reason, in the order of `REASONS`.
+    finished: [AtomicU64; REASONS.len()],
+    /// By reason, in the order of `REJECTIONS`.
+    rejected: [AtomicU64; REJECTIONS.len()],
+    repairs: Mutex<BTreeMap<&'static str, u64>>,
+    http: Mutex<BTreeMap<Route, Http>>,
+}
+
+const REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
+const REJECTIONS: [&str; 2] = ["queue_full", "shutting_down"];
+
+/// A request refused before it began.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Rejection {
+    QueueFull,
+    ShuttingDown,
+}
+
+/// Method and template of a path, both of few.
+type Route = (&'static str, &'static str);
+
+#[derive(Debug)]
+struct Http {
+    /// Answers by the first digit of their status.
+    statuses: [u64; 6],
+    duration: Histogram,
+}
+
+const FIRST_TOKEN: &[f64] = &[
+    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
+    80.0, 160.0, 640.0, 2560.0,
+];
+const PER_TOKEN: &[f64] = &[
+    0.001, 0.002, 0.004, 0.006, 0.008, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0,
+    2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+];
+const PER_REQUEST: &[f64] = &[
+    0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0,
+    240.0, 480.0, 960.0, 1920.0, 7680.0,
+];
+const TOKENS: &[f64] = &[
+    1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0, 50000.0,
+    100000.0,
+];
+const CHOICES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
+const HTTP: &[f64] = &[0.1, 0.5, 1.0];
+
+impl Metrics {
+    pub(crate) fn new() -> Metrics {
+        Metrics {
+            start_time: clock::unix_seconds(),
+            first_token: Histogram::new(FIRST_TOKEN),
+            between_tokens: Histogram::new(PER_TOKEN),
+            per_token: Histogram::new(PER_TOKEN),
+            whole: Histogram::new(PER_REQUEST),
+            queue: Histogram::new(PER_REQUEST),
+            inference: Histogram::new(PER_REQUEST),
+            prefill: Histogram::new(PER_REQUEST),
+            decode: Histogram::new(PER_REQUEST),
+            prompt_tokens: Histogram::new(TOKENS),
+            generated_tokens: Histogram::new(TOKENS),
+            max_tokens: Histogram::new(TOKENS),
+            computed_tokens: Histogram::new(TOKENS),
+            choices: Histogram::new(CHOICES),
+            cached_tokens: AtomicU64::new(0),
+            disconnects: AtomicU64::new(0),
+            finished: Default::default(),
+            rejected: Default::default(),
+            repairs: Mutex::default(),
+            http: Mutex::default(),
+        }
+    }
+
+    pub(crate) fn reject(&self, reason: Rejection) {
+        self.rejected[reason as usize].fetch_add(1, Relaxed);
+    }
+
+    /// A client went away while its request ran.
+    pub(crate) fn disconnect(&self) {
+        self.disconnects.fetch_add(1, Relaxed);
+    }
+
+    /// An HTTP request was answered; `route` is a template.
+    pub(crate) fn answer(&self, method: &'static str, route: &'static str, status: u16, time: Duration) {
+        let mut http = self.http();
+        let entry = http
+            .entry((method, route))
+            .or_insert_with(|| Http { statuses: [0; 6], duration: Histogram::new(HTTP) });
+        entry.statuses[usize::from(status / 100).min(5)] += 1;
+        entry.duration.observe(time.as_secs_f64());
+    }
+
+    fn http(&self) -> MutexGuard<'_, BTreeMap<Route, Http>> {
+        self.http.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// All series; those of the engine are 0 while it is being loaded.
+    pub(crate) fn text(&self, engine: Option<&Engine>, model: &str, open_metrics: bool) -> String {
+        let stats = engine.map(Engine::stats).unwrap_or_default();
+        let own = format!("model_name=\"{}\",engine=\"0\"", escape(model));
+        let mut text = Text { out: String::new(), own, open_metrics };
+
+        let usage = stats.full_blocks_used as f64 / stats.full_blocks.max(1) as f64;
+        text.gauge("vllm:num_requests_running", "Sequences that are computed.", stats.running as f64);
+        text.gauge("vllm:num_requests_waiting", "Requests that wait.", stats.waiting as f64);
+        text.begin("vllm:num_requests_waiting_by_reason", "gauge", "Requests that wait, by what for.");
+        text.sample("vllm:num_requests_waiting_by_reason", "reason=\"capacity\"", stats.waiting as f64);
+        text.sample("vllm:num_requests_waiting_by_reason", "reason=\"deferred\"", 0.0);
+        text.gauge("vllm:num_requests_swapped", "Always 0.", 0.0);
+        for name in ["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"] {
+            text.gauge(name, "Share of the key/value cache in use, 0 to 1.", usage);
+        }
+        text.begin("vllm:engine_sleep_state", "gauge", "Whether the engine is awake.");
+        for (state, value) in [("awake", 1.0), ("weights_offloaded", 0.0), ("discard_all", 0.0)] {
+            text.sample("vllm:engine_sleep_state", &format!("sleep_state=\"{state}\""), value);
+        }
+        text.begin("vllm:cache_config_info", "gauge", "The shape of the key/value cache.");
+        let shape = format!("block_size=\"{BLOCK_TOKENS}\",num_gpu_blocks=\"{}\"", stats.full_blocks);
+        text.sample("vllm:cache_config_info", &shape, 1.0);
+
+        let cached = self.cached_tokens.load(Relaxed);
+        text.counter("vllm:prompt_tokens", "Tokens of prompts.", stats.prompt_tokens);
+        text.counter("vllm:generation_tokens", "Tokens generated.", stats.generated_tokens);
+        text.begin("vllm:prompt_tokens_by_source", "counter", "Tokens of prompts, by where they came from.");
+        let computed = stats.prompt_tokens.saturating_sub(cached);
+        for (source, count) in
+            [("local_compute", computed), ("local_cache_hit", cached), ("external_kv_transfer", 0)]
+        {
+            let label = format!("source=\"{source}\"");
+            text.sample("vllm:prompt_tokens_by_source_total", &label, count as f64);
+        }
+        text.counter("vllm:prompt_tokens_cached", "Tokens of prompts that were cached.", cached);
+        for name in ["vllm:prefix_cache", "vllm:gpu_prefix_cache"] {
+            let (queries, hits) = (stats.prefix_queries, stats.prefix_hits);
+            text.counter(&format!("{name}_queries"), "Tokens looked up in the prefix cache.", queries);
+            text.counter(&format!("{name}_hits"), "Tokens found in the prefix cache.", hits);
+        }
+        text.counter("vllm:external_prefix_cache_queries", "Always 0.", 0);
+        text.counter("vllm:external_prefix_cache_hits", "Always 0.", 0);
+        text.counter("vllm:num_preemptions", "Times a sequence started over.", stats.preemptions);
+        text.begin("vllm:request_success", "counter", "Choices that ended, by reason.");
+        for (reason, count) in REASONS.iter().zip(&self.finished) {
+            let label = format!("finished_reason=\"{reason}\"");
+            text.sample("vllm:request_success_total", &label, count.load(Relaxed) as f64);
+        }
+        text.begin("vllm:admission_rejections", "counter", "Requests refused, by reason.");
+        for (reason, count) in REJECTIONS.iter().zip(&self.rejected) {
+            let labels = format!("model_name=\"{}\",reason=\"{reason}\"", escape(model));
+            text.bare("vllm:admission_rejections_total", &labels, count.load(Relaxed) as f64);
+        }
+
+        text.histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", &self.first_token);
+        for name in ["vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"] {
+            text.histogram(name, "From one token of a choice to the next.", &self.between_tokens);
+        }
+        let name = "vllm:request_time_per_output_token_seconds";
+        text.histogram(name, "Mean time per token after the first.", &self.per_token);
+        text.histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", &self.whole);
+        text.histogram("vllm:request_queue_time_seconds", "Arrival to first computed.", &self.queue);
+        text.histogram("vllm:request_inference_time_seconds", "First computed to end.", &self.inference);
+        let name = "vllm:request_prefill_time_seconds";
+        text.histogram(name, "First computed to first token.", &self.prefill);
+        text.histogram("vllm:request_decode_time_seconds", "First token to end.", &self.decode);
+        text.histogram("vllm:request_prompt_tokens", "Tokens per prompt.", &self.prompt_tokens);
+        text.histogram("vllm:request_generation_tokens", "Tokens per choice.", &self.generated_tokens);
+        for name in ["vllm:request_max_num_generation_tokens", "vllm:request_params_max_tokens"] {
+            text.histogram(name, "Most tokens asked for.", &self.max_tokens);
+        }
+        let name = "vllm:request_prefill_kv_computed_tokens";
+        text.histogram(name, "Tokens per prompt that were not cached.", &self.computed_tokens);
+        text.histogram("vllm:request_params_n", "Choices asked for.", &self.choices);
+
+        text.begin("gptoss_harmony_repairs", "counter", "Malformed output that was mended, by kind.");
+        for (kind, count) in &*self.repairs.lock().unwrap_or_else(PoisonError::into_inner) {
+            text.sample("gptoss_harmony_repairs_total", &format!("kind=\"{kind}\""), *count as f64);
+        }
+        let gone = self.disconnects.load(Relaxed);
+        text.counter("gptoss_client_disconnects", "Clients that went away before the end.", gone);
+        self.http_text(&mut text);
+        process(&mut text, self.start_time);
+        if open_metrics {
+            text.out += "# EOF\n";
+        }
+        text.out
+    }
+
+    fn http_text(&self, text: &mut Text) {
+        let http = self.http();
+        text.begin("http_requests", "counter", "Answers, by method, status and path.");
+        for ((method, handler), entry) in &*http {
+            for (class, count) in entry.statuses.iter().enumerate().filter(|(_, count)| **count > 0) {
+                let labels = format!("method=\"{method}\",status=\"{class}xx\",handler=\"{handler}\"");
+                text.bare("http_requests_total", &labels, *count as f64);
+            }
+        }
+        text.begin("http_request_duration_seconds", "histogram", "Time to the head of the answer.");
+        for ((method, handler), entry) in &*http {
+            let labels = format!("method=\"{method}\",handler=\"{handler}\"");
+            text.buckets("http_request_duration_seconds", &labels, &entry.duration);
+        }
+    }
+}
+
+/// One request on its way through the engine. Told on the engine's thread, so that slow clients do not matter.
+#[derive(Debug)]
+pub(crate) struct Observed {
+    arrival: Instant,
+    started: Option<Instant>,
+    first: Option<Instant>,
+    prompt_tokens: usize,
+    /// When each choice had its last token.
+    last: Vec<Option<Instant>>,
+    ended: bool,
+}
+
+impl Observed {
+    pub(crate) fn new(metrics: &Metrics, request: &Request) -> Observed {
+        metrics.choices.observe(request.params.n as f64);
+        if let Some(max) = request.params.max_tokens {
+            metrics.max_tokens.observe(max as f64);
+        }
+        Observed {
+            arrival: Instant::now(),
+            started: None,
+            first: None,
+            prompt_tokens: request.prompt.len(),
+            last: vec![None; request.params.n],
+            ended: false,
+        }
+    }
+
+    pub(crate) fn event(&mut self, metrics: &Metrics, event: &Event) {
+        let now = Instant::now();
+        let since = |start: Instant| now.duration_since(start).as_secs_f64();
+        match event {
+            Event::Started { cached_tokens, queued, .. } => {
+                metrics.cached_tokens.fetch_add(*cached_tokens as u64, Relaxed);
+                metrics.queue.observe(queued.as_secs_f64());
+                metrics.prompt_tokens.observe(self.prompt_tokens as f64);
+                metrics.computed_tokens.observe(self.prompt_tokens.saturating_sub(*cached_tokens) as f64);
+                self.started = Some(self.arrival + *queued);
+            }
+            Event::Tokens { choice, .. } => {
+                if self.first.is_none() {
+                    self.first = Some(now);
+                    metrics.first_token.observe(since(self.arrival));
+                    metrics.prefill.observe(since(self.started.unwrap_or(self.arrival)));
+                }
+                if let Some(last) = self.last.get_mut(*choice)
+                    && let Some(before) = last.replace(now)
+                {
+                    metrics.between_tokens.observe(since(before));
+                }
+            }
+            Event::Finished { reason, completion_tokens, repairs, .. } => {
+                let reason = match reason {
+                    FinishReason::Stop | FinishReason::ToolCalls => 0,
+                    FinishReason::Length => 1,
+                };
+                metrics.finished[reason].fetch_add(1, Relaxed);
+                metrics.generated_tokens.observe(*completion_tokens as f64);
+                if let Some(first) = self.first.filter(|_| *completion_tokens > 1) {
+                    metrics.per_token.observe(since(first) / (*completion_tokens - 1) as f64);
+                }
+                if !repairs.is_empty() {
+                    let mut all = metrics.repairs.lock().unwrap_or_else(PoisonError::into_inner);
+                    repairs.iter().for_each(|(kind, count)| *all.entry(kind).or_default() += count);
+                }
+            }
+            Event::Done => {
+                self.ended = true;
+                metrics.whole.observe(since(self.arrival));
+                metrics.inference.observe(since(self.started.unwrap_or(self.arrival)));
+                metrics.decode.observe(self.first.map_or(0.0, since));
+            }
+            Event::Failed(_) => {
+                self.ended = true;
+                metrics.finished[3].fetch_add(1, Relaxed);
+            }
+        }
+    }
+
+    /// The engine has forgotten the request.
+    pub(crate) fn end(&self, metrics: &Metrics) {
+        if !self.ended {
+            metrics.finished[2].fetch_add(1, Relaxed);
+        }
+    }
+}
+
+/// Counts of values up to bounds.
+#[derive(Debug)]
+struct Histogram {
+    bounds: &'static [f64],
+    /// One per bound, and one beyond.
+    counts: Vec<AtomicU64>,
+    /// The bits of a float.
+    sum: AtomicU64,
+}
+
+impl Histogram {
+    fn new(bounds: &'static [f64]) -> Histogram {
+        let counts = (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect();
+        Histogram { bounds, counts, sum: AtomicU64::new(0f64.to_bits()) }
+    }
+
+    fn observe(&self, value: f64) {
+        let bucket = self.bounds.partition_point(|&bound| bound < value);
+        self.counts[bucket].fetch_add(1, Relaxed);
+        let add = |sum| Some((f64::from_bits(sum) + value).to_bits());
+        // It always has a result.
+        let _ = self.sum.fetch_update(Relaxed, Relaxed, add);
+    }
+}
+
+/// The text in the making.
+struct Text {
+    out: String,
+    /// Labels of the engine's series.
+    own: String,
+    open_metrics: bool,
+}
+
+impl Text {
+    fn begin(&mut self, name: &str, kind: &str, help: &str) {
+        // The older format names a counter as its samples are named.
+        let suffix = if kind == "counter" && !self.open_metrics { "_total" } else { "" };
+        let _ = writeln!(self.out, "# HELP {name}{suffix} {help}\n# TYPE {name}{suffix} {kind}");
+    }
+
+    fn gauge(&mut self, name: &str, help: &str, value: f64) {
+        self.begin(name, "gauge", help);
+        self.sample(name, "", value);
+    }
+
+    fn counter(&mut self, name: &str, help: &str, value: u64) {
+        self.begin(name, "counter", help);
+        self.sample(&format!("{name}_total"), "", value as f64);
+    }
+
+    fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) {
+        self.begin(name, "histogram", help);
+        self.buckets(name, &self.own.clone(), histogram);
+    }
+
+    fn buckets(&mut self, name: &str, labels: &str, histogram: &Histogram) {
+        let mut total = 0;
+        let bounds = histogram.bounds.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
+        for (bound, count) in bounds.zip(&histogram.counts) {
+            total += count.load(Relaxed);
+            self.bare(&format!("{name}_bucket"), &format!("{labels},le=\"{bound}\""), total as f64);
+        }
+        self.bare(&format!("{name}_sum"), labels, f64::from_bits(histogram.sum.load(Relaxed)));
+        self.bare(&format!("{name}_count"), labels, total as f64);
+    }
+
+    /// A sample with the engine's labels.
+    fn sample(&mut self, name: &str, labels: &str, value: f64) {
+        let comma = if labels.is_empty() { "" } else { "," };
+        self.bare(name, &format!("{}{comma}{labels}", self.own), value);
+    }
+
+    fn bare(&mut self, name: &str, labels: &str, value: f64) {
+        let _ = match labels {
+            "" => writeln!(self.out, "{name} {value}"),
+            labels => writeln!(self.out, "{name}{{{labels}}} {value}"),
+        };
+    }
+}
+
+fn escape(label: &str) -> String {
+    label.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n")
+}
+
+/// What the system knows of this process, where it says so.
+fn process(text: &mut Text, start_time: u64) {
+    let mut gauge = |name: &str, help: &str, value: Option<f64>| {
+        if let Some(value) = value {
+            text.begin(name, "gauge", help);
+            text.bare(name, "", value);
+        }
+    };
+    gauge("process_start_time_seconds", "When the server started.", Some(start_time as f64));
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let kilobytes = |key: &str| {
+        let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+        line.trim().trim_end_matches(" kB").parse::<f64>().ok().map(|kb| kb * 1024.0)
+    };
+    gauge("process_resident_memory_bytes", "Memory in use.", kilobytes("VmRSS:"));
+    gauge("process_virtual_memory_bytes", "Memory reserved.", kilobytes("VmSize:"));
+    let files = std::fs::read_dir("/proc/self/fd").ok().map(|files| files.count() as f64);
+    gauge("process_open_fds", "Open files and connections.", files);
+}

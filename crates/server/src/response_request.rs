@@ -1,0 +1,334 @@
+//! `POST /v1/responses`: from a body to a request that cannot be wrong (`serving.md` 8.1).
+
+use engine::SamplingParams;
+use harmony::ChatPrompt;
+use serde_json::value::RawValue;
+use serde_json::{Value, json};
+
+use crate::chat_request::{Effort, reasoning_effort, text_bytes};
+use crate::error::ApiError;
+use crate::form::{self, Wanted};
+use crate::json::{self, Field, Object, excerpt};
+use crate::request::{self, Common, Context};
+use crate::response_items::{self, Conversation};
+use crate::sampling::{self, EndpointFields, SamplingFields};
+use crate::turn::{Choice, MAX_TOOLS_BYTES, ToolChoice, Tools, Turn};
+
+const MAX_ITEMS: usize = 4096;
+const MAX_METADATA: usize = 16;
+const MAX_METADATA_BYTES: usize = 16 << 10;
+const MAX_INCLUDE: usize = 16;
+
+const FIELDS: &[&str] = &[
+    "input",
+    "instructions",
+    "model",
+    "max_output_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "stop_token_ids",
+    "include_stop_str_in_output",
+    "logit_bias",
+    "ignore_eos",
+    "min_tokens",
+    "allowed_token_ids",
+    "bad_words",
+    "reasoning",
+    "text",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "max_tool_calls",
+    "top_logprobs",
+    "include",
+    "store",
+    "previous_response_id",
+    "conversation",
+    "background",
+    "prompt",
+    "stream",
+    "stream_options",
+    "truncation",
+    "metadata",
+    "service_tier",
+    "user",
+    "safety_identifier",
+    "prompt_cache_key",
+    "prompt_cache_retention",
+    "request_id",
+    "priority",
+    "cache_salt",
+    "include_reasoning",
+    "structured_outputs",
+    "repetition_detection",
+    "truncate_prompt_tokens",
+    "enable_response_messages",
+];
+
+/// A valid request.
+#[derive(Debug)]
+pub(crate) struct ResponseRequest {
+    pub(crate) common: Common,
+    pub(crate) prompt: ChatPrompt,
+    pub(crate) tools: Vec<String>,
+    /// Those of the tools whose argument is a text.
+    pub(crate) free_tools: Vec<String>,
+    pub(crate) params: SamplingParams,
+    pub(crate) choice: Choice,
+    pub(crate) turn: Turn,
+    pub(crate) parallel_tool_calls: bool,
+    pub(crate) include_reasoning: bool,
+    /// Log-probabilities of the answer are shown.
+    pub(crate) logprobs: bool,
+    /// The client wants to refer to the response later.
+    pub(crate) store: bool,
+    pub(crate) text_bytes: usize,
+    /// The request's own items, as they are kept.
+    pub(crate) items: Vec<Value>,
+    /// What the response repeats of the request.
+    pub(crate) echo: Value,
+}
+
+/// The id of the response that a body goes on from.
+pub(crate) fn previous(body: &[u8]) -> Result<Option<String>, ApiError> {
+    Field::root(json::document(body)?).object(&["previous_response_id"])?.string("previous_response_id")
+}
+
+impl ResponseRequest {
+    /// Checks in the same order as a chat request. `earlier` are the items that the conversation began with.
+    pub(crate) fn new(
+        body: &[u8],
+        earlier: &[Box<RawValue>],
+        context: &Context<'_>,
+    ) -> Result<ResponseRequest, ApiError> {
+        let object = Field::root(json::document(body)?).object(FIELDS)?;
+        let input = object.required("input")?;
+
+        // Types.
+        let wire = Wire::read(&object)?;
+        let (conversation, items) = read_input(&input, wire.instructions.as_ref(), earlier)?;
+
+        // Ranges.
+        let top_logprobs = sampling::count("top_logprobs", "sample", wire.top_logprobs, context.limits)?;
+        let logprobs = wire.include_logprobs || top_logprobs.is_some_and(|top| top > 0);
+        let endpoint = EndpointFields {
+            max_tokens: sampling::tokens("max_output_tokens", wire.max_output_tokens, 1)?,
+            logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)),
+            thinking_token_budget: None,
+        };
+        let params = wire.sampling.params(endpoint, context.defaults, context.limits)?;
+        let effort = wire.effort.as_deref().map(|effort| {
+            let found = reasoning_effort(effort);
+            found.map_err(|error| ApiError::invalid("reasoning.effort", error))
+        });
+        let effort = effort.transpose()?.unwrap_or_default();
+        if let Some(tools) = wire.tools.as_ref().filter(|tools| !tools.is_empty()) {
+            tools.check()?;
+        }
+
+        // Rules across fields.
+        wire.common.cross_check(None)?;
+        let tools = wire.tools.as_ref().filter(|tools| !tools.is_empty());
+        let choice = wire.tool_choice.check(tools)?;
+
+        wire.common.check_model(context)?;
+
+        // Support.
+        request::refuse_unsupported(&object)?;
+        for name in ["conversation", "prompt"] {
+            if object.field(name).is_some() {
+                return Err(ApiError::invalid(name, format!("{name} is not supported.")));
+            }
+        }
+        for name in ["background", "enable_response_messages"] {
+            if object.bool(name)? == Some(true) {
+                return Err(ApiError::unsupported(name));
+            }
+        }
+
+        let turn =
+            Turn::new(tools, &choice, wire.parallel_tool_calls, wire.wanted.as_ref(), effort != Effort::None);
+        let messages = conversation.finish();
+        let mut echo = wire.echo;
+        echo["temperature"] = json!(params.temperature);
+        echo["top_p"] = json!(params.top_p);
+        Ok(ResponseRequest {
+            text_bytes: messages.iter().map(text_bytes).sum(),
+            tools: tools.map_or_else(Vec::new, Tools::names),
+            free_tools: tools.map_or_else(Vec::new, Tools::free),
+            prompt: ChatPrompt {
+                tools: tools.map_or_else(Vec::new, Tools::shown),
+                response_format: wire.wanted.and_then(|wanted| wanted.shown).map(Box::new),
+                reasoning_effort: Some(effort.shown().to_owned()),
+                date: Some(context.date.to_owned()),
+                ..ChatPrompt::new(messages)
+            },
+            common: wire.common,
+            params,
+            choice,
+            turn,
+            parallel_tool_calls: wire.parallel_tool_calls,
+            include_reasoning: wire.include_reasoning,
+            logprobs,
+            store: wire.store,
+            items,
+            echo,
+        })
+    }
+}
+
+/// The body with its types checked, not its values.
+struct Wire {
+    common: Common,
+    sampling: SamplingFields,
+    instructions: Option<String>,
+    max_output_tokens: Option<i64>,
+    top_logprobs: Option<i64>,
+    include_logprobs: bool,
+    effort: Option<String>,
+    wanted: Option<Wanted>,
+    tools: Option<Tools>,
+    tool_choice: ToolChoice,
+    parallel_tool_calls: bool,
+    include_reasoning: bool,
+    store: bool,
+    echo: Value,
+}
+
+impl Wire {
+    fn read(object: &Object<'_>) -> Result<Wire, ApiError> {
+        let text = object.field("text").map(|text| text.object(&["format"])).transpose()?;
+        let format = text.as_ref().and_then(|text| text.field("format"));
+        let wanted = match (&format, form::read(object)?) {
+            (Some(format), outputs) => match (text_format(format)?, outputs) {
+                (Some(_), Some(_)) => {
+                    let message = "structured_outputs cannot be used together with text.format.";
+                    return Err(ApiError::invalid("structured_outputs", message));
+                }
+                (wanted, outputs) => wanted.or(outputs),
+            },
+            (None, outputs) => outputs,
+        };
+        let reasoning = object.field("reasoning").map(|field| field.object(&["effort"])).transpose()?;
+        let effort = reasoning.map(|reasoning| reasoning.string("effort")).transpose()?.flatten();
+        let mut include_logprobs = false;
+        for include in object.field("include").map_or(Ok(Vec::new()), |field| field.array(MAX_INCLUDE))? {
+            include_logprobs |= include.string()? == "message.output_text.logprobs";
+        }
+        if let Some(truncation) = object.field("truncation")
+            && !matches!(truncation.string()?.as_str(), "auto" | "disabled")
+        {
+            return Err(truncation.error("truncation must be auto or disabled."));
+        }
+        let instructions = object.string("instructions")?;
+        let parallel_tool_calls = object.bool("parallel_tool_calls")?.unwrap_or(true);
+        let copy = |name: &'static str| match object.field(name) {
+            Some(field) => field.value(MAX_TOOLS_BYTES),
+            None => Ok(Value::Null),
+        };
+        let or = |value: Value, default: Value| if value.is_null() { default } else { value };
+        let metadata = object.field("metadata").map(|field| field.entries(MAX_METADATA)).transpose()?;
+        for (_, value) in metadata.into_iter().flatten() {
+            value.value(MAX_METADATA_BYTES)?;
+        }
+        let echo = json!({
+            "instructions": instructions,
+            "max_output_tokens": object.int("max_output_tokens")?,
+            "max_tool_calls": object.int("max_tool_calls")?,
+            "parallel_tool_calls": parallel_tool_calls,
+            "previous_response_id": object.string("previous_response_id")?,
+            "reasoning": {"effort": effort.as_deref().unwrap_or("medium"), "summary": null},
+            "temperature": null,
+            "text": {"format": match &format {
+                Some(format) => format.value(MAX_TOOLS_BYTES)?,
+                None => json!({"type": "text"}),
+            }},
+            "tool_choice": or(copy("tool_choice")?, "auto".into()),
+            "tools": or(copy("tools")?, json!([])),
+            "top_logprobs": object.int("top_logprobs")?.unwrap_or(0),
+            "top_p": null,
+            "truncation": or(copy("truncation")?, "disabled".into()),
+            "user": object.string("user")?,
+            "safety_identifier": object.string("safety_identifier")?,
+            "prompt_cache_key": object.string("prompt_cache_key")?,
+            "metadata": or(copy("metadata")?, json!({})),
+            "background": false,
+            "service_tier": "default",
+        });
+        Ok(Wire {
+            common: Common::read(object)?,
+            sampling: SamplingFields::read(object)?,
+            instructions,
+            max_output_tokens: object.int("max_output_tokens")?,
+            top_logprobs: object.int("top_logprobs")?,
+            include_logprobs,
+            effort,
+            wanted,
+            tools: object.field("tools").map(|tools| Tools::read_flat(&tools)).transpose()?,
+            tool_choice: ToolChoice::read_flat(object)?,
+            parallel_tool_calls,
+            include_reasoning: object.bool("include_reasoning")?.unwrap_or(true),
+            store: object.bool("store")?.unwrap_or(true),
+            echo,
+        })
+    }
+}
+
+/// `text.format`: the flat form of `response_format`.
+fn text_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
+    let object = field.object(&["type", "name", "description", "schema", "strict"])?;
+    let kind = object.required("type")?;
+    match kind.string()?.as_str() {
+        "text" => Ok(None),
+        "json_object" => Ok(Some(form::any_object(field.path()))),
+        "json_schema" => form::json_schema(&object).map(Some),
+        other => {
+            let message = format!(
+                "{} must be one of text, json_object, json_schema, got {}.",
+                kind.path(),
+                excerpt(other)
+            );
+            Err(kind.error(message))
+        }
+    }
+}
+
+/// The conversation, and the items of this request.
+fn read_input(
+    input: &Field<'_>,
+    instructions: Option<&String>,
+    earlier: &[Box<RawValue>],
+) -> Result<(Conversation, Vec<Value>), ApiError> {
+    let mut conversation = Conversation::default();
+    if let Some(instructions) = instructions {
+        conversation.say("developer", instructions.clone());
+    }
+    for item in earlier {
+        conversation.add(&Field::root(item))?;
+    }
+    if input.is_string() {
+        let text = input.string()?;
+        let kept = response_items::kept_text(&text);
+        conversation.say("user", text);
+        return Ok((conversation, vec![kept]));
+    }
+    if !input.is_array() {
+        return Err(input.error("input must be a string or an array of items."));
+    }
+    let mut items = Vec::new();
+    for item in input.array(MAX_ITEMS)? {
+        conversation.add(&item)?;
+        items.push(response_items::kept(&item)?);
+    }
+    if items.is_empty() && earlier.is_empty() {
+        return Err(input.error("input must not be empty."));
+    }
+    Ok((conversation, items))
+}

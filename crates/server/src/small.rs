@@ -1,0 +1,167 @@
+//! Small endpoints: tokens of texts and back, load, and what tools made for Ollama ask before they start (`serving.md` 4).
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Extension, State as Shared};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use engine::Engine;
+use serde_json::json;
+use tokenizer::Tokenizer;
+
+use crate::body;
+use crate::error::ApiError;
+use crate::generate;
+use crate::json::{self, Field};
+use crate::request::check_model;
+use crate::routes::Origin;
+use crate::server::State;
+
+/// `POST /tokenize`: of a text, or of a conversation as the chat endpoint would feed it.
+pub(crate) async fn tokenize(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let engine = state.engine()?.clone();
+    let body = body::read(body, state.max_body_bytes).await?;
+    let answer = generate::blocking(&origin, move || {
+        let object = Field::root(json::document(&body)?).object(&[
+            "model",
+            "prompt",
+            "messages",
+            "return_token_strs",
+        ])?;
+        check_model(object.string("model")?.as_deref(), &state.model_names)?;
+        let tokens = if object.field("messages").is_some() {
+            generate::chat_ids(&body, &state, &engine)?
+        } else {
+            let prompt = object.required("prompt")?.string()?;
+            generate::bound_text(prompt.len(), &engine)?;
+            engine.harmony().tokenizer().encode_with_special(&prompt)
+        };
+        let names = object.bool("return_token_strs")? == Some(true);
+        let strings = names.then(|| names_of(&tokens, engine.harmony().tokenizer()));
+        Ok(json!({
+            "count": tokens.len(), "max_model_len": engine.max_model_len(), "tokens": tokens, "token_strs": strings
+        }))
+    });
+    Ok(Json(answer.await?).into_response())
+}
+
+/// Each token alone; what is not UTF-8 alone is shown byte by byte.
+fn names_of(tokens: &[u32], tokenizer: &Tokenizer) -> Vec<String> {
+    let name = |&token: &u32| {
+        let bytes = tokenizer.token_bytes(token).unwrap_or_default();
+        match std::str::from_utf8(bytes) {
+            Ok(text) => text.to_owned(),
+            Err(_) => bytes.iter().map(|byte| format!("<0x{byte:02X}>")).collect(),
+        }
+    };
+    tokens.iter().map(name).collect()
+}
+
+/// `POST /detokenize`
+pub(crate) async fn detokenize(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let engine = state.engine()?.clone();
+    let body = body::read(body, state.max_body_bytes).await?;
+    let answer = generate::blocking(&origin, move || {
+        let object = Field::root(json::document(&body)?).object(&["model", "tokens"])?;
+        check_model(object.string("model")?.as_deref(), &state.model_names)?;
+        let field = object.required("tokens")?;
+        let tokens = field.ids()?;
+        let tokenizer = engine.harmony().tokenizer();
+        if let Some(token) = tokens.iter().find(|&&token| tokenizer.token_bytes(token).is_none()) {
+            return Err(field.error(format!("There is no token with the id {token}.")));
+        }
+        Ok(json!({"prompt": tokenizer.decode(&tokens)}))
+    });
+    Ok(Json(answer.await?).into_response())
+}
+
+/// `GET /load`: how many requests are in the engine.
+pub(crate) async fn load(Shared(state): Shared<Arc<State>>) -> Response {
+    let stats = state.loaded().map(Engine::stats).unwrap_or_default();
+    Json(json!({"server_load": stats.running + stats.waiting})).into_response()
+}
+
+/// `GET /metrics`
+pub(crate) async fn metrics(Shared(state): Shared<Arc<State>>, headers: HeaderMap) -> Response {
+    let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
+    let open = accept.contains("application/openmetrics-text");
+    let text = state.metrics.text(state.loaded(), &state.model_names[0], open);
+    let kind = match open {
+        true => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        false => "text/plain; version=0.0.4; charset=utf-8",
+    };
+    ([(header::CONTENT_TYPE, HeaderValue::from_static(kind))], text).into_response()
+}
+
+/// `GET /api/version`
+pub(crate) async fn ollama_version() -> Response {
+    Json(json!({"version": env!("CARGO_PKG_VERSION")})).into_response()
+}
+
+/// `GET /api/tags`
+pub(crate) async fn ollama_tags(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
+    state.engine()?;
+    let model = |name: &String| {
+        json!({"name": name, "model": name, "modified_at": "1970-01-01T00:00:00Z", "size": 0, "digest": "",
+            "details": {"format": "safetensors", "family": "gptoss"}})
+    };
+    let models: Vec<_> = state.model_names.iter().map(model).collect();
+    Ok(Json(json!({"models": models})).into_response())
+}
+
+/// `POST /api/show`
+pub(crate) async fn ollama_show(Shared(state): Shared<Arc<State>>, body: Body) -> Result<Response, ApiError> {
+    let max_model_len = state.engine()?.max_model_len();
+    ollama_model(&state, body).await?;
+    Ok(Json(json!({
+        "details": {"format": "safetensors", "family": "gptoss"},
+        "model_info": {"general.architecture": "gptoss", "gptoss.context_length": max_model_len},
+        "capabilities": ["completion", "tools", "thinking"]
+    }))
+    .into_response())
+}
+
+/// `POST /api/pull`: the served model is there, others never come.
+pub(crate) async fn ollama_pull(Shared(state): Shared<Arc<State>>, body: Body) -> Result<Response, ApiError> {
+    ollama_model(&state, body).await?;
+    let json = HeaderValue::from_static("application/x-ndjson");
+    Ok(([(header::CONTENT_TYPE, json)], "{\"status\":\"success\"}\n").into_response())
+}
+
+async fn ollama_model(state: &State, body: Body) -> Result<StatusCode, ApiError> {
+    let body = body::read(body, state.max_body_bytes).await?;
+    let object = Field::root(json::document(&body)?).object(&["model", "name"])?;
+    let name = object.string("model")?.or(object.string("name")?).unwrap_or_default();
+    // Ollama adds a tag to names without one.
+    let name = name.strip_suffix(":latest").unwrap_or(&name);
+    check_model(Some(name), &state.model_names).map(|()| StatusCode::OK)
+}
+
+/// `POST /invocations`: SageMaker's only path; the body's shape says what is meant.
+pub(crate) async fn invocations(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let body = body::read(body, state.max_body_bytes).await?;
+    let shape = Field::root(json::document(&body)?).object(&["messages", "prompt", "input"])?;
+    let is = |name| shape.field(name).is_some();
+    let (chat, prompt, input) = (is("messages"), is("prompt"), is("input"));
+    let body = Body::from(body);
+    match (chat, prompt, input) {
+        (true, ..) => generate::chat(state, origin, body).await,
+        (_, true, _) => generate::completions(state, origin, body).await,
+        (.., true) => generate::responses(state, origin, body).await,
+        _ => Err(ApiError::body("The request body must have `messages`, `prompt` or `input`.")),
+    }
+}

@@ -1,0 +1,393 @@
+//! Tools, `tool_choice`, the answer's form and the wish not to reason: what a turn may consist of (`serving.md` 9.3, 9.4).
+
+use std::collections::HashSet;
+
+use engine::{Form, Grammar, Grammars, TurnRules, Whitespace};
+use harmony::{ChatTool, FunctionTool};
+use serde_json::json;
+
+use crate::error::ApiError;
+use crate::form::{self, Wanted};
+use crate::json::{Field, Object, excerpt};
+
+pub(crate) const MAX_TOOLS: usize = 512;
+/// Of all tools together, as JSON: their trees take up to fifty times as much memory.
+pub(crate) const MAX_TOOLS_BYTES: usize = 1 << 20;
+const MAX_TOOL_NAME: usize = 64;
+
+/// A turn's constraint, not compiled yet.
+#[derive(Debug, Default)]
+pub(crate) struct Turn {
+    rules: Option<TurnRules>,
+    /// The fields to complain about.
+    answer_param: String,
+    call_params: Vec<String>,
+    /// The prompt is to go on with the header of the final answer.
+    pub(crate) answer_at_once: bool,
+}
+
+impl Turn {
+    /// A turn without tools to call and without a demanded form needs no rules; nor does one in which the model may do as it
+    /// likes.
+    pub(crate) fn new(
+        tools: Option<&Tools>,
+        choice: &Choice,
+        many_calls: bool,
+        wanted: Option<&Wanted>,
+        reasoning: bool,
+    ) -> Turn {
+        let tools = tools.map_or(&[][..], |tools| &tools.tools);
+        let callable = tools.iter().filter(|tool| match choice {
+            Choice::None => false,
+            Choice::Auto | Choice::Required => true,
+            Choice::Named(name) => tool.tool.function.name == *name,
+            Choice::Allowed { names, .. } => names.contains(&tool.tool.function.name),
+        });
+        let callable: Vec<&Tool> = callable.collect();
+        let forced =
+            matches!(choice, Choice::Required | Choice::Named(_) | Choice::Allowed { required: true, .. });
+        let strict = callable.iter().any(|tool| tool.strict == Some(true));
+        let suppressed = callable.len() < tools.len();
+        if wanted.is_none() && !forced && !strict && !suppressed && (reasoning || callable.is_empty()) {
+            return Turn { answer_at_once: !reasoning, ..Turn::default() };
+        }
+        let arguments = |tool: &Tool| {
+            if tool.free || !forced && tool.strict != Some(true) {
+                return Form::Text;
+            }
+            let schema = tool.tool.function.parameters.clone();
+            let schema = schema.filter(|schema| schema.as_object().is_some_and(|object| !object.is_empty()));
+            Form::Json {
+                schema: schema.unwrap_or_else(|| json!({"type": "object"})),
+                lenient: tool.strict != Some(true),
+                whitespace: Whitespace::default(),
+            }
+        };
+        let rules = TurnRules {
+            reasoning,
+            answer: (!forced).then(|| wanted.map_or(Form::Text, |wanted| wanted.form.clone())),
+            calls: callable.iter().map(|tool| (tool.tool.function.name.clone(), arguments(tool))).collect(),
+            many_calls: many_calls && !matches!(choice, Choice::Named(_)),
+        };
+        Turn {
+            rules: Some(rules),
+            answer_param: wanted.map_or_else(|| "tool_choice".to_owned(), |wanted| wanted.param.clone()),
+            call_params: callable.iter().map(|tool| format!("{}.parameters", tool.path)).collect(),
+            answer_at_once: false,
+        }
+    }
+
+    /// The grammar, if one is needed.
+    pub(crate) fn compile(&self, grammars: &Grammars) -> Result<Option<Grammar>, ApiError> {
+        let refusal = |error| form::refusal(&error, &self.answer_param, &self.call_params);
+        self.rules.as_ref().map(|rules| grammars.turn(rules)).transpose().map_err(refusal)
+    }
+
+    pub(crate) fn is_free(&self) -> bool {
+        self.rules.is_none()
+    }
+}
+
+/// Declared functions.
+#[derive(Debug)]
+pub(crate) struct Tools {
+    tools: Vec<Tool>,
+    field: String,
+}
+
+#[derive(Debug)]
+struct Tool {
+    tool: ChatTool,
+    strict: Option<bool>,
+    /// Its argument is a text, not JSON.
+    free: bool,
+    /// Where it came from, to complain about.
+    path: String,
+}
+
+impl Tools {
+    /// In the form of chat completions.
+    pub(crate) fn read(field: &Field<'_>) -> Result<Tools, ApiError> {
+        let mut tools = Tools::bounded(field)?;
+        for tool in field.array(MAX_TOOLS)? {
+            let object = tool.object(&["type", "function"])?;
+            let kind = object.required("type")?;
+            if kind.string()? != "function" {
+                return Err(kind.error("Only tools of type function are supported."));
+            }
+            tools.add(&object.required("function")?)?;
+        }
+        Ok(tools)
+    }
+
+    /// `functions`.
+    pub(crate) fn read_legacy(field: &Field<'_>) -> Result<Tools, ApiError> {
+        let mut tools = Tools::bounded(field)?;
+        for function in field.array(MAX_TOOLS)? {
+            tools.add(&function)?;
+        }
+        Ok(tools)
+    }
+
+    /// No tools yet, of a field that is not too large.
+    pub(crate) fn bounded(field: &Field<'_>) -> Result<Tools, ApiError> {
+        if field.text().len() > MAX_TOOLS_BYTES {
+            return Err(field.error(format!("{} is longer than {MAX_TOOLS_BYTES} bytes.", field.path())));
+        }
+        Ok(Tools { tools: Vec::new(), field: field.path().to_owned() })
+    }
+
+    /// Adds a function: `name`, `description`, `parameters` and `strict`, wherever they stand.
+    pub(crate) fn add(&mut self, field: &Field<'_>) -> Result<(), ApiError> {
+        let object = field.object(&["name", "description", "parameters", "strict"])?;
+        let name = object.required("name")?;
+        let parameters = match object.field("parameters") {
+            Some(schema) if schema.is_object() => Some(schema.value(MAX_TOOLS_BYTES)?),
+            Some(schema) => return Err(schema.error(format!("{} must be an object.", schema.path()))),
+            None => None,
+        };
+        let strict = object.bool("strict")?;
+        let description = object.string("description")?;
+        let function = FunctionTool { name: name.string()?, description, parameters };
+        self.tools.push(Tool {
+            tool: ChatTool { function },
+            strict,
+            free: false,
+            path: field.path().to_owned(),
+        });
+        Ok(())
+    }
+
+    /// In the flat form of responses.
+    pub(crate) fn read_flat(field: &Field<'_>) -> Result<Tools, ApiError> {
+        let mut tools = Tools::bounded(field)?;
+        for tool in field.array(MAX_TOOLS)? {
+            let kind = tool.object(&["type"])?.required("type")?;
+            match kind.string()?.as_str() {
+                "function" => tools.add(&tool)?,
+                "custom" => {
+                    tools.add(&tool)?;
+                    tools.tools.last_mut().expect("one was added").make_free();
+                }
+                other => {
+                    let message = format!(
+                        "Tools of type {} are not supported: only function and custom are.",
+                        excerpt(other)
+                    );
+                    return Err(kind.error(message));
+                }
+            }
+        }
+        Ok(tools)
+    }
+
+    /// The names of the tools whose argument is a text.
+    pub(crate) fn free(&self) -> Vec<String> {
+        let free = self.tools.iter().filter(|tool| tool.free);
+        free.map(|tool| tool.tool.function.name.clone()).collect()
+    }
+
+    /// Names follow the rule and are different.
+    pub(crate) fn check(&self) -> Result<(), ApiError> {
+        if self.tools.is_empty() {
+            let field = &self.field;
+            let message = format!(
+                "`{field}` must not be an empty array. Either provide at least one tool or omit the field entirely."
+            );
+            return Err(ApiError::invalid(field, message));
+        }
+        let letters = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+        let mut names = HashSet::new();
+        for Tool { tool, path, .. } in &self.tools {
+            let (name, path) = (&tool.function.name, format!("{path}.name"));
+            if name.is_empty() || name.len() > MAX_TOOL_NAME || !name.chars().all(letters) {
+                let message = format!(
+                    "{path} must be 1 to {MAX_TOOL_NAME} letters, digits, `_`, `.` or `-`, got {}.",
+                    excerpt(name)
+                );
+                return Err(ApiError::invalid(&path, message));
+            }
+            if !names.insert(name.as_str()) {
+                return Err(ApiError::invalid(&path, format!("Two tools are named {name}.")));
+            }
+        }
+        Ok(())
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.tools.is_empty()
+    }
+
+    /// As the prompt shows them.
+    pub(crate) fn shown(&self) -> Vec<ChatTool> {
+        self.tools.iter().map(|tool| tool.tool.clone()).collect()
+    }
+
+    pub(crate) fn names(&self) -> Vec<String> {
+        self.tools.iter().map(|tool| tool.tool.function.name.clone()).collect()
+    }
+}
+
+impl Tool {
+    fn make_free(&mut self) {
+        const NOTE: &str = "The argument is plain text, not JSON.";
+        self.free = true;
+        let function = &mut self.tool.function;
+        function.parameters = None;
+        function.description = Some(match function.description.take() {
+            Some(text) if !text.is_empty() => format!("{text}\n{NOTE}"),
+            _ => NOTE.to_owned(),
+        });
+    }
+}
+
+/// What `tool_choice`, or its old name `function_call`, says.
+pub(crate) struct ToolChoice {
+    field: &'static str,
+    asked: Asked,
+}
+
+enum Asked {
+    Unsaid,
+    None,
+    Auto,
+    Required,
+    Named(String),
+    Allowed { names: Vec<String>, required: bool },
+}
+
+/// How calls may be made.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Choice {
+    None,
+    Auto,
+    /// At least one call.
+    Required,
+    /// A call of this function.
+    Named(String),
+    /// Calls of these functions only, at least one if so said.
+    Allowed {
+        names: Vec<String>,
+        required: bool,
+    },
+}
+
+impl ToolChoice {
+    /// `tool_choice`, in the form of chat completions.
+    pub(crate) fn read(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
+        let asked = match object.field("tool_choice") {
+            None => Asked::Unsaid,
+            Some(choice) if choice.is_object() => {
+                let object = choice.object(&["type", "function"])?;
+                let kind = object.required("type")?;
+                if kind.string()? != "function" {
+                    return Err(kind.error("tool_choice.type must be `function`."));
+                }
+                Asked::Named(object.required("function")?.object(&["name"])?.required("name")?.string()?)
+            }
+            Some(choice) => match choice.string()?.as_str() {
+                "none" => Asked::None,
+                "auto" => Asked::Auto,
+                "required" => Asked::Required,
+                other => {
+                    let message = format!(
+                        "tool_choice must be none, auto, required or an object, got {}.",
+                        excerpt(other)
+                    );
+                    return Err(choice.error(message));
+                }
+            },
+        };
+        Ok(ToolChoice { field: "tool_choice", asked })
+    }
+
+    /// `tool_choice`, in the form of responses.
+    pub(crate) fn read_flat(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
+        let Some(choice) = object.field("tool_choice").filter(Field::is_object) else {
+            return ToolChoice::read(object);
+        };
+        let object = choice.object(&["type", "name", "mode", "tools"])?;
+        let kind = object.required("type")?;
+        let asked = match kind.string()?.as_str() {
+            "function" | "custom" => Asked::Named(object.required("name")?.string()?),
+            "allowed_tools" => {
+                let tools = object.required("tools")?.array(MAX_TOOLS)?;
+                let name = |tool: &Field<'_>| tool.object(&["name"])?.required("name")?.string();
+                let required = match object.string("mode")?.as_deref() {
+                    None | Some("auto") => false,
+                    Some("required") => true,
+                    Some(other) => {
+                        let message =
+                            format!("tool_choice.mode must be auto or required, got {}.", excerpt(other));
+                        return Err(ApiError::invalid("tool_choice.mode", message));
+                    }
+                };
+                Asked::Allowed { names: tools.iter().map(name).collect::<Result<_, _>>()?, required }
+            }
+            other => {
+                let message = format!(
+                    "tool_choice.type must be function, custom or allowed_tools, got {}.",
+                    excerpt(other)
+                );
+                return Err(kind.error(message));
+            }
+        };
+        Ok(ToolChoice { field: "tool_choice", asked })
+    }
+
+    /// `function_call`.
+    pub(crate) fn read_legacy(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
+        let asked = match object.field("function_call") {
+            None => Asked::Unsaid,
+            Some(choice) if choice.is_object() => {
+                Asked::Named(choice.object(&["name"])?.required("name")?.string()?)
+            }
+            Some(choice) => match choice.string()?.as_str() {
+                "none" => Asked::None,
+                "auto" => Asked::Auto,
+                other => {
+                    let message =
+                        format!("function_call must be none, auto or an object, got {}.", excerpt(other));
+                    return Err(choice.error(message));
+                }
+            },
+        };
+        Ok(ToolChoice { field: "function_call", asked })
+    }
+
+    pub(crate) fn check(&self, tools: Option<&Tools>) -> Result<Choice, ApiError> {
+        let tools = tools.map_or(&[][..], |tools| &tools.tools);
+        match &self.asked {
+            Asked::None => Ok(Choice::None),
+            Asked::Unsaid if tools.is_empty() => Ok(Choice::None),
+            Asked::Unsaid => Ok(Choice::Auto),
+            _ if tools.is_empty() => {
+                Err(ApiError::invalid(self.field, "When using `tool_choice`, `tools` must be set."))
+            }
+            Asked::Auto => Ok(Choice::Auto),
+            Asked::Named(name) if tools.iter().all(|tool| tool.tool.function.name != *name) => {
+                let message =
+                    format!("{} names {}, which is not among the tools.", self.field, excerpt(name));
+                Err(ApiError::invalid(self.field, message))
+            }
+            Asked::Allowed { names, required } => {
+                let known = |name: &String| tools.iter().any(|tool| tool.tool.function.name == *name);
+                match names.iter().find(|name| !known(name)) {
+                    None if names.is_empty() && *required => {
+                        Err(ApiError::invalid("tool_choice.tools", "tool_choice.tools must not be empty."))
+                    }
+                    None => Ok(Choice::Allowed { names: names.clone(), required: *required }),
+                    Some(name) => {
+                        let message = format!(
+                            "tool_choice.tools names {}, which is not among the tools.",
+                            excerpt(name)
+                        );
+                        Err(ApiError::invalid("tool_choice.tools", message))
+                    }
+                }
+            }
+            Asked::Required => Ok(Choice::Required),
+            Asked::Named(name) => Ok(Choice::Named(name.clone())),
+        }
+    }
+}

@@ -1,0 +1,513 @@
+//! Responses: items and events of turns, what comes back as input, the store.
+
+use engine::Scripted;
+use serde_json::{Value, json};
+use server::Options;
+
+use crate::fixture::{Fixture, JSON, engine_options, options, tokens};
+
+const PATH: &str = "/v1/responses";
+const HELLO: &str = "<|channel|>analysis<|message|>Say hi.<|end|><|start|>assistant<|channel|>final<|message|>Hello there 👋<|return|>";
+const LOOK: &str = r#"<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary<|message|>Let me look.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json<|message|>{"location": "Paris"}<|call|>"#;
+
+fn server(scripts: &[&str], stored: usize) -> Fixture {
+    let options = Options { responses_store: stored, ..options() };
+    let scripts = scripts.iter().map(|text| tokens(text)).collect();
+    Fixture::start(&options, Scripted::new(Scripted::gpt_oss(), scripts), engine_options())
+}
+
+fn tool() -> Value {
+    json!({"type": "function", "name": "get_weather", "description": "Looks", "parameters": {
+        "type": "object", "properties": {"location": {"type": "string"}}
+    }})
+}
+
+/// The events of a stream; checks what holds for all.
+fn events(server: &Fixture, request: &Value) -> Vec<Value> {
+    let mut request = request.clone();
+    request["stream"] = true.into();
+    let mut stream = server.stream(PATH, &request);
+    assert_eq!(stream.status, 200);
+    let mut events: Vec<Value> = Vec::new();
+    while let Some(event) = stream.next() {
+        let (kind, data) = event.split_once('\n').unwrap();
+        let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+        assert_eq!(kind.strip_prefix("event: "), data["type"].as_str());
+        assert_eq!(data["sequence_number"], events.len());
+        events.push(data);
+    }
+    assert_eq!(events[0]["type"], "response.created");
+    assert_eq!(events[1]["type"], "response.in_progress");
+    assert_eq!(events[0]["response"]["status"], "in_progress");
+    events
+}
+
+/// Puts a stream together as a strict client does; the result is the last event's response.
+fn join(events: &[Value]) -> Value {
+    let mut items: Vec<Value> = Vec::new();
+    let mut texts: Vec<String> = Vec::new();
+    let mut parts: Vec<usize> = Vec::new();
+    for event in &events[2..events.len() - 1] {
+        let index = event["output_index"].as_u64().unwrap() as usize;
+        let kind = event["type"].as_str().unwrap();
+        if kind == "response.output_item.added" {
+            assert_eq!(index, items.len(), "one item after the other");
+            assert_eq!(event["item"]["status"], "in_progress");
+            items.push(event["item"].clone());
+            texts.push(String::new());
+            parts.push(0);
+            continue;
+        }
+        assert_eq!(index, items.len() - 1);
+        match kind {
+            "response.output_item.done" => {
+                assert_eq!(event["item"]["id"], items[index]["id"]);
+                items[index] = event["item"].clone();
+            }
+            _ => assert_eq!(event["item_id"], items[index]["id"]),
+        }
+        match kind.rsplit_once('.').unwrap().1 {
+            "added" => parts[index] += 1,
+            "delta" => texts[index] += event["delta"].as_str().unwrap(),
+            _ => {}
+        }
+        for field in ["text", "arguments", "input"] {
+            if let Some(text) = event[field].as_str() {
+                assert_eq!(text, texts[index]);
+            }
+        }
+        if let Some(part) = event["part"]["text"].as_str() {
+            assert_eq!(part, texts[index]);
+        }
+    }
+    let last = &events.last().unwrap()["response"];
+    assert_eq!(last["id"], events[0]["response"]["id"]);
+    assert_eq!(last["output"], Value::from(items.clone()));
+    for (item, parts) in items.iter().zip(parts) {
+        assert_eq!(parts, usize::from(item.get("content").is_some()));
+    }
+    last.clone()
+}
+
+/// What differs between two answers to the same request.
+fn without_ids(mut response: Value) -> Value {
+    for key in ["id", "created_at"] {
+        response[key] = Value::Null;
+    }
+    for item in response["output"].as_array_mut().unwrap() {
+        item["id"] = Value::Null;
+        if item.get("call_id").is_some() {
+            item["call_id"] = Value::Null;
+        }
+    }
+    response
+}
+
+#[test]
+fn every_field() {
+    let server = server(&[HELLO], 0);
+    let request = json!({
+        "input": "Hi", "instructions": "Be kind.", "temperature": 0.5, "metadata": {"a": "b"}, "user": "u",
+        "max_output_tokens": 100, "reasoning": {"effort": "low"}
+    });
+    let whole = server.post(PATH, &request).ok();
+    let generated = tokens(HELLO).len();
+    let keys: Vec<&str> = whole.as_object().unwrap().keys().map(String::as_str).collect();
+    assert_eq!(
+        keys,
+        [
+            "id",
+            "object",
+            "created_at",
+            "status",
+            "error",
+            "incomplete_details",
+            "model",
+            "output",
+            "instructions",
+            "max_output_tokens",
+            "max_tool_calls",
+            "parallel_tool_calls",
+            "previous_response_id",
+            "reasoning",
+            "temperature",
+            "text",
+            "tool_choice",
+            "tools",
+            "top_logprobs",
+            "top_p",
+            "truncation",
+            "user",
+            "safety_identifier",
+            "prompt_cache_key",
+            "metadata",
+            "background",
+            "service_tier",
+            "store",
+            "usage"
+        ]
+    );
+    assert!(whole["id"].as_str().unwrap().starts_with("resp_"));
+    assert_eq!((&whole["object"], &whole["status"]), (&json!("response"), &json!("completed")));
+    assert_eq!((&whole["temperature"], &whole["metadata"]["a"]), (&json!(0.5), &json!("b")));
+    assert_eq!((&whole["store"], &whole["reasoning"]["effort"]), (&json!(false), &json!("low")));
+    let [thought, message] = &whole["output"].as_array().unwrap()[..] else { panic!("{whole}") };
+    assert_eq!(thought["content"], json!([{"type": "reasoning_text", "text": "Say hi."}]));
+    assert_eq!((&thought["summary"], &thought["status"]), (&json!([]), &json!("completed")));
+    assert!(thought["id"].as_str().unwrap().starts_with("rs_"));
+    assert_eq!(
+        message["content"],
+        json!([{"type": "output_text", "text": "Hello there 👋", "annotations": [], "logprobs": []}])
+    );
+    let usage = &whole["usage"];
+    assert_eq!(usage["output_tokens"], generated);
+    assert_eq!(usage["output_tokens_details"]["reasoning_tokens"], 3);
+    assert_eq!(usage["input_tokens_details"]["cached_tokens"], 0);
+
+    let events = events(&server, &request);
+    assert_eq!(events.last().unwrap()["type"], "response.completed");
+    assert_eq!(without_ids(join(&events)), without_ids(whole));
+    let kinds: Vec<&str> = events.iter().map(|event| event["type"].as_str().unwrap()).collect();
+    let expected = [
+        "response.output_item.added",
+        "response.content_part.added",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.delta",
+        "response.reasoning_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.output_item.added",
+        "response.content_part.added",
+    ];
+    assert_eq!(kinds[2..12], expected);
+}
+
+#[test]
+fn items_of_turns() {
+    let custom = r#"<|channel|>commentary to=functions.apply_patch<|message|>*** Begin
++x<|call|>"#;
+    let two = r#"<|channel|>commentary to=functions.get_weather<|message|>{}<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather<|message|>{"location": "Rome"}<|call|>"#;
+    let halves =
+        "<|channel|>final<|message|>One<|end|><|start|>assistant<|channel|>final<|message|>\nTwo<|return|>";
+    let rows: [(&str, Value); 7] = [
+        (
+            LOOK,
+            json!([
+                ["reasoning", "Hm."],
+                ["message", "Let me look."],
+                ["function_call", "{\"location\": \"Paris\"}"]
+            ]),
+        ),
+        (custom, json!([["custom_tool_call", "*** Begin\n+x"]])),
+        (two, json!([["function_call", "{}"], ["function_call", "{\"location\": \"Rome\"}"]])),
+        // One item per message, each with its own text.
+        (halves, json!([["message", "One"], ["message", "\nTwo"]])),
+        ("No header at all.<|return|>", json!([["message", "No header at all."]])),
+        ("<|return|>", json!([["message", ""]])),
+        ("<|channel|>analysis to=python code<|message|>print(1)<|call|>", json!([["reasoning", "print(1)"]])),
+    ];
+    let scripted = rows
+        .iter()
+        .enumerate()
+        .fold(Scripted::new(Scripted::gpt_oss(), Vec::new()), |scripted, (seed, (script, _))| {
+            scripted.with_seed(seed as i64 + 1, tokens(script))
+        });
+    let server = Fixture::start(&options(), scripted, engine_options());
+    for (seed, (script, expected)) in rows.iter().enumerate() {
+        let request = json!({
+            "input": "Hi", "seed": seed + 1,
+            "tools": [tool(), {"type": "custom", "name": "apply_patch", "description": "Patches"}]
+        });
+        let whole = server.post(PATH, &request).ok();
+        assert_eq!(whole["status"], "completed");
+        let text = |item: &Value| {
+            ["arguments", "input"]
+                .iter()
+                .find_map(|field| item.get(*field).cloned())
+                .unwrap_or_else(|| item["content"][0]["text"].clone())
+        };
+        let items: Vec<Value> = whole["output"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|item| json!([item["type"], text(item)]))
+            .collect();
+        assert_eq!(json!(items), *expected, "{script}");
+        assert_eq!(without_ids(join(&events(&server, &request))), without_ids(whole), "{script}");
+    }
+}
+
+#[test]
+fn cut_off() {
+    let server = server(&[HELLO], 0);
+    for (max, last, status) in [
+        (5, "reasoning", "incomplete"),
+        // In the header of the next message.
+        (9, "reasoning", "completed"),
+        (13, "message", "incomplete"),
+    ] {
+        let request = json!({"input": "Hi", "max_output_tokens": max});
+        let whole = server.post(PATH, &request).ok();
+        assert_eq!(whole["status"], "incomplete");
+        assert_eq!(whole["incomplete_details"], json!({"reason": "max_output_tokens"}));
+        let item = whole["output"].as_array().unwrap().last().unwrap();
+        assert_eq!((&item["type"], &item["status"]), (&json!(last), &json!(status)));
+        let events = events(&server, &request);
+        assert_eq!(events.last().unwrap()["type"], "response.incomplete");
+        assert_eq!(without_ids(join(&events)), without_ids(whole));
+    }
+}
+
+#[test]
+fn log_probabilities() {
+    let server = server(&[HELLO], 0);
+    let request = json!({"input": "Hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2});
+    let whole = server.post(PATH, &request).ok();
+    let entries = whole["output"][1]["content"][0]["logprobs"].as_array().unwrap();
+    let bytes: Vec<u8> = entries
+        .iter()
+        .flat_map(|entry| serde_json::from_value::<Vec<u8>>(entry["bytes"].clone()).unwrap())
+        .collect();
+    assert_eq!(String::from_utf8(bytes).unwrap(), "Hello there 👋");
+    assert_eq!(entries[0]["top_logprobs"].as_array().unwrap().len(), 2);
+    let events = events(&server, &request);
+    let streamed: Vec<&Value> = events
+        .iter()
+        .filter(|event| event["type"] == "response.output_text.delta")
+        .flat_map(|event| event["logprobs"].as_array().unwrap())
+        .collect();
+    assert_eq!(json!(streamed), json!(entries));
+}
+
+/// The prompt of a request, as the next chat would see it.
+fn prompt_tokens(server: &Fixture, request: &Value) -> u64 {
+    server.post(PATH, request).ok()["usage"]["input_tokens"].as_u64().unwrap()
+}
+
+#[test]
+fn items_come_back_as_input() {
+    let server = server(&[LOOK, HELLO], 0);
+    let first = server.post(PATH, &json!({"input": "Weather?", "tools": [tool()]})).ok();
+    let mut items = vec![json!({"role": "user", "content": "Weather?"})];
+    items.extend(first["output"].as_array().unwrap().iter().cloned());
+    let call_id = first["output"][2]["call_id"].clone();
+    items.push(json!({"type": "function_call_output", "call_id": call_id, "output": "sunny"}));
+    let request = json!({"input": items, "tools": [tool()], "instructions": "Be brief."});
+    let found = prompt_tokens(&server, &request);
+
+    // The same as a chat, whose history is known to be right.
+    let function = json!({"name": "get_weather", "description": "Looks", "parameters": tool()["parameters"]});
+    let chat = json!({
+        "messages": [
+            {"role": "developer", "content": "Be brief."},
+            {"role": "user", "content": "Weather?"},
+            {"role": "assistant", "content": "Let me look.", "reasoning": "Hm.", "tool_calls": [
+                {"id": "a", "type": "function", "function": {"name": "get_weather", "arguments": "{\"location\": \"Paris\"}"}}
+            ]},
+            {"role": "tool", "tool_call_id": "a", "content": "sunny"}
+        ],
+        "tools": [{"type": "function", "function": function}]
+    });
+    assert_eq!(server.chat(&chat).ok()["usage"]["prompt_tokens"], found);
+
+    // Stripped of what can be filled in, as some agents send it.
+    let stripped: Vec<Value> = items
+        .iter()
+        .map(|item| {
+            let mut item = item.clone();
+            ["id", "status", "encrypted_content", "summary"].iter().for_each(|key| {
+                item.as_object_mut().unwrap().remove(*key);
+            });
+            item
+        })
+        .collect();
+    let request = json!({"input": stripped, "tools": [tool()], "instructions": "Be brief."});
+    assert_eq!(prompt_tokens(&server, &request), found);
+}
+
+#[test]
+fn the_store() {
+    let server = server(&[LOOK, HELLO], 2);
+    let first = server.post(PATH, &json!({"input": "Weather?", "tools": [tool()]})).ok();
+    assert_eq!(first["store"], true);
+    let id = first["id"].as_str().unwrap();
+    let path = format!("{PATH}/{id}");
+    assert_eq!(server.get(&path).ok(), first);
+    let list = server.get(&format!("{path}/input_items")).ok();
+    assert_eq!(list["data"][0]["content"][0]["text"], "Weather?");
+    assert_eq!((&list["first_id"], &list["has_more"]), (&list["data"][0]["id"], &json!(false)));
+
+    // A turn that goes on from there is fed what a client would have sent by itself.
+    let output =
+        json!([{"type": "function_call_output", "call_id": first["output"][2]["call_id"], "output": "sun"}]);
+    let request = json!({"input": output, "tools": [tool()], "previous_response_id": id});
+    let second = server.post(PATH, &request).ok();
+    assert_eq!(second["previous_response_id"], id);
+    let mut items = vec![json!({"role": "user", "content": "Weather?"})];
+    items.extend(first["output"].as_array().unwrap().iter().cloned());
+    items.push(output[0].clone());
+    let whole = json!({"input": items, "tools": [tool()], "store": false});
+    assert_eq!(second["usage"]["input_tokens"], prompt_tokens(&server, &whole));
+
+    let streamed = join(&events(&server, &json!({"input": "Hi"})));
+    assert_eq!(server.get(&format!("{PATH}/{}", streamed["id"].as_str().unwrap())).ok(), streamed);
+
+    // Two are kept; the one used longest ago went.
+    let gone = |path: &str| {
+        let (status, kind, param, _) = server.get(path).error();
+        assert_eq!(
+            (status, kind.as_str(), param.as_deref()),
+            (404, "invalid_request_error", Some("response_id"))
+        );
+    };
+    gone(&path);
+    let last = format!("{PATH}/{}", second["id"].as_str().unwrap());
+    let (status, _, param, message) = server.post(&format!("{last}/cancel"), &json!({})).error();
+    assert_eq!((status, param.as_deref()), (400, Some("response_id")));
+    assert_eq!(message, "Cannot cancel a synchronous response.");
+    assert_eq!(server.request("DELETE", &last, "", b"").ok()["deleted"], true);
+    gone(&last);
+    let (status, _, param, _) =
+        server.post(PATH, &json!({"input": "x", "previous_response_id": "resp_no"})).error();
+    assert_eq!((status, param.as_deref()), (404, Some("previous_response_id")));
+}
+
+#[test]
+fn responses_belong_to_keys() {
+    let options =
+        Options { responses_store: 5, api_keys: vec!["one".to_owned(), "two".to_owned()], ..options() };
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]);
+    let server = Fixture::start(&options, backend, engine_options());
+    let headers = |key: &str| format!("{JSON}authorization: Bearer {key}\r\n");
+    let made = server.request("POST", PATH, &headers("one"), br#"{"input": "Hi"}"#).ok();
+    let path = format!("{PATH}/{}", made["id"].as_str().unwrap());
+    assert_eq!(server.request("GET", &path, &headers("one"), b"").status, 200);
+    assert_eq!(server.request("GET", &path, &headers("two"), b"").status, 404);
+    assert_eq!(server.request("DELETE", &path, &headers("two"), b"").status, 404);
+    assert_eq!(server.get(&path).status, 401);
+}
+
+#[test]
+fn nothing_is_stored_unless_asked() {
+    let server = server(&[HELLO], 0);
+    let made = server.post(PATH, &json!({"input": "Hi", "store": true})).ok();
+    assert_eq!(made["store"], false);
+    assert_eq!(server.get(&format!("{PATH}/{}", made["id"].as_str().unwrap())).status, 404);
+}
+
+#[test]
+fn fields() {
+    let server = server(&[HELLO], 0);
+    for (field, value, param, message) in [
+        ("input", Value::Null, "input", "required"),
+        ("input", json!([]), "input", "empty"),
+        ("input", json!(5), "input", "items"),
+        ("input", json!([{"role": "robot", "content": "x"}]), "input.0.role", "robot"),
+        (
+            "input",
+            json!([{"role": "user", "content": [{"type": "input_image"}]}]),
+            "input.0.content.0",
+            "image",
+        ),
+        ("input", json!([{"type": "item_reference", "id": "x"}]), "input.0", "item_reference"),
+        (
+            "input",
+            json!([{"type": "function_call_output", "call_id": "zz", "output": "x"}]),
+            "input.0.call_id",
+            "zz",
+        ),
+        ("max_output_tokens", json!(0), "max_output_tokens", "at least 1"),
+        ("top_logprobs", json!(21), "top_logprobs", "greater than"),
+        ("reasoning", json!({"effort": "huge"}), "reasoning.effort", "huge"),
+        ("text", json!({"format": {"type": "xml"}}), "text.format.type", "xml"),
+        ("tools", json!([{"type": "web_search"}]), "tools.0.type", "web_search"),
+        ("tools", json!([{"type": "function", "name": "a b"}]), "tools.0.name", "letters"),
+        ("tool_choice", json!("required"), "tool_choice", "`tools` must be set"),
+        ("tool_choice", json!({"type": "what"}), "tool_choice.type", "what"),
+        ("truncation", json!("some"), "truncation", "auto or disabled"),
+        ("conversation", json!("c"), "conversation", "not supported"),
+        ("prompt", json!({"id": "p"}), "prompt", "not supported"),
+        ("background", json!(true), "background", "not supported"),
+        (
+            "metadata",
+            json!((0..17).map(|i| (i.to_string(), "x")).collect::<std::collections::BTreeMap<_, _>>()),
+            "metadata",
+            "16",
+        ),
+    ] {
+        let mut request = json!({"input": "Hi"});
+        request[field] = value;
+        let (status, kind, found, text) = server.post(PATH, &request).error();
+        assert_eq!(
+            (status, kind.as_str(), found.as_deref()),
+            (400, "BadRequestError", Some(param)),
+            "{text}"
+        );
+        assert!(text.contains(message), "{field}: {text}");
+    }
+    assert_eq!(server.request("POST", PATH, "", b"{}").status, 415);
+}
+
+#[test]
+fn forms_and_choices() {
+    let answer = r#"<|channel|>final<|message|>{"x": 1}<|return|>"#;
+    let scripted = [answer, LOOK]
+        .iter()
+        .enumerate()
+        .fold(Scripted::new(Scripted::gpt_oss(), Vec::new()), |scripted, (seed, script)| {
+            scripted.with_seed(seed as i64 + 1, tokens(script))
+        });
+    let server = Fixture::start(&options(), scripted, engine_options());
+    let schema =
+        json!({"type": "object", "properties": {"x": {"type": "integer"}}, "additionalProperties": false});
+    let format =
+        json!({"format": {"type": "json_schema", "name": "point", "schema": schema, "strict": true}});
+    let whole = server.post(PATH, &json!({"input": "Hi", "text": format, "seed": 1})).ok();
+    assert_eq!(whole["output"][0]["content"][0]["text"], r#"{"x": 1}"#);
+    assert_eq!(whole["text"]["format"]["name"], "point");
+
+    let other = json!({"type": "function", "name": "other"});
+    for (choice, calls) in [
+        (json!("required"), true),
+        (json!({"type": "function", "name": "get_weather"}), true),
+        (
+            json!({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "get_weather"}]}),
+            true,
+        ),
+        (
+            json!({"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "other"}]}),
+            false,
+        ),
+        (json!("none"), false),
+    ] {
+        let request = json!({
+            "input": "Hi", "tools": [tool(), other], "tool_choice": choice, "seed": 2, "max_output_tokens": 60
+        });
+        let whole = server.post(PATH, &request).ok();
+        assert_eq!(whole["tool_choice"], choice);
+        let called = |item: &Value| item["type"] == "function_call" && item["name"] == "get_weather";
+        assert_eq!(whole["output"].as_array().unwrap().iter().any(called), calls, "{choice}: {whole}");
+    }
+}
+
+#[test]
+fn a_device_that_fails() {
+    let (server, steps) = Fixture::stepwise(HELLO, &options());
+    for _ in 0..4 {
+        steps.send(engine::Step::Run).unwrap();
+    }
+    let mut stream = server.stream(PATH, &json!({"input": "Hi", "stream": true}));
+    assert_eq!(stream.status, 200);
+    steps.send(engine::Step::Fail("late".to_owned())).unwrap();
+    let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
+    let last = events.last().unwrap();
+    assert!(last.starts_with("event: response.failed\n"), "{last}");
+    let data: Value = serde_json::from_str(last.split_once("data: ").unwrap().1).unwrap();
+    assert_eq!(
+        (&data["response"]["status"], &data["response"]["error"]["code"]),
+        (&json!("failed"), &json!("server_error"))
+    );
+    assert!(!events.iter().any(|event| event.contains("[DONE]")));
+    drop(steps);
+}
