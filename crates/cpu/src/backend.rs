@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use checkpoint::{Config, LayerKind, MatrixKind, Values, VectorKind, Weights};
 use gptoss::{
-    BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, SequenceOutput, SequencePlan, sample, score,
+    BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, SequenceOutput, SequencePlan, Traffic, sample,
+    score,
 };
 
 use crate::kernels::{Attend, Isa, Kernels};
@@ -68,38 +69,6 @@ struct Layer {
 struct LayerCache {
     keys: Vec<f32>,
     values: Vec<f32>,
-}
-
-/// Bytes that a step reads, to compare its speed with the memory's.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Traffic {
-    /// Weights that every step reads: attention, routers, norms and the output layer.
-    pub dense_bytes: usize,
-    /// One expert of one layer.
-    pub expert_bytes: usize,
-    /// Layers.
-    pub layers: usize,
-    /// Experts per layer.
-    pub experts: usize,
-    /// Experts per token.
-    pub experts_per_token: usize,
-    /// Keys and values of one position, in the full layers.
-    pub full_kv_bytes: usize,
-    /// Keys and values of one position, in the sliding layers.
-    pub sliding_kv_bytes: usize,
-    /// Positions that a sliding layer sees.
-    pub sliding_window: usize,
-}
-
-impl Traffic {
-    /// Bytes read by a step that decodes one token for each of `batch` sequences with `depth` positions in the cache, if
-    /// routing is uniform.
-    pub fn step_bytes(&self, batch: usize, depth: usize) -> f64 {
-        let missed = (1.0 - self.experts_per_token as f64 / self.experts as f64).powi(batch as i32);
-        let experts = self.layers as f64 * self.experts as f64 * (1.0 - missed);
-        let kv = self.full_kv_bytes * depth + self.sliding_kv_bytes * depth.min(self.sliding_window);
-        self.dense_bytes as f64 + experts * self.expert_bytes as f64 + (batch * kv) as f64
-    }
 }
 
 impl Cpu {

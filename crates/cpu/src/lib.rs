@@ -11,7 +11,7 @@ mod packed;
 mod pool;
 mod simd;
 
-pub use backend::{Cpu, Options, Traffic};
+pub use backend::{Cpu, Options};
 pub use bandwidth::read_bandwidth;
 pub use dense::{Rows, Update, products};
 pub use kernels::{Isa, SelfTest, self_test};

@@ -9,7 +9,7 @@ mod sampling;
 
 pub use backend::{
     BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Mask, Penalties, Plan, Sampled, Sampling, Score,
-    SequenceOutput, SequencePlan, TokenLogprobs,
+    SequenceOutput, SequencePlan, TokenLogprobs, Traffic,
 };
 pub use reference::{Reference, Tap, swiglu, top_experts};
 pub use rope::{Rotary, rotate};

@@ -514,6 +514,9 @@ pub(crate) struct Bench {
     /// Repetitions
     #[arg(short = 'r', long = "repetitions", value_name = "N", default_value_t = 3)]
     pub(crate) repetitions: usize,
+    /// On a GPU, time per kernel of one more run of each test, the kernels one after the other
+    #[arg(long)]
+    pub(crate) profile: bool,
     #[command(flatten)]
     pub(crate) run: Run,
 }

@@ -10,7 +10,8 @@ use tokenizer::Tokenizer;
 
 use crate::args::{Capacity, Common, Context, Run, Sampling};
 use crate::failure::{Failure, Result};
-use crate::model::{Model, backend};
+use crate::loaded::backend;
+use crate::model::Model;
 use crate::ui::Ui;
 
 /// The longest answer where nothing was asked for.
@@ -40,7 +41,17 @@ pub(crate) fn start(
     let harmony = model.harmony()?;
     let generation = model.checkpoint.generation_config().clone();
     let backend = backend(model.weights(run, common, ui)?, common, ui)?;
-    let options = options(&backend, capacity, &generation, base)?;
+    if run.batch_invariant && !backend.batch_invariant() {
+        return Err(Failure::input(
+            "--batch-invariant: expected --device cpu, since products of few and of many tokens add up in different orders \
+             on a GPU",
+        ));
+    }
+    let mut base = EngineOptions { max_num_batched_tokens: backend.step_tokens(), ..base.clone() };
+    if let Some(bytes) = backend.cache_memory()? {
+        base.kv_cache_bytes = bytes;
+    }
+    let options = options(&backend, capacity, &generation, &base)?;
     Ok(Running { engine: engine(backend, harmony, options)?, generation })
 }
 
@@ -86,17 +97,7 @@ fn options(
         options.max_num_seqs = count as usize;
         options.max_num_batched_tokens = options.max_num_batched_tokens.max(count as usize);
     }
-    // A quarter of what is free, now that the weights are loaded: pages are only taken when they are used.
-    if let Some(available) = available_memory() {
-        options.kv_cache_bytes = (available / 4).clamp(64 << 20, 64 << 30);
-    }
     Ok(options)
-}
-
-fn available_memory() -> Option<usize> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().trim_end_matches(" kB").trim().parse::<usize>().ok().map(|kb| kb * 1024)
 }
 
 /// The flags over the model's defaults.

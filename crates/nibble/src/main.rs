@@ -7,6 +7,7 @@ mod commands;
 mod engine;
 mod failure;
 mod interrupt;
+mod loaded;
 mod model;
 mod modelopt;
 mod report;

@@ -1,11 +1,10 @@
-//! From a MODEL on the command line to weights, a tokenizer and a backend.
+//! From a MODEL on the command line to weights and a tokenizer.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use checkpoint::hub::{self, Hub};
 use checkpoint::{Checkpoint, Layout, Weights};
-use cpu::Cpu;
 use harmony::Harmony;
 use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
 use tokenizer::Tokenizer;
@@ -155,20 +154,6 @@ impl Model {
         }
         Ok(Arc::new(view))
     }
-}
-
-/// The backend that `--device` asks for, with the weights packed.
-pub(crate) fn backend(weights: Arc<dyn Weights>, common: &Common, ui: Ui) -> Result<Cpu> {
-    let device = common.device.as_str();
-    if !["auto", "cpu"].contains(&device) {
-        return Err(Failure::input(format!("--device: expected auto or cpu in this build, found {device}")));
-    }
-    let mut bar = ui.progress("Loading", 1);
-    let options = cpu::Options { threads: Some(threads(common)), isa: None };
-    Ok(Cpu::load(weights, options, &mut |done, total| {
-        bar.set_total(total as u64);
-        bar.set(done as u64);
-    })?)
 }
 
 pub(crate) fn threads(common: &Common) -> usize {

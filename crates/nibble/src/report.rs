@@ -15,7 +15,8 @@ use crate::args::{self, Common, Quantize};
 use crate::calibration::Data;
 use crate::commands::quantize as command;
 use crate::failure::{Failure, Result};
-use crate::model::{Model, backend, threads};
+use crate::loaded::backend;
+use crate::model::{Model, threads};
 use crate::modelopt::flag;
 use crate::ui::Ui;
 

@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use checkpoint::{Config, Format, Layout, MatrixKind, Synthetic, Target, Weights};
-use cpu::Cpu;
 use gptoss::{BLOCK_TOKENS, Backend, Plan, Sampling, SequencePlan};
 use serde_json::{Value, json};
 
@@ -13,11 +12,9 @@ use crate::args::{Bench, BenchFormat, BenchTarget, Common, Recipe};
 use crate::commands::bench_serve;
 use crate::commands::doctor::machine;
 use crate::failure::{Failure, Result};
-use crate::model::{Model, backend};
+use crate::loaded::{Loaded, backend};
+use crate::model::Model;
 use crate::ui::{Ui, bold, bytes, dim};
-
-/// Tokens per step of a prompt.
-const CHUNK: usize = 512;
 
 /// Steps that are not counted before each measurement.
 const WARM_UP: usize = 2;
@@ -36,9 +33,9 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
     if args.repetitions == 0 || args.decode == 0 || args.batches.contains(&0) || args.prompts.contains(&0) {
         return Err(Failure::input("expected sizes and repetitions of at least 1, found 0"));
     }
-    let mut cpu = backend(weights, common, ui)?;
-    let traffic = cpu.traffic();
-    let mut bandwidth = vec![cpu::read_bandwidth(cpu.pool(), 5)?];
+    let mut model = backend(weights, common, ui)?;
+    let traffic = model.traffic();
+    let mut bandwidth = vec![model.read_bandwidth()?];
     let mut tests = Vec::new();
     for &depth in &args.depths {
         tests.extend(args.prompts.iter().map(|&tokens| Test { prompt: true, tokens, batch: 1, depth }));
@@ -50,7 +47,7 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
         }));
     }
     if !ui.json {
-        println!("{}", dim(&format!("{}; {}", machine(), cpu.describe())));
+        println!("{}", dim(&format!("{}; {}", machine(), model.describe())));
         println!(
             "{}",
             bold(
@@ -64,9 +61,9 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
         let mut speeds = Vec::new();
         for repetition in 0..args.repetitions {
             bar.set((t * args.repetitions + repetition) as u64);
-            speeds.push(test.run(&mut cpu, repetition as u32)?);
+            speeds.push(test.run(&mut model, repetition as u32)?);
         }
-        bandwidth.push(cpu::read_bandwidth(cpu.pool(), 3)?);
+        bandwidth.push(model.read_bandwidth()?);
         speeds.sort_by(f64::total_cmp);
         rows.push(Row {
             test: *test,
@@ -74,6 +71,7 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
             min: speeds[0],
             max: speeds[speeds.len() - 1],
             bytes: (!test.prompt).then(|| traffic.step_bytes(test.batch, test.depth) / test.batch as f64),
+            kernels: if args.profile { test.profile(&mut model)? } else { Vec::new() },
         });
     }
     drop(bar);
@@ -81,13 +79,13 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
     let bandwidth = bandwidth[bandwidth.len() / 2];
     if ui.json {
         let rows: Vec<Value> = rows.iter().map(|row| row.json(bandwidth)).collect();
-        ui.document(&json!({"machine": machine(), "backend": cpu.describe(),
+        ui.document(&json!({"machine": machine(), "backend": model.describe(),
             "bandwidth_bytes_per_second": bandwidth, "rows": rows}));
     } else {
         rows.iter().for_each(|row| row.print(bandwidth));
         println!(
             "{}",
-            dim(&format!("memory: {}/s read by the same threads in the same run", bytes(bandwidth as u64)))
+            dim(&format!("memory: {}/s read by the same device in the same run", bytes(bandwidth as u64)))
         );
     }
     Ok(())
@@ -104,8 +102,8 @@ struct Test {
 
 impl Test {
     /// Tokens per second of one run.
-    fn run(&self, cpu: &mut Cpu, seed: u32) -> Result<f64> {
-        let limit = cpu.config().max_context;
+    fn run(&self, model: &mut Loaded, seed: u32) -> Result<f64> {
+        let limit = model.config().max_context;
         let warm_up = if self.prompt { 0 } else { WARM_UP };
         let length = self.depth + self.tokens + warm_up;
         if length > limit {
@@ -114,11 +112,34 @@ impl Test {
             )));
         }
         let blocks = length.div_ceil(BLOCK_TOKENS);
-        cpu.allocate_kv(blocks * self.batch, blocks * self.batch)?;
-        let vocabulary = cpu.config().vocab_size as u32;
-        // The cache holds zeros up to the depth: reading them costs what reading anything costs.
-        let sequence = |s: usize, position: usize, count: usize| {
-            let table: Vec<u32> = (0..blocks as u32).map(|b| s as u32 * blocks as u32 + b).collect();
+        model.allocate_kv(blocks * self.batch, blocks * self.batch)?;
+        if self.prompt {
+            let chunk = model.step_tokens();
+            let start = Instant::now();
+            for first in (0..self.tokens).step_by(chunk) {
+                let count = chunk.min(self.tokens - first);
+                model.step(&self.plan(model, seed, self.depth + first, count))?;
+            }
+            return Ok(self.tokens as f64 / start.elapsed().as_secs_f64());
+        }
+        let mut start = Instant::now();
+        for i in 0..self.tokens + warm_up {
+            if i == warm_up {
+                start = Instant::now();
+            }
+            model.step(&self.plan(model, seed, self.depth + i, 1))?;
+        }
+        Ok((self.tokens * self.batch) as f64 / start.elapsed().as_secs_f64())
+    }
+
+    /// A step of `count` tokens per sequence. The cache holds zeros up to the depth: reading them costs what reading
+    /// anything costs.
+    fn plan(&self, model: &Loaded, seed: u32, position: usize, count: usize) -> Plan {
+        let warm_up = if self.prompt { 0 } else { WARM_UP };
+        let blocks = (self.depth + self.tokens + warm_up).div_ceil(BLOCK_TOKENS) as u32;
+        let vocabulary = model.config().vocab_size as u32;
+        let sequence = |s: usize| {
+            let table: Vec<u32> = (0..blocks).map(|b| s as u32 * blocks + b).collect();
             let token = |i: usize| {
                 let mixed = (position + i) as u32 ^ (s as u32) << 16 ^ seed << 24;
                 mixed.wrapping_mul(0x9e37_79b9) % vocabulary
@@ -132,23 +153,14 @@ impl Test {
                 ..SequencePlan::default()
             }
         };
-        if self.prompt {
-            let start = Instant::now();
-            for first in (0..self.tokens).step_by(CHUNK) {
-                let count = CHUNK.min(self.tokens - first);
-                cpu.step(&Plan { sequences: vec![sequence(0, self.depth + first, count)] })?;
-            }
-            return Ok(self.tokens as f64 / start.elapsed().as_secs_f64());
-        }
-        let mut start = Instant::now();
-        for i in 0..self.tokens + warm_up {
-            if i == warm_up {
-                start = Instant::now();
-            }
-            let sequences = (0..self.batch).map(|s| sequence(s, self.depth + i, 1)).collect();
-            cpu.step(&Plan { sequences })?;
-        }
-        Ok((self.tokens * self.batch) as f64 / start.elapsed().as_secs_f64())
+        Plan { sequences: (0..self.batch).map(sequence).collect() }
+    }
+
+    /// Seconds per kernel of the test's first step, the cache being as the last run left it.
+    fn profile(&self, model: &mut Loaded) -> Result<Vec<(&'static str, usize, f64)>> {
+        let count = if self.prompt { self.tokens.min(model.step_tokens()) } else { 1 };
+        let plan = self.plan(model, 0, self.depth, count);
+        model.profile(&plan)
     }
 
     fn name(&self) -> String {
@@ -162,6 +174,8 @@ struct Row {
     min: f64,
     max: f64,
     bytes: Option<f64>,
+    /// Of a profile: name, runs, seconds of all of them.
+    kernels: Vec<(&'static str, usize, f64)>,
 }
 
 impl Row {
@@ -170,9 +184,17 @@ impl Row {
     }
 
     fn json(&self, bandwidth: f64) -> Value {
-        json!({"test": self.test.name(), "batch": self.test.batch, "depth": self.test.depth,
+        let mut row = json!({"test": self.test.name(), "batch": self.test.batch, "depth": self.test.depth,
             "tokens_per_second": {"median": self.median, "min": self.min, "max": self.max},
-            "bytes_per_token": self.bytes, "share_of_bandwidth": self.share(bandwidth)})
+            "bytes_per_token": self.bytes, "share_of_bandwidth": self.share(bandwidth)});
+        if !self.kernels.is_empty() {
+            row["kernels"] = self
+                .kernels
+                .iter()
+                .map(|(kernel, count, seconds)| json!({"kernel": kernel, "count": count, "seconds": seconds}))
+                .collect();
+        }
+        row
     }
 
     fn print(&self, bandwidth: f64) {
@@ -185,6 +207,13 @@ impl Row {
             self.test.batch,
             self.test.depth
         );
+        for (kernel, count, seconds) in &self.kernels {
+            let each = seconds * 1e6 / *count as f64;
+            println!(
+                "{}",
+                dim(&format!("    {kernel:<20} {count:>5} × {each:>9.2} µs = {:>9.3} ms", seconds * 1e3))
+            );
+        }
     }
 }
 

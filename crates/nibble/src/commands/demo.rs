@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use checkpoint::{Checkpoint, Layout, Target, Weights};
-use cpu::Cpu;
 use engine::{EngineOptions, SamplingParams};
 use evaluate::{divergence, perplexity};
 use harmony::{ChatMessage, ChatPrompt, ChatTool, Delta, FunctionTool};
@@ -17,7 +16,8 @@ use crate::args::Common;
 use crate::commands::chat::{answer, show};
 use crate::commands::eval::text_windows;
 use crate::failure::{Failure, Result};
-use crate::model::{Model, backend, threads};
+use crate::loaded::{Loaded, backend};
+use crate::model::{Model, threads};
 use crate::ui::{Ui, bold, bytes, dim, green, grouped};
 
 /// Text for people: nothing with `--json`.
@@ -168,7 +168,7 @@ fn write(weights: &dyn Weights, source: &Checkpoint, out: &Path) -> Result<()> {
 }
 
 /// Three answers, greedy so that they are the same everywhere. The last question comes with a tool.
-fn ask(model: Cpu, ui: Ui) -> Result<Vec<Value>> {
+fn ask(model: Loaded, ui: Ui) -> Result<Vec<Value>> {
     let mut answers = Vec::new();
     let options = EngineOptions {
         eos_ids: Model::built_in()?.checkpoint.generation_config().eos_token_ids.clone(),

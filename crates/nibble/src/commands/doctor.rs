@@ -14,7 +14,8 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     let pool = cpu::Pool::new(threads);
     let bandwidth = cpu::read_bandwidth(&pool, 5)?;
     let tests: Vec<_> = Isa::ALL.into_iter().flat_map(cpu::self_test).collect();
-    let passed = tests.iter().all(|test| test.passed);
+    let gpu = gpu()?;
+    let passed = tests.iter().all(|test| test.passed) && gpu.passed;
 
     if ui.json {
         let rows: Vec<_> = tests
@@ -26,26 +27,72 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
             .collect();
         ui.document(&json!({
             "version": env!("CARGO_PKG_VERSION"), "machine": machine(), "threads": threads, "isa": best.name(),
-            "bandwidth_bytes_per_second": bandwidth, "kernels": rows, "passed": passed,
+            "bandwidth_bytes_per_second": bandwidth, "kernels": rows, "gpu": gpu.json, "passed": passed,
         }));
     } else {
         println!("{}  {}", bold("processor "), processor());
         println!("{}  {threads} of {} logical", bold("threads   "), logical());
         println!("{}  {:.1} GB/s read by {threads} threads", bold("memory    "), bandwidth / 1e9);
         println!("{}  {} {}", bold("kernels   "), best.name(), dim("(activations in f32)"));
-        println!("{}  none: this build runs on CPUs\n", bold("GPU       "));
+        println!("{}  {}\n", bold("GPU       "), gpu.summary);
         println!("{}", bold("kernel          set       error     bits equal scalar"));
         for test in &tests {
             let verdict = if test.passed { green("ok") } else { "WRONG".to_owned() };
             let equal = if test.equals_scalar { "yes" } else { "no" };
             println!("{:<15} {:<9} {:<9.1e} {equal:<4} {verdict}", test.kernel, test.isa.name(), test.error);
         }
+        gpu.lines.iter().for_each(|line| println!("{line}"));
     }
     if passed {
         Ok(())
     } else {
         Err(Failure::new(Status::Machine, "a kernel gives wrong numbers on this machine"))
     }
+}
+
+/// What there is to say about the GPU.
+struct Gpu {
+    summary: String,
+    lines: Vec<String>,
+    json: serde_json::Value,
+    passed: bool,
+}
+
+#[cfg(not(feature = "cuda"))]
+fn gpu() -> Result<Gpu> {
+    let summary = "none: this build runs on CPUs".to_owned();
+    Ok(Gpu { summary, lines: Vec::new(), json: serde_json::Value::Null, passed: true })
+}
+
+#[cfg(feature = "cuda")]
+fn gpu() -> Result<Gpu> {
+    if let Err(error) = cuda::device_count() {
+        let json = serde_json::Value::Null;
+        return Ok(Gpu { summary: format!("none: {error}"), lines: Vec::new(), json, passed: true });
+    }
+    let device = cuda::Device::open(0)?;
+    let tests = cuda::self_test(&device)?;
+    let (free, total) = device.memory()?;
+    let capability = format!("{}.{}", device.capability() / 10, device.capability() % 10);
+    let summary = format!(
+        "{}, compute capability {capability}, {} multiprocessors, {:.1} of {:.1} GB free",
+        device.name(),
+        device.multiprocessors(),
+        free as f64 / 1e9,
+        total as f64 / 1e9
+    );
+    let mut lines = vec![String::new(), bold("GPU kernels     experts   error")];
+    lines.extend(tests.iter().map(|t| {
+        let verdict = if t.passed { green("ok") } else { "WRONG".to_owned() };
+        format!("{:<15} {:<9} {:<9.1e} {verdict}", t.kernel, t.format, t.error)
+    }));
+    let rows: Vec<_> = tests
+        .iter()
+        .map(|t| json!({"kernel": t.kernel, "format": t.format, "error": t.error, "passed": t.passed}))
+        .collect();
+    let json = json!({"name": device.name(), "compute_capability": capability, "multiprocessors": device.multiprocessors(),
+        "free_bytes": free, "total_bytes": total, "kernels": rows});
+    Ok(Gpu { summary, lines, json, passed: tests.iter().all(|t| t.passed) })
 }
 
 /// One line that identifies the machine of a measurement.

@@ -9,7 +9,8 @@ use tokenizer::Tokenizer;
 use crate::args::{Common, Eval, EvalOptions, Measure};
 use crate::commands::lines::{read_json_lines, read_text};
 use crate::failure::{Failure, Result};
-use crate::model::{Model, backend};
+use crate::loaded::backend;
+use crate::model::Model;
 use crate::ui::Ui;
 
 pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {

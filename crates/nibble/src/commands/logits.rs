@@ -7,7 +7,8 @@ use serde_json::{Map, json};
 
 use crate::args::{Common, Logits};
 use crate::failure::{Failure, Result};
-use crate::model::{Model, backend};
+use crate::loaded::backend;
+use crate::model::Model;
 use crate::ui::Ui;
 
 /// Positions per step, so that long prompts need no more memory than the result.

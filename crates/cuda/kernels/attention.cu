@@ -1,0 +1,254 @@
+// Attention over the paged cache, with sinks, windows and grouped queries: one warp takes 16 rows (tokens times the query
+// heads of one key/value head) through pages of 16 keys, scores and values on tensor cores, softmax online in f32.
+#include "common.cuh"
+
+struct Attention {
+    const uint16_t* queries;                 // [n, query heads, 64] in bf16
+    const uint16_t *keys, *values;           // [blocks, kv heads, 16, 64], [blocks, kv heads, 64, 16] in bf16
+    const float* sinks;                      // [query heads]
+    const uint32_t *positions, *sequences, *table_starts, *table;
+    const uint32_t* tiles;                   // chunks: first token and number of tokens of each tile
+    uint16_t* out;                           // [n, query heads * 64]
+    float* partial;                          // splits: [n, kv heads, splits, 16, 64 + 2]
+    uint32_t* arrivals;                      // splits: [n, kv heads], zero before and after
+    uint32_t query_heads, kv_heads;
+    uint32_t window;                         // 0: everything
+    uint32_t out_format, out_tiled;
+    uint32_t splits;
+    Prefetch next;                           // splits: for the blocks beyond them
+};
+static_assert(sizeof(Attention) == 136);
+
+constexpr float NOTHING = -1e30f;
+constexpr float LOG2_E = 1.4426950408889634f;
+
+__device__ __forceinline__ uint32_t pack2(float a, float b) {
+    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+    return reinterpret_cast<uint32_t&>(v);
+}
+
+// Running maximum (of scores times log2 e), sum and weighted values of the rows g and g + 8.
+struct State {
+    float max[2] = {NOTHING, NOTHING}, sum[2] = {0, 0}, out[8][4] = {};
+};
+
+struct Page {
+    uint4 keys[2][2];
+    uint2 values[8];
+    __device__ __forceinline__ void load(const Attention& p, uint32_t block, uint32_t kv) {
+        int g = lane_row(), t = lane_quarter();
+        size_t at = (size_t(block) * p.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            // Column g of score tile i is key 4 (g / 2) + 2 i + g % 2, so that a lane's four probabilities are of keys 4 t ..
+            const uint4* k = (const uint4*)(p.keys + at + (4 * (g / 2) + 2 * i + g % 2) * HEAD + 16 * t);
+            keys[i][0] = k[0], keys[i][1] = k[1];
+        }
+#pragma unroll
+        for (int d = 0; d < 8; d++) values[d] = *(const uint2*)(p.values + at + (8 * d + g) * BLOCK_TOKENS + 4 * t);
+    }
+};
+
+// The queries of rows g and g + 8, inputs 16 t .. 16 t + 15.
+struct Queries {
+    uint32_t word[2][8];
+    __device__ __forceinline__ void load(const Attention& p, uint32_t first, uint32_t count, uint32_t kv) {
+        uint32_t group = p.query_heads / p.kv_heads;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            uint32_t row = lane_row() + 8 * h, token = row / group;
+            const uint4* q = (const uint4*)(p.queries
+                + (size_t(first + token) * p.query_heads + kv * group + row % group) * HEAD + 16 * lane_quarter());
+            uint4 a = token < count ? q[0] : make_uint4(0, 0, 0, 0), b = token < count ? q[1] : make_uint4(0, 0, 0, 0);
+            word[h][0] = a.x, word[h][1] = a.y, word[h][2] = a.z, word[h][3] = a.w;
+            word[h][4] = b.x, word[h][5] = b.y, word[h][6] = b.z, word[h][7] = b.w;
+        }
+    }
+};
+
+// One page. Row h sees positions `from[h] .. to[h]`, the last included.
+__device__ __forceinline__ void attend(
+    State& s, const Queries& q, const Page& page, int position, const int (&from)[2], const int (&to)[2]) {
+    float score[2][4] = {};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const uint32_t* k = (const uint32_t*)page.keys[i];
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t a[4] = {q.word[0][2 * j], q.word[1][2 * j], q.word[0][2 * j + 1], q.word[1][2 * j + 1]};
+            Number<BF16>::multiply(score[i], a, k[2 * j], k[2 * j + 1]);
+        }
+    }
+    int t = lane_quarter();
+    uint32_t weight[4];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float max = s.max[h];
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            float& v = score[c / 2][2 * h + c % 2];
+            int key = position + 4 * t + c;
+            v = key >= from[h] && key <= to[h] ? v * (0.125f * LOG2_E) : NOTHING;
+            max = fmaxf(max, v);
+        }
+        max = fmaxf(max, __shfl_xor_sync(~0u, max, 1));
+        max = fmaxf(max, __shfl_xor_sync(~0u, max, 2));
+        float shrink = exp2f(s.max[h] - max), sum = 0;
+        s.max[h] = max;
+#pragma unroll
+        for (int c = 0; c < 4; c++) {
+            float& v = score[c / 2][2 * h + c % 2];
+            v = v == NOTHING ? 0.f : exp2f(v - max);
+            sum += v;
+        }
+        s.sum[h] = s.sum[h] * shrink + sum;
+#pragma unroll
+        for (int d = 0; d < 8; d++) s.out[d][2 * h] *= shrink, s.out[d][2 * h + 1] *= shrink;
+        weight[h] = pack2(score[0][2 * h], score[0][2 * h + 1]);
+        weight[2 + h] = pack2(score[1][2 * h], score[1][2 * h + 1]);
+    }
+#pragma unroll
+    for (int d = 0; d < 8; d++) Number<BF16>::multiply(s.out[d], weight, page.values[d].x, page.values[d].y);
+}
+
+// Pages `first, first + step, …` up to `last`, the next one on its way while one is computed.
+__device__ __forceinline__ void attend_pages(State& s, const Attention& p, const Queries& q, const uint32_t* table,
+    uint32_t kv, int first, int last, int step, const int (&from)[2], const int (&to)[2]) {
+    if (first > last) return;
+    Page page;
+    page.load(p, table[first], kv);
+    for (int i = first; i <= last; i += step) {
+        Page next = page;
+        if (i + step <= last) next.load(p, table[i + step], kv);
+        attend(s, q, page, i * BLOCK_TOKENS, from, to);
+        page = next;
+    }
+}
+
+// The sums of the four lanes of a row.
+__device__ __forceinline__ void gather_sums(State& s) {
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        s.sum[h] += __shfl_xor_sync(~0u, s.sum[h], 1);
+        s.sum[h] += __shfl_xor_sync(~0u, s.sum[h], 2);
+    }
+}
+
+__device__ __forceinline__ void store(const Attention& p, uint32_t token, uint32_t column, float v) {
+    p.out[size_t(token) * p.query_heads * HEAD + position_in(p.out_tiled, column)] = activation(p.out_format, v);
+}
+
+// Chunks of prompts: a tile of tokens per block, 16 rows of it per warp.
+extern "C" __global__ void __launch_bounds__(128) attend_chunk(const __grid_constant__ Attention p) {
+    wait_for_previous();
+    start_next();
+    uint32_t group = p.query_heads / p.kv_heads, per_warp = 16 / group, kv = blockIdx.y;
+    uint32_t warp = threadIdx.x / WARP, skip = warp * per_warp;
+    uint32_t first = p.tiles[2 * blockIdx.x] + skip, count = p.tiles[2 * blockIdx.x + 1];
+    if (skip >= count) return;
+    count = min(count - skip, per_warp);
+    const uint32_t* table = p.table + (int)p.table_starts[p.sequences[first]];
+    int start = p.positions[first], from[2], to[2];
+    for (int h = 0; h < 2; h++) {
+        uint32_t token = (lane_row() + 8 * h) / group;
+        to[h] = token < count ? start + (int)token : -1;
+        from[h] = p.window ? max(0, to[h] + 1 - (int)p.window) : 0;
+    }
+    Queries q;
+    q.load(p, first, count, kv);
+    State s;
+    int first_page = p.window ? max(0, start + 1 - (int)p.window) / BLOCK_TOKENS : 0;
+    attend_pages(s, p, q, table, kv, first_page, (start + (int)count - 1) / BLOCK_TOKENS, 1, from, to);
+    gather_sums(s);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        uint32_t row = lane_row() + 8 * h, token = row / group, head = kv * group + row % group;
+        if (token >= count) continue;
+        // The sink is one more logit of the denominator, without a value.
+        float sink = p.sinks[head] * LOG2_E, max = fmaxf(s.max[h], sink), shrink = exp2f(s.max[h] - max);
+        float inverse = shrink / (s.sum[h] * shrink + exp2f(sink - max));
+#pragma unroll
+        for (int d = 0; d < 8; d++) {
+            uint32_t column = head * HEAD + 8 * d + 2 * lane_quarter();
+            store(p, first + token, column, s.out[d][2 * h] * inverse);
+            store(p, first + token, column + 1, s.out[d][2 * h + 1] * inverse);
+        }
+    }
+}
+
+// Single tokens: the pages are shared among the warps of `splits` blocks; the last of them to arrive puts the parts together,
+// in their order.
+extern "C" __global__ void __launch_bounds__(128) attend_split(const __grid_constant__ Attention p) {
+    constexpr int WARPS = 4, PART = HEAD + 2;
+    __shared__ float part[WARPS][16][PART];
+    __shared__ uint32_t arrived;
+    if (blockIdx.x >= p.splits) {
+        uint32_t row = blockIdx.z * gridDim.y + blockIdx.y, rows = gridDim.z * gridDim.y, more = gridDim.x - p.splits;
+        return prefetch(p.next, row * more + blockIdx.x - p.splits, rows * more);
+    }
+    wait_for_previous();
+    start_next();
+    uint32_t group = p.query_heads / p.kv_heads, split = blockIdx.x, kv = blockIdx.y, token = blockIdx.z;
+    uint32_t warp = threadIdx.x / WARP;
+    const uint32_t* table = p.table + (int)p.table_starts[p.sequences[token]];
+    int end = p.positions[token], begin = p.window ? max(0, end + 1 - (int)p.window) : 0;
+    int from[2] = {begin, begin}, to[2];
+    for (int h = 0; h < 2; h++) to[h] = lane_row() + 8 * h < (int)group ? end : -1;
+    Queries q;
+    q.load(p, token, 1, kv);
+    State s;
+    attend_pages(s, p, q, table, kv, begin / BLOCK_TOKENS + split * WARPS + warp, end / BLOCK_TOKENS, p.splits * WARPS, from, to);
+    gather_sums(s);
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        float* row = part[warp][lane_row() + 8 * h];
+        if (lane_quarter() == 0) row[HEAD] = s.max[h], row[HEAD + 1] = s.sum[h];
+#pragma unroll
+        for (int d = 0; d < 8; d++) {
+            row[8 * d + 2 * lane_quarter()] = s.out[d][2 * h];
+            row[8 * d + 2 * lane_quarter() + 1] = s.out[d][2 * h + 1];
+        }
+    }
+    __syncthreads();
+    float* mine = p.partial + (size_t(token) * p.kv_heads + kv) * p.splits * 16 * PART;
+    for (uint32_t i = threadIdx.x; i < group * HEAD; i += blockDim.x) {
+        uint32_t row = i / HEAD, d = i % HEAD;
+        float max = NOTHING, sum = 0, out = 0;
+        for (int w = 0; w < WARPS; w++) max = fmaxf(max, part[w][row][HEAD]);
+        for (int w = 0; w < WARPS; w++) {
+            float shrink = exp2f(part[w][row][HEAD] - max);
+            sum += part[w][row][HEAD + 1] * shrink;
+            out += part[w][row][d] * shrink;
+        }
+        if (p.splits == 1) {
+            uint32_t head = kv * group + row;
+            float sink = p.sinks[head] * LOG2_E, all = fmaxf(max, sink), shrink = exp2f(max - all);
+            store(p, token, head * HEAD + d, out * shrink / (sum * shrink + exp2f(sink - all)));
+        } else {
+            float* to = mine + (split * 16 + row) * PART;
+            to[d] = out;
+            if (d == 0) to[HEAD] = max, to[HEAD + 1] = sum;
+        }
+    }
+    if (p.splits == 1) return;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) arrived = atomicAdd(p.arrivals + token * p.kv_heads + kv, 1);
+    __syncthreads();
+    if (arrived != p.splits - 1) return;
+    __threadfence();
+    if (threadIdx.x == 0) p.arrivals[token * p.kv_heads + kv] = 0;
+    for (uint32_t i = threadIdx.x; i < group * HEAD; i += blockDim.x) {
+        uint32_t row = i / HEAD, d = i % HEAD, head = kv * group + row;
+        float sink = p.sinks[head] * LOG2_E, max = sink;
+        for (uint32_t k = 0; k < p.splits; k++) max = fmaxf(max, __ldcg(mine + (k * 16 + row) * PART + HEAD));
+        float sum = exp2f(sink - max), out = 0;
+        for (uint32_t k = 0; k < p.splits; k++) {
+            const float* from = mine + (k * 16 + row) * PART;
+            float shrink = exp2f(__ldcg(from + HEAD) - max);
+            sum += __ldcg(from + HEAD + 1) * shrink;
+            out += __ldcg(from + d) * shrink;
+        }
+        store(p, token, head * HEAD + d, out / sum);
+    }
+}

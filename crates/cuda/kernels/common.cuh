@@ -1,0 +1,240 @@
+// What every kernel needs: 16-bit pairs, tensor core products, dependent launch, the order of packed weights.
+#pragma once
+
+#include <cstdint>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+// Formats of a packed matrix; the same numbers as `Packing` in Rust.
+enum Format : uint32_t { BF16 = 0, FP4 = 1 };
+
+constexpr int WARP = 32;
+// A tile of packed weights: 16 outputs by 64 inputs.
+constexpr int TILE_ROWS = 16;
+constexpr int TILE_COLS = 64;
+constexpr int HEAD = 64;
+constexpr int BLOCK_TOKENS = 16;
+
+// Lane `4 g + t` of a warp holds rows g and g + 8 of a tile, and of its inputs 16 t .. 16 t + 15: product j of four takes
+// 16 t + 4 j + {0, 1, 2, 3} of them. One lane's inputs are then one NVFP4 block per row, and 32 contiguous bytes of 16-bit
+// activations.
+__device__ __forceinline__ int lane_row() { return (threadIdx.x % WARP) / 4; }
+__device__ __forceinline__ int lane_quarter() { return threadIdx.x % 4; }
+
+// Waits until the kernels before this one are complete and their writes visible. What comes earlier may read weights only.
+__device__ __forceinline__ void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel start, as far as there is room. Comes after `wait_for_previous`, so that whatever the next kernel
+// reads before its own wait was complete before this kernel began its work.
+__device__ __forceinline__ void start_next() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Weights are read once per step: they should not push activations out of the cache.
+__device__ __forceinline__ uint4 load_once(const uint4* p) { return __ldcs(p); }
+
+// Memory that a later kernel reads, brought to the cache by blocks that have nothing else to do.
+struct Prefetch {
+    const uint8_t* from;
+    uint64_t bytes; // a multiple of 16
+};
+
+// This block's part of it, `part` of `parts`.
+__device__ __forceinline__ void prefetch(const Prefetch& p, uint32_t part, uint32_t parts) {
+#if __CUDA_ARCH__ >= 900
+    constexpr uint64_t PIECE = 8192;
+    for (uint64_t at = (uint64_t(part) * blockDim.x + threadIdx.x) * PIECE; at < p.bytes; at += uint64_t(parts) * blockDim.x * PIECE) {
+        uint32_t size = min(PIECE, p.bytes - at);
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.from + at), "r"(size) : "memory");
+    }
+#endif
+}
+
+template <Format F> struct Number;
+template <> struct Number<BF16> {
+    using Type = __nv_bfloat16;
+    static __device__ __forceinline__ Type from(float v) { return __float2bfloat16_rn(v); }
+    // D[16 outputs][8 columns] += A[16][16] B[16][8]
+    static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+template <> struct Number<FP4> {
+    // Four-bit weights times their block scales are exact in FP16, and FP16 activations keep three more bits than BF16.
+    using Type = __half;
+    // Saturates: an infinity would turn into NaN further on.
+    static __device__ __forceinline__ Type from(float v) { return __float2half_rn(fminf(fmaxf(v, -65504.f), 65504.f)); }
+    static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+        asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    }
+};
+
+// A 16-bit activation of the type that a matrix of format `format` is multiplied with.
+__device__ __forceinline__ uint16_t activation(uint32_t format, float v) {
+    return format == FP4 ? __half_as_ushort(Number<FP4>::from(v)) : __bfloat16_as_ushort(Number<BF16>::from(v));
+}
+
+// Where input `k` lies in a row of activations for the tiled product, which reads a product's 16 inputs side by side.
+__device__ __forceinline__ uint32_t tiled_position(uint32_t k) {
+    uint32_t t = k / 16 % 4, j = k / 4 % 4, i = k % 4;
+    return k / 64 * 64 + 16 * j + 8 * (i / 2) + 2 * t + i % 2;
+}
+
+__device__ __forceinline__ uint32_t position_in(bool tiled, uint32_t k) { return tiled ? tiled_position(k) : k; }
+
+// A packed matrix, or a stack of one per expert.
+struct Matrix {
+    const uint4* weights;      // [experts, row tiles, column tiles, vectors of a tile]
+    const uint16_t* scales;    // FP4: [experts, row tiles, column tiles, 32]
+    const float* tile_scale;   // FP4: [experts, row tiles], else null
+    const float* bias;         // [experts, rows] in stored order, or null
+    uint32_t rows, cols;       // cols: padded to whole tiles
+};
+static_assert(sizeof(Matrix) == 40);
+
+// One lane's share of a tile of packed weights, as loaded.
+template <Format F> struct Tile;
+
+// Where this lane's share of a tile lies.
+template <Format F> struct Pointer {
+    const uint4* weights;
+    const uint16_t* scales;
+    __device__ __forceinline__ Pointer(const Matrix& m, size_t tile)
+        : weights(m.weights + tile * Tile<F>::VECTORS + threadIdx.x % WARP), scales(m.scales + tile * WARP + threadIdx.x % WARP) {}
+};
+
+template <> struct Tile<BF16> {
+    static constexpr int VECTORS = 4 * WARP; // 16-byte vectors of a tile
+    uint4 words[4];
+    // The tile `more` tiles further on.
+    __device__ __forceinline__ void load(const Pointer<BF16>& from, int more) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) words[j] = load_once(from.weights + more * VECTORS + j * WARP);
+    }
+    // For what other blocks read too.
+    __device__ __forceinline__ void load_again(const Pointer<BF16>& from, int more) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) words[j] = __ldg(from.weights + more * VECTORS + j * WARP);
+    }
+    __device__ __forceinline__ void scale(uint32_t (&)[2]) const {}
+    __device__ __forceinline__ void fragment(int j, const uint32_t (&)[2], uint32_t (&a)[4]) const {
+        a[0] = words[j].x, a[1] = words[j].y, a[2] = words[j].z, a[3] = words[j].w;
+    }
+};
+
+template <> struct Tile<FP4> {
+    static constexpr int VECTORS = WARP;
+    uint4 words;
+    uint32_t scales; // row g in the low byte, row g + 8 above it
+    __device__ __forceinline__ void load(const Pointer<FP4>& from, int more) {
+        words = load_once(from.weights + more * VECTORS);
+        scales = __ldcs(from.scales + more * WARP);
+    }
+    __device__ __forceinline__ void load_again(const Pointer<FP4>& from, int more) {
+        words = __ldg(from.weights + more * VECTORS);
+        scales = __ldg(from.scales + more * WARP);
+    }
+    // A scale byte has five bits of exponent and three of mantissa: the middle of an FP16 number.
+    __device__ __forceinline__ void scale(uint32_t (&s)[2]) const {
+        s[0] = __byte_perm(scales, 0, 0x4040) << 7;
+        s[1] = __byte_perm(scales, 0, 0x4141) << 7;
+    }
+    // A word holds eight codes, their bits spread so that each pair becomes two FP16 numbers (2^-14 of the value) by a mask.
+    __device__ __forceinline__ void fragment(int j, const uint32_t (&s)[2], uint32_t (&a)[4]) const {
+        uint32_t w = j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w;
+        a[0] = w & 0x8e008e00u;
+        a[1] = w << 3 & 0x8e008e00u;
+        a[2] = (w << 1 & 0x80008000u) | (w << 6 & 0x0e000e00u);
+        a[3] = (w << 2 & 0x80008000u) | (w << 9 & 0x0e000e00u);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            __half2 v = __hmul2(reinterpret_cast<__half2&>(a[i]), reinterpret_cast<const __half2&>(s[i % 2]));
+            a[i] = reinterpret_cast<uint32_t&>(v);
+        }
+    }
+};
+
+__device__ __forceinline__ float warp_sum(float v) {
+#pragma unroll
+    for (int i = WARP / 2; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
+    return v;
+}
+
+// Sums `v` over the block; every thread gets the sum. `shared` has one float per warp.
+__device__ __forceinline__ float block_sum(float v, float* shared) {
+    v = warp_sum(v);
+    if (threadIdx.x % WARP == 0) shared[threadIdx.x / WARP] = v;
+    __syncthreads();
+    float sum = 0;
+    for (int i = 0; i < (int)blockDim.x / WARP; i++) sum += shared[i];
+    return sum;
+}
+
+// Up to 4 COUNT values per thread of one row of the residual stream, or of a scale, all loads in flight together.
+template <int COUNT> struct Vector {
+    float4 v[COUNT];
+    __device__ __forceinline__ void load(const float* from, uint32_t len) {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            uint32_t at = i * blockDim.x + threadIdx.x;
+            v[i] = at < len / 4 ? ((const float4*)from)[at] : make_float4(0, 0, 0, 0);
+        }
+    }
+    __device__ __forceinline__ float square() const {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) sum += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+        return sum;
+    }
+    // The values times `scale` and `inverse`, as activations; those up to `cols` are zeros.
+    __device__ __forceinline__ void store(
+        uint16_t* to, uint32_t cols, uint32_t format, bool tiled, const Vector& scale, float inverse) const {
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            uint32_t at = 4 * (i * blockDim.x + threadIdx.x);
+            if (at >= cols) return;
+            const float4 &a = v[i], &b = scale.v[i];
+            uint32_t lower = activation(format, a.x * inverse * b.x) | activation(format, a.y * inverse * b.y) << 16;
+            uint32_t upper = activation(format, a.z * inverse * b.z) | activation(format, a.w * inverse * b.w) << 16;
+            // Four inputs that a lane multiplies in one product: two pairs, eight apart in the order of the tiled product.
+            uint32_t first = position_in(tiled, at);
+            *(uint32_t*)(to + first) = lower;
+            *(uint32_t*)(to + first + (tiled ? 8 : 2)) = upper;
+        }
+    }
+};
+
+// Widest row of the residual stream, and what a thread of 256 holds of it.
+constexpr int MAX_HIDDEN = 4096;
+constexpr int PRODUCT_VALUES = MAX_HIDDEN / 4 / 256;
+
+// A barrier of all threads of a cluster; of a block before Hopper, where there are no clusters.
+__device__ __forceinline__ void cluster_barrier() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive;\nbarrier.cluster.wait;" ::: "memory");
+#else
+    __syncthreads();
+#endif
+}
+
+// What block `rank` of the cluster has at the same place of its shared memory.
+__device__ __forceinline__ float read_of_cluster(const float* own, uint32_t rank) {
+#if __CUDA_ARCH__ >= 900
+    uint32_t address = (uint32_t)__cvta_generic_to_shared(own);
+    float v;
+    asm volatile("{\n.reg .u32 a;\nmapa.shared::cluster.u32 a, %1, %2;\nld.shared::cluster.f32 %0, [a];\n}" : "=f"(v) : "r"(address), "r"(rank) : "memory");
+    return v;
+#else
+    return *own;
+#endif
+}

@@ -1,0 +1,107 @@
+// What follows a product: bias, rotation and cache, residual sum, SwiGLU. Shared by the products for few and for many tokens.
+#pragma once
+
+#include "common.cuh"
+
+// Where each (token, rank) pair goes: one array of 32-bit words that the router writes.
+struct Routes {
+    const uint32_t* words;
+    uint32_t experts, pairs;
+    __device__ __forceinline__ Routes(const uint32_t* words, uint32_t experts, uint32_t pairs)
+        : words(words), experts(experts), pairs(pairs) {}
+    // Experts with at least one token, ascending.
+    __device__ __forceinline__ uint32_t active_count() const { return words[0]; }
+    __device__ __forceinline__ uint32_t active(uint32_t i) const { return words[1 + i]; }
+    // Pairs in the order of their expert, then of their number `token * experts per token + rank`, are slots.
+    __device__ __forceinline__ uint32_t first_slot(uint32_t expert) const { return words[1 + experts + expert]; }
+    __device__ __forceinline__ uint32_t pair(uint32_t slot) const { return words[2 + 2 * experts + slot]; }
+    __device__ __forceinline__ uint32_t token(uint32_t slot, uint32_t ranks) const { return pair(slot) / ranks; }
+    __device__ __forceinline__ uint32_t slot_of_pair(uint32_t pair) const { return words[2 + 2 * experts + pairs + pair]; }
+    __device__ __forceinline__ uint32_t expert_of_pair(uint32_t pair) const { return words[2 + 2 * experts + 2 * pairs + pair]; }
+    __device__ __forceinline__ float weight_of_pair(uint32_t pair) const {
+        return __uint_as_float(words[2 + 2 * experts + 3 * pairs + pair]);
+    }
+};
+
+// The same numbers as `After` in Rust.
+enum After : uint32_t { STORE = 0, RESIDUAL = 1, QKV = 2, SWIGLU = 3 };
+
+struct Epilogue {
+    float* out;                    // STORE, RESIDUAL: [n, rows]
+    uint16_t* out16;               // QKV: queries [n, query heads, 64] in bf16; SWIGLU: [slots, out_cols]
+    uint16_t *keys, *values;       // QKV: [blocks, kv heads, 16, 64] and [blocks, kv heads, 64, 16] in bf16
+    const float* rotary;           // QKV: [n, 64], cosines and sines
+    const uint32_t* slots;         // QKV: [n], where a token's keys go: block * 16 + place in the block
+    uint32_t kind;
+    uint32_t query_heads, kv_heads;
+    uint32_t out_cols, out_format, out_tiled; // SWIGLU
+    float limit, alpha;
+};
+static_assert(sizeof(Epilogue) == 80);
+
+__device__ __forceinline__ float swiglu(float gate, float up, float limit, float alpha) {
+    gate = fminf(gate, limit);
+    up = fminf(fmaxf(up, -limit), limit);
+    return (up + 1.f) * gate / (1.f + expf(-alpha * gate));
+}
+
+// The rows of the stored matrix that rows g and g + 8 of a tile are.
+__device__ __forceinline__ uint2 stored_rows(const Epilogue& e, uint32_t row_tile, uint32_t pair) {
+    uint32_t row = row_tile * TILE_ROWS + pair;
+    if (e.kind == SWIGLU) return make_uint2(row_tile * TILE_ROWS + 2 * pair, row_tile * TILE_ROWS + 2 * pair + 1);
+    bool rotated = e.kind == QKV && row_tile / 4 < e.query_heads + e.kv_heads;
+    if (rotated) row = row_tile / 4 * HEAD + row_tile % 4 * 8 + pair;
+    return make_uint2(row, row + (rotated ? HEAD / 2 : 8));
+}
+
+// What the outputs of a pair of rows need of the weights: loaded early, since it comes from far.
+struct Affine {
+    float scale, a, b;
+    __device__ __forceinline__ void load(const Epilogue& e, const Matrix& m, uint32_t expert, uint32_t row_tile, uint32_t pair) {
+        uint2 rows = stored_rows(e, row_tile, pair);
+        const float* bias = m.bias + size_t(expert) * m.rows;
+        a = m.bias && rows.x < m.rows ? bias[rows.x] : 0.f;
+        b = m.bias && rows.y < m.rows ? bias[rows.y] : 0.f;
+        scale = m.tile_scale ? m.tile_scale[expert * ((m.rows + TILE_ROWS - 1) / TILE_ROWS) + row_tile] : 1.f;
+    }
+};
+
+// The two outputs of a pair of rows, g and g + 8 of a tile, for one token (or slot).
+__device__ __forceinline__ void finish(
+    const Epilogue& e, const Matrix& m, const Affine& affine, uint32_t row_tile, uint32_t pair, uint32_t token, float a, float b) {
+    a = a * affine.scale + affine.a;
+    b = b * affine.scale + affine.b;
+    uint2 rows = stored_rows(e, row_tile, pair);
+    if (e.kind == STORE || e.kind == RESIDUAL) {
+        float* out = e.out + size_t(token) * m.rows;
+        if (rows.x < m.rows) out[rows.x] = e.kind == RESIDUAL ? out[rows.x] + a : a;
+        if (rows.y < m.rows) out[rows.y] = e.kind == RESIDUAL ? out[rows.y] + b : b;
+    } else if (e.kind == SWIGLU) {
+        uint32_t unit = row_tile * 8 + pair;
+        uint16_t y = activation(e.out_format, swiglu(a, b, e.limit, e.alpha));
+        if (unit < e.out_cols) e.out16[size_t(token) * e.out_cols + position_in(e.out_tiled, unit)] = y;
+    } else {
+        uint32_t head = row_tile / 4, first = rows.x % HEAD, second = rows.y % HEAD;
+        bool rotated = head < e.query_heads + e.kv_heads;
+        if (rotated) {
+            float cos = e.rotary[token * HEAD + first], sin = e.rotary[token * HEAD + HEAD / 2 + first], before = a;
+            a = a * cos - b * sin;
+            b = b * cos + before * sin;
+        }
+        uint16_t first16 = activation(BF16, a), second16 = activation(BF16, b);
+        if (head < e.query_heads) {
+            uint16_t* q = e.out16 + (size_t(token) * e.query_heads + head) * HEAD;
+            q[first] = first16, q[second] = second16;
+            return;
+        }
+        uint32_t slot = e.slots[token], kv = (head - e.query_heads) % e.kv_heads;
+        size_t at = (size_t(slot / BLOCK_TOKENS) * e.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
+        if (rotated) {
+            uint16_t* k = e.keys + at + slot % BLOCK_TOKENS * HEAD;
+            k[first] = first16, k[second] = second16;
+        } else {
+            uint16_t* v = e.values + at + slot % BLOCK_TOKENS;
+            v[first * BLOCK_TOKENS] = first16, v[second * BLOCK_TOKENS] = second16;
+        }
+    }
+}

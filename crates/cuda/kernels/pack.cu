@@ -1,0 +1,90 @@
+// Rearranges matrices as they are stored, `[rows, cols]` row by row, into the tiles of common.cuh.
+#include "common.cuh"
+
+// Which row of the stored matrix a row of a tile is; the same numbers as `RowOrder` in Rust.
+enum RowOrder : uint32_t {
+    PLAIN = 0,
+    // Rows 2 i and 2 i + 1 (gate and up of an expert) become rows g and g + 8 of a tile.
+    GATE_UP = 1,
+    // Rows i and i + 32 of each head (what rotates together) become rows g and g + 8.
+    ROTARY = 2,
+};
+
+struct Pack {
+    const void* values;    // BF16: bf16; FP4: codes, the even column in the low nibble
+    const uint8_t* scales; // FP4: one byte per block
+    uint4* weights;        // [row tiles, column tiles, vectors of a tile]
+    uint16_t* packed_scales;
+    uint32_t rows, cols, order;
+    uint32_t block;        // FP4: inputs per scale, 16 (E4M3) or 32 (E8M0)
+    uint32_t reference;    // E8M0: the byte that becomes the largest scale
+};
+static_assert(sizeof(Pack) == 56);
+
+__device__ __forceinline__ uint32_t stored_row(uint32_t order, uint32_t tile, uint32_t row) {
+    uint32_t pair = row % 8, upper = row / 8;
+    if (order == GATE_UP) return tile * 16 + 2 * pair + upper;
+    if (order == ROTARY) return tile / 4 * HEAD + tile % 4 * 8 + pair + upper * (HEAD / 2);
+    return tile * 16 + row;
+}
+
+// One thread per lane of each tile.
+extern "C" __global__ void pack_bf16(const __grid_constant__ Pack p) {
+    uint32_t column_tiles = (p.cols + TILE_COLS - 1) / TILE_COLS;
+    size_t tiles = size_t((p.rows + TILE_ROWS - 1) / TILE_ROWS) * column_tiles;
+    size_t index = blockIdx.x * size_t(blockDim.x) + threadIdx.x;
+    size_t tile = index / WARP;
+    if (tile >= tiles) return;
+    int g = index % WARP / 4, t = index % 4;
+    const uint16_t* values = (const uint16_t*)p.values;
+    for (int j = 0; j < 4; j++) {
+        uint32_t word[4];
+        for (int a = 0; a < 4; a++) {
+            uint32_t row = stored_row(p.order, tile / column_tiles, g + a % 2 * 8);
+            uint32_t k = tile % column_tiles * TILE_COLS + 16 * t + 4 * j + a / 2 * 2;
+            bool inside = row < p.rows && k < p.cols;
+            const uint16_t* v = values + size_t(row) * p.cols + k;
+            word[a] = inside ? v[0] | uint32_t(v[1]) << 16 : 0;
+        }
+        p.weights[tile * Tile<BF16>::VECTORS + j * WARP + index % WARP] = make_uint4(word[0], word[1], word[2], word[3]);
+    }
+}
+
+// E4M3 (times 2^7) or E8M0 (relative to the largest) as five bits of exponent and three of mantissa.
+__device__ __forceinline__ uint32_t packed_scale(const Pack& p, uint32_t row, uint32_t k) {
+    uint32_t byte = p.scales[size_t(row) * (p.cols / p.block) + k / p.block];
+    if (p.block == 32) {
+        int exponent = 30 - int(p.reference) + int(byte);
+        return exponent < 0 ? 0 : min(exponent, 30) << 3;
+    }
+    uint32_t e = byte >> 3, m = byte & 7;
+    float value = e ? ldexpf(8 + m, int(e) - 10) : ldexpf(m, -9);
+    return __half_as_ushort(__float2half_rn(value * 128)) >> 7;
+}
+
+extern "C" __global__ void pack_fp4(const __grid_constant__ Pack p) {
+    uint32_t column_tiles = (p.cols + TILE_COLS - 1) / TILE_COLS;
+    size_t tiles = size_t((p.rows + TILE_ROWS - 1) / TILE_ROWS) * column_tiles;
+    size_t index = blockIdx.x * size_t(blockDim.x) + threadIdx.x;
+    size_t tile = index / WARP;
+    if (tile >= tiles) return;
+    int g = index % WARP / 4, t = index % 4;
+    uint32_t k = tile % column_tiles * TILE_COLS + 16 * t;
+    uint32_t word[4] = {}, scales = 0;
+    for (int upper = 0; upper < 2; upper++) {
+        uint32_t row = stored_row(p.order, tile / column_tiles, g + 8 * upper);
+        if (row >= p.rows || k >= p.cols) continue;
+        const uint8_t* codes = (const uint8_t*)p.values + (size_t(row) * p.cols + k) / 2;
+        scales |= packed_scale(p, row, k) << 8 * upper;
+        for (int j = 0; j < 4; j++) {
+            for (int i = 0; i < 4; i++) {
+                uint32_t code = codes[(4 * j + i) / 2] >> i % 2 * 4 & 15, sign = code >> 3, rest = code & 7;
+                uint32_t half = i / 2 == 0 ? (upper ? sign << 12 | rest << 6 : sign << 15 | rest << 9)
+                                           : (upper ? sign << 13 | rest : sign << 14 | rest << 3);
+                word[j] |= half << i % 2 * 16;
+            }
+        }
+    }
+    p.weights[index] = make_uint4(word[0], word[1], word[2], word[3]);
+    p.packed_scales[index] = scales;
+}

@@ -1,0 +1,1036 @@
+//! The backend: packed weights, the paged cache, and the step over a ragged batch as a chain of kernels.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+use checkpoint::{Config, LayerKind, MatrixKind, VectorKind, Weights};
+use gptoss::{
+    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, Sampling, SequenceOutput,
+    SequencePlan, Traffic, sample, score,
+};
+
+use crate::device::{Buffer, Device, Graph, KernelTime, Pinned};
+use crate::driver::Address;
+use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
+use crate::params::{
+    After, Attention, BF16, Embed, Epilogue, FP4, Gemm, Largest, Norm, Prefetch, Product, Read, Router,
+    RowOrder,
+};
+
+/// Tokens computed at a time; a step of more is cut.
+const MAX_TOKENS: usize = 2048;
+/// Rows of logits that exist at a time: 256 rows of the 20b's vocabulary are 206 MB.
+const LOGIT_ROWS: usize = 256;
+/// The kernels' head size.
+const HEAD: usize = 64;
+/// The router's limit.
+const MAX_EXPERTS: usize = 256;
+/// Experts per token that one block puts together.
+const MAX_RANKS: usize = 16;
+/// What a block of a norm holds in registers.
+const MAX_HIDDEN: usize = 4096;
+/// Blocks that look for the largest logit of a row.
+const LARGEST_BLOCKS: usize = 64;
+/// Parts of attention that exist at a time: (token, key/value head, split).
+const MAX_PARTS: usize = 4096;
+/// Rows of queries that a part or a warp has.
+const QUERY_ROWS: usize = 16;
+/// Device memory that is left to the driver, graphs and other programs.
+const RESERVE: usize = 512 << 20;
+
+/// gpt-oss on one GPU.
+pub struct Cuda {
+    device: Arc<Device>,
+    config: Config,
+    embedding: Table,
+    frequencies: Buffer,
+    concentration: f32,
+    layers: Vec<Layer>,
+    final_norm: Buffer,
+    unembedding: PackedMatrix,
+    arena: Arena,
+    cache: Vec<LayerCache>,
+    blocks: (usize, usize),
+    /// Decode steps by their number of tokens and splits of the full layers.
+    graphs: HashMap<(usize, usize), Graph>,
+    /// Without graphs, for a profile.
+    eager: bool,
+}
+
+struct Layer {
+    input_norm: Buffer,
+    qkv: PackedMatrix,
+    sinks: Buffer,
+    output: PackedMatrix,
+    post_attention_norm: Buffer,
+    router: Buffer,
+    router_bias: Buffer,
+    gate_up: PackedMatrix,
+    down: PackedMatrix,
+}
+
+/// Keys `[blocks, kv heads, 16, 64]` and values `[blocks, kv heads, 64, 16]` of one layer, in BF16.
+struct LayerCache {
+    keys: Buffer,
+    values: Buffer,
+}
+
+/// What a step scribbles on, allocated once. The shapes are those of `MAX_TOKENS` tokens.
+struct Arena {
+    /// f32 `[tokens, hidden]`
+    residual: Buffer,
+    /// f32 `[tokens, 64]`
+    rotary: Buffer,
+    /// u32 `[2, tokens]`
+    slots: Buffer,
+    /// 16-bit `[tokens, hidden]`
+    normed: Buffer,
+    /// BF16 `[tokens, query heads, 64]`
+    queries: Buffer,
+    /// 16-bit `[tokens, query heads * 64]`
+    context: Buffer,
+    /// f32, see attention.cu
+    parts: Buffer,
+    arrivals: Buffer,
+    /// f32 `[tokens, experts]`
+    router_logits: Buffer,
+    routes: Buffer,
+    /// 16-bit `[pairs, intermediate]`
+    activated: Buffer,
+    /// f32 `[pairs, hidden]`
+    expert_outputs: Buffer,
+    /// f32 `[LOGIT_ROWS, vocabulary]`
+    logits: Buffer,
+    largest_parts: Buffer,
+    /// u32 `[LOGIT_ROWS]`
+    largest: Buffer,
+    /// The step's words: see `Words`.
+    step: Buffer,
+    step_host: Pinned,
+    logits_host: Pinned,
+    largest_host: Pinned,
+    /// Residual rows that were asked for.
+    residual_host: Pinned,
+}
+
+impl Cuda {
+    /// Packs `weights` on the device, tensor by tensor. `progress` is called with the layers done and their number.
+    ///
+    /// # Errors
+    /// `Unsupported` names the shape that the kernels do not have; `Memory` what did not fit.
+    pub fn load(
+        device: &Arc<Device>,
+        weights: &dyn Weights,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Cuda, Error> {
+        let config = weights.config().clone();
+        check_shape(&config)?;
+        device.bind()?;
+        let mut loader = Loader::new(device, weights)?;
+        let count = config.layer_kinds.len();
+        let mut layers = Vec::with_capacity(count);
+        for layer in 0..count {
+            progress(layer, count);
+            layers.push(Layer::load(&mut loader, layer).map_err(|e| no_room(e, device, "the weights"))?);
+        }
+        let rest = |e| no_room(e, device, "the weights");
+        let unembedding =
+            loader.matrix(&[(MatrixKind::Unembedding.at(0), RowOrder::Plain, None)]).map_err(rest)?;
+        let embedding = loader.table(MatrixKind::Embedding.at(0)).map_err(rest)?;
+        let final_norm = loader.vector(VectorKind::FinalNorm.at(0))?;
+        let rotary = Rotary::new(&config.rope, config.head_dim);
+        let frequencies = loader.floats(&rotary.frequencies)?;
+        drop(loader);
+        let arena = Arena::new(device, &config).map_err(|e| no_room(e, device, "activations"))?;
+        device.synchronize()?;
+        progress(count, count);
+        Ok(Cuda {
+            device: Arc::clone(device),
+            config,
+            embedding,
+            frequencies,
+            concentration: rotary.concentration,
+            layers,
+            final_norm,
+            unembedding,
+            arena,
+            cache: Vec::new(),
+            blocks: (0, 0),
+            graphs: HashMap::new(),
+            eager: false,
+        })
+    }
+
+    /// Bytes of device memory that the key/value cache can have, now that the weights are loaded.
+    pub fn cache_memory(&self) -> Result<usize, Error> {
+        Ok(self.device.memory()?.0.saturating_sub(RESERVE))
+    }
+
+    /// What a step reads.
+    pub fn traffic(&self) -> Traffic {
+        let dense = |l: &Layer| l.qkv.matrix_bytes() + l.output.matrix_bytes() + l.router.bytes();
+        let layout = self.kv_layout();
+        Traffic {
+            dense_bytes: self.layers.iter().map(dense).sum::<usize>() + self.unembedding.matrix_bytes(),
+            expert_bytes: self.layers.first().map_or(0, |l| l.gate_up.matrix_bytes() + l.down.matrix_bytes()),
+            layers: self.layers.len(),
+            experts: self.config.experts,
+            experts_per_token: self.config.experts_per_token,
+            full_kv_bytes: layout.full_block_bytes / BLOCK_TOKENS,
+            sliding_kv_bytes: layout.sliding_block_bytes / BLOCK_TOKENS,
+            sliding_window: self.config.sliding_window,
+        }
+    }
+
+    /// Runs one step kernel by kernel and times each.
+    pub fn profile(&mut self, plan: &Plan) -> Result<Vec<KernelTime>, Error> {
+        let device = Arc::clone(&self.device);
+        self.eager = true;
+        let times = device.profile(|| self.step(plan).map(drop));
+        self.eager = false;
+        times
+    }
+
+    /// Bytes per second that the device reads from its memory: the best of some passes over the weights.
+    pub fn read_bandwidth(&self) -> Result<f64, Error> {
+        self.device.bind()?;
+        let bytes = self.unembedding.weight_bytes().min(1 << 30);
+        let from = self.unembedding.params().weights;
+        let mut best = 0.0f64;
+        for _ in 0..10 {
+            let time = self.device.time(|| self.read(from, bytes))?;
+            best = best.max(bytes as f64 / time);
+        }
+        Ok(best)
+    }
+}
+
+impl Layer {
+    fn load(loader: &mut Loader<'_>, layer: usize) -> Result<Layer, Error> {
+        let part = |kind: MatrixKind, order, bias: VectorKind| (kind.at(layer), order, Some(bias.at(layer)));
+        Ok(Layer {
+            input_norm: loader.vector(VectorKind::InputNorm.at(layer))?,
+            qkv: loader.matrix(&[
+                part(MatrixKind::Query, RowOrder::Rotary, VectorKind::QueryBias),
+                part(MatrixKind::Key, RowOrder::Rotary, VectorKind::KeyBias),
+                part(MatrixKind::Value, RowOrder::Plain, VectorKind::ValueBias),
+            ])?,
+            sinks: loader.vector(VectorKind::Sinks.at(layer))?,
+            output: loader.matrix(&[part(MatrixKind::Output, RowOrder::Plain, VectorKind::OutputBias)])?,
+            post_attention_norm: loader.vector(VectorKind::PostAttentionNorm.at(layer))?,
+            router: loader.rows(MatrixKind::Router.at(layer))?,
+            router_bias: loader.vector(VectorKind::RouterBias.at(layer))?,
+            gate_up: loader.matrix(&[part(MatrixKind::GateUp, RowOrder::GateUp, VectorKind::GateUpBias)])?,
+            down: loader.matrix(&[part(MatrixKind::Down, RowOrder::Plain, VectorKind::DownBias)])?,
+        })
+    }
+}
+
+impl Arena {
+    fn new(device: &Arc<Device>, config: &Config) -> Result<Arena, Error> {
+        let padded = |cols: usize| cols.next_multiple_of(TILE_COLS);
+        let (tokens, pairs) = (MAX_TOKENS, MAX_TOKENS * config.experts_per_token);
+        let context = config.query_heads * HEAD;
+        let step_words = 1 << 20;
+        Ok(Arena {
+            residual: device.buffer(tokens * config.hidden_size * 4)?,
+            rotary: device.buffer(tokens * HEAD * 4)?,
+            slots: device.buffer(2 * tokens * 4)?,
+            normed: device.buffer(tokens * padded(config.hidden_size) * 2)?,
+            queries: device.buffer(tokens * context * 2)?,
+            context: device.buffer(tokens * context * 2)?,
+            parts: device.buffer(MAX_PARTS * QUERY_ROWS * (HEAD + 2) * 4)?,
+            arrivals: device.buffer((MAX_PARTS + tokens + 1) * 4)?,
+            router_logits: device.buffer(tokens * config.experts * 4)?,
+            routes: device.buffer((2 + 2 * config.experts + 4 * pairs) * 4)?,
+            activated: device.buffer(pairs * padded(config.intermediate_size) * 2)?,
+            expert_outputs: device.buffer(pairs * config.hidden_size * 4)?,
+            logits: device.buffer(LOGIT_ROWS * config.vocab_size * 4)?,
+            largest_parts: device.buffer(LOGIT_ROWS * LARGEST_BLOCKS * 8)?,
+            largest: device.buffer(LOGIT_ROWS * 4)?,
+            step: device.buffer(step_words * 4)?,
+            step_host: device.pinned(step_words * 4)?,
+            logits_host: device.pinned(config.vocab_size * 4)?,
+            largest_host: device.pinned(LOGIT_ROWS * 4)?,
+            residual_host: device.pinned(config.hidden_size * 4)?,
+        })
+    }
+}
+
+/// Where the parts of a step's words begin. For a decode step they depend on nothing but the number of tokens.
+#[derive(Debug, Clone, Copy)]
+struct Words {
+    tokens: usize,
+    positions: usize,
+    sequences: usize,
+    outputs: usize,
+    tiles: usize,
+    full_starts: usize,
+    sliding_starts: usize,
+    tables: usize,
+}
+
+impl Words {
+    fn new(tokens: usize, outputs: usize, tiles: usize, sequences: usize) -> Words {
+        let tiles_at = 3 * tokens + outputs;
+        let starts = tiles_at + 2 * tiles;
+        Words {
+            tokens: 0,
+            positions: tokens,
+            sequences: 2 * tokens,
+            outputs: 3 * tokens,
+            tiles: tiles_at,
+            full_starts: starts,
+            sliding_starts: starts + sequences,
+            tables: starts + 2 * sequences,
+        }
+    }
+}
+
+/// Part of one sequence's tokens.
+#[derive(Debug, Clone)]
+struct Segment {
+    /// Index in the plan.
+    sequence: usize,
+    /// Which of the plan's tokens.
+    range: Range<usize>,
+}
+
+/// What is computed at a time: single tokens first, then chunks.
+struct Batch<'a> {
+    plan: &'a Plan,
+    segments: Vec<Segment>,
+    /// Segments of one token.
+    singles: usize,
+    tokens: usize,
+    /// Rows whose logits are wanted, each with its segment and which of the plan's tokens it is.
+    outputs: Vec<(usize, usize, usize)>,
+}
+
+/// The numbers that decide a batch's kernels.
+#[derive(Debug, Clone, Copy)]
+struct Shape {
+    words: Words,
+    tokens: usize,
+    singles: usize,
+    tiles: usize,
+    /// Blocks per (token, key/value head) in the full layers.
+    splits: usize,
+}
+
+impl<'a> Batch<'a> {
+    fn new(plan: &'a Plan, mut segments: Vec<Segment>) -> Batch<'a> {
+        segments.sort_by_key(|segment| segment.range.len() > 1);
+        let singles = segments.iter().take_while(|segment| segment.range.len() == 1).count();
+        let (mut tokens, mut outputs) = (0, Vec::new());
+        for (s, segment) in segments.iter().enumerate() {
+            let sequence = &plan.sequences[segment.sequence];
+            let last = sequence.tokens.len() - 1;
+            let scored = sequence.score.as_ref().map_or(0, |score| score.next.len());
+            for (row, token) in segment.range.clone().enumerate() {
+                if sequence.logits || token < scored || (token == last && sequence.sample.is_some()) {
+                    outputs.push((tokens + row, s, token));
+                }
+            }
+            tokens += segment.range.len();
+        }
+        Batch { plan, segments, singles, tokens, outputs }
+    }
+
+    fn sequence(&self, segment: &Segment) -> &'a SequencePlan {
+        &self.plan.sequences[segment.sequence]
+    }
+
+    /// First row and number of tokens of each tile of `tile_tokens`.
+    fn tiles(&self, tile_tokens: usize) -> Vec<(usize, usize)> {
+        let (mut row, mut tiles) = (self.singles, Vec::new());
+        for segment in &self.segments[self.singles..] {
+            let len = segment.range.len();
+            tiles.extend((0..len).step_by(tile_tokens).map(|at| (row + at, tile_tokens.min(len - at))));
+            row += len;
+        }
+        tiles
+    }
+}
+
+impl Backend for Cuda {
+    fn config(&self) -> &Config {
+        &self.config
+    }
+
+    fn describe(&self) -> String {
+        format!("{}, 16-bit activations, BF16 keys and values", self.device.name())
+    }
+
+    fn kv_layout(&self) -> KvLayout {
+        let layout = KvLayout::f32(&self.config);
+        // BF16 instead of f32.
+        KvLayout {
+            full_block_bytes: layout.full_block_bytes / 2,
+            sliding_block_bytes: layout.sliding_block_bytes / 2,
+        }
+    }
+
+    fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
+        self.device.bind()?;
+        self.device.synchronize()?;
+        // The old cache is given back first: two never exist at once.
+        self.graphs.clear();
+        self.cache.clear();
+        self.blocks = (0, 0);
+        for kind in &self.config.layer_kinds {
+            let blocks = if *kind == LayerKind::Sliding { sliding_blocks } else { full_blocks };
+            let bytes = blocks
+                .checked_mul(self.config.kv_heads * BLOCK_TOKENS * HEAD * 2)
+                .ok_or(Error::Memory { needed: usize::MAX })?;
+            let buffer = || self.device.buffer(bytes);
+            match (buffer(), buffer()) {
+                (Ok(keys), Ok(values)) => self.cache.push(LayerCache { keys, values }),
+                _ => {
+                    self.cache.clear();
+                    let layout = self.kv_layout();
+                    let needed = full_blocks
+                        .saturating_mul(layout.full_block_bytes)
+                        .saturating_add(sliding_blocks.saturating_mul(layout.sliding_block_bytes));
+                    return Err(Error::Memory { needed });
+                }
+            }
+        }
+        self.blocks = (full_blocks, sliding_blocks);
+        Ok(())
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, Error> {
+        plan.check(&self.config, self.blocks.0, self.blocks.1)?;
+        self.device.bind()?;
+        let mut results = vec![SequenceOutput::default(); plan.sequences.len()];
+        let (mut segments, mut tokens) = (Vec::new(), 0);
+        for (sequence, planned) in plan.sequences.iter().enumerate() {
+            let mut at = 0;
+            while at < planned.tokens.len() {
+                let count = (planned.tokens.len() - at).min(MAX_TOKENS - tokens);
+                segments.push(Segment { sequence, range: at..at + count });
+                (at, tokens) = (at + count, tokens + count);
+                if tokens == MAX_TOKENS {
+                    self.run(&Batch::new(plan, std::mem::take(&mut segments)), &mut results)?;
+                    tokens = 0;
+                }
+            }
+        }
+        if tokens > 0 {
+            self.run(&Batch::new(plan, segments), &mut results)?;
+        }
+        Ok(results)
+    }
+}
+
+impl Cuda {
+    fn run(&mut self, batch: &Batch<'_>, results: &mut [SequenceOutput]) -> Result<(), Error> {
+        let shape = self.upload(batch)?;
+        let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
+        let decode = batch.singles == batch.segments.len() && batch.outputs.len() == batch.tokens;
+        if decode && !hidden && !self.eager && batch.tokens <= LOGIT_ROWS {
+            let key = (shape.tokens, shape.splits);
+            if !self.graphs.contains_key(&key) {
+                let graph = self.device.capture(|| {
+                    self.embed(&shape)?;
+                    let pending = (0..self.layers.len())
+                        .try_fold(false, |pending, layer| self.layer(layer, &shape, pending))?;
+                    self.output(&shape, 0..shape.tokens, pending)
+                })?;
+                self.graphs.insert(key, graph);
+            }
+            self.graphs[&key].launch()?;
+            return self.collect(batch, 0..batch.tokens, results);
+        }
+        self.embed(&shape)?;
+        let mut pending = false;
+        for layer in 0..self.layers.len() {
+            pending = self.layer(layer, &shape, pending)?;
+            let wanted = |s: &Segment| batch.sequence(s).hidden_after_layer == Some(layer);
+            if hidden && batch.segments.iter().any(wanted) {
+                if pending {
+                    self.norm(&shape, pending, None)?;
+                    pending = false;
+                }
+                self.collect_hidden(batch, layer, results)?;
+            }
+        }
+        for first in (0..batch.outputs.len()).step_by(LOGIT_ROWS) {
+            let rows = first..batch.outputs.len().min(first + LOGIT_ROWS);
+            self.output(&shape, rows.clone(), pending)?;
+            self.collect(batch, rows, results)?;
+        }
+        self.device.synchronize()
+    }
+
+    /// Writes the step's words and sends them on their way.
+    fn upload(&mut self, batch: &Batch<'_>) -> Result<Shape, Error> {
+        let groups = self.config.query_heads / self.config.kv_heads;
+        let tiles = batch.tiles(4 * QUERY_ROWS / groups);
+        let words = Words::new(batch.tokens, batch.outputs.len(), tiles.len(), batch.segments.len());
+        // Tables of the full layers from the start, of the sliding layers from the window.
+        let window = |s: &Segment| {
+            let first = batch.sequence(s).position + s.range.start;
+            (first + 1).saturating_sub(self.config.sliding_window) / BLOCK_TOKENS
+        };
+        let blocks = |s: &Segment| (batch.sequence(s).position + s.range.end).div_ceil(BLOCK_TOKENS);
+        let total = words.tables + batch.segments.iter().map(|s| 2 * blocks(s) - window(s)).sum::<usize>();
+        if total * 4 > self.arena.step.bytes() {
+            self.device.synchronize()?;
+            self.graphs.clear();
+            let bytes = total.next_power_of_two() * 4;
+            self.arena.step_host = self.device.pinned(bytes)?;
+            self.arena.step = self.device.buffer(bytes)?;
+        }
+        let host = self.arena.step_host.slice_mut::<u32>();
+        let (mut row, mut table, mut pages) = (0, words.tables, 1);
+        for (s, segment) in batch.segments.iter().enumerate() {
+            let sequence = batch.sequence(segment);
+            for token in segment.range.clone() {
+                host[words.tokens + row] = sequence.tokens[token];
+                host[words.positions + row] = (sequence.position + token) as u32;
+                host[words.sequences + row] = s as u32;
+                row += 1;
+            }
+            let (first, end) = (window(segment), blocks(segment));
+            let mut put = |from: &[BlockId], skipped: usize| {
+                host[table..table + from.len()].copy_from_slice(from);
+                table += from.len();
+                // May be negative: entries before the window are not looked at.
+                (table - from.len()) as i32 - skipped as i32
+            };
+            let full = put(&sequence.full_blocks[..end], 0);
+            let sliding = put(&sequence.sliding_blocks[first..end], first);
+            host[words.full_starts + s] = full as u32;
+            host[words.sliding_starts + s] = sliding as u32;
+            if s < batch.singles {
+                pages = pages.max(end);
+            }
+        }
+        for (i, &(row, ..)) in batch.outputs.iter().enumerate() {
+            host[words.outputs + i] = row as u32;
+        }
+        for (i, &(first, count)) in tiles.iter().enumerate() {
+            host[words.tiles + 2 * i] = first as u32;
+            host[words.tiles + 2 * i + 1] = count as u32;
+        }
+        self.arena.step.upload(0, &self.arena.step_host, total * 4)?;
+        // A split has four warps, and each at least four pages; more splits than fill the device do not help.
+        let heads = batch.singles.max(1) * self.config.kv_heads;
+        let most = (MAX_PARTS / heads).min((4 * self.device.multiprocessors()).div_ceil(heads)).max(1);
+        let splits = (pages / 16).clamp(1, most).next_power_of_two();
+        let splits = if splits > most { splits / 2 } else { splits };
+        Ok(Shape { words, tokens: batch.tokens, singles: batch.singles, tiles: tiles.len(), splits })
+    }
+
+    fn word(&self, at: usize) -> Address {
+        self.arena.step.address() + 4 * at as u64
+    }
+
+    fn embed(&self, shape: &Shape) -> Result<(), Error> {
+        let params = Embed {
+            values: self.embedding.values.address(),
+            scales: self.embedding.scales.as_ref().map_or(0, Buffer::address),
+            tokens: self.word(shape.words.tokens),
+            positions: self.word(shape.words.positions),
+            frequencies: self.frequencies.address(),
+            residual: self.arena.residual.address(),
+            rotary: self.arena.rotary.address(),
+            sequences: self.word(shape.words.sequences),
+            full_starts: self.word(shape.words.full_starts),
+            sliding_starts: self.word(shape.words.sliding_starts),
+            table: self.word(0),
+            slots: self.arena.slots.address(),
+            hidden: self.config.hidden_size as u32,
+            n: shape.tokens as u32,
+            block: self.embedding.block,
+            global_scale: self.embedding.global_scale,
+            concentration: self.concentration,
+            padding: 0,
+        };
+        // SAFETY: at most MAX_TOKENS blocks, whose rows the arena has; tokens are below the vocabulary's size.
+        unsafe { self.device.launch("embed", [shape.tokens as u32, 1, 1], 256, 0, &params) }
+    }
+
+    /// One layer. `pending`, here and in the result: the outputs of the experts of the layer before are not yet added to
+    /// the residual stream.
+    fn layer(&self, index: usize, shape: &Shape, pending: bool) -> Result<bool, Error> {
+        let layer = &self.layers[index];
+        let one = shape.tokens == 1;
+        if !one {
+            let format = layer.qkv.format();
+            self.norm(shape, pending, Some((&layer.input_norm, format)))?;
+        }
+        let sliding = self.config.layer_kinds[index] == LayerKind::Sliding;
+        let cache = &self.cache[index];
+        let starts = if sliding { shape.words.sliding_starts } else { shape.words.full_starts };
+        let epilogue = Epilogue {
+            out16: self.arena.queries.address(),
+            keys: cache.keys.address(),
+            values: cache.values.address(),
+            rotary: self.arena.rotary.address(),
+            slots: self.arena.slots.address() + if sliding { 4 * shape.tokens as u64 } else { 0 },
+            ..self.epilogue(After::Qkv)
+        };
+        if one {
+            self.product_of_norm(&layer.qkv, &layer.input_norm, epilogue)?;
+        } else {
+            self.product(&layer.qkv, self.arena.normed.address(), shape.tokens, epilogue)?;
+        }
+        self.attention(index, shape, starts)?;
+        let epilogue = Epilogue { out: self.arena.residual.address(), ..self.epilogue(After::Residual) };
+        self.product(&layer.output, self.arena.context.address(), shape.tokens, epilogue)?;
+        self.experts(index, shape)?;
+        Ok(!one)
+    }
+
+    fn epilogue(&self, after: After) -> Epilogue {
+        Epilogue {
+            kind: after as u32,
+            query_heads: self.config.query_heads as u32,
+            kv_heads: self.config.kv_heads as u32,
+            limit: self.config.swiglu_limit,
+            alpha: self.config.swiglu_alpha,
+            ..Zeroable::zeroed()
+        }
+    }
+
+    /// Adds what is pending, then norms all rows for a product of this format, if one is given.
+    fn norm(&self, shape: &Shape, pending: bool, scale: Option<(&Buffer, u32)>) -> Result<(), Error> {
+        let out = scale.map_or(0, |_| self.arena.normed.address());
+        let params = Norm {
+            scale: scale.map_or(0, |(scale, _)| scale.address()),
+            format: scale.map_or(0, |(_, format)| format),
+            tiled: self.tiled(shape.tokens).into(),
+            ..self.norm_params(shape, pending, out)
+        };
+        // SAFETY: the arena has MAX_TOKENS rows of each; the routes are of the same tokens.
+        unsafe { self.device.launch("rms_norm", [shape.tokens as u32, 1, 1], 256, 0, &params) }
+    }
+
+    fn norm_params(&self, shape: &Shape, pending: bool, out: Address) -> Norm {
+        Norm {
+            residual: self.arena.residual.address(),
+            experts: if pending { self.arena.expert_outputs.address() } else { 0 },
+            routes: self.arena.routes.address(),
+            rows: 0,
+            scale: 0,
+            out,
+            hidden: self.config.hidden_size as u32,
+            cols: self.config.hidden_size.next_multiple_of(TILE_COLS) as u32,
+            n: shape.tokens as u32,
+            experts_count: self.config.experts as u32,
+            experts_per_token: self.config.experts_per_token as u32,
+            format: 0,
+            tiled: 0,
+            eps: self.config.rms_norm_eps,
+        }
+    }
+
+    fn product_params(&self, matrix: &PackedMatrix, input: Address, n: usize, epilogue: Epilogue) -> Product {
+        Product {
+            matrix: matrix.params(),
+            input,
+            residual: self.arena.residual.address(),
+            norm_scale: 0,
+            list: self.arena.routes.address(),
+            epilogue,
+            hidden: self.config.hidden_size as u32,
+            n: n as u32,
+            eps: self.config.rms_norm_eps,
+            experts: self.config.experts as u32,
+            experts_per_token: self.config.experts_per_token as u32,
+            padding: 0,
+        }
+    }
+
+    /// A dense product with `n` rows of `input`.
+    fn product(
+        &self,
+        matrix: &PackedMatrix,
+        input: Address,
+        n: usize,
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        if self.tiled(n) {
+            let name = if matrix.format() == FP4 { "gemm_fp4" } else { "gemm_bf16" };
+            let tiles = (GEMM_TOKENS, n.div_ceil(GEMM_TOKENS));
+            return self.gemm(name, matrix, input, n, tiles, epilogue);
+        }
+        let columns = if n <= 8 { 8 } else { 16 };
+        let name = match (matrix.format(), columns) {
+            (BF16, 8) => "product_bf16_8",
+            (BF16, _) => "product_bf16_16",
+            (_, 8) => "product_fp4_8",
+            _ => "product_fp4_16",
+        };
+        let params = self.product_params(matrix, input, n, epilogue);
+        // Where there are many more tiles than fit at a time, blocks stay and take one after the other.
+        let (tiles, fitting) = (matrix.row_tiles(), 3 * self.device.multiprocessors());
+        let blocks = if tiles > 3 * fitting { fitting } else { tiles };
+        let grid = [blocks as u32, n.div_ceil(columns) as u32, 1];
+        // SAFETY: input and outputs have `n` rows in the arena or the cache; blocks and tables were checked with the plan.
+        unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
+    }
+
+    /// Whether dense products of this many tokens take the kernels for many, whose activations lie in tiled order.
+    fn tiled(&self, n: usize) -> bool {
+        self.device.capability() == 90 && n > GEMM_FROM
+    }
+
+    /// The same for products of the experts.
+    fn tiled_experts(&self, n: usize) -> bool {
+        self.device.capability() == 90 && n > GEMM_EXPERTS_FROM
+    }
+
+    fn gemm(
+        &self,
+        name: &'static str,
+        matrix: &PackedMatrix,
+        input: Address,
+        n: usize,
+        (tokens, token_tiles): (usize, usize),
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        let params = Gemm {
+            matrix: matrix.params(),
+            input,
+            list: self.arena.routes.address(),
+            epilogue,
+            n: n as u32,
+            experts: self.config.experts as u32,
+            experts_per_token: self.config.experts_per_token as u32,
+            padding: 0,
+        };
+        let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, token_tiles as u32, 1];
+        // SAFETY: as in `product`; the slots of the experts are those of `n` tokens.
+        unsafe { self.device.launch(name, grid, 256, gemm_shared(tokens), &params) }
+    }
+
+    /// A dense product with the norm of the only row of the residual stream.
+    fn product_of_norm(
+        &self,
+        matrix: &PackedMatrix,
+        scale: &Buffer,
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        let name = if matrix.format() == FP4 { "product_fp4_norm" } else { "product_bf16_norm" };
+        let params = Product { norm_scale: scale.address(), ..self.product_params(matrix, 0, 1, epilogue) };
+        let shared = partial_bytes(8) + matrix.padded_cols() * 2;
+        let grid = [matrix.row_tiles() as u32, 1, 1];
+        // SAFETY: as in `product`, for one row.
+        unsafe { self.device.launch(name, grid, PRODUCT_THREADS, shared, &params) }
+    }
+
+    fn attention(&self, index: usize, shape: &Shape, starts: usize) -> Result<(), Error> {
+        let layer = &self.layers[index];
+        let sliding = self.config.layer_kinds[index] == LayerKind::Sliding;
+        let cache = &self.cache[index];
+        let kv_heads = self.config.kv_heads as u32;
+        let mut params = Attention {
+            queries: self.arena.queries.address(),
+            keys: cache.keys.address(),
+            values: cache.values.address(),
+            sinks: layer.sinks.address(),
+            positions: self.word(shape.words.positions),
+            sequences: self.word(shape.words.sequences),
+            table_starts: self.word(starts),
+            table: self.word(0),
+            tiles: self.word(shape.words.tiles),
+            out: self.arena.context.address(),
+            partial: self.arena.parts.address(),
+            arrivals: self.arena.arrivals.address(),
+            query_heads: self.config.query_heads as u32,
+            kv_heads,
+            window: if sliding { self.config.sliding_window as u32 } else { 0 },
+            out_format: layer.output.format(),
+            out_tiled: self.tiled(shape.tokens).into(),
+            splits: 1,
+            next: layer.output.prefetch(),
+        };
+        if shape.tiles > 0 {
+            // SAFETY: the tiles are of rows of this batch; the tables' blocks were checked with the plan.
+            unsafe {
+                self.device.launch("attend_chunk", [shape.tiles as u32, kv_heads, 1], 128, 0, &params)?
+            };
+        }
+        if shape.singles > 0 {
+            params.splits = if sliding { 1 } else { shape.splits as u32 };
+            // SAFETY: the first rows are the single tokens; `upload` bounds the parts.
+            unsafe {
+                let grid = [params.splits + self.idle(shape.tokens), kv_heads, shape.singles as u32];
+                self.device.launch("attend_split", grid, 128, 0, &params)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Blocks that bring the next weights to the cache, per row of a kernel that leaves most of the device idle.
+    fn idle(&self, n: usize) -> u32 {
+        if n == 1 && self.device.capability() >= 90 { 8 } else { 0 }
+    }
+
+    /// Router and experts. The sum of a single token is added to the residual stream, others are left for the next norm.
+    fn experts(&self, index: usize, shape: &Shape) -> Result<(), Error> {
+        let layer = &self.layers[index];
+        let (n, config) = (shape.tokens, &self.config);
+        let format = layer.gate_up.format();
+        // Few tokens: the experts are shared among blocks. Many: a warp per token.
+        let share = (2 * self.device.multiprocessors() / n).clamp(1, config.experts) as u32;
+        let params = Router {
+            residual: self.arena.residual.address(),
+            norm_scale: layer.post_attention_norm.address(),
+            weights: layer.router.address(),
+            bias: layer.router_bias.address(),
+            out: self.arena.normed.address(),
+            logits: self.arena.router_logits.address(),
+            routes: self.arena.routes.address(),
+            arrivals: self.arena.arrivals.address() + 4 * MAX_PARTS as u64,
+            hidden: config.hidden_size as u32,
+            cols: layer.gate_up.padded_cols() as u32,
+            n: n as u32,
+            experts: config.experts as u32,
+            experts_per_token: config.experts_per_token as u32,
+            format,
+            tiled: self.tiled_experts(n).into(),
+            eps: config.rms_norm_eps,
+            shares: share,
+            padding: 0,
+            // The experts are not known yet; the matrix after them is.
+            next: self.layers.get(index + 1).map_or_else(Prefetch::zeroed, |next| next.qkv.prefetch()),
+        };
+        let (name, grid) = match n {
+            0..=ROUTER_FEW => ("router", [share + 4 * self.idle(n), n as u32, 1]),
+            _ => ("router_many", [n.div_ceil(8) as u32, 1, 1]),
+        };
+        // SAFETY: the arena has MAX_TOKENS rows of each, and one counter more than that.
+        unsafe { self.device.launch(name, grid, 256, config.experts * ROUTER_SORTERS * 2, &params)? };
+
+        let epilogue = Epilogue {
+            out16: self.arena.activated.address(),
+            out_cols: layer.down.padded_cols() as u32,
+            out_tiled: self.tiled_experts(n).into(),
+            out_format: layer.down.format(),
+            ..self.epilogue(After::Swiglu)
+        };
+        let params = self.product_params(&layer.gate_up, self.arena.normed.address(), n, epilogue);
+        if n == 1 {
+            return self.experts_of_one(layer, &params);
+        }
+        let pairs = n * config.experts_per_token;
+        let active = config.experts.min(pairs);
+        let store = Epilogue { out: self.arena.expert_outputs.address(), ..self.epilogue(After::Store) };
+        if self.tiled_experts(n) {
+            // Where an expert has few tokens, smaller tiles waste less and read further ahead.
+            let tokens = if pairs / config.experts < 64 { 64 } else { GEMM_TOKENS };
+            let name = |format| match (format, tokens) {
+                (BF16, 64) => "gemm_experts_bf16_64",
+                (BF16, _) => "gemm_experts_bf16_128",
+                (_, 64) => "gemm_experts_fp4_64",
+                _ => "gemm_experts_fp4_128",
+            };
+            // Each expert may have one tile that is not full.
+            let tiles = (tokens, pairs / tokens + active);
+            self.gemm(name(format), &layer.gate_up, self.arena.normed.address(), n, tiles, epilogue)?;
+            let (name, input) = (name(layer.down.format()), self.arena.activated.address());
+            return self.gemm(name, &layer.down, input, n, tiles, store);
+        }
+        let columns = if n <= 32 { 8 } else { 16 };
+        let name = |format| match (format, columns) {
+            (BF16, 8) => "experts_bf16_8",
+            (BF16, _) => "experts_bf16_16",
+            (_, 8) => "experts_fp4_8",
+            _ => "experts_fp4_16",
+        };
+        let grid = [layer.gate_up.row_tiles() as u32, active as u32, 1];
+        // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room.
+        unsafe { self.device.launch(name(format), grid, PRODUCT_THREADS, partial_bytes(columns), &params)? };
+        let params = self.product_params(&layer.down, self.arena.activated.address(), n, store);
+        let grid = [layer.down.row_tiles() as u32, active as u32, 1];
+        let name = name(layer.down.format());
+        // SAFETY: as above.
+        unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
+    }
+
+    /// The experts of a single token, their weighted sum added to the residual stream.
+    fn experts_of_one(&self, layer: &Layer, gate_up: &Product) -> Result<(), Error> {
+        let ranks = self.config.experts_per_token;
+        let name = if layer.gate_up.format() == FP4 { "gate_up_one_fp4" } else { "gate_up_one_bf16" };
+        // SAFETY: the router's list names experts; the arena has room for the slots.
+        unsafe {
+            let grid = [layer.gate_up.row_tiles() as u32, ranks as u32, 1];
+            self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(8), gate_up)?;
+        }
+        let epilogue = Epilogue { out: self.arena.residual.address(), ..self.epilogue(After::Residual) };
+        let params = self.product_params(&layer.down, self.arena.activated.address(), 1, epilogue);
+        let name = if layer.down.format() == FP4 { "down_one_fp4" } else { "down_one_bf16" };
+        // Two blocks per row tile where they can exchange results: one each would not fill the device evenly.
+        let shares = if self.device.capability() >= 90 { 2 } else { 1 };
+        let grid = [layer.down.row_tiles() as u32, shares, 1];
+        let shared = ranks * PRODUCT_THREADS as usize / 32 * 16 * 4;
+        // SAFETY: as above; each block changes its own rows of the residual stream.
+        unsafe { self.device.launch_clusters(name, grid, shares, PRODUCT_THREADS, shared, &params) }
+    }
+
+    /// The final norm and the logits of these entries of the list of outputs, and the largest of each.
+    fn output(&self, shape: &Shape, outputs: Range<usize>, pending: bool) -> Result<(), Error> {
+        let n = outputs.len();
+        let params = Norm {
+            rows: self.word(shape.words.outputs + outputs.start),
+            scale: self.final_norm.address(),
+            format: self.unembedding.format(),
+            tiled: self.tiled(n).into(),
+            ..self.norm_params(shape, pending, self.arena.normed.address())
+        };
+        // SAFETY: the list names rows of this batch, each once.
+        unsafe { self.device.launch("rms_norm", [n as u32, 1, 1], 256, 0, &params)? };
+        let epilogue = Epilogue { out: self.arena.logits.address(), ..self.epilogue(After::Store) };
+        self.product(&self.unembedding, self.arena.normed.address(), n, epilogue)?;
+        let params = Largest {
+            logits: self.arena.logits.address(),
+            partial: self.arena.largest_parts.address(),
+            arrivals: self.arena.arrivals.address(),
+            out: self.arena.largest.address(),
+            vocabulary: self.config.vocab_size as u32,
+            padding: 0,
+        };
+        // SAFETY: at most LOGIT_ROWS rows, for which the arena has room.
+        unsafe { self.device.launch("largest", [LARGEST_BLOCKS as u32, n as u32, 1], 256, 0, &params) }
+    }
+
+    /// Brings back what `output` made, and writes it where the plan wants it.
+    fn collect(
+        &mut self,
+        batch: &Batch<'_>,
+        outputs: Range<usize>,
+        results: &mut [SequenceOutput],
+    ) -> Result<(), Error> {
+        let vocabulary = self.config.vocab_size;
+        let arena = &mut self.arena;
+        arena.largest.download(0, &mut arena.largest_host, outputs.len() * 4)?;
+        self.device.synchronize()?;
+        for (i, &(_, segment, token)) in batch.outputs[outputs].iter().enumerate() {
+            let segment = &batch.segments[segment];
+            let sequence = batch.sequence(segment);
+            let result = &mut results[segment.sequence];
+            let scored = sequence.score.as_ref().and_then(|score| Some((*score.next.get(token)?, score.top)));
+            let sampling = sequence.sample.as_ref().filter(|_| token + 1 == sequence.tokens.len());
+            if scored.is_none() && !sequence.logits && sampling.is_some_and(is_largest) {
+                result.sampled =
+                    Some(Sampled { token: arena.largest_host.slice::<u32>()[i], logprobs: None });
+                continue;
+            }
+            arena.logits.download(i * vocabulary * 4, &mut arena.logits_host, vocabulary * 4)?;
+            self.device.synchronize()?;
+            let logits = arena.logits_host.slice_mut::<f32>();
+            if let Some((next, top)) = scored {
+                result.scores.push(score(logits, next, top));
+            }
+            if sequence.logits {
+                result.logits.extend_from_slice(logits);
+            }
+            result.sampled = sampling.map(|sampling| sample(logits, sampling));
+        }
+        Ok(())
+    }
+
+    fn collect_hidden(
+        &mut self,
+        batch: &Batch<'_>,
+        layer: usize,
+        results: &mut [SequenceOutput],
+    ) -> Result<(), Error> {
+        let bytes = self.config.hidden_size * 4;
+        let (mut row, arena) = (0, &mut self.arena);
+        for segment in &batch.segments {
+            for _ in segment.range.clone() {
+                if batch.sequence(segment).hidden_after_layer == Some(layer) {
+                    arena.residual.download(row * bytes, &mut arena.residual_host, bytes)?;
+                    self.device.synchronize()?;
+                    results[segment.sequence].hidden.extend_from_slice(arena.residual_host.slice());
+                }
+                row += 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, from: Address, bytes: usize) -> Result<(), Error> {
+        let params = Read { from, out: self.arena.largest.address(), vectors: bytes as u64 / 16 };
+        let grid = [4 * self.device.multiprocessors() as u32, 1, 1];
+        // SAFETY: reads inside one allocation; `largest` has a word.
+        unsafe { self.device.launch("read", grid, 512, 0, &params) }
+    }
+}
+
+/// Up to so many tokens the router shares a token's experts among blocks.
+const ROUTER_FEW: usize = 256;
+/// Threads of the router that sort, each with a 16-bit counter per expert.
+const ROUTER_SORTERS: usize = 128;
+/// Dense products of more tokens take gemm_sm90.cu: fewer do not fill its blocks.
+const GEMM_FROM: usize = 64;
+/// The same for products of the experts, among which the tokens are spread.
+const GEMM_EXPERTS_FROM: usize = 64;
+/// Tokens of a block of gemm_sm90.cu, or 64 for experts with few.
+const GEMM_TOKENS: usize = 128;
+/// Row tiles of a block of gemm_sm90.cu.
+const GEMM_ROW_TILES: usize = 8;
+/// Threads of a block of the product kernels.
+const PRODUCT_THREADS: u32 = 256;
+/// Six stages of activations in 16 bits, and room to align them to 1024 bytes.
+fn gemm_shared(tokens: usize) -> usize {
+    6 * tokens * TILE_COLS * 2 + 1024
+}
+
+/// Shared memory of a product: two halves of partial sums of all warps, `[16, columns]` in f32.
+fn partial_bytes(columns: usize) -> usize {
+    2 * (PRODUCT_THREADS as usize / 32) * 16 * columns * 4
+}
+
+/// Whether the token is simply that of the largest logit.
+fn is_largest(sampling: &Sampling) -> bool {
+    sampling.temperature <= 0.0
+        && sampling.bias.is_empty()
+        && sampling.penalties.is_none()
+        && sampling.mask.is_none()
+        && sampling.logprobs.is_none()
+}
+
+/// What the kernels need beyond the rules of `Config`.
+fn check_shape(config: &Config) -> Result<(), Error> {
+    let require = |fits: bool, what: String| if fits { Ok(()) } else { Err(Error::Unsupported(what)) };
+    require(
+        config.head_dim == HEAD,
+        format!("heads of {} on the GPU, which has kernels for {HEAD}", config.head_dim),
+    )?;
+    let groups = config.query_heads / config.kv_heads;
+    require(
+        groups.is_power_of_two() && groups <= QUERY_ROWS,
+        format!("{groups} query heads per key/value head on the GPU, where it must be 1, 2, 4, 8 or 16"),
+    )?;
+    require(
+        config.experts <= MAX_EXPERTS && config.experts_per_token <= MAX_RANKS,
+        format!(
+            "{} experts, {} per token, on the GPU, where at most {MAX_EXPERTS} and {MAX_RANKS} are possible",
+            config.experts, config.experts_per_token
+        ),
+    )?;
+    require(
+        config.hidden_size <= MAX_HIDDEN,
+        format!("a hidden size of {} on the GPU, where at most {MAX_HIDDEN} is possible", config.hidden_size),
+    )
+}
+
+/// Says what did not fit, with the numbers of the device.
+fn no_room(error: Error, device: &Device, what: &str) -> Error {
+    match (error, device.memory()) {
+        (Error::Memory { needed }, Ok((free, total))) => Error::Unsupported(format!(
+            "{what} do not fit {}: {needed} bytes more were needed, {free} of {total} were free",
+            device.name()
+        )),
+        (error, _) => error,
+    }
+}

@@ -1,0 +1,530 @@
+//! One GPU: its context, stream, memory and kernels, and the launch of a kernel with one parameter struct.
+
+use std::collections::HashMap;
+use std::ffi::{CString, c_int, c_void};
+use std::ptr::null_mut;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use bytemuck::NoUninit;
+use gptoss::Error;
+
+use crate::driver::{Address, Driver, Handle, LaunchAttribute, LaunchConfig, driver};
+
+/// The driver reads a fat binary as 64-bit words.
+#[cfg(feature = "kernels")]
+#[repr(C, align(64))]
+struct Aligned<T: ?Sized>(T);
+
+#[cfg(feature = "kernels")]
+macro_rules! fatbin {
+    ($name:literal) => {{
+        static IMAGE: &Aligned<[u8]> =
+            &Aligned(*include_bytes!(concat!(env!("OUT_DIR"), "/", $name, ".fatbin")));
+        &IMAGE.0
+    }};
+}
+
+/// The kernels' machine code, and which kernels each file holds. A file with a capability is for that generation alone.
+#[cfg(feature = "kernels")]
+const MODULES: &[Module] = &[
+    (fatbin!("pack"), &["pack_bf16", "pack_fp4"], None),
+    (
+        fatbin!("product"),
+        &[
+            "product_bf16_8",
+            "product_bf16_16",
+            "product_fp4_8",
+            "product_fp4_16",
+            "product_bf16_norm",
+            "product_fp4_norm",
+            "experts_bf16_8",
+            "experts_bf16_16",
+            "experts_fp4_8",
+            "experts_fp4_16",
+            "gate_up_one_bf16",
+            "gate_up_one_fp4",
+            "down_one_bf16",
+            "down_one_fp4",
+        ],
+        None,
+    ),
+    (
+        fatbin!("gemm_sm90"),
+        &[
+            "gemm_bf16",
+            "gemm_fp4",
+            "gemm_experts_bf16_64",
+            "gemm_experts_bf16_128",
+            "gemm_experts_fp4_64",
+            "gemm_experts_fp4_128",
+        ],
+        Some(90),
+    ),
+    (fatbin!("attention"), &["attend_chunk", "attend_split"], None),
+    (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "largest", "read"], None),
+];
+#[cfg(not(feature = "kernels"))]
+const MODULES: &[Module] = &[];
+
+type Module = (&'static [u8], &'static [&'static str], Option<u32>);
+
+/// How many devices there are; an error says why there is none.
+pub fn device_count() -> Result<usize, Error> {
+    if MODULES.is_empty() {
+        return Err(Error::Device("this build has no GPU kernels (feature `cuda`)".to_owned()));
+    }
+    let driver = driver()?;
+    let mut count = 0;
+    // SAFETY: writes one integer.
+    driver.check(unsafe { (driver.device_count)(&raw mut count) }, "counting GPUs")?;
+    if count == 0 {
+        return Err(Error::Device("the NVIDIA driver has no GPU".to_owned()));
+    }
+    Ok(count as usize)
+}
+
+/// A GPU.
+pub struct Device {
+    driver: &'static Driver,
+    device: c_int,
+    context: Handle,
+    pub(crate) stream: Handle,
+    functions: HashMap<&'static str, Handle>,
+    name: String,
+    /// Compute capability, 90 for Hopper.
+    capability: u32,
+    multiprocessors: usize,
+    shared_bytes: usize,
+    /// While a profile is taken: the kernels launched so far.
+    timed: Mutex<Option<Vec<Timed>>>,
+}
+
+/// A kernel and the events around it.
+type Timed = (&'static str, Handle, Handle);
+
+/// What one kernel took in a profile.
+#[derive(Debug, Clone, PartialEq)]
+pub struct KernelTime {
+    /// The kernel.
+    pub kernel: &'static str,
+    /// How often it ran.
+    pub count: usize,
+    /// All its runs together, in seconds.
+    pub seconds: f64,
+}
+
+// SAFETY: the handles are names of objects that the driver guards; every use sets the context of the calling thread first.
+unsafe impl Send for Device {}
+// SAFETY: as above; the driver's functions may be called from any thread.
+unsafe impl Sync for Device {}
+
+impl Device {
+    /// Opens the device of this number and loads the kernels.
+    pub fn open(ordinal: usize) -> Result<Arc<Device>, Error> {
+        let count = device_count()?;
+        if ordinal >= count {
+            return Err(Error::Unsupported(format!(
+                "cuda:{ordinal} is not among the GPUs, of which there are {count}"
+            )));
+        }
+        let driver = driver()?;
+        let mut device = 0;
+        // SAFETY: writes one integer; the ordinal is below the count.
+        driver.check(unsafe { (driver.device)(&raw mut device, ordinal as c_int) }, "opening the GPU")?;
+        let attribute = |attribute: c_int| -> Result<usize, Error> {
+            let mut value = 0;
+            // SAFETY: writes one integer.
+            let result = unsafe { (driver.device_attribute)(&raw mut value, attribute, device) };
+            driver.check(result, "asking the GPU for an attribute")?;
+            Ok(value as usize)
+        };
+        let mut name = [0u8; 128];
+        // SAFETY: the driver writes a C string of at most this length.
+        let result = unsafe { (driver.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) };
+        driver.check(result, "asking the GPU for its name")?;
+        let name = name.split(|&b| b == 0).next().unwrap_or_default();
+        let capability = (attribute(75)? * 10 + attribute(76)?) as u32;
+        let name = String::from_utf8_lossy(name).into_owned();
+        if capability < 80 {
+            return Err(Error::Unsupported(format!(
+                "{name} has compute capability {}.{}, and 8.0 is needed",
+                capability / 10,
+                capability % 10
+            )));
+        }
+        let mut context = null_mut();
+        // SAFETY: writes one handle.
+        let result = unsafe { (driver.retain_context)(&raw mut context, device) };
+        driver.check(result, "creating a context on the GPU")?;
+        let mut opened = Device {
+            driver,
+            device,
+            context,
+            stream: null_mut(),
+            functions: HashMap::new(),
+            name,
+            capability,
+            multiprocessors: attribute(16)?,
+            shared_bytes: attribute(97)?,
+            timed: Mutex::new(None),
+        };
+        opened.bind()?;
+        // SAFETY: writes one handle; 1 is CU_STREAM_NON_BLOCKING.
+        let result = unsafe { (driver.create_stream)(&raw mut opened.stream, 1) };
+        driver.check(result, "creating a stream")?;
+        for (image, names, generation) in MODULES {
+            if generation.is_none_or(|generation| generation == capability) {
+                opened.load_module(image, names)?;
+            }
+        }
+        Ok(Arc::new(opened))
+    }
+
+    /// Device name as the driver gives it.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Compute capability: 90 for 9.0.
+    pub fn capability(&self) -> u32 {
+        self.capability
+    }
+
+    /// Streaming multiprocessors.
+    pub fn multiprocessors(&self) -> usize {
+        self.multiprocessors
+    }
+
+    /// Bytes of device memory: free and all.
+    pub fn memory(&self) -> Result<(usize, usize), Error> {
+        self.bind()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: writes two integers.
+        let result = unsafe { (self.driver.memory_info)(&raw mut free, &raw mut total) };
+        self.driver.check(result, "asking the GPU for its free memory")?;
+        Ok((free, total))
+    }
+
+    fn load_module(&mut self, image: &'static [u8], names: &[&'static str]) -> Result<(), Error> {
+        let mut module = null_mut();
+        // SAFETY: the image is a complete fat binary; it is copied.
+        let result = unsafe { (self.driver.load_module)(&raw mut module, image.as_ptr().cast()) };
+        self.driver.check(result, "loading the kernels (the driver must be of CUDA 13.0 or newer)")?;
+        for name in names {
+            let mut function = null_mut();
+            let symbol = CString::new(*name).expect("the names of kernels have no zero");
+            // SAFETY: writes one handle; the module was loaded above.
+            let result = unsafe { (self.driver.function)(&raw mut function, module, symbol.as_ptr()) };
+            self.driver.check(result, name)?;
+            // Allow all the shared memory there is beside the kernel's own (attribute 1): 8 is MAX_DYNAMIC_SHARED_SIZE_BYTES.
+            let mut own = 0;
+            // SAFETY: writes one integer; a function of a loaded module.
+            let result = unsafe { (self.driver.read_function_attribute)(&raw mut own, 1, function) };
+            self.driver.check(result, name)?;
+            // SAFETY: a function of a loaded module.
+            let result =
+                unsafe { (self.driver.function_attribute)(function, 8, self.shared_bytes as c_int - own) };
+            self.driver.check(result, name)?;
+            self.functions.insert(name, function);
+        }
+        Ok(())
+    }
+
+    /// Makes this device the calling thread's.
+    pub(crate) fn bind(&self) -> Result<(), Error> {
+        // SAFETY: the context lives as long as `self`.
+        self.driver.check(unsafe { (self.driver.set_context)(self.context) }, "entering the GPU's context")
+    }
+
+    /// Puts a kernel on the stream. `params` is its one parameter.
+    ///
+    /// # Safety
+    /// `params` is what the kernel of this name takes, and the addresses in it are live allocations of this device, as large as
+    /// the kernel reads and writes with this grid.
+    pub(crate) unsafe fn launch<P: NoUninit>(
+        &self,
+        name: &'static str,
+        grid: [u32; 3],
+        threads: u32,
+        shared_bytes: usize,
+        params: &P,
+    ) -> Result<(), Error> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_clusters(name, grid, 1, threads, shared_bytes, params) }
+    }
+
+    /// As [`Device::launch`], `cluster` blocks along y being a cluster.
+    ///
+    /// # Safety
+    /// As [`Device::launch`].
+    pub(crate) unsafe fn launch_clusters<P: NoUninit>(
+        &self,
+        name: &'static str,
+        grid: [u32; 3],
+        cluster: u32,
+        threads: u32,
+        shared_bytes: usize,
+        params: &P,
+    ) -> Result<(), Error> {
+        let function = self.functions.get(name).expect("every kernel that is launched is listed");
+        let attributes = [LaunchAttribute::DEPENDENT, LaunchAttribute::cluster(cluster)];
+        let config = LaunchConfig {
+            grid,
+            block: [threads, 1, 1],
+            shared_bytes: shared_bytes as u32,
+            stream: self.stream,
+            attributes: attributes.as_ptr(),
+            attribute_count: if self.capability < 90 { 0 } else { 1 + u32::from(cluster > 1) },
+        };
+        let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
+        let mut timed = self.timed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(timed) = &mut *timed {
+            let (start, end) = (self.event()?, self.event()?);
+            self.record(start)?;
+            timed.push((name, start, end));
+        }
+        // SAFETY: the config and the one argument outlive the call, which copies them; the rest is the caller's promise.
+        let result =
+            unsafe { (self.driver.launch)(&raw const config, *function, arguments.as_mut_ptr(), null_mut()) };
+        if let Some((.., end)) = timed.as_ref().and_then(|timed| timed.last()) {
+            self.record(*end)?;
+        }
+        if result == 0 {
+            return Ok(());
+        }
+        self.driver.check(result, &format!("starting kernel {name} with grid {grid:?}, {shared_bytes} bytes"))
+    }
+
+    /// Waits until everything on the stream is done.
+    pub(crate) fn synchronize(&self) -> Result<(), Error> {
+        // SAFETY: the stream lives as long as `self`.
+        self.driver.check(unsafe { (self.driver.synchronize)(self.stream) }, "running kernels")
+    }
+
+    /// Records what `enqueue` puts on the stream, to be launched again and again.
+    pub(crate) fn capture(
+        self: &Arc<Self>,
+        enqueue: impl FnOnce() -> Result<(), Error>,
+    ) -> Result<Graph, Error> {
+        // SAFETY: the stream is ours; 1 is thread-local mode.
+        let result = unsafe { (self.driver.begin_capture)(self.stream, 1) };
+        self.driver.check(result, "recording a graph")?;
+        let enqueued = enqueue();
+        let mut graph = null_mut();
+        // SAFETY: writes one handle; capture was begun above and ends whatever happened between.
+        let result = unsafe { (self.driver.end_capture)(self.stream, &raw mut graph) };
+        enqueued?;
+        self.driver.check(result, "recording a graph")?;
+        let mut executable = null_mut();
+        // SAFETY: writes one handle; the graph was just made.
+        let result = unsafe { (self.driver.instantiate)(&raw mut executable, graph, 0) };
+        // SAFETY: the executable does not need the graph.
+        unsafe { (self.driver.destroy_graph)(graph) };
+        self.driver.check(result, "preparing a graph")?;
+        Ok(Graph { device: Arc::clone(self), executable })
+    }
+
+    /// Seconds that the device takes for what `enqueue` puts on the stream.
+    pub(crate) fn time(&self, enqueue: impl FnOnce() -> Result<(), Error>) -> Result<f64, Error> {
+        let (start, end) = (self.event()?, self.event()?);
+        self.record(start)?;
+        enqueue()?;
+        self.record(end)?;
+        self.wait(end)?;
+        self.between(start, end)
+    }
+
+    fn between(&self, start: Handle, end: Handle) -> Result<f64, Error> {
+        let mut milliseconds = 0.0;
+        // SAFETY: writes one number; both events are complete.
+        let result = unsafe { (self.driver.elapsed)(&raw mut milliseconds, start, end) };
+        self.driver.check(result, "comparing events")?;
+        for event in [start, end] {
+            // SAFETY: made by `event`, used no more.
+            unsafe { (self.driver.destroy_event)(event) };
+        }
+        Ok(f64::from(milliseconds) / 1e3)
+    }
+
+    /// Times every kernel that `work` launches, in the order of their first launch. Kernels do not overlap meanwhile.
+    pub(crate) fn profile(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<Vec<KernelTime>, Error> {
+        let timed = || self.timed.lock().unwrap_or_else(PoisonError::into_inner);
+        *timed() = Some(Vec::new());
+        let done = work();
+        let events = timed().take().unwrap_or_default();
+        done?;
+        self.synchronize()?;
+        let mut times: Vec<KernelTime> = Vec::new();
+        for (kernel, start, end) in events {
+            let seconds = self.between(start, end)?;
+            match times.iter_mut().find(|time| time.kernel == kernel) {
+                Some(time) => {
+                    time.count += 1;
+                    time.seconds += seconds;
+                }
+                None => times.push(KernelTime { kernel, count: 1, seconds }),
+            }
+        }
+        Ok(times)
+    }
+
+    /// A new event.
+    pub(crate) fn event(&self) -> Result<Handle, Error> {
+        let mut event = null_mut();
+        // SAFETY: writes one handle.
+        self.driver.check(unsafe { (self.driver.create_event)(&raw mut event, 0) }, "creating an event")?;
+        Ok(event)
+    }
+
+    /// Marks the stream's present end.
+    pub(crate) fn record(&self, event: Handle) -> Result<(), Error> {
+        // SAFETY: the caller's event is one of `event`.
+        self.driver.check(unsafe { (self.driver.record_event)(event, self.stream) }, "recording an event")
+    }
+
+    /// Waits for a mark.
+    pub(crate) fn wait(&self, event: Handle) -> Result<(), Error> {
+        // SAFETY: the caller's event is one of `event`.
+        self.driver.check(unsafe { (self.driver.wait_event)(event) }, "waiting for an event")
+    }
+
+    /// Bytes of device memory, zeroed.
+    pub(crate) fn buffer(self: &Arc<Self>, bytes: usize) -> Result<Buffer, Error> {
+        self.bind()?;
+        let mut address = 0;
+        let size = bytes.max(16);
+        // SAFETY: writes one address.
+        if unsafe { (self.driver.allocate)(&raw mut address, size) } != 0 {
+            return Err(Error::Memory { needed: bytes });
+        }
+        let buffer = Buffer { device: Arc::clone(self), address, bytes };
+        // SAFETY: the allocation has this size.
+        let result = unsafe { (self.driver.fill)(address, 0, size, self.stream) };
+        self.driver.check(result, "clearing memory")?;
+        Ok(buffer)
+    }
+
+    /// Page-locked memory of the host, readable by the CPU at full speed.
+    pub(crate) fn pinned(self: &Arc<Self>, bytes: usize) -> Result<Pinned, Error> {
+        self.bind()?;
+        let mut pointer = null_mut();
+        // SAFETY: writes one pointer.
+        let result = unsafe { (self.driver.allocate_host)(&raw mut pointer, bytes.max(16), 0) };
+        self.driver.check(result, &format!("page-locking {bytes} bytes of the host's memory"))?;
+        // SAFETY: the allocation is of at least this size.
+        unsafe { std::ptr::write_bytes(pointer.cast::<u8>(), 0, bytes) };
+        Ok(Pinned { device: Arc::clone(self), pointer: pointer.cast(), bytes })
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        // SAFETY: retained once in `open`; nothing of the context is used afterwards. It frees stream, modules and events.
+        unsafe { (self.driver.release_context)(self.device) };
+    }
+}
+
+/// Device memory.
+pub(crate) struct Buffer {
+    device: Arc<Device>,
+    address: Address,
+    bytes: usize,
+}
+
+impl Buffer {
+    pub(crate) fn address(&self) -> Address {
+        self.address
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Copies the first `bytes` of `from` to `offset`, when the stream comes to it.
+    pub(crate) fn upload(&self, offset: usize, from: &Pinned, bytes: usize) -> Result<(), Error> {
+        assert!(offset + bytes <= self.bytes && bytes <= from.bytes);
+        let (device, to) = (&self.device, self.address + offset as u64);
+        // SAFETY: both ranges lie in their allocations; `from` is page-locked and is not changed before the stream has been
+        // waited for, which its users see to.
+        let result = unsafe { (device.driver.upload)(to, from.pointer.cast(), bytes, device.stream) };
+        device.driver.check(result, "copying to the GPU")
+    }
+
+    /// Copies `bytes` at `offset` to the start of `to`, when the stream comes to it.
+    pub(crate) fn download(&self, offset: usize, to: &mut Pinned, bytes: usize) -> Result<(), Error> {
+        assert!(offset + bytes <= self.bytes && bytes <= to.bytes);
+        let (device, from) = (&self.device, self.address + offset as u64);
+        // SAFETY: both ranges lie in their allocations; `to` is page-locked and read after the stream has been waited for.
+        let result = unsafe { (device.driver.download)(to.pointer.cast(), from, bytes, device.stream) };
+        device.driver.check(result, "copying from the GPU")
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: allocated in `buffer`, freed once; the driver waits for kernels that use it.
+            unsafe { (self.device.driver.free)(self.address) };
+        }
+    }
+}
+
+/// Page-locked memory of the host.
+pub(crate) struct Pinned {
+    device: Arc<Device>,
+    pointer: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: the memory belongs to this value alone.
+unsafe impl Send for Pinned {}
+
+impl Pinned {
+    /// The memory as numbers.
+    pub(crate) fn slice<T: bytemuck::Pod>(&self) -> &[T] {
+        // SAFETY: allocated with this length, aligned to a page, initialized to zeros, any bits are a value of `T`.
+        unsafe { std::slice::from_raw_parts(self.pointer.cast(), self.bytes / size_of::<T>()) }
+    }
+
+    /// The memory as numbers.
+    pub(crate) fn slice_mut<T: bytemuck::Pod>(&mut self) -> &mut [T] {
+        // SAFETY: as in `slice`, and borrowed mutably.
+        unsafe { std::slice::from_raw_parts_mut(self.pointer.cast(), self.bytes / size_of::<T>()) }
+    }
+}
+
+impl Drop for Pinned {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: allocated in `pinned`, freed once.
+            unsafe { (self.device.driver.free_host)(self.pointer.cast()) };
+        }
+    }
+}
+
+/// Recorded work.
+pub(crate) struct Graph {
+    device: Arc<Device>,
+    executable: Handle,
+}
+
+// SAFETY: used by one thread at a time, as `Backend::step` takes `&mut self`.
+unsafe impl Send for Graph {}
+
+impl Graph {
+    /// Puts the work on the stream.
+    pub(crate) fn launch(&self) -> Result<(), Error> {
+        // SAFETY: both handles are live.
+        let result = unsafe { (self.device.driver.launch_graph)(self.executable, self.device.stream) };
+        self.device.driver.check(result, "starting a graph")
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        if self.device.bind().is_ok() {
+            // SAFETY: instantiated once, destroyed once.
+            unsafe { (self.device.driver.destroy_executable)(self.executable) };
+        }
+    }
+}

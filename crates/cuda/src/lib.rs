@@ -1,0 +1,15 @@
+//! The NVIDIA backend: own kernels embedded as machine code, needing nothing at run time but the driver.
+//!
+//! The residual stream is f32. Products take 16-bit activations: BF16 with BF16 weights, FP16 with four-bit weights, which
+//! FP16 holds exactly together with their block scale; sums are f32. Keys and values are stored in BF16.
+
+mod backend;
+mod device;
+mod driver;
+mod packed;
+mod params;
+mod self_test;
+
+pub use backend::Cuda;
+pub use device::{Device, KernelTime, device_count};
+pub use self_test::{SelfTest, self_test};

@@ -1,0 +1,106 @@
+//! The parameter structs of the kernels, field by field as in `kernels/`.
+
+use bytemuck::{Pod, Zeroable};
+
+use crate::driver::Address;
+
+/// `Format` of common.cuh.
+pub(crate) const BF16: u32 = 0;
+/// `Format` of common.cuh.
+pub(crate) const FP4: u32 = 1;
+
+/// `RowOrder` of pack.cu.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum RowOrder {
+    Plain = 0,
+    GateUp = 1,
+    Rotary = 2,
+}
+
+/// `After` of epilogue.cuh.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+pub(crate) enum After {
+    Store = 0,
+    Residual = 1,
+    Qkv = 2,
+    Swiglu = 3,
+}
+
+macro_rules! params {
+    ($($(#[$doc:meta])* $name:ident, $bytes:literal { $($field:ident: $kind:ty,)* })*) => {
+        $(
+            $(#[$doc])*
+            #[derive(Debug, Clone, Copy, Zeroable, Pod)]
+            #[repr(C)]
+            pub(crate) struct $name { $(pub(crate) $field: $kind,)* }
+            const _: () = assert!(size_of::<$name>() == $bytes);
+        )*
+    };
+}
+
+params! {
+    /// common.cuh
+    Prefetch, 16 { from: Address, bytes: u64, }
+    /// pack.cu
+    Pack, 56 {
+        values: Address, scales: Address, weights: Address, packed_scales: Address,
+        rows: u32, cols: u32, order: u32, block: u32, reference: u32, padding: u32,
+    }
+    /// epilogue.cuh
+    Matrix, 40 {
+        weights: Address, scales: Address, tile_scale: Address, bias: Address, rows: u32, cols: u32,
+    }
+    /// epilogue.cuh
+    Epilogue, 80 {
+        out: Address, out16: Address, keys: Address, values: Address, rotary: Address,
+        slots: Address,
+        kind: u32, query_heads: u32, kv_heads: u32, out_cols: u32, out_format: u32, out_tiled: u32,
+        limit: f32, alpha: f32,
+    }
+    /// product.cu
+    Product, 176 {
+        matrix: Matrix, input: Address, residual: Address, norm_scale: Address, list: Address, epilogue: Epilogue,
+        hidden: u32, n: u32, eps: f32, experts: u32, experts_per_token: u32, padding: u32,
+    }
+    /// gemm_sm90.cu
+    Gemm, 152 {
+        matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
+        n: u32, experts: u32, experts_per_token: u32, padding: u32,
+    }
+    /// attention.cu
+    Attention, 136 {
+        queries: Address, keys: Address, values: Address, sinks: Address,
+        positions: Address, sequences: Address, table_starts: Address, table: Address, tiles: Address,
+        out: Address, partial: Address, arrivals: Address,
+        query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_tiled: u32, splits: u32,
+        next: Prefetch,
+    }
+    /// stream.cu
+    Embed, 120 {
+        values: Address, scales: Address, tokens: Address, positions: Address, frequencies: Address,
+        residual: Address, rotary: Address,
+        sequences: Address, full_starts: Address, sliding_starts: Address, table: Address, slots: Address,
+        hidden: u32, n: u32, block: u32, global_scale: f32, concentration: f32, padding: u32,
+    }
+    /// stream.cu
+    Norm, 80 {
+        residual: Address, experts: Address, routes: Address, rows: Address, scale: Address, out: Address,
+        hidden: u32, cols: u32, n: u32, experts_count: u32, experts_per_token: u32, format: u32, tiled: u32, eps: f32,
+    }
+    /// stream.cu
+    Router, 120 {
+        residual: Address, norm_scale: Address, weights: Address, bias: Address, out: Address, logits: Address,
+        routes: Address, arrivals: Address,
+        hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, tiled: u32, eps: f32, shares: u32, padding: u32, next: Prefetch,
+    }
+    /// stream.cu
+    Largest, 40 {
+        logits: Address, partial: Address, arrivals: Address, out: Address, vocabulary: u32, padding: u32,
+    }
+    /// stream.cu
+    Read, 24 {
+        from: Address, out: Address, vectors: u64,
+    }
+}

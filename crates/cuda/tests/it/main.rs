@@ -1,0 +1,393 @@
+//! The GPU against the golden values, the reference and itself. One executable, to be copied to a machine with a GPU and started in
+//! the repository's root. Without a GPU the tests say that they were skipped; `NIBBLE_REQUIRE_GPU=1` makes that a failure.
+#![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
+
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use checkpoint::{Checkpoint, Config, Format, MatrixId, Synthetic, Weights};
+use cuda::{Cuda, Device};
+use gptoss::{
+    BLOCK_TOKENS, Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan, sample, score,
+};
+use safetensors::SafeTensors;
+use serde_json::Value;
+
+/// The repository: where it was built, or the current folder.
+fn root(path: &str) -> PathBuf {
+    let built = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
+    if built.join("testdata").exists() { built.join(path) } else { path.into() }
+}
+
+fn open(path: &str) -> Arc<dyn Weights> {
+    Arc::new(Checkpoint::open(&root(path)).unwrap())
+}
+
+fn json(path: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(root(path)).unwrap()).unwrap()
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
+}
+
+fn golden(path: &str, name: &str) -> Vec<f32> {
+    let bytes = std::fs::read(root(path)).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    bytemuck::allocation::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
+}
+
+/// The first GPU, or `None` after saying that a test is skipped.
+fn device() -> Option<Arc<Device>> {
+    match cuda::device_count() {
+        Ok(_) => Some(Device::open(0).unwrap()),
+        Err(error) => {
+            assert!(std::env::var_os("NIBBLE_REQUIRE_GPU").is_none(), "{error}");
+            eprintln!("skipped: {error}");
+            None
+        }
+    }
+}
+
+const BLOCKS: usize = 140;
+
+fn load(device: &Arc<Device>, weights: &dyn Weights) -> Cuda {
+    let mut cuda = Cuda::load(device, weights, &mut |_, _| {}).unwrap();
+    cuda.allocate_kv(BLOCKS, BLOCKS).unwrap();
+    cuda
+}
+
+/// A sequence whose full layers have the blocks from `first` upwards, the sliding ones the same downwards.
+fn sequence(tokens: &[u32], position: usize, first: u32) -> SequencePlan {
+    let count = (position + tokens.len()).div_ceil(BLOCK_TOKENS) as u32;
+    SequencePlan {
+        tokens: tokens.to_vec(),
+        position,
+        full_blocks: (0..count).map(|i| first + i).collect(),
+        sliding_blocks: (0..count).map(|i| first + count - 1 - i).collect(),
+        ..SequencePlan::default()
+    }
+}
+
+fn run(backend: &mut dyn Backend, sequences: Vec<SequencePlan>) -> Vec<SequenceOutput> {
+    backend.step(&Plan { sequences }).unwrap()
+}
+
+fn relative(found: &[f32], expected: &[f32]) -> f64 {
+    assert_eq!(found.len(), expected.len());
+    assert!(found.iter().all(|f| f.is_finite()));
+    let square = |v: f32| f64::from(v) * f64::from(v);
+    let error: f64 = found.iter().zip(expected).map(|(f, e)| square(f - e)).sum();
+    (error / expected.iter().map(|&e| square(e)).sum::<f64>()).sqrt()
+}
+
+fn log_softmax(logits: &[f32]) -> Vec<f64> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
+    logits.iter().map(|&l| f64::from(l - max) - sum.ln()).collect()
+}
+
+fn argmax(logits: &[f32]) -> usize {
+    (0..logits.len()).fold(0, |best, i| if logits[i] > logits[best] { i } else { best })
+}
+
+/// The logits of all positions, the tokens computed `chunk` at a time.
+fn logits(backend: &mut dyn Backend, tokens: &[u32], chunk: usize) -> Vec<f32> {
+    let table = sequence(tokens, 0, 3);
+    let parts = tokens.chunks(chunk).enumerate().map(|(i, part)| SequencePlan {
+        tokens: part.to_vec(),
+        position: i * chunk,
+        logits: true,
+        ..table.clone()
+    });
+    parts.flat_map(|part| run(backend, vec![part]).remove(0).logits).collect()
+}
+
+/// The bounds of `testdata/model/README.md` for 16-bit activations.
+fn check_logits(found: &[f32], expected: &[f32], vocabulary: usize, what: &str) {
+    let error = relative(found, expected);
+    let (mut divergence, mut agree) = (0.0, 0);
+    let count = expected.len() / vocabulary;
+    for (f, e) in found.chunks_exact(vocabulary).zip(expected.chunks_exact(vocabulary)) {
+        let (p, q) = (log_softmax(e), log_softmax(f));
+        divergence += p.iter().zip(&q).map(|(p, q)| p.exp() * (p - q)).sum::<f64>() / count as f64;
+        agree += usize::from(argmax(f) == argmax(e));
+    }
+    eprintln!("{what}: relative error {error:.2e}, divergence {divergence:.2e}, {agree} of {count} agree");
+    assert!(error <= 3e-2, "{what}: {error:e}");
+    assert!(divergence <= 4e-3, "{what}: {divergence:e}");
+    assert!(count < 30 || agree * 100 >= count * 93, "{what}: {agree} of {count}");
+}
+
+#[test]
+fn logits_of_the_random_model() {
+    let Some(device) = device() else { return };
+    let reference = json("testdata/model/reference.json");
+    for path in ["testdata/model/hf-mxfp4", "testdata/model/original-mxfp4"] {
+        let mut cuda = load(&device, &*open(path));
+        for name in ["len1", "len5", "len64", "len200", "repeat40"] {
+            let case = &reference["sequences"][name];
+            let tokens = ids(&case["ids"]);
+            let expected = golden("testdata/model/reference.safetensors", &format!("{name}.logits"));
+            for chunk in [1, 2, 7, 24, 200] {
+                let all = logits(&mut cuda, &tokens, chunk);
+                let rows = ids(&case["hidden_positions"]);
+                let found: Vec<f32> =
+                    rows.iter().flat_map(|&p| &all[p as usize * 320..][..320]).copied().collect();
+                check_logits(&found, &expected, 320, &format!("{path} {name} in chunks of {chunk}"));
+            }
+        }
+    }
+}
+
+#[test]
+fn hidden_states_of_the_random_model() {
+    let Some(device) = device() else { return };
+    let reference = json("testdata/model/reference.json");
+    let mut cuda = load(&device, &*open("testdata/model/hf-mxfp4"));
+    let tokens = ids(&reference["sequences"]["len64"]["ids"]);
+    for layer in 0..3 {
+        for chunk in [1, 64] {
+            let table = sequence(&tokens, 0, 0);
+            let mut found = Vec::new();
+            for (i, part) in tokens.chunks(chunk).enumerate() {
+                let plan = SequencePlan {
+                    tokens: part.to_vec(),
+                    position: i * chunk,
+                    hidden_after_layer: Some(layer),
+                    ..table.clone()
+                };
+                found.extend(run(&mut cuda, vec![plan]).remove(0).hidden);
+            }
+            let name = format!("len64.hidden_in_{}", layer + 1);
+            let error = relative(&found, &golden("testdata/model/reference.safetensors", &name));
+            assert!(error <= 2.5e-2, "layer {layer}: {error:e}");
+        }
+    }
+}
+
+#[test]
+fn greedy_continuations_of_both_models() {
+    let Some(device) = device() else { return };
+    let reference = json("testdata/model/reference.json");
+    let mut cuda = load(&device, &*open("testdata/model/hf-mxfp4"));
+    for name in ["len1", "len5", "len64", "len200", "repeat40"] {
+        let greedy_case = &reference["greedy"][name];
+        let expected = ids(&greedy_case["tokens"]);
+        // Equal until two logits lie within 0.7.
+        let near = greedy_case["margins"].as_array().unwrap().iter().position(|m| m.as_f64().unwrap() < 0.7);
+        let len = near.unwrap_or(expected.len());
+        let found = greedy(&mut cuda, &ids(&reference["sequences"][name]["ids"]), len);
+        assert_eq!(found, expected[..len], "{name}");
+    }
+    let prompts = json("testdata/model/tiny-gpt-oss.json")["prompts"].clone();
+    let prompts: Vec<(String, Value)> = match prompts {
+        Value::Object(map) => map.into_iter().collect(),
+        Value::Array(list) => list.into_iter().map(|p| (p["name"].to_string(), p)).collect(),
+        other => panic!("{other}"),
+    };
+    assert_eq!(prompts.len(), 10);
+    let mut cuda = load(&device, &*open("models/tiny-gpt-oss"));
+    for (name, prompt) in prompts {
+        // One prompt comes to a choice within the noise of 16 bits.
+        if name.contains("story_high") {
+            continue;
+        }
+        let expected = ids(&prompt["greedy"]);
+        let len = prompt["first_stop"].as_u64().map_or(0, |at| at as usize + 1);
+        assert_eq!(greedy(&mut cuda, &ids(&prompt["ids"]), len), expected[..len], "{name}");
+    }
+}
+
+fn greedy(cuda: &mut Cuda, prompt: &[u32], count: usize) -> Vec<u32> {
+    let (mut tokens, mut position, mut found) = (prompt.to_vec(), 0, Vec::new());
+    // Blocks for the whole of it, so that the table does not change on the way.
+    let table = sequence(&vec![0; prompt.len() + count], 0, 1);
+    for _ in 0..count {
+        let sample = Some(Sampling::default());
+        let plan = SequencePlan { tokens: tokens.clone(), position, sample, ..table.clone() };
+        position += tokens.len();
+        tokens = vec![run(cuda, vec![plan]).remove(0).sampled.unwrap().token];
+        found.extend(&tokens);
+    }
+    found
+}
+
+#[test]
+fn logits_of_the_small_models() {
+    let Some(device) = device() else { return };
+    let cases = json("testdata/model/tiny-gpt-oss.json");
+    for (path, case, name) in [
+        ("models/tiny-gpt-oss", &cases["logits"]["long"], "long.logits"),
+        ("testdata/tiny-gpt-oss-bf16", &cases["logits_bf16_model"], "bf16_model_raw.logits"),
+    ] {
+        let mut cuda = load(&device, &*open(path));
+        let expected = golden("testdata/model/tiny-gpt-oss.safetensors", name);
+        for chunk in [1, 5, 100, 1000] {
+            let all = logits(&mut cuda, &ids(&case["ids"]), chunk);
+            let rows = ids(&case["positions"]);
+            let found: Vec<f32> =
+                rows.iter().flat_map(|&p| &all[p as usize * 4096..][..4096]).copied().collect();
+            check_logits(&found, &expected, 4096, &format!("{name} in chunks of {chunk}"));
+        }
+    }
+}
+
+/// Widths that are no whole tiles, three experts of five, groups of four.
+fn odd(format: Format) -> Arc<dyn Weights> {
+    let mut config = Config::gpt_oss_20b();
+    config.hidden_size = 96;
+    config.intermediate_size = 160;
+    config.query_heads = 8;
+    config.kv_heads = 2;
+    config.experts = 5;
+    config.experts_per_token = 3;
+    config.vocab_size = 331;
+    config.sliding_window = 20;
+    config.layer_kinds.truncate(3);
+    let pick = move |id: MatrixId| match id.kind.is_expert()
+        || (format == Format::Nvfp4 && id.kind.is_attention())
+    {
+        true => format,
+        false => Format::Bf16,
+    };
+    Arc::new(Synthetic::new(config, pick, 7))
+}
+
+fn tokens(count: usize) -> Vec<u32> {
+    (0..count as u32).map(|i| (i * i * 31 + 7 * i) % 331).collect()
+}
+
+#[test]
+fn odd_shapes_agree_with_the_reference() {
+    let Some(device) = device() else { return };
+    for format in [Format::Bf16, Format::Mxfp4, Format::Nvfp4] {
+        let mut reference = Reference::new(odd(format));
+        reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+        let expected = logits(&mut reference, &tokens(400), 400);
+        let mut cuda = load(&device, &*odd(format));
+        for chunk in [1, 3, 17, 64, 130, 400] {
+            let found = logits(&mut cuda, &tokens(400), chunk);
+            check_logits(&found, &expected, 331, &format!("{format:?} in chunks of {chunk}"));
+        }
+    }
+}
+
+#[test]
+fn long_contexts_are_split_and_put_together() {
+    let Some(device) = device() else { return };
+    let text = tokens(2100);
+    let mut reference = Reference::new(odd(Format::Nvfp4));
+    reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+    let mut cuda = load(&device, &*odd(Format::Nvfp4));
+    let mut both = |from: usize, to: usize| {
+        let plan = SequencePlan {
+            logits: to - from == 1,
+            tokens: text[from..to].to_vec(),
+            position: from,
+            ..sequence(&text, 0, 2)
+        };
+        let expected = run(&mut reference, vec![plan.clone()]).remove(0).logits;
+        (run(&mut cuda, vec![plan]).remove(0).logits, expected)
+    };
+    both(0, 2090);
+    for at in 2090..2100 {
+        let (found, expected) = both(at, at + 1);
+        check_logits(&found, &expected, 331, &format!("position {at}"));
+    }
+}
+
+#[test]
+fn a_batch_of_prompts_and_decodes() {
+    let Some(device) = device() else { return };
+    for format in [Format::Bf16, Format::Nvfp4] {
+        let mut reference = Reference::new(odd(format));
+        reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+        let mut cuda = load(&device, &*odd(format));
+        // Eight sequences of 16 blocks each, at different lengths; then steps in which chunks and single tokens mix.
+        let text = tokens(256);
+        let mut at: Vec<usize> = vec![0; 8];
+        for counts in [[5, 1, 33, 100, 2, 64, 7, 16], [1, 1, 1, 20, 1, 1, 90, 1], [1; 8], [1; 8]] {
+            let plans: Vec<SequencePlan> = (0..8)
+                .map(|s| SequencePlan {
+                    tokens: text[at[s]..at[s] + counts[s]].to_vec(),
+                    position: at[s],
+                    logits: true,
+                    ..sequence(&text, 0, 16 * s as u32)
+                })
+                .collect();
+            let expected = run(&mut reference, plans.clone());
+            let found = run(&mut cuda, plans.clone());
+            let again = run(&mut cuda, plans);
+            for (s, ((found, expected), again)) in found.iter().zip(&expected).zip(&again).enumerate() {
+                check_logits(
+                    &found.logits,
+                    &expected.logits,
+                    331,
+                    &format!("{format:?}, sequence {s} of {counts:?}"),
+                );
+                assert!(found.logits == again.logits, "the same step gives the same bits");
+            }
+            (0..8).for_each(|s| at[s] += counts[s]);
+        }
+    }
+}
+
+#[test]
+fn samples_and_scores_are_those_of_the_logits() {
+    let Some(device) = device() else { return };
+    let mut cuda = load(&device, &*odd(Format::Nvfp4));
+    let text = tokens(40);
+    let samplings = [
+        Sampling::default(),
+        Sampling { temperature: 0.8, top_p: 0.9, seed: 3, position: 40, ..Sampling::default() },
+        Sampling { bias: vec![(7, 100.0)], logprobs: Some(3), ..Sampling::default() },
+    ];
+    for sampling in samplings {
+        let plan = SequencePlan {
+            logits: true,
+            score: Some(Score { next: text[1..].to_vec(), top: 2 }),
+            sample: Some(sampling.clone()),
+            ..sequence(&text, 0, 0)
+        };
+        let output = run(&mut cuda, vec![plan.clone()]).remove(0);
+        let rows: Vec<&[f32]> = output.logits.chunks_exact(331).collect();
+        assert_eq!(output.scores.len(), 39);
+        for (i, found) in output.scores.iter().enumerate() {
+            assert_eq!(*found, score(rows[i], text[i + 1], 2));
+        }
+        let expected = sample(&mut rows[39].to_vec(), &sampling);
+        assert_eq!(output.sampled, Some(expected.clone()));
+        // Without logits the largest is looked for on the device.
+        let alone = SequencePlan { logits: false, score: None, ..plan };
+        assert_eq!(run(&mut cuda, vec![alone]).remove(0).sampled, Some(expected));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_an_error() {
+    let Some(device) = device() else { return };
+    let mut cuda = load(&device, &*odd(Format::Bf16));
+    let mut bad = sequence(&[1], 0, 0);
+    bad.full_blocks = vec![BLOCKS as u32];
+    assert!(cuda.step(&Plan { sequences: vec![bad] }).is_err());
+    assert!(cuda.allocate_kv(usize::MAX / 2, 1).is_err());
+    assert!(cuda.allocate_kv(1 << 40, 1).is_err());
+    cuda.allocate_kv(8, 8).unwrap();
+    let mut config = Config::gpt_oss_20b();
+    (config.hidden_size, config.intermediate_size, config.vocab_size) = (64, 64, 64);
+    config.head_dim = 24;
+    let error = Cuda::load(&device, &Synthetic::new(config, |_| Format::Bf16, 1), &mut |_, _| {});
+    assert!(error.is_err_and(|e| e.to_string().contains("heads of 24")));
+}
+
+#[test]
+fn the_self_test_passes() {
+    let Some(device) = device() else { return };
+    let tests = cuda::self_test(&device).unwrap();
+    assert_eq!(tests.len(), 12);
+    for test in tests {
+        eprintln!("{test:?}");
+        assert!(test.passed, "{test:?}");
+    }
+}

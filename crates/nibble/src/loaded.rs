@@ -1,0 +1,193 @@
+//! A model loaded where `--device` says: on the CPU, or in a build with the feature `cuda` on a GPU.
+
+use std::sync::Arc;
+
+use checkpoint::{Config, Weights};
+use cpu::Cpu;
+use gptoss::{Backend, Error, KvLayout, Plan, SequenceOutput, Traffic};
+
+use crate::args::Common;
+use crate::failure::{Failure, Result};
+use crate::model::threads;
+use crate::ui::Ui;
+
+/// Weights packed for a device.
+pub(crate) enum Loaded {
+    Cpu(Box<Cpu>),
+    #[cfg(feature = "cuda")]
+    Cuda(Box<cuda::Cuda>),
+}
+
+/// Packs the weights for the device that `--device` asks for.
+pub(crate) fn backend(weights: Arc<dyn Weights>, common: &Common, ui: Ui) -> Result<Loaded> {
+    let device = device(&common.device)?;
+    let mut bar = ui.progress("Loading", 1);
+    let mut progress = |done: usize, total: usize| {
+        bar.set_total(total as u64);
+        bar.set(done as u64);
+    };
+    Ok(match device {
+        Device::Cpu => {
+            let options = cpu::Options { threads: Some(threads(common)), isa: None };
+            Loaded::Cpu(Box::new(Cpu::load(weights, options, &mut progress)?))
+        }
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => {
+            check_kernels(&device)?;
+            Loaded::Cuda(Box::new(cuda::Cuda::load(&device, &*weights, &mut progress)?))
+        }
+    })
+}
+
+enum Device {
+    Cpu,
+    #[cfg(feature = "cuda")]
+    Cuda(Arc<cuda::Device>),
+}
+
+#[cfg(feature = "cuda")]
+fn device(name: &str) -> Result<Device> {
+    let ordinal = match name.split_once(':') {
+        Some(("cuda", ordinal)) => ordinal.parse().ok(),
+        _ => (name == "cuda").then_some(0),
+    };
+    match (name, ordinal) {
+        ("cpu", _) => Ok(Device::Cpu),
+        // A machine without a GPU is what `auto` is for; a GPU that does not work is worth an error.
+        ("auto", _) if cuda::device_count().is_err() => Ok(Device::Cpu),
+        ("auto", _) => Ok(Device::Cuda(cuda::Device::open(0)?)),
+        (_, Some(ordinal)) => Ok(Device::Cuda(cuda::Device::open(ordinal)?)),
+        _ => Err(Failure::input(format!("--device: expected auto, cpu, cuda or cuda:N, found {name}"))),
+    }
+}
+
+/// Refuses a GPU that computes wrong numbers.
+#[cfg(feature = "cuda")]
+fn check_kernels(device: &Arc<cuda::Device>) -> Result<()> {
+    match cuda::self_test(device)?.into_iter().find(|test| !test.passed) {
+        None => Ok(()),
+        Some(test) => Err(Failure::new(
+            crate::failure::Status::Machine,
+            format!(
+                "{}: the kernels for {} with {} experts give wrong numbers, a relative error of {:.1e}",
+                device.name(),
+                test.kernel,
+                test.format,
+                test.error
+            ),
+        )
+        .hint("nibble doctor shows all of them; --device cpu runs without the GPU")),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn device(name: &str) -> Result<Device> {
+    match name {
+        "auto" | "cpu" => Ok(Device::Cpu),
+        _ => Err(Failure::input(format!("--device: expected auto or cpu in this build, found {name}"))),
+    }
+}
+
+impl Loaded {
+    fn backend(&self) -> &dyn Backend {
+        match self {
+            Loaded::Cpu(cpu) => &**cpu,
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(cuda) => &**cuda,
+        }
+    }
+
+    fn backend_mut(&mut self) -> &mut dyn Backend {
+        match self {
+            Loaded::Cpu(cpu) => &mut **cpu,
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(cuda) => &mut **cuda,
+        }
+    }
+
+    /// What a step reads.
+    pub(crate) fn traffic(&self) -> Traffic {
+        match self {
+            Loaded::Cpu(cpu) => cpu.traffic(),
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(cuda) => cuda.traffic(),
+        }
+    }
+
+    /// Bytes per second that the model's device reads from its memory.
+    pub(crate) fn read_bandwidth(&self) -> Result<f64> {
+        Ok(match self {
+            Loaded::Cpu(cpu) => cpu::read_bandwidth(cpu.pool(), 5)?,
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(cuda) => cuda.read_bandwidth()?,
+        })
+    }
+
+    /// Bytes for the key/value cache, now that the weights are loaded; `None` if unknown.
+    pub(crate) fn cache_memory(&self) -> Result<Option<usize>> {
+        Ok(match self {
+            // A quarter of what is free: pages are only taken when they are used.
+            Loaded::Cpu(_) => available_memory().map(|available| (available / 4).clamp(64 << 20, 64 << 30)),
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(cuda) => Some(cuda.cache_memory()?),
+        })
+    }
+
+    /// Whether a sequence's tokens do not depend on what else is in the batch.
+    pub(crate) fn batch_invariant(&self) -> bool {
+        match self {
+            Loaded::Cpu(_) => true,
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(_) => false,
+        }
+    }
+
+    /// Runs one step and times each kernel: name, runs, seconds of all of them.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only a GPU has kernels to time"))]
+    pub(crate) fn profile(&mut self, plan: &Plan) -> Result<Vec<(&'static str, usize, f64)>> {
+        match self {
+            Loaded::Cpu(_) => Err(Failure::input("--profile: expected --device cuda, found a CPU")),
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(cuda) => {
+                Ok(cuda.profile(plan)?.into_iter().map(|t| (t.kernel, t.count, t.seconds)).collect())
+            }
+        }
+    }
+
+    /// Tokens per step that use the device well; on CPUs larger steps are hardly more efficient.
+    pub(crate) fn step_tokens(&self) -> usize {
+        match self {
+            Loaded::Cpu(_) => 512,
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(_) => 2048,
+        }
+    }
+}
+
+fn available_memory() -> Option<usize> {
+    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
+    line.trim().trim_end_matches(" kB").trim().parse::<usize>().ok().map(|kb| kb * 1024)
+}
+
+impl Backend for Loaded {
+    fn config(&self) -> &Config {
+        self.backend().config()
+    }
+
+    fn describe(&self) -> String {
+        self.backend().describe()
+    }
+
+    fn kv_layout(&self) -> KvLayout {
+        self.backend().kv_layout()
+    }
+
+    fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> std::result::Result<(), Error> {
+        self.backend_mut().allocate_kv(full_blocks, sliding_blocks)
+    }
+
+    fn step(&mut self, plan: &Plan) -> std::result::Result<Vec<SequenceOutput>, Error> {
+        self.backend_mut().step(plan)
+    }
+}
