@@ -4,8 +4,8 @@ use std::sync::Arc;
 
 use checkpoint::{Config, LayerKind, MatrixKind, Values, VectorKind, Weights};
 use gptoss::{
-    BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, SequenceOutput, SequencePlan, Traffic, sample,
-    score,
+    BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, Sampling, SequenceOutput, SequencePlan, Traffic,
+    sample, score,
 };
 
 use crate::kernels::{Attend, Isa, Kernels};
@@ -464,18 +464,24 @@ impl Backend for Cpu {
             outputs.push(output);
         }
         // The sampled rows of all sequences share one pass over the output layer.
-        let sampled: Vec<usize> =
-            (0..plan.sequences.len()).filter(|&s| plan.sequences[s].sample.is_some()).collect();
+        let sampled: Vec<(usize, usize, &Sampling)> = plan
+            .sequences
+            .iter()
+            .zip(&tables.ranges)
+            .enumerate()
+            .flat_map(|(s, (sequence, rows))| {
+                let rows = rows.end - sequence.sample.len()..rows.end;
+                rows.zip(&sequence.sample).map(move |(row, sampling)| (s, row, sampling))
+            })
+            .collect();
         for group in sampled.chunks(LOGIT_ROWS) {
-            let last: Vec<f32> = group
-                .iter()
-                .flat_map(|&s| &x[(tables.ranges[s].end - 1) * d..tables.ranges[s].end * d])
-                .copied()
-                .collect();
-            let mut logits = self.logits(&last);
-            for (&s, logits) in group.iter().zip(logits.chunks_exact_mut(self.config.vocab_size)) {
-                outputs[s].sampled =
-                    plan.sequences[s].sample.as_ref().map(|sampling| sample(logits, sampling));
+            let rows: Vec<f32> =
+                group.iter().flat_map(|&(_, row, _)| &x[row * d..(row + 1) * d]).copied().collect();
+            let mut logits = self.logits(&rows);
+            for (&(s, _, sampling), logits) in
+                group.iter().zip(logits.chunks_exact_mut(self.config.vocab_size))
+            {
+                outputs[s].sampled.push(sample(logits, sampling));
             }
         }
         Ok(outputs)

@@ -327,10 +327,9 @@ impl<'a> Batch<'a> {
         let (mut tokens, mut outputs) = (0, Vec::new());
         for (s, segment) in segments.iter().enumerate() {
             let sequence = &plan.sequences[segment.sequence];
-            let last = sequence.tokens.len() - 1;
             let scored = sequence.score.as_ref().map_or(0, |score| score.next.len());
             for (row, token) in segment.range.clone().enumerate() {
-                if sequence.logits || token < scored || (token == last && sequence.sample.is_some()) {
+                if sequence.logits || token < scored || sampling(sequence, token).is_some() {
                     outputs.push((tokens + row, s, token));
                 }
             }
@@ -917,10 +916,9 @@ impl Cuda {
             let sequence = batch.sequence(segment);
             let result = &mut results[segment.sequence];
             let scored = sequence.score.as_ref().and_then(|score| Some((*score.next.get(token)?, score.top)));
-            let sampling = sequence.sample.as_ref().filter(|_| token + 1 == sequence.tokens.len());
+            let sampling = sampling(sequence, token);
             if scored.is_none() && !sequence.logits && sampling.is_some_and(is_largest) {
-                result.sampled =
-                    Some(Sampled { token: arena.largest_host.slice::<u32>()[i], logprobs: None });
+                result.sampled.push(Sampled { token: arena.largest_host.slice::<u32>()[i], logprobs: None });
                 continue;
             }
             arena.logits.download(i * vocabulary * 4, &mut arena.logits_host, vocabulary * 4)?;
@@ -932,7 +930,7 @@ impl Cuda {
             if sequence.logits {
                 result.logits.extend_from_slice(logits);
             }
-            result.sampled = sampling.map(|sampling| sample(logits, sampling));
+            result.sampled.extend(sampling.map(|sampling| sample(logits, sampling)));
         }
         Ok(())
     }
@@ -988,6 +986,11 @@ fn gemm_shared(tokens: usize) -> usize {
 /// Shared memory of a product: two halves of partial sums of all warps, `[16, columns]` in f32.
 fn partial_bytes(columns: usize) -> usize {
     2 * (PRODUCT_THREADS as usize / 32) * 16 * columns * 4
+}
+
+/// How a token is drawn after this one of the plan's tokens, if one is.
+fn sampling(sequence: &SequencePlan, token: usize) -> Option<&Sampling> {
+    sequence.sample.get((token + sequence.sample.len()).checked_sub(sequence.tokens.len())?)
 }
 
 /// Whether the token is simply that of the largest logit.

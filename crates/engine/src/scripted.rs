@@ -220,7 +220,7 @@ impl Scripted {
     }
 
     /// The next token of the sequence's script, and how long it takes.
-    fn draw(&mut self, tokens: &mut Vec<u32>, sampling: &Sampling) -> (Sampled, Duration) {
+    fn draw(&mut self, tokens: &[u32], sampling: &Sampling) -> (Sampled, Duration) {
         let sequence = digest(sampling.seed, tokens);
         let met = self.met.remove(&sequence).or_else(|| self.met_before.remove(&sequence));
         let place = met.unwrap_or_else(|| {
@@ -247,12 +247,21 @@ impl Scripted {
         if let Some(allowed) = (0..vocabulary).map(|i| (token + i) % vocabulary).find(|&t| !forbidden(t)) {
             token = allowed;
         }
-        tokens.push(token);
         if self.met.len() == MOST_MET {
             self.met_before = std::mem::take(&mut self.met);
         }
-        self.met.insert(digest(sampling.seed, tokens), Place { next: place.next + 1, ..place });
-        (Sampled { token, logprobs: sampling.logprobs.map(|top| self.logprobs(token, top)) }, delay)
+        let tokens = [tokens, &[token]].concat();
+        self.met.insert(digest(sampling.seed, &tokens), Place { next: place.next + 1, ..place });
+        let logprobs = sampling.logprobs.as_ref().map(|wanted| {
+            let mut logprobs = self.logprobs(token, wanted.top);
+            if !wanted.ids.is_empty() {
+                let logprob =
+                    |&id: &u32| (id, if id == token { logprobs.logprob } else { f32::NEG_INFINITY });
+                logprobs.top = wanted.ids.iter().map(logprob).collect();
+            }
+            logprobs
+        });
+        (Sampled { token, logprobs }, delay)
     }
 
     fn logprobs(&self, token: u32, top: usize) -> TokenLogprobs {
@@ -299,16 +308,23 @@ impl Backend for Scripted {
             if sequence.logits || sequence.hidden_after_layer.is_some() {
                 return Err(Error::Unsupported("a script has no logits and no layers".to_owned()));
             }
-            let mut tokens = self.store(index, sequence)?;
+            let tokens = self.store(index, sequence)?;
             let scores = match &sequence.score {
                 Some(Score { next, top }) => next.iter().map(|&t| self.logprobs(t, *top)).collect(),
                 None => Vec::new(),
             };
-            let sampled = sequence.sample.as_ref().map(|sampling| {
-                let (sampled, delay) = self.draw(&mut tokens, sampling);
+            let mut sampled: Vec<Sampled> = Vec::with_capacity(sequence.sample.len());
+            let first = tokens.len() + 1 - sequence.sample.len();
+            for (end, sampling) in (first..).zip(&sequence.sample) {
+                // After a guess that was wrong comes nothing that anybody continues.
+                if sampled.last().is_some_and(|s| s.token != tokens[end - 1]) {
+                    sampled.push(Sampled { token: 0, logprobs: None });
+                    continue;
+                }
+                let (drawn, delay) = self.draw(&tokens[..end], sampling);
                 longest = longest.max(delay);
-                sampled
-            });
+                sampled.push(drawn);
+            }
             outputs.push(SequenceOutput { sampled, scores, ..SequenceOutput::default() });
         }
         if !longest.is_zero() {

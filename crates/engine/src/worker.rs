@@ -6,7 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use gptoss::{
-    Backend, Mask, Penalties, Plan, Sampled, Sampling, Score, SequenceOutput, SequencePlan, TokenLogprobs,
+    Backend, Logprobs, Mask, Penalties, Plan, Sampled, Sampling, Score, SequenceOutput, SequencePlan,
+    TokenLogprobs,
 };
 use harmony::Harmony;
 use tokenizer::Tokenizer;
@@ -243,7 +244,7 @@ impl Worker {
             && params.max_tokens != Some(0)
             && let Some(choice) = &active.choices[share.id.choice]
         {
-            plan.sample = Some(choice.sampling(active, share.id.choice, share.positions.end));
+            plan.sample = vec![choice.sampling(active, share.id.choice, share.positions.end)];
         }
         plan
     }
@@ -266,7 +267,7 @@ impl Worker {
         if !active.started {
             self.begin(share.id);
         }
-        if let Some(sampled) = output.sampled {
+        for sampled in output.sampled {
             self.take_token(share.id, sampled);
         }
     }
@@ -538,7 +539,7 @@ impl Choice {
                 presence: params.presence_penalty,
                 seen: self.seen.iter().map(|(&t, &n)| (t, n)).collect(),
             }),
-            logprobs: params.logprobs,
+            logprobs: params.logprobs.map(|top| Logprobs { top, ..Logprobs::default() }),
         }
     }
 }
@@ -571,10 +572,10 @@ fn check(
     }
     for (asked, got) in plan.sequences.iter().zip(&outputs) {
         let scores = asked.score.as_ref().map_or(0, |s| s.next.len());
-        if got.scores.len() != scores || got.sampled.is_some() != asked.sample.is_some() {
+        if got.scores.len() != scores || got.sampled.len() != asked.sample.len() {
             return Err("a result has not what was asked".to_owned());
         }
-        if let Some(sampled) = got.sampled.as_ref().filter(|s| s.token as usize >= vocab_size) {
+        if let Some(sampled) = got.sampled.iter().find(|s| s.token as usize >= vocab_size) {
             return Err(format!("token {} was drawn from a vocabulary of {vocab_size}", sampled.token));
         }
     }

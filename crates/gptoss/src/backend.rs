@@ -104,8 +104,9 @@ pub struct SequencePlan {
     /// The same for the sliding layers. Entries of blocks that lie wholly before the window of the first token are
     /// not looked at.
     pub sliding_blocks: Vec<BlockId>,
-    /// Sample a token after the last one.
-    pub sample: Option<Sampling>,
+    /// Sample tokens after the last ones, at most one per token: the last entry belongs to the last token, the one before
+    /// it to the token before. More than one is how guessed tokens are verified.
+    pub sample: Vec<Sampling>,
     /// Score each token's successor.
     pub score: Option<Score>,
     /// Return the logits of every token.
@@ -136,8 +137,20 @@ pub struct Sampling {
     pub bias: Vec<(u32, f32)>,
     /// Penalties for tokens seen before.
     pub penalties: Option<Penalties>,
-    /// Return log-probabilities: of the drawn token and of this many best. They are those of the raw logits.
-    pub logprobs: Option<usize>,
+    /// Return log-probabilities.
+    pub logprobs: Option<Logprobs>,
+}
+
+/// Which log-probabilities come with a drawn token, beside its own.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Logprobs {
+    /// Those of this many best.
+    pub top: usize,
+    /// If not empty, those of these tokens in their place.
+    pub ids: Vec<u32>,
+    /// After masks, biases, penalties, temperature and filters, where a token that cannot be drawn has -infinity; else those
+    /// of the raw logits.
+    pub processed: bool,
 }
 
 /// A set of tokens, set once by whoever makes it while others wait for it.
@@ -196,8 +209,8 @@ pub struct Score {
 /// What a step gives for one sequence.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct SequenceOutput {
-    /// Present if the plan asked to sample.
-    pub sampled: Option<Sampled>,
+    /// One per entry of `sample`.
+    pub sampled: Vec<Sampled>,
     /// One per entry of `Score::next`.
     pub scores: Vec<TokenLogprobs>,
     /// `[tokens, vocabulary]` if the plan asked for logits.
@@ -220,11 +233,11 @@ pub struct Sampled {
 pub struct TokenLogprobs {
     /// The token.
     pub token: u32,
-    /// Natural logarithm of its probability under the raw logits.
+    /// Natural logarithm of its probability.
     pub logprob: f32,
     /// 1 for the most probable token; ties count as one rank.
     pub rank: usize,
-    /// The best tokens, most probable first, the lower id first on a tie.
+    /// The best tokens, most probable first, the lower id first on a tie; or the tokens that were asked for, in their order.
     pub top: Vec<(u32, f32)>,
 }
 
@@ -279,6 +292,15 @@ impl Plan {
                 || sequence.sliding_blocks[window..blocks].iter().any(|&b| b as usize >= sliding_blocks)
             {
                 return fail(format!("sequence {s} names a block that was not allocated"));
+            }
+            if sequence.sample.len() > sequence.tokens.len() {
+                return fail(format!("sequence {s} samples more often than it has tokens"));
+            }
+            let ids = sequence.sample.iter().flat_map(|s| &s.logprobs).flat_map(|l| &l.ids);
+            if ids.clone().any(|&id| id as usize >= config.vocab_size) {
+                return fail(format!(
+                    "sequence {s} asks for the log-probability of a token that does not exist"
+                ));
             }
             if let Some(score) = &sequence.score
                 && (score.next.len() > sequence.tokens.len()

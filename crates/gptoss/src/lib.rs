@@ -8,8 +8,8 @@ mod rope;
 mod sampling;
 
 pub use backend::{
-    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Mask, Penalties, Plan, Sampled, Sampling, Score,
-    SequenceOutput, SequencePlan, TokenLogprobs, Traffic,
+    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Logprobs, Mask, Penalties, Plan, Sampled, Sampling,
+    Score, SequenceOutput, SequencePlan, TokenLogprobs, Traffic,
 };
 pub use reference::{Reference, Tap, swiglu, top_experts};
 pub use rope::{Rotary, rotate};

@@ -269,9 +269,9 @@ impl Backend for Reference {
                     output.scores.push(score(&self.logits(x)?, next, wanted.top));
                 }
             }
-            if let Some(sampling) = &sequence.sample {
-                let last = &x[x.len() - config.hidden_size..];
-                output.sampled = Some(sample(&mut self.logits(last)?, sampling));
+            let first = x.len() - sequence.sample.len() * config.hidden_size;
+            for (x, sampling) in x[first..].chunks_exact(config.hidden_size).zip(&sequence.sample) {
+                output.sampled.push(sample(&mut self.logits(x)?, sampling));
             }
             outputs.push(output);
         }

@@ -4,7 +4,8 @@ use crate::backend::{Sampled, Sampling, TokenLogprobs};
 
 /// Draws a token. `logits` (one per token of the vocabulary) is changed on the way.
 pub fn sample(logits: &mut [f32], sampling: &Sampling) -> Sampled {
-    let raw = sampling.logprobs.map(|top| RawLogprobs::new(logits, top));
+    let wanted = sampling.logprobs.as_ref();
+    let raw = wanted.filter(|wanted| !wanted.processed).map(|_| Distribution::new(logits.to_vec()));
     if let Some(mask) = &sampling.mask {
         forbid_others(logits, mask.wait());
     }
@@ -23,8 +24,19 @@ pub fn sample(logits: &mut [f32], sampling: &Sampling) -> Sampled {
             }
         }
     }
-    let token = if sampling.temperature <= 0.0 { argmax(logits) } else { draw(logits, sampling) };
-    Sampled { token, logprobs: raw.map(|raw| raw.of(token)) }
+    let greedy = sampling.temperature <= 0.0;
+    let head = if greedy { None } else { head(logits, sampling) };
+    let token = if greedy { argmax(logits) } else { draw(logits, sampling, head.as_deref()) };
+    let logprobs = wanted.map(|wanted| {
+        let distribution = raw.unwrap_or_else(|| {
+            if !greedy {
+                keep_only(logits, sampling, head.as_deref());
+            }
+            Distribution::new(logits.to_vec())
+        });
+        distribution.logprobs(token, wanted.top, &wanted.ids)
+    });
+    Sampled { token, logprobs }
 }
 
 fn forbid_others(logits: &mut [f32], mask: &[u32]) {
@@ -38,28 +50,32 @@ fn forbid_others(logits: &mut [f32], mask: &[u32]) {
 
 /// The log-probability of `token` and of the `top` best under `logits`.
 pub fn score(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
-    RawLogprobs::new(logits, top).of(token)
+    Distribution::new(logits.to_vec()).logprobs(token, top, &[])
 }
 
-/// The raw logits, kept from before they are changed, for as long as log-probabilities may be asked of them.
-struct RawLogprobs {
+/// Logits, of which log-probabilities are asked.
+struct Distribution {
     logits: Vec<f32>,
     log_sum: f64,
-    top: usize,
 }
 
-impl RawLogprobs {
-    fn new(logits: &[f32], top: usize) -> RawLogprobs {
+impl Distribution {
+    fn new(logits: Vec<f32>) -> Distribution {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-        RawLogprobs { logits: logits.to_vec(), log_sum: f64::from(max) + sum.ln(), top }
+        Distribution { logits, log_sum: f64::from(max) + sum.ln() }
     }
 
-    fn of(self, token: u32) -> TokenLogprobs {
+    /// Of `token`, and of the `top` best or of `ids`.
+    fn logprobs(&self, token: u32, top: usize, ids: &[u32]) -> TokenLogprobs {
         let logprob = |l: f32| (f64::from(l) - self.log_sum) as f32;
         let own = self.logits[token as usize];
         let rank = 1 + self.logits.iter().filter(|&&l| l > own).count();
-        let top = largest(&self.logits, self.top).into_iter().map(|(id, l)| (id, logprob(l))).collect();
+        let others = match ids {
+            [] => largest(&self.logits, top),
+            ids => ids.iter().map(|&id| (id, self.logits[id as usize])).collect(),
+        };
+        let top = others.into_iter().map(|(id, l)| (id, logprob(l))).collect();
         TokenLogprobs { token, logprob: logprob(own), rank, top }
     }
 }
@@ -88,51 +104,84 @@ fn largest(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
     all
 }
 
-/// Temperature, min-p, top-k, top-p, then the inverse of the cumulative distribution.
-fn draw(logits: &[f32], sampling: &Sampling) -> u32 {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let weight = |logit: f32| (f64::from(logit - max) / f64::from(sampling.temperature)).exp();
-    let uniform = uniform(sampling.seed, sampling.position);
+/// The most probable tokens with their weights, as many as top-k, top-p and min-p leave; `None` if neither of the first two
+/// has an effect.
+fn head(logits: &[f32], sampling: &Sampling) -> Option<Vec<(u32, f64)>> {
     let (limit_k, limit_p) = (sampling.top_k > 0, sampling.top_p > 0.0 && sampling.top_p < 1.0);
     if !limit_k && !limit_p {
-        // The largest weight is 1, so min-p is a bound on the weight itself.
-        let weights: Vec<f64> = logits
-            .iter()
-            .map(|&l| weight(l))
-            .map(|w| if w >= f64::from(sampling.min_p) { w } else { 0.0 })
-            .collect();
-        let ids = 0..weights.len() as u32;
-        return pick(&weights, uniform, ids);
+        return None;
     }
+    let weight = weight(logits, sampling);
     // Grow the sorted head until it holds what top-p keeps; total mass is what min-p and top-k leave.
-    let mut head = if limit_k { sampling.top_k.min(logits.len()) } else { 256.min(logits.len()) };
+    let mut count = if limit_k { sampling.top_k.min(logits.len()) } else { 256.min(logits.len()) };
     loop {
-        let sorted = largest(logits, head);
-        let mut weights: Vec<f64> =
-            sorted.iter().map(|&(_, l)| weight(l)).take_while(|&w| w >= f64::from(sampling.min_p)).collect();
-        let complete = limit_k || head == logits.len() || weights.len() < head;
+        let mut head: Vec<(u32, f64)> = largest(logits, count)
+            .into_iter()
+            .map(|(id, l)| (id, weight(l)))
+            .take_while(|&(_, w)| w >= f64::from(sampling.min_p))
+            .collect();
+        let complete = limit_k || count == logits.len() || head.len() < count;
         let total: f64 = if complete {
-            weights.iter().sum()
+            head.iter().map(|&(_, w)| w).sum()
         } else {
             logits.iter().map(|&l| weight(l)).filter(|&w| w >= f64::from(sampling.min_p)).sum()
         };
         if limit_p {
             let mut cumulative = 0.0;
-            let kept = weights.iter().position(|w| {
+            let kept = head.iter().position(|&(_, w)| {
                 cumulative += w;
                 cumulative >= f64::from(sampling.top_p) * total
             });
             match kept {
-                Some(last) => weights.truncate(last + 1),
+                Some(last) => head.truncate(last + 1),
                 None if complete => {}
                 None => {
-                    head = (head * 8).min(logits.len());
+                    count = (count * 8).min(logits.len());
                     continue;
                 }
             }
         }
-        return pick(&weights, uniform, sorted.iter().map(|&(id, _)| id));
+        return Some(head);
     }
+}
+
+/// Temperature, then the inverse of the cumulative distribution over the head, or over what min-p leaves.
+fn draw(logits: &[f32], sampling: &Sampling, head: Option<&[(u32, f64)]>) -> u32 {
+    let uniform = uniform(sampling.seed, sampling.position);
+    if let Some(head) = head {
+        let weights: Vec<f64> = head.iter().map(|&(_, w)| w).collect();
+        return pick(&weights, uniform, head.iter().map(|&(id, _)| id));
+    }
+    let weight = weight(logits, sampling);
+    // The largest weight is 1, so min-p is a bound on the weight itself.
+    let weights: Vec<f64> = logits
+        .iter()
+        .map(|&l| weight(l))
+        .map(|w| if w >= f64::from(sampling.min_p) { w } else { 0.0 })
+        .collect();
+    let ids = 0..weights.len() as u32;
+    pick(&weights, uniform, ids)
+}
+
+/// The logits of the distribution that is drawn from.
+fn keep_only(logits: &mut [f32], sampling: &Sampling, head: Option<&[(u32, f64)]>) {
+    let kept: Vec<(u32, f32)> = match head {
+        Some(head) => head.iter().map(|&(id, _)| (id, logits[id as usize])).collect(),
+        None => {
+            let weight = weight(logits, sampling);
+            let kept = |&(_, &l): &(usize, &f32)| weight(l) >= f64::from(sampling.min_p);
+            logits.iter().enumerate().filter(kept).map(|(id, &l)| (id as u32, l)).collect()
+        }
+    };
+    logits.fill(f32::NEG_INFINITY);
+    kept.into_iter().for_each(|(id, l)| logits[id as usize] = l / sampling.temperature);
+}
+
+/// From a logit to its share of the largest probability.
+fn weight(logits: &[f32], sampling: &Sampling) -> impl Fn(f32) -> f64 + use<> {
+    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let temperature = f64::from(sampling.temperature);
+    move |logit| (f64::from(logit - max) / temperature).exp()
 }
 
 fn pick(weights: &[f64], uniform: f64, mut ids: impl Iterator<Item = u32>) -> u32 {
@@ -262,7 +311,11 @@ mod tests {
         let logits = [2.0f32, 1.9, -1.0];
         let penalties =
             Penalties { repetition: 2.0, frequency: 0.5, presence: 0.25, seen: vec![(0, 2), (2, 0)] };
-        let sampling = Sampling { penalties: Some(penalties), logprobs: Some(2), ..Sampling::default() };
+        let sampling = Sampling {
+            penalties: Some(penalties),
+            logprobs: Some(Logprobs { top: 2, ..Logprobs::default() }),
+            ..Sampling::default()
+        };
         let mut changed = logits.to_vec();
         let sampled = sample(&mut changed, &sampling);
         assert_eq!(changed, [2.0 / 2.0 - 1.0 - 0.25, 1.9, -2.0]);
@@ -273,5 +326,30 @@ mod tests {
         assert!((total - 1.0).abs() < 1e-6);
     }
 
-    use crate::backend::{Mask, Penalties};
+    #[test]
+    fn logprobs_of_given_tokens_and_of_the_distribution_that_is_drawn_from() {
+        let logits: Vec<f32> = [0.4f32, 0.3, 0.2, 0.1].iter().map(|p| p.ln()).collect();
+        let found = |sampling: Sampling| sample(&mut logits.clone(), &sampling).logprobs.unwrap();
+        let close =
+            |found: f32, expected: f32| assert!((found.exp() - expected).abs() < 1e-6, "{found}, {expected}");
+
+        let ids = Logprobs { ids: vec![3, 1], top: 1, processed: false };
+        let of =
+            found(Sampling { logprobs: Some(ids.clone()), bias: vec![(0, -100.0)], ..Sampling::default() });
+        assert_eq!((of.token, of.rank, of.top[0].0, of.top[1].0), (1, 2, 3, 1));
+        close(of.top[0].1, 0.1);
+        close(of.logprob, 0.3);
+
+        let processed = Some(Logprobs { top: 4, processed: true, ids: Vec::new() });
+        let drawn =
+            Sampling { temperature: 0.5, top_k: 3, logprobs: processed.clone(), ..Sampling::default() };
+        let of = found(drawn.clone());
+        [16.0 / 29.0, 9.0 / 29.0, 4.0 / 29.0, 0.0].iter().zip(&of.top).for_each(|(&e, &(_, f))| close(f, e));
+        let of = found(Sampling { top_k: 0, min_p: 0.5, ..drawn });
+        [16.0 / 25.0, 9.0 / 25.0, 0.0].iter().zip(&of.top).for_each(|(&e, &(_, f))| close(f, e));
+        let greedy = Sampling { mask: Some(Mask::of(&[1, 2])), logprobs: processed, ..Sampling::default() };
+        close(found(greedy).logprob, 0.6);
+    }
+
+    use crate::backend::{Logprobs, Mask, Penalties};
 }

@@ -115,10 +115,10 @@ fn greedy(cpu: &mut Cpu, prompt: &[u32], count: usize) -> Vec<u32> {
     // Blocks for the whole of it, so that the table does not change on the way.
     let table = sequence(&vec![0; prompt.len() + count], 0, 1);
     for _ in 0..count {
-        let sample = Some(Sampling::default());
+        let sample = vec![Sampling::default()];
         let plan = SequencePlan { tokens: tokens.clone(), position, sample, ..table.clone() };
         position += tokens.len();
-        tokens = vec![run(cpu, vec![plan]).remove(0).sampled.unwrap().token];
+        tokens = vec![run(cpu, vec![plan]).remove(0).sampled[0].token];
         found.extend(&tokens);
     }
     found
@@ -201,7 +201,9 @@ fn the_same_bits_whatever_the_chunks_and_the_company() {
     let plan = |from: usize, to: usize| SequencePlan {
         logits: true,
         score: Some(Score { next: text[from + 1..(to + 1).min(90)].to_vec(), top: 2 }),
-        sample: Some(Sampling { temperature: 1.0, seed: 5, position: to as u64, ..Sampling::default() }),
+        sample: (from + 1..=to)
+            .map(|at| Sampling { temperature: 1.0, seed: 5, position: at as u64, ..Sampling::default() })
+            .collect(),
         tokens: text[from..to].to_vec(),
         position: from,
         // The same blocks whatever the chunk.
@@ -209,18 +211,18 @@ fn the_same_bits_whatever_the_chunks_and_the_company() {
     };
     let whole = run(&mut cpu, vec![plan(0, 90)]).remove(0);
     for cuts in [vec![0, 1, 2, 3, 90], vec![0, 16, 32, 48, 90], vec![0, 33, 89, 90]] {
-        let (mut logits, mut scores, mut sampled) = (Vec::new(), Vec::new(), None);
+        let (mut logits, mut scores, mut sampled) = (Vec::new(), Vec::new(), Vec::new());
         for pair in cuts.windows(2) {
             // Strangers before and behind, each with blocks of its own.
             let company = |first, count| SequencePlan {
-                sample: Some(Sampling::default()),
+                sample: vec![Sampling::default()],
                 ..sequence(&tokens(count), 0, first)
             };
             let mut outputs = run(&mut cpu, vec![company(0, 5), plan(pair[0], pair[1]), company(50, 70)]);
             let own = outputs.remove(1);
             logits.extend(own.logits);
             scores.extend(own.scores);
-            sampled = own.sampled;
+            sampled.extend(own.sampled);
         }
         assert!(logits == whole.logits, "{cuts:?}");
         assert_eq!(scores, whole.scores, "{cuts:?}");

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use checkpoint::{Checkpoint, Config, Format, MatrixId, Synthetic, Weights};
 use cuda::{Cuda, Device};
 use gptoss::{
-    BLOCK_TOKENS, Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan, sample, score,
+    BLOCK_TOKENS, Backend, Logprobs, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan, sample,
+    score,
 };
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -204,10 +205,10 @@ fn greedy(cuda: &mut Cuda, prompt: &[u32], count: usize) -> Vec<u32> {
     // Blocks for the whole of it, so that the table does not change on the way.
     let table = sequence(&vec![0; prompt.len() + count], 0, 1);
     for _ in 0..count {
-        let sample = Some(Sampling::default());
+        let sample = vec![Sampling::default()];
         let plan = SequencePlan { tokens: tokens.clone(), position, sample, ..table.clone() };
         position += tokens.len();
-        tokens = vec![run(cuda, vec![plan]).remove(0).sampled.unwrap().token];
+        tokens = vec![run(cuda, vec![plan]).remove(0).sampled[0].token];
         found.extend(&tokens);
     }
     found
@@ -341,13 +342,17 @@ fn samples_and_scores_are_those_of_the_logits() {
     let samplings = [
         Sampling::default(),
         Sampling { temperature: 0.8, top_p: 0.9, seed: 3, position: 40, ..Sampling::default() },
-        Sampling { bias: vec![(7, 100.0)], logprobs: Some(3), ..Sampling::default() },
+        Sampling {
+            bias: vec![(7, 100.0)],
+            logprobs: Some(Logprobs { top: 3, ..Logprobs::default() }),
+            ..Sampling::default()
+        },
     ];
     for sampling in samplings {
         let plan = SequencePlan {
             logits: true,
             score: Some(Score { next: text[1..].to_vec(), top: 2 }),
-            sample: Some(sampling.clone()),
+            sample: vec![sampling.clone(); 6],
             ..sequence(&text, 0, 0)
         };
         let output = run(&mut cuda, vec![plan.clone()]).remove(0);
@@ -356,11 +361,11 @@ fn samples_and_scores_are_those_of_the_logits() {
         for (i, found) in output.scores.iter().enumerate() {
             assert_eq!(*found, score(rows[i], text[i + 1], 2));
         }
-        let expected = sample(&mut rows[39].to_vec(), &sampling);
-        assert_eq!(output.sampled, Some(expected.clone()));
+        let expected: Vec<_> = rows[34..].iter().map(|row| sample(&mut row.to_vec(), &sampling)).collect();
+        assert_eq!(output.sampled, expected);
         // Without logits the largest is looked for on the device.
         let alone = SequencePlan { logits: false, score: None, ..plan };
-        assert_eq!(run(&mut cuda, vec![alone]).remove(0).sampled, Some(expected));
+        assert_eq!(run(&mut cuda, vec![alone]).remove(0).sampled, expected);
     }
 }
 

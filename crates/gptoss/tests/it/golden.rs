@@ -133,13 +133,19 @@ fn greedy_continuations_token_by_token() {
         let (mut backend, blocks) = backend(RANDOM, prompt.len() + expected.len());
         let (mut tokens, mut position, mut found) = (prompt, 0, Vec::<u32>::new());
         for _ in 0..expected.len() {
-            let sample = Some(Sampling::default());
+            let sample = vec![Sampling::default()];
             let output = step(&mut backend, SequencePlan { sample, ..sequence(&tokens, position, &blocks) });
             position += tokens.len();
-            tokens = vec![output.sampled.unwrap().token];
+            tokens = vec![output.sampled[0].token];
             found.extend(&tokens);
         }
         assert_eq!(found, expected, "{name}");
+
+        // The same in one step, as guesses to verify.
+        let guessed = [&ids(&reference["sequences"][name]["ids"]), &expected[..expected.len() - 1]].concat();
+        let sample = vec![Sampling::default(); expected.len()];
+        let output = step(&mut backend, SequencePlan { sample, ..sequence(&guessed, 0, &blocks) });
+        assert_eq!(output.sampled.iter().map(|s| s.token).collect::<Vec<_>>(), expected, "{name}");
     }
 }
 

@@ -149,7 +149,7 @@ impl Test {
                 position,
                 full_blocks: table.clone(),
                 sliding_blocks: table,
-                sample: Some(Sampling::default()),
+                sample: vec![Sampling::default()],
                 ..SequencePlan::default()
             }
         };
