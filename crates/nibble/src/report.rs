@@ -79,7 +79,7 @@ pub(crate) fn write(
             base_model: run.facts.base_model.clone(),
             layout: command::layout(args.format).name().to_owned(),
             recipe: flag(&args.recipe),
-            algorithm: flag(&args.algorithm),
+            algorithm: command::algorithm(args, run.view),
             reason: command::reason(args, run.view).map(str::to_owned),
             activations: flag(&args.activations),
             kv_cache: flag(&args.kv_cache),
@@ -196,11 +196,7 @@ fn measure(
         let weights: Arc<dyn Weights> = Arc::<Quantized>::clone(max);
         let found = divergence(&mut backend(weights, run.common, ui)?, &mut reference, &first.held_out, ui)?;
         let own = &quality[0];
-        let chosen = if run.args.algorithm == args::Algorithm::Auto {
-            Method::Refine.name().to_owned()
-        } else {
-            flag(&run.args.algorithm)
-        };
+        let chosen = command::algorithm(run.args, run.view);
         algorithms.push(AlgorithmResult { algorithm: chosen, kl_mean: own.kl_mean, nll: own.nll });
         let max = Method::Max.name().to_owned();
         algorithms.push(AlgorithmResult { algorithm: max, kl_mean: found.kl_mean, nll: found.nll });

@@ -351,11 +351,18 @@ fn changed(view: &Quantized) -> impl Iterator<Item = TensorReport> {
     view.report().into_iter().filter(|t| t.method != Method::Keep)
 }
 
+/// The algorithm that chose scales and codes: of `auto` the one that it took for what is BF16, if there was any.
+pub(crate) fn algorithm(args: &Quantize, view: &Quantized) -> String {
+    let taken = (args.algorithm == args::Algorithm::Auto)
+        .then(|| changed(view).map(|t| t.method).find(|&method| method == Method::Refine))
+        .flatten();
+    taken.map_or_else(|| flag(&args.algorithm), |method| method.name().to_owned())
+}
+
 /// Why `auto` chose as it did.
 pub(crate) fn reason(args: &Quantize, view: &Quantized) -> Option<&'static str> {
-    let refined =
-        args.algorithm == args::Algorithm::Auto && changed(view).any(|t| t.method == Method::Refine);
-    refined.then_some("the lowest divergence of all algorithms measured")
+    (algorithm(args, view) != flag(&args.algorithm))
+        .then_some("the lowest divergence of all algorithms measured")
 }
 
 /// Says which experts calibration hardly saw.

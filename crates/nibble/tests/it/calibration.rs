@@ -137,6 +137,21 @@ fn a_single_token_is_enough_to_say_what_happened() {
 }
 
 #[test]
+fn auto_says_which_algorithm_it_took_and_why() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let report = path("report");
+    let small = ["--calibration-tokens", "256", "--report", &report];
+    let done = ok(&[&["quantize", &bf16(), "--out", &path("out")], &small[..]].concat());
+    assert!(done.stdout.contains("auto took refine for what is BF16: the lowest"), "{}", done.stdout);
+    let text = std::fs::read_to_string(folder.path().join("report/report.json")).unwrap();
+    let report: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(report["run"]["algorithm"], "refine");
+    assert_eq!(report["algorithms"][0]["algorithm"], "refine");
+    assert!(report["run"]["reason"].as_str().unwrap().contains("lowest divergence"));
+}
+
+#[test]
 fn the_published_form_needs_no_calibration() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out").to_str().unwrap().to_owned();
