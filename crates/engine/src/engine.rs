@@ -13,8 +13,9 @@ use crate::grammar::Grammars;
 use crate::kv::Blocks;
 use crate::masks::Masks;
 use crate::scheduler::{Limits, Scheduler};
+use crate::speculation::MAX_STEP_TOKENS;
 use crate::worker::{Settings, Worker};
-use crate::{InvalidParam, Request, Sink};
+use crate::{InvalidParam, Request, Sink, Speculation, SpeculationCounts};
 
 /// What bounds an engine. Any field may be changed from its default.
 #[derive(Debug, Clone, PartialEq)]
@@ -27,6 +28,8 @@ pub struct EngineOptions {
     /// Tokens per step, at least `max_num_seqs`. Default 512: on CPUs larger steps are hardly more efficient, and decoding
     /// sequences wait for them.
     pub max_num_batched_tokens: usize,
+    /// Of these, tokens of one sequence's prompt; 0 (the default): all.
+    pub long_prefill_token_threshold: usize,
     /// Bytes of the key/value cache. Default 1 GiB.
     pub kv_cache_bytes: usize,
     /// Requests that may be in the engine at a time, running ones included. Default 4096.
@@ -39,6 +42,10 @@ pub struct EngineOptions {
     pub eos_ids: Vec<u32>,
     /// Seed of requests without one. Default 0.
     pub seed: u64,
+    /// Guess tokens and verify several in one step. Changes no answer. `None` (the default): no.
+    pub speculation: Option<Speculation>,
+    /// Log-probabilities are those of the distribution that is drawn from, not the model's own. Default false.
+    pub processed_logprobs: bool,
 }
 
 impl Default for EngineOptions {
@@ -47,12 +54,15 @@ impl Default for EngineOptions {
             max_model_len: None,
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
+            long_prefill_token_threshold: 0,
             kv_cache_bytes: 1 << 30,
             max_queued_requests: 4096,
             max_queued_tokens: None,
             prefix_caching: true,
             eos_ids: Vec::new(),
             seed: 0,
+            speculation: None,
+            processed_logprobs: false,
         }
     }
 }
@@ -186,6 +196,8 @@ pub struct Stats {
     pub prefix_hits: u64,
     /// Times a sequence gave its blocks to an older one and started over.
     pub preemptions: u64,
+    /// What guessing tokens brought.
+    pub speculation: SpeculationCounts,
     /// Steps that succeeded.
     pub steps: u64,
     /// Steps that failed.
@@ -280,7 +292,14 @@ impl Engine {
         }
         eos_ids.retain(|&id| (id as usize) < config.vocab_size);
 
-        let limits = Limits { sequences: options.max_num_seqs, tokens: options.max_num_batched_tokens };
+        let limits = Limits {
+            sequences: options.max_num_seqs,
+            tokens: options.max_num_batched_tokens,
+            prompt_tokens: match options.long_prefill_token_threshold {
+                0 => options.max_num_batched_tokens,
+                most => most,
+            },
+        };
         let blocks = Blocks::new(capacity.full_blocks, capacity.sliding_blocks, config.sliding_window);
         let shared = Arc::new(Shared {
             mailbox: Mutex::default(),
@@ -298,6 +317,10 @@ impl Engine {
             max_model_len: capacity.max_model_len,
             seed: options.seed,
             prefix_caching: options.prefix_caching,
+            speculation: options.speculation,
+            processed_logprobs: options.processed_logprobs,
+            sequences: options.max_num_seqs,
+            blocks: (capacity.full_blocks, capacity.sliding_blocks),
         };
         let masks = Masks::new().map_err(Error::Thread)?;
         let worker =
@@ -519,6 +542,15 @@ impl Capacity {
     /// all sequences need for their windows, so that cached prefixes can keep theirs. The others become full blocks.
     fn plan(options: &EngineOptions, config: &Config, layout: KvLayout) -> Result<Capacity, Error> {
         let sequences = options.max_num_seqs;
+        if let Some(Speculation { tokens, lookup_min, lookup_max, .. }) = options.speculation
+            && (tokens == 0 || tokens > MAX_STEP_TOKENS || lookup_min == 0 || lookup_max < lookup_min)
+        {
+            let message = format!(
+                "must guess 1 to {MAX_STEP_TOKENS} tokens after at least 1 and at most `lookup_max` equal ones, got {tokens} after \
+                 {lookup_min} to {lookup_max}."
+            );
+            return Err(Error::Option { option: "speculation", message });
+        }
         let fail = |option, message| Err(Error::Option { option, message });
         if sequences == 0 {
             return fail("max_num_seqs", "must be at least 1, got 0.".to_owned());

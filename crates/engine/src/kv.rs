@@ -63,7 +63,8 @@ impl Tokens {
         positions.map(|p| self.at(p)).collect()
     }
 
-    fn at(&self, position: usize) -> u32 {
+    /// The token at a position.
+    pub(crate) fn at(&self, position: usize) -> u32 {
         match position.checked_sub(self.prompt.len()) {
             None => self.prompt[position],
             Some(generated) => self.output[generated],
@@ -153,6 +154,11 @@ impl Blocks {
     /// Blocks of the sliding layers: (held by sequences, all).
     pub fn sliding_usage(&self) -> (usize, usize) {
         self.sliding.usage()
+    }
+
+    /// Blocks that can be taken, of each kind.
+    pub fn free(&self) -> usize {
+        self.full.free.min(self.sliding.free)
     }
 
     /// An identity for the start of a chain that is shared with nobody who does not know it.

@@ -2,7 +2,7 @@
 //!
 //! [`Engine`] runs a [`gptoss::Backend`] on a thread of its own; [`Llm`] is the offline API over it. Each step is scheduled
 //! (`scheduler.rs`, over the blocks of `kv.rs`), run by the backend, and committed (`worker.rs`); tokens become text and
-//! message fields in `output.rs`. What a
+//! message fields in `output.rs`; `speculation.rs` guesses tokens that one step verifies together. What a
 //! client demands of an answer is compiled in `grammar.rs` and kept to by the masks of `masks.rs`.
 #![forbid(unsafe_code)]
 
@@ -16,11 +16,13 @@ mod params;
 mod request;
 pub mod scheduler;
 mod scripted;
+mod speculation;
 mod worker;
 
 pub use engine::{Engine, EngineOptions, Error, RequestHandle, Stats, SubmitError};
 pub use grammar::{Form, Grammar, GrammarError, Grammars, TurnRules, Whitespace};
 pub use llm::{CompletionOutput, Llm, Progress, Prompt, RequestOutput};
-pub use params::{InvalidParam, SamplingParams};
+pub use params::{InvalidParam, RepetitionDetection, SamplingParams};
 pub use request::{Event, Failure, FinishReason, OutputMode, Request, Sink, StopReason};
 pub use scripted::{ScriptError, Scripted, Step};
+pub use speculation::{Speculation, SpeculationCounts};

@@ -69,13 +69,30 @@ impl Constraint {
         constraint
     }
 
-    /// After this token.
-    pub(crate) fn advance(&mut self, token: u32, may_stop: bool) {
+    /// After these tokens.
+    pub(crate) fn advance(&mut self, tokens: Vec<u32>, may_stop: bool) {
         self.request(may_stop, move |state| match &mut state.matcher {
-            Some(matcher) if matcher.is_stopped() && !matcher.is_error() => Ok(()),
-            Some(matcher) => matcher.consume_token(token).map_err(|error| error.to_string()),
+            Some(matcher) => tokens.into_iter().try_for_each(|token| match matcher.is_stopped() {
+                true if !matcher.is_error() => Ok(()),
+                _ => matcher.consume_token(token).map_err(|error| error.to_string()),
+            }),
             None => Ok(()),
         });
+    }
+
+    /// What may come after each of these tokens, should they come next, if stop tokens are allowed then. After one that may not
+    /// come there is nothing.
+    pub(crate) fn masks_after(&self, tokens: &[u32], may_stop: &[bool]) -> Vec<Mask> {
+        let masks: Vec<Mask> = tokens.iter().map(|_| Mask::default()).collect();
+        let promises: Vec<Promise> = masks.iter().cloned().map(Promise).collect();
+        let (state, rules, next) = (Arc::clone(&self.state), Arc::clone(&self.rules), self.mask.clone());
+        let (tokens, may_stop) = (tokens.to_vec(), may_stop.to_vec());
+        // An error drops the job, which sets the masks.
+        let _ = self.work.send(Box::new(move || {
+            let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
+            state.look_ahead(&rules, &next, &tokens, &may_stop, &promises);
+        }));
+        masks
     }
 
     /// What may come next.
@@ -110,6 +127,32 @@ impl Constraint {
 }
 
 impl State {
+    /// Fulfils the promises as far as the tokens may come, and goes back.
+    fn look_ahead(
+        &mut self,
+        rules: &Rules,
+        next: &Mask,
+        tokens: &[u32],
+        may_stop: &[bool],
+        promises: &[Promise],
+    ) {
+        let (mut allowed, mut consumed) = (next.clone(), 0);
+        for ((&token, &may_stop), promise) in tokens.iter().zip(may_stop).zip(promises) {
+            let Some(matcher) = self.matcher.as_mut().filter(|matcher| !matcher.is_stopped()) else { break };
+            if !allowed.allows(token) || matcher.consume_token(token).is_err() {
+                break;
+            }
+            consumed += 1;
+            let Ok(words) = self.mask(rules, may_stop) else { break };
+            promise.0.set(words);
+            allowed = promise.0.clone();
+        }
+        // A parser that cannot go back is in error from then on, which its next use finds.
+        if let Some(matcher) = self.matcher.as_mut().filter(|_| consumed > 0) {
+            let _ = matcher.rollback(consumed);
+        }
+    }
+
     fn mask(&mut self, rules: &Rules, may_stop: bool) -> Result<Vec<u32>, String> {
         let Some(matcher) = &mut self.matcher else { return Ok(Vec::new()) };
         let mask = matcher.compute_mask_or_eos().map_err(|error| error.to_string())?;

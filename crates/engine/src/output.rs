@@ -1,11 +1,13 @@
 //! From a choice's tokens to its text or message fields, and the decision when it ends.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use gptoss::Mask;
 use harmony::{Delta, Harmony, Parser};
 use tokenizer::Detokenizer;
 
+use crate::params::RepetitionDetection;
 use crate::{FinishReason, Grammar, OutputMode, SamplingParams, StopReason};
 
 /// What the choices of a request have in common.
@@ -28,6 +30,7 @@ pub(crate) struct Output {
     rules: Arc<Rules>,
     kind: Kind,
     stops: StopStrings,
+    repetition: Option<Repetition>,
     generated: usize,
 }
 
@@ -70,7 +73,8 @@ impl Output {
             }
         };
         let stops = StopStrings::new(rules.params.stop.clone(), rules.params.include_stop_str_in_output);
-        Output { rules, kind, stops, generated: 0 }
+        let repetition = rules.params.repetition_detection.map(Repetition::new);
+        Output { rules, kind, stops, repetition, generated: 0 }
     }
 
     /// Tokens so far.
@@ -80,7 +84,31 @@ impl Output {
 
     /// Whether a stop token may be drawn next.
     pub(crate) fn may_stop(&self) -> bool {
-        self.generated >= self.rules.params.min_tokens
+        self.may_stop_after(0)
+    }
+
+    /// The same after so many more tokens.
+    pub(crate) fn may_stop_after(&self, tokens: usize) -> bool {
+        self.generated + tokens >= self.rules.params.min_tokens
+    }
+
+    /// Of these tokens, how many could come before the answer ends or what may be drawn depends on more than its tokens.
+    pub(crate) fn foreseeable(&self, tokens: &[u32]) -> usize {
+        let rules = &self.rules;
+        let most = rules.params.max_tokens.map_or(usize::MAX, |max| max.saturating_sub(self.generated + 1));
+        let stop = tokens.iter().position(|token| rules.stop_tokens.binary_search(token).is_ok());
+        let mut count = stop.unwrap_or(tokens.len()).min(most);
+        if let (Kind::Chat(chat), Some(budget)) = (&self.kind, rules.params.thinking_token_budget) {
+            // Within a message each token is one of reasoning or none.
+            let special = tokens.iter().position(|&token| rules.harmony.tokenizer().is_special(token));
+            let left = match (chat.parser.is_content(), chat.parser.is_reasoning()) {
+                (true, true) => budget.saturating_sub(chat.parser.reasoning_tokens() + 1),
+                (true, false) => usize::MAX,
+                (false, _) => 0,
+            };
+            count = count.min(special.unwrap_or(tokens.len())).min(left);
+        }
+        count
     }
 
     pub(crate) fn reasoning_tokens(&self) -> usize {
@@ -114,7 +142,8 @@ impl Output {
         self.generated += 1;
         let stopped = armed && rules.stop_tokens.binary_search(&token).is_ok();
         let exhausted = !room || rules.params.max_tokens.is_some_and(|max| self.generated >= max);
-        let last = stopped || exhausted;
+        let repeated = self.repetition.as_mut().is_some_and(|repetition| repetition.push(token)) && armed;
+        let last = stopped || exhausted || repeated;
 
         let mut piece = Piece::default();
         let matched = match &mut self.kind {
@@ -149,6 +178,7 @@ impl Output {
                 let [end_of_turn, ..] = rules.harmony.stop_ids();
                 Some((reason, (token != end_of_turn).then_some(StopReason::Token(token))))
             }
+            None if repeated => Some((FinishReason::Repetition, None)),
             None if exhausted => Some((FinishReason::Length, None)),
             None => None,
         };
@@ -202,6 +232,34 @@ impl Chat {
                 Field::Content => Delta::Content(text),
             });
         }
+    }
+}
+
+/// Notices that the last tokens are one pattern several times over.
+struct Repetition {
+    detection: RepetitionDetection,
+    /// As many as the longest pattern, the last first.
+    recent: VecDeque<u32>,
+    /// For each length of a pattern: how many of the last tokens equal the one that many before.
+    runs: Vec<usize>,
+}
+
+impl Repetition {
+    fn new(detection: RepetitionDetection) -> Repetition {
+        Repetition { detection, recent: VecDeque::new(), runs: vec![0; detection.max_pattern_size + 1] }
+    }
+
+    fn push(&mut self, token: u32) -> bool {
+        let RepetitionDetection { min_pattern_size, max_pattern_size, min_count } = self.detection;
+        let mut repeated = false;
+        for length in min_pattern_size..=max_pattern_size {
+            let same = self.recent.get(length - 1) == Some(&token);
+            self.runs[length] = if same { self.runs[length] + 1 } else { 0 };
+            repeated |= self.runs[length] >= length.saturating_mul(min_count - 1);
+        }
+        self.recent.truncate(max_pattern_size - 1);
+        self.recent.push_front(token);
+        repeated
     }
 }
 

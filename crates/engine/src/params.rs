@@ -46,10 +46,27 @@ pub struct SamplingParams {
     pub allowed_token_ids: Option<Vec<u32>>,
     /// Texts that must not come, at the beginning of a word or within one.
     pub bad_words: Vec<String>,
+    /// The drawn token comes with the log-probabilities of these, in place of the best. Needs `logprobs`.
+    pub logprob_token_ids: Option<Vec<u32>>,
     /// Chats: reasoning ends after this many tokens. `None`: when the model wants.
     pub thinking_token_budget: Option<usize>,
     /// Leave special tokens out of the text of raw completions.
     pub skip_special_tokens: bool,
+    /// Ends an answer that repeats itself.
+    pub repetition_detection: Option<RepetitionDetection>,
+    /// Tokens per event, the first one aside.
+    pub stream_interval: usize,
+}
+
+/// An answer ends when its last tokens are one pattern several times over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RepetitionDetection {
+    /// The shortest pattern, in tokens; at least 1.
+    pub min_pattern_size: usize,
+    /// The longest.
+    pub max_pattern_size: usize,
+    /// So many times; at least 2.
+    pub min_count: usize,
 }
 
 impl Default for SamplingParams {
@@ -75,8 +92,11 @@ impl Default for SamplingParams {
             logit_bias: BTreeMap::new(),
             allowed_token_ids: None,
             bad_words: Vec::new(),
+            logprob_token_ids: None,
             thinking_token_budget: None,
             skip_special_tokens: true,
+            repetition_detection: None,
+            stream_interval: 1,
         }
     }
 }
@@ -94,6 +114,10 @@ impl SamplingParams {
     pub const MAX_LOGIT_BIAS: usize = 1024;
     /// The most bad words.
     pub const MAX_BAD_WORDS: usize = 128;
+    /// The most tokens whose log-probabilities may be asked for.
+    pub const MAX_LOGPROB_TOKEN_IDS: usize = 128;
+    /// The longest pattern of a repetition.
+    pub const MAX_PATTERN: usize = 1024;
     /// The longest bad word, in bytes.
     pub const MAX_BAD_WORD_BYTES: usize = 256;
 
@@ -183,6 +207,28 @@ impl SamplingParams {
                 )
             })?;
         }
+        if let Some(ids) = &self.logprob_token_ids {
+            let (field, most) = ("logprob_token_ids", Self::MAX_LOGPROB_TOKEN_IDS);
+            require(self.logprobs.is_some(), field, || "needs logprobs.".to_owned())?;
+            require(ids.len() <= most, field, || {
+                format!("must have at most {most} ids, got {}.", ids.len())
+            })?;
+            in_vocabulary(ids, vocab_size, field)?;
+        }
+        if let Some(detection) = self.repetition_detection {
+            let RepetitionDetection { min_pattern_size, max_pattern_size, min_count } = detection;
+            let field = "repetition_detection";
+            require((1..=Self::MAX_PATTERN).contains(&max_pattern_size), field, || {
+                format!("must have a max_pattern_size in [1, {}], got {max_pattern_size}.", Self::MAX_PATTERN)
+            })?;
+            require((1..=max_pattern_size).contains(&min_pattern_size), field, || {
+                format!("must have a min_pattern_size in [1, {max_pattern_size}], got {min_pattern_size}.")
+            })?;
+            require(min_count >= 2, field, || {
+                format!("must have a min_count of at least 2, got {min_count}.")
+            })?;
+        }
+        require(self.stream_interval >= 1, "stream_interval", || "must be at least 1, got 0.".to_owned())?;
         Ok(valid)
     }
 }

@@ -17,12 +17,16 @@ pub struct Request {
     pub output: OutputMode,
     /// What the answer must follow, from its first token on.
     pub grammar: Option<Grammar>,
+    /// Requests of less go first. Default 0.
+    pub priority: i64,
+    /// Only requests with the same salt share the computation of equal beginnings.
+    pub cache_salt: Option<String>,
 }
 
 impl Request {
-    /// A request without a grammar.
+    /// A request without a grammar, of ordinary priority.
     pub fn new(prompt: Vec<u32>, params: SamplingParams, output: OutputMode) -> Request {
-        Request { prompt, params, output, grammar: None }
+        Request { prompt, params, output, grammar: None, priority: 0, cache_salt: None }
     }
 }
 
@@ -56,7 +60,7 @@ pub enum Event {
         /// One entry per prompt token, the first `None`, if `prompt_logprobs` was asked.
         prompt_logprobs: Option<Vec<Option<TokenLogprobs>>>,
     },
-    /// New tokens of a choice.
+    /// New tokens of a choice, at least one.
     Tokens {
         /// Which of the `n` answers.
         choice: usize,
@@ -100,6 +104,8 @@ pub enum FinishReason {
     Length,
     /// The model asked for a tool.
     ToolCalls,
+    /// It said the same again and again.
+    Repetition,
 }
 
 /// What stopped a choice.

@@ -1,8 +1,9 @@
 //! Decides what the next step computes: schedule, run, commit. Nothing here knows a model, text or time.
 //!
-//! First come, first served. A step takes every decoding sequence, then chunks of prompts, oldest first, until the token
-//! budget is spent; then new sequences as long as their blocks suffice. When a decoding sequence finds no block, the youngest
-//! one gives all of its blocks back and starts over later (its tokens are kept, their keys and values computed again).
+//! First come, first served, among sequences of equal priority. A step takes every decoding sequence, then chunks of prompts,
+//! first come first, until the token budget is spent; then new sequences as long as their blocks suffice. When a decoding
+//! sequence finds no block, the last in the order gives all of its blocks back and starts over later (its tokens are kept,
+//! their keys and values computed again); so it does when one of a better priority finds no place.
 //!
 //! The answers of one request beyond the first are sequences of their own, added when the first has computed the prompt:
 //! the prefix cache hands them its blocks, all but the last partial one, whose tokens each computes for itself. So no block is
@@ -11,13 +12,15 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 
-use gptoss::SequencePlan;
+use gptoss::{BLOCK_TOKENS, SequencePlan};
 
 use crate::kv::{Blocks, Table, Tokens};
 
-/// A sequence's place in the order of arrival.
+/// A sequence's place in the order of service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct SequenceId {
+    /// Less goes first.
+    pub priority: i64,
     /// Serial number of the request.
     pub request: u64,
     /// Which of its answers.
@@ -31,6 +34,8 @@ pub struct Limits {
     pub sequences: usize,
     /// Tokens per step; at least `sequences`.
     pub tokens: usize,
+    /// Of these, tokens of one sequence's prompt.
+    pub prompt_tokens: usize,
 }
 
 /// One sequence's share of the step.
@@ -42,6 +47,21 @@ pub struct Share {
     pub positions: Range<usize>,
     /// They are the last known ones: a token can be drawn after them.
     pub complete: bool,
+    /// Guesses of what follows, computed with them.
+    pub guesses: Vec<u32>,
+    /// The sequence had no part in the step before.
+    pub begins: bool,
+}
+
+impl Share {
+    fn new(id: SequenceId, positions: Range<usize>, complete: bool) -> Share {
+        Share { id, positions, complete, guesses: Vec::new(), begins: false }
+    }
+
+    /// Tokens to compute.
+    pub fn tokens(&self) -> usize {
+        self.positions.len() + self.guesses.len()
+    }
 }
 
 /// A new sequence.
@@ -138,11 +158,29 @@ impl Scheduler {
         shares
     }
 
+    /// Adds guesses to the share of a decoding sequence, as many as there are blocks for without taking what others need.
+    pub fn guess(&mut self, share: &mut Share, mut guesses: Vec<u32>) {
+        let reserve = self.running.len();
+        let Some(running) = self.running.get_mut(&share.id) else { return };
+        let end = share.positions.end;
+        let held = running.table.full().len().min(running.table.sliding().len());
+        let more = (end + guesses.len()).div_ceil(BLOCK_TOKENS).saturating_sub(held);
+        let reach = match self.blocks.free() >= more + reserve {
+            true => end + guesses.len(),
+            false => held * BLOCK_TOKENS,
+        };
+        let reach = self.blocks.grow(&mut running.table, reach);
+        guesses.truncate(reach.saturating_sub(end));
+        share.guesses = guesses;
+    }
+
     /// What the backend needs to know about a share.
     pub fn plan(&self, share: &Share) -> SequencePlan {
         let running = &self.running[&share.id];
+        let mut tokens = running.sequence.tokens.range(share.positions.clone());
+        tokens.extend(&share.guesses);
         SequencePlan {
-            tokens: running.sequence.tokens.range(share.positions.clone()),
+            tokens,
             position: share.positions.start,
             full_blocks: running.table.full().to_vec(),
             sliding_blocks: running.table.sliding().to_vec(),
@@ -163,6 +201,32 @@ impl Scheduler {
         let Some(running) = self.running.get_mut(&id) else { return 0 };
         running.sequence.tokens.push(token);
         running.sequence.tokens.len()
+    }
+
+    /// So many guesses of a share were right, and have been appended: what was computed for them stays.
+    pub fn accept(&mut self, id: SequenceId, guesses: usize) {
+        if let Some(running) = self.running.get_mut(&id).filter(|_| guesses > 0) {
+            running.computed += guesses;
+            self.blocks.advance(&mut running.table, &running.sequence.tokens, running.computed);
+        }
+    }
+
+    /// All blocks of all sequences are given back, and nothing that was computed is trusted any more.
+    pub fn start_over(&mut self) {
+        while let Some((&last, _)) = self.running.last_key_value() {
+            self.preempt(last);
+        }
+        self.blocks.reset_prefixes();
+    }
+
+    /// Sequences that run at a time from now on, at most.
+    pub fn limit(&mut self, sequences: usize) {
+        self.limits.sequences = sequences;
+    }
+
+    /// The tokens of a running sequence.
+    pub fn tokens(&self, id: SequenceId) -> Option<&Tokens> {
+        self.running.get(&id).map(|running| &running.sequence.tokens)
     }
 
     /// Changes how many positions a sequence may take from the prefix cache, should it have to start over.
@@ -227,7 +291,7 @@ impl Scheduler {
             {
                 let end = running.sequence.tokens.len();
                 if self.blocks.grow(&mut running.table, end) == end {
-                    shares.push(Share { id, positions: end - 1..end, complete: true });
+                    shares.push(Share::new(id, end - 1..end, true));
                     *budget -= 1;
                     break;
                 }
@@ -241,14 +305,11 @@ impl Scheduler {
     fn schedule_prompts(&mut self, shares: &mut Vec<Share>, budget: &mut usize) -> bool {
         for (&id, running) in self.running.iter_mut().filter(|(_, r)| !r.decoding()) {
             let start = running.computed;
-            let end = running.sequence.tokens.len().min(start + *budget);
+            let most = self.limits.prompt_tokens.min(*budget);
+            let end = running.sequence.tokens.len().min(start + most);
             let end = self.blocks.grow(&mut running.table, end).min(end);
             if end > start {
-                shares.push(Share {
-                    id,
-                    positions: start..end,
-                    complete: end == running.sequence.tokens.len(),
-                });
+                shares.push(Share::new(id, start..end, end == running.sequence.tokens.len()));
                 *budget -= end - start;
             } else if *budget > 0 {
                 return true;
@@ -259,22 +320,35 @@ impl Scheduler {
 
     fn admit(&mut self, shares: &mut Vec<Share>, budget: &mut usize) {
         while *budget > 0
-            && self.running.len() < self.limits.sequences
-            && let Some(entry) = self.waiting.first_entry()
+            && let Some((&id, Waiting { sequence, .. })) = self.waiting.first_key_value()
         {
-            let sequence = &entry.get().sequence;
+            let places = self.limits.sequences.saturating_sub(self.running.len());
             // A block for each running sequence stays free, so that admitting does not force preempting at once.
-            let opened =
-                self.blocks.open(sequence.root, &sequence.tokens, sequence.cache_limit, self.running.len());
-            let Some((mut table, cached)) = opened else { return };
-            let end = sequence.tokens.len().min(cached + *budget);
+            let reserve = self.running.len();
+            let opened = match places {
+                0 => None,
+                _ => self.blocks.open(sequence.root, &sequence.tokens, sequence.cache_limit, reserve),
+            };
+            let Some((mut table, cached)) = opened else {
+                match self.running.last_key_value() {
+                    Some((&last, _)) if last.priority > id.priority => {
+                        self.preempt(last);
+                        *budget += shares.iter().filter(|s| s.id == last).map(Share::tokens).sum::<usize>();
+                        shares.retain(|share| share.id != last);
+                        continue;
+                    }
+                    _ => return,
+                }
+            };
+            let end = sequence.tokens.len().min(cached + self.limits.prompt_tokens.min(*budget));
             let end = self.blocks.grow(&mut table, end);
-            let (id, Waiting { sequence, cached: first }) = entry.remove_entry();
+            let complete = end == sequence.tokens.len();
+            let Some(Waiting { sequence, cached: first }) = self.waiting.remove(&id) else { return };
             if first.is_none() {
                 self.prefix_queries += sequence.tokens.len() as u64;
                 self.prefix_hits += cached as u64;
             }
-            shares.push(Share { id, positions: cached..end, complete: end == sequence.tokens.len() });
+            shares.push(Share { begins: true, ..Share::new(id, cached..end, complete) });
             *budget -= end - cached;
             let running = Running { sequence, table, computed: cached, cached: first.unwrap_or(cached) };
             self.running.insert(id, running);

@@ -1,6 +1,6 @@
 //! The engine's thread: takes what arrives, runs step after step, and turns results into events.
 
-use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,7 +9,7 @@ use gptoss::{
     Backend, Logprobs, Mask, Penalties, Plan, Sampled, Sampling, Score, SequenceOutput, SequencePlan,
     TokenLogprobs,
 };
-use harmony::Harmony;
+use harmony::{Delta, Harmony};
 use tokenizer::Tokenizer;
 
 use crate::engine::{Job, Phase, Shared};
@@ -17,7 +17,8 @@ use crate::kv::{SHARED, Tokens};
 use crate::masks::{Constraint, Masks};
 use crate::output::{Output, Rules};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
-use crate::{Event, Failure, FinishReason, Request, Sink, StopReason};
+use crate::speculation::{Chance, Costs, Guesser, MAX_STEP_TOKENS};
+use crate::{Event, Failure, FinishReason, Request, Sink, Speculation, SpeculationCounts, StopReason};
 
 pub(crate) struct Worker {
     backend: Box<dyn Backend>,
@@ -27,11 +28,18 @@ pub(crate) struct Worker {
     masks: Masks,
     settings: Settings,
     vocab_size: usize,
+    /// Where the chains of blocks of each salt start.
+    salts: HashMap<String, u64>,
+    costs: Costs,
+    speculation: SpeculationCounts,
     prompt_tokens: u64,
     generated_tokens: u64,
     steps: u64,
     failed_steps: u64,
-    last_failed: bool,
+    /// Steps that failed since the last that did not.
+    failures: u32,
+    /// After repeated failures: how many sequences may run, one more each step, to find out whose fault it is.
+    cautious: Option<usize>,
 }
 
 /// What stays the same for the engine's life.
@@ -44,12 +52,19 @@ pub(crate) struct Settings {
     /// Of requests without one.
     pub(crate) seed: u64,
     pub(crate) prefix_caching: bool,
+    pub(crate) speculation: Option<Speculation>,
+    pub(crate) processed_logprobs: bool,
+    /// Sequences that run at a time.
+    pub(crate) sequences: usize,
+    /// Full and sliding blocks of the backend.
+    pub(crate) blocks: (usize, usize),
 }
 
 /// A request that is in the scheduler.
 struct Active {
     sink: Sink,
     rules: Arc<Rules>,
+    priority: i64,
     prompt: Arc<[u32]>,
     /// Where its chain of blocks starts.
     root: u64,
@@ -61,6 +76,8 @@ struct Active {
     queued: Option<Duration>,
     /// The prompt was computed.
     started: bool,
+    /// Failed steps that it was part of.
+    faults: u32,
     /// `None`: ended.
     choices: Vec<Option<Choice>>,
 }
@@ -75,6 +92,18 @@ struct Choice {
     forced: VecDeque<u32>,
     /// Made when its first token is about to be drawn.
     constraint: Option<Constraint>,
+    guesser: Guesser,
+    /// What was not told yet.
+    untold: Untold,
+}
+
+/// New tokens on their way to the sink.
+#[derive(Default)]
+struct Untold {
+    token_ids: Vec<u32>,
+    text: String,
+    deltas: Vec<Delta>,
+    logprobs: Vec<TokenLogprobs>,
 }
 
 impl Worker {
@@ -93,11 +122,15 @@ impl Worker {
             requests: BTreeMap::new(),
             masks,
             settings,
+            salts: HashMap::new(),
+            costs: Costs::default(),
+            speculation: SpeculationCounts::default(),
             prompt_tokens: 0,
             generated_tokens: 0,
             steps: 0,
             failed_steps: 0,
-            last_failed: false,
+            failures: 0,
+            cautious: None,
         }
     }
 
@@ -137,7 +170,8 @@ impl Worker {
     }
 
     fn accept(&mut self, job: Job) {
-        let Job { number, arrival, request: Request { prompt, params, output, grammar }, sink } = job;
+        let Job { number, arrival, request, sink } = job;
+        let Request { prompt, params, output, grammar, priority, cache_salt } = request;
         let mut stop_tokens = params.stop_token_ids.clone();
         if !params.ignore_eos {
             stop_tokens.extend(&self.settings.eos_ids);
@@ -145,12 +179,12 @@ impl Worker {
         stop_tokens.sort_unstable();
         stop_tokens.dedup();
         let prompt: Arc<[u32]> = prompt.into();
-        let root = if self.settings.prefix_caching { SHARED } else { self.scheduler.new_identity() };
+        let root = self.root(cache_salt);
         let scores = params.prompt_logprobs.map(|_| vec![None]);
         // Scores need the prompt computed.
         let cache_limit = if scores.is_some() { 0 } else { prompt.len() };
         let sequence = NewSequence { tokens: Tokens::new(Arc::clone(&prompt)), root, cache_limit };
-        self.scheduler.add(SequenceId { request: number, choice: 0 }, sequence);
+        self.scheduler.add(SequenceId { priority, request: number, choice: 0 }, sequence);
         let seed = params.seed.map_or_else(|| scramble(self.settings.seed ^ scramble(number)), |s| s as u64);
         let rules = Arc::new(Rules {
             harmony: Arc::clone(&self.settings.harmony),
@@ -167,6 +201,7 @@ impl Worker {
             Active {
                 sink,
                 rules,
+                priority,
                 prompt,
                 root,
                 seed,
@@ -174,14 +209,31 @@ impl Worker {
                 arrival,
                 queued: None,
                 started: false,
+                faults: 0,
                 choices,
             },
         );
     }
 
+    /// Where the chain of blocks of a request with this salt starts.
+    fn root(&mut self, salt: Option<String>) -> u64 {
+        match salt {
+            _ if !self.settings.prefix_caching => self.scheduler.new_identity(),
+            None => SHARED,
+            Some(salt) => {
+                if self.salts.len() == MAX_SALTS {
+                    // Those who come again start anew.
+                    self.salts.clear();
+                }
+                *self.salts.entry(salt).or_insert_with(|| self.scheduler.new_identity())
+            }
+        }
+    }
+
     /// Schedule, run, commit.
     fn step(&mut self) {
-        let shares = self.scheduler.schedule();
+        let mut shares = self.scheduler.schedule();
+        self.guess(&mut shares);
         for share in &shares {
             if let Some(active) = self.requests.get_mut(&share.id.request) {
                 active.queued.get_or_insert_with(|| active.arrival.elapsed());
@@ -190,7 +242,8 @@ impl Worker {
         shares.iter().filter(|share| share.complete).for_each(|share| self.constrain(share.id));
         let sequences = shares.iter().map(|share| self.plan(share)).collect();
         let plan = Plan { sequences };
-        self.publish(Some(Instant::now()));
+        let begin = Instant::now();
+        self.publish(Some(begin));
         let result = catch_unwind(AssertUnwindSafe(|| self.backend.step(&plan)));
         let outputs = match result {
             Ok(Ok(outputs)) => check(&plan, outputs, self.vocab_size),
@@ -200,9 +253,13 @@ impl Worker {
         match outputs {
             Ok(outputs) => {
                 self.steps += 1;
-                self.last_failed = false;
-                for (share, output) in shares.iter().zip(outputs) {
-                    let committed = catch_unwind(AssertUnwindSafe(|| self.commit(share, output)));
+                self.failures = 0;
+                self.relax(&shares);
+                if shares.iter().all(|share| share.complete && share.positions.len() == 1) {
+                    self.costs.measure(shares.iter().map(Share::tokens).sum(), begin.elapsed());
+                }
+                for ((share, output), plan) in shares.iter().zip(outputs).zip(&plan.sequences) {
+                    let committed = catch_unwind(AssertUnwindSafe(|| self.commit(share, output, plan)));
                     if let Err(panic) = committed {
                         self.fail(share.id.request, &panic_message(panic.as_ref()));
                     }
@@ -211,9 +268,94 @@ impl Worker {
             Err(message) => {
                 tracing::error!("a step failed: {message}");
                 self.failed_steps += 1;
-                self.last_failed = true;
-                self.fail_running(&message);
+                self.failures += 1;
+                self.start_over(&shares, &message);
             }
+        }
+    }
+
+    /// Adds guesses to the shares of a step in which every sequence draws a token, where they are worth it.
+    fn guess(&mut self, shares: &mut [Share]) {
+        let Some(options) = self.settings.speculation else { return };
+        if shares.len() >= MAX_STEP_TOKENS || shares.iter().any(|s| !s.complete || s.positions.len() > 1) {
+            return;
+        }
+        let mut chances = Vec::with_capacity(shares.len());
+        for share in shares.iter() {
+            chances.push(self.chance(share.id, &options).unwrap_or(Chance { tokens: 0, probability: 0.0 }));
+        }
+        let counts = match options.adaptive {
+            true => self.costs.choose(shares.len(), &chances),
+            false => chances.iter().map(|chance| chance.tokens).collect(),
+        };
+        for (share, count) in shares.iter_mut().zip(counts) {
+            if count > 0
+                && let Some(active) = self.requests.get(&share.id.request)
+                && let Some(choice) = &active.choices[share.id.choice]
+            {
+                self.scheduler.guess(share, choice.guesser.open(count));
+            }
+        }
+    }
+
+    /// What could be guessed for a sequence.
+    fn chance(&mut self, id: SequenceId, options: &Speculation) -> Option<Chance> {
+        let tokens = self.scheduler.tokens(id)?;
+        let choice = self.requests.get_mut(&id.request)?.choices[id.choice].as_mut()?;
+        let room = self.settings.max_model_len.saturating_sub(tokens.len() + 1);
+        let mut chance = choice.guesser.guess(tokens, options, options.tokens.min(room));
+        chance.tokens = match choice.forced.is_empty() {
+            true => choice.output.foreseeable(&choice.guesser.open(chance.tokens)),
+            false => 0,
+        };
+        Some(chance)
+    }
+
+    /// After a failure that was repeated, one more sequence may run as soon as all that do have computed what they know.
+    fn relax(&mut self, shares: &[Share]) {
+        if let Some(sequences) = self.cautious.filter(|_| shares.iter().all(|share| share.complete)) {
+            let sequences = (sequences + 1).min(self.settings.sequences);
+            self.cautious = Some(sequences).filter(|&sequences| sequences < self.settings.sequences);
+            self.scheduler.limit(sequences);
+        }
+    }
+
+    /// After a failed step everything is computed again from the tokens that are known, save the requests whose fault it must
+    /// be.
+    fn start_over(&mut self, shares: &[Share], message: &str) {
+        let part: BTreeSet<u64> = shares.iter().map(|share| share.id.request).collect();
+        let mut repeated = false;
+        for number in &part {
+            if let Some(active) = self.requests.get_mut(number) {
+                active.faults += 1;
+                repeated |= active.faults > 1;
+            }
+        }
+        // The one that computes again what it knows: the others did so before without a failure.
+        let known = |share: &&Share| share.begins || share.positions.len() > 1;
+        let suspect = self.cautious.filter(|_| part.len() > 1).and(shares.iter().find(known));
+        let suspect = suspect.map(|share| share.id.request);
+        for &number in &part {
+            let faults = self.requests.get(&number).map_or(0, |active| active.faults);
+            if (part.len() == 1 && faults > 1) || suspect == Some(number) || faults > MAX_FAULTS {
+                self.fail(number, message);
+            }
+        }
+        self.scheduler.start_over();
+        if repeated {
+            self.cautious = Some(1);
+            self.scheduler.limit(1);
+        }
+        let (full, sliding) = self.settings.blocks;
+        let restarted = catch_unwind(AssertUnwindSafe(|| self.backend.allocate_kv(full, sliding)));
+        let lost = match restarted {
+            Ok(Ok(())) => return,
+            Ok(Err(error)) => error.to_string(),
+            Err(panic) => panic_message(panic.as_ref()),
+        };
+        tracing::error!("the device cannot be used any more: {lost}");
+        for number in self.requests.keys().copied().collect::<Vec<_>>() {
+            self.fail(number, &lost);
         }
     }
 
@@ -244,13 +386,13 @@ impl Worker {
             && params.max_tokens != Some(0)
             && let Some(choice) = &active.choices[share.id.choice]
         {
-            plan.sample = vec![choice.sampling(active, share.id.choice, share.positions.end)];
+            plan.sample = choice.samplings(active, share, &self.settings);
         }
         plan
     }
 
     /// Writes one sequence's results back and tells its request.
-    fn commit(&mut self, share: &Share, output: SequenceOutput) {
+    fn commit(&mut self, share: &Share, output: SequenceOutput, plan: &SequencePlan) {
         self.scheduler.commit(share);
         let number = share.id.request;
         // An earlier share of the same request may have cancelled it.
@@ -267,9 +409,7 @@ impl Worker {
         if !active.started {
             self.begin(share.id);
         }
-        for sampled in output.sampled {
-            self.take_token(share.id, sampled);
-        }
+        self.take_tokens(share, output.sampled, &plan.sample);
     }
 
     /// The prompt is computed: the other choices can share its blocks.
@@ -303,30 +443,48 @@ impl Worker {
         }
     }
 
-    fn take_token(&mut self, id: SequenceId, sampled: Sampled) {
+    /// Takes what was drawn after a share: one token, and one more for each guess that was right.
+    fn take_tokens(&mut self, share: &Share, drawn: Vec<Sampled>, samplings: &[Sampling]) {
+        let id = share.id;
         let Some(active) = self.requests.get_mut(&id.request) else { return };
         let Some(choice) = &mut active.choices[id.choice] else { return };
-        let token = sampled.token;
+        if drawn.is_empty() {
+            return;
+        }
         if let Some(failure) = choice.constraint.as_ref().and_then(Constraint::failure) {
             return self.end(id.request, Event::Failed(Failure::Grammar(failure)));
         }
-        self.generated_tokens += 1;
-        let room = self.scheduler.push(id, token) < self.settings.max_model_len;
-        if !choice.seen.is_empty() {
-            *choice.seen.entry(token).or_default() += 1;
+        let (mut taken, mut end) = (Vec::with_capacity(drawn.len()), None);
+        for (sampled, sampling) in drawn.into_iter().zip(samplings) {
+            let token = sampled.token;
+            // Behind a guess that may not come, nothing may.
+            let allowed = || sampling.mask.as_ref().is_none_or(|mask| mask.allows(token));
+            if !taken.is_empty() && !allowed() {
+                break;
+            }
+            let room = self.scheduler.push(id, token) < self.settings.max_model_len;
+            let piece = choice.push(sampled, room, &active.rules);
+            taken.push(token);
+            end = piece;
+            if end.is_some() || share.guesses.get(taken.len() - 1) != Some(&token) {
+                break;
+            }
         }
-        let piece = choice.output.push(token, room);
-        choice.advance(token, &active.rules, piece.end.is_some());
-        let tokens = Event::Tokens {
-            choice: id.choice,
-            token_ids: vec![token],
-            text: piece.text,
-            deltas: piece.deltas,
-            logprobs: sampled.logprobs.into_iter().collect(),
-        };
-        if !tell(&mut active.sink, tokens) {
+        let right = taken.len() - 1;
+        self.generated_tokens += taken.len() as u64;
+        choice.guesser.learn(&taken);
+        if !share.guesses.is_empty() {
+            self.speculation.add(share.guesses.len(), right);
+        }
+        self.scheduler.accept(id, right);
+        if end.is_none()
+            && let Some(constraint) = &mut choice.constraint
+        {
+            constraint.advance(taken, choice.output.may_stop());
+        }
+        if !choice.tell(id.choice, &active.rules, end.is_some(), &mut active.sink) {
             self.retire(id.request);
-        } else if let Some((reason, stop)) = piece.end {
+        } else if let Some((reason, stop)) = end {
             self.finish(id, reason, stop);
         }
     }
@@ -349,15 +507,6 @@ impl Worker {
         } else if active.choices.iter().all(Option::is_none) {
             self.end(id.request, Event::Done);
         }
-    }
-
-    /// Fails every request that holds blocks. What is stored in them is not trusted any more.
-    fn fail_running(&mut self, message: &str) {
-        let failed: BTreeSet<u64> = self.scheduler.running().map(|id| id.request).collect();
-        for number in failed {
-            self.fail(number, message);
-        }
-        self.scheduler.reset_prefixes();
     }
 
     fn fail(&mut self, number: u64, message: &str) {
@@ -383,7 +532,7 @@ impl Worker {
     fn remove(&mut self, number: u64) -> Option<Active> {
         let active = self.requests.remove(&number)?;
         for choice in 0..active.choices.len() {
-            self.scheduler.remove(SequenceId { request: number, choice });
+            self.scheduler.remove(SequenceId { priority: active.priority, request: number, choice });
         }
         let mut mailbox = self.shared.mailbox();
         mailbox.open -= 1;
@@ -412,9 +561,10 @@ impl Worker {
             prefix_queries,
             prefix_hits,
             preemptions: self.scheduler.preemptions(),
+            speculation: self.speculation.clone(),
             steps: self.steps,
             failed_steps: self.failed_steps,
-            unhealthy: self.last_failed,
+            unhealthy: self.failures > 0,
             step_started,
         };
     }
@@ -437,7 +587,7 @@ impl Drop for Worker {
             tell(&mut active.sink, Event::Failed(failure.clone()));
             // After a panic the scheduler is not asked for anything.
             for choice in (0..active.choices.len()).filter(|_| !panicking) {
-                self.scheduler.remove(SequenceId { request: number, choice });
+                self.scheduler.remove(SequenceId { priority: active.priority, request: number, choice });
             }
         }
         for mut job in incoming {
@@ -460,18 +610,54 @@ impl Choice {
             || params.presence_penalty != 0.0;
         let seen = if penalized { prompt.iter().map(|&t| (t, 0)).collect() } else { BTreeMap::new() };
         let output = Output::new(Arc::clone(rules));
-        let mut choice =
-            Choice { output, seen, recent: VecDeque::new(), forced: VecDeque::new(), constraint: None };
+        let mut choice = Choice {
+            output,
+            seen,
+            recent: VecDeque::new(),
+            forced: VecDeque::new(),
+            constraint: None,
+            guesser: Guesser::default(),
+            untold: Untold::default(),
+        };
         // A budget of nothing may be spent in the prompt.
         choice.conclude(rules);
         choice
     }
 
-    /// Takes note of a token that was drawn; `last`: none comes after it.
-    fn advance(&mut self, token: u32, rules: &Rules, last: bool) {
-        if last {
-            return;
+    /// Takes a token that was drawn. The result is set if it was the last.
+    fn push(
+        &mut self,
+        sampled: Sampled,
+        room: bool,
+        rules: &Rules,
+    ) -> Option<(FinishReason, Option<StopReason>)> {
+        let token = sampled.token;
+        if !self.seen.is_empty() {
+            *self.seen.entry(token).or_default() += 1;
         }
+        let piece = self.output.push(token, room);
+        self.untold.token_ids.push(token);
+        self.untold.text.push_str(&piece.text);
+        self.untold.deltas.extend(piece.deltas);
+        self.untold.logprobs.extend(sampled.logprobs);
+        if piece.end.is_none() {
+            self.advance(token, rules);
+        }
+        piece.end
+    }
+
+    /// Tells what is new, if it is time; false if nobody wants to know.
+    fn tell(&mut self, choice: usize, rules: &Rules, last: bool, sink: &mut Sink) -> bool {
+        let first = self.output.generated() == self.untold.token_ids.len();
+        if !first && !last && self.untold.token_ids.len() < rules.params.stream_interval {
+            return true;
+        }
+        let Untold { token_ids, text, deltas, logprobs } = std::mem::take(&mut self.untold);
+        tell(sink, Event::Tokens { choice, token_ids, text, deltas, logprobs })
+    }
+
+    /// Takes note of a token after which there are more.
+    fn advance(&mut self, token: u32, rules: &Rules) {
         let longest = rules.bad_words.iter().map(Vec::len).max().unwrap_or(0);
         if longest > 1 {
             if self.recent.len() + 1 == longest {
@@ -483,9 +669,6 @@ impl Choice {
             self.forced.pop_front();
         }
         self.conclude(rules);
-        if let Some(constraint) = &mut self.constraint {
-            constraint.advance(token, self.output.may_stop());
-        }
     }
 
     /// Ends the reasoning if its budget is spent.
@@ -499,50 +682,88 @@ impl Choice {
         }
     }
 
-    /// What may be drawn, if not everything.
-    fn mask(&self, rules: &Rules) -> Option<Mask> {
+    /// What may be drawn next and after each guess, if not everything.
+    fn masks(&self, rules: &Rules, guesses: &[u32]) -> Vec<Option<Mask>> {
         match (self.forced.front(), &self.constraint) {
-            (Some(&token), _) => Some(Mask::of(&[token])),
-            (None, Some(constraint)) => Some(constraint.mask()),
-            (None, None) => rules.allowed.clone(),
+            (Some(&token), _) => vec![Some(Mask::of(&[token]))],
+            (None, Some(constraint)) => {
+                let may_stop: Vec<bool> =
+                    (1..=guesses.len()).map(|ahead| self.output.may_stop_after(ahead)).collect();
+                let after =
+                    if guesses.is_empty() { Vec::new() } else { constraint.masks_after(guesses, &may_stop) };
+                [constraint.mask()].into_iter().chain(after).map(Some).collect()
+            }
+            (None, None) => vec![rules.allowed.clone(); guesses.len() + 1],
         }
     }
 
-    /// How the token at `position` is drawn.
-    fn sampling(&self, active: &Active, choice: usize, position: usize) -> Sampling {
+    /// How tokens are drawn after a share and after each of its guesses.
+    fn samplings(&self, active: &Active, share: &Share, settings: &Settings) -> Vec<Sampling> {
+        let masks = self.masks(&active.rules, &share.guesses);
+        let sampling = |(ahead, mask)| {
+            let guessed = &share.guesses[..ahead];
+            self.sampling(active, share.id.choice, share.positions.end, guessed, mask, settings)
+        };
+        masks.into_iter().enumerate().map(sampling).collect()
+    }
+
+    /// How the token is drawn after the first `end` ones and some that are guessed.
+    fn sampling(
+        &self,
+        active: &Active,
+        choice: usize,
+        end: usize,
+        guessed: &[u32],
+        mask: Option<Mask>,
+        settings: &Settings,
+    ) -> Sampling {
         let params = &active.rules.params;
         let mut bias: Vec<(u32, f32)> = params.logit_bias.iter().map(|(&t, &b)| (t, b)).collect();
         // A grammar's mask sees to it itself.
-        if !self.output.may_stop() && self.constraint.is_none() {
+        if !self.output.may_stop_after(guessed.len()) && self.constraint.is_none() {
             bias.extend(active.rules.stop_tokens.iter().map(|&t| (t, f32::NEG_INFINITY)));
         }
         if self.forced.is_empty() {
             let completed = |word: &Vec<u32>| {
                 let (&last, before) = word.split_last()?;
-                let recent = self.recent.iter().rev().take(before.len());
+                let recent = guessed.iter().rev().chain(self.recent.iter().rev()).take(before.len());
                 recent.eq(before.iter().rev()).then_some((last, f32::NEG_INFINITY))
             };
             bias.extend(active.rules.bad_words.iter().filter_map(completed));
         }
+        let mut seen = self.seen.clone();
+        if !seen.is_empty() {
+            guessed.iter().for_each(|&token| *seen.entry(token).or_default() += 1);
+        }
         Sampling {
-            mask: self.mask(&active.rules),
+            mask,
             temperature: params.temperature,
             top_k: params.top_k,
             top_p: params.top_p,
             min_p: params.min_p,
             seed: choice_seed(active.seed, choice),
-            position: position as u64,
+            position: (end + guessed.len()) as u64,
             bias,
-            penalties: (!self.seen.is_empty()).then(|| Penalties {
+            penalties: (!seen.is_empty()).then(|| Penalties {
                 repetition: params.repetition_penalty,
                 frequency: params.frequency_penalty,
                 presence: params.presence_penalty,
-                seen: self.seen.iter().map(|(&t, &n)| (t, n)).collect(),
+                seen: seen.into_iter().collect(),
             }),
-            logprobs: params.logprobs.map(|top| Logprobs { top, ..Logprobs::default() }),
+            logprobs: params.logprobs.map(|top| Logprobs {
+                top,
+                ids: params.logprob_token_ids.clone().unwrap_or_default(),
+                processed: settings.processed_logprobs,
+            }),
         }
     }
 }
+
+/// Salts whose prefixes can be found again.
+const MAX_SALTS: usize = 4096;
+
+/// Failed steps that a request may be part of.
+const MAX_FAULTS: u32 = 5;
 
 /// The tokens of each word, as it is and after a space.
 fn bad_words(words: &[String], tokenizer: &Tokenizer) -> Vec<Vec<u32>> {

@@ -246,6 +246,11 @@ impl Parser {
         matches!(&self.state, State::Content(open) if open.field == Field::Reasoning)
     }
 
+    /// Whether a message's content is being read.
+    pub fn is_content(&self) -> bool {
+        matches!(&self.state, State::Content(_))
+    }
+
     /// Text tokens of what went to reasoning.
     pub fn reasoning_tokens(&self) -> usize {
         self.reasoning_tokens

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use checkpoint::GenerationConfig;
-use engine::{Engine, EngineOptions, SamplingParams, Scripted};
+use engine::{Engine, EngineOptions, SamplingParams, Scripted, Speculation};
 use gptoss::Backend;
 use harmony::Harmony;
 use tokenizer::Tokenizer;
@@ -47,7 +47,11 @@ pub(crate) fn start(
              on a GPU",
         ));
     }
-    let mut base = EngineOptions { max_num_batched_tokens: backend.step_tokens(), ..base.clone() };
+    let mut base = EngineOptions {
+        max_num_batched_tokens: backend.step_tokens(),
+        speculation: Some(Speculation::default()),
+        ..base.clone()
+    };
     if let Some(bytes) = backend.cache_memory()? {
         base.kv_cache_bytes = bytes;
     }

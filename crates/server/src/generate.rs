@@ -58,7 +58,7 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     let answer = ChatAnswer::new(harmony, call.identity.clone(), shape, prompt.ids.clone(), n);
     let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
     let remark = grammar.as_ref().and_then(unenforced);
-    let engine_request = Request { prompt: prompt.ids, params: request.params, output, grammar };
+    let engine_request = Request { grammar, ..Request::new(prompt.ids, request.params, output) };
 
     if request.common.stream.is_some() {
         let mut response = call.stream(ChatChunks::new(answer), vec![engine_request]).await?;
@@ -111,7 +111,7 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
         ResponseAnswer::new(harmony, call.identity.clone(), &mut request, prompt.ids.len(), keep);
     let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
     let remark = grammar.as_ref().and_then(unenforced);
-    let engine_request = Request { prompt: prompt.ids, params: request.params, output, grammar };
+    let engine_request = Request { grammar, ..Request::new(prompt.ids, request.params, output) };
     let mut response = if request.common.stream.is_some() {
         call.stream(answer, vec![engine_request]).await?
     } else {
@@ -192,10 +192,8 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
     let call = Call::new(&state, &engine, &origin, &request.common, "cmpl");
     let shape = completion_answer::Shape::new(&request);
     let engine_request = |prompt: &completion_answer::Prompt| Request {
-        prompt: prompt.ids.clone(),
-        params: request.params.clone(),
-        output: OutputMode::Text,
         grammar: grammar.clone(),
+        ..Request::new(prompt.ids.clone(), request.params.clone(), OutputMode::Text)
     };
     let engine_requests = prompts.iter().map(engine_request).collect();
     let harmony = Arc::clone(engine.harmony());

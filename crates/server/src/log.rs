@@ -85,6 +85,7 @@ impl Drop for Line {
             (false, Some(FinishReason::Stop)) => Some("stop"),
             (false, Some(FinishReason::Length)) => Some("length"),
             (false, Some(FinishReason::ToolCalls)) => Some("tool_calls"),
+            (false, Some(FinishReason::Repetition)) => Some("repetition"),
             (false, None) => None,
         };
         let usage = facts.usage;

@@ -172,6 +172,19 @@ impl Metrics {
         text.counter("vllm:external_prefix_cache_queries", "Always 0.", 0);
         text.counter("vllm:external_prefix_cache_hits", "Always 0.", 0);
         text.counter("vllm:num_preemptions", "Times a sequence started over.", stats.preemptions);
+        let guessed = &stats.speculation;
+        text.counter("vllm:spec_decode_num_drafts", "Guesses that were verified.", guessed.drafts);
+        text.counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", guessed.draft_tokens);
+        text.counter(
+            "vllm:spec_decode_num_accepted_tokens",
+            "Those that were right.",
+            guessed.accepted_tokens,
+        );
+        let name = "vllm:spec_decode_num_accepted_tokens_per_pos";
+        text.begin(name, "counter", "Those that were right, by their place in the guess.");
+        for (position, &count) in guessed.accepted_per_position.iter().enumerate() {
+            text.sample(&format!("{name}_total"), &format!("position=\"{position}\""), count as f64);
+        }
         text.begin("vllm:request_success", "counter", "Choices that ended, by reason.");
         for (reason, count) in REASONS.iter().zip(&self.finished) {
             let label = format!("finished_reason=\"{reason}\"");
@@ -290,6 +303,7 @@ impl Observed {
                 let reason = match reason {
                     FinishReason::Stop | FinishReason::ToolCalls => 0,
                     FinishReason::Length => 1,
+                    FinishReason::Repetition => 4,
                 };
                 metrics.finished[reason].fetch_add(1, Relaxed);
                 metrics.generated_tokens.observe(*completion_tokens as f64);

@@ -106,6 +106,7 @@ impl SamplingFields {
             bad_words: self.bad_words,
             thinking_token_budget: endpoint.thinking_token_budget,
             skip_special_tokens: self.skip_special_tokens,
+            ..SamplingParams::default()
         };
         Ok(params.validate(limits.vocab_size)?)
     }

@@ -7,8 +7,11 @@ use engine::{
     EngineOptions, Error, Event, Failure, FinishReason, SamplingParams, Scripted, Step, SubmitError,
 };
 
+use checkpoint::Config;
+use gptoss::{Backend, KvLayout, Plan, SequenceOutput};
+
 use crate::common::{
-    RETURN, channel_sink, run, says, start, submit, text_request, tokens, tokens_of, unlimited,
+    RETURN, channel_sink, harmony, run, says, start, submit, text_request, tokens, tokens_of, unlimited,
 };
 
 fn small(kv_blocks: usize) -> EngineOptions {
@@ -181,12 +184,98 @@ fn sinks_that_refuse_or_panic_cost_their_own_request_only() {
 }
 
 #[test]
-fn a_failed_step_fails_what_runs_and_the_engine_goes_on() {
+fn after_a_failed_step_requests_go_on_where_they_were() {
+    for fault in [Step::Fail("no power".to_owned()), Step::Panic("on purpose".to_owned())] {
+        let (engine, control) = controlled((0..20).chain([RETURN]).collect());
+        let requests: Vec<_> = (1..4)
+            .map(|i| submit(&engine, text_request(&[i; 20], SamplingParams { n: i as usize, ..unlimited() })))
+            .collect();
+        for _ in 0..5 {
+            control.send(Step::Run).unwrap();
+        }
+        control.send(fault).unwrap();
+        drop(control);
+        for (i, (_handle, events)) in requests.iter().enumerate() {
+            let events: Vec<Event> = events.iter().collect();
+            assert_eq!(events.last(), Some(&Event::Done));
+            for choice in 0..=i {
+                assert_eq!(tokens_of(&events, choice), (0..20).chain([RETURN]).collect::<Vec<_>>());
+            }
+        }
+        engine.shutdown();
+        engine.wait();
+        let stats = engine.stats();
+        assert_eq!((stats.failed_steps, stats.unhealthy, stats.full_blocks_used), (1, false, 0));
+    }
+}
+
+/// Fails whenever a certain token is to be computed.
+struct Fragile(Scripted);
+
+const POISON: u32 = 1000;
+
+impl Backend for Fragile {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+
+    fn kv_layout(&self) -> KvLayout {
+        self.0.kv_layout()
+    }
+
+    fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), gptoss::Error> {
+        self.0.allocate_kv(full_blocks, sliding_blocks)
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, gptoss::Error> {
+        if plan.sequences.iter().any(|s| s.tokens.contains(&POISON)) {
+            return Err(gptoss::Error::Device("poisoned".to_owned()));
+        }
+        self.0.step(plan)
+    }
+}
+
+#[test]
+fn only_the_request_that_breaks_the_device_fails() {
+    let script: Vec<u32> = (0..30).chain([RETURN]).collect();
+    let inner = Scripted::new(Scripted::gpt_oss(), vec![script.clone()]);
+    let inner = inner.with_seed(13, vec![0, 1, POISON, 2]);
+    let options = EngineOptions { max_num_seqs: 4, ..small(200) };
+    let engine = engine::Engine::start(Box::new(Fragile(inner)), harmony(), options).unwrap();
+    let requests: Vec<_> = (1..10)
+        .map(|i| {
+            let seed = if i == 3 { 13 } else { 1000 + i64::from(i) };
+            submit(&engine, text_request(&[i; 20], SamplingParams { seed: Some(seed), ..unlimited() }))
+        })
+        .collect();
+    for (i, (_handle, events)) in requests.iter().enumerate() {
+        let events: Vec<Event> = events.iter().collect();
+        if i == 2 {
+            assert!(matches!(events.last(), Some(Event::Failed(Failure::Device(_)))), "{:?}", events.last());
+            assert_eq!(tokens_of(&events, 0), [0, 1, POISON]);
+        } else {
+            assert_eq!(events.last(), Some(&Event::Done), "request {i}");
+            assert_eq!(tokens_of(&events, 0), script);
+        }
+    }
+    engine.shutdown();
+    engine.wait();
+    let stats = engine.stats();
+    assert_eq!((stats.unhealthy, stats.full_blocks_used, stats.running, stats.waiting), (false, 0, 0, 0));
+}
+
+#[test]
+fn a_step_that_fails_again_and_again_fails_its_request() {
     for fault in [Step::Fail("no power".to_owned()), Step::Panic("on purpose".to_owned())] {
         let (engine, control) = controlled(vec![9, RETURN]);
         let request = text_request(&[1; 20], SamplingParams { n: 3, ..unlimited() });
         let (_handle, events) = submit(&engine, request);
         control.send(Step::Run).unwrap();
+        control.send(fault.clone()).unwrap();
         control.send(fault).unwrap();
         let events: Vec<Event> = events.iter().collect();
         let Some(Event::Failed(Failure::Device(message))) = events.last() else { panic!("{events:?}") };
@@ -198,8 +287,77 @@ fn a_failed_step_fails_what_runs_and_the_engine_goes_on() {
         engine.shutdown();
         engine.wait();
         let stats = engine.stats();
-        assert_eq!((stats.failed_steps, stats.unhealthy, stats.full_blocks_used), (1, false, 0));
+        assert_eq!((stats.failed_steps, stats.unhealthy, stats.full_blocks_used), (2, false, 0));
     }
+}
+
+#[test]
+fn prefixes_are_shared_among_those_with_the_same_salt() {
+    let engine = start(Scripted::new(Scripted::gpt_oss(), vec![vec![11, RETURN]]), small(200));
+    let cached = |salt: Option<&str>| {
+        let request = text_request(&[5; 50], unlimited());
+        let request = engine::Request { cache_salt: salt.map(str::to_owned), ..request };
+        match run(&engine, request).swap_remove(0) {
+            Event::Started { cached_tokens, .. } => cached_tokens,
+            other => panic!("{other:?}"),
+        }
+    };
+    let found = [None, Some("a"), Some("b"), None, Some("a"), Some("b")].map(cached);
+    assert_eq!(found, [0, 0, 0, 48, 48, 48]);
+}
+
+#[test]
+fn a_second_turn_computes_what_is_new() {
+    let answer: Vec<u32> = (100..130).chain([RETURN]).collect();
+    let engine = start(Scripted::new(Scripted::gpt_oss(), vec![answer.clone()]), small(200));
+    let first: Vec<u32> = (0..200).collect();
+    run(&engine, text_request(&first, unlimited()));
+    // What was said, another word for its end, and the next question.
+    let second: Vec<u32> = first.iter().chain(&answer[..30]).copied().chain(300..320).collect();
+    let events = run(&engine, text_request(&second, unlimited()));
+    let Event::Started { cached_tokens, .. } = events[0] else { panic!("{events:?}") };
+    assert_eq!(cached_tokens, 224, "all full blocks of the 230 tokens");
+}
+
+#[test]
+fn tokens_come_in_groups_if_so_wished() {
+    let script: Vec<u32> = (0..10).chain([RETURN]).collect();
+    let engine = start(Scripted::new(Scripted::gpt_oss(), vec![script.clone()]), small(200));
+    let events = run(&engine, text_request(&[1], SamplingParams { stream_interval: 4, ..unlimited() }));
+    assert_eq!(tokens_of(&events, 0), script);
+    let sizes: Vec<usize> = events
+        .iter()
+        .filter_map(|event| match event {
+            Event::Tokens { token_ids, .. } => Some(token_ids.len()),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(sizes, [1, 4, 4, 2]);
+}
+
+#[test]
+fn an_answer_that_repeats_itself_ends() {
+    let script: Vec<u32> = [1, 2, 3, 4].into_iter().chain([7, 8, 9].repeat(5)).collect();
+    let engine = start(Scripted::new(Scripted::gpt_oss(), vec![script.clone()]), small(200));
+    let said = |min: usize, max: usize, count: usize, min_tokens: usize| {
+        let detection =
+            engine::RepetitionDetection { min_pattern_size: min, max_pattern_size: max, min_count: count };
+        let params = SamplingParams {
+            repetition_detection: Some(detection),
+            max_tokens: Some(19),
+            min_tokens,
+            ..SamplingParams::default()
+        };
+        let events = run(&engine, text_request(&[1], params));
+        let Event::Finished { reason, .. } = &events[events.len() - 2] else { panic!("{events:?}") };
+        (tokens_of(&events, 0).len(), *reason)
+    };
+    assert_eq!(said(1, 8, 3, 0), (13, FinishReason::Repetition));
+    assert_eq!(said(3, 3, 2, 0), (10, FinishReason::Repetition));
+    assert_eq!(said(1, 8, 3, 15), (16, FinishReason::Repetition));
+    assert_eq!(said(1, 2, 2, 0), (19, FinishReason::Length));
+    assert_eq!(said(4, 5, 2, 0), (19, FinishReason::Length));
+    assert_eq!(said(6, 6, 2, 0), (16, FinishReason::Repetition));
 }
 
 #[test]

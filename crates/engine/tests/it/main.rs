@@ -9,3 +9,4 @@ mod model;
 mod output;
 mod params;
 mod scheduler;
+mod speculation;

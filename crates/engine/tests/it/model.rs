@@ -16,6 +16,7 @@ use serde_json::Value;
 use tokenizer::Tokenizer;
 
 use crate::common::{harmony, submit, tokens_of, unlimited};
+use crate::speculation::always;
 
 fn testdata(path: &str) -> String {
     format!("{}/../../testdata/{path}", env!("CARGO_MANIFEST_DIR"))
@@ -69,8 +70,14 @@ fn greedy_answers_are_those_of_the_other_implementation() {
     let golden = golden();
     let prompts: Vec<Prompt> = golden.values().map(|g| Prompt::Tokens(g.prompt.clone())).collect();
     // Whole prompts; small chunks; so little memory that sequences give way.
-    for (batched_tokens, sequences, blocks) in [(512, 8, 200), (7, 3, 100), (40, 8, 24)] {
-        let llm = llm(options(batched_tokens, sequences, blocks));
+    for (batched_tokens, sequences, blocks, speculation) in [
+        (512, 8, 200, None),
+        (7, 3, 100, None),
+        (40, 8, 24, None),
+        (512, 8, 200, always()),
+        (40, 8, 24, always()),
+    ] {
+        let llm = llm(EngineOptions { speculation, ..options(batched_tokens, sequences, blocks) });
         let outputs = llm.generate(&prompts, &[greedy(32)], &mut |_| ()).unwrap();
         for ((name, golden), output) in golden.iter().zip(&outputs) {
             assert_eq!(
@@ -78,9 +85,9 @@ fn greedy_answers_are_those_of_the_other_implementation() {
                 "{name}, {batched_tokens} tokens per step"
             );
         }
-        if blocks == 24 {
-            assert!(llm.engine().stats().preemptions > 0);
-        }
+        let stats = llm.engine().stats();
+        assert!(blocks != 24 || stats.preemptions > 0);
+        assert!(speculation.is_none() || stats.speculation.accepted_tokens > 0);
     }
 }
 
@@ -92,7 +99,7 @@ fn essence(output: &RequestOutput) -> (Vec<Vec<u32>>, String) {
 }
 
 #[test]
-fn drawn_answers_do_not_depend_on_company_chunks_or_cache() {
+fn drawn_answers_do_not_depend_on_company_chunks_cache_or_guesses() {
     let golden = golden();
     let long = &golden["len64"].prompt;
     let drawn = |seed, n| SamplingParams {
@@ -126,8 +133,15 @@ fn drawn_answers_do_not_depend_on_company_chunks_or_cache() {
     assert_eq!(alone[0].0[0], alone[4].0[0], "the first choice does not depend on how many there are");
     let (prompts, params): (Vec<_>, Vec<_>) =
         jobs.iter().map(|(prompt, params)| (Prompt::Tokens(prompt.to_vec()), params.clone())).unzip();
-    for (batched_tokens, sequences, blocks) in [(512, 8, 200), (9, 9, 200), (33, 4, 24)] {
-        let llm = llm(options(batched_tokens, sequences, blocks));
+    let mut guessed = 0;
+    for (batched_tokens, sequences, blocks, speculation) in [
+        (512, 8, 200, None),
+        (9, 9, 200, None),
+        (33, 4, 24, None),
+        (512, 8, 200, always()),
+        (33, 4, 24, always()),
+    ] {
+        let llm = llm(EngineOptions { speculation, ..options(batched_tokens, sequences, blocks) });
         // The second time most prompts come from the cache.
         for _ in 0..2 {
             let outputs = llm.generate(&prompts, &params, &mut |_| ()).unwrap();
@@ -137,7 +151,9 @@ fn drawn_answers_do_not_depend_on_company_chunks_or_cache() {
             let again = llm.generate(&prompts[..1], &params[..1], &mut |_| ()).unwrap();
             assert_eq!(again[0].cached_tokens, 48);
         }
+        guessed += llm.engine().stats().speculation.draft_tokens;
     }
+    assert!(guessed > 0);
 }
 
 #[test]

@@ -19,6 +19,9 @@ struct Job {
     /// Tokens after which it is cancelled.
     cancelled_after: Option<usize>,
     own_root: bool,
+    priority: i64,
+    /// How many tokens are guessed at each step, and how many of these guesses are right.
+    guesses: (usize, usize),
 }
 
 fn job() -> impl Strategy<Value = Job> {
@@ -26,14 +29,19 @@ fn job() -> impl Strategy<Value = Job> {
     let prompt = proptest::collection::vec((0u32..2, 1usize..40), 1..5)
         .prop_map(|runs| runs.into_iter().flat_map(|(token, count)| vec![token; count]).collect());
     let outputs = proptest::collection::vec(1usize..40, 1..4);
-    (0usize..60, prompt, outputs, proptest::option::weighted(0.2, 0usize..30), proptest::bool::weighted(0.1))
-        .prop_map(|(at, prompt, outputs, cancelled_after, own_root)| Job {
+    let cancelled_after = proptest::option::weighted(0.2, 0usize..30);
+    let own_root = proptest::bool::weighted(0.1);
+    (0usize..60, prompt, outputs, cancelled_after, own_root, -1i64..2, (0usize..20, 0usize..20)).prop_map(
+        |(at, prompt, outputs, cancelled_after, own_root, priority, guesses)| Job {
             at,
             prompt,
             outputs,
             cancelled_after,
             own_root,
-        })
+            priority,
+            guesses,
+        },
+    )
 }
 
 /// Keys and values, if each were the token it is computed from.
@@ -46,7 +54,8 @@ impl Store {
     fn run(&mut self, scheduler: &Scheduler, share: &Share, expected: &[u32]) {
         let plan = scheduler.plan(share);
         assert_eq!(plan.position, share.positions.start);
-        assert_eq!(plan.tokens, expected[share.positions.clone()]);
+        assert_eq!(plan.tokens[..share.positions.len()], expected[share.positions.clone()]);
+        assert_eq!(plan.tokens[share.positions.len()..], share.guesses);
         assert_eq!(share.complete, share.positions.end == expected.len());
         let slot =
             |blocks: &[u32], p: usize| blocks[p / BLOCK_TOKENS] as usize * BLOCK_TOKENS + p % BLOCK_TOKENS;
@@ -67,6 +76,11 @@ impl Store {
     }
 }
 
+/// The token that a sequence says at a position.
+fn says(position: usize, choice: usize) -> u32 {
+    (position as u32 + choice as u32) % 3
+}
+
 fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
     let mut scheduler = Scheduler::new(limits, Blocks::new(full, sliding, WINDOW));
     let slots = |blocks| vec![None; blocks * BLOCK_TOKENS];
@@ -80,7 +94,7 @@ fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
     for step in 0.. {
         assert!(step < 100 + 20 * total, "the sequences do not come to an end");
         for (number, job) in jobs.iter().enumerate().filter(|(_, job)| job.at == step) {
-            let id = SequenceId { request: number as u64, choice: 0 };
+            let id = SequenceId { priority: job.priority, request: number as u64, choice: 0 };
             let root = if job.own_root { scheduler.new_identity() } else { SHARED };
             roots.insert(number, root);
             let tokens = Tokens::new(job.prompt.as_slice().into());
@@ -88,8 +102,16 @@ fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
             live.insert(id, job.prompt.clone());
             expected += 1;
         }
-        let shares = scheduler.schedule();
+        let mut shares = scheduler.schedule();
         scheduler.check();
+        for share in shares.iter_mut().filter(|share| share.complete && share.positions.len() == 1) {
+            let (count, right) = jobs[share.id.request as usize].guesses;
+            let said = live[&share.id].len();
+            let left = 13 * BLOCK_TOKENS - said;
+            let token = |i: usize| says(said + i, share.id.choice) + u32::from(i >= right) * 5;
+            scheduler.guess(share, (0..count.min(left)).map(token).collect());
+            scheduler.check();
+        }
         if shares.is_empty() {
             assert!(live.is_empty(), "there is work, but none is scheduled");
             if step > 60 {
@@ -124,9 +146,19 @@ fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
                 }
             }
             let said = live.get_mut(&share.id).unwrap();
-            let token = (said.len() as u32 + share.id.choice as u32) % 3;
-            said.push(token);
-            scheduler.push(share.id, token);
+            let last = job.outputs[share.id.choice];
+            let last = job.cancelled_after.filter(|&after| after > 0).map_or(last, |after| last.min(after));
+            let mut taken = 0;
+            loop {
+                let token = says(said.len(), share.id.choice);
+                said.push(token);
+                scheduler.push(share.id, token);
+                if said.len() - job.prompt.len() == last || share.guesses.get(taken) != Some(&token) {
+                    break;
+                }
+                taken += 1;
+            }
+            scheduler.accept(share.id, taken);
             let generated = said.len() - job.prompt.len();
             if job.cancelled_after == Some(generated) {
                 for choice in 0..job.outputs.len() {
@@ -158,12 +190,20 @@ proptest! {
         tokens in 8usize..100,
     ) {
         // The longest sequence, 4 · 39 + 39 tokens, fits 13 blocks, and its window two or three.
-        check(&jobs, full, sliding, Limits { sequences, tokens });
+        check(&jobs, full, sliding, Limits { sequences, tokens, prompt_tokens: tokens / 2 });
     }
 }
 
+fn limits(sequences: usize, tokens: usize) -> Limits {
+    Limits { sequences, tokens, prompt_tokens: tokens }
+}
+
 fn add(scheduler: &mut Scheduler, request: u64, prompt: &[u32]) -> SequenceId {
-    let id = SequenceId { request, choice: 0 };
+    add_with(scheduler, 0, request, prompt)
+}
+
+fn add_with(scheduler: &mut Scheduler, priority: i64, request: u64, prompt: &[u32]) -> SequenceId {
+    let id = SequenceId { priority, request, choice: 0 };
     scheduler
         .add(id, NewSequence { tokens: Tokens::new(prompt.into()), root: SHARED, cache_limit: usize::MAX });
     id
@@ -183,7 +223,7 @@ fn step(scheduler: &mut Scheduler) -> Vec<(u64, std::ops::Range<usize>)> {
 
 #[test]
 fn decodes_come_first_then_chunks_in_order_of_arrival() {
-    let mut scheduler = Scheduler::new(Limits { sequences: 3, tokens: 20 }, Blocks::new(100, 100, 16));
+    let mut scheduler = Scheduler::new(limits(3, 20), Blocks::new(100, 100, 16));
     add(&mut scheduler, 1, &[1; 10]);
     add(&mut scheduler, 2, &[2; 30]);
     add(&mut scheduler, 3, &[3; 5]);
@@ -192,13 +232,60 @@ fn decodes_come_first_then_chunks_in_order_of_arrival() {
     assert_eq!(step(&mut scheduler), [(1, 10..11), (2, 10..29)]);
     // The last token of a prompt counts as a decode; the fourth waits for a place.
     assert_eq!(step(&mut scheduler), [(1, 11..12), (2, 29..30), (3, 0..5)]);
-    scheduler.remove(SequenceId { request: 1, choice: 0 });
+    scheduler.remove(SequenceId { priority: 0, request: 1, choice: 0 });
     assert_eq!(step(&mut scheduler), [(2, 30..31), (3, 5..6), (4, 0..5)]);
 }
 
 #[test]
+fn a_long_prompt_leaves_room_for_others() {
+    let limits = Limits { prompt_tokens: 8, ..limits(3, 20) };
+    let mut scheduler = Scheduler::new(limits, Blocks::new(100, 100, 16));
+    add(&mut scheduler, 1, &[1; 30]);
+    add(&mut scheduler, 2, &[2; 5]);
+    assert_eq!(step(&mut scheduler), [(1, 0..8), (2, 0..5)]);
+    assert_eq!(step(&mut scheduler), [(2, 5..6), (1, 8..16)]);
+}
+
+#[test]
+fn a_better_priority_goes_first_and_takes_places() {
+    let mut scheduler = Scheduler::new(limits(2, 64), Blocks::new(100, 100, 16));
+    add_with(&mut scheduler, 1, 1, &[1; 20]);
+    add_with(&mut scheduler, 0, 2, &[2; 20]);
+    add_with(&mut scheduler, 0, 3, &[3; 20]);
+    assert_eq!(step(&mut scheduler), [(2, 0..20), (3, 0..20)]);
+    scheduler.remove(SequenceId { priority: 0, request: 2, choice: 0 });
+    assert_eq!(step(&mut scheduler), [(3, 20..21), (1, 0..20)]);
+    // Equal ones wait, a better one does not.
+    add_with(&mut scheduler, 1, 4, &[4; 20]);
+    assert_eq!(step(&mut scheduler), [(3, 21..22), (1, 20..21)]);
+    add_with(&mut scheduler, -5, 5, &[5; 20]);
+    assert_eq!(step(&mut scheduler), [(3, 22..23), (5, 0..20)]);
+    assert_eq!(scheduler.preemptions(), 1);
+}
+
+#[test]
+fn guesses_take_no_block_that_others_need() {
+    let mut scheduler = Scheduler::new(limits(4, 64), Blocks::new(4, 4, 16));
+    let id = add(&mut scheduler, 1, &[1; 15]);
+    assert_eq!(step(&mut scheduler), [(1, 0..15)]);
+    let guess = |scheduler: &mut Scheduler, count: usize| {
+        let mut share = scheduler.schedule().remove(0);
+        scheduler.guess(&mut share, vec![7; count]);
+        scheduler.check();
+        (share.guesses.len(), scheduler.plan(&share).full_blocks.len())
+    };
+    // One of the three blocks left stays free.
+    assert_eq!(guess(&mut scheduler, 33), (0, 1));
+    assert_eq!(guess(&mut scheduler, 32), (32, 3));
+    scheduler.push(id, 7);
+    scheduler.accept(id, 1);
+    add(&mut scheduler, 2, &[2; 3]);
+    assert_eq!(scheduler.schedule().len(), 1, "there is no block left but the one that is needed");
+}
+
+#[test]
 fn the_youngest_gives_way_and_comes_back() {
-    let mut scheduler = Scheduler::new(Limits { sequences: 4, tokens: 64 }, Blocks::new(4, 4, 16));
+    let mut scheduler = Scheduler::new(limits(4, 64), Blocks::new(4, 4, 16));
     let old = add(&mut scheduler, 1, &[1; 31]);
     let young = add(&mut scheduler, 2, &[2; 15]);
     assert_eq!(step(&mut scheduler), [(1, 0..31), (2, 0..15)]);
@@ -215,7 +302,7 @@ fn the_youngest_gives_way_and_comes_back() {
 
 #[test]
 fn a_prefix_is_found_as_long_as_its_window_is() {
-    let mut scheduler = Scheduler::new(Limits { sequences: 4, tokens: 256 }, Blocks::new(16, 6, 16));
+    let mut scheduler = Scheduler::new(limits(4, 256), Blocks::new(16, 6, 16));
     let prompt: Vec<u32> = (0..80).collect();
     let first = add(&mut scheduler, 1, &prompt);
     assert_eq!(step(&mut scheduler), [(1, 0..80)]);

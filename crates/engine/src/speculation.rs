@@ -1,0 +1,342 @@
+//! Guesses what a sequence says next by what followed when it last said the same, so that one step verifies several tokens.
+//!
+//! A guess costs nothing but the longer step, and a wrong one changes no token. How many are worth it is weighed before
+//! each step: how often the sequence's guesses came true (whether or not they were sent), against how much longer steps of
+//! so many tokens took.
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use crate::kv::Tokens;
+
+/// Guesses from what the sequence has said before.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Speculation {
+    /// Guessed tokens per sequence and step, at most. Default 8.
+    pub tokens: usize,
+    /// The last tokens must have occurred before, at least this many. Default 3.
+    pub lookup_min: usize,
+    /// Of several such places the one that agrees longest is taken, up to this many tokens. Default 16.
+    pub lookup_max: usize,
+    /// Guesses are made only where they are expected to save time. Default true.
+    pub adaptive: bool,
+}
+
+impl Default for Speculation {
+    fn default() -> Speculation {
+        Speculation { tokens: 8, lookup_min: 3, lookup_max: 16, adaptive: true }
+    }
+}
+
+/// What guessing brought so far.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct SpeculationCounts {
+    /// Guesses verified, of one or more tokens.
+    pub drafts: u64,
+    /// Their tokens.
+    pub draft_tokens: u64,
+    /// Those that were right.
+    pub accepted_tokens: u64,
+    /// The same by place in the guess.
+    pub accepted_per_position: Vec<u64>,
+}
+
+/// Places to compare for one guess: the most recent ones are enough.
+const MAX_PLACES: usize = 16;
+
+/// Where a sequence has said what, and how often a guess from there was right.
+#[derive(Debug, Default)]
+pub(crate) struct Guesser {
+    /// By a hash of the last `lookup_min` tokens: the last place after them.
+    last: HashMap<u64, u32>,
+    /// For each place the one before it with the same hash, or [`NOWHERE`].
+    before: Vec<u32>,
+    rates: [Rate; CLASSES],
+    /// The guess for what comes next, and its class.
+    open: Option<(usize, Vec<u32>)>,
+}
+
+const NOWHERE: u32 = u32::MAX;
+
+/// Guesses by the length of what agrees before them.
+const CLASSES: usize = 3;
+/// What is believed of a class at first.
+const PRIOR: [f64; CLASSES] = [0.4, 0.6, 0.85];
+/// The weight of that belief, in tokens.
+const PRIOR_WEIGHT: f64 = 2.0;
+/// What an observation still counts after the next.
+const DECAY: f64 = 0.9;
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Rate {
+    right: f64,
+    all: f64,
+}
+
+/// What may be verified for a sequence.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Chance {
+    /// Tokens guessed.
+    pub(crate) tokens: usize,
+    /// Probability that one is right if those before it were.
+    pub(crate) probability: f64,
+}
+
+impl Guesser {
+    /// Guesses at most `count` tokens that follow.
+    pub(crate) fn guess(&mut self, tokens: &Tokens, options: &Speculation, count: usize) -> Chance {
+        self.index(tokens, options.lookup_min);
+        let guess = self.longest(tokens, options).map(|(place, agreeing)| {
+            // Where the place is near the end, what is guessed repeats itself.
+            let period = tokens.len() - place;
+            let guess = (0..count).map(|i| tokens.at(place + i % period)).collect();
+            (agreeing.ilog2().saturating_sub(1).min(CLASSES as u32 - 1) as usize, guess)
+        });
+        self.open = guess;
+        let Some((class, guess)) = &self.open else { return Chance { tokens: 0, probability: 0.0 } };
+        let Rate { right, all } = self.rates[*class];
+        let probability = (right + PRIOR_WEIGHT * PRIOR[*class]) / (all + PRIOR_WEIGHT);
+        Chance { tokens: guess.len(), probability }
+    }
+
+    /// The beginning of the last guess.
+    pub(crate) fn open(&self, count: usize) -> Vec<u32> {
+        self.open.as_ref().map_or_else(Vec::new, |(_, guess)| guess[..count.min(guess.len())].to_vec())
+    }
+
+    /// Learns from what really came.
+    pub(crate) fn learn(&mut self, drawn: &[u32]) {
+        let Some((class, guess)) = self.open.take() else { return };
+        let right = guess.iter().zip(drawn).take_while(|(guess, drawn)| guess == drawn).count();
+        let seen = guess.len().min(drawn.len()).min(right + 1);
+        let rate = &mut self.rates[class];
+        rate.right = rate.right * DECAY + right as f64;
+        rate.all = rate.all * DECAY + seen as f64;
+    }
+
+    /// Takes note of what is new.
+    fn index(&mut self, tokens: &Tokens, least: usize) {
+        for place in self.before.len()..tokens.len() {
+            // A guess needs a token after its place, so the end is not one yet.
+            let before = match place >= least {
+                true => self.last.insert(hash(tokens, place, least), place as u32),
+                false => None,
+            };
+            self.before.push(before.unwrap_or(NOWHERE));
+        }
+    }
+
+    /// The place whose tokens before it agree longest with the last ones, and how many do.
+    fn longest(&self, tokens: &Tokens, options: &Speculation) -> Option<(usize, usize)> {
+        let end = tokens.len();
+        if end <= options.lookup_min {
+            return None;
+        }
+        let mut place = self.last.get(&hash(tokens, end, options.lookup_min)).copied();
+        let mut best: Option<(usize, usize)> = None;
+        for _ in 0..MAX_PLACES {
+            let Some(at) = place.filter(|&place| place != NOWHERE).map(|place| place as usize) else { break };
+            let most = options.lookup_max.max(options.lookup_min).min(at);
+            let agreeing = (1..=most).take_while(|i| tokens.at(at - i) == tokens.at(end - i)).count();
+            if agreeing >= options.lookup_min && best.is_none_or(|(_, longest)| agreeing > longest) {
+                best = Some((at, agreeing));
+            }
+            place = self.before.get(at).copied();
+        }
+        best
+    }
+}
+
+/// Of the `count` tokens before a place (FNV-1a).
+fn hash(tokens: &Tokens, place: usize, count: usize) -> u64 {
+    (place - count..place).fold(0xcbf2_9ce4_8422_2325, |hash, at| {
+        (hash ^ u64::from(tokens.at(at))).wrapping_mul(0x0000_0100_0000_01b3)
+    })
+}
+
+/// Steps of more tokens are not considered: large batches have no time to give away.
+pub(crate) const MAX_STEP_TOKENS: usize = 64;
+/// A number of tokens that was measured less often is believed to be cheap.
+const TRIALS: u32 = 3;
+/// A measurement of so many steps ago is forgotten.
+const STALE: u64 = 512;
+/// Growth per token of steps that were never measured.
+const HOPE: f64 = 0.01;
+/// What guessing must save at least: less is noise.
+const MARGIN: f64 = 1.03;
+
+/// How long steps take, by their number of tokens.
+#[derive(Debug)]
+pub(crate) struct Costs {
+    times: [Time; MAX_STEP_TOKENS + 1],
+    steps: u64,
+}
+
+#[derive(Debug, Clone, Copy, Default)]
+struct Time {
+    seconds: f64,
+    measured: u32,
+    at: u64,
+}
+
+impl Default for Costs {
+    fn default() -> Costs {
+        Costs { times: [Time::default(); MAX_STEP_TOKENS + 1], steps: 0 }
+    }
+}
+
+impl Costs {
+    /// Takes note of a step.
+    pub(crate) fn measure(&mut self, tokens: usize, time: Duration) {
+        let Some(entry) = self.times.get_mut(tokens) else { return };
+        self.steps += 1;
+        let seconds = time.as_secs_f64();
+        if self.steps - entry.at > STALE {
+            *entry = Time::default();
+        }
+        entry.seconds = match entry.measured {
+            0 => seconds,
+            // The first of its kind may have had something to prepare.
+            1 | 2 => entry.seconds.min(seconds),
+            _ => entry.seconds + 0.125 * (seconds - entry.seconds),
+        };
+        entry.measured += 1;
+        entry.at = self.steps;
+    }
+
+    /// How many tokens to verify for each sequence of a step that has `tokens` without any.
+    pub(crate) fn choose(&self, tokens: usize, chances: &[Chance]) -> Vec<usize> {
+        let mut best = vec![0; chances.len()];
+        let Some(now) = self.seconds(tokens).filter(|&now| now > 0.0) else { return best };
+        let mut chosen = best.clone();
+        let mut expected = chances.len() as f64;
+        let mut most = MARGIN * expected / now;
+        // The most probable token first.
+        let mut probabilities: Vec<f64> = chances.iter().map(|chance| chance.probability).collect();
+        for total in tokens + 1..=MAX_STEP_TOKENS {
+            let open = (0..chances.len()).filter(|&s| chosen[s] < chances[s].tokens);
+            let Some(next) = open.max_by(|&a, &b| probabilities[a].total_cmp(&probabilities[b])) else {
+                break;
+            };
+            expected += probabilities[next];
+            probabilities[next] *= chances[next].probability;
+            chosen[next] += 1;
+            let rate = self.seconds(total).map_or(0.0, |seconds| expected / seconds);
+            if rate > most {
+                most = rate;
+                best.clone_from(&chosen);
+            }
+        }
+        best
+    }
+
+    /// What a step of so many tokens is expected to take, if any was measured.
+    fn seconds(&self, tokens: usize) -> Option<f64> {
+        let known = |count: &usize| {
+            let entry = &self.times[*count];
+            entry.measured > 0 && self.steps - entry.at <= STALE
+        };
+        let below = (0..=tokens).rev().find(known);
+        let above = (tokens..=MAX_STEP_TOKENS).find(known);
+        let hoped = below.map(|below| self.times[below].seconds * (1.0 + HOPE * (tokens - below) as f64));
+        match (below, above) {
+            (Some(below), Some(above)) if below == above => {
+                let entry = self.times[tokens];
+                let smaller = (0..tokens).rev().find(known).map(|b| self.times[b].seconds);
+                // Not believed yet: it gets a few more trials.
+                match smaller.filter(|_| entry.measured < TRIALS) {
+                    Some(smaller) => Some(entry.seconds.min(smaller * (1.0 + HOPE))),
+                    None => Some(entry.seconds),
+                }
+            }
+            (Some(below), Some(above)) => {
+                let (low, high) = (self.times[below].seconds, self.times[above].seconds);
+                let share = (tokens - below) as f64 / (above - below) as f64;
+                Some(low + share * (high - low))
+            }
+            (Some(_), None) => hoped,
+            (None, Some(above)) => Some(self.times[above].seconds),
+            (None, None) => None,
+        }
+    }
+}
+
+impl SpeculationCounts {
+    pub(crate) fn add(&mut self, guessed: usize, accepted: usize) {
+        self.drafts += 1;
+        self.draft_tokens += guessed as u64;
+        self.accepted_tokens += accepted as u64;
+        if self.accepted_per_position.len() < guessed {
+            self.accepted_per_position.resize(guessed, 0);
+        }
+        self.accepted_per_position[..accepted].iter_mut().for_each(|count| *count += 1);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn guess(text: &str, count: usize) -> String {
+        let tokens: Vec<u32> = text.chars().map(u32::from).collect();
+        let mut guesser = Guesser::default();
+        let tokens = Tokens::new(tokens.into());
+        guesser.guess(&tokens, &Speculation::default(), count);
+        guesser.open(count).into_iter().filter_map(char::from_u32).collect()
+    }
+
+    #[test]
+    fn what_followed_the_same_words_is_guessed() {
+        assert_eq!(guess("one two three, one two", 6), " three");
+        // The place that agrees longest, not the last one.
+        assert_eq!(guess("I say that this is so. No: this was not. I say that this ", 6), "is so.");
+        // Of equal ones the last.
+        assert_eq!(guess("abc1.abc2.abc", 1), "2");
+        assert_eq!(guess("abcdef", 3), "");
+        assert_eq!(guess("ab", 3), "");
+        // What repeats itself goes on so.
+        assert_eq!(guess("xyxyxy", 5), "xyxyx");
+        assert_eq!(guess("aaaa", 3), "aaa");
+    }
+
+    #[test]
+    fn guesses_that_fail_are_not_believed_for_long() {
+        let tokens = Tokens::new("one two three, one two".chars().map(u32::from).collect());
+        let mut guesser = Guesser::default();
+        let mut probability = |drawn: &[u32]| {
+            let chance = guesser.guess(&tokens, &Speculation::default(), 4);
+            assert_eq!(chance.tokens, 4);
+            guesser.learn(drawn);
+            chance.probability
+        };
+        let first = probability(&[0]);
+        let second = probability(&[0]);
+        assert!(second < first);
+        let right: Vec<u32> = " thr?".chars().map(u32::from).collect();
+        let third = probability(&right);
+        assert!(third < second && probability(&right) > third);
+    }
+
+    #[test]
+    fn guesses_are_verified_where_that_saves_time() {
+        let likely = Chance { tokens: 8, probability: 0.9 };
+        let unlikely = Chance { tokens: 8, probability: 0.2 };
+        let mut costs = Costs::default();
+        let millis = Duration::from_millis;
+        assert_eq!(costs.choose(1, &[likely]), [0], "nothing is known");
+        (0..5).for_each(|_| costs.measure(1, millis(100)));
+        assert_eq!(costs.choose(1, &[likely]), [8], "it is tried");
+        (0..5).for_each(|_| costs.measure(9, millis(200)));
+        (0..5).for_each(|_| costs.measure(2, millis(180)));
+        // One more token costs much, eight hardly more.
+        assert_eq!(costs.choose(1, &[likely]), [8]);
+        assert_eq!(costs.choose(1, &[unlikely]), [0]);
+        assert_eq!(costs.choose(1, &[Chance { tokens: 1, probability: 0.75 }]), [0]);
+        // What is likely goes first.
+        assert_eq!(costs.choose(2, &[unlikely, likely])[1], 8);
+        // A long step once is not held against it for ever.
+        (0..STALE).for_each(|_| costs.measure(1, millis(20)));
+        costs.measure(1, millis(20));
+        assert_eq!(costs.choose(1, &[likely]), [8]);
+    }
+}
