@@ -1,6 +1,7 @@
 //! The backend: packed weights, the key/value cache and the step over a ragged batch.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use checkpoint::{Config, LayerKind, MatrixKind, Values, VectorKind, Weights};
 use gptoss::{
@@ -8,9 +9,12 @@ use gptoss::{
     sample, score,
 };
 
-use crate::kernels::{Attend, Isa, Kernels};
-use crate::packed::{Job, Output, PackedMatrix, Product, multiply};
+use crate::attention::{Attend, TILE};
+use crate::kernels::{Isa, Kernels};
+use crate::packed::{Job, Output, PackedMatrix, Then, multiply};
 use crate::pool::{Pool, physical_cores};
+use crate::products::Records;
+use crate::records::{Activations, COLUMNS, Kind, Layout};
 use crate::simd::LANES;
 
 // A block of keys is one vector per entry of the head.
@@ -19,6 +23,9 @@ const _: () = assert!(BLOCK_TOKENS == LANES);
 /// Rows of logits that exist at a time: 16 rows of the 20b's vocabulary are 13 MB.
 const LOGIT_ROWS: usize = 16;
 
+/// Tokens per task of what is done token by token: less than this is not worth a hand-over.
+const TOKEN_TASK: usize = 8;
+
 /// How to run on this CPU.
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Options {
@@ -26,12 +33,28 @@ pub struct Options {
     pub threads: Option<usize>,
     /// Instruction set; `None`: the best available.
     pub isa: Option<Isa>,
+    /// Keeps what is stored in 16 bits in eight, with one scale per row; routers stay.
+    pub fast_weights: bool,
+    /// What weights of four or eight bits are multiplied with.
+    pub activations: Activations,
 }
 
-/// gpt-oss on CPU cores, activations in f32.
+/// Time spent in one kind of phase.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Timing {
+    /// Which phase.
+    pub kernel: &'static str,
+    /// How often it ran.
+    pub count: usize,
+    /// Seconds of all runs.
+    pub seconds: f64,
+}
+
+/// gpt-oss on CPU cores.
 pub struct Cpu {
     config: Config,
     kernels: &'static Kernels,
+    options: Options,
     pool: Pool,
     rotary: Rotary,
     /// The embedding is looked up where it lies: in the mapped file, or in the matrix made for it.
@@ -42,6 +65,7 @@ pub struct Cpu {
     unembedding: PackedMatrix,
     cache: Vec<LayerCache>,
     blocks: (usize, usize),
+    scratch: Scratch,
 }
 
 struct Layer {
@@ -71,6 +95,54 @@ struct LayerCache {
     values: Vec<f32>,
 }
 
+/// What a step writes on the way, kept from step to step.
+#[derive(Default)]
+struct Scratch {
+    /// The residual stream `[tokens, hidden]`.
+    x: Vec<f32>,
+    /// A norm of it.
+    h: Vec<f32>,
+    /// The records of what is multiplied next, as f32 and as limbs.
+    float_words: Vec<u32>,
+    limb_words: Vec<u32>,
+    /// `[tokens, (query heads + 2 · kv heads) · head size]`
+    qkv: Vec<f32>,
+    /// `[tokens, query heads · head size]`
+    context: Vec<f32>,
+    /// `[tokens, experts]`
+    router: Vec<f32>,
+    /// `[slots, intermediate]`, a slot being a token at one of its experts.
+    inner: Vec<f32>,
+    /// `[slots, hidden]`
+    results: Vec<f32>,
+    /// `[tokens, vocabulary]`
+    logits: Vec<f32>,
+    times: Times,
+}
+
+/// The clock of a profile, which only runs when it is asked for.
+#[derive(Default)]
+struct Times {
+    on: bool,
+    timings: Vec<Timing>,
+}
+
+impl Times {
+    fn run<T>(&mut self, kernel: &'static str, work: impl FnOnce() -> T) -> T {
+        if !self.on {
+            return work();
+        }
+        let start = Instant::now();
+        let result = work();
+        let seconds = start.elapsed().as_secs_f64();
+        match self.timings.iter_mut().find(|t| t.kernel == kernel) {
+            Some(timing) => (timing.count, timing.seconds) = (timing.count + 1, timing.seconds + seconds),
+            None => self.timings.push(Timing { kernel, count: 1, seconds }),
+        }
+        result
+    }
+}
+
 impl Cpu {
     /// Packs `weights` tensor by tensor. `progress` is called with the layers done and their number.
     pub fn load(
@@ -83,14 +155,21 @@ impl Cpu {
         let kernels = isa
             .kernels()
             .ok_or_else(|| Error::Unsupported(format!("this CPU does not have {}", isa.name())))?;
+        if !config.intermediate_size.is_multiple_of(LANES) {
+            return Err(Error::Unsupported(format!(
+                "intermediate_size: expected a multiple of {LANES}, found {}",
+                config.intermediate_size
+            )));
+        }
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores));
         let count = config.layer_kinds.len();
         let mut layers = Vec::with_capacity(count);
         for layer in 0..count {
             progress(layer, count);
-            layers.push(Layer::load(&*weights, layer, &pool)?);
+            layers.push(Layer::load(&*weights, layer, options.fast_weights, &pool)?);
         }
-        let unembedding = PackedMatrix::load(&*weights, MatrixKind::Unembedding.at(0), &pool)?;
+        let unembedding =
+            PackedMatrix::load(&*weights, MatrixKind::Unembedding.at(0), options.fast_weights, &pool)?;
         let final_norm = weights.vector(VectorKind::FinalNorm.at(0))?.to_f32();
         let embedding = keep_if_owned(weights.matrix(MatrixKind::Embedding.at(0), 0)?);
         progress(count, count);
@@ -99,6 +178,7 @@ impl Cpu {
         Ok(Cpu {
             config,
             kernels,
+            options,
             pool,
             rotary,
             weights,
@@ -108,6 +188,7 @@ impl Cpu {
             unembedding,
             cache,
             blocks: (0, 0),
+            scratch: Scratch::default(),
         })
     }
 
@@ -135,7 +216,17 @@ impl Cpu {
         &self.pool
     }
 
-    fn embed(&self, plan: &Plan) -> Result<Vec<f32>, Error> {
+    /// Runs one step and says how long each kind of phase took.
+    pub fn profile(&mut self, plan: &Plan) -> Result<Vec<Timing>, Error> {
+        self.scratch.times.on = true;
+        let result = self.step(plan);
+        let mut timings = std::mem::take(&mut self.scratch.times).timings;
+        result?;
+        timings.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
+        Ok(timings)
+    }
+
+    fn embed(&self, plan: &Plan, x: &mut [f32]) -> Result<(), Error> {
         let mapped;
         let embedding = match &self.embedding {
             Some(kept) => kept,
@@ -145,231 +236,302 @@ impl Cpu {
             }
         };
         let tokens = plan.sequences.iter().flat_map(|s| &s.tokens);
-        let mut x = vec![0.0; tokens.clone().count() * self.config.hidden_size];
         for (x, &token) in x.chunks_exact_mut(self.config.hidden_size).zip(tokens) {
             embedding.row(token as usize, x);
         }
-        Ok(x)
+        Ok(())
     }
 
-    fn norm(&self, x: &[f32], scale: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len()];
+    /// Calls `work` for each of `0..tokens`, several per task.
+    fn each_token(&self, tokens: usize, work: &(dyn Fn(usize) + Sync)) {
+        self.pool.run(tokens.div_ceil(TOKEN_TASK), &|task| {
+            (task * TOKEN_TASK..((task + 1) * TOKEN_TASK).min(tokens)).for_each(work);
+        });
+    }
+
+    /// RMSNorm of each token of `x`, to `h`.
+    fn norm(&self, x: &[f32], scale: &[f32], h: &mut [f32]) {
         let width = self.config.hidden_size;
-        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
-            // SAFETY: the kernels were chosen for this CPU; the config makes the width a multiple of 32.
-            unsafe { (self.kernels.rms_norm)(x, scale, self.config.rms_norm_eps, out) };
-        }
-        out
-    }
-
-    /// Attention of one layer over the batch: `h` is normed, the result is added to `x`.
-    fn attention(&mut self, index: usize, h: &[f32], x: &mut [f32], plan: &Plan, tables: &Tables) {
-        let (config, layer) = (&self.config, &self.layers[index]);
-        let (size, groups) = (config.head_dim, config.query_heads / config.kv_heads);
-        let (q_width, kv_width) = (config.query_heads * size, config.kv_heads * size);
-        let stride = q_width + 2 * kv_width;
-        let tokens = h.len() / config.hidden_size;
-
-        let mut qkv = vec![0.0; tokens * stride];
-        let out = Output::new(&mut qkv);
-        let part = |matrix, bias, offset| Job {
-            product: Product { matrix, expert: 0, x: h, take: None, bias: Some(bias) },
-            out,
-            offset,
-            stride,
-        };
-        let jobs = [
-            part(&layer.query, &layer.query_bias[..], 0),
-            part(&layer.key, &layer.key_bias, q_width),
-            part(&layer.value, &layer.value_bias, q_width + kv_width),
-        ];
-        multiply(&self.pool, self.kernels, &jobs);
-
-        // Rotate, scale the queries (exact for a head size that is a power of four), store keys and values.
-        let sliding = config.layer_kinds[index] == LayerKind::Sliding;
-        let cache = &mut self.cache[index];
-        let block_len = kv_width * BLOCK_TOKENS;
-        let scale = 1.0 / (size as f32).sqrt();
-        let half = size / 2;
-        let mut row = 0;
-        for sequence in &plan.sequences {
-            let blocks = if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks };
-            for t in 0..sequence.tokens.len() {
-                let (cos, sin) = (&tables.cos[row * half..][..half], &tables.sin[row * half..][..half]);
-                let qkv = &mut qkv[row * stride..][..stride];
-                for (head, values) in qkv[..q_width + kv_width].chunks_exact_mut(size).enumerate() {
-                    let (first, second) = values.split_at_mut(half);
-                    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                    }
-                    if head < config.query_heads {
-                        values.iter_mut().for_each(|v| *v *= scale);
-                    }
-                }
-                let position = sequence.position + t;
-                let at = blocks[position / BLOCK_TOKENS] as usize * block_len;
-                let lane = position % BLOCK_TOKENS;
-                let (keys, values) = qkv[q_width..].split_at(kv_width);
-                for (e, &key) in keys.iter().enumerate() {
-                    cache.keys[at + e * BLOCK_TOKENS + lane] = key;
-                }
-                for (head, values) in values.chunks_exact(size).enumerate() {
-                    let to = at + (head * BLOCK_TOKENS + lane) * size;
-                    cache.values[to..to + size].copy_from_slice(values);
-                }
-                row += 1;
-            }
-        }
-
-        // One task per key/value head and a few tokens.
-        const TASK_TOKENS: usize = 4;
-        let cache = &self.cache[index];
-        let width = layer.output.cols;
-        let mut context = vec![0.0; tokens * width];
-        let out = Output::new(&mut context);
-        let token_tasks = tokens.div_ceil(TASK_TOKENS);
-        self.pool.run(token_tasks * config.kv_heads, &|task| {
-            let head = task % config.kv_heads;
-            let mut scores = Vec::new();
-            let from = task / config.kv_heads * TASK_TOKENS;
-            for row in from..(from + TASK_TOKENS).min(tokens) {
-                let (s, position) = tables.rows[row];
-                let sequence = &plan.sequences[s];
-                let job = Attend {
-                    queries: &qkv[row * stride + head * groups * size..][..groups * size],
-                    sinks: &layer.sinks[head * groups..][..groups],
-                    keys: &cache.keys[head * size * BLOCK_TOKENS..],
-                    values: &cache.values[head * size * BLOCK_TOKENS..],
-                    stride: block_len,
-                    blocks: if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks },
-                    first: if sliding { (position + 1).saturating_sub(config.sliding_window) } else { 0 },
-                    last: position,
-                };
-                // SAFETY: each task has its own heads of its own rows; the kernels were chosen for this CPU.
-                unsafe {
-                    let out = out.slice(row * width + head * groups * size, groups * size);
-                    (self.kernels.attend)(&job, &mut scores, out);
-                }
-            }
-        });
-
-        let a = self.product(&layer.output, &context, &layer.output_bias);
-        add(x, &a);
-    }
-
-    /// The mixture of experts of one layer: `h` is normed, the result is added to `x`.
-    fn moe(&self, index: usize, h: &[f32], x: &mut [f32]) {
-        let (config, layer) = (&self.config, &self.layers[index]);
-        let (d, i, k) = (config.hidden_size, config.intermediate_size, config.experts_per_token);
-        let router = self.product(&layer.router, h, &layer.router_bias);
-        let routes: Vec<Vec<(usize, f32)>> =
-            router.chunks_exact(config.experts).map(|logits| gptoss::top_experts(logits, k)).collect();
-
-        // Group by expert; slot `s` of the results belongs to the s-th (expert, token) pair in expert order.
-        let mut tokens_of = vec![Vec::new(); config.experts];
-        for (t, route) in routes.iter().enumerate() {
-            for &(expert, _) in route {
-                tokens_of[expert].push(t);
-            }
-        }
-        let mut first_slot = vec![0; config.experts];
-        let mut slots = 0;
-        for (first, tokens) in first_slot.iter_mut().zip(&tokens_of) {
-            *first = slots;
-            slots += tokens.len();
-        }
-
-        let mut z = vec![0.0; slots * 2 * i];
-        let out = Output::new(&mut z);
-        let active = || (0..config.experts).filter(|&e| !tokens_of[e].is_empty());
-        let jobs: Vec<Job<'_>> = active()
-            .map(|expert| Job {
-                product: Product {
-                    matrix: &layer.gate_up,
-                    expert,
-                    x: h,
-                    take: Some(&tokens_of[expert]),
-                    bias: Some(&layer.gate_up_bias[expert * 2 * i..][..2 * i]),
-                },
-                out,
-                offset: first_slot[expert] * 2 * i,
-                stride: 2 * i,
-            })
-            .collect();
-        multiply(&self.pool, self.kernels, &jobs);
-
-        let mut y = vec![0.0; slots * i];
-        let out = Output::new(&mut y);
-        self.pool.run(slots, &|slot| {
-            // SAFETY: each task has its own slot; the kernels were chosen for this CPU, `z` has twice the length.
+        let out = Output::new(h);
+        self.each_token(x.len() / width, &|t| {
+            // SAFETY: each token has a place of its own; the kernels were chosen for this CPU; the config makes the width a
+            // multiple of 32.
             unsafe {
-                let out = out.slice(slot * i, i);
-                (self.kernels.swiglu)(
-                    &z[slot * 2 * i..][..2 * i],
-                    config.swiglu_limit,
-                    config.swiglu_alpha,
-                    out,
-                );
+                let out = out.slice(t * width, width);
+                (self.kernels.rms_norm)(&x[t * width..][..width], scale, self.config.rms_norm_eps, out);
             }
         });
+    }
 
-        let mut results = vec![0.0; slots * d];
-        let out = Output::new(&mut results);
-        let jobs: Vec<Job<'_>> = active()
-            .map(|expert| Job {
-                product: Product {
-                    matrix: &layer.down,
-                    expert,
-                    x: &y[first_slot[expert] * i..][..tokens_of[expert].len() * i],
-                    take: None,
-                    bias: Some(&layer.down_bias[expert * d..][..d]),
-                },
-                out,
-                offset: first_slot[expert] * d,
-                stride: d,
-            })
-            .collect();
-        multiply(&self.pool, self.kernels, &jobs);
-
-        // The weighted sum in the order of the ranks; tokens ascend within an expert, so a counter finds the slot.
-        let mut next_slot = first_slot;
-        let mut sum = vec![0.0; d];
-        for (x, route) in x.chunks_exact_mut(d).zip(&routes) {
-            sum.fill(0.0);
-            for &(expert, weight) in route {
-                let result = &results[next_slot[expert] * d..][..d];
-                next_slot[expert] += 1;
-                sum.iter_mut().zip(result).for_each(|(sum, r)| *sum += weight * r);
-            }
-            add(x, &sum);
+    /// The records of each row of `x` (`width` wide) for products with `matrices`, which may differ in the kind they need.
+    fn records<'a>(
+        &self,
+        matrices: &[&PackedMatrix],
+        x: &[f32],
+        width: usize,
+        words: (&'a mut Vec<u32>, &'a mut Vec<u32>),
+    ) -> Prepared<'a> {
+        let make = |kind: Kind, words: &'a mut Vec<u32>| {
+            let layout = Layout { kind, tokens: x.len() / width, cols: width.next_multiple_of(COLUMNS) };
+            let words = room(words, layout.len());
+            let place = Place(words.as_mut_ptr());
+            self.each_token(layout.tokens, &|t| {
+                // SAFETY: each token's records are its own.
+                unsafe { layout.write(self.kernels, t, &x[t * width..][..width], place.get()) };
+            });
+            layout.records(words)
+        };
+        let kind = |limbs: bool| {
+            let kinds = matrices.iter().map(|m| m.records(self.options.activations));
+            kinds.into_iter().find(|kind| matches!(kind, Kind::Limbs(_)) == limbs)
+        };
+        Prepared {
+            float: kind(false).map(|kind| make(kind, words.0)),
+            limbs: kind(true).map(|kind| make(kind, words.1)),
         }
     }
 
-    fn product(&self, matrix: &PackedMatrix, x: &[f32], bias: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len() / matrix.cols * matrix.rows];
+    /// `out = x Wᵀ + bias`, or added to it.
+    fn product(&self, matrix: &PackedMatrix, x: &Prepared<'_>, bias: Option<&[f32]>, then: Then, out: &mut [f32]) {
         let job = Job {
-            product: Product { matrix, expert: 0, x, take: None, bias: (!bias.is_empty()).then_some(bias) },
-            out: Output::new(&mut out),
+            matrix,
+            expert: 0,
+            x: x.of(matrix.records(self.options.activations)),
+            bias,
+            then,
+            out: Output::new(out),
             offset: 0,
             stride: matrix.rows,
         };
         multiply(&self.pool, self.kernels, &[job]);
-        out
     }
 
-    fn logits(&self, x: &[f32]) -> Vec<f32> {
-        self.product(&self.unembedding, &self.norm(x, &self.final_norm), &[])
+    /// Attention of one layer over the batch, added to the residual stream.
+    fn attention(&mut self, index: usize, x: &mut [f32], scratch: &mut Scratch, plan: &Plan, tables: &Tables) {
+        let config = &self.config;
+        let layer = &self.layers[index];
+        let (size, groups) = (config.head_dim, config.query_heads / config.kv_heads);
+        let (q_width, kv_width) = (config.query_heads * size, config.kv_heads * size);
+        let stride = q_width + 2 * kv_width;
+        let tokens = tables.rows.len();
+        let d = config.hidden_size;
+        let Scratch { h, float_words, limb_words, qkv, context, times, .. } = scratch;
+
+        let h = room(h, tokens * d);
+        let records = times.run("norm", || {
+            self.norm(x, &layer.input_norm, h);
+            self.records(&[&layer.query, &layer.key, &layer.value], h, d, (float_words, limb_words))
+        });
+        let qkv = room(qkv, tokens * stride);
+        times.run("query, key, value", || {
+            let out = Output::new(qkv);
+            let part = |matrix, bias, offset| Job {
+                matrix,
+                expert: 0,
+                x: records.of(PackedMatrix::records(matrix, self.options.activations)),
+                bias: Some(bias),
+                then: Then::Set,
+                out,
+                offset,
+                stride,
+            };
+            let jobs = [
+                part(&layer.query, &layer.query_bias[..], 0),
+                part(&layer.key, &layer.key_bias, q_width),
+                part(&layer.value, &layer.value_bias, q_width + kv_width),
+            ];
+            multiply(&self.pool, self.kernels, &jobs);
+        });
+
+        // Rotate, scale the queries (exact for a head size that is a power of four), store keys and values.
+        let sliding = config.layer_kinds[index] == LayerKind::Sliding;
+        let LayerCache { keys, values } = &mut self.cache[index];
+        let (key_out, value_out) = (Output::new(keys), Output::new(values));
+        let block_len = kv_width * BLOCK_TOKENS;
+        let scale = 1.0 / (size as f32).sqrt();
+        let half = size / 2;
+        times.run("rotate, store", || {
+            let out = Output::new(qkv);
+            self.pool.run(tokens.div_ceil(TOKEN_TASK), &|task| {
+                for row in task * TOKEN_TASK..((task + 1) * TOKEN_TASK).min(tokens) {
+                    let (s, position) = tables.rows[row];
+                    let sequence = &plan.sequences[s];
+                    let blocks = if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks };
+                    let (cos, sin) = (&tables.cos[row * half..][..half], &tables.sin[row * half..][..half]);
+                    // SAFETY: each row is one task's.
+                    let qkv = unsafe { out.slice(row * stride, stride) };
+                    for (head, values) in qkv[..q_width + kv_width].chunks_exact_mut(size).enumerate() {
+                        let (first, second) = values.split_at_mut(half);
+                        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                        }
+                        if head < config.query_heads {
+                            values.iter_mut().for_each(|v| *v *= scale);
+                        }
+                    }
+                    let at = blocks[position / BLOCK_TOKENS] as usize * block_len;
+                    let lane = position % BLOCK_TOKENS;
+                    let (keys, values) = qkv[q_width..].split_at(kv_width);
+                    for (e, &key) in keys.iter().enumerate() {
+                        // SAFETY: each position of each sequence is one task's, and no two share a block.
+                        unsafe { key_out.slice(at + e * BLOCK_TOKENS + lane, 1)[0] = key };
+                    }
+                    for (head, values) in values.chunks_exact(size).enumerate() {
+                        let to = at + (head * BLOCK_TOKENS + lane) * size;
+                        // SAFETY: as above.
+                        unsafe { value_out.slice(to, size).copy_from_slice(values) };
+                    }
+                }
+            });
+        });
+
+        // One task per key/value head and a few tokens of one sequence.
+        let context = room(context, tokens * q_width);
+        times.run("attention", || {
+            let cache = &self.cache[index];
+            let out = Output::new(context);
+            let heads = groups.min(TILE);
+            let tile = TILE / heads;
+            let mut tiles = Vec::new();
+            for rows in &tables.ranges {
+                tiles.extend(rows.clone().step_by(tile).map(|from| from..(from + tile).min(rows.end)));
+            }
+            self.pool.run(tiles.len() * config.kv_heads, &|task| {
+                let head = task % config.kv_heads;
+                let rows = tiles[task / config.kv_heads].clone();
+                let sequence = &plan.sequences[tables.rows[rows.start].0];
+                for first in (0..groups).step_by(heads) {
+                    let heads = heads.min(groups - first);
+                    let at = |row: usize| (head * groups + first) * size + row;
+                    let (mut queries, mut sinks, mut positions) = (Vec::new(), Vec::new(), Vec::new());
+                    for row in rows.clone() {
+                        queries.extend(&qkv[at(row * stride)..][..heads * size]);
+                        sinks.extend(&layer.sinks[head * groups + first..][..heads]);
+                        positions.extend(std::iter::repeat_n(tables.rows[row].1, heads));
+                    }
+                    let job = Attend {
+                        queries: &queries,
+                        sinks: &sinks,
+                        positions: &positions,
+                        window: if sliding { config.sliding_window } else { usize::MAX },
+                        size,
+                        keys: &cache.keys[head * size * BLOCK_TOKENS..],
+                        values: &cache.values[head * size * BLOCK_TOKENS..],
+                        stride: block_len,
+                        blocks: if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks },
+                    };
+                    let mut results = vec![0.0; queries.len()];
+                    // SAFETY: the kernels were chosen for this CPU.
+                    unsafe { (self.kernels.attend)(&job, &mut results) };
+                    for (row, results) in rows.clone().zip(results.chunks_exact(heads * size)) {
+                        // SAFETY: each task has its own heads of its own rows.
+                        unsafe { out.slice(at(row * q_width), heads * size).copy_from_slice(results) };
+                    }
+                }
+            });
+        });
+        times.run("attention output", || {
+            let records = self.records(&[&layer.output], context, q_width, (float_words, limb_words));
+            self.product(&layer.output, &records, Some(&layer.output_bias), Then::Add, x);
+        });
+    }
+
+    /// The mixture of experts of one layer, added to the residual stream.
+    fn moe(&self, index: usize, x: &mut [f32], scratch: &mut Scratch) {
+        let (config, layer) = (&self.config, &self.layers[index]);
+        let (d, i, k) = (config.hidden_size, config.intermediate_size, config.experts_per_token);
+        let tokens = x.len() / d;
+        let Scratch { h, float_words, limb_words, router, inner, results, times, .. } = scratch;
+        let h = room(h, tokens * d);
+        times.run("norm", || self.norm(x, &layer.post_attention_norm, h));
+        let router = room(router, tokens * config.experts);
+        let groups = times.run("router", || {
+            let records = self.records(&[&layer.router], h, d, (float_words, limb_words));
+            self.product(&layer.router, &records, Some(&layer.router_bias), Then::Set, router);
+            Groups::new(router.chunks_exact(config.experts).map(|g| gptoss::top_experts(g, k)), config.experts)
+        });
+        let slots = groups.tokens.len();
+
+        let inner = room(inner, slots * i);
+        times.run("gate and up", || {
+            let words = self.group_records(&groups, &layer.gate_up, d, &|slot| &h[groups.tokens[slot] * d..][..d], limb_words);
+            let out = Output::new(inner);
+            let then = Then::SwiGlu { limit: config.swiglu_limit, alpha: config.swiglu_alpha };
+            let jobs = groups.jobs(&words, &layer.gate_up, &layer.gate_up_bias, then, out, i);
+            multiply(&self.pool, self.kernels, &jobs);
+        });
+        let results = room(results, slots * d);
+        times.run("down", || {
+            let words = self.group_records(&groups, &layer.down, i, &|slot| &inner[slot * i..][..i], limb_words);
+            let out = Output::new(results);
+            let jobs = groups.jobs(&words, &layer.down, &layer.down_bias, Then::Set, out, d);
+            multiply(&self.pool, self.kernels, &jobs);
+        });
+
+        // The weighted sum in the order of the ranks.
+        times.run("expert sum", || {
+            let out = Output::new(x);
+            self.each_token(tokens, &|t| {
+                // SAFETY: each token has a place of its own.
+                let x = unsafe { out.slice(t * d, d) };
+                let ranks = &groups.ranks[t * k..][..k];
+                for (e, x) in x.iter_mut().enumerate() {
+                    let terms = ranks.iter().map(|&(slot, weight)| weight * results[slot * d + e]);
+                    *x += terms.fold(0.0, |sum, term| sum + term);
+                }
+            });
+        });
+    }
+
+    /// The records of each group's tokens, group after group.
+    fn group_records<'a>(
+        &self,
+        groups: &Groups,
+        matrix: &PackedMatrix,
+        width: usize,
+        row: &(dyn Fn(usize) -> &'a [f32] + Sync),
+        words: &'a mut Vec<u32>,
+    ) -> GroupRecords<'a> {
+        let kind = matrix.records(self.options.activations);
+        let cols = width.next_multiple_of(COLUMNS);
+        let per_slot = cols / COLUMNS * kind.words();
+        let words = room(words, groups.tokens.len() * per_slot);
+        let place = Place(words.as_mut_ptr());
+        self.each_token(groups.tokens.len(), &|slot| {
+            let group = &groups.active[groups.group_of[slot]];
+            let layout = Layout { kind, tokens: group.slots.len(), cols };
+            // SAFETY: the group's records begin there; each slot's are its own.
+            unsafe {
+                let start = place.get().add(group.slots.start * per_slot);
+                layout.write(self.kernels, slot - group.slots.start, row(slot), start);
+            }
+        });
+        GroupRecords { kind, per_slot, words }
+    }
+
+    /// The logits of the rows of `x`.
+    fn logits<'a>(&self, x: &[f32], scratch: &'a mut Scratch) -> &'a mut [f32] {
+        let d = self.config.hidden_size;
+        let Scratch { h, float_words, limb_words, logits, times, .. } = scratch;
+        let h = room(h, x.len());
+        let logits = room(logits, x.len() / d * self.config.vocab_size);
+        times.run("output layer", || {
+            self.norm(x, &self.final_norm, h);
+            let records = self.records(&[&self.unembedding], h, d, (float_words, limb_words));
+            self.product(&self.unembedding, &records, None, Then::Set, logits);
+        });
+        logits
     }
 
     /// What the plan asks for one sequence, from its residual stream `[tokens, hidden]`.
-    fn output(&self, sequence: &SequencePlan, x: &[f32]) -> SequenceOutput {
+    fn output(&self, sequence: &SequencePlan, x: &[f32], scratch: &mut Scratch) -> SequenceOutput {
         let (d, vocabulary) = (self.config.hidden_size, self.config.vocab_size);
         let mut output = SequenceOutput::default();
         let scored = sequence.score.as_ref().map_or(0, |s| s.next.len());
         let rows = if sequence.logits { sequence.tokens.len() } else { scored };
         for first in (0..rows).step_by(LOGIT_ROWS) {
             let count = LOGIT_ROWS.min(rows - first);
-            let logits = self.logits(&x[first * d..(first + count) * d]);
+            let logits = self.logits(&x[first * d..(first + count) * d], scratch);
             if let Some(wanted) = &sequence.score {
                 let next = wanted.next.iter().skip(first);
                 output.scores.extend(
@@ -380,16 +542,69 @@ impl Cpu {
                 );
             }
             if sequence.logits {
-                output.logits.extend(logits);
+                output.logits.extend_from_slice(logits);
             }
         }
         output
     }
+
+    fn run(
+        &mut self,
+        plan: &Plan,
+        x: &mut Vec<f32>,
+        scratch: &mut Scratch,
+    ) -> Result<Vec<SequenceOutput>, Error> {
+        let d = self.config.hidden_size;
+        let tables = Tables::new(plan, &self.rotary);
+        let x = room(x, tables.rows.len() * d);
+        self.embed(plan, x)?;
+        let mut hidden = vec![Vec::new(); plan.sequences.len()];
+        for layer in 0..self.layers.len() {
+            self.attention(layer, x, scratch, plan, &tables);
+            self.moe(layer, x, scratch);
+            for (s, rows) in tables.ranges.iter().enumerate() {
+                if plan.sequences[s].hidden_after_layer == Some(layer) {
+                    hidden[s] = x[rows.start * d..rows.end * d].to_vec();
+                }
+            }
+        }
+        let mut outputs: Vec<SequenceOutput> = Vec::with_capacity(plan.sequences.len());
+        for ((sequence, rows), hidden) in plan.sequences.iter().zip(&tables.ranges).zip(hidden) {
+            let mut output = self.output(sequence, &x[rows.start * d..rows.end * d], scratch);
+            output.hidden = hidden;
+            outputs.push(output);
+        }
+        // The sampled rows of all sequences share one pass over the output layer.
+        let sampled: Vec<(usize, usize, &Sampling)> = plan
+            .sequences
+            .iter()
+            .zip(&tables.ranges)
+            .enumerate()
+            .flat_map(|(s, (sequence, rows))| {
+                let rows = rows.end - sequence.sample.len()..rows.end;
+                rows.zip(&sequence.sample).map(move |(row, sampling)| (s, row, sampling))
+            })
+            .collect();
+        for group in sampled.chunks(LOGIT_ROWS) {
+            let rows: Vec<f32> =
+                group.iter().flat_map(|&(_, row, _)| &x[row * d..(row + 1) * d]).copied().collect();
+            let logits = self.logits(&rows, scratch);
+            for (&(s, _, sampling), logits) in
+                group.iter().zip(logits.chunks_exact_mut(self.config.vocab_size))
+            {
+                outputs[s].sampled.push(sample(logits, sampling));
+            }
+        }
+        Ok(outputs)
+    }
 }
 
 impl Layer {
-    fn load(weights: &dyn Weights, layer: usize, pool: &Pool) -> Result<Layer, Error> {
-        let matrix = |kind: MatrixKind| PackedMatrix::load(weights, kind.at(layer), pool);
+    fn load(weights: &dyn Weights, layer: usize, fast: bool, pool: &Pool) -> Result<Layer, Error> {
+        let matrix = |kind: MatrixKind| {
+            let fast = fast && kind != MatrixKind::Router;
+            PackedMatrix::load(weights, kind.at(layer), fast, pool)
+        };
         let vector = |kind: VectorKind| weights.vector(kind.at(layer)).map(|v| v.to_f32());
         Ok(Layer {
             input_norm: vector(VectorKind::InputNorm)?,
@@ -442,50 +657,122 @@ impl Backend for Cpu {
 
     fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, Error> {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
-        let d = self.config.hidden_size;
-        let tables = Tables::new(plan, &self.rotary);
-        let mut x = self.embed(plan)?;
-        let mut hidden = vec![Vec::new(); plan.sequences.len()];
-        for layer in 0..self.layers.len() {
-            let h = self.norm(&x, &self.layers[layer].input_norm);
-            self.attention(layer, &h, &mut x, plan, &tables);
-            let h = self.norm(&x, &self.layers[layer].post_attention_norm);
-            self.moe(layer, &h, &mut x);
-            for (s, rows) in tables.ranges.iter().enumerate() {
-                if plan.sequences[s].hidden_after_layer == Some(layer) {
-                    hidden[s] = x[rows.start * d..rows.end * d].to_vec();
-                }
-            }
-        }
-        let mut outputs: Vec<SequenceOutput> = Vec::with_capacity(plan.sequences.len());
-        for ((sequence, rows), hidden) in plan.sequences.iter().zip(&tables.ranges).zip(hidden) {
-            let mut output = self.output(sequence, &x[rows.start * d..rows.end * d]);
-            output.hidden = hidden;
-            outputs.push(output);
-        }
-        // The sampled rows of all sequences share one pass over the output layer.
-        let sampled: Vec<(usize, usize, &Sampling)> = plan
-            .sequences
-            .iter()
-            .zip(&tables.ranges)
-            .enumerate()
-            .flat_map(|(s, (sequence, rows))| {
-                let rows = rows.end - sequence.sample.len()..rows.end;
-                rows.zip(&sequence.sample).map(move |(row, sampling)| (s, row, sampling))
-            })
-            .collect();
-        for group in sampled.chunks(LOGIT_ROWS) {
-            let rows: Vec<f32> =
-                group.iter().flat_map(|&(_, row, _)| &x[row * d..(row + 1) * d]).copied().collect();
-            let mut logits = self.logits(&rows);
-            for (&(s, _, sampling), logits) in
-                group.iter().zip(logits.chunks_exact_mut(self.config.vocab_size))
-            {
-                outputs[s].sampled.push(sample(logits, sampling));
-            }
-        }
-        Ok(outputs)
+        let mut scratch = std::mem::take(&mut self.scratch);
+        let mut x = std::mem::take(&mut scratch.x);
+        let result = self.run(plan, &mut x, &mut scratch);
+        self.scratch = Scratch { x, ..scratch };
+        result
     }
+}
+
+/// Records of the same activations in the kinds that some matrices need.
+struct Prepared<'a> {
+    float: Option<Records<'a>>,
+    limbs: Option<Records<'a>>,
+}
+
+impl Prepared<'_> {
+    fn of(&self, kind: Kind) -> Records<'_> {
+        let records = if kind == Kind::Float { self.float } else { self.limbs };
+        records.expect("records were made for this matrix")
+    }
+}
+
+/// The tokens of a step, ordered by expert. A slot is a token at one of its experts.
+struct Groups {
+    active: Vec<Group>,
+    /// Per slot: its token.
+    tokens: Vec<usize>,
+    /// Per slot: its place in `active`.
+    group_of: Vec<usize>,
+    /// Per token and rank: slot and weight.
+    ranks: Vec<(usize, f32)>,
+}
+
+/// The slots of one expert.
+struct Group {
+    expert: usize,
+    slots: std::ops::Range<usize>,
+}
+
+impl Groups {
+    fn new(routes: impl Iterator<Item = Vec<(usize, f32)>>, experts: usize) -> Groups {
+        let mut chosen: Vec<Vec<(usize, usize)>> = vec![Vec::new(); experts];
+        let mut ranks = Vec::new();
+        for (t, route) in routes.enumerate() {
+            for (expert, weight) in route {
+                chosen[expert].push((t, ranks.len()));
+                ranks.push((0, weight));
+            }
+        }
+        let mut groups = Groups { active: Vec::new(), tokens: Vec::new(), group_of: Vec::new(), ranks };
+        for (expert, chosen) in chosen.into_iter().enumerate().filter(|(_, chosen)| !chosen.is_empty()) {
+            let first = groups.tokens.len();
+            for (t, rank) in chosen {
+                groups.ranks[rank].0 = groups.tokens.len();
+                groups.tokens.push(t);
+                groups.group_of.push(groups.active.len());
+            }
+            groups.active.push(Group { expert, slots: first..groups.tokens.len() });
+        }
+        groups
+    }
+
+    /// One product per group; `bias` has the biases of all experts.
+    fn jobs<'a>(
+        &self,
+        records: &GroupRecords<'a>,
+        matrix: &'a PackedMatrix,
+        bias: &'a [f32],
+        then: Then,
+        out: Output,
+        width: usize,
+    ) -> Vec<Job<'a>> {
+        self.active
+            .iter()
+            .map(|group| Job {
+                matrix,
+                expert: group.expert,
+                x: Records::new(
+                    &records.words[group.slots.start * records.per_slot..group.slots.end * records.per_slot],
+                    group.slots.len(),
+                    records.kind,
+                ),
+                bias: Some(&bias[group.expert * matrix.rows..][..matrix.rows]),
+                then,
+                out,
+                offset: group.slots.start * width,
+                stride: width,
+            })
+            .collect()
+    }
+}
+
+/// The records of all slots.
+struct GroupRecords<'a> {
+    kind: Kind,
+    per_slot: usize,
+    words: &'a [u32],
+}
+
+/// Where tasks write records, each its own.
+struct Place(*mut u32);
+
+// SAFETY: tasks write disjoint records.
+unsafe impl Sync for Place {}
+
+impl Place {
+    fn get(&self) -> *mut u32 {
+        self.0
+    }
+}
+
+/// The first `len` elements of a buffer that grows when it must.
+fn room<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
+    if buffer.len() < len {
+        buffer.resize(len, T::default());
+    }
+    &mut buffer[..len]
 }
 
 /// What all layers of a step share: cosines and sines per row of the batch, and which sequence a row belongs to.
@@ -551,8 +838,4 @@ fn zeros(len: usize) -> Result<Vec<f32>, Error> {
     }
     // SAFETY: allocated by the global allocator with the layout of `len` f32, zeroed: every bit pattern is a value.
     Ok(unsafe { Vec::from_raw_parts(start.cast::<f32>(), len, len) })
-}
-
-fn add(x: &mut [f32], y: &[f32]) {
-    x.iter_mut().zip(y).for_each(|(x, y)| *x += y);
 }

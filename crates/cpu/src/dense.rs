@@ -2,7 +2,7 @@
 //!
 //! Each element is a sum in one order, so results do not depend on the instruction set or the number of threads.
 
-use crate::kernels::{Isa, PanelSums, ROWS, TOKENS};
+use crate::kernels::{Isa, DenseSums, ROWS, TOKENS};
 use crate::packed::Output;
 use crate::pool::Pool;
 use crate::simd::LANES;
@@ -82,7 +82,7 @@ pub fn products(pool: &Pool, a: Rows<'_>, b: Rows<'_>, out: &mut [f32], stride: 
                     for j in (block..end).step_by(TOKENS) {
                         let width = TOKENS.min(end - j);
                         let b_rows = std::array::from_fn(|t| b.at(j + t.min(width - 1), k));
-                        let mut sums: PanelSums = [[0.0; ROWS]; TOKENS];
+                        let mut sums: DenseSums = [[0.0; ROWS]; TOKENS];
                         // SAFETY: the instruction set is available; each pointer was taken from a row with
                         // `16 · tiles` values from column `k` on.
                         unsafe { (kernels.dense)(a_rows, b_rows, tiles, &mut sums) };

@@ -1,18 +1,22 @@
 //! The CPU backend: kernels per instruction set chosen at run time, the thread pool, and the packed layouts of a loaded model.
 //!
-//! Activations are f32. Every kernel is written once over sixteen lanes and compiled for AVX-512, AVX2 and scalar code;
-//! sums have a fixed order, so all three give the same bits, whatever the batch and the number of threads.
+//! Every kernel is written once over sixteen lanes and compiled for AVX-512, AVX2 and scalar code; sums have a fixed order, so
+//! all three give the same bits, whatever the batch and the number of threads.
 
+mod attention;
 mod backend;
 mod bandwidth;
 mod dense;
 mod kernels;
 mod packed;
 mod pool;
+mod products;
+mod records;
 mod simd;
 
-pub use backend::{Cpu, Options};
+pub use backend::{Cpu, Options, Timing};
 pub use bandwidth::read_bandwidth;
 pub use dense::{Rows, Update, products};
 pub use kernels::{Isa, SelfTest, self_test};
 pub use pool::{Pool, physical_cores};
+pub use records::Activations;

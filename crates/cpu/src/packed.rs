@@ -1,149 +1,214 @@
-//! Weights as the kernels read them: panels of eight rows, tiles of sixteen columns, in one stream.
+//! Weights as the kernels read them: panels of sixteen rows in one stream, scales beside their blocks.
 //!
-//! A four-bit tile is sixteen 32-bit words, word `j` with the codes of the eight rows at column `j`, so that one load and a
-//! shift per row replace all unpacking; the eight scales of a tile lie side by side. Rows are padded to a multiple of
-//! eight and columns to a multiple of sixteen with zeros.
+//! `products.rs` says how a panel looks. Rows are padded to a multiple of sixteen and columns to a multiple of 32 with zeros.
+//! The rows of gate and up, which alternate in a checkpoint, are in panels that alternate.
 
-use checkpoint::{Format, Matrix, MatrixId, Values, Weights};
+use std::mem::MaybeUninit;
+use std::sync::Mutex;
+
+use checkpoint::{Format, Matrix, MatrixId, MatrixKind, Values, Weights};
 use gptoss::Error;
 
-use crate::kernels::{Kernels, Panel, PanelKernel, PanelSums, ROWS, TOKENS};
+use crate::kernels::Kernels;
 use crate::pool::Pool;
+use crate::products::{CODE_BYTES, Finish, Panel, PanelKernel, Records};
+use crate::records::{Activations, COLUMNS, INT8_OFFSET, Kind};
 use crate::simd::LANES;
+
+/// How weights are kept.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Packing {
+    Bf16,
+    /// Eight bits, one scale per row.
+    Int8,
+    Mxfp4,
+    Nvfp4,
+}
+
+impl Packing {
+    /// Bytes of sixteen rows of 32 columns.
+    fn slab_bytes(self) -> usize {
+        match self {
+            Packing::Bf16 => 2 * LANES * COLUMNS,
+            Packing::Int8 => LANES * COLUMNS,
+            Packing::Mxfp4 => LANES + CODE_BYTES,
+            Packing::Nvfp4 => 2 * LANES + CODE_BYTES,
+        }
+    }
+}
 
 /// One matrix, or a stack of equal ones.
 pub(crate) struct PackedMatrix {
     pub(crate) rows: usize,
-    /// Columns, padded to a multiple of 16.
-    pub(crate) cols: usize,
-    format: Format,
-    values: Buffer,
-    scales: Buffer,
-    /// One per matrix of the stack.
-    global_scales: Vec<f32>,
+    /// Groups of 32 columns.
+    pub(crate) slabs: usize,
+    packing: Packing,
+    /// Whether rows alternate between two panels.
+    paired: bool,
+    data: Buffer,
+    /// One per matrix of the stack, or for [`Packing::Int8`] one per packed row.
+    scales: Vec<f32>,
 }
 
 impl PackedMatrix {
-    /// Reads and packs a matrix or stack, one matrix after the other, its panels in parallel.
-    pub(crate) fn load(weights: &dyn Weights, id: MatrixId, pool: &Pool) -> Result<PackedMatrix, Error> {
+    /// Reads and packs a matrix, its panels in parallel, or a stack, its matrices in parallel. `fast` keeps what is stored in
+    /// 16 bits in eight.
+    pub(crate) fn load(
+        weights: &dyn Weights,
+        id: MatrixId,
+        fast: bool,
+        pool: &Pool,
+    ) -> Result<PackedMatrix, Error> {
         let (count, rows, cols) = id.kind.shape(weights.config());
-        let format = weights.format(id);
-        let (panels, tiles) = (rows.div_ceil(ROWS), cols.div_ceil(LANES));
-        let mut packed = PackedMatrix {
-            rows,
-            cols: tiles * LANES,
-            format,
-            values: Buffer::new(count * panels * tiles * tile_bytes(format))?,
-            scales: Buffer::new(count * panels * scale_bytes(format, tiles))?,
-            global_scales: Vec::with_capacity(count),
+        let packing = match weights.format(id) {
+            Format::Bf16 if fast => Packing::Int8,
+            Format::Bf16 => Packing::Bf16,
+            Format::Mxfp4 => Packing::Mxfp4,
+            Format::Nvfp4 => Packing::Nvfp4,
         };
-        for expert in 0..count {
+        let (panels, slabs) = (rows.div_ceil(LANES), cols.div_ceil(COLUMNS));
+        let mut scales = vec![1.0; if packing == Packing::Int8 { count * panels * LANES } else { count }];
+        let mut data = Buffer::new(count * panels * slabs * packing.slab_bytes())?;
+        let paired = id.kind == MatrixKind::GateUp;
+        let panel_bytes = slabs * packing.slab_bytes();
+        let data_chunks = Chunks::new(data.as_mut_slice(), panel_bytes);
+        let scale_chunks = Chunks::new(&mut scales, if packing == Packing::Int8 { LANES } else { 1 });
+        let pack = |matrix: &Matrix<'_>, expert: usize, panel: usize| {
+            let source = |r: usize| {
+                let row = source_row(paired, panel, r);
+                (row < rows).then_some(row)
+            };
+            let index = expert * panels + panel;
+            // SAFETY: each panel of each matrix is packed once.
+            let data = unsafe { data_chunks.take(index) };
+            match &matrix.values {
+                Values::Bf16(values) if packing == Packing::Int8 => {
+                    // SAFETY: as above.
+                    let scales = unsafe { scale_chunks.take(index) };
+                    pack_int8(bytemuck::cast_slice(values), cols, source, data, scales);
+                }
+                Values::Bf16(values) => pack_bf16(bytemuck::cast_slice(values), cols, source, data),
+                Values::Mxfp4 { codes, scales } => pack_e2m1(codes, scales, 1, cols, source, data),
+                Values::Nvfp4 { codes, scales, .. } => pack_e2m1(codes, scales, 2, cols, source, data),
+            }
+        };
+        let open = |expert: usize| -> Result<Matrix<'_>, Error> {
             let matrix = weights.matrix(id, expert)?;
             matrix.check_scales(&format!("{:?} of layer {}, matrix {expert}", id.kind, id.layer))?;
-            packed.global_scales.push(match matrix.values {
-                Values::Nvfp4 { global_scale, .. } => global_scale,
-                _ => 1.0,
-            });
-            packed.fill(&matrix, expert, pool);
-        }
-        Ok(packed)
-    }
-
-    fn fill(&mut self, matrix: &Matrix<'_>, expert: usize, pool: &Pool) {
-        let (panels, tiles) = (self.panels(), self.cols / LANES);
-        let (values, scales) = (tiles * tile_bytes(self.format), scale_bytes(self.format, tiles));
-        let value_chunks = Chunks::new(
-            &mut self.values.as_mut_slice()[expert * panels * values..][..panels * values],
-            values,
-        );
-        let scale_chunks = Chunks::new(
-            &mut self.scales.as_mut_slice()[expert * panels * scales..][..panels * scales],
-            scales,
-        );
-        pool.run(panels, &|panel| {
-            // SAFETY: each task takes the chunks of its own panel, once.
-            let (values, scales) = unsafe { (value_chunks.take(panel), scale_chunks.take(panel)) };
-            let first = panel * ROWS;
-            let rows = ROWS.min(matrix.rows - first);
-            match &matrix.values {
-                Values::Bf16(source) => {
-                    for (t, tile) in values.chunks_exact_mut(ROWS * LANES * 2).enumerate() {
-                        for r in 0..rows {
-                            let at = (first + r) * matrix.cols + t * LANES;
-                            let width = LANES.min(matrix.cols - t * LANES);
-                            let row: &[u8] = bytemuck::cast_slice(&source[at..at + width]);
-                            tile[r * LANES * 2..][..row.len()].copy_from_slice(row);
-                        }
-                    }
-                }
-                Values::Mxfp4 { codes, scales: source } => {
-                    pack_codes(codes, matrix.cols, first, rows, values);
-                    pack_scales(source, matrix.cols / 32, first, rows, scales);
-                }
-                Values::Nvfp4 { codes, scales: source, .. } => {
-                    pack_codes(codes, matrix.cols, first, rows, values);
-                    pack_scales(source, matrix.cols / 16, first, rows, scales);
-                }
+            if packing != Packing::Int8 {
+                // SAFETY: each matrix is opened once.
+                let scale = unsafe { scale_chunks.take(expert) };
+                // Kernels sum up twice the values of E2M1 codes.
+                scale[0] = match matrix.values {
+                    Values::Nvfp4 { global_scale, .. } => 0.5 * global_scale,
+                    Values::Mxfp4 { .. } => 0.5,
+                    Values::Bf16(_) => 1.0,
+                };
             }
-        });
+            Ok(matrix)
+        };
+        if count == 1 {
+            let matrix = open(0)?;
+            pool.run(panels, &|panel| pack(&matrix, 0, panel));
+        } else {
+            let failed = Mutex::new(None);
+            pool.run(count, &|expert| match open(expert) {
+                Ok(matrix) => (0..panels).for_each(|panel| pack(&matrix, expert, panel)),
+                Err(error) => *failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(error),
+            });
+            if let Some(error) = failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
+                return Err(error);
+            }
+        }
+        Ok(PackedMatrix { rows, slabs, packing, paired, data, scales })
     }
 
     /// Panels per matrix.
-    pub(crate) fn panels(&self) -> usize {
-        self.rows.div_ceil(ROWS)
+    fn panels(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
+    fn panel_bytes(&self) -> usize {
+        self.slabs * self.packing.slab_bytes()
     }
 
     /// Bytes of one matrix of the stack.
     pub(crate) fn matrix_bytes(&self) -> usize {
-        (self.values.len + self.scales.len) / self.global_scales.len()
+        self.panels() * self.panel_bytes()
     }
 
     /// Bytes of all.
     pub(crate) fn bytes(&self) -> usize {
-        self.values.len + self.scales.len
+        self.data.len
     }
 
-    pub(crate) fn kernel(&self, kernels: &Kernels) -> PanelKernel {
-        match self.format {
-            Format::Bf16 => kernels.bf16,
-            Format::Mxfp4 => kernels.mxfp4,
-            Format::Nvfp4 => kernels.nvfp4,
+    /// The records that its products take.
+    pub(crate) fn records(&self, activations: Activations) -> Kind {
+        match self.packing {
+            Packing::Bf16 => Kind::Float,
+            Packing::Int8 | Packing::Mxfp4 | Packing::Nvfp4 => Kind::Limbs(activations.limbs()),
+        }
+    }
+
+    fn kernel(&self, kernels: &Kernels, kind: Kind) -> PanelKernel {
+        match (self.packing, kind) {
+            (Packing::Bf16, Kind::Float) => kernels.bf16,
+            (Packing::Int8, Kind::Limbs(limbs)) => kernels.int8[limbs - 1],
+            (Packing::Mxfp4, Kind::Limbs(limbs)) => kernels.mxfp4[limbs - 1],
+            (Packing::Nvfp4, Kind::Limbs(limbs)) => kernels.nvfp4[limbs - 1],
+            (packing, kind) => panic!("records of {kind:?} for weights of {packing:?}"),
         }
     }
 
     fn panel(&self, expert: usize, panel: usize) -> Panel {
-        let tiles = self.cols / LANES;
-        let at = expert * self.panels() + panel;
-        let values = &self.values.as_slice()[at * tiles * tile_bytes(self.format)..];
-        let scales = &self.scales.as_slice()[at * scale_bytes(self.format, tiles)..];
-        Panel { values: values.as_ptr(), scales: scales.as_ptr(), tiles }
+        let at = (expert * self.panels() + panel) * self.panel_bytes();
+        Panel { data: self.data.as_slice()[at..][..self.panel_bytes()].as_ptr(), slabs: self.slabs }
+    }
+
+    fn scale(&self, expert: usize, panel: usize) -> [f32; LANES] {
+        if self.packing == Packing::Int8 {
+            let at = (expert * self.panels() + panel) * LANES;
+            std::array::from_fn(|r| self.scales[at + r])
+        } else {
+            [self.scales[expert]; LANES]
+        }
+    }
+
+    fn bias(&self, bias: Option<&[f32]>, panel: usize) -> [f32; LANES] {
+        std::array::from_fn(|r| {
+            bias.and_then(|bias| bias.get(source_row(self.paired, panel, r))).copied().unwrap_or(0.0)
+        })
     }
 }
 
-/// `out = x Wᵀ + bias` for some tokens and one matrix of a stack.
-pub(crate) struct Product<'a> {
+/// Which row of the checkpoint's matrix is row `r` of a panel.
+fn source_row(paired: bool, panel: usize, r: usize) -> usize {
+    if paired { 2 * (panel / 2 * LANES + r) + panel % 2 } else { panel * LANES + r }
+}
+
+/// `x Wᵀ + bias` for some tokens and one matrix of a stack, and where it goes: token `t`, row `r` to
+/// `out[t · stride + offset + r]`.
+pub(crate) struct Job<'a> {
     pub(crate) matrix: &'a PackedMatrix,
     pub(crate) expert: usize,
-    /// Rows of `matrix.cols` values.
-    pub(crate) x: &'a [f32],
-    /// Which rows of `x`; `None`: all, in order.
-    pub(crate) take: Option<&'a [usize]>,
-    /// `matrix.rows` values, or none.
+    pub(crate) x: Records<'a>,
+    /// One per row.
     pub(crate) bias: Option<&'a [f32]>,
-}
-
-impl Product<'_> {
-    fn tokens(&self) -> usize {
-        self.take.map_or(self.x.len() / self.matrix.cols, <[usize]>::len)
-    }
-}
-
-/// A product and where it goes: token `t`, row `r` to `out[t · stride + offset + r]`.
-pub(crate) struct Job<'a> {
-    pub(crate) product: Product<'a>,
+    pub(crate) then: Then,
     pub(crate) out: Output,
     pub(crate) offset: usize,
     pub(crate) stride: usize,
+}
+
+/// What happens with a product.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) enum Then {
+    /// It is stored.
+    Set,
+    /// It is added to what is there.
+    Add,
+    /// Rows are gates and ups: half as many results are stored.
+    SwiGlu { limit: f32, alpha: f32 },
 }
 
 /// A slice that several tasks write, each to places of its own.
@@ -164,15 +229,7 @@ impl Output {
     }
 
     /// # Safety
-    /// No other task writes these elements in the same phase, and the slice is not used otherwise meanwhile.
-    pub(crate) unsafe fn write(&self, at: usize, values: &[f32]) {
-        assert!(at + values.len() <= self.len, "an output within its slice");
-        // SAFETY: within the slice by the assertion; unaliased by the contract.
-        unsafe { std::ptr::copy_nonoverlapping(values.as_ptr(), self.start.add(at), values.len()) }
-    }
-
-    /// # Safety
-    /// As for [`Output::write`].
+    /// No other task uses these elements in the same phase, and the slice is not used otherwise meanwhile.
     #[expect(clippy::mut_from_ref, reason = "the contract makes the tasks' parts disjoint")]
     pub(crate) unsafe fn slice(&self, at: usize, len: usize) -> &mut [f32] {
         assert!(at + len <= self.len, "an output within its slice");
@@ -182,21 +239,28 @@ impl Output {
 }
 
 /// Weight bytes per task: enough to make the hand-over cheap, little enough to balance two threads.
-const TASK_BYTES: usize = 96 << 10;
+const TASK_BYTES: usize = 192 << 10;
 
-/// Tokens of a batch that are multiplied with all panels of a task before the next ones: their activations stay in the
-/// second-level cache.
-const TOKEN_BLOCK: usize = 24;
+/// The same for batches, where a byte is more work; still enough panels to use activations again while they are near.
+const BATCH_TASK_BYTES: usize = 112 << 10;
+
+/// Tokens whose sums are kept at a time: they stay in the first-level cache.
+const TOKEN_BLOCK: usize = 64;
+
+/// Bytes of records that are multiplied with all panels of a task before the next ones: they stay in the second-level cache.
+const RECORD_BYTES: usize = 384 << 10;
 
 /// Runs products side by side as one phase.
 pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
     let mut tasks = Vec::new();
     for (j, job) in jobs.iter().enumerate() {
-        let matrix = job.product.matrix;
-        let panel_bytes = (matrix.matrix_bytes() / matrix.panels()).max(1);
-        // With more tokens a panel is more work, so fewer of them balance as well.
-        let step = (TASK_BYTES / panel_bytes / job.product.tokens().div_ceil(4).max(1)).max(1);
-        tasks.extend((0..matrix.panels()).step_by(step).map(|p| (j, p, (p + step).min(matrix.panels()))));
+        let matrix = job.matrix;
+        assert_eq!(matrix.slabs, job.x.slabs, "records as wide as the matrix");
+        let width = if matrix.paired { 2 } else { 1 };
+        let bytes = if job.x.tokens > 8 { BATCH_TASK_BYTES } else { TASK_BYTES };
+        let units = matrix.panels() / width;
+        let step = (bytes / (width * matrix.panel_bytes())).max(1);
+        tasks.extend((0..units).step_by(step).map(|u| (j, u, (u + step).min(units))));
     }
     pool.run(tasks.len(), &|task| {
         let (job, from, to) = tasks[task];
@@ -204,80 +268,129 @@ pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
     });
 }
 
+/// The panels, or pairs of panels, `from .. to` of a job.
 fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
-    let Product { matrix, expert, x, take, bias } = job.product;
-    let kernel = matrix.kernel(kernels);
-    let tokens = job.product.tokens();
-    let row_of = |t: usize| {
-        let row = take.map_or(t, |take| take[t]);
-        x[row * matrix.cols..][..matrix.cols].as_ptr()
+    let matrix = job.matrix;
+    let kernel = matrix.kernel(kernels, job.x.kind);
+    let token_bytes = matrix.slabs * job.x.kind.words() * 4;
+    let block = (RECORD_BYTES / token_bytes.max(1)).clamp(1, TOKEN_BLOCK);
+    let mut sums = [[const { MaybeUninit::<[f32; LANES]>::uninit() }; TOKEN_BLOCK]; 2];
+    for first in (0..job.x.tokens).step_by(block) {
+        let x = job.x.part(first, (first + block).min(job.x.tokens));
+        let sums_of = |panel: usize, sums: &mut [MaybeUninit<[f32; LANES]>; TOKEN_BLOCK]| {
+            // SAFETY: the kernels were chosen for this CPU; the panel has as many slabs as the records, and there is room
+            // for a block of tokens.
+            unsafe { kernel(matrix.panel(job.expert, panel), x, sums.as_mut_ptr().cast()) };
+        };
+        for unit in from..to {
+            let [a, b] = &mut sums;
+            let width = if matrix.paired { 2 } else { 1 };
+            sums_of(unit * width, a);
+            let rows = LANES.min(matrix.rows / width - unit * LANES);
+            let at = first * job.stride + job.offset + unit * LANES;
+            assert!(at + (x.tokens - 1) * job.stride + rows <= job.out.len, "an output within its slice");
+            let scale = matrix.scale(job.expert, unit * width);
+            let bias = matrix.bias(job.bias, unit * width);
+            let finish = Finish {
+                // SAFETY: the kernel has written the sums of these tokens.
+                sums: unsafe { std::slice::from_raw_parts(a.as_ptr().cast(), x.tokens) },
+                scale: &scale,
+                bias: &bias,
+                // SAFETY: within the slice by the assertion.
+                out: unsafe { job.out.start.add(at) },
+                stride: job.stride,
+                rows,
+                add: job.then == Then::Add,
+            };
+            if let Then::SwiGlu { limit, alpha } = job.then {
+                assert_eq!(rows, LANES, "an intermediate size that is a multiple of sixteen");
+                sums_of(unit * width + 1, b);
+                let scale = matrix.scale(job.expert, unit * width + 1);
+                let bias = matrix.bias(job.bias, unit * width + 1);
+                // SAFETY: the kernel has written the sums of these tokens.
+                let sums = unsafe { std::slice::from_raw_parts(b.as_ptr().cast(), x.tokens) };
+                let ups = Finish { sums, scale: &scale, bias: &bias, ..finish };
+                // SAFETY: the kernels were chosen for this CPU; this task alone has these rows, which are within the slice.
+                unsafe { (kernels.finish_swiglu)(&finish, &ups, limit, alpha) };
+            } else {
+                // SAFETY: as above.
+                unsafe { (kernels.finish)(&finish) };
+            }
+        }
+    }
+}
+
+/// Codes and scales, `blocks` scales per 32 columns.
+fn pack_e2m1(
+    codes: &[u8],
+    scales: &[u8],
+    blocks: usize,
+    cols: usize,
+    source: impl Fn(usize) -> Option<usize>,
+    out: &mut [u8],
+) {
+    let slab_bytes = blocks * LANES + CODE_BYTES;
+    let per_row = cols * blocks / COLUMNS;
+    // Moves the four nibbles of 16 bits to the low halves of four bytes.
+    let spread = |x: u32| {
+        let x = (x | x << 8) & 0x00ff_00ff;
+        (x | x << 4) & 0x0f0f_0f0f
     };
-    for block in (0..tokens).step_by(TOKEN_BLOCK) {
-        let end = (block + TOKEN_BLOCK).min(tokens);
-        for p in from..to {
-            let panel = matrix.panel(expert, p);
-            let first = p * ROWS;
-            let rows = ROWS.min(matrix.rows - first);
-            for t in (block..end).step_by(TOKENS) {
-                let n = TOKENS.min(end - t);
-                let x: [*const f32; TOKENS] = std::array::from_fn(|i| row_of(t + i.min(n - 1)));
-                let mut sums: PanelSums = [[0.0; ROWS]; TOKENS];
-                // SAFETY: the kernels were chosen for this CPU; `panel` has as many tiles as `cols / 16`, and each pointer
-                // was taken from a slice of `cols` values.
-                unsafe { kernel(panel, x, n, &mut sums) };
-                for (i, sums) in sums.iter_mut().enumerate().take(n) {
-                    for (r, sum) in sums.iter_mut().enumerate().take(rows) {
-                        *sum = *sum * matrix.global_scales[expert] + bias.map_or(0.0, |b| b[first + r]);
-                    }
-                    // SAFETY: this task alone has these rows of this job.
-                    unsafe { job.out.write((t + i) * job.stride + job.offset + first, &sums[..rows]) };
-                }
+    for r in 0..LANES {
+        let Some(row) = source(r) else { continue };
+        let codes = codes[row * cols / 2..][..cols / 2].chunks(COLUMNS / 2);
+        let scales = scales[row * per_row..][..per_row].chunks(blocks);
+        for ((out, codes), scales) in out.chunks_exact_mut(slab_bytes).zip(codes).zip(scales) {
+            for (b, &scale) in scales.iter().enumerate() {
+                out[b * LANES + r] = scale;
+            }
+            for (k, bytes) in codes.as_chunks::<4>().0.iter().enumerate() {
+                let eight = u32::from_le_bytes(*bytes);
+                let packed = spread(eight & 0xffff) | spread(eight >> 16) << 4;
+                out[blocks * LANES + 64 * k + 4 * r..][..4].copy_from_slice(&packed.to_le_bytes());
             }
         }
     }
 }
 
-fn tile_bytes(format: Format) -> usize {
-    match format {
-        Format::Bf16 => ROWS * LANES * 2,
-        Format::Mxfp4 | Format::Nvfp4 => ROWS * LANES / 2,
-    }
-}
-
-fn scale_bytes(format: Format, tiles: usize) -> usize {
-    match format {
-        Format::Bf16 => 0,
-        Format::Mxfp4 => tiles / 2 * ROWS,
-        Format::Nvfp4 => tiles * ROWS,
-    }
-}
-
-fn pack_codes(codes: &[u8], cols: usize, first: usize, rows: usize, out: &mut [u8]) {
-    for (t, tile) in out.chunks_exact_mut(ROWS * LANES / 2).enumerate() {
-        let mut words = [0u32; LANES];
-        for r in 0..rows {
-            let at = ((first + r) * cols + t * LANES) / 2;
-            for (pair, &byte) in words.chunks_exact_mut(2).zip(&codes[at..at + LANES / 2]) {
-                pair[0] |= u32::from(byte & 15) << (4 * r);
-                pair[1] |= u32::from(byte >> 4) << (4 * r);
+fn pack_bf16(values: &[u16], cols: usize, source: impl Fn(usize) -> Option<usize>, out: &mut [u8]) {
+    for r in 0..LANES {
+        let Some(row) = source(r) else { continue };
+        let values = &values[row * cols..][..cols];
+        for (pair, out) in values.chunks(2).zip(out.chunks_exact_mut(4 * LANES)) {
+            for (value, out) in pair.iter().zip(out[4 * r..].chunks_exact_mut(2)) {
+                out.copy_from_slice(&value.to_le_bytes());
             }
         }
-        for (out, word) in tile.chunks_exact_mut(4).zip(words) {
-            out.copy_from_slice(&word.to_le_bytes());
-        }
     }
 }
 
-fn pack_scales(scales: &[u8], per_row: usize, first: usize, rows: usize, out: &mut [u8]) {
-    for (b, out) in out.chunks_exact_mut(ROWS).enumerate() {
-        for (r, out) in out.iter_mut().enumerate().take(rows) {
-            *out = scales[(first + r) * per_row + b];
+fn pack_int8(
+    values: &[u16],
+    cols: usize,
+    source: impl Fn(usize) -> Option<usize>,
+    out: &mut [u8],
+    scales: &mut [f32],
+) {
+    // Columns and rows that do not exist are zeros too.
+    out.fill(INT8_OFFSET as u8);
+    for (r, scale) in scales.iter_mut().enumerate() {
+        let Some(row) = source(r) else { continue };
+        let values = &values[row * cols..][..cols];
+        let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
+        let largest = f32::from_bits(u32::from(values.iter().fold(0, |most, v| most.max(v & 0x7fff))) << 16);
+        *scale = largest / 127.0;
+        let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
+        for (four, out) in values.chunks(4).zip(out.chunks_exact_mut(4 * LANES)) {
+            for (&v, out) in four.iter().zip(&mut out[4 * r..]) {
+                *out = ((value(v) * inverse).round_ties_even() as i32 + INT8_OFFSET) as u8;
+            }
         }
     }
 }
 
 /// Zeroed memory on large pages where the system has them: a step reads all of it in order, and with small pages address
-/// translation costs as much as the reading.
+/// translation costs as much as the reading. Pages are taken when, and near the thread by which, they are first written.
 pub(crate) struct Buffer {
     start: *mut u8,
     len: usize,
@@ -292,33 +405,41 @@ unsafe impl Sync for Buffer {}
 impl Buffer {
     pub(crate) fn new(len: usize) -> Result<Buffer, Error> {
         const LARGE_PAGE: usize = 2 << 20;
-        let align = if len >= LARGE_PAGE { LARGE_PAGE } else { 64 };
-        let layout = std::alloc::Layout::from_size_align(len.max(64), align)
-            .map_err(|_| Error::Memory { needed: len })?;
+        // The system's pages are zeroed. An allocator that clears aligned memory itself would touch all of it here, so it is
+        // asked for memory without alignment, with room to align.
+        let room = if len >= LARGE_PAGE { LARGE_PAGE } else { 64 };
+        let layout = len
+            .checked_add(room)
+            .and_then(|size| std::alloc::Layout::from_size_align(size, 16).ok())
+            .ok_or(Error::Memory { needed: len })?;
         // SAFETY: the layout is not of size zero.
-        let start = unsafe { std::alloc::alloc(layout) };
+        let start = unsafe { std::alloc::alloc_zeroed(layout) };
         if start.is_null() {
             return Err(Error::Memory { needed: len });
         }
         #[cfg(target_os = "linux")]
         if len >= LARGE_PAGE {
+            let aligned = start.wrapping_add(start.align_offset(LARGE_PAGE));
             // SAFETY: the range was just allocated. Advice only: a failure costs speed.
-            unsafe { libc::madvise(start.cast(), len, libc::MADV_HUGEPAGE) };
+            unsafe { libc::madvise(aligned.cast(), len, libc::MADV_HUGEPAGE) };
         }
-        // Zeroed only after the advice: the first write decides the size of the page.
-        // SAFETY: the allocation has at least `len` bytes.
-        unsafe { start.write_bytes(0, len) };
         Ok(Buffer { start, len, layout })
     }
 
+    /// The first byte, aligned for the kernels and to large pages.
+    fn first(&self) -> *mut u8 {
+        let room = self.layout.size() - self.len;
+        self.start.wrapping_add(self.start.align_offset(room))
+    }
+
     pub(crate) fn as_slice(&self) -> &[u8] {
-        // SAFETY: allocated with at least `len` bytes, initialized.
-        unsafe { std::slice::from_raw_parts(self.start, self.len) }
+        // SAFETY: allocated with at least `len` bytes behind the first aligned one, initialized.
+        unsafe { std::slice::from_raw_parts(self.first(), self.len) }
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
         // SAFETY: as above, and `self` is borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.start, self.len) }
+        unsafe { std::slice::from_raw_parts_mut(self.first(), self.len) }
     }
 }
 
@@ -330,18 +451,18 @@ impl Drop for Buffer {
 }
 
 /// A mutable slice cut into equal chunks that tasks take by index.
-struct Chunks<'a> {
-    start: *mut u8,
+struct Chunks<'a, T> {
+    start: *mut T,
     size: usize,
     count: usize,
-    slice: std::marker::PhantomData<&'a mut [u8]>,
+    slice: std::marker::PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: `take`'s contract makes the chunks disjoint.
-unsafe impl Sync for Chunks<'_> {}
+unsafe impl<T: Send> Sync for Chunks<'_, T> {}
 
-impl<'a> Chunks<'a> {
-    fn new(slice: &'a mut [u8], size: usize) -> Chunks<'a> {
+impl<'a, T> Chunks<'a, T> {
+    fn new(slice: &'a mut [T], size: usize) -> Chunks<'a, T> {
         let count = slice.len().checked_div(size).unwrap_or(usize::MAX);
         Chunks { start: slice.as_mut_ptr(), size, count, slice: std::marker::PhantomData }
     }
@@ -349,7 +470,7 @@ impl<'a> Chunks<'a> {
     /// # Safety
     /// Each index is taken at most once.
     #[expect(clippy::mut_from_ref, reason = "the contract makes the chunks disjoint")]
-    unsafe fn take(&self, index: usize) -> &mut [u8] {
+    unsafe fn take(&self, index: usize) -> &mut [T] {
         assert!(index < self.count, "a chunk within the slice");
         // SAFETY: within the slice by the assertion; unaliased by the contract.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(index * self.size), self.size) }

@@ -1,11 +1,17 @@
-//! Sixteen f32 lanes on AVX-512, AVX2 and plain arrays.
+//! Sixteen f32 lanes, and sums of byte products, on AVX-512, AVX2 and plain arrays.
 //!
 //! Kernels are generic over [`Lanes`] and inlined into one function per instruction set that enables the features; a
 //! method that is not inlined there would become a call in the inner loop, hence `inline(always)` throughout. Fused
-//! multiply-add rounds once on all three, which makes them equal bit for bit.
+//! multiply-add rounds once on all three and sums of integers are exact, which makes them equal bit for bit.
 
-/// Lanes per vector: the elements of an NVFP4 block.
+/// Lanes per vector: the rows of a panel, and the elements of an NVFP4 block.
 pub(crate) const LANES: usize = 16;
+
+/// What is added to twice an E2M1 value to make it an unsigned byte.
+pub(crate) const E2M1_OFFSET: i32 = 12;
+
+/// Twice the value of each E2M1 code plus [`E2M1_OFFSET`].
+const E2M1_BYTES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
 /// 2^120: between the exponent biases of E4M3 and f32.
 const E4M3_BIAS: f32 = f32::from_bits((127 + 120) << 23);
@@ -17,14 +23,17 @@ const ROUND: f32 = 12_582_912.0;
 ///
 /// # Safety
 /// All methods require that the CPU has the features of the implementation; pointers must be valid for sixteen elements
-/// (codes: 64 bytes, scales: 8).
+/// (bytes of products: 64).
 pub(crate) trait Lanes: Copy {
-    /// A tile of E2M1 codes: lane `j` holds the codes of eight rows at column `j`, row `r` in bits `4 r ..`.
-    type Codes: Copy;
+    /// 64 unsigned bytes: four columns of sixteen rows, row `r` in bytes `4 r ..`.
+    type Bytes: Copy;
+    /// Sixteen i32, one per row.
+    type Ints: Copy;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
-    unsafe fn load_bf16(from: *const u16) -> Self;
+    /// The even and the odd of two columns of BF16: row `r` in elements `2 r` and `2 r + 1`.
+    unsafe fn load_bf16(from: *const u16) -> [Self; 2];
     unsafe fn store(self, to: *mut f32);
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
@@ -38,28 +47,27 @@ pub(crate) trait Lanes: Copy {
     unsafe fn exp2_of_rounded(self) -> Self;
     /// Lane `l + 8` is added to `l`, then `l + 4`, `l + 2`, `l + 1`.
     unsafe fn sum(self) -> f32;
-    unsafe fn load_codes(from: *const u8) -> Self::Codes;
-    /// Drops the codes of the first `rows` rows.
-    unsafe fn skip_rows(codes: Self::Codes, rows: i32) -> Self::Codes;
-    /// The values of the first row's codes.
-    unsafe fn e2m1(codes: Self::Codes) -> Self;
 
-    /// Eight non-negative E4M3 bytes: the bits moved to the place of an f32's, times the difference of the biases. Exact for
+    /// Non-negative E4M3 bytes: the bits moved to the place of an f32's, times the difference of the biases. Exact for
     /// the subnormal bytes too.
-    #[inline(always)]
-    unsafe fn e4m3(from: *const u8) -> [f32; 8] {
-        // SAFETY: valid for eight bytes by the trait's contract.
-        let bytes = unsafe { from.cast::<[u8; 8]>().read_unaligned() };
-        bytes.map(|byte| f32::from_bits(u32::from(byte) << 20) * E4M3_BIAS)
-    }
+    unsafe fn e4m3(from: *const u8) -> Self;
+    /// E8M0 bytes. 2^-127, byte 0, is the only one below the normal range.
+    unsafe fn e8m0(from: *const u8) -> Self;
 
-    /// Eight E8M0 bytes. 2^-127, byte 0, is the only one below the normal range.
-    #[inline(always)]
-    unsafe fn e8m0(from: *const u8) -> [f32; 8] {
-        // SAFETY: valid for eight bytes by the trait's contract.
-        let bytes = unsafe { from.cast::<[u8; 8]>().read_unaligned() };
-        bytes.map(|byte| f32::from_bits((u32::from(byte) << 23).max(1 << 22)))
-    }
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
+    /// Eight columns of E2M1 codes as [`E2M1_BYTES`]: the low nibbles are the first four columns.
+    unsafe fn load_e2m1(from: *const u8) -> [Self::Bytes; 2];
+    unsafe fn splat_ints(value: i32) -> Self::Ints;
+    /// Adds the products of sixteen columns with sixteen signed bytes. The weights are at most 24.
+    unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints;
+    /// The same for weights of any size.
+    unsafe fn dot(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints;
+    /// Times 256.
+    unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints;
+    unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints;
+    unsafe fn from_ints(ints: Self::Ints) -> Self;
+    /// Asks for the cache line at `at`, which need not be valid.
+    unsafe fn prefetch(at: *const u8);
 
     /// e^self to about one unit in the last place, for arguments up to 88; below -87 the result stays at e^-87.
     #[inline(always)]
@@ -94,7 +102,8 @@ impl Scalar {
 }
 
 impl Lanes for Scalar {
-    type Codes = [u32; LANES];
+    type Bytes = [u8; 4 * LANES];
+    type Ints = [i32; LANES];
 
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
@@ -106,10 +115,10 @@ impl Lanes for Scalar {
         Scalar(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
     }
     #[inline(always)]
-    unsafe fn load_bf16(from: *const u16) -> Self {
-        // SAFETY: valid for sixteen elements by the trait's contract.
-        let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
-        Scalar(bits.map(|b| f32::from_bits(u32::from(b) << 16)))
+    unsafe fn load_bf16(from: *const u16) -> [Self; 2] {
+        // SAFETY: valid for 64 bytes by the trait's contract.
+        let bits = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
+        [Scalar(bits.map(|b| f32::from_bits(b << 16))), Scalar(bits.map(|b| f32::from_bits(b & 0xffff_0000)))]
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -160,18 +169,63 @@ impl Lanes for Scalar {
         lanes[0]
     }
     #[inline(always)]
-    unsafe fn load_codes(from: *const u8) -> Self::Codes {
+    unsafe fn e4m3(from: *const u8) -> Self {
+        // SAFETY: valid for sixteen bytes by the trait's contract.
+        let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        Scalar(bytes.map(|byte| f32::from_bits(u32::from(byte) << 20) * E4M3_BIAS))
+    }
+    #[inline(always)]
+    unsafe fn e8m0(from: *const u8) -> Self {
+        // SAFETY: valid for sixteen bytes by the trait's contract.
+        let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        Scalar(bytes.map(|byte| f32::from_bits((u32::from(byte) << 23).max(1 << 22))))
+    }
+    #[inline(always)]
+    unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
         // SAFETY: valid for 64 bytes by the trait's contract.
-        unsafe { from.cast::<[u32; LANES]>().read_unaligned() }
+        unsafe { from.cast::<Self::Bytes>().read_unaligned() }
     }
     #[inline(always)]
-    unsafe fn skip_rows(codes: Self::Codes, rows: i32) -> Self::Codes {
-        codes.map(|c| c >> (4 * rows))
+    unsafe fn load_e2m1(from: *const u8) -> [Self::Bytes; 2] {
+        // SAFETY: valid for 64 bytes by the trait's contract.
+        let codes = unsafe { Self::load_bytes(from) };
+        [codes.map(|c| E2M1_BYTES[usize::from(c & 15)]), codes.map(|c| E2M1_BYTES[usize::from(c >> 4)])]
     }
     #[inline(always)]
-    unsafe fn e2m1(codes: Self::Codes) -> Self {
-        Scalar(codes.map(|c| numerics::e2m1::decode(c as u8)))
+    unsafe fn splat_ints(value: i32) -> Self::Ints {
+        [value; LANES]
     }
+    #[inline(always)]
+    unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+        // SAFETY: the same contract.
+        unsafe { Self::dot(sum, weights, x) }
+    }
+    #[inline(always)]
+    unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+        // SAFETY: valid for sixteen bytes by the trait's contract.
+        let x = unsafe { x.cast::<[[i8; 4]; 4]>().read_unaligned() };
+        for (weights, x) in weights.iter().zip(x) {
+            for (sum, weights) in sum.iter_mut().zip(weights.as_chunks::<4>().0) {
+                let products = weights.iter().zip(x).map(|(&w, x)| i32::from(w) * i32::from(x));
+                *sum = sum.wrapping_add(products.sum());
+            }
+        }
+        sum
+    }
+    #[inline(always)]
+    unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints {
+        ints.map(|i| i << 8)
+    }
+    #[inline(always)]
+    unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+        std::array::from_fn(|l| a[l].wrapping_add(b[l]))
+    }
+    #[inline(always)]
+    unsafe fn from_ints(ints: Self::Ints) -> Self {
+        Scalar(ints.map(|i| i as f32))
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_at: *const u8) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -190,7 +244,8 @@ mod x86 {
     pub(crate) struct Avx512(__m512);
 
     impl Lanes for Avx512 {
-        type Codes = __m512i;
+        type Bytes = __m512i;
+        type Ints = __m512i;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
@@ -203,11 +258,15 @@ mod x86 {
             Avx512(unsafe { _mm512_loadu_ps(from) })
         }
         #[inline(always)]
-        unsafe fn load_bf16(from: *const u16) -> Self {
+        unsafe fn load_bf16(from: *const u16) -> [Self; 2] {
             // SAFETY: the trait's contract.
             unsafe {
-                let wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(wide)))
+                let pairs = _mm512_loadu_si512(from.cast());
+                let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+                [
+                    Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))),
+                    Avx512(_mm512_castsi512_ps(odd)),
+                ]
             }
         }
         #[inline(always)]
@@ -267,32 +326,76 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn load_codes(from: *const u8) -> Self::Codes {
+        unsafe fn e4m3(from: *const u8) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let bits = _mm512_slli_epi32::<20>(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())));
+                Avx512(_mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(super::E4M3_BIAS)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn e8m0(from: *const u8) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let bits = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())));
+                Avx512(_mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(1 << 22))))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
             // SAFETY: the trait's contract.
             unsafe { _mm512_loadu_si512(from.cast()) }
         }
         #[inline(always)]
-        unsafe fn skip_rows(codes: Self::Codes, rows: i32) -> Self::Codes {
-            // SAFETY: the trait's contract.
-            unsafe { _mm512_srl_epi32(codes, _mm_cvtsi32_si128(4 * rows)) }
-        }
-        #[inline(always)]
-        unsafe fn e2m1(codes: Self::Codes) -> Self {
-            // SAFETY: the trait's contract. The permutation looks at the low four bits of each lane only.
+        unsafe fn load_e2m1(from: *const u8) -> [Self::Bytes; 2] {
+            // SAFETY: the trait's contract. The permutation looks at the low six bits of a byte and the table repeats
+            // every sixteen, so what is above a code need not be cleared.
             unsafe {
-                let table = _mm512_loadu_ps(numerics::e2m1::VALUES.as_ptr());
-                Avx512(_mm512_permutexvar_ps(codes, table))
+                let table = _mm512_broadcast_i32x4(_mm_loadu_si128(super::E2M1_BYTES.as_ptr().cast()));
+                let codes = _mm512_loadu_si512(from.cast());
+                let high = _mm512_srli_epi16::<4>(codes);
+                [_mm512_permutexvar_epi8(codes, table), _mm512_permutexvar_epi8(high, table)]
             }
         }
         #[inline(always)]
-        unsafe fn e4m3(from: *const u8) -> [f32; 8] {
+        unsafe fn splat_ints(value: i32) -> Self::Ints {
             // SAFETY: the trait's contract.
-            unsafe { scales8::<20>(from, _mm256_setzero_si256(), super::E4M3_BIAS) }
+            unsafe { _mm512_set1_epi32(value) }
         }
         #[inline(always)]
-        unsafe fn e8m0(from: *const u8) -> [f32; 8] {
+        unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+            // SAFETY: the same contract.
+            unsafe { Self::dot(sum, weights, x) }
+        }
+        #[inline(always)]
+        unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
             // SAFETY: the trait's contract.
-            unsafe { scales8::<23>(from, _mm256_set1_epi32(1 << 22), 1.0) }
+            unsafe {
+                for (i, &weights) in weights.iter().enumerate() {
+                    sum = _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.add(i).read_unaligned()));
+                }
+            }
+            sum
+        }
+        #[inline(always)]
+        unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_slli_epi32::<8>(ints) }
+        }
+        #[inline(always)]
+        unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_add_epi32(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn from_ints(ints: Self::Ints) -> Self {
+            // SAFETY: the trait's contract.
+            Avx512(unsafe { _mm512_cvtepi32_ps(ints) })
+        }
+        #[inline(always)]
+        unsafe fn prefetch(at: *const u8) {
+            // SAFETY: the trait's contract. A prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
     }
 
@@ -301,7 +404,8 @@ mod x86 {
     pub(crate) struct Avx2(__m256, __m256);
 
     impl Lanes for Avx2 {
-        type Codes = (__m256i, __m256i);
+        type Bytes = (__m256i, __m256i);
+        type Ints = (__m256i, __m256i);
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
@@ -314,14 +418,14 @@ mod x86 {
             unsafe { Avx2(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
         }
         #[inline(always)]
-        unsafe fn load_bf16(from: *const u16) -> Self {
+        unsafe fn load_bf16(from: *const u16) -> [Self; 2] {
             // SAFETY: the trait's contract.
             unsafe {
-                let widen = |from: *const u16| {
-                    let wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast()));
-                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(wide))
-                };
-                Avx2(widen(from), widen(from.add(8)))
+                let (a, b) = Self::load_bytes(from.cast());
+                let even = |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
+                let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
+                let odd = |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, mask));
+                [Avx2(even(a), even(b)), Avx2(odd(a), odd(b))]
             }
         }
         #[inline(always)]
@@ -384,56 +488,110 @@ mod x86 {
             unsafe { sum8(_mm256_add_ps(self.0, self.1)) }
         }
         #[inline(always)]
-        unsafe fn load_codes(from: *const u8) -> Self::Codes {
+        unsafe fn e4m3(from: *const u8) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let decode = |from: *const u8| {
+                    let bits = _mm256_slli_epi32::<20>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
+                    _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(super::E4M3_BIAS))
+                };
+                Avx2(decode(from), decode(from.add(8)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn e8m0(from: *const u8) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let decode = |from: *const u8| {
+                    let bits = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
+                    _mm256_castsi256_ps(_mm256_max_epu32(bits, _mm256_set1_epi32(1 << 22)))
+                };
+                Avx2(decode(from), decode(from.add(8)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
             // SAFETY: the trait's contract.
             unsafe { (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast())) }
         }
         #[inline(always)]
-        unsafe fn skip_rows(codes: Self::Codes, rows: i32) -> Self::Codes {
+        unsafe fn load_e2m1(from: *const u8) -> [Self::Bytes; 2] {
             // SAFETY: the trait's contract.
             unsafe {
-                let count = _mm_cvtsi32_si128(4 * rows);
-                (_mm256_srl_epi32(codes.0, count), _mm256_srl_epi32(codes.1, count))
+                let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(super::E2M1_BYTES.as_ptr().cast()));
+                let (a, b) = Self::load_bytes(from);
+                let mask = _mm256_set1_epi8(15);
+                let low = |codes| _mm256_shuffle_epi8(table, _mm256_and_si256(codes, mask));
+                let high = |codes| low(_mm256_srli_epi16::<4>(codes));
+                [(low(a), low(b)), (high(a), high(b))]
             }
         }
         #[inline(always)]
-        unsafe fn e2m1(codes: Self::Codes) -> Self {
-            // SAFETY: the trait's contract. The permutation looks at the low three bits of each lane: the magnitude; the
-            // fourth bit becomes the sign.
+        unsafe fn splat_ints(value: i32) -> Self::Ints {
+            // SAFETY: the trait's contract.
+            unsafe { (_mm256_set1_epi32(value), _mm256_set1_epi32(value)) }
+        }
+        #[inline(always)]
+        unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+            // SAFETY: the trait's contract. Pairs of products are at most 24 · 128 · 2, and four of them fit 16 bits.
             unsafe {
-                let table = _mm256_loadu_ps(numerics::e2m1::VALUES.as_ptr());
-                let sign = _mm256_set1_epi32(i32::MIN);
-                let decode = |codes| {
-                    let magnitude = _mm256_permutevar8x32_ps(table, codes);
-                    let sign = _mm256_and_si256(_mm256_slli_epi32::<28>(codes), sign);
-                    _mm256_or_ps(magnitude, _mm256_castsi256_ps(sign))
+                let x: [__m256i; 4] =
+                    std::array::from_fn(|i| _mm256_set1_epi32(x.add(i).read_unaligned()));
+                let half = |sum: __m256i, weights: [__m256i; 4]| {
+                    let pairs = _mm256_add_epi16(
+                        _mm256_add_epi16(
+                            _mm256_maddubs_epi16(weights[0], x[0]),
+                            _mm256_maddubs_epi16(weights[1], x[1]),
+                        ),
+                        _mm256_add_epi16(
+                            _mm256_maddubs_epi16(weights[2], x[2]),
+                            _mm256_maddubs_epi16(weights[3], x[3]),
+                        ),
+                    );
+                    _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
                 };
-                Avx2(decode(codes.0), decode(codes.1))
+                (half(sum.0, weights.map(|w| w.0)), half(sum.1, weights.map(|w| w.1)))
             }
         }
         #[inline(always)]
-        unsafe fn e4m3(from: *const u8) -> [f32; 8] {
-            // SAFETY: the trait's contract.
-            unsafe { scales8::<20>(from, _mm256_setzero_si256(), super::E4M3_BIAS) }
+        unsafe fn dot(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+            // SAFETY: the trait's contract. Pairs of products of seven bits fit 16; the eighth bit counts 128.
+            unsafe {
+                let mut sum = sum;
+                for (i, weights) in weights.iter().enumerate() {
+                    let x = _mm256_set1_epi32(x.add(i).read_unaligned());
+                    let half = |sum, weights| {
+                        let low = _mm256_and_si256(weights, _mm256_set1_epi8(0x7f));
+                        let high = _mm256_and_si256(_mm256_srli_epi16::<7>(weights), _mm256_set1_epi8(1));
+                        let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1));
+                        let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(128));
+                        _mm256_add_epi32(sum, _mm256_add_epi32(low, high))
+                    };
+                    sum = (half(sum.0, weights.0), half(sum.1, weights.1));
+                }
+                sum
+            }
         }
         #[inline(always)]
-        unsafe fn e8m0(from: *const u8) -> [f32; 8] {
+        unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints {
             // SAFETY: the trait's contract.
-            unsafe { scales8::<23>(from, _mm256_set1_epi32(1 << 22), 1.0) }
+            unsafe { (_mm256_slli_epi32::<8>(ints.0), _mm256_slli_epi32::<8>(ints.1)) }
         }
-    }
-
-    /// Eight bytes shifted left by `SHIFT`, at least `least`, as f32 times `factor`.
-    #[inline(always)]
-    unsafe fn scales8<const SHIFT: i32>(from: *const u8, least: __m256i, factor: f32) -> [f32; 8] {
-        let mut scales = [0.0; 8];
-        // SAFETY: only called from the implementations above, whose contract includes AVX2 and eight valid bytes.
-        unsafe {
-            let bits = _mm256_slli_epi32::<SHIFT>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
-            let values = _mm256_castsi256_ps(_mm256_max_epu32(bits, least));
-            _mm256_storeu_ps(scales.as_mut_ptr(), _mm256_mul_ps(values, _mm256_set1_ps(factor)));
+        #[inline(always)]
+        unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints {
+            // SAFETY: the trait's contract.
+            unsafe { (_mm256_add_epi32(a.0, b.0), _mm256_add_epi32(a.1, b.1)) }
         }
-        scales
+        #[inline(always)]
+        unsafe fn from_ints(ints: Self::Ints) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe { Avx2(_mm256_cvtepi32_ps(ints.0), _mm256_cvtepi32_ps(ints.1)) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(at: *const u8) {
+            // SAFETY: the trait's contract. A prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
     }
 
     #[inline(always)]

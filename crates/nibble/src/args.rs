@@ -85,6 +85,39 @@ pub(crate) struct Run {
     /// Tokens do not depend on the rest of the batch (always so on a CPU)
     #[arg(long)]
     pub(crate) batch_invariant: bool,
+    /// What is not in four bits, on a CPU: as it is stored, or (`fast`) in eight bits with one scale per row; routers
+    /// and the embedding stay
+    #[arg(long, value_enum, default_value = "as-stored")]
+    pub(crate) weights: WeightBits,
+    /// What weights of four and eight bits are multiplied with, on a CPU: numbers of 24 bits, which are as good as f32, of 16
+    /// or of 8, one scale per 32. BENCHMARKS.md has speed and divergence of each
+    #[arg(long, value_enum, default_value = "f32")]
+    pub(crate) activations: ActivationBits,
+}
+
+impl Run {
+    /// The weights as they are in the files, with the most precise arithmetic.
+    pub(crate) fn exact() -> Run {
+        Run {
+            quantization: "auto".to_owned(),
+            batch_invariant: false,
+            weights: WeightBits::AsStored,
+            activations: ActivationBits::F32,
+        }
+    }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum WeightBits {
+    AsStored,
+    Fast,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ActivationBits {
+    F32,
+    Int16,
+    Int8,
 }
 
 #[derive(Debug, Args)]
@@ -514,7 +547,7 @@ pub(crate) struct Bench {
     /// Repetitions
     #[arg(short = 'r', long = "repetitions", value_name = "N", default_value_t = 3)]
     pub(crate) repetitions: usize,
-    /// On a GPU, time per kernel of one more run of each test, the kernels one after the other
+    /// Time per kernel of one more run of each test; on a GPU, the kernels one after the other
     #[arg(long)]
     pub(crate) profile: bool,
     #[command(flatten)]

@@ -40,7 +40,7 @@ pub(crate) fn start(
     }
     let harmony = model.harmony()?;
     let generation = model.checkpoint.generation_config().clone();
-    let backend = backend(model.weights(run, common, ui)?, common, ui)?;
+    let backend = backend(model.weights(run, common, ui)?, run, common, ui)?;
     if run.batch_invariant && !backend.batch_invariant() {
         return Err(Failure::input(
             "--batch-invariant: expected --device cpu, since products of few and of many tokens add up in different orders \

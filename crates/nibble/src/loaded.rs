@@ -6,7 +6,7 @@ use checkpoint::{Config, Weights};
 use cpu::Cpu;
 use gptoss::{Backend, Error, KvLayout, Plan, SequenceOutput, Traffic};
 
-use crate::args::Common;
+use crate::args::{ActivationBits, Common, Run, WeightBits};
 use crate::failure::{Failure, Result};
 use crate::model::threads;
 use crate::ui::Ui;
@@ -19,7 +19,7 @@ pub(crate) enum Loaded {
 }
 
 /// Packs the weights for the device that `--device` asks for.
-pub(crate) fn backend(weights: Arc<dyn Weights>, common: &Common, ui: Ui) -> Result<Loaded> {
+pub(crate) fn backend(weights: Arc<dyn Weights>, run: &Run, common: &Common, ui: Ui) -> Result<Loaded> {
     let device = device(&common.device)?;
     let mut bar = ui.progress("Loading", 1);
     let mut progress = |done: usize, total: usize| {
@@ -28,11 +28,23 @@ pub(crate) fn backend(weights: Arc<dyn Weights>, common: &Common, ui: Ui) -> Res
     };
     Ok(match device {
         Device::Cpu => {
-            let options = cpu::Options { threads: Some(threads(common)), isa: None };
+            let options = cpu::Options {
+                threads: Some(threads(common)),
+                isa: None,
+                fast_weights: run.weights == WeightBits::Fast,
+                activations: match run.activations {
+                    ActivationBits::F32 => cpu::Activations::F32,
+                    ActivationBits::Int16 => cpu::Activations::Int16,
+                    ActivationBits::Int8 => cpu::Activations::Int8,
+                },
+            };
             Loaded::Cpu(Box::new(Cpu::load(weights, options, &mut progress)?))
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => {
+            if run.weights != WeightBits::AsStored || run.activations != ActivationBits::F32 {
+                return Err(Failure::input("--weights fast and --activations: expected --device cpu, found a GPU"));
+            }
             check_kernels(&device)?;
             Loaded::Cuda(Box::new(cuda::Cuda::load(&device, &*weights, &mut progress)?))
         }
@@ -143,10 +155,11 @@ impl Loaded {
     }
 
     /// Runs one step and times each kernel: name, runs, seconds of all of them.
-    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "only a GPU has kernels to time"))]
     pub(crate) fn profile(&mut self, plan: &Plan) -> Result<Vec<(&'static str, usize, f64)>> {
         match self {
-            Loaded::Cpu(_) => Err(Failure::input("--profile: expected --device cuda, found a CPU")),
+            Loaded::Cpu(cpu) => {
+                Ok(cpu.profile(plan)?.into_iter().map(|t| (t.kernel, t.count, t.seconds)).collect())
+            }
             #[cfg(feature = "cuda")]
             Loaded::Cuda(cuda) => {
                 Ok(cuda.profile(plan)?.into_iter().map(|t| (t.kernel, t.count, t.seconds)).collect())

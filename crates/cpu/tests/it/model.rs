@@ -183,11 +183,11 @@ fn the_same_bits_on_every_instruction_set_and_thread_count() {
     for format in [Format::Bf16, Format::Mxfp4, Format::Nvfp4] {
         let plan = SequencePlan { logits: true, ..sequence(&tokens(40), 0, 0) };
         let logits = |options| run(&mut load(odd(format), options), vec![plan.clone()]).remove(0).logits;
-        let expected = logits(Options { isa: Some(Isa::Scalar), threads: Some(1) });
+        let expected = logits(Options { isa: Some(Isa::Scalar), threads: Some(1), ..Options::default() });
         assert!(expected.iter().all(|l| l.is_finite()));
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             for threads in [1, 2, 5] {
-                let found = logits(Options { isa: Some(isa), threads: Some(threads) });
+                let found = logits(Options { isa: Some(isa), threads: Some(threads), ..Options::default() });
                 assert!(found == expected, "{format:?} on {isa:?} with {threads} threads");
             }
         }
@@ -232,13 +232,13 @@ fn the_same_bits_whatever_the_chunks_and_the_company() {
 
 #[test]
 fn an_unavailable_instruction_set_and_a_bad_plan_are_errors() {
-    let mut cpu = load(odd(Format::Bf16), Options { isa: Some(Isa::Scalar), threads: Some(1) });
+    let mut cpu = load(odd(Format::Bf16), Options { isa: Some(Isa::Scalar), threads: Some(1), ..Options::default() });
     let mut bad = sequence(&[1], 0, 0);
     bad.full_blocks = vec![BLOCKS as u32];
     assert!(cpu.step(&Plan { sequences: vec![bad] }).is_err());
     assert!(cpu.allocate_kv(usize::MAX / 2, 1).is_err());
     for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {
-        let options = Options { isa: Some(isa), threads: None };
+        let options = Options { isa: Some(isa), ..Options::default() };
         assert!(Cpu::load(odd(Format::Bf16), options, &mut |_, _| {}).is_err());
     }
 }

@@ -33,7 +33,7 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
     if args.repetitions == 0 || args.decode == 0 || args.batches.contains(&0) || args.prompts.contains(&0) {
         return Err(Failure::input("expected sizes and repetitions of at least 1, found 0"));
     }
-    let mut model = backend(weights, common, ui)?;
+    let mut model = backend(weights, &args.run, common, ui)?;
     let traffic = model.traffic();
     let mut bandwidth = vec![model.read_bandwidth()?];
     let mut tests = Vec::new();

@@ -88,7 +88,7 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     heading(ui, 3, "Measure: what did it cost?");
     let tokenizer = Model::built_in()?.tokenizer()?;
     let windows = text_windows(&tokenizer, TEXT, CONTEXT, Some(WINDOWS));
-    let load = |weights: Arc<Checkpoint>| backend(weights, common, ui);
+    let load = |weights: Arc<Checkpoint>| backend(weights, &crate::args::Run::exact(), common, ui);
     let mut reference = load(Arc::clone(&original))?;
     let base = perplexity(&mut reference, &windows, &mut |_| {})?;
     let tokens = base.tokens;

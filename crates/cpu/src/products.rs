@@ -1,0 +1,254 @@
+//! Products of packed weights with the records of some tokens, written once over [`Lanes`].
+//!
+//! A lane is a row: a panel has sixteen. Each 32 columns of a panel are decoded once, into registers, and then multiplied with
+//! all tokens, whose sums lie in the first-level cache. Every sum has one order, whatever the number of tokens.
+
+use std::marker::PhantomData;
+
+use crate::records::{COLUMNS, Kind, Words};
+use crate::simd::{LANES, Lanes};
+
+/// Weights of sixteen rows.
+#[derive(Clone, Copy)]
+pub(crate) struct Panel {
+    pub(crate) data: *const u8,
+    /// Groups of 32 columns.
+    pub(crate) slabs: usize,
+}
+
+/// The records of some tokens.
+#[derive(Clone, Copy)]
+pub(crate) struct Records<'a> {
+    start: *const u32,
+    /// Words between the records of one token.
+    stride: usize,
+    pub(crate) tokens: usize,
+    pub(crate) kind: Kind,
+    /// Groups of 32 columns.
+    pub(crate) slabs: usize,
+    words: PhantomData<&'a [u32]>,
+}
+
+// SAFETY: shared and read only.
+unsafe impl Sync for Records<'_> {}
+// SAFETY: as above.
+unsafe impl Send for Records<'_> {}
+
+impl<'a> Records<'a> {
+    pub(crate) fn new(words: &'a [u32], tokens: usize, kind: Kind) -> Records<'a> {
+        let stride = tokens * kind.words();
+        let slabs = words.len() / stride.max(1);
+        Records { start: words.as_ptr(), stride, tokens, kind, slabs, words: PhantomData }
+    }
+
+    /// Those of the tokens `from .. to`.
+    pub(crate) fn part(&self, from: usize, to: usize) -> Records<'a> {
+        assert!(from <= to && to <= self.tokens, "tokens of the records");
+        Records { start: self.start.wrapping_add(from * self.kind.words()), tokens: to - from, ..*self }
+    }
+}
+
+/// The sums of a panel for each token, before the scales of rows or matrix: `sums[token][row]`.
+///
+/// # Safety
+/// The CPU has the table's instruction set; `panel` and the records, which are of the kernel's kind, are valid for its
+/// slabs; `sums` is valid for the tokens.
+pub(crate) type PanelKernel = unsafe fn(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]);
+
+/// Bytes of a slab of E2M1 codes without the scales.
+pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
+
+/// How far ahead weights are asked for: what memory delivers in its latency.
+const AHEAD: usize = 4096;
+
+/// E2M1 codes: the scales of the sixteen rows (16 bytes, E8M0, for MXFP4; 32, E4M3, for NVFP4), then 256 bytes of codes. In
+/// byte `64 k + 4 r + j` the low nibble is row `r`, column `8 k + j`, the high one column `8 k + 4 + j`.
+#[inline(always)]
+pub(crate) unsafe fn e2m1<L: Lanes, const MX: bool, const LIMBS: usize>(
+    panel: Panel,
+    x: Records<'_>,
+    sums: *mut [f32; LANES],
+) {
+    let scale_bytes = if MX { LANES } else { 2 * LANES };
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        clear::<L>(sums, x.tokens);
+        for slab in 0..panel.slabs {
+            let tile = panel.data.add(slab * (scale_bytes + CODE_BYTES));
+            for line in 0..5 {
+                L::prefetch(tile.wrapping_add(AHEAD + 64 * line));
+            }
+            let scales = if MX {
+                [L::e8m0(tile); 2]
+            } else {
+                [L::e4m3(tile), L::e4m3(tile.add(LANES))]
+            };
+            let codes = tile.add(scale_bytes);
+            let block = |at: usize| {
+                let [a, b] = L::load_e2m1(codes.add(at));
+                let [c, d] = L::load_e2m1(codes.add(at + 64));
+                [a, b, c, d]
+            };
+            let weights = [block(0), block(128)];
+            let mut record = x.start.add(slab * x.stride).cast::<i32>();
+            for t in 0..x.tokens {
+                let blocks: [L; 2] = std::array::from_fn(|b| {
+                    let offset = L::splat_ints(record.add(Words::<LIMBS>::E2M1 + b).read());
+                    let limb = |l: usize| record.add(8 * l + 4 * b);
+                    let sum = if LIMBS == 1 {
+                        L::dot_e2m1(offset, &weights[b], limb(0))
+                    } else {
+                        let mut sum = L::dot_e2m1(L::splat_ints(0), &weights[b], limb(LIMBS - 1));
+                        for l in (1..LIMBS - 1).rev() {
+                            sum = L::dot_e2m1(L::shift_byte(sum), &weights[b], limb(l));
+                        }
+                        L::dot_e2m1(L::add_ints(L::shift_byte(sum), offset), &weights[b], limb(0))
+                    };
+                    L::from_ints(sum)
+                });
+                let sum = blocks[1].fma(scales[1], blocks[0].mul(scales[0]));
+                let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
+                let total = sums.add(t).cast::<f32>();
+                sum.fma(scale, L::load(total)).store(total);
+                record = record.add(Words::<LIMBS>::COUNT);
+            }
+        }
+    }
+}
+
+/// Weights of eight bits plus 128: byte `64 k + 4 r + j` is row `r`, column `4 k + j`.
+#[inline(always)]
+pub(crate) unsafe fn int8<L: Lanes, const LIMBS: usize>(
+    panel: Panel,
+    x: Records<'_>,
+    sums: *mut [f32; LANES],
+) {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        clear::<L>(sums, x.tokens);
+        for slab in 0..panel.slabs {
+            let tile = panel.data.add(slab * LANES * COLUMNS);
+            for line in 0..8 {
+                L::prefetch(tile.wrapping_add(AHEAD + 64 * line));
+            }
+            let block = |at: usize| std::array::from_fn(|k| L::load_bytes(tile.add(at + 64 * k)));
+            let weights: [[L::Bytes; 4]; 2] = [block(0), block(256)];
+            let mut record = x.start.add(slab * x.stride).cast::<i32>();
+            for t in 0..x.tokens {
+                let limb = |l: usize| {
+                    let offset = L::splat_ints(record.add(Words::<LIMBS>::INT8 + l).read());
+                    let sum = L::dot(offset, &weights[0], record.add(8 * l));
+                    L::from_ints(L::dot(sum, &weights[1], record.add(8 * l + 4)))
+                };
+                let mut sum = limb(0);
+                for l in 1..LIMBS {
+                    sum = limb(l).fma(L::splat([256.0, 65_536.0][l - 1]), sum);
+                }
+                let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
+                let total = sums.add(t).cast::<f32>();
+                sum.fma(scale, L::load(total)).store(total);
+                record = record.add(Words::<LIMBS>::COUNT);
+            }
+        }
+    }
+}
+
+/// BF16 weights: element `32 k + 2 r + j` is row `r`, column `2 k + j`.
+#[inline(always)]
+pub(crate) unsafe fn bf16<L: Lanes>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+    const HALF: usize = COLUMNS / 2;
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        clear::<L>(sums, x.tokens);
+        for half in 0..2 * panel.slabs {
+            let tile = panel.data.add(half * 2 * LANES * HALF);
+            for line in 0..8 {
+                L::prefetch(tile.wrapping_add(AHEAD + 64 * line));
+            }
+            let pairs: [[L; 2]; HALF / 2] = std::array::from_fn(|k| L::load_bf16(tile.add(64 * k).cast()));
+            let mut record = x.start.add(half / 2 * x.stride + half % 2 * HALF).cast::<f32>();
+            for t in 0..x.tokens {
+                // Four chains, for the latency of the multiply-add.
+                let x = |i: usize| L::splat(record.add(i).read());
+                let mut chains: [L; 4] = std::array::from_fn(|i| pairs[i / 2][i % 2].mul(x(i)));
+                for i in 4..HALF {
+                    chains[i % 4] = pairs[i / 2][i % 2].fma(x(i), chains[i % 4]);
+                }
+                let sum = chains[0].add(chains[1]).add(chains[2].add(chains[3]));
+                let total = sums.add(t).cast::<f32>();
+                L::load(total).add(sum).store(total);
+                record = record.add(COLUMNS);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn clear<L: Lanes>(sums: *mut [f32; LANES], tokens: usize) {
+    for t in 0..tokens {
+        // SAFETY: valid for the tokens by the contract of `PanelKernel`.
+        unsafe { L::splat(0.0).store(sums.add(t).cast()) };
+    }
+}
+
+/// What becomes of the sums of one panel.
+pub(crate) struct Finish<'a> {
+    pub(crate) sums: &'a [[f32; LANES]],
+    /// A factor per row.
+    pub(crate) scale: &'a [f32; LANES],
+    pub(crate) bias: &'a [f32; LANES],
+    /// Where row 0 of token 0 goes; the next token is `stride` behind.
+    pub(crate) out: *mut f32,
+    pub(crate) stride: usize,
+    /// Rows that exist, at most sixteen.
+    pub(crate) rows: usize,
+    /// Whether they are added to what is there.
+    pub(crate) add: bool,
+}
+
+/// `out (+)= sums · scale + bias`.
+///
+/// # Safety
+/// The CPU has the instruction set; `out` is valid for the rows of each token.
+#[inline(always)]
+pub(crate) unsafe fn finish<L: Lanes>(job: &Finish<'_>) {
+    // SAFETY: the contract; arrays have sixteen elements.
+    unsafe {
+        let (scale, bias) = (L::load(job.scale.as_ptr()), L::load(job.bias.as_ptr()));
+        for (t, sums) in job.sums.iter().enumerate() {
+            let out = job.out.add(t * job.stride);
+            let value = L::load(sums.as_ptr()).mul(scale).add(bias);
+            if job.rows == LANES {
+                let value = if job.add { L::load(out).add(value) } else { value };
+                value.store(out);
+            } else {
+                let mut values = [0.0; LANES];
+                value.store(values.as_mut_ptr());
+                for (r, value) in values.iter().enumerate().take(job.rows) {
+                    *out.add(r) = if job.add { *out.add(r) + value } else { *value };
+                }
+            }
+        }
+    }
+}
+
+/// gpt-oss's clamped SwiGLU: `(up + 1) · gate · sigmoid(alpha · gate)`, to where the gates are to go.
+///
+/// # Safety
+/// As for [`finish`], with sixteen rows; `ups` has as many tokens as `gates`.
+#[inline(always)]
+pub(crate) unsafe fn finish_swiglu<L: Lanes>(gates: &Finish<'_>, ups: &Finish<'_>, limit: f32, alpha: f32) {
+    // SAFETY: the contract; arrays have sixteen elements.
+    unsafe {
+        let (gate_scale, gate_bias) = (L::load(gates.scale.as_ptr()), L::load(gates.bias.as_ptr()));
+        let (up_scale, up_bias) = (L::load(ups.scale.as_ptr()), L::load(ups.bias.as_ptr()));
+        let one = L::splat(1.0);
+        for (t, (gate, up)) in gates.sums.iter().zip(ups.sums).enumerate() {
+            let gate = L::load(gate.as_ptr()).mul(gate_scale).add(gate_bias).min(L::splat(limit));
+            let up = L::load(up.as_ptr()).mul(up_scale).add(up_bias);
+            let up = up.min(L::splat(limit)).max(L::splat(-limit));
+            let sigmoid = one.div(one.add(gate.mul(L::splat(-alpha)).exp()));
+            up.add(one).mul(gate).mul(sigmoid).store(gates.out.add(t * gates.stride));
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Activations as the products read them: one record per token and 32 columns.
+//!
+//! Weights of four and eight bits are multiplied as integers: a record holds 32 activations in fixed point with a scale of
+//! their own, cut into signed bytes, the limbs. Three limbs are 24 bits, which is the precision of f32; with fewer the products
+//! are faster and the activations coarser. Sums of integers are exact, so their order does not matter. BF16 weights take
+//! the activations as they are. The records of 32 columns lie side by side for all tokens of a product.
+
+use crate::kernels::Kernels;
+use crate::products::Records;
+use crate::simd::E2M1_OFFSET;
+
+/// Columns per record: an MXFP4 block, two of NVFP4.
+pub(crate) const COLUMNS: usize = 32;
+
+/// What is added to an eight-bit weight to make it an unsigned byte.
+pub(crate) const INT8_OFFSET: i32 = 128;
+
+/// How precise the activations are that meet weights of four or eight bits. BF16 weights meet f32 in any case.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activations {
+    /// 24 bits in fixed point, a scale per 32: the precision of f32.
+    #[default]
+    F32,
+    /// 16 bits in fixed point, a scale per 32.
+    Int16,
+    /// 8 bits, a scale per 32.
+    Int8,
+}
+
+impl Activations {
+    /// Bytes per activation.
+    pub(crate) fn limbs(self) -> usize {
+        match self {
+            Activations::F32 => 3,
+            Activations::Int16 => 2,
+            Activations::Int8 => 1,
+        }
+    }
+
+    /// The name for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activations::F32 => "f32",
+            Activations::Int16 => "int16",
+            Activations::Int8 => "int8",
+        }
+    }
+}
+
+/// What is in a record.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// 32 f32.
+    Float,
+    /// See [`Words`].
+    Limbs(usize),
+}
+
+/// Where things are in a record of limbs, counted in words of 32 bits. Limb `l`, the lowest being 0, begins at word `8 l`.
+pub(crate) struct Words<const LIMBS: usize>;
+
+impl<const LIMBS: usize> Words<LIMBS> {
+    /// For each half: the sum of its activations times -12, which takes the offset out of products with E2M1 bytes.
+    pub(crate) const E2M1: usize = 8 * LIMBS;
+    /// The scale, an f32.
+    pub(crate) const SCALE: usize = 8 * LIMBS + 2;
+    /// For each limb: the sum of its bytes times -128, for eight-bit weights.
+    pub(crate) const INT8: usize = 8 * LIMBS + 3;
+    /// Their number.
+    pub(crate) const COUNT: usize = 9 * LIMBS + 3;
+}
+
+impl Kind {
+    /// Words of 32 bits per record.
+    pub(crate) fn words(self) -> usize {
+        match self {
+            Kind::Float => COLUMNS,
+            Kind::Limbs(limbs) => 9 * limbs + 3,
+        }
+    }
+}
+
+/// The records of several tokens: those of columns `32 s ..` from word `s · tokens · words` on.
+pub(crate) struct Layout {
+    pub(crate) kind: Kind,
+    pub(crate) tokens: usize,
+    /// A multiple of 32, what is missing being zeros.
+    pub(crate) cols: usize,
+}
+
+impl Layout {
+    /// Words of all records.
+    pub(crate) fn len(&self) -> usize {
+        self.cols / COLUMNS * self.tokens * self.kind.words()
+    }
+
+    /// The records in `words`, which holds [`Layout::len`] of them.
+    pub(crate) fn records<'a>(&self, words: &'a [u32]) -> Records<'a> {
+        Records::new(&words[..self.len()], self.tokens, self.kind)
+    }
+
+    /// Writes the records of token `t`, whose activations are `x`.
+    ///
+    /// # Safety
+    /// `words` is valid for [`Layout::len`] words, and nobody else touches those of this token meanwhile.
+    pub(crate) unsafe fn write(&self, kernels: &Kernels, t: usize, x: &[f32], words: *mut u32) {
+        assert!(t < self.tokens && x.len() <= self.cols, "a token that fits the layout");
+        let (size, stride) = (self.kind.words(), self.tokens * self.kind.words());
+        // SAFETY: the token is one of the layout's, by the assertion.
+        let mut at = unsafe { words.add(t * size) };
+        if self.kind == Kind::Float {
+            for s in 0..self.cols / COLUMNS {
+                let x = x.get(s * COLUMNS..).unwrap_or_default();
+                let x = &x[..x.len().min(COLUMNS)];
+                // SAFETY: record `s` of the token has 32 words; the next one is `stride` behind, if there is one.
+                unsafe {
+                    std::ptr::copy_nonoverlapping(x.as_ptr().cast::<u32>(), at, x.len());
+                    at.add(x.len()).write_bytes(0, COLUMNS - x.len());
+                    at = at.wrapping_add(stride);
+                }
+            }
+            return;
+        }
+        let Kind::Limbs(limbs) = self.kind else { return };
+        // SAFETY: the records of one token are `stride` apart, one per 32 columns; the kernels were chosen for this CPU.
+        unsafe { (kernels.quantize[limbs - 1])(x, self.cols / COLUMNS, at, stride) };
+    }
+}
+
+/// The records of one token.
+///
+/// # Safety
+/// Every `stride` words from `out` on there is room for a record, `count` times; `x` is not longer than `32 · count`.
+#[inline(always)]
+pub(crate) unsafe fn quantize<const LIMBS: usize>(x: &[f32], count: usize, out: *mut u32, stride: usize) {
+    for s in 0..count {
+        let mut block = [0.0f32; COLUMNS];
+        let part = x.get(s * COLUMNS..).unwrap_or_default();
+        if part.len() >= COLUMNS {
+            block.copy_from_slice(&part[..COLUMNS]);
+        } else {
+            block[..part.len()].copy_from_slice(part);
+        }
+        // SAFETY: the contract.
+        unsafe { record::<LIMBS>(&block, out.add(s * stride)) };
+    }
+}
+
+/// # Safety
+/// `out` is valid for the words of a record.
+#[inline(always)]
+unsafe fn record<const LIMBS: usize>(x: &[f32; COLUMNS], out: *mut u32) {
+    // The largest number of so many balanced digits, 127 each, is 8,355,711 for three; the product below may round to more.
+    let most = [127.0f32, 32_639.0, 8_355_700.0][LIMBS - 1];
+    // Compared as integers, so that a NaN is the largest and reaches the scale.
+    let largest = f32::from_bits(x.iter().fold(0, |most, v| most.max(v.to_bits() & 0x7fff_ffff)));
+    // Below, the inverse would not be finite.
+    let inverse = if largest > 1e-30 { most / largest } else { 0.0 };
+    let scale = largest / most;
+    let mut whole = [0i32; COLUMNS];
+    for (whole, x) in whole.iter_mut().zip(x) {
+        *whole = (x * inverse).round_ties_even() as i32;
+    }
+    let half = |part: &[i32]| part.iter().fold(0, |sum: i32, w| sum.wrapping_add(*w)).wrapping_mul(-E2M1_OFFSET);
+    let (first, second) = (half(&whole[..16]), half(&whole[16..]));
+    // SAFETY: all within the record.
+    unsafe {
+        out.add(Words::<LIMBS>::E2M1).write(first as u32);
+        out.add(Words::<LIMBS>::E2M1 + 1).write(second as u32);
+        out.add(Words::<LIMBS>::SCALE).write(scale.to_bits());
+        for limb in 0..LIMBS {
+            let mut sum = 0;
+            let mut bytes = [0i8; COLUMNS];
+            for (byte, whole) in bytes.iter_mut().zip(&mut whole) {
+                *byte = *whole as i8;
+                sum += i32::from(*byte);
+                *whole = (*whole - i32::from(*byte)) >> 8;
+            }
+            out.add(8 * limb).cast::<[i8; COLUMNS]>().write_unaligned(bytes);
+            out.add(Words::<LIMBS>::INT8 + limb).write((-INT8_OFFSET * sum) as u32);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limbs_add_up_to_the_activations() {
+        let x: [f32; COLUMNS] = std::array::from_fn(|i| ((i * 37 % 41) as f32 - 20.0) * 0.173);
+        check::<1>(&x, 0.5 / 127.0);
+        check::<2>(&x, 0.5 / 32_639.0);
+        check::<3>(&x, 0.5 / 8_355_700.0);
+    }
+
+    fn check<const LIMBS: usize>(x: &[f32; COLUMNS], bound: f64) {
+        let mut words = [0u32; 30];
+        // SAFETY: the longest record has thirty words.
+        unsafe { record::<LIMBS>(x, words.as_mut_ptr()) };
+        let scale = f64::from(f32::from_bits(words[Words::<LIMBS>::SCALE]));
+        let byte = |limb: usize, i: usize| i64::from(words[8 * limb + i / 4].to_le_bytes()[i % 4] as i8);
+        let mut halves = [0i64; 2];
+        for (i, &x) in x.iter().enumerate() {
+            let whole: i64 = (0..LIMBS).map(|limb| byte(limb, i) << (8 * limb)).sum();
+            halves[i / 16] += whole;
+            let error = (whole as f64 * scale - f64::from(x)).abs() / (20.0 * 0.173);
+            // Half a unit, and the roundings of the scale and its inverse to f32.
+            assert!(error < bound + f64::from(f32::EPSILON), "{LIMBS} limbs, {x}: {error:e}");
+        }
+        for (half, sum) in halves.iter().enumerate() {
+            assert_eq!(i64::from(words[Words::<LIMBS>::E2M1 + half] as i32), -12 * sum);
+        }
+        for limb in 0..LIMBS {
+            let sum: i64 = (0..COLUMNS).map(|i| byte(limb, i)).sum();
+            assert_eq!(i64::from(words[Words::<LIMBS>::INT8 + limb] as i32), -128 * sum);
+        }
+    }
+
+    #[test]
+    fn nan_and_infinity_are_not_lost_and_zeros_are_zero() {
+        for (bad, finite) in [(f32::NAN, false), (f32::INFINITY, false), (0.0, true)] {
+            let mut x = [0.0; COLUMNS];
+            x[7] = bad;
+            let mut words = [0u32; 12];
+            // SAFETY: a record of one limb has twelve words.
+            unsafe { record::<1>(&x, words.as_mut_ptr()) };
+            assert_eq!(f32::from_bits(words[Words::<1>::SCALE]).is_finite(), finite);
+            assert_eq!(finite, words == [0; 12], "{bad}");
+        }
+    }
+}
