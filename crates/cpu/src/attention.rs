@@ -47,165 +47,201 @@ impl Attend<'_> {
 
 /// Writes the results, `[queries, head size]`, to `out`.
 ///
+/// Loops count instead of iterating over slices: what an iterator leaves outside of a function with more instructions than
+/// its own becomes a call.
+///
 /// # Safety
 /// The CPU has the features of the lanes.
 #[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "stated above")]
 pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, out: &mut [f32]) {
     let (size, count) = (job.size, job.positions.len());
     assert!(count <= TILE && job.queries.len() == count * size && out.len() == count * size, "a tile");
     let (first, last) = (job.first(job.positions[0]), job.positions[count - 1]);
+    // Rounded up to whole groups, the last query being repeated.
     let mut scores = [[0.0f32; CHUNK * LANES]; TILE];
     let mut largest = [0.0f32; TILE];
-    largest[..count].copy_from_slice(&job.sinks[..count]);
     // The sink is one more term of the denominator, without a value.
     let mut sums = [[0.0f32; LANES]; TILE];
-    sums.iter_mut().for_each(|sum| sum[0] = 1.0);
-    out.fill(0.0);
-    for chunk in first / LANES / CHUNK..=last / LANES / CHUNK {
-        let blocks = (chunk * CHUNK).max(first / LANES)..(chunk * CHUNK + CHUNK).min(last / LANES + 1);
-        let column = |block: usize| (block - chunk * CHUNK) * LANES;
-        for block in blocks.clone() {
-            let keys = &job.keys[job.blocks[block] as usize * job.stride..][..size * LANES];
-            for q in (0..count).step_by(SCORED) {
-                // SAFETY: the contract.
-                let found = unsafe { block_scores::<L>(job, q, keys) };
-                for (scores, found) in scores[q..].iter_mut().zip(found) {
-                    scores[column(block)..][..LANES].copy_from_slice(&found);
+    for q in 0..count {
+        largest[q] = job.sinks[q];
+        sums[q][0] = 1.0;
+    }
+    let out = out.as_mut_ptr();
+    // SAFETY: the contract; `out` has `count` rows of `size`, every block that is looked at lies within keys and values by
+    // the slicing, and columns are below the width of a row of scores.
+    unsafe {
+        out.write_bytes(0, count * size);
+        for chunk in first / LANES / CHUNK..last / LANES / CHUNK + 1 {
+            let start = (chunk * CHUNK).max(first / LANES);
+            let end = (chunk * CHUNK + CHUNK).min(last / LANES + 1);
+            for block in start..end {
+                let column = (block - chunk * CHUNK) * LANES;
+                let keys = &job.keys[job.blocks[block] as usize * job.stride..][..size * LANES];
+                // Blocks lie anywhere, so the next one is asked for by hand.
+                let next = job.blocks[(block + 1).min(last / LANES)] as usize * job.stride;
+                let next = job.keys.as_ptr().wrapping_add(next);
+                for q in (0..count).step_by(SCORED) {
+                    block_scores::<L>(job, q, keys, next, &mut scores, column);
                 }
             }
-        }
-        let columns = column(blocks.start)..column(blocks.end - 1) + LANES;
-        for q in 0..count {
-            let seen = job.first(job.positions[q])..job.positions[q] + 1;
-            let hidden = |i: usize| !seen.contains(&(chunk * CHUNK * LANES + i));
-            let edges = hidden(columns.start) || hidden(columns.end - 1);
-            let row = &mut scores[q][columns.clone()];
-            if edges {
-                for (i, score) in row.iter_mut().enumerate() {
-                    if hidden(columns.start + i) {
-                        *score = f32::NEG_INFINITY;
-                    }
+            let (left, right) = ((start - chunk * CHUNK) * LANES, (end - chunk * CHUNK) * LANES);
+            for q in 0..count {
+                // The columns that this query sees.
+                let base = chunk * CHUNK * LANES;
+                let from = job.first(job.positions[q]).saturating_sub(base).clamp(left, right);
+                let to = (job.positions[q] + 1).saturating_sub(base).clamp(from, right);
+                let row = scores[q].as_mut_ptr();
+                for column in left..from {
+                    *row.add(column) = f32::NEG_INFINITY;
                 }
-            }
-            // SAFETY: the contract; chunks have sixteen elements.
-            unsafe {
-                let before = largest[q];
-                let mut most = L::splat(before);
-                for scores in row.chunks_exact(LANES) {
-                    most = L::load(scores.as_ptr()).max(most);
+                for column in to..right {
+                    *row.add(column) = f32::NEG_INFINITY;
                 }
-                let mut lanes = [0.0f32; LANES];
-                most.store(lanes.as_mut_ptr());
-                let most = lanes.iter().copied().fold(before, f32::max);
-                largest[q] = most;
+                let mut most = L::splat(largest[q]);
+                for column in (left..right).step_by(LANES) {
+                    most = L::load(row.add(column)).max(most);
+                }
+                let most = most.largest();
                 let mut sum = L::load(sums[q].as_ptr());
-                if most > before {
-                    let factor = L::splat(before - most).exp();
+                if most > largest[q] {
+                    let factor = L::splat(largest[q] - most).exp();
                     sum = sum.mul(factor);
-                    factor.store(lanes.as_mut_ptr());
-                    out[q * size..][..size].iter_mut().for_each(|v| *v *= lanes[0]);
-                }
-                for (i, scores) in row.chunks_exact_mut(LANES).enumerate() {
-                    let mut p = L::load(scores.as_ptr()).sub(L::splat(most)).exp();
-                    p.store(scores.as_mut_ptr());
-                    if edges {
-                        for (lane, score) in scores.iter_mut().enumerate() {
-                            if hidden(columns.start + i * LANES + lane) {
-                                *score = 0.0;
-                            }
-                        }
-                        p = L::load(scores.as_ptr());
+                    let factor = factor.first();
+                    for e in 0..size {
+                        *out.add(q * size + e) *= factor;
                     }
-                    sum = sum.add(p);
+                    largest[q] = most;
+                }
+                for column in (left..right).step_by(LANES) {
+                    L::load(row.add(column)).sub(L::splat(most)).exp().store(row.add(column));
+                }
+                for column in left..from {
+                    *row.add(column) = 0.0;
+                }
+                for column in to..right {
+                    *row.add(column) = 0.0;
+                }
+                for column in (left..right).step_by(LANES) {
+                    sum = sum.add(L::load(row.add(column)));
                 }
                 sum.store(sums[q].as_mut_ptr());
             }
-        }
-        for block in blocks {
-            let values = &job.values[job.blocks[block] as usize * job.stride..][..size * LANES];
-            // Positions that nobody has written stay out: what lies there may be anything.
-            let rows = LANES.min(last + 1 - block * LANES);
-            for q in (0..count).step_by(WEIGHTED) {
-                let scores = &scores[q..(q + WEIGHTED).min(count)];
-                // SAFETY: the contract.
-                unsafe {
-                    add_values::<L>(scores, column(block), rows, values, size, &mut out[q * size..]);
+            for block in start..end {
+                let column = (block - chunk * CHUNK) * LANES;
+                let values = &job.values[job.blocks[block] as usize * job.stride..][..size * LANES];
+                // Positions that nobody has written stay out: what lies there may be anything.
+                let rows = LANES.min(last + 1 - block * LANES);
+                let next = job.blocks[(block + 1).min(last / LANES)] as usize * job.stride;
+                let next = job.values.as_ptr().wrapping_add(next);
+                for line in 0..size {
+                    L::prefetch(next.wrapping_add(line * LANES).cast());
+                }
+                let mut q = 0;
+                while q + WEIGHTED <= count {
+                    add_values::<L, WEIGHTED>(&scores, q, column, rows, values.as_ptr(), size, out);
+                    q += WEIGHTED;
+                }
+                while q < count {
+                    add_values::<L, 1>(&scores, q, column, rows, values.as_ptr(), size, out);
+                    q += 1;
                 }
             }
         }
-    }
-    for (out, sum) in out.chunks_exact_mut(size).zip(&sums) {
-        // SAFETY: the contract; the array has sixteen elements.
-        let inverse = 1.0 / unsafe { L::load(sum.as_ptr()).sum() };
-        out.iter_mut().for_each(|v| *v *= inverse);
-    }
-}
-
-/// Scores of the queries from `q` on with the sixteen positions of a block. What is beyond the last query is a copy of it.
-#[inline(always)]
-unsafe fn block_scores<L: Lanes>(job: &Attend<'_>, q: usize, keys: &[f32]) -> [[f32; LANES]; SCORED] {
-    let count = job.positions.len();
-    let queries: [&[f32]; SCORED] =
-        std::array::from_fn(|i| &job.queries[(q + i).min(count - 1) * job.size..][..job.size]);
-    let mut found = [[0.0; LANES]; SCORED];
-    // SAFETY: the contract of `attend`; pieces of keys have sixteen elements.
-    unsafe {
-        let mut sums = [L::splat(0.0); SCORED];
-        for (e, keys) in keys.chunks_exact(LANES).enumerate() {
-            let keys = L::load(keys.as_ptr());
-            for (sum, query) in sums.iter_mut().zip(&queries) {
-                *sum = L::splat(*query.get_unchecked(e)).fma(keys, *sum);
+        for q in 0..count {
+            let inverse = 1.0 / L::load(sums[q].as_ptr()).sum();
+            for e in 0..size {
+                *out.add(q * size + e) *= inverse;
             }
         }
-        for (found, sum) in found.iter_mut().zip(sums) {
-            sum.store(found.as_mut_ptr());
-        }
     }
-    found
 }
 
-/// Adds to the results of up to [`WEIGHTED`] queries the values of a block's first `rows` positions, weighted.
+/// Scores of [`SCORED`] queries from `q` on with the sixteen positions of a block. What is beyond the last query is a copy of it.
+///
+/// # Safety
+/// As for [`attend`]; `keys` has `size · 16` elements and `column` is that of a block.
 #[inline(always)]
-unsafe fn add_values<L: Lanes>(
-    scores: &[[f32; CHUNK * LANES]],
+#[expect(clippy::needless_range_loop, reason = "as in `attend`")]
+unsafe fn block_scores<L: Lanes>(
+    job: &Attend<'_>,
+    q: usize,
+    keys: &[f32],
+    next: *const f32,
+    scores: &mut [[f32; CHUNK * LANES]; TILE],
+    column: usize,
+) {
+    let count = job.positions.len();
+    // SAFETY: the contract.
+    unsafe {
+        let mut queries = [job.queries.as_ptr(); SCORED];
+        for i in 0..SCORED {
+            queries[i] = job.queries.as_ptr().add((q + i).min(count - 1) * job.size);
+        }
+        let mut sums = [L::splat(0.0); SCORED];
+        for e in 0..job.size {
+            L::prefetch(next.wrapping_add(e * LANES).cast());
+            let keys = L::load(keys.as_ptr().add(e * LANES));
+            for i in 0..SCORED {
+                sums[i] = L::splat(*queries[i].add(e)).fma(keys, sums[i]);
+            }
+        }
+        for i in 0..SCORED.min(TILE - q) {
+            sums[i].store(scores[q + i].as_mut_ptr().add(column));
+        }
+    }
+}
+
+/// Adds to the results of `N` queries from `q` on the values of a block's first `rows` positions, weighted.
+///
+/// # Safety
+/// As for [`attend`]; `values` is valid for `16 · size` elements and `out` for the queries.
+#[inline(always)]
+#[expect(clippy::needless_range_loop, reason = "as in `attend`")]
+unsafe fn add_values<L: Lanes, const N: usize>(
+    scores: &[[f32; CHUNK * LANES]; TILE],
+    q: usize,
     column: usize,
     rows: usize,
-    values: &[f32],
+    values: *const f32,
     size: usize,
-    out: &mut [f32],
+    out: *mut f32,
 ) {
     const WIDE: usize = 4;
     let wide = size / (WIDE * LANES) * (WIDE * LANES);
-    // SAFETY: the contract of `attend`; all places are within `size` entries.
+    // SAFETY: the contract.
     unsafe {
-        if scores.len() == WEIGHTED {
-            for e in (0..wide).step_by(WIDE * LANES) {
-                let at = |q: usize, i: usize| q * size + e + i * LANES;
-                let mut sums: [[L; WIDE]; WEIGHTED] =
-                    std::array::from_fn(|q| std::array::from_fn(|i| L::load(out[at(q, i)..].as_ptr())));
-                for row in 0..rows {
-                    let values: [L; WIDE] = std::array::from_fn(|i| {
-                        L::load(values.as_ptr().add(row * size + e + i * LANES))
-                    });
-                    for (sums, scores) in sums.iter_mut().zip(scores) {
-                        let p = L::splat(*scores.get_unchecked(column + row));
-                        for (sum, &value) in sums.iter_mut().zip(&values) {
-                            *sum = p.fma(value, *sum);
-                        }
-                    }
+        for e in (0..wide).step_by(WIDE * LANES) {
+            let mut sums = [[L::splat(0.0); WIDE]; N];
+            for n in 0..N {
+                for i in 0..WIDE {
+                    sums[n][i] = L::load(out.add((q + n) * size + e + i * LANES));
                 }
-                for (q, sums) in sums.into_iter().enumerate() {
-                    for (i, sum) in sums.into_iter().enumerate() {
-                        sum.store(out[at(q, i)..][..LANES].as_mut_ptr());
+            }
+            for row in 0..rows {
+                let from = values.add(row * size + e);
+                let mut values = [L::splat(0.0); WIDE];
+                for i in 0..WIDE {
+                    values[i] = L::load(from.add(i * LANES));
+                }
+                for n in 0..N {
+                    let p = L::splat(*scores[q + n].as_ptr().add(column + row));
+                    for i in 0..WIDE {
+                        sums[n][i] = p.fma(values[i], sums[n][i]);
                     }
                 }
             }
+            for n in 0..N {
+                for i in 0..WIDE {
+                    sums[n][i].store(out.add((q + n) * size + e + i * LANES));
+                }
+            }
         }
-        let from = if scores.len() == WEIGHTED { wide } else { 0 };
-        for (scores, out) in scores.iter().zip(out.chunks_exact_mut(size)) {
-            for (e, out) in out.iter_mut().enumerate().skip(from) {
+        for n in 0..N {
+            for e in wide..size {
+                let out = out.add((q + n) * size + e);
                 for row in 0..rows {
-                    *out = scores[column + row].mul_add(values[row * size + e], *out);
+                    *out = scores[q + n][column + row].mul_add(*values.add(row * size + e), *out);
                 }
             }
         }

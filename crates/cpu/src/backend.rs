@@ -10,8 +10,9 @@ use gptoss::{
 };
 
 use crate::attention::{Attend, TILE};
+use crate::bandwidth;
 use crate::kernels::{Isa, Kernels};
-use crate::packed::{Job, Output, PackedMatrix, Then, multiply};
+use crate::packed::{Buffer, Job, Output, PackedMatrix, Then, multiply};
 use crate::pool::{Pool, physical_cores};
 use crate::products::Records;
 use crate::records::{Activations, COLUMNS, Kind, Layout};
@@ -89,10 +90,17 @@ struct Layer {
 }
 
 /// Keys `[blocks, kv heads, head size, 16]` and values `[blocks, kv heads, 16, head size]` of one layer.
-#[derive(Default)]
 struct LayerCache {
-    keys: Vec<f32>,
-    values: Vec<f32>,
+    keys: Buffer,
+    values: Buffer,
+}
+
+impl LayerCache {
+    /// Zeros; the pages are taken when they are first written.
+    fn new(len: usize) -> Result<LayerCache, Error> {
+        let bytes = len.checked_mul(size_of::<f32>()).ok_or(Error::Memory { needed: usize::MAX })?;
+        Ok(LayerCache { keys: Buffer::new(bytes)?, values: Buffer::new(bytes)? })
+    }
 }
 
 /// What a step writes on the way, kept from step to step.
@@ -174,7 +182,7 @@ impl Cpu {
         let embedding = keep_if_owned(weights.matrix(MatrixKind::Embedding.at(0), 0)?);
         progress(count, count);
         let rotary = Rotary::new(&config.rope, config.head_dim);
-        let cache = (0..count).map(|_| LayerCache::default()).collect();
+        let cache = (0..count).map(|_| LayerCache::new(0)).collect::<Result<_, Error>>()?;
         Ok(Cpu {
             config,
             kernels,
@@ -211,9 +219,23 @@ impl Cpu {
         }
     }
 
-    /// The pool that the kernels run on.
-    pub fn pool(&self) -> &Pool {
-        &self.pool
+    /// Bytes per second that the pool reads from memory: from the model's own weights, as many of them as a median of
+    /// `passes` is worth, or elsewhere if they fit a cache.
+    pub fn read_bandwidth(&self, passes: usize) -> Result<f64, Error> {
+        const ENOUGH: usize = 1 << 30;
+        let mut memory = Vec::new();
+        let mut bytes = 0;
+        let layers = self.layers.iter().flat_map(|l| [&l.gate_up, &l.down]);
+        for matrix in layers.chain([&self.unembedding]) {
+            if bytes < ENOUGH {
+                memory.push(matrix.memory());
+                bytes += matrix.bytes();
+            }
+        }
+        if bytes < ENOUGH / 2 {
+            return crate::read_bandwidth(&self.pool, passes);
+        }
+        Ok(bandwidth::read(&self.pool, self.kernels, &memory, passes))
     }
 
     /// Runs one step and says how long each kind of phase took.
@@ -292,7 +314,14 @@ impl Cpu {
     }
 
     /// `out = x Wᵀ + bias`, or added to it.
-    fn product(&self, matrix: &PackedMatrix, x: &Prepared<'_>, bias: Option<&[f32]>, then: Then, out: &mut [f32]) {
+    fn product(
+        &self,
+        matrix: &PackedMatrix,
+        x: &Prepared<'_>,
+        bias: Option<&[f32]>,
+        then: Then,
+        out: &mut [f32],
+    ) {
         let job = Job {
             matrix,
             expert: 0,
@@ -307,7 +336,14 @@ impl Cpu {
     }
 
     /// Attention of one layer over the batch, added to the residual stream.
-    fn attention(&mut self, index: usize, x: &mut [f32], scratch: &mut Scratch, plan: &Plan, tables: &Tables) {
+    fn attention(
+        &mut self,
+        index: usize,
+        x: &mut [f32],
+        scratch: &mut Scratch,
+        plan: &Plan,
+        tables: &Tables,
+    ) {
         let config = &self.config;
         let layer = &self.layers[index];
         let (size, groups) = (config.head_dim, config.query_heads / config.kv_heads);
@@ -346,7 +382,7 @@ impl Cpu {
         // Rotate, scale the queries (exact for a head size that is a power of four), store keys and values.
         let sliding = config.layer_kinds[index] == LayerKind::Sliding;
         let LayerCache { keys, values } = &mut self.cache[index];
-        let (key_out, value_out) = (Output::new(keys), Output::new(values));
+        let (key_out, value_out) = (Output::new(keys.floats_mut()), Output::new(values.floats_mut()));
         let block_len = kv_width * BLOCK_TOKENS;
         let scale = 1.0 / (size as f32).sqrt();
         let half = size / 2;
@@ -415,8 +451,8 @@ impl Cpu {
                         positions: &positions,
                         window: if sliding { config.sliding_window } else { usize::MAX },
                         size,
-                        keys: &cache.keys[head * size * BLOCK_TOKENS..],
-                        values: &cache.values[head * size * BLOCK_TOKENS..],
+                        keys: &cache.keys.floats()[head * size * BLOCK_TOKENS..],
+                        values: &cache.values.floats()[head * size * BLOCK_TOKENS..],
                         stride: block_len,
                         blocks: if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks },
                     };
@@ -448,13 +484,22 @@ impl Cpu {
         let groups = times.run("router", || {
             let records = self.records(&[&layer.router], h, d, (float_words, limb_words));
             self.product(&layer.router, &records, Some(&layer.router_bias), Then::Set, router);
-            Groups::new(router.chunks_exact(config.experts).map(|g| gptoss::top_experts(g, k)), config.experts)
+            Groups::new(
+                router.chunks_exact(config.experts).map(|g| gptoss::top_experts(g, k)),
+                config.experts,
+            )
         });
         let slots = groups.tokens.len();
 
         let inner = room(inner, slots * i);
         times.run("gate and up", || {
-            let words = self.group_records(&groups, &layer.gate_up, d, &|slot| &h[groups.tokens[slot] * d..][..d], limb_words);
+            let words = self.group_records(
+                &groups,
+                &layer.gate_up,
+                d,
+                &|slot| &h[groups.tokens[slot] * d..][..d],
+                limb_words,
+            );
             let out = Output::new(inner);
             let then = Then::SwiGlu { limit: config.swiglu_limit, alpha: config.swiglu_alpha };
             let jobs = groups.jobs(&words, &layer.gate_up, &layer.gate_up_bias, then, out, i);
@@ -462,7 +507,8 @@ impl Cpu {
         });
         let results = room(results, slots * d);
         times.run("down", || {
-            let words = self.group_records(&groups, &layer.down, i, &|slot| &inner[slot * i..][..i], limb_words);
+            let words =
+                self.group_records(&groups, &layer.down, i, &|slot| &inner[slot * i..][..i], limb_words);
             let out = Output::new(results);
             let jobs = groups.jobs(&words, &layer.down, &layer.down_bias, Then::Set, out, d);
             multiply(&self.pool, self.kernels, &jobs);
@@ -648,8 +694,8 @@ impl Backend for Cpu {
             let blocks = if *kind == LayerKind::Sliding { sliding_blocks } else { full_blocks };
             let len = blocks.checked_mul(width).ok_or(Error::Memory { needed: usize::MAX })?;
             // The old cache is given back first: two never exist at once.
-            *cache = LayerCache::default();
-            *cache = LayerCache { keys: zeros(len)?, values: zeros(len)? };
+            *cache = LayerCache::new(0)?;
+            *cache = LayerCache::new(len)?;
         }
         self.blocks = (full_blocks, sliding_blocks);
         Ok(())
@@ -823,19 +869,4 @@ fn keep_if_owned(matrix: checkpoint::Matrix<'_>) -> Option<checkpoint::Matrix<'s
             }
         },
     })
-}
-
-/// Zeros, or an error instead of an abort. The pages are taken when they are first written.
-fn zeros(len: usize) -> Result<Vec<f32>, Error> {
-    let layout = std::alloc::Layout::array::<f32>(len).map_err(|_| Error::Memory { needed: usize::MAX })?;
-    if len == 0 {
-        return Ok(Vec::new());
-    }
-    // SAFETY: the layout is not of size zero.
-    let start = unsafe { std::alloc::alloc_zeroed(layout) };
-    if start.is_null() {
-        return Err(Error::Memory { needed: layout.size() });
-    }
-    // SAFETY: allocated by the global allocator with the layout of `len` f32, zeroed: every bit pattern is a value.
-    Ok(unsafe { Vec::from_raw_parts(start.cast::<f32>(), len, len) })
 }

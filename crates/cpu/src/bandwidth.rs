@@ -5,43 +5,69 @@ use std::time::Instant;
 
 use gptoss::Error;
 
+use crate::kernels::{Isa, Kernels};
 use crate::packed::Buffer;
 use crate::pool::Pool;
+use crate::products::AHEAD;
+use crate::simd::Lanes;
 
 /// Well beyond every cache.
 const BYTES: usize = 1 << 30;
 
-/// Bytes per task, as large as those of a matrix product.
-const TASK: usize = 1 << 20;
+/// Bytes per task, about as many as those of a matrix product.
+const TASK: usize = 256 << 10;
 
 /// Bytes per second that the pool reads from memory: the median of `passes` over a gibibyte.
 pub fn read_bandwidth(pool: &Pool, passes: usize) -> Result<f64, Error> {
     let mut buffer = Buffer::new(BYTES)?;
     // Zero pages may be one page read again and again.
     buffer.as_mut_slice().iter_mut().step_by(61).enumerate().for_each(|(i, byte)| *byte = i as u8);
-    let bytes = buffer.as_slice();
+    let kernels = Isa::best().kernels().expect("the best instruction set is available");
+    Ok(read(pool, kernels, &[buffer.as_slice()], passes))
+}
+
+/// The same over given memory.
+pub(crate) fn read(pool: &Pool, kernels: &Kernels, memory: &[&[u8]], passes: usize) -> f64 {
+    let tasks: Vec<&[u8]> = memory.iter().flat_map(|part| part.chunks(TASK)).collect();
+    let bytes: usize = memory.iter().map(|part| part.len()).sum();
     let sum = AtomicU64::new(0);
     let mut speeds: Vec<f64> = (0..passes.max(1))
         .map(|_| {
             let start = Instant::now();
-            pool.run(BYTES / TASK, &|task| {
-                sum.fetch_add(checksum(&bytes[task * TASK..][..TASK]), Ordering::Relaxed);
+            pool.run(tasks.len(), &|task| {
+                // SAFETY: the kernels were chosen for this CPU.
+                sum.fetch_add(unsafe { (kernels.checksum)(tasks[task]) }, Ordering::Relaxed);
             });
-            BYTES as f64 / start.elapsed().as_secs_f64()
+            bytes as f64 / start.elapsed().as_secs_f64()
         })
         .collect();
     // The sum is looked at, so that reading cannot be left out.
     std::hint::black_box(sum.into_inner());
     speeds.sort_by(f64::total_cmp);
-    Ok(speeds[speeds.len() / 2])
+    speeds[speeds.len() / 2]
 }
 
-/// Thirty-two sums side by side, which keeps several cache lines under way.
-fn checksum(bytes: &[u8]) -> u64 {
-    let mut sums = [0u64; 32];
-    for chunk in bytes.chunks_exact(256) {
-        for (sum, word) in sums.iter_mut().zip(chunk.chunks_exact(8)) {
-            *sum = sum.wrapping_add(u64::from_le_bytes(word.try_into().expect("eight bytes")));
+/// A sum of whole lines of `bytes`, asked for as far ahead as weights are.
+///
+/// # Safety
+/// The CPU has the features of the lanes.
+#[inline(always)]
+pub(crate) unsafe fn checksum<L: Lanes>(bytes: &[u8]) -> u64 {
+    const WORDS: usize = 32;
+    let mut sums = [0u64; WORDS];
+    let lines = bytes.as_ptr().cast::<[u64; WORDS]>();
+    for i in 0..bytes.len() / size_of::<[u64; WORDS]>() {
+        // SAFETY: within the slice; prefetching may go beyond.
+        let words = unsafe {
+            for line in 0..4 {
+                L::prefetch(lines.wrapping_add(i).cast::<u8>().wrapping_add(AHEAD + 64 * line));
+            }
+            lines.add(i).read_unaligned()
+        };
+        let mut w = 0;
+        while w < WORDS {
+            sums[w] = sums[w].wrapping_add(words[w]);
+            w += 1;
         }
     }
     sums.iter().fold(0, |a, &b| a.wrapping_add(b))

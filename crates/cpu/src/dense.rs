@@ -2,7 +2,7 @@
 //!
 //! Each element is a sum in one order, so results do not depend on the instruction set or the number of threads.
 
-use crate::kernels::{Isa, DenseSums, ROWS, TOKENS};
+use crate::kernels::{DenseSums, Isa, ROWS, TOKENS};
 use crate::packed::Output;
 use crate::pool::Pool;
 use crate::simd::LANES;

@@ -2,6 +2,7 @@
 
 use crate::attention::Attend;
 use crate::attention::attend as attention;
+use crate::bandwidth;
 use crate::products::{self, Finish, Panel, PanelKernel, Records};
 use crate::records::{self, Kind};
 #[cfg(target_arch = "x86_64")]
@@ -36,6 +37,7 @@ pub(crate) struct Kernels {
     pub(crate) finish: unsafe fn(&Finish<'_>),
     pub(crate) finish_swiglu: unsafe fn(&Finish<'_>, &Finish<'_>, f32, f32),
     pub(crate) quantize: [unsafe fn(&[f32], usize, *mut u32, usize); 3],
+    pub(crate) checksum: unsafe fn(&[u8]) -> u64,
     pub(crate) dense: DenseKernel,
     pub(crate) attend: unsafe fn(&Attend<'_>, out: &mut [f32]),
     /// The three slices have the same length, a multiple of 16.
@@ -121,6 +123,7 @@ macro_rules! instantiate {
                 finish,
                 finish_swiglu,
                 quantize: [quantize::<1>, quantize::<2>, quantize::<3>],
+                checksum,
                 dense,
                 attend,
                 rms_norm,
@@ -161,6 +164,11 @@ macro_rules! instantiate {
             unsafe fn quantize<const LIMBS: usize>(x: &[f32], count: usize, out: *mut u32, stride: usize) {
                 // SAFETY: as stated above.
                 unsafe { records::quantize::<LIMBS>(x, count, out, stride) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn checksum(bytes: &[u8]) -> u64 {
+                // SAFETY: as stated above.
+                unsafe { bandwidth::checksum::<$lanes>(bytes) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn dense(a: [*const f32; ROWS], b: [*const f32; TOKENS], tiles: usize, sums: &mut DenseSums) {
@@ -206,7 +214,8 @@ unsafe fn dense_panel<L: Lanes, const R: usize>(
         for first in (0..ROWS).step_by(R) {
             let mut acc = [[L::splat(0.0); R]; TOKENS];
             for tile in 0..tiles {
-                let b: [L; TOKENS] = std::array::from_fn(|t| L::load(b[t].add(tile * LANES)));
+                let at = tile * LANES;
+                let b = [L::load(b[0].add(at)), L::load(b[1].add(at)), L::load(b[2].add(at))];
                 for r in 0..R {
                     let a = L::load(a[first + r].add(tile * LANES));
                     for t in 0..TOKENS {
@@ -223,21 +232,23 @@ unsafe fn dense_panel<L: Lanes, const R: usize>(
     }
 }
 
-/// RMSNorm of one token; the length is a multiple of sixteen.
+/// RMSNorm of one token.
+///
+/// # Safety
+/// The CPU has the features of the lanes; the slices have the same length, a multiple of sixteen.
 #[inline(always)]
 unsafe fn rms_norm<L: Lanes>(x: &[f32], scale: &[f32], epsilon: f32, out: &mut [f32]) {
-    // SAFETY: the caller vouches for the features; chunks are sixteen long.
+    // SAFETY: the contract.
     unsafe {
         let mut sum = L::splat(0.0);
-        for x in x.chunks_exact(LANES) {
-            let x = L::load(x.as_ptr());
+        for i in (0..x.len()).step_by(LANES) {
+            let x = L::load(x.as_ptr().add(i));
             sum = x.fma(x, sum);
         }
         let inverse = L::splat(1.0 / (sum.sum() / x.len() as f32 + epsilon).sqrt());
-        for ((x, scale), out) in
-            x.chunks_exact(LANES).zip(scale.chunks_exact(LANES)).zip(out.chunks_exact_mut(LANES))
-        {
-            L::load(x.as_ptr()).mul(inverse).mul(L::load(scale.as_ptr())).store(out.as_mut_ptr());
+        for i in (0..x.len()).step_by(LANES) {
+            let (x, scale) = (L::load(x.as_ptr().add(i)), L::load(scale.as_ptr().add(i)));
+            x.mul(inverse).mul(scale).store(out.as_mut_ptr().add(i));
         }
     }
 }
@@ -373,9 +384,10 @@ mod cases {
             unsafe { kernel(panel, x, sums.as_mut_ptr()) };
             for t in from..to {
                 found.extend(sums[t - from]);
-                expected.extend((0..LANES).map(|row| {
-                    (0..COLS).map(|col| weight(row, col) * activation(t, col)).sum::<f64>()
-                }));
+                expected.extend(
+                    (0..LANES)
+                        .map(|row| (0..COLS).map(|col| weight(row, col) * activation(t, col)).sum::<f64>()),
+                );
             }
         }
         (found, expected)
@@ -399,9 +411,8 @@ mod cases {
             Weights::Int8 => {
                 let data = bytes(slabs * COLUMNS * LANES, 5);
                 let copy = data.clone();
-                let weight = move |row: usize, col: usize| {
-                    f64::from(copy[col / 4 * 64 + 4 * row + col % 4]) - 128.0
-                };
+                let weight =
+                    move |row: usize, col: usize| f64::from(copy[col / 4 * 64 + 4 * row + col % 4]) - 128.0;
                 (data, Box::new(weight))
             }
             Weights::Nvfp4 | Weights::Mxfp4 => {

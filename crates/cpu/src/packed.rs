@@ -142,6 +142,11 @@ impl PackedMatrix {
         self.data.len
     }
 
+    /// All of it as it lies in memory.
+    pub(crate) fn memory(&self) -> &[u8] {
+        self.data.as_slice()
+    }
+
     /// The records that its products take.
     pub(crate) fn records(&self, activations: Activations) -> Kind {
         match self.packing {
@@ -244,6 +249,9 @@ const TASK_BYTES: usize = 192 << 10;
 /// The same for batches, where a byte is more work; still enough panels to use activations again while they are near.
 const BATCH_TASK_BYTES: usize = 112 << 10;
 
+/// Bytes of weights times tokens that one thread multiplies sooner than several are woken.
+const ALONE: usize = 64 << 10;
+
 /// Tokens whose sums are kept at a time: they stay in the first-level cache.
 const TOKEN_BLOCK: usize = 64;
 
@@ -262,10 +270,15 @@ pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
         let step = (bytes / (width * matrix.panel_bytes())).max(1);
         tasks.extend((0..units).step_by(step).map(|u| (j, u, (u + step).min(units))));
     }
-    pool.run(tasks.len(), &|task| {
+    let task = |task: usize| {
         let (job, from, to) = tasks[task];
         run_panels(kernels, &jobs[job], from, to);
-    });
+    };
+    if jobs.iter().map(|job| job.matrix.matrix_bytes() * job.x.tokens).sum::<usize>() < ALONE {
+        (0..tasks.len()).for_each(task);
+    } else {
+        pool.run(tasks.len(), &task);
+    }
 }
 
 /// The panels, or pairs of panels, `from .. to` of a job.
@@ -435,6 +448,16 @@ impl Buffer {
     pub(crate) fn as_slice(&self) -> &[u8] {
         // SAFETY: allocated with at least `len` bytes behind the first aligned one, initialized.
         unsafe { std::slice::from_raw_parts(self.first(), self.len) }
+    }
+
+    /// The bytes as f32.
+    pub(crate) fn floats(&self) -> &[f32] {
+        bytemuck::cast_slice(self.as_slice())
+    }
+
+    /// The bytes as f32.
+    pub(crate) fn floats_mut(&mut self) -> &mut [f32] {
+        bytemuck::cast_slice_mut(self.as_mut_slice())
     }
 
     pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {

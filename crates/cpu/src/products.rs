@@ -59,7 +59,7 @@ pub(crate) type PanelKernel = unsafe fn(panel: Panel, x: Records<'_>, sums: *mut
 pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
 
 /// How far ahead weights are asked for: what memory delivers in its latency.
-const AHEAD: usize = 4096;
+pub(crate) const AHEAD: usize = 4096;
 
 /// E2M1 codes: the scales of the sixteen rows (16 bytes, E8M0, for MXFP4; 32, E4M3, for NVFP4), then 256 bytes of codes. In
 /// byte `64 k + 4 r + j` the low nibble is row `r`, column `8 k + j`, the high one column `8 k + 4 + j`.
@@ -78,41 +78,52 @@ pub(crate) unsafe fn e2m1<L: Lanes, const MX: bool, const LIMBS: usize>(
             for line in 0..5 {
                 L::prefetch(tile.wrapping_add(AHEAD + 64 * line));
             }
-            let scales = if MX {
-                [L::e8m0(tile); 2]
-            } else {
-                [L::e4m3(tile), L::e4m3(tile.add(LANES))]
-            };
+            let scales = if MX { [L::e8m0(tile); 2] } else { [L::e4m3(tile), L::e4m3(tile.add(LANES))] };
             let codes = tile.add(scale_bytes);
-            let block = |at: usize| {
-                let [a, b] = L::load_e2m1(codes.add(at));
-                let [c, d] = L::load_e2m1(codes.add(at + 64));
-                [a, b, c, d]
-            };
-            let weights = [block(0), block(128)];
+            let weights = [e2m1_block::<L>(codes), e2m1_block::<L>(codes.add(128))];
             let mut record = x.start.add(slab * x.stride).cast::<i32>();
             for t in 0..x.tokens {
-                let blocks: [L; 2] = std::array::from_fn(|b| {
-                    let offset = L::splat_ints(record.add(Words::<LIMBS>::E2M1 + b).read());
-                    let limb = |l: usize| record.add(8 * l + 4 * b);
-                    let sum = if LIMBS == 1 {
-                        L::dot_e2m1(offset, &weights[b], limb(0))
-                    } else {
-                        let mut sum = L::dot_e2m1(L::splat_ints(0), &weights[b], limb(LIMBS - 1));
-                        for l in (1..LIMBS - 1).rev() {
-                            sum = L::dot_e2m1(L::shift_byte(sum), &weights[b], limb(l));
-                        }
-                        L::dot_e2m1(L::add_ints(L::shift_byte(sum), offset), &weights[b], limb(0))
-                    };
-                    L::from_ints(sum)
-                });
-                let sum = blocks[1].fma(scales[1], blocks[0].mul(scales[0]));
+                let first = e2m1_sums::<L, LIMBS>(&weights[0], record, 0);
+                let second = e2m1_sums::<L, LIMBS>(&weights[1], record, 1);
+                let sum = second.fma(scales[1], first.mul(scales[0]));
                 let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
                 let total = sums.add(t).cast::<f32>();
                 sum.fma(scale, L::load(total)).store(total);
                 record = record.add(Words::<LIMBS>::COUNT);
             }
         }
+    }
+}
+
+/// Sixteen columns of codes.
+#[inline(always)]
+unsafe fn e2m1_block<L: Lanes>(codes: *const u8) -> [L::Bytes; 4] {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        let ([a, b], [c, d]) = (L::load_e2m1(codes), L::load_e2m1(codes.add(64)));
+        [a, b, c, d]
+    }
+}
+
+/// The sums of one half of a slab, before its scales.
+#[inline(always)]
+unsafe fn e2m1_sums<L: Lanes, const LIMBS: usize>(
+    weights: &[L::Bytes; 4],
+    record: *const i32,
+    half: usize,
+) -> L {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        let offset = L::splat_ints(record.add(Words::<LIMBS>::E2M1 + half).read());
+        let record = record.add(4 * half);
+        if LIMBS == 1 {
+            return L::from_ints(L::dot_e2m1(offset, weights, record));
+        }
+        let mut sum = L::dot_e2m1(L::splat_ints(0), weights, record.add(8 * (LIMBS - 1)));
+        if LIMBS == 3 {
+            sum = L::dot_e2m1(L::shift_byte(sum), weights, record.add(8));
+        }
+        L::from_ints(L::dot_e2m1(L::add_ints(L::shift_byte(sum), offset), weights, record))
     }
 }
 
@@ -131,18 +142,13 @@ pub(crate) unsafe fn int8<L: Lanes, const LIMBS: usize>(
             for line in 0..8 {
                 L::prefetch(tile.wrapping_add(AHEAD + 64 * line));
             }
-            let block = |at: usize| std::array::from_fn(|k| L::load_bytes(tile.add(at + 64 * k)));
-            let weights: [[L::Bytes; 4]; 2] = [block(0), block(256)];
+            let weights = [int8_block::<L>(tile), int8_block::<L>(tile.add(256))];
             let mut record = x.start.add(slab * x.stride).cast::<i32>();
             for t in 0..x.tokens {
-                let limb = |l: usize| {
-                    let offset = L::splat_ints(record.add(Words::<LIMBS>::INT8 + l).read());
-                    let sum = L::dot(offset, &weights[0], record.add(8 * l));
-                    L::from_ints(L::dot(sum, &weights[1], record.add(8 * l + 4)))
-                };
-                let mut sum = limb(0);
+                let mut sum = int8_sums::<L, LIMBS>(&weights, record, 0);
                 for l in 1..LIMBS {
-                    sum = limb(l).fma(L::splat([256.0, 65_536.0][l - 1]), sum);
+                    let limb = int8_sums::<L, LIMBS>(&weights, record, l);
+                    sum = limb.fma(L::splat([256.0, 65_536.0][l - 1]), sum);
                 }
                 let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
                 let total = sums.add(t).cast::<f32>();
@@ -150,6 +156,31 @@ pub(crate) unsafe fn int8<L: Lanes, const LIMBS: usize>(
                 record = record.add(Words::<LIMBS>::COUNT);
             }
         }
+    }
+}
+
+/// Sixteen columns of bytes.
+#[inline(always)]
+unsafe fn int8_block<L: Lanes>(tile: *const u8) -> [L::Bytes; 4] {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        let (a, b) = (L::load_bytes(tile), L::load_bytes(tile.add(64)));
+        [a, b, L::load_bytes(tile.add(128)), L::load_bytes(tile.add(192))]
+    }
+}
+
+/// The sums of a slab with one limb.
+#[inline(always)]
+unsafe fn int8_sums<L: Lanes, const LIMBS: usize>(
+    weights: &[[L::Bytes; 4]; 2],
+    record: *const i32,
+    limb: usize,
+) -> L {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        let offset = L::splat_ints(record.add(Words::<LIMBS>::INT8 + limb).read());
+        let sum = L::dot(offset, &weights[0], record.add(8 * limb));
+        L::from_ints(L::dot(sum, &weights[1], record.add(8 * limb + 4)))
     }
 }
 
@@ -165,14 +196,17 @@ pub(crate) unsafe fn bf16<L: Lanes>(panel: Panel, x: Records<'_>, sums: *mut [f3
             for line in 0..8 {
                 L::prefetch(tile.wrapping_add(AHEAD + 64 * line));
             }
-            let pairs: [[L; 2]; HALF / 2] = std::array::from_fn(|k| L::load_bf16(tile.add(64 * k).cast()));
+            let mut pairs = [[L::splat(0.0); 2]; HALF / 2];
+            for (k, pair) in pairs.iter_mut().enumerate() {
+                *pair = L::load_bf16(tile.add(64 * k).cast());
+            }
             let mut record = x.start.add(half / 2 * x.stride + half % 2 * HALF).cast::<f32>();
             for t in 0..x.tokens {
                 // Four chains, for the latency of the multiply-add.
-                let x = |i: usize| L::splat(record.add(i).read());
-                let mut chains: [L; 4] = std::array::from_fn(|i| pairs[i / 2][i % 2].mul(x(i)));
-                for i in 4..HALF {
-                    chains[i % 4] = pairs[i / 2][i % 2].fma(x(i), chains[i % 4]);
+                let mut chains = [L::splat(0.0); 4];
+                for i in 0..HALF {
+                    let (weight, x) = (pairs[i / 2][i % 2], L::splat(record.add(i).read()));
+                    chains[i % 4] = if i < 4 { weight.mul(x) } else { weight.fma(x, chains[i % 4]) };
                 }
                 let sum = chains[0].add(chains[1]).add(chains[2].add(chains[3]));
                 let total = sums.add(t).cast::<f32>();
@@ -215,9 +249,9 @@ pub(crate) unsafe fn finish<L: Lanes>(job: &Finish<'_>) {
     // SAFETY: the contract; arrays have sixteen elements.
     unsafe {
         let (scale, bias) = (L::load(job.scale.as_ptr()), L::load(job.bias.as_ptr()));
-        for (t, sums) in job.sums.iter().enumerate() {
+        for t in 0..job.sums.len() {
             let out = job.out.add(t * job.stride);
-            let value = L::load(sums.as_ptr()).mul(scale).add(bias);
+            let value = L::load(job.sums.as_ptr().add(t).cast()).mul(scale).add(bias);
             if job.rows == LANES {
                 let value = if job.add { L::load(out).add(value) } else { value };
                 value.store(out);
@@ -243,9 +277,10 @@ pub(crate) unsafe fn finish_swiglu<L: Lanes>(gates: &Finish<'_>, ups: &Finish<'_
         let (gate_scale, gate_bias) = (L::load(gates.scale.as_ptr()), L::load(gates.bias.as_ptr()));
         let (up_scale, up_bias) = (L::load(ups.scale.as_ptr()), L::load(ups.bias.as_ptr()));
         let one = L::splat(1.0);
-        for (t, (gate, up)) in gates.sums.iter().zip(ups.sums).enumerate() {
-            let gate = L::load(gate.as_ptr()).mul(gate_scale).add(gate_bias).min(L::splat(limit));
-            let up = L::load(up.as_ptr()).mul(up_scale).add(up_bias);
+        for t in 0..gates.sums.len() {
+            let gate = L::load(gates.sums.as_ptr().add(t).cast()).mul(gate_scale).add(gate_bias);
+            let gate = gate.min(L::splat(limit));
+            let up = L::load(ups.sums.as_ptr().add(t).cast()).mul(up_scale).add(up_bias);
             let up = up.min(L::splat(limit)).max(L::splat(-limit));
             let sigmoid = one.div(one.add(gate.mul(L::splat(-alpha)).exp()));
             up.add(one).mul(gate).mul(sigmoid).store(gates.out.add(t * gates.stride));

@@ -135,46 +135,60 @@ impl Layout {
 pub(crate) unsafe fn quantize<const LIMBS: usize>(x: &[f32], count: usize, out: *mut u32, stride: usize) {
     for s in 0..count {
         let mut block = [0.0f32; COLUMNS];
-        let part = x.get(s * COLUMNS..).unwrap_or_default();
-        if part.len() >= COLUMNS {
-            block.copy_from_slice(&part[..COLUMNS]);
-        } else {
-            block[..part.len()].copy_from_slice(part);
+        let (from, to) = ((s * COLUMNS).min(x.len()), (s * COLUMNS + COLUMNS).min(x.len()));
+        // SAFETY: within `x`, at most 32 values; the rest is the contract.
+        unsafe {
+            if to - from == COLUMNS {
+                block = x.as_ptr().add(from).cast::<[f32; COLUMNS]>().read_unaligned();
+            } else {
+                std::ptr::copy_nonoverlapping(x.as_ptr().add(from), block.as_mut_ptr(), to - from);
+            }
+            record::<LIMBS>(&block, out.add(s * stride));
         }
-        // SAFETY: the contract.
-        unsafe { record::<LIMBS>(&block, out.add(s * stride)) };
     }
 }
 
 /// # Safety
 /// `out` is valid for the words of a record.
 #[inline(always)]
+#[expect(
+    clippy::needless_range_loop,
+    reason = "iterators are not inlined into functions with more instructions"
+)]
 unsafe fn record<const LIMBS: usize>(x: &[f32; COLUMNS], out: *mut u32) {
     // The largest number of so many balanced digits, 127 each, is 8,355,711 for three; the product below may round to more.
     let most = [127.0f32, 32_639.0, 8_355_700.0][LIMBS - 1];
     // Compared as integers, so that a NaN is the largest and reaches the scale.
-    let largest = f32::from_bits(x.iter().fold(0, |most, v| most.max(v.to_bits() & 0x7fff_ffff)));
+    let mut largest = 0;
+    for i in 0..COLUMNS {
+        let magnitude = x[i].to_bits() & 0x7fff_ffff;
+        largest = if magnitude > largest { magnitude } else { largest };
+    }
+    let largest = f32::from_bits(largest);
     // Below, the inverse would not be finite.
     let inverse = if largest > 1e-30 { most / largest } else { 0.0 };
     let scale = largest / most;
     let mut whole = [0i32; COLUMNS];
-    for (whole, x) in whole.iter_mut().zip(x) {
-        *whole = (x * inverse).round_ties_even() as i32;
+    let mut halves = [0i32; 2];
+    for i in 0..COLUMNS {
+        whole[i] = (x[i] * inverse).round_ties_even() as i32;
     }
-    let half = |part: &[i32]| part.iter().fold(0, |sum: i32, w| sum.wrapping_add(*w)).wrapping_mul(-E2M1_OFFSET);
-    let (first, second) = (half(&whole[..16]), half(&whole[16..]));
+    for i in 0..COLUMNS / 2 {
+        halves[0] = halves[0].wrapping_add(whole[i]);
+        halves[1] = halves[1].wrapping_add(whole[COLUMNS / 2 + i]);
+    }
     // SAFETY: all within the record.
     unsafe {
-        out.add(Words::<LIMBS>::E2M1).write(first as u32);
-        out.add(Words::<LIMBS>::E2M1 + 1).write(second as u32);
+        out.add(Words::<LIMBS>::E2M1).write(halves[0].wrapping_mul(-E2M1_OFFSET) as u32);
+        out.add(Words::<LIMBS>::E2M1 + 1).write(halves[1].wrapping_mul(-E2M1_OFFSET) as u32);
         out.add(Words::<LIMBS>::SCALE).write(scale.to_bits());
         for limb in 0..LIMBS {
             let mut sum = 0;
             let mut bytes = [0i8; COLUMNS];
-            for (byte, whole) in bytes.iter_mut().zip(&mut whole) {
-                *byte = *whole as i8;
-                sum += i32::from(*byte);
-                *whole = (*whole - i32::from(*byte)) >> 8;
+            for i in 0..COLUMNS {
+                bytes[i] = whole[i] as i8;
+                sum += i32::from(bytes[i]);
+                whole[i] = whole[i].wrapping_sub(i32::from(bytes[i])) >> 8;
             }
             out.add(8 * limb).cast::<[i8; COLUMNS]>().write_unaligned(bytes);
             out.add(Words::<LIMBS>::INT8 + limb).write((-INT8_OFFSET * sum) as u32);

@@ -47,6 +47,28 @@ pub(crate) trait Lanes: Copy {
     unsafe fn exp2_of_rounded(self) -> Self;
     /// Lane `l + 8` is added to `l`, then `l + 4`, `l + 2`, `l + 1`.
     unsafe fn sum(self) -> f32;
+    /// The largest lane; none is NaN.
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        // SAFETY: the array has sixteen elements.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        let mut largest = lanes[0];
+        let mut l = 1;
+        while l < LANES {
+            largest = if lanes[l] > largest { lanes[l] } else { largest };
+            l += 1;
+        }
+        largest
+    }
+    /// Lane 0.
+    #[inline(always)]
+    unsafe fn first(self) -> f32 {
+        let mut lanes = [0.0f32; LANES];
+        // SAFETY: the array has sixteen elements.
+        unsafe { self.store(lanes.as_mut_ptr()) };
+        lanes[0]
+    }
 
     /// Non-negative E4M3 bytes: the bits moved to the place of an f32's, times the difference of the biases. Exact for
     /// the subnormal bytes too.
@@ -326,6 +348,16 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_reduce_max_ps(self.0) }
+        }
+        #[inline(always)]
+        unsafe fn first(self) -> f32 {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_cvtss_f32(self.0) }
+        }
+        #[inline(always)]
         unsafe fn e4m3(from: *const u8) -> Self {
             // SAFETY: the trait's contract.
             unsafe {
@@ -535,8 +567,7 @@ mod x86 {
         unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
             // SAFETY: the trait's contract. Pairs of products are at most 24 · 128 · 2, and four of them fit 16 bits.
             unsafe {
-                let x: [__m256i; 4] =
-                    std::array::from_fn(|i| _mm256_set1_epi32(x.add(i).read_unaligned()));
+                let x: [__m256i; 4] = std::array::from_fn(|i| _mm256_set1_epi32(x.add(i).read_unaligned()));
                 let half = |sum: __m256i, weights: [__m256i; 4]| {
                     let pairs = _mm256_add_epi16(
                         _mm256_add_epi16(

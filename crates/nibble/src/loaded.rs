@@ -43,7 +43,9 @@ pub(crate) fn backend(weights: Arc<dyn Weights>, run: &Run, common: &Common, ui:
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => {
             if run.weights != WeightBits::AsStored || run.activations != ActivationBits::F32 {
-                return Err(Failure::input("--weights fast and --activations: expected --device cpu, found a GPU"));
+                return Err(Failure::input(
+                    "--weights fast and --activations: expected --device cpu, found a GPU",
+                ));
             }
             check_kernels(&device)?;
             Loaded::Cuda(Box::new(cuda::Cuda::load(&device, &*weights, &mut progress)?))
@@ -129,7 +131,7 @@ impl Loaded {
     /// Bytes per second that the model's device reads from its memory.
     pub(crate) fn read_bandwidth(&self) -> Result<f64> {
         Ok(match self {
-            Loaded::Cpu(cpu) => cpu::read_bandwidth(cpu.pool(), 5)?,
+            Loaded::Cpu(cpu) => cpu.read_bandwidth(5)?,
             #[cfg(feature = "cuda")]
             Loaded::Cuda(cuda) => cuda.read_bandwidth()?,
         })

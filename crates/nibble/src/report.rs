@@ -178,7 +178,8 @@ fn measure(
     };
     let source = Model::open(Some(&run.args.source), ui)?;
     let mut reference = backend(Arc::new(source.checkpoint), &crate::args::Run::exact(), run.common, ui)?;
-    let mut model = backend(Arc::new(Checkpoint::open(&run.args.out)?), &crate::args::Run::exact(), run.common, ui)?;
+    let mut model =
+        backend(Arc::new(Checkpoint::open(&run.args.out)?), &crate::args::Run::exact(), run.common, ui)?;
     for set in &sets {
         let found = divergence(&mut model, &mut reference, &set.held_out, ui)?;
         quality.push(Quality {
@@ -194,7 +195,12 @@ fn measure(
     drop(model);
     if let Some(max) = max {
         let weights: Arc<dyn Weights> = Arc::<Quantized>::clone(max);
-        let found = divergence(&mut backend(weights, &crate::args::Run::exact(), run.common, ui)?, &mut reference, &first.held_out, ui)?;
+        let found = divergence(
+            &mut backend(weights, &crate::args::Run::exact(), run.common, ui)?,
+            &mut reference,
+            &first.held_out,
+            ui,
+        )?;
         let own = &quality[0];
         let chosen = command::algorithm(run.args, run.view);
         algorithms.push(AlgorithmResult { algorithm: chosen, kl_mean: own.kl_mean, nll: own.nll });

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use checkpoint::{Checkpoint, Config, Format, MatrixId, Synthetic, Weights};
-use cpu::{Cpu, Isa, Options};
+use cpu::{Activations, Cpu, Isa, Options};
 use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -179,16 +179,54 @@ fn odd_shapes_agree_with_the_reference() {
 }
 
 #[test]
+fn coarser_activations_and_weights_stay_near() {
+    // Twice the error that each had when it was written: a wrong scale or limb is far beyond.
+    for (activations, fast_weights, bound) in [
+        (Activations::Int16, false, 2e-4),
+        (Activations::Int8, false, 3e-2),
+        (Activations::F32, true, 3e-2),
+        (Activations::Int8, true, 4e-2),
+    ] {
+        let options = Options { activations, fast_weights, ..Options::default() };
+        let mut cpu = load(open("models/tiny-gpt-oss"), options);
+        let case = &json("testdata/model/tiny-gpt-oss.json")["logits"]["long"];
+        let plan = SequencePlan { logits: true, ..sequence(&ids(&case["ids"]), 0, 0) };
+        let logits = run(&mut cpu, vec![plan]).remove(0).logits;
+        let found: Vec<f32> = ids(&case["positions"])
+            .iter()
+            .flat_map(|&p| &logits[p as usize * 4096..][..4096])
+            .copied()
+            .collect();
+        let error = relative(&found, &golden("testdata/model/tiny-gpt-oss.safetensors", "long.logits"));
+        assert!(error <= bound, "{activations:?}, fast {fast_weights}: {error:e}");
+        assert!(error >= bound / 10.0, "{activations:?}, fast {fast_weights} took another road: {error:e}");
+    }
+}
+
+#[test]
 fn the_same_bits_on_every_instruction_set_and_thread_count() {
-    for format in [Format::Bf16, Format::Mxfp4, Format::Nvfp4] {
+    for (format, activations, fast_weights) in [
+        (Format::Bf16, Activations::F32, false),
+        (Format::Bf16, Activations::F32, true),
+        (Format::Mxfp4, Activations::F32, false),
+        (Format::Nvfp4, Activations::F32, false),
+        (Format::Nvfp4, Activations::Int16, true),
+        (Format::Nvfp4, Activations::Int8, true),
+    ] {
         let plan = SequencePlan { logits: true, ..sequence(&tokens(40), 0, 0) };
-        let logits = |options| run(&mut load(odd(format), options), vec![plan.clone()]).remove(0).logits;
-        let expected = logits(Options { isa: Some(Isa::Scalar), threads: Some(1), ..Options::default() });
+        let logits = |isa, threads| {
+            let options = Options { isa: Some(isa), threads: Some(threads), fast_weights, activations };
+            run(&mut load(odd(format), options), vec![plan.clone()]).remove(0).logits
+        };
+        let expected = logits(Isa::Scalar, 1);
         assert!(expected.iter().all(|l| l.is_finite()));
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
             for threads in [1, 2, 5] {
-                let found = logits(Options { isa: Some(isa), threads: Some(threads), ..Options::default() });
-                assert!(found == expected, "{format:?} on {isa:?} with {threads} threads");
+                let found = logits(isa, threads);
+                assert!(
+                    found == expected,
+                    "{format:?}, {activations:?}, fast {fast_weights} on {isa:?} with {threads} threads"
+                );
             }
         }
     }
@@ -196,7 +234,14 @@ fn the_same_bits_on_every_instruction_set_and_thread_count() {
 
 #[test]
 fn the_same_bits_whatever_the_chunks_and_the_company() {
-    let mut cpu = load(odd(Format::Nvfp4), Options::default());
+    for activations in [Activations::F32, Activations::Int8] {
+        let fast_weights = activations == Activations::Int8;
+        let options = Options { activations, fast_weights, ..Options::default() };
+        cuts_and_company(&mut load(odd(Format::Nvfp4), options));
+    }
+}
+
+fn cuts_and_company(cpu: &mut Cpu) {
     let text = tokens(90);
     let plan = |from: usize, to: usize| SequencePlan {
         logits: true,
@@ -209,7 +254,7 @@ fn the_same_bits_whatever_the_chunks_and_the_company() {
         // The same blocks whatever the chunk.
         ..sequence(&text, 0, 20)
     };
-    let whole = run(&mut cpu, vec![plan(0, 90)]).remove(0);
+    let whole = run(cpu, vec![plan(0, 90)]).remove(0);
     for cuts in [vec![0, 1, 2, 3, 90], vec![0, 16, 32, 48, 90], vec![0, 33, 89, 90]] {
         let (mut logits, mut scores, mut sampled) = (Vec::new(), Vec::new(), Vec::new());
         for pair in cuts.windows(2) {
@@ -218,7 +263,7 @@ fn the_same_bits_whatever_the_chunks_and_the_company() {
                 sample: vec![Sampling::default()],
                 ..sequence(&tokens(count), 0, first)
             };
-            let mut outputs = run(&mut cpu, vec![company(0, 5), plan(pair[0], pair[1]), company(50, 70)]);
+            let mut outputs = run(cpu, vec![company(0, 5), plan(pair[0], pair[1]), company(50, 70)]);
             let own = outputs.remove(1);
             logits.extend(own.logits);
             scores.extend(own.scores);
@@ -232,7 +277,8 @@ fn the_same_bits_whatever_the_chunks_and_the_company() {
 
 #[test]
 fn an_unavailable_instruction_set_and_a_bad_plan_are_errors() {
-    let mut cpu = load(odd(Format::Bf16), Options { isa: Some(Isa::Scalar), threads: Some(1), ..Options::default() });
+    let mut cpu =
+        load(odd(Format::Bf16), Options { isa: Some(Isa::Scalar), threads: Some(1), ..Options::default() });
     let mut bad = sequence(&[1], 0, 0);
     bad.full_blocks = vec![BLOCKS as u32];
     assert!(cpu.step(&Plan { sequences: vec![bad] }).is_err());

@@ -6,7 +6,7 @@ use checkpoint::Weights;
 use harmony::{ChatPrompt, Harmony};
 use tokenizer::Tokenizer;
 
-use crate::args::{Common, Eval, EvalOptions, Measure};
+use crate::args::{Common, Eval, EvalOptions, Measure, Run};
 use crate::commands::lines::{read_json_lines, read_text};
 use crate::failure::{Failure, Result};
 use crate::loaded::backend;
@@ -22,7 +22,7 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
     let windows = windows(&model, options)?;
     let weights = model.weights(&options.run, common, ui)?;
     check_ids(&windows, weights.config().vocab_size)?;
-    let mut model = backend(weights, common, ui)?;
+    let mut model = backend(weights, &options.run, common, ui)?;
     let mut bar = ui.progress("Measuring", windows.len() as u64);
     match reference {
         None => {
@@ -37,8 +37,8 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
             }
         }
         Some(name) => {
-            let weights = Model::open(Some(name), ui)?.weights(&as_stored(), common, ui)?;
-            let mut reference = backend(weights, common, ui)?;
+            let weights = Model::open(Some(name), ui)?.weights(&Run::exact(), common, ui)?;
+            let mut reference = backend(weights, &Run::exact(), common, ui)?;
             let found = evaluate::divergence(&mut model, &mut reference, &windows, &mut |done| {
                 bar.set(done as u64);
             })?;
@@ -55,11 +55,6 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The reference is run as its files hold it.
-fn as_stored() -> crate::args::Run {
-    crate::args::Run { quantization: "auto".to_owned(), batch_invariant: false }
 }
 
 fn windows(model: &Model, options: &EvalOptions) -> Result<Vec<Vec<u32>>> {

@@ -21,7 +21,7 @@ pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
         let layers = config.layer_kinds.len();
         return Err(Failure::input(format!("--layer: expected a layer below {layers}, found {layer}")));
     }
-    let mut backend = backend(weights, common, ui)?;
+    let mut backend = backend(weights, &args.run, common, ui)?;
     let blocks = args.ids.len().div_ceil(BLOCK_TOKENS);
     backend.allocate_kv(blocks, blocks)?;
     let table: Vec<u32> = (0..blocks as u32).collect();
