@@ -291,7 +291,8 @@ impl Cpu {
         matrices: &[&PackedMatrix],
         x: &[f32],
         width: usize,
-        words: (&'a mut Vec<u32>, &'a mut Vec<u32>),
+        float_words: &'a mut Vec<u32>,
+        limb_words: &'a mut Vec<u32>,
     ) -> Prepared<'a> {
         let make = |kind: Kind, words: &'a mut Vec<u32>| {
             let layout = Layout { kind, tokens: x.len() / width, cols: width.next_multiple_of(COLUMNS) };
@@ -308,8 +309,8 @@ impl Cpu {
             kinds.into_iter().find(|kind| matches!(kind, Kind::Limbs(_)) == limbs)
         };
         Prepared {
-            float: kind(false).map(|kind| make(kind, words.0)),
-            limbs: kind(true).map(|kind| make(kind, words.1)),
+            float: kind(false).map(|kind| make(kind, float_words)),
+            limbs: kind(true).map(|kind| make(kind, limb_words)),
         }
     }
 
@@ -356,7 +357,7 @@ impl Cpu {
         let h = room(h, tokens * d);
         let records = times.run("norm", || {
             self.norm(x, &layer.input_norm, h);
-            self.records(&[&layer.query, &layer.key, &layer.value], h, d, (float_words, limb_words))
+            self.records(&[&layer.query, &layer.key, &layer.value], h, d, float_words, limb_words)
         });
         let qkv = room(qkv, tokens * stride);
         times.run("query, key, value", || {
@@ -467,7 +468,7 @@ impl Cpu {
             });
         });
         times.run("attention output", || {
-            let records = self.records(&[&layer.output], context, q_width, (float_words, limb_words));
+            let records = self.records(&[&layer.output], context, q_width, float_words, limb_words);
             self.product(&layer.output, &records, Some(&layer.output_bias), Then::Add, x);
         });
     }
@@ -482,7 +483,7 @@ impl Cpu {
         times.run("norm", || self.norm(x, &layer.post_attention_norm, h));
         let router = room(router, tokens * config.experts);
         let groups = times.run("router", || {
-            let records = self.records(&[&layer.router], h, d, (float_words, limb_words));
+            let records = self.records(&[&layer.router], h, d, float_words, limb_words);
             self.product(&layer.router, &records, Some(&layer.router_bias), Then::Set, router);
             Groups::new(
                 router.chunks_exact(config.experts).map(|g| gptoss::top_experts(g, k)),
@@ -563,7 +564,7 @@ impl Cpu {
         let logits = room(logits, x.len() / d * self.config.vocab_size);
         times.run("output layer", || {
             self.norm(x, &self.final_norm, h);
-            let records = self.records(&[&self.unembedding], h, d, (float_words, limb_words));
+            let records = self.records(&[&self.unembedding], h, d, float_words, limb_words);
             self.product(&self.unembedding, &records, None, Then::Set, logits);
         });
         logits

@@ -25,6 +25,12 @@ pub(crate) type DenseSums = [[f32; ROWS]; TOKENS];
 pub(crate) type DenseKernel =
     unsafe fn(a: [*const f32; ROWS], b: [*const f32; TOKENS], tiles: usize, sums: &mut DenseSums);
 
+/// See [`records::quantize`].
+///
+/// # Safety
+/// What it needs, and that the CPU has the table's instruction set.
+pub(crate) type QuantizeKernel = unsafe fn(x: &[f32], count: usize, out: *mut u32, stride: usize);
+
 /// The kernels of one instruction set. All are unsafe because the CPU must have it; the functions that they are
 /// instances of say what else they need.
 pub(crate) struct Kernels {
@@ -36,7 +42,7 @@ pub(crate) struct Kernels {
     pub(crate) bf16: PanelKernel,
     pub(crate) finish: unsafe fn(&Finish<'_>),
     pub(crate) finish_swiglu: unsafe fn(&Finish<'_>, &Finish<'_>, f32, f32),
-    pub(crate) quantize: [unsafe fn(&[f32], usize, *mut u32, usize); 3],
+    pub(crate) quantize: [QuantizeKernel; 3],
     pub(crate) checksum: unsafe fn(&[u8]) -> u64,
     pub(crate) dense: DenseKernel,
     pub(crate) attend: unsafe fn(&Attend<'_>, out: &mut [f32]),

@@ -33,7 +33,12 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         println!("{}  {}", bold("processor "), processor());
         println!("{}  {threads} of {} logical", bold("threads   "), logical());
         println!("{}  {:.1} GB/s read by {threads} threads", bold("memory    "), bandwidth / 1e9);
-        println!("{}  {} {}", bold("kernels   "), best.name(), dim("(activations in f32)"));
+        println!(
+            "{}  {} {}",
+            bold("kernels   "),
+            best.name(),
+            dim("(activations f32, or as --activations says)")
+        );
         println!("{}  {}\n", bold("GPU       "), gpu.summary);
         println!("{}", bold("kernel          set       error     bits equal scalar"));
         for test in &tests {
