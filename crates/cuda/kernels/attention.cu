@@ -1,31 +1,6 @@
 // Attention over the paged cache, with sinks, windows and grouped queries: one warp takes 16 rows (tokens times the query
 // heads of one key/value head) through pages of 16 keys, scores and values on tensor cores, softmax online in f32.
-#include "common.cuh"
-
-struct Attention {
-    const uint16_t* queries;                 // [n, query heads, 64] in bf16
-    const uint16_t *keys, *values;           // [blocks, kv heads, 16, 64], [blocks, kv heads, 64, 16] in bf16
-    const float* sinks;                      // [query heads]
-    const uint32_t *positions, *sequences, *table_starts, *table;
-    const uint32_t* tiles;                   // chunks: first token and number of tokens of each tile
-    uint16_t* out;                           // [n, query heads * 64]
-    float* partial;                          // splits: [n, kv heads, splits, 16, 64 + 2]
-    uint32_t* arrivals;                      // splits: [n, kv heads], zero before and after
-    uint32_t query_heads, kv_heads;
-    uint32_t window;                         // 0: everything
-    uint32_t out_format, out_tiled;
-    uint32_t splits;
-    Prefetch next;                           // splits: for the blocks beyond them
-};
-static_assert(sizeof(Attention) == 136);
-
-constexpr float NOTHING = -1e30f;
-constexpr float LOG2_E = 1.4426950408889634f;
-
-__device__ __forceinline__ uint32_t pack2(float a, float b) {
-    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<uint32_t&>(v);
-}
+#include "attention.cuh"
 
 // Running maximum (of scores times log2 e), sum and weighted values of the rows g and g + 8.
 struct State {
@@ -135,45 +110,7 @@ __device__ __forceinline__ void gather_sums(State& s) {
 }
 
 __device__ __forceinline__ void store(const Attention& p, uint32_t token, uint32_t column, float v) {
-    p.out[size_t(token) * p.query_heads * HEAD + position_in(p.out_tiled, column)] = activation(p.out_format, v);
-}
-
-// Chunks of prompts: a tile of tokens per block, 16 rows of it per warp.
-extern "C" __global__ void __launch_bounds__(128) attend_chunk(const __grid_constant__ Attention p) {
-    wait_for_previous();
-    start_next();
-    uint32_t group = p.query_heads / p.kv_heads, per_warp = 16 / group, kv = blockIdx.y;
-    uint32_t warp = threadIdx.x / WARP, skip = warp * per_warp;
-    uint32_t first = p.tiles[2 * blockIdx.x] + skip, count = p.tiles[2 * blockIdx.x + 1];
-    if (skip >= count) return;
-    count = min(count - skip, per_warp);
-    const uint32_t* table = p.table + (int)p.table_starts[p.sequences[first]];
-    int start = p.positions[first], from[2], to[2];
-    for (int h = 0; h < 2; h++) {
-        uint32_t token = (lane_row() + 8 * h) / group;
-        to[h] = token < count ? start + (int)token : -1;
-        from[h] = p.window ? max(0, to[h] + 1 - (int)p.window) : 0;
-    }
-    Queries q;
-    q.load(p, first, count, kv);
-    State s;
-    int first_page = p.window ? max(0, start + 1 - (int)p.window) / BLOCK_TOKENS : 0;
-    attend_pages(s, p, q, table, kv, first_page, (start + (int)count - 1) / BLOCK_TOKENS, 1, from, to);
-    gather_sums(s);
-#pragma unroll
-    for (int h = 0; h < 2; h++) {
-        uint32_t row = lane_row() + 8 * h, token = row / group, head = kv * group + row % group;
-        if (token >= count) continue;
-        // The sink is one more logit of the denominator, without a value.
-        float sink = p.sinks[head] * LOG2_E, max = fmaxf(s.max[h], sink), shrink = exp2f(s.max[h] - max);
-        float inverse = shrink / (s.sum[h] * shrink + exp2f(sink - max));
-#pragma unroll
-        for (int d = 0; d < 8; d++) {
-            uint32_t column = head * HEAD + 8 * d + 2 * lane_quarter();
-            store(p, first + token, column, s.out[d][2 * h] * inverse);
-            store(p, first + token, column + 1, s.out[d][2 * h + 1] * inverse);
-        }
-    }
+    p.out[activation_place(p.out_stack, p.query_heads * HEAD, token, column)] = activation(p.out_format, v);
 }
 
 // Single tokens: the pages are shared among the warps of `splits` blocks; the last of them to arrive puts the parts together,

@@ -84,13 +84,20 @@ __device__ __forceinline__ uint16_t activation(uint32_t format, float v) {
     return format == FP4 ? __half_as_ushort(Number<FP4>::from(v)) : __bfloat16_as_ushort(Number<BF16>::from(v));
 }
 
-// Where input `k` lies in a row of activations for the tiled product, which reads a product's 16 inputs side by side.
-__device__ __forceinline__ uint32_t tiled_position(uint32_t k) {
+// Where input `k` of 64 lies in a row of stacked activations: what a product of sixteen inputs takes lies side by side.
+__device__ __forceinline__ uint32_t product_position(uint32_t k) {
     uint32_t t = k / 16 % 4, j = k / 4 % 4, i = k % 4;
-    return k / 64 * 64 + 16 * j + 8 * (i / 2) + 2 * t + i % 2;
+    return 16 * j + 8 * (i / 2) + 2 * t + i % 2;
 }
 
-__device__ __forceinline__ uint32_t position_in(bool tiled, uint32_t k) { return tiled ? tiled_position(k) : k; }
+// Where input `k` of a row of activations lies. Plain (`stack` is 0): row by row of `cols` inputs. Stacked: `stack` rows of the
+// first 64 inputs, of the next 64, and so on, each 128 bytes whose pieces of 16 are exchanged by the row's number modulo 8, as
+// warpgroup products read them in shared memory: the rows of a tile are one piece of memory.
+__device__ __forceinline__ size_t activation_place(uint32_t stack, uint32_t cols, uint32_t row, uint32_t k) {
+    if (stack == 0) return size_t(row) * cols + k;
+    uint32_t position = product_position(k % TILE_COLS);
+    return (size_t(k / TILE_COLS) * stack + row) * TILE_COLS + ((position / 8 ^ row % 8) << 3 | position % 8);
+}
 
 // A packed matrix, or a stack of one per expert.
 struct Matrix {
@@ -196,20 +203,18 @@ template <int COUNT> struct Vector {
         for (int i = 0; i < COUNT; i++) sum += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
         return sum;
     }
-    // The values times `scale` and `inverse`, as activations; those up to `cols` are zeros.
+    // The values times `scale` and `inverse`, as activations of row `row`; those up to `cols` are zeros.
     __device__ __forceinline__ void store(
-        uint16_t* to, uint32_t cols, uint32_t format, bool tiled, const Vector& scale, float inverse) const {
+        uint16_t* to, uint32_t stack, uint32_t row, uint32_t cols, uint32_t format, const Vector& scale, float inverse) const {
 #pragma unroll
         for (int i = 0; i < COUNT; i++) {
             uint32_t at = 4 * (i * blockDim.x + threadIdx.x);
             if (at >= cols) return;
             const float4 &a = v[i], &b = scale.v[i];
-            uint32_t lower = activation(format, a.x * inverse * b.x) | activation(format, a.y * inverse * b.y) << 16;
-            uint32_t upper = activation(format, a.z * inverse * b.z) | activation(format, a.w * inverse * b.w) << 16;
-            // Four inputs that a lane multiplies in one product: two pairs, eight apart in the order of the tiled product.
-            uint32_t first = position_in(tiled, at);
-            *(uint32_t*)(to + first) = lower;
-            *(uint32_t*)(to + first + (tiled ? 8 : 2)) = upper;
+            *(uint32_t*)(to + activation_place(stack, cols, row, at))
+                = activation(format, a.x * inverse * b.x) | activation(format, a.y * inverse * b.y) << 16;
+            *(uint32_t*)(to + activation_place(stack, cols, row, at + 2))
+                = activation(format, a.z * inverse * b.z) | activation(format, a.w * inverse * b.w) << 16;
         }
     }
 };

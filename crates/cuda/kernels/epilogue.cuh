@@ -3,38 +3,44 @@
 
 #include "common.cuh"
 
-// Where each (token, rank) pair goes: one array of 32-bit words that the router writes.
+// Where each (token, rank) pair goes: one array of 32-bit words that the router writes. Pairs in the order of their expert, then
+// of their number `token * experts per token + rank`, have slots; an expert's slots begin at a multiple of eight.
 struct Routes {
     const uint32_t* words;
     uint32_t experts, pairs;
     __device__ __forceinline__ Routes(const uint32_t* words, uint32_t experts, uint32_t pairs)
         : words(words), experts(experts), pairs(pairs) {}
+    static constexpr uint32_t ACTIVE = 1;
+    __device__ __forceinline__ uint32_t firsts_at() const { return ACTIVE + experts; }
+    __device__ __forceinline__ uint32_t counts_at() const { return firsts_at() + experts + 1; }
+    __device__ __forceinline__ uint32_t slots_at() const { return counts_at() + experts; }
+    __device__ __forceinline__ uint32_t pairs_at(uint32_t array) const { return slots_at() + pairs + 7 * experts + array * pairs; }
     // Experts with at least one token, ascending.
     __device__ __forceinline__ uint32_t active_count() const { return words[0]; }
-    __device__ __forceinline__ uint32_t active(uint32_t i) const { return words[1 + i]; }
-    // Pairs in the order of their expert, then of their number `token * experts per token + rank`, are slots.
-    __device__ __forceinline__ uint32_t first_slot(uint32_t expert) const { return words[1 + experts + expert]; }
-    __device__ __forceinline__ uint32_t pair(uint32_t slot) const { return words[2 + 2 * experts + slot]; }
-    __device__ __forceinline__ uint32_t token(uint32_t slot, uint32_t ranks) const { return pair(slot) / ranks; }
-    __device__ __forceinline__ uint32_t slot_of_pair(uint32_t pair) const { return words[2 + 2 * experts + pairs + pair]; }
-    __device__ __forceinline__ uint32_t expert_of_pair(uint32_t pair) const { return words[2 + 2 * experts + 2 * pairs + pair]; }
-    __device__ __forceinline__ float weight_of_pair(uint32_t pair) const {
-        return __uint_as_float(words[2 + 2 * experts + 3 * pairs + pair]);
-    }
+    __device__ __forceinline__ uint32_t active(uint32_t i) const { return words[ACTIVE + i]; }
+    // The first slot of an expert, or with `experts` the end of all.
+    __device__ __forceinline__ uint32_t first_slot(uint32_t expert) const { return words[firsts_at() + expert]; }
+    __device__ __forceinline__ uint32_t count(uint32_t expert) const { return words[counts_at() + expert]; }
+    // `NO_PAIR` for a slot that only fills up the eight.
+    __device__ __forceinline__ uint32_t pair(uint32_t slot) const { return words[slots_at() + slot]; }
+    __device__ __forceinline__ uint32_t slot_of_pair(uint32_t pair) const { return words[pairs_at(0) + pair]; }
+    __device__ __forceinline__ uint32_t expert_of_pair(uint32_t pair) const { return words[pairs_at(1) + pair]; }
+    __device__ __forceinline__ float weight_of_pair(uint32_t pair) const { return __uint_as_float(words[pairs_at(2) + pair]); }
 };
+constexpr uint32_t NO_PAIR = ~0u;
 
 // The same numbers as `After` in Rust.
 enum After : uint32_t { STORE = 0, RESIDUAL = 1, QKV = 2, SWIGLU = 3 };
 
 struct Epilogue {
     float* out;                    // STORE, RESIDUAL: [n, rows]
-    uint16_t* out16;               // QKV: queries [n, query heads, 64] in bf16; SWIGLU: [slots, out_cols]
+    uint16_t* out16;               // QKV: queries [n, query heads, 64] in bf16; SWIGLU: [slots, out_cols], see `activation_place`
     uint16_t *keys, *values;       // QKV: [blocks, kv heads, 16, 64] and [blocks, kv heads, 64, 16] in bf16
     const float* rotary;           // QKV: [n, 64], cosines and sines
     const uint32_t* slots;         // QKV: [n], where a token's keys go: block * 16 + place in the block
     uint32_t kind;
     uint32_t query_heads, kv_heads;
-    uint32_t out_cols, out_format, out_tiled; // SWIGLU
+    uint32_t out_cols, out_format, out_stack; // SWIGLU
     float limit, alpha;
 };
 static_assert(sizeof(Epilogue) == 80);
@@ -42,7 +48,8 @@ static_assert(sizeof(Epilogue) == 80);
 __device__ __forceinline__ float swiglu(float gate, float up, float limit, float alpha) {
     gate = fminf(gate, limit);
     up = fminf(fmaxf(up, -limit), limit);
-    return (up + 1.f) * gate / (1.f + expf(-alpha * gate));
+    // The error of the fast functions is some units of f32; what follows is 16 bits.
+    return __fdividef((up + 1.f) * gate, 1.f + __expf(-alpha * gate));
 }
 
 // The rows of the stored matrix that rows g and g + 8 of a tile are.
@@ -79,7 +86,7 @@ __device__ __forceinline__ void finish(
     } else if (e.kind == SWIGLU) {
         uint32_t unit = row_tile * 8 + pair;
         uint16_t y = activation(e.out_format, swiglu(a, b, e.limit, e.alpha));
-        if (unit < e.out_cols) e.out16[size_t(token) * e.out_cols + position_in(e.out_tiled, unit)] = y;
+        if (unit < e.out_cols) e.out16[activation_place(e.out_stack, e.out_cols, token, unit)] = y;
     } else {
         uint32_t head = row_tile / 4, first = rows.x % HEAD, second = rows.y % HEAD;
         bool rotated = head < e.query_heads + e.kv_heads;

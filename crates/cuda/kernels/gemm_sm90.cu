@@ -1,199 +1,450 @@
-// Products of packed weights with many tokens on Hopper: weights go from memory to registers, are decoded there and enter the
-// warpgroup's tensor core instruction as its first operand; activations come through shared memory.
+// Products of packed weights with many tokens on Hopper. Each warp brings the tiles of its own rows to shared memory by bulk
+// copies that run ahead (registers would not do: a warp has too few scoreboards to wait for the oldest of many loads), decodes
+// them to registers, and they enter the warpgroup's tensor core instruction as its first operand. Activations, stacked (see
+// `activation_place`), come to shared memory in one bulk copy per 64 inputs.
 #include "common.cuh"
 
 #include "epilogue.cuh"
 
 struct Gemm {
     Matrix matrix;
-    const uint16_t* input;     // [n, cols], in tiled order
+    const uint16_t* input;     // stacked
     const uint32_t* list;      // experts: see `Routes`
     Epilogue epilogue;
     uint32_t n;                // tokens
+    uint32_t stack;            // of the input
+    uint32_t tile;             // dense: tokens of a tile, a multiple of eight
     uint32_t experts, experts_per_token;
     uint32_t padding;
 };
-static_assert(sizeof(Gemm) == sizeof(Matrix) + sizeof(Epilogue) + 32);
+static_assert(sizeof(Gemm) == sizeof(Matrix) + sizeof(Epilogue) + 40);
 
 constexpr int GROUPS = 2;                     // warpgroups of 64 rows
 constexpr int THREADS = GROUPS * 128;
 constexpr int ROW_TILES = GROUPS * 4;         // of a block
-constexpr int STAGES = 6, DISTANCE = 4;       // slots of activations, and how far ahead they are filled
+constexpr int MAX_CLUSTER = 8;                // blocks
+constexpr int LINE = TILE_COLS * 2;           // bytes of a row of activations in shared memory
 
-// Tiles of weights on their way: the fewer tokens, the more the memory decides.
-template <Format F, int TOKENS> constexpr int AHEAD = TOKENS == 128 ? 2 : F == FP4 ? 6 : 3;
+// Column tiles of weights that a warp brings at a time, and how many such chunks it has room for; stages of activations. All that
+// two blocks have room for beside each other.
+template <Format F, int TOKENS> struct Sizes {
+    static constexpr int CHUNK = F == FP4 ? 4 : 1, SLOTS = F == FP4 && TOKENS == 128 ? 2 : 3;
+    static constexpr int STAGES = TOKENS == 64 ? 6 : F == FP4 ? 4 : 3, LAG = STAGES == 3 ? 1 : 2;
+    static constexpr int STAGE_BYTES = TOKENS * LINE;
+    static constexpr int SCALES = CHUNK * 16 * Tile<F>::VECTORS, SLOT_BYTES = SCALES + (F == FP4 ? CHUNK * 64 : 0);
+    static constexpr int WEIGHTS = STAGES * STAGE_BYTES, BYTES = WEIGHTS + ROW_TILES * SLOTS * SLOT_BYTES;
+};
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+__device__ __forceinline__ uint32_t cluster_size() {
+    uint32_t size;
+    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
+    return size;
+}
 
+__device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
+    asm volatile(
+        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
+        "r"(parity)
+        : "memory");
+}
+__device__ __forceinline__ void arrive(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
+}
+__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
+                 "r"(bytes), "r"(barrier)
+                 : "memory");
+}
 // Activations in shared memory: rows of 128 bytes, their 16-byte pieces exchanged by the row's number modulo 8.
 __device__ __forceinline__ uint64_t descriptor(uint32_t address) {
     return uint64_t((address & 0x3ffff) >> 4) | 1ull << 16 | uint64_t(1024 >> 4) << 32 | 1ull << 62;
 }
 
+#define OUT0 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define OUT1 OUT0 ", %8, %9, %10, %11, %12, %13, %14, %15"
+#define OUT2 OUT1 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define OUT3 OUT2 ", %24, %25, %26, %27, %28, %29, %30, %31"
+#define OUT4 OUT3 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define OUT5 OUT4 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define OUT6 OUT5 ", %48, %49, %50, %51, %52, %53, %54, %55"
+#define OUT7 OUT6 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define WGMMA_64(TYPE)                                                                                                     \
-    asm volatile("{\nwgmma.mma_async.sync.aligned.m64n64k16.f32." TYPE "." TYPE " "                                         \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "                        \
-                 "{%32, %33, %34, %35}, %36, 1, 1, 1, 0;\n}"                                                                \
-                 : D8(0), D8(8), D8(16), D8(24)                                                                             \
+#define D16 D8(0)
+#define D32 D16, D8(8)
+#define D48 D32, D8(16)
+#define D64 D48, D8(24)
+#define D80 D64, D8(32)
+#define D96 D80, D8(40)
+#define D112 D96, D8(48)
+#define D128 D112, D8(56)
+#define WGMMA(N, TYPE, OUT, IN, D)                                                                                         \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" OUT "}, " IN ", 1, 1, 1, 0;"          \
+                 : D                                                                                                       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define WGMMA_128(TYPE)                                                                                                    \
-    asm volatile("{\nwgmma.mma_async.sync.aligned.m64n128k16.f32." TYPE "." TYPE " "                                        \
-                 "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, "                                  \
-                 "%16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31, "                         \
-                 "%32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "                         \
-                 "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                        \
-                 "{%64, %65, %66, %67}, %68, 1, 1, 1, 0;\n}"                                                                \
-                 : D8(0), D8(8), D8(16), D8(24), D8(32), D8(40), D8(48), D8(56)                                             \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
+#define MULTIPLY(TYPE)                                                                                                     \
+    if constexpr (N == 16) WGMMA(16, TYPE, OUT0, "{%8, %9, %10, %11}, %12", D16);                                          \
+    if constexpr (N == 32) WGMMA(32, TYPE, OUT1, "{%16, %17, %18, %19}, %20", D32);                                        \
+    if constexpr (N == 48) WGMMA(48, TYPE, OUT2, "{%24, %25, %26, %27}, %28", D48);                                        \
+    if constexpr (N == 64) WGMMA(64, TYPE, OUT3, "{%32, %33, %34, %35}, %36", D64);                                        \
+    if constexpr (N == 80) WGMMA(80, TYPE, OUT4, "{%40, %41, %42, %43}, %44", D80);                                        \
+    if constexpr (N == 96) WGMMA(96, TYPE, OUT5, "{%48, %49, %50, %51}, %52", D96);                                        \
+    if constexpr (N == 112) WGMMA(112, TYPE, OUT6, "{%56, %57, %58, %59}, %60", D112);                                     \
+    if constexpr (N == 128) WGMMA(128, TYPE, OUT7, "{%64, %65, %66, %67}, %68", D128);
 
-template <Format F> __device__ __forceinline__ void multiply(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
-    if constexpr (F == BF16) WGMMA_64("bf16");
-    else WGMMA_64("f16");
-}
-template <Format F> __device__ __forceinline__ void multiply(float (&d)[64], const uint32_t (&a)[4], uint64_t b) {
-    if constexpr (F == BF16) WGMMA_128("bf16");
-    else WGMMA_128("f16");
+// d[64 rows][N tokens] += a[64][16] b[16][N]
+template <Format F, int N, int D> __device__ __forceinline__ void multiply(float (&d)[D], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (F == BF16) { MULTIPLY("bf16") } else { MULTIPLY("f16") }
 }
 
-template <Format F> __device__ __forceinline__ void decode(const Tile<F>& tile, uint32_t (&a)[4][4]) {
-    uint32_t scale[2];
-    tile.scale(scale);
+// What a block computes: 128 rows of one matrix for `n` rows of input from `first` on.
+struct Work {
+    uint32_t expert, first;
+    int n;
+};
+
+// The ring of activations in shared memory. Stages are filled by the first thread; one is filled again when everybody has been
+// done with it for some steps, so that it need not wait for the slower warpgroups.
+template <class S> struct Ring {
+    uint32_t stages, barriers; // addresses
+    const uint16_t* from;      // this block's rows of the first column tile
+    uint32_t stack;
+    int width;                 // tokens of a stage
+    __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
+    __device__ __forceinline__ uint32_t empty(int stage) const { return barriers + 8 * (S::STAGES + stage); }
+    __device__ __forceinline__ void init() const {
+        for (int i = 0; i < S::STAGES; i++) {
+            init_barrier(full(i), 1);
+            init_barrier(empty(i), GROUPS);
+        }
+    }
+    __device__ __forceinline__ void fill(int stage, int column_tile) const {
+        expect_bytes(full(stage), width * LINE);
+        copy_bulk(stages + stage * S::STAGE_BYTES, from + size_t(column_tile) * stack * TILE_COLS, width * LINE, full(stage));
+    }
+};
+
+// A warp's own ring of weights.
+template <Format F, class S> struct Weights {
+    uint32_t slots, barriers; // addresses
+    const uint4* weights;     // of the row tile
+    const uint16_t* scales;
+    int begin, end;           // column tiles
+    __device__ __forceinline__ void init() const {
+        if (threadIdx.x % WARP == 0)
+            for (int i = 0; i < S::SLOTS; i++) init_barrier(barriers + 8 * i, 1);
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        __syncwarp();
+    }
+    __device__ __forceinline__ void start(const Matrix& m, size_t first_tile) {
+        weights = m.weights + first_tile * Tile<F>::VECTORS, scales = m.scales + first_tile * WARP;
+        if (threadIdx.x % WARP == 0)
+            for (int i = 0; i < S::SLOTS; i++) fill(i, begin + i * S::CHUNK);
+    }
+    // By one lane.
+    __device__ __forceinline__ void fill(int slot, int column_tile) const {
+        const int count = min(S::CHUNK, end - column_tile);
+        if (count <= 0) return;
+        const uint32_t to = slots + slot * S::SLOT_BYTES, full = barriers + 8 * slot, bytes = count * 16 * Tile<F>::VECTORS;
+        expect_bytes(full, bytes + (F == FP4 ? count * 64 : 0));
+        copy_bulk(to, weights + size_t(column_tile) * Tile<F>::VECTORS, bytes, full);
+        if (F == FP4) copy_bulk(to + S::SCALES, scales + size_t(column_tile) * WARP, count * 64, full);
+    }
+    // Tile `i` of a slot as the first operands of four products.
+    __device__ __forceinline__ void decode(int slot, int i, uint32_t (&a)[4][4]) const {
+        const uint32_t from = slots + slot * S::SLOT_BYTES + i * 16 * Tile<F>::VECTORS + threadIdx.x % WARP * 16;
+        if constexpr (F == BF16) {
 #pragma unroll
-    for (int j = 0; j < 4; j++) tile.fragment(j, scale, a[j]);
+            for (int j = 0; j < 4; j++) {
+                uint4 v = load_shared(from + j * 16 * WARP);
+                a[j][0] = v.x, a[j][1] = v.y, a[j][2] = v.z, a[j][3] = v.w;
+            }
+        } else {
+            Tile<F> tile;
+            tile.words = load_shared(from);
+            uint16_t both;
+            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(both) : "r"(slots + slot * S::SLOT_BYTES + S::SCALES + (i * WARP + threadIdx.x % WARP) * 2));
+            tile.scales = both;
+            uint32_t scale[2];
+            tile.scale(scale);
+#pragma unroll
+            for (int j = 0; j < 4; j++) tile.fragment(j, scale, a[j]);
+        }
+    }
+    static __device__ __forceinline__ uint4 load_shared(uint32_t from) {
+        uint4 v;
+        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+        return v;
+    }
+};
+
+// One warpgroup's sums over all column tiles.
+template <Format F, int N, int TOKENS, class S>
+__device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F, S>& weights, const Ring<S>& ring) {
+    const int begin = weights.begin, end = weights.end;
+    int stage = 0, again = 0; // of this step, and the one to fill again
+    uint32_t parity = 0, again_parity = 0;
+    int slot = 0; // of the weights to be decoded next
+    uint32_t slot_parity = 0;
+    uint32_t a[2][4][4];
+    // `i`: place of the column tile in its chunk.
+    auto decode = [&](int k, int i, uint32_t (&a)[4][4]) {
+        if (i == 0) wait_barrier(weights.barriers + 8 * slot, slot_parity);
+        weights.decode(slot, i, a);
+        if (i + 1 < S::CHUNK) return;
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) weights.fill(slot, k + 1 + (S::SLOTS - 1) * S::CHUNK);
+        __syncwarp();
+        if (++slot == S::SLOTS) slot = 0, slot_parity ^= 1;
+    };
+    auto step = [&](int k, int next, uint32_t (&now)[4][4], uint32_t (&then)[4][4]) {
+        if (k >= begin + S::LAG && k - S::LAG + S::STAGES < end) {
+            if (threadIdx.x == 0) {
+                wait_barrier(ring.empty(again), again_parity);
+                ring.fill(again, k - S::LAG + S::STAGES);
+            }
+            __syncwarp();
+            if (++again == S::STAGES) again = 0, again_parity ^= 1;
+        }
+        wait_barrier(ring.full(stage), parity);
+        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+        uint64_t b = descriptor(ring.stages + stage * S::STAGE_BYTES);
+#pragma unroll
+        for (int j = 0; j < 4; j++) multiply<F, N>(d, now[j], b + 2 * j);
+        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        if (k + 1 < end) decode(k + 1, next, then);
+        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+        if (threadIdx.x % 128 == 0) arrive(ring.empty(stage));
+        if (++stage == S::STAGES) stage = 0, parity ^= 1;
+    };
+    decode(begin, 0, a[0]);
+    constexpr int UNROLL = S::CHUNK == 1 ? 2 : S::CHUNK;
+    for (int k = begin; k < end; k += UNROLL) {
+#pragma unroll
+        for (int i = 0; i < UNROLL; i++)
+            if (k + i < end) step(k + i, (i + 1) % S::CHUNK, a[i % 2], a[(i + 1) % 2]);
+    }
 }
 
-// `blockIdx.x`: row tiles; `blockIdx.y`: tokens, of experts one after the other.
-template <Format F, int TOKENS, bool EXPERTS> __device__ __forceinline__ void gemm(const Gemm& p) {
-    constexpr int STAGE_BYTES = TOKENS * TILE_COLS * 2, ROWS = TOKENS / 32, AHEAD = ::AHEAD<F, TOKENS>;
+// What a warpgroup without rows does: it takes part in the ring.
+template <class S> __device__ __forceinline__ void watch(int begin, int end, const Ring<S>& ring) {
+    int stage = 0, again = 0;
+    uint32_t parity = 0, again_parity = 0;
+    for (int k = begin; k < end; k++) {
+        if (k >= begin + S::LAG && k - S::LAG + S::STAGES < end && threadIdx.x == 0) {
+            wait_barrier(ring.empty(again), again_parity);
+            ring.fill(again, k - S::LAG + S::STAGES);
+            if (++again == S::STAGES) again = 0, again_parity ^= 1;
+        }
+        __syncwarp();
+        wait_barrier(ring.full(stage), parity);
+        if (threadIdx.x % 128 == 0) arrive(ring.empty(stage));
+        if (++stage == S::STAGES) stage = 0, parity ^= 1;
+    }
+}
+
+// A line of 64 values in shared memory for each token, then each in 128 contiguous bytes of memory.
+__device__ __forceinline__ void put_in_line(uint8_t* lines, int token, uint32_t position, uint16_t v) {
+    *(uint16_t*)(lines + token * LINE + ((position / 8 ^ token % 8) * 8 + position % 8) * 2) = v;
+}
+
+// What follows the sums: `d` has rows g and g + 8 of this warp's row tile, two tokens of every eight.
+template <int TOKENS>
+__device__ __forceinline__ void finish_sums(
+    const float (&d)[TOKENS / 2], const Gemm& p, const Work& work, int row_tile, int row_tiles, uint8_t* lines) {
+    const Epilogue& e = p.epilogue;
+    const int g = lane_row(), t = lane_quarter(), group = threadIdx.x / 128;
+    const bool mine = row_tile < row_tiles;
+    Affine affine = {0, 0, 0};
+    if (mine) affine.load(e, p.matrix, work.expert, row_tile, g);
+    const uint32_t head = row_tile / 4;
+    const bool query = e.kind == QKV && head < e.query_heads;
+    if (e.kind == SWIGLU || e.kind == QKV) {
+        // All stages have been read, and nothing more arrives in them.
+        __syncthreads();
+        if (e.kind == QKV) lines += group * TOKENS * LINE;
+    }
+    // Each pair of rows of each token.
+    auto each = [&](auto what) {
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j++) {
+            if (8 * j >= work.n) break;
+#pragma unroll
+            for (int i = 0; i < 2; i++) what(8 * j + 2 * t + i, d[4 * j + i], d[4 * j + 2 + i]);
+        }
+    };
+    if (e.kind == SWIGLU) {
+        const uint32_t position = product_position(row_tile % 8 * 8 + g);
+        each([&](int column, float a, float b) {
+            float y = swiglu(a * affine.scale + affine.a, b * affine.scale + affine.b, e.limit, e.alpha);
+            put_in_line(lines, column, position, activation(e.out_format, mine ? y : 0.f));
+        });
+    } else if (query) {
+        const uint32_t place = row_tile % 4 * 8 + g;
+        each([&](int column, float a, float b) {
+            if (column >= work.n) return;
+            const float* rotary = e.rotary + (work.first + column) * HEAD + place;
+            const float cos = rotary[0], sin = rotary[HEAD / 2];
+            const float x = a * affine.scale + affine.a, y = b * affine.scale + affine.b;
+            put_in_line(lines, column, place, activation(BF16, x * cos - y * sin));
+            put_in_line(lines, column, place + HEAD / 2, activation(BF16, y * cos + x * sin));
+        });
+    } else if (mine) {
+        each([&](int column, float a, float b) {
+            if (column < work.n) finish(e, p.matrix, affine, row_tile, g, work.first + column, a, b);
+        });
+    }
+    if (e.kind != SWIGLU && e.kind != QKV) return;
+    __syncthreads();
+    // One line per token of the block, or of the warpgroup.
+    if (e.kind == QKV && !query) return;
+    const int threads = e.kind == QKV ? 128 : THREADS;
+    const uint32_t column_tile = row_tile / 8;
+    if (e.kind == SWIGLU && column_tile * TILE_COLS >= e.out_cols) return;
+    for (int at = threadIdx.x % threads; at < work.n * 8; at += threads) {
+        const int token = at / 8, piece = at % 8;
+        const uint32_t row = work.first + token;
+        // In a stack the pieces lie as they do here: the first row is a multiple of eight.
+        const uint4 v = *(const uint4*)(lines + token * LINE + (e.kind == QKV ? piece ^ token % 8 : piece) * 16);
+        uint16_t* to = e.kind == QKV ? e.out16 + (size_t(row) * e.query_heads + head) * HEAD
+                                     : e.out16 + (size_t(column_tile) * e.out_stack + row) * TILE_COLS;
+        *(uint4*)(to + piece * 8) = v;
+    }
+}
+
+// The tile of tokens of number `tile`, of experts one after the other; false if there are fewer. By each warp.
+template <int TOKENS> __device__ __forceinline__ bool find(Work& work, const Routes& routes, uint32_t tile) {
+    const uint32_t lane = threadIdx.x % WARP;
+    for (uint32_t base = 0; base < routes.experts; base += WARP) {
+        const uint32_t count = base + lane < routes.experts ? routes.count(base + lane) : 0, tiles = (count + TOKENS - 1) / TOKENS;
+        uint32_t end = tiles;
+#pragma unroll
+        for (int i = 1; i < WARP; i *= 2) {
+            uint32_t other = __shfl_up_sync(~0u, end, i);
+            if (lane >= i) end += other;
+        }
+        const uint32_t found = __ballot_sync(~0u, tile < end);
+        if (found) {
+            const int from = __ffs(found) - 1;
+            work.expert = base + from;
+            const int all = __shfl_sync(~0u, count, from), own_tiles = __shfl_sync(~0u, tiles, from);
+            const int own = tile - (__shfl_sync(~0u, end, from) - own_tiles);
+            // Tiles of equal size, so that none is nearly empty.
+            const int size = (all + 8 * own_tiles - 1) / (8 * own_tiles) * 8;
+            work.first = routes.first_slot(work.expert) + own * size;
+            work.n = min(all - own * size, size);
+            return work.n > 0;
+        }
+        tile -= __shfl_sync(~0u, end, WARP - 1);
+    }
+    return false;
+}
+
+// `blockIdx.x`: 128 rows; `blockIdx.z`: tokens. With `SPLIT` the blocks of a cluster (`blockIdx.y`) share the inputs and put their
+// sums together.
+template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinline__ void gemm(const Gemm& p) {
+    using S = Sizes<F, TOKENS>;
     extern __shared__ __align__(1024) uint8_t shared[];
+    __shared__ __align__(8) uint64_t barriers[2 * S::STAGES + ROW_TILES * S::SLOTS];
     uint8_t* base = shared + (1024 - shared_address(shared) % 1024) % 1024;
     const Matrix& m = p.matrix;
     const int column_tiles = m.cols / TILE_COLS, row_tiles = (m.rows + TILE_ROWS - 1) / TILE_ROWS;
     const int row_tile = blockIdx.x * ROW_TILES + threadIdx.x / WARP;
+    // The same in all lanes, and the compiler should know.
+    const bool mine = __shfl_sync(~0u, row_tile / 4 * 4 < row_tiles, 0);
+    Ring<S> ring = {shared_address(base), shared_address(barriers), nullptr, p.stack, 0};
+    if (threadIdx.x == 0) ring.init();
+    const int warp = threadIdx.x / WARP;
+    Weights<F, S> weights = {ring.stages + S::WEIGHTS + warp * S::SLOTS * S::SLOT_BYTES, ring.barriers + 8 * (2 * S::STAGES + warp * S::SLOTS)};
+    weights.init();
+    Work work = {0, blockIdx.z * p.tile, 0};
+    weights.begin = 0, weights.end = column_tiles;
+    if (SPLIT) {
+        weights.begin = column_tiles * cluster_rank() / cluster_size();
+        weights.end = column_tiles * (cluster_rank() + 1) / cluster_size();
+    }
+    const size_t first_tile = size_t(row_tile < row_tiles ? row_tile : 0) * column_tiles;
+    if (!EXPERTS && mine) weights.start(m, first_tile);
     wait_for_previous();
     start_next();
-
-    uint32_t expert = 0, first = blockIdx.y * TOKENS, count = p.n;
-    Routes routes(p.list, p.experts, p.n * p.experts_per_token);
     if constexpr (EXPERTS) {
-        uint32_t skip = blockIdx.y, active = routes.active_count(), i = 0, slots = 0;
-        for (; i < active; i++) {
-            expert = routes.active(i);
-            first = routes.first_slot(expert), slots = routes.first_slot(expert + 1) - first;
-            uint32_t tiles = (slots + TOKENS - 1) / TOKENS;
-            if (skip < tiles) break;
-            skip -= tiles;
-        }
-        if (i == active) return;
-        count = first + slots;
-        first += skip * TOKENS;
+        if (!find<TOKENS>(work, Routes(p.list, p.experts, p.n * p.experts_per_token), blockIdx.z)) return;
+    } else {
+        work.n = min(p.n - work.first, p.tile);
     }
-    const int n = min(count - first, (uint32_t)TOKENS);
-
-    // This thread brings piece `threadIdx.x % 8` of `ROWS` rows.
-    const uint16_t* from[ROWS];
-    bool inside[ROWS];
-    const int piece = threadIdx.x % 8;
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        int row = threadIdx.x / 8 + 32 * i;
-        inside[i] = row < n;
-        uint32_t at = first + (inside[i] ? row : 0);
-        if (EXPERTS && p.epilogue.kind == SWIGLU) at = routes.token(at, p.experts_per_token);
-        from[i] = p.input + size_t(at) * m.cols + piece * 8;
-    }
-    const uint32_t stages = shared_address(base);
-    auto bring = [&](int k) {
-        if (k < column_tiles) {
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                int row = threadIdx.x / 8 + 32 * i;
-                copy_async(stages + k % STAGES * STAGE_BYTES + row * 128 + ((piece ^ row % 8) << 4), from[i] + k * TILE_COLS, inside[i]);
-            }
-        }
-        commit_copies();
-    };
-    const bool mine = row_tile < row_tiles;
-    const Pointer<F> weights(m, (size_t(expert) * row_tiles + (mine ? row_tile : 0)) * column_tiles);
-    Tile<F> ahead[AHEAD];
-    auto fetch = [&](Tile<F>& tile, int k) {
-        if (k < column_tiles) tile.load_again(weights, k);
-    };
-#pragma unroll
-    for (int i = 0; i < AHEAD; i++) fetch(ahead[i], i);
-#pragma unroll
-    for (int k = 0; k < DISTANCE; k++) bring(k);
+    if (EXPERTS && mine) weights.start(m, size_t(work.expert) * row_tiles * column_tiles + first_tile);
+    ring.width = (work.n + 15) / 16 * 16;
+    ring.from = p.input + size_t(work.first) * TILE_COLS;
+    __syncthreads();
+    if (threadIdx.x == 0)
+        for (int i = 0; i < min(S::STAGES, weights.end - weights.begin); i++) ring.fill(i, weights.begin + i);
 
     float d[TOKENS / 2] = {};
-    auto step = [&](int k, Tile<F>& tile) {
-        wait_for_copies<DISTANCE - 1>();
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+    if (!mine) watch(weights.begin, weights.end, ring);
+#define WIDTH(N)                                                                                                          \
+    if constexpr (N <= TOKENS)                                                                                            \
+        if (mine && ring.width == N) consume<F, N, TOKENS>(d, weights, ring);
+    WIDTH(16) WIDTH(32) WIDTH(48) WIDTH(64) WIDTH(80) WIDTH(96) WIDTH(112) WIDTH(128)
+    if constexpr (!SPLIT) {
+        finish_sums<TOKENS>(d, p, work, row_tile, row_tiles, base);
+    } else {
+        // The sums of the blocks, in their order, each of which finishes some of the tokens.
+        constexpr int STRIDE = ROW_TILES * TILE_ROWS + 4;
+        static_assert(TOKENS * STRIDE * 4 <= S::BYTES);
+        float* sums = (float*)base; // [TOKENS][STRIDE]
         __syncthreads();
-        // Its slot was read by products that every warp has waited for.
-        bring(k + DISTANCE);
-        uint32_t a[4][4];
-        decode<F>(tile, a);
-        fetch(tile, k + AHEAD);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        uint64_t b = descriptor(stages + k % STAGES * STAGE_BYTES);
+        const int g = lane_row(), t = lane_quarter();
 #pragma unroll
-        for (int j = 0; j < 4; j++) multiply<F>(d, a[j], b + 2 * j);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-        // Nothing overlaps within a warpgroup: the three others of the multiprocessor keep the tensor cores busy meanwhile.
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    };
-    for (int k = 0; k < column_tiles; k += AHEAD) {
+        for (int j = 0; j < TOKENS / 8; j++) {
+            if (8 * j >= work.n) break;
 #pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (k + i < column_tiles) step(k + i, ahead[i]);
-    }
-    wait_for_copies<0>();
-    __syncthreads();
-
-    // Through shared memory, so that the threads that finish a token's outputs lie side by side.
-    constexpr int STRIDE = ROW_TILES * TILE_ROWS + 4;
-    constexpr int PART = 64;
-    float* sums = (float*)base; // [PART][STRIDE], once per part of the tokens
-    const int g = lane_row(), t = lane_quarter();
-    // The rows that this thread finishes, for every column.
-    const int finished = blockIdx.x * ROW_TILES + threadIdx.x / 8 % ROW_TILES, pair = threadIdx.x % 8;
-    static_assert(THREADS % (ROW_TILES * 8) == 0);
-    Affine affine;
-    if (finished < row_tiles) affine.load(p.epilogue, m, expert, finished, pair);
+            for (int i = 0; i < 4; i++)
+                sums[(8 * j + 2 * t + i % 2) * STRIDE + threadIdx.x / WARP * TILE_ROWS + g + i / 2 * 8] = d[4 * j + i];
+        }
+        cluster_barrier();
+        const int finished = blockIdx.x * ROW_TILES + threadIdx.x / 8 % ROW_TILES, pair = threadIdx.x % 8;
+        if (finished < row_tiles) {
+            Affine affine;
+            affine.load(p.epilogue, m, work.expert, finished, pair);
+            const int at_once = THREADS / (ROW_TILES * 8), ranks = cluster_size();
+            for (int column = cluster_rank() * at_once + threadIdx.x / (ROW_TILES * 8); column < work.n; column += ranks * at_once) {
+                const float* own = sums + column * STRIDE + threadIdx.x / 8 % ROW_TILES * TILE_ROWS + pair;
+                // All reads in flight together: each comes from far.
+                float parts[2][MAX_CLUSTER], a = 0, b = 0;
 #pragma unroll
-    for (int part = 0; part < TOKENS / PART; part++) {
-        if (part) __syncthreads();
+                for (int rank = 0; rank < MAX_CLUSTER; rank++) {
+                    parts[0][rank] = rank < ranks ? read_of_cluster(own, rank) : 0;
+                    parts[1][rank] = rank < ranks ? read_of_cluster(own + 8, rank) : 0;
+                }
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                int column = 8 * j + 2 * t + i % 2, row = threadIdx.x / WARP * TILE_ROWS + g + i / 2 * 8;
-                sums[column * STRIDE + row] = d[part * 32 + 4 * j + i];
+                for (int rank = 0; rank < MAX_CLUSTER; rank++) a += parts[0][rank], b += parts[1][rank];
+                finish(p.epilogue, m, affine, finished, pair, work.first + column, a, b);
             }
         }
-        __syncthreads();
-        int columns = min(n - part * PART, PART);
-        if (finished >= row_tiles) continue;
-        for (int column = threadIdx.x / (ROW_TILES * 8); column < columns; column += THREADS / (ROW_TILES * 8)) {
-            const float* pairs = sums + column * STRIDE + threadIdx.x / 8 % ROW_TILES * TILE_ROWS + pair;
-            finish(p.epilogue, m, affine, finished, pair, first + part * PART + column, pairs[0], pairs[8]);
-        }
+        // A block stays until its sums are read.
+        cluster_barrier();
     }
 }
 
 #define KERNEL(NAME, ...)                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(const __grid_constant__ Gemm p) { __VA_ARGS__(p); }
-KERNEL(gemm_bf16, gemm<BF16, 128, false>)
-KERNEL(gemm_fp4, gemm<FP4, 128, false>)
-KERNEL(gemm_experts_bf16_64, gemm<BF16, 64, true>)
-KERNEL(gemm_experts_bf16_128, gemm<BF16, 128, true>)
-KERNEL(gemm_experts_fp4_64, gemm<FP4, 64, true>)
-KERNEL(gemm_experts_fp4_128, gemm<FP4, 128, true>)
+KERNEL(gemm_bf16, gemm<BF16, 128, false, false>)
+KERNEL(gemm_fp4, gemm<FP4, 128, false, false>)
+KERNEL(gemm_bf16_split, gemm<BF16, 128, false, true>)
+KERNEL(gemm_fp4_split, gemm<FP4, 128, false, true>)
+KERNEL(gemm_experts_bf16, gemm<BF16, 128, true, false>)
+KERNEL(gemm_experts_fp4, gemm<FP4, 128, true, false>)
+KERNEL(gemm_experts_bf16_few, gemm<BF16, 64, true, false>)
+KERNEL(gemm_experts_fp4_few, gemm<FP4, 64, true, false>)

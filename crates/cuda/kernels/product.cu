@@ -191,7 +191,7 @@ template <Format F> __device__ __forceinline__ void dense_norm(const Product& p)
     start_next();
     v.load(p.residual, p.hidden);
     float inverse = rsqrtf(block_sum(v.square(), scratch) / p.hidden + p.eps);
-    v.store(normed, m.cols, F, false, scale, inverse);
+    v.store(normed, 0, 0, m.cols, F, scale, inverse);
     __syncthreads();
     Columns<1> x;
     x.rows[0] = lane_row() == 0 ? normed + 16 * lane_quarter() : nullptr;
@@ -208,7 +208,7 @@ template <Format F, int NT> __device__ __forceinline__ void experts(const Produc
     Routes routes(p.list, p.experts, p.n * p.experts_per_token);
     if (blockIdx.y >= routes.active_count()) return;
     uint32_t expert = routes.active(blockIdx.y), first_slot = routes.first_slot(expert);
-    int count = routes.first_slot(expert + 1) - first_slot;
+    int count = routes.count(expert);
     auto row_tile = [&](int group) { return blockIdx.x + group * gridDim.x; };
     auto index = [&](int group) { return (size_t(expert) * row_tiles + row_tile(group)) * column_tiles; };
     for (int first = 0; first < count; first += 8 * NT) {
@@ -222,7 +222,7 @@ template <Format F, int NT> __device__ __forceinline__ void experts(const Produc
         for (int c = 0; c < NT; c++) {
             uint32_t slot = first_slot + first + c * 8 + lane_row();
             bool inside = c * 8 + lane_row() < n;
-            uint32_t row = inside && p.epilogue.kind == SWIGLU ? routes.token(slot, p.experts_per_token) : slot;
+            uint32_t row = inside && p.epilogue.kind == SWIGLU ? routes.pair(slot) / p.experts_per_token : slot;
             x.rows[c] = inside ? (const uint16_t*)p.input + size_t(row) * m.cols + 16 * lane_quarter() : nullptr;
         }
         if (first) __syncthreads();

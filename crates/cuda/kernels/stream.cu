@@ -67,7 +67,7 @@ struct Norm {
     const float* scale;          // [hidden]
     uint16_t* out;               // [n, cols]
     uint32_t hidden, cols, n, experts_count, experts_per_token;
-    uint32_t format, tiled;
+    uint32_t format, stack;      // see `activation_place`
     float eps;
 };
 static_assert(sizeof(Norm) == 80);
@@ -103,7 +103,7 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant
     }
     if (!p.out) return;
     float inverse = rsqrtf(block_sum(x.square(), scratch) / p.hidden + p.eps);
-    x.store(p.out + size_t(blockIdx.x) * p.cols, p.cols, p.format, p.tiled, scale, inverse);
+    x.store(p.out, p.stack, blockIdx.x, p.cols, p.format, scale, inverse);
 }
 
 struct Router {
@@ -116,13 +116,12 @@ struct Router {
     uint32_t* routes;                // see `Routes`
     uint32_t* arrivals;              // [n + 1], zero before and after
     uint32_t hidden, cols, n, experts, experts_per_token;
-    uint32_t format, tiled;
+    uint32_t format;
     float eps;
     uint32_t shares;                 // few tokens: blocks that share a token's experts
-    uint32_t padding;
     Prefetch next;                   // few tokens: for the blocks beyond them
 };
-static_assert(sizeof(Router) == 120);
+static_assert(sizeof(Router) == 112);
 
 constexpr int MAX_EXPERTS = 256;
 
@@ -165,8 +164,9 @@ __device__ __forceinline__ void choose(const Router& p, uint32_t token) {
         v[i] = isnan(logit) ? -INFINITY : logit;
     }
     uint32_t used = 0, pairs = p.n * p.experts_per_token;
-    uint32_t* expert_of = p.routes + 2 + 2 * p.experts + 2 * pairs + token * p.experts_per_token;
-    float* weight_of = (float*)(expert_of + pairs);
+    Routes routes(p.routes, p.experts, pairs);
+    uint32_t* expert_of = p.routes + routes.pairs_at(1) + token * p.experts_per_token;
+    float* weight_of = (float*)p.routes + routes.pairs_at(2) + token * p.experts_per_token;
     float largest = 0, sum = 0, own = 0;
     for (uint32_t rank = 0; rank < p.experts_per_token; rank++) {
         float best = -INFINITY;
@@ -192,26 +192,28 @@ __device__ __forceinline__ void choose(const Router& p, uint32_t token) {
     if (lane < p.experts_per_token) weight_of[lane] = own / sum;
 }
 
-// Threads that sort, each with a contiguous part of the pairs.
-constexpr int SORTERS = 128;
+// Threads that sort, each with a contiguous part of the pairs, and their counters.
+constexpr int MAX_SORTERS = 512, MAX_COUNTS = 16384;
 
-// Sorts all pairs by expert, stably. One block; `counts`: [experts][SORTERS].
+// Sorts all pairs by expert, stably. One block; `counts`: [experts][sorters].
 __device__ __forceinline__ void sort_pairs(const Router& p, uint16_t* counts) {
     __shared__ uint32_t first[MAX_EXPERTS + 1];
-    uint32_t pairs = p.n * p.experts_per_token, each = (pairs + SORTERS - 1) / SORTERS, lane = threadIdx.x % WARP;
-    uint32_t* slots = p.routes + 2 + 2 * p.experts;
-    uint32_t *slot_of = slots + pairs, *expert_of = slot_of + pairs;
+    const uint32_t sorters = min(min(MAX_SORTERS, blockDim.x), MAX_COUNTS / p.experts / WARP * WARP);
+    uint32_t pairs = p.n * p.experts_per_token, each = (pairs + sorters - 1) / sorters, lane = threadIdx.x % WARP;
+    Routes routes(p.routes, p.experts, pairs);
+    uint32_t *slots = p.routes + routes.slots_at(), *slot_of = p.routes + routes.pairs_at(0);
+    const uint32_t* expert_of = p.routes + routes.pairs_at(1);
     uint32_t begin = min(threadIdx.x * each, pairs), end = min(begin + each, pairs);
-    if (threadIdx.x < SORTERS) {
-        for (uint32_t e = 0; e < p.experts; e++) counts[e * SORTERS + threadIdx.x] = 0;
+    if (threadIdx.x < sorters) {
+        for (uint32_t e = 0; e < p.experts; e++) counts[e * sorters + threadIdx.x] = 0;
 #pragma unroll 8
-        for (uint32_t i = begin; i < end; i++) counts[__ldcg(expert_of + i) * SORTERS + threadIdx.x]++;
+        for (uint32_t i = begin; i < end; i++) counts[__ldcg(expert_of + i) * sorters + threadIdx.x]++;
     }
     __syncthreads();
     // The pairs of an expert that earlier threads have, and the expert's number of pairs.
     for (uint32_t e = threadIdx.x / WARP; e < p.experts; e += blockDim.x / WARP) {
-        constexpr int EACH = SORTERS / WARP;
-        uint16_t* own = counts + e * SORTERS + lane * EACH;
+        const int EACH = sorters / WARP;
+        uint16_t* own = counts + e * sorters + lane * EACH;
         uint32_t before = 0, total = 0;
         for (int i = 0; i < EACH; i++) total += own[i];
         uint32_t sum = total;
@@ -233,17 +235,23 @@ __device__ __forceinline__ void sort_pairs(const Router& p, uint16_t* counts) {
         uint32_t active = 0;
         first[0] = 0;
         for (uint32_t e = 0; e < p.experts; e++) {
-            if (first[e + 1]) p.routes[1 + active++] = e;
-            first[e + 1] += first[e];
+            uint32_t count = first[e + 1];
+            if (count) p.routes[Routes::ACTIVE + active++] = e;
+            p.routes[routes.counts_at() + e] = count;
+            first[e + 1] = first[e] + (count + 7) / 8 * 8;
         }
         p.routes[0] = active;
     }
     __syncthreads();
-    for (uint32_t e = threadIdx.x; e <= p.experts; e += blockDim.x) p.routes[1 + p.experts + e] = first[e];
-    if (threadIdx.x >= SORTERS) return;
+    for (uint32_t e = threadIdx.x; e <= p.experts; e += blockDim.x) {
+        p.routes[routes.firsts_at() + e] = first[e];
+        if (e == p.experts) break;
+        for (uint32_t slot = first[e] + p.routes[routes.counts_at() + e]; slot < first[e + 1]; slot++) slots[slot] = NO_PAIR;
+    }
+    if (threadIdx.x >= sorters) return;
 #pragma unroll 8
     for (uint32_t i = begin; i < end; i++) {
-        uint32_t e = __ldcg(expert_of + i), slot = first[e] + counts[e * SORTERS + threadIdx.x]++;
+        uint32_t e = __ldcg(expert_of + i), slot = first[e] + counts[e * sorters + threadIdx.x]++;
         slots[slot] = i;
         slot_of[i] = slot;
     }
@@ -266,7 +274,7 @@ extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__
     uint32_t token = blockIdx.y;
     x.load(p.residual + size_t(token) * p.hidden, p.hidden);
     float inverse = rsqrtf(block_sum(x.square(), scratch[0]) / p.hidden + p.eps);
-    if (blockIdx.x == 0) x.store(p.out + size_t(token) * p.cols, p.cols, p.format, p.tiled, scale, inverse);
+    if (blockIdx.x == 0) x.store(p.out, 0, token, p.cols, p.format, scale, inverse);
     for (int i = 0; i < PRODUCT_VALUES; i++)
         x.v[i].x *= scale.v[i].x, x.v[i].y *= scale.v[i].y, x.v[i].z *= scale.v[i].z, x.v[i].w *= scale.v[i].w;
     for (; expert < p.experts; expert += p.shares) {
@@ -288,58 +296,86 @@ extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__
     sort_pairs(p, counts);
 }
 
-// The same for many tokens, each of which has one warp, so that a block reads the router's weights once for eight.
-extern "C" __global__ void __launch_bounds__(256) router_many(const __grid_constant__ Router p) {
+// A number as the sum of three BF16 ones, of pairs: what tensor cores multiply as exactly as f32.
+__device__ __forceinline__ void split(float a, float b, uint32_t (&parts)[3]) {
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+        parts[i] = reinterpret_cast<uint32_t&>(pair);
+        a -= __low2float(pair), b -= __high2float(pair);
+    }
+}
+
+// The same for many tokens, sixteen per block: their products with 32 experts at a time on tensor cores, the inputs shared among
+// the warps.
+extern "C" __global__ void __launch_bounds__(512) router_many(const __grid_constant__ Router p) {
     extern __shared__ uint16_t counts[];
-    constexpr int EACH = MAX_HIDDEN / 8 / WARP; // of a lane, times eight inputs
+    constexpr int WARPS = 16, TOKENS = 16, EXPERTS = 32;
+    __shared__ float sums[WARPS][TOKENS][EXPERTS + 1], squares[WARPS][TOKENS];
     wait_for_previous();
     start_next();
-    uint32_t token = blockIdx.x * (blockDim.x / WARP) + threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const uint32_t first = blockIdx.x * TOKENS, warp = threadIdx.x / WARP, g = lane_row(), t = lane_quarter();
+    const float *rows[2], *scales = p.norm_scale + 4 * t;
+#pragma unroll
+    for (int h = 0; h < 2; h++) rows[h] = p.residual + size_t(min(first + g + 8 * h, p.n - 1)) * p.hidden + 4 * t;
+    float inverse = 0;
+    for (uint32_t group = 0; group < p.experts; group += EXPERTS) {
+        const __nv_bfloat16* weights[EXPERTS / 8];
+#pragma unroll
+        for (int i = 0; i < EXPERTS / 8; i++) weights[i] = p.weights + size_t(min(group + 8 * i + g, p.experts - 1)) * p.hidden + 4 * t;
+        float sum[EXPERTS / 8][4] = {}, square[2] = {};
+#pragma unroll 2
+        for (uint32_t k = warp * 16; k < p.hidden; k += WARPS * 16) {
+            uint2 w[EXPERTS / 8];
+#pragma unroll
+            for (int i = 0; i < EXPERTS / 8; i++) w[i] = *(const uint2*)(weights[i] + k);
+            const float4 scale = *(const float4*)(scales + k);
+            // A lane has four neighbouring inputs: two where a product has its first eight, two where it has the others.
+            uint32_t a[4][3];
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float4 x = *(const float4*)(rows[h] + k);
+                square[h] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
+                split(x.x * scale.x, x.y * scale.y, a[h]);
+                split(x.z * scale.z, x.w * scale.w, a[2 + h]);
+            }
+#pragma unroll
+            for (int part = 2; part >= 0; part--) {
+                const uint32_t now[4] = {a[0][part], a[1][part], a[2][part], a[3][part]};
+#pragma unroll
+                for (int i = 0; i < EXPERTS / 8; i++) Number<BF16>::multiply(sum[i], now, w[i].x, w[i].y);
+            }
+        }
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            square[h] += __shfl_xor_sync(~0u, square[h], 1);
+            square[h] += __shfl_xor_sync(~0u, square[h], 2);
+            if (t == 0) squares[warp][g + 8 * h] = square[h];
+#pragma unroll
+            for (int i = 0; i < EXPERTS / 8; i++)
+                sums[warp][g + 8 * h][8 * i + 2 * t] = sum[i][2 * h], sums[warp][g + 8 * h][8 * i + 2 * t + 1] = sum[i][2 * h + 1];
+        }
+        __syncthreads();
+        // Each thread has one token, `warp`, and one expert.
+        const uint32_t expert = group + threadIdx.x % WARP, token = first + warp;
+        float logit = 0, all = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) logit += sums[w][warp][threadIdx.x % WARP], all += squares[w][warp];
+        inverse = rsqrtf(all / p.hidden + p.eps);
+        if (token < p.n && expert < p.experts) p.logits[size_t(token) * p.experts + expert] = logit * inverse + p.bias[expert];
+        __syncthreads();
+    }
+    const uint32_t token = first + warp;
     if (token < p.n) {
-        const float4* residual = (const float4*)(p.residual + size_t(token) * p.hidden);
-        float x[EACH][8], square = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            uint32_t at = i * WARP + lane;
-            bool inside = at < p.hidden / 8;
-            float4 lower = inside ? residual[2 * at] : make_float4(0, 0, 0, 0);
-            float4 upper = inside ? residual[2 * at + 1] : make_float4(0, 0, 0, 0);
-            x[i][0] = lower.x, x[i][1] = lower.y, x[i][2] = lower.z, x[i][3] = lower.w;
-            x[i][4] = upper.x, x[i][5] = upper.y, x[i][6] = upper.z, x[i][7] = upper.w;
-#pragma unroll
-            for (int k = 0; k < 8; k++) square += x[i][k] * x[i][k];
-        }
-        float inverse = rsqrtf(warp_sum(square) / p.hidden + p.eps);
-        uint16_t* out = p.out + size_t(token) * p.cols;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            uint32_t at = i * WARP + lane;
-            if (at * 8 >= p.cols) continue;
-#pragma unroll
-            for (int k = 0; k < 8; k += 2) {
-                bool inside = at < p.hidden / 8;
-                float2 scale = inside ? ((const float2*)p.norm_scale)[at * 4 + k / 2] : make_float2(0, 0);
-                x[i][k] *= inverse * scale.x, x[i][k + 1] *= inverse * scale.y;
-                uint32_t pair = activation(p.format, x[i][k]) | activation(p.format, x[i][k + 1]) << 16;
-                *(uint32_t*)(out + position_in(p.tiled, at * 8 + k)) = pair;
-            }
-        }
-        for (uint32_t e = 0; e < p.experts; e++) {
-            const uint4* weights = (const uint4*)(p.weights + size_t(e) * p.hidden);
-            float sum = 0;
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                uint32_t at = i * WARP + lane;
-                uint4 w = at < p.hidden / 8 ? __ldg(weights + at) : make_uint4(0, 0, 0, 0);
-                const uint32_t* words = (const uint32_t*)&w;
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    sum += x[i][2 * k] * __uint_as_float(words[k] << 16);
-                    sum += x[i][2 * k + 1] * __uint_as_float(words[k] & 0xffff0000u);
-                }
-            }
-            sum = warp_sum(sum);
-            if (lane == 0) p.logits[size_t(token) * p.experts + e] = sum + p.bias[e];
+        const float* residual = p.residual + size_t(token) * p.hidden;
+#pragma unroll 4
+        for (uint32_t k = threadIdx.x % WARP * 4; k < p.cols; k += WARP * 4) {
+            const bool inside = k < p.hidden;
+            const float4 x = inside ? *(const float4*)(residual + k) : make_float4(0, 0, 0, 0);
+            const float4 scale = inside ? *(const float4*)(p.norm_scale + k) : make_float4(0, 0, 0, 0);
+            const uint32_t lower = activation(p.format, x.x * inverse * scale.x) | activation(p.format, x.y * inverse * scale.y) << 16;
+            const uint32_t upper = activation(p.format, x.z * inverse * scale.z) | activation(p.format, x.w * inverse * scale.w) << 16;
+            *(uint2*)(p.out + size_t(token) * p.cols + k) = make_uint2(lower, upper);
         }
         __threadfence();
         __syncwarp();
@@ -347,6 +383,35 @@ extern "C" __global__ void __launch_bounds__(256) router_many(const __grid_const
     }
     if (!last_to_arrive(p.arrivals, gridDim.x)) return;
     sort_pairs(p, counts);
+}
+
+struct Gather {
+    const uint16_t* input;   // [n, cols]
+    const uint32_t* routes;
+    uint16_t* out;           // stacked, a row per slot
+    uint32_t cols, n, experts, experts_per_token;
+    uint32_t stack;
+    uint32_t padding;
+};
+static_assert(sizeof(Gather) == 48);
+
+// Rows of activations, copied to the slots of their experts: a warp for each.
+extern "C" __global__ void __launch_bounds__(256) gather(const __grid_constant__ Gather p) {
+    wait_for_previous();
+    start_next();
+    Routes routes(p.routes, p.experts, p.n * p.experts_per_token);
+    uint32_t slot = blockIdx.x * 8 + threadIdx.x / WARP;
+    if (slot >= routes.first_slot(p.experts)) return;
+    uint32_t pair = routes.pair(slot);
+    if (pair == NO_PAIR) return;
+    const uint32_t* row = (const uint32_t*)(p.input + size_t(pair / p.experts_per_token) * p.cols);
+    for (uint32_t piece = threadIdx.x % WARP; piece < p.cols / 8; piece += WARP) {
+        // What `product_position` puts here: four pairs of inputs, sixteen apart.
+        uint32_t j = piece % 8 / 2, half = piece % 2;
+        const uint32_t* from = row + piece / 8 * (TILE_COLS / 2) + 2 * j + half;
+        uint4 v = make_uint4(from[0], from[8], from[16], from[24]);
+        *(uint4*)(p.out + (size_t(piece / 8) * p.stack + slot) * TILE_COLS + ((piece % 8 ^ slot % 8) << 3)) = v;
+    }
 }
 
 struct Largest {

@@ -15,12 +15,12 @@ use crate::device::{Buffer, Device, Graph, KernelTime, Pinned};
 use crate::driver::Address;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
 use crate::params::{
-    After, Attention, BF16, Embed, Epilogue, FP4, Gemm, Largest, Norm, Prefetch, Product, Read, Router,
-    RowOrder,
+    After, Attention, BF16, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, Prefetch, Product, Read,
+    Router, RowOrder,
 };
 
 /// Tokens computed at a time; a step of more is cut.
-const MAX_TOKENS: usize = 2048;
+const MAX_TOKENS: usize = 4096;
 /// Rows of logits that exist at a time: 256 rows of the 20b's vocabulary are 206 MB.
 const LOGIT_ROWS: usize = 256;
 /// The kernels' head size.
@@ -37,6 +37,8 @@ const LARGEST_BLOCKS: usize = 64;
 const MAX_PARTS: usize = 4096;
 /// Rows of queries that a part or a warp has.
 const QUERY_ROWS: usize = 16;
+/// Rows of queries of a block of attention_many.cu.
+const TILE_QUERIES: usize = 128;
 /// Device memory that is left to the driver, graphs and other programs.
 const RESERVE: usize = 512 << 20;
 
@@ -85,8 +87,10 @@ struct Arena {
     rotary: Buffer,
     /// u32 `[2, tokens]`
     slots: Buffer,
-    /// 16-bit `[tokens, hidden]`
+    /// 16-bit `[tokens, hidden]`, plain or stacked
     normed: Buffer,
+    /// 16-bit `[slots, hidden]`, stacked
+    gathered: Buffer,
     /// BF16 `[tokens, query heads, 64]`
     queries: Buffer,
     /// 16-bit `[tokens, query heads * 64]`
@@ -97,9 +101,9 @@ struct Arena {
     /// f32 `[tokens, experts]`
     router_logits: Buffer,
     routes: Buffer,
-    /// 16-bit `[pairs, intermediate]`
+    /// 16-bit `[slots, intermediate]`, plain or stacked
     activated: Buffer,
-    /// f32 `[pairs, hidden]`
+    /// f32 `[slots, hidden]`
     expert_outputs: Buffer,
     /// f32 `[LOGIT_ROWS, vocabulary]`
     logits: Buffer,
@@ -231,22 +235,24 @@ impl Layer {
 impl Arena {
     fn new(device: &Arc<Device>, config: &Config) -> Result<Arena, Error> {
         let padded = |cols: usize| cols.next_multiple_of(TILE_COLS);
-        let (tokens, pairs) = (MAX_TOKENS, MAX_TOKENS * config.experts_per_token);
+        let tokens = MAX_TOKENS;
+        let (rows, slots) = (stack_rows(tokens), stack_rows(max_slots(config, tokens)));
         let context = config.query_heads * HEAD;
         let step_words = 1 << 20;
         Ok(Arena {
             residual: device.buffer(tokens * config.hidden_size * 4)?,
             rotary: device.buffer(tokens * HEAD * 4)?,
             slots: device.buffer(2 * tokens * 4)?,
-            normed: device.buffer(tokens * padded(config.hidden_size) * 2)?,
+            normed: device.buffer(rows * padded(config.hidden_size) * 2)?,
+            gathered: device.buffer(slots * padded(config.hidden_size) * 2)?,
             queries: device.buffer(tokens * context * 2)?,
-            context: device.buffer(tokens * context * 2)?,
+            context: device.buffer(rows * context * 2)?,
             parts: device.buffer(MAX_PARTS * QUERY_ROWS * (HEAD + 2) * 4)?,
             arrivals: device.buffer((MAX_PARTS + tokens + 1) * 4)?,
             router_logits: device.buffer(tokens * config.experts * 4)?,
-            routes: device.buffer((2 + 2 * config.experts + 4 * pairs) * 4)?,
-            activated: device.buffer(pairs * padded(config.intermediate_size) * 2)?,
-            expert_outputs: device.buffer(pairs * config.hidden_size * 4)?,
+            routes: device.buffer(route_words(config, tokens) * 4)?,
+            activated: device.buffer(slots * padded(config.intermediate_size) * 2)?,
+            expert_outputs: device.buffer(slots * config.hidden_size * 4)?,
             logits: device.buffer(LOGIT_ROWS * config.vocab_size * 4)?,
             largest_parts: device.buffer(LOGIT_ROWS * LARGEST_BLOCKS * 8)?,
             largest: device.buffer(LOGIT_ROWS * 4)?,
@@ -468,7 +474,7 @@ impl Cuda {
     /// Writes the step's words and sends them on their way.
     fn upload(&mut self, batch: &Batch<'_>) -> Result<Shape, Error> {
         let groups = self.config.query_heads / self.config.kv_heads;
-        let tiles = batch.tiles(4 * QUERY_ROWS / groups);
+        let tiles = batch.tiles(TILE_QUERIES / groups);
         let words = Words::new(batch.tokens, batch.outputs.len(), tiles.len(), batch.segments.len());
         // Tables of the full layers from the start, of the sliding layers from the window.
         let window = |s: &Segment| {
@@ -603,7 +609,7 @@ impl Cuda {
         let params = Norm {
             scale: scale.map_or(0, |(scale, _)| scale.address()),
             format: scale.map_or(0, |(_, format)| format),
-            tiled: self.tiled(shape.tokens).into(),
+            stack: self.stack(shape.tokens),
             ..self.norm_params(shape, pending, out)
         };
         // SAFETY: the arena has MAX_TOKENS rows of each; the routes are of the same tokens.
@@ -624,7 +630,7 @@ impl Cuda {
             experts_count: self.config.experts as u32,
             experts_per_token: self.config.experts_per_token as u32,
             format: 0,
-            tiled: 0,
+            stack: 0,
             eps: self.config.rms_norm_eps,
         }
     }
@@ -654,10 +660,8 @@ impl Cuda {
         n: usize,
         epilogue: Epilogue,
     ) -> Result<(), Error> {
-        if self.tiled(n) {
-            let name = if matrix.format() == FP4 { "gemm_fp4" } else { "gemm_bf16" };
-            let tiles = (GEMM_TOKENS, n.div_ceil(GEMM_TOKENS));
-            return self.gemm(name, matrix, input, n, tiles, epilogue);
+        if self.many(n) {
+            return self.product_of_many(matrix, input, n, epilogue);
         }
         let columns = if n <= 8 { 8 } else { 16 };
         let name = match (matrix.format(), columns) {
@@ -675,26 +679,81 @@ impl Cuda {
         unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
     }
 
-    /// Whether dense products of this many tokens take the kernels for many, whose activations lie in tiled order.
-    fn tiled(&self, n: usize) -> bool {
-        self.device.capability() == 90 && n > GEMM_FROM
+    /// Whether products of this many tokens take gemm_sm90.cu, whose activations are stacked.
+    fn many(&self, n: usize) -> bool {
+        self.device.capability() == 90 && n > FEW_TOKENS
     }
 
-    /// The same for products of the experts.
-    fn tiled_experts(&self, n: usize) -> bool {
-        self.device.capability() == 90 && n > GEMM_EXPERTS_FROM
+    /// Rows of a stack of activations of `n` tokens, or 0 where they are plain.
+    fn stack(&self, n: usize) -> u32 {
+        if self.many(n) { stack_rows(n) as u32 } else { 0 }
     }
 
-    fn gemm(
+    /// The same for the activations of slots.
+    fn slot_stack(&self, n: usize) -> u32 {
+        if self.many(n) { stack_rows(max_slots(&self.config, n)) as u32 } else { 0 }
+    }
+
+    fn product_of_many(
         &self,
-        name: &'static str,
         matrix: &PackedMatrix,
         input: Address,
         n: usize,
-        (tokens, token_tiles): (usize, usize),
         epilogue: Epilogue,
     ) -> Result<(), Error> {
-        let params = Gemm {
+        let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
+        let fitting = 2 * self.device.multiprocessors();
+        let tiles = n.div_ceil(GEMM_TOKENS);
+        let params = |tile: usize| Gemm {
+            tile: tile as u32,
+            stack: self.stack(n),
+            ..self.gemm_params(matrix, input, n, epilogue)
+        };
+        if 2 * blocks * tiles <= fitting {
+            // Too few blocks for the device: several share the inputs.
+            let shares = (fitting / (blocks * tiles)).min(MAX_CLUSTER).min(matrix.padded_cols() / TILE_COLS);
+            let name = if matrix.format() == FP4 { "gemm_fp4_split" } else { "gemm_bf16_split" };
+            let tile = n.div_ceil(tiles).next_multiple_of(8);
+            let grid = [blocks as u32, shares as u32, tiles as u32];
+            // SAFETY: as in `product`; the arena's stacks have room for whole tiles.
+            return unsafe {
+                self.device.launch_clusters(name, grid, shares as u32, 256, GEMM_SHARED, &params(tile))
+            };
+        }
+        // Tiles of a size with which the last wave of blocks is nearly full; a block's time is that of its tokens and some more.
+        let cost = |tile: usize| (blocks * n.div_ceil(tile)).div_ceil(fitting) * (tile + 32);
+        let tile = (3..=8).rev().map(|i| 16 * i).min_by_key(|&tile| cost(tile)).unwrap_or(GEMM_TOKENS);
+        let name = if matrix.format() == FP4 { "gemm_fp4" } else { "gemm_bf16" };
+        let grid = [blocks as u32, 1, n.div_ceil(tile) as u32];
+        // SAFETY: as above.
+        unsafe { self.device.launch(name, grid, 256, GEMM_SHARED, &params(tile)) }
+    }
+
+    /// Tokens of a pass of experts_few.cu through a matrix: what fits in shared memory beside the weights.
+    fn tokens_of_pass(&self, matrix: &PackedMatrix) -> usize {
+        let row = matrix.padded_cols() * 2 + 16;
+        (self.device.shared_bytes().saturating_sub(FEW_SHARED + 1024) / row).min(24) / 8 * 8
+    }
+
+    /// Whether the experts of `n` tokens have few each, and take experts_few.cu.
+    fn few_each(&self, layer: &Layer, n: usize) -> bool {
+        let fits = |m: &PackedMatrix| m.format() == FP4 && self.tokens_of_pass(m) > 0;
+        self.device.capability() >= 90
+            && n > FEW_TOKENS
+            && n * self.config.experts_per_token <= 20 * self.config.experts
+            && fits(&layer.gate_up)
+            && fits(&layer.down)
+    }
+
+    fn product_of_few_each(
+        &self,
+        matrix: &PackedMatrix,
+        input: Address,
+        n: usize,
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        let tokens = self.tokens_of_pass(matrix);
+        let params = Few {
             matrix: matrix.params(),
             input,
             list: self.arena.routes.address(),
@@ -702,11 +761,53 @@ impl Cuda {
             n: n as u32,
             experts: self.config.experts as u32,
             experts_per_token: self.config.experts_per_token as u32,
-            padding: 0,
+            tokens: tokens as u32,
         };
-        let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, token_tiles as u32, 1];
-        // SAFETY: as in `product`; the slots of the experts are those of `n` tokens.
-        unsafe { self.device.launch(name, grid, 256, gemm_shared(tokens), &params) }
+        let grid = [self.device.multiprocessors() as u32, 1, 1];
+        let shared = FEW_SHARED + tokens * (matrix.padded_cols() * 2 + 16);
+        // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room.
+        unsafe { self.device.launch("experts_few", grid, 512, shared, &params) }
+    }
+
+    /// A product of the experts with the activations of their slots.
+    fn product_of_experts(
+        &self,
+        matrix: &PackedMatrix,
+        input: Address,
+        n: usize,
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        let pairs = n * self.config.experts_per_token;
+        // Where an expert has few tokens, weights are read further ahead.
+        let few = pairs / self.config.experts <= 48;
+        let tokens = if few { 64 } else { GEMM_TOKENS };
+        let name = match (matrix.format(), few) {
+            (BF16, true) => "gemm_experts_bf16_few",
+            (BF16, false) => "gemm_experts_bf16",
+            (_, true) => "gemm_experts_fp4_few",
+            (_, false) => "gemm_experts_fp4",
+        };
+        // Each expert may have one tile that is not full.
+        let tiles = pairs / tokens + self.config.experts.min(pairs);
+        let params = Gemm { stack: self.slot_stack(n), ..self.gemm_params(matrix, input, n, epilogue) };
+        let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, 1, tiles as u32];
+        // SAFETY: the slots are those of `n` tokens, for which the arena has room.
+        unsafe { self.device.launch(name, grid, 256, GEMM_SHARED, &params) }
+    }
+
+    fn gemm_params(&self, matrix: &PackedMatrix, input: Address, n: usize, epilogue: Epilogue) -> Gemm {
+        Gemm {
+            matrix: matrix.params(),
+            input,
+            list: self.arena.routes.address(),
+            epilogue,
+            n: n as u32,
+            stack: 0,
+            tile: 0,
+            experts: self.config.experts as u32,
+            experts_per_token: self.config.experts_per_token as u32,
+            padding: 0,
+        }
     }
 
     /// A dense product with the norm of the only row of the residual stream.
@@ -746,14 +847,20 @@ impl Cuda {
             kv_heads,
             window: if sliding { self.config.sliding_window as u32 } else { 0 },
             out_format: layer.output.format(),
-            out_tiled: self.tiled(shape.tokens).into(),
+            out_stack: self.stack(shape.tokens),
             splits: 1,
             next: layer.output.prefetch(),
         };
         if shape.tiles > 0 {
             // SAFETY: the tiles are of rows of this batch; the tables' blocks were checked with the plan.
             unsafe {
-                self.device.launch("attend_chunk", [shape.tiles as u32, kv_heads, 1], 128, 0, &params)?
+                self.device.launch(
+                    "attend_many",
+                    [shape.tiles as u32, kv_heads, 1],
+                    256,
+                    3 * 16384,
+                    &params,
+                )?
             };
         }
         if shape.singles > 0 {
@@ -794,24 +901,23 @@ impl Cuda {
             experts: config.experts as u32,
             experts_per_token: config.experts_per_token as u32,
             format,
-            tiled: self.tiled_experts(n).into(),
             eps: config.rms_norm_eps,
             shares: share,
-            padding: 0,
             // The experts are not known yet; the matrix after them is.
             next: self.layers.get(index + 1).map_or_else(Prefetch::zeroed, |next| next.qkv.prefetch()),
         };
         let (name, grid) = match n {
-            0..=ROUTER_FEW => ("router", [share + 4 * self.idle(n), n as u32, 1]),
-            _ => ("router_many", [n.div_ceil(8) as u32, 1, 1]),
+            0..=FEW_TOKENS => ("router", [share + 4 * self.idle(n), n as u32, 1]),
+            _ => ("router_many", [n.div_ceil(16) as u32, 1, 1]),
         };
+        let threads = if n <= FEW_TOKENS { 256 } else { 512 };
         // SAFETY: the arena has MAX_TOKENS rows of each, and one counter more than that.
-        unsafe { self.device.launch(name, grid, 256, config.experts * ROUTER_SORTERS * 2, &params)? };
+        unsafe { self.device.launch(name, grid, threads, 2 * ROUTER_COUNTS, &params)? };
 
         let epilogue = Epilogue {
             out16: self.arena.activated.address(),
             out_cols: layer.down.padded_cols() as u32,
-            out_tiled: self.tiled_experts(n).into(),
+            out_stack: if self.few_each(layer, n) { 0 } else { self.slot_stack(n) },
             out_format: layer.down.format(),
             ..self.epilogue(After::Swiglu)
         };
@@ -822,20 +928,27 @@ impl Cuda {
         let pairs = n * config.experts_per_token;
         let active = config.experts.min(pairs);
         let store = Epilogue { out: self.arena.expert_outputs.address(), ..self.epilogue(After::Store) };
-        if self.tiled_experts(n) {
-            // Where an expert has few tokens, smaller tiles waste less and read further ahead.
-            let tokens = if pairs / config.experts < 64 { 64 } else { GEMM_TOKENS };
-            let name = |format| match (format, tokens) {
-                (BF16, 64) => "gemm_experts_bf16_64",
-                (BF16, _) => "gemm_experts_bf16_128",
-                (_, 64) => "gemm_experts_fp4_64",
-                _ => "gemm_experts_fp4_128",
+        if self.few_each(layer, n) {
+            self.product_of_few_each(&layer.gate_up, self.arena.normed.address(), n, epilogue)?;
+            return self.product_of_few_each(&layer.down, self.arena.activated.address(), n, store);
+        }
+        if self.many(n) {
+            let params = Gather {
+                input: self.arena.normed.address(),
+                routes: self.arena.routes.address(),
+                out: self.arena.gathered.address(),
+                cols: layer.gate_up.padded_cols() as u32,
+                n: n as u32,
+                experts: config.experts as u32,
+                experts_per_token: config.experts_per_token as u32,
+                stack: self.slot_stack(n),
+                padding: 0,
             };
-            // Each expert may have one tile that is not full.
-            let tiles = (tokens, pairs / tokens + active);
-            self.gemm(name(format), &layer.gate_up, self.arena.normed.address(), n, tiles, epilogue)?;
-            let (name, input) = (name(layer.down.format()), self.arena.activated.address());
-            return self.gemm(name, &layer.down, input, n, tiles, store);
+            let blocks = max_slots(config, n).div_ceil(8) as u32;
+            // SAFETY: the router's list names rows of these tokens; the arena has room for all slots.
+            unsafe { self.device.launch("gather", [blocks, 1, 1], 256, 0, &params)? };
+            self.product_of_experts(&layer.gate_up, self.arena.gathered.address(), n, epilogue)?;
+            return self.product_of_experts(&layer.down, self.arena.activated.address(), n, store);
         }
         let columns = if n <= 32 { 8 } else { 16 };
         let name = |format| match (format, columns) {
@@ -881,7 +994,7 @@ impl Cuda {
             rows: self.word(shape.words.outputs + outputs.start),
             scale: self.final_norm.address(),
             format: self.unembedding.format(),
-            tiled: self.tiled(n).into(),
+            stack: self.stack(n),
             ..self.norm_params(shape, pending, self.arena.normed.address())
         };
         // SAFETY: the list names rows of this batch, each once.
@@ -964,23 +1077,36 @@ impl Cuda {
     }
 }
 
-/// Up to so many tokens the router shares a token's experts among blocks.
-const ROUTER_FEW: usize = 256;
-/// Threads of the router that sort, each with a 16-bit counter per expert.
-const ROUTER_SORTERS: usize = 128;
-/// Dense products of more tokens take gemm_sm90.cu: fewer do not fill its blocks.
-const GEMM_FROM: usize = 64;
-/// The same for products of the experts, among which the tokens are spread.
-const GEMM_EXPERTS_FROM: usize = 64;
-/// Tokens of a block of gemm_sm90.cu, or 64 for experts with few.
+/// Shared memory of experts_few.cu for weights: sixteen warps, two copies of four tiles each.
+const FEW_SHARED: usize = 16 * 2 * 4 * (512 + 64);
+/// 16-bit counters of the router's sorting threads.
+const ROUTER_COUNTS: usize = 16384;
+/// Up to so many tokens have kernels of their own.
+const FEW_TOKENS: usize = 8;
+/// Tokens of a block of gemm_sm90.cu, at most.
 const GEMM_TOKENS: usize = 128;
 /// Row tiles of a block of gemm_sm90.cu.
 const GEMM_ROW_TILES: usize = 8;
+/// Its shared memory, at most: `Sizes::BYTES`, and room to align them to 1024 bytes.
+const GEMM_SHARED: usize = 104_448 + 1024;
+/// Blocks of a cluster, at most.
+const MAX_CLUSTER: usize = 8;
 /// Threads of a block of the product kernels.
 const PRODUCT_THREADS: u32 = 256;
-/// Six stages of activations in 16 bits, and room to align them to 1024 bytes.
-fn gemm_shared(tokens: usize) -> usize {
-    6 * tokens * TILE_COLS * 2 + 1024
+
+/// Rows of a stack of activations of which `rows` are used: whole eights, and a tile more that is read but not used.
+fn stack_rows(rows: usize) -> usize {
+    rows.next_multiple_of(8) + GEMM_TOKENS
+}
+
+/// Slots of the experts of `n` tokens: each expert's begin at a multiple of eight.
+fn max_slots(config: &Config, n: usize) -> usize {
+    n * config.experts_per_token + 7 * config.experts
+}
+
+/// Words of the routes of `n` tokens: see epilogue.cuh.
+fn route_words(config: &Config, n: usize) -> usize {
+    2 + 3 * config.experts + max_slots(config, n) + 3 * n * config.experts_per_token
 }
 
 /// Shared memory of a product: two halves of partial sums of all warps, `[16, columns]` in f32.

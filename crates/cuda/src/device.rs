@@ -53,15 +53,19 @@ const MODULES: &[Module] = &[
         &[
             "gemm_bf16",
             "gemm_fp4",
-            "gemm_experts_bf16_64",
-            "gemm_experts_bf16_128",
-            "gemm_experts_fp4_64",
-            "gemm_experts_fp4_128",
+            "gemm_bf16_split",
+            "gemm_fp4_split",
+            "gemm_experts_bf16",
+            "gemm_experts_fp4",
+            "gemm_experts_bf16_few",
+            "gemm_experts_fp4_few",
         ],
         Some(90),
     ),
-    (fatbin!("attention"), &["attend_chunk", "attend_split"], None),
-    (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "largest", "read"], None),
+    (fatbin!("experts_few"), &["experts_few"], None),
+    (fatbin!("attention"), &["attend_split"], None),
+    (fatbin!("attention_many"), &["attend_many"], None),
+    (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "gather", "largest", "read"], None),
 ];
 #[cfg(not(feature = "kernels"))]
 const MODULES: &[Module] = &[];
@@ -203,6 +207,11 @@ impl Device {
         let result = unsafe { (self.driver.memory_info)(&raw mut free, &raw mut total) };
         self.driver.check(result, "asking the GPU for its free memory")?;
         Ok((free, total))
+    }
+
+    /// Bytes of shared memory that a block can have.
+    pub(crate) fn shared_bytes(&self) -> usize {
+        self.shared_bytes
     }
 
     fn load_module(&mut self, image: &'static [u8], names: &[&'static str]) -> Result<(), Error> {

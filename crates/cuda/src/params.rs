@@ -56,7 +56,7 @@ params! {
     Epilogue, 80 {
         out: Address, out16: Address, keys: Address, values: Address, rotary: Address,
         slots: Address,
-        kind: u32, query_heads: u32, kv_heads: u32, out_cols: u32, out_format: u32, out_tiled: u32,
+        kind: u32, query_heads: u32, kv_heads: u32, out_cols: u32, out_format: u32, out_stack: u32,
         limit: f32, alpha: f32,
     }
     /// product.cu
@@ -65,16 +65,21 @@ params! {
         hidden: u32, n: u32, eps: f32, experts: u32, experts_per_token: u32, padding: u32,
     }
     /// gemm_sm90.cu
-    Gemm, 152 {
+    Gemm, 160 {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
-        n: u32, experts: u32, experts_per_token: u32, padding: u32,
+        n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, padding: u32,
     }
-    /// attention.cu
+    /// experts_few.cu
+    Few, 152 {
+        matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
+        n: u32, experts: u32, experts_per_token: u32, tokens: u32,
+    }
+    /// attention.cuh
     Attention, 136 {
         queries: Address, keys: Address, values: Address, sinks: Address,
         positions: Address, sequences: Address, table_starts: Address, table: Address, tiles: Address,
         out: Address, partial: Address, arrivals: Address,
-        query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_tiled: u32, splits: u32,
+        query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_stack: u32, splits: u32,
         next: Prefetch,
     }
     /// stream.cu
@@ -87,13 +92,18 @@ params! {
     /// stream.cu
     Norm, 80 {
         residual: Address, experts: Address, routes: Address, rows: Address, scale: Address, out: Address,
-        hidden: u32, cols: u32, n: u32, experts_count: u32, experts_per_token: u32, format: u32, tiled: u32, eps: f32,
+        hidden: u32, cols: u32, n: u32, experts_count: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32,
     }
     /// stream.cu
-    Router, 120 {
+    Router, 112 {
         residual: Address, norm_scale: Address, weights: Address, bias: Address, out: Address, logits: Address,
         routes: Address, arrivals: Address,
-        hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, tiled: u32, eps: f32, shares: u32, padding: u32, next: Prefetch,
+        hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, eps: f32, shares: u32, next: Prefetch,
+    }
+    /// stream.cu
+    Gather, 48 {
+        input: Address, routes: Address, out: Address,
+        cols: u32, n: u32, experts: u32, experts_per_token: u32, stack: u32, padding: u32,
     }
     /// stream.cu
     Largest, 40 {

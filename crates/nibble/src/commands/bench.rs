@@ -38,13 +38,10 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
     let mut bandwidth = vec![model.read_bandwidth()?];
     let mut tests = Vec::new();
     for &depth in &args.depths {
-        tests.extend(args.prompts.iter().map(|&tokens| Test { prompt: true, tokens, batch: 1, depth }));
-        tests.extend(args.batches.iter().map(|&batch| Test {
-            prompt: false,
-            tokens: args.decode,
-            batch,
-            depth,
-        }));
+        let test = |prompt, tokens, batch| Test { prompt, tokens, batch, depth };
+        let prompts = |&batch: &usize| args.prompts.iter().map(move |&tokens| test(true, tokens, batch));
+        tests.extend(args.batches.iter().flat_map(prompts));
+        tests.extend(args.batches.iter().map(|&batch| test(false, args.decode, batch)));
     }
     if !ui.json {
         println!("{}", dim(&format!("{}; {}", machine(), model.describe())));
@@ -91,7 +88,7 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
     Ok(())
 }
 
-/// One thing to measure: a prompt of `tokens`, or `tokens` steps of decoding.
+/// One thing to measure: prompts of `tokens`, or `tokens` steps of decoding, `batch` sequences at a time.
 #[derive(Clone, Copy)]
 struct Test {
     prompt: bool,
@@ -120,7 +117,7 @@ impl Test {
                 let count = chunk.min(self.tokens - first);
                 model.step(&self.plan(model, seed, self.depth + first, count))?;
             }
-            return Ok(self.tokens as f64 / start.elapsed().as_secs_f64());
+            return Ok((self.tokens * self.batch) as f64 / start.elapsed().as_secs_f64());
         }
         let mut start = Instant::now();
         for i in 0..self.tokens + warm_up {

@@ -1,0 +1,169 @@
+// Attention of prompts over the paged cache: a block takes 128 rows (tokens times the query heads of one key/value head), sixteen
+// per warp, through 64 keys at a time, which come to shared memory by asynchronous copies two steps ahead. Scores and values on
+// tensor cores, softmax online in f32.
+#include "attention.cuh"
+
+constexpr int WARPS = 8, THREADS = WARPS * WARP;
+constexpr int KEYS = 64, PAGES = KEYS / BLOCK_TOKENS;
+constexpr int STAGES = 3, HALF = KEYS * HEAD * 2, STAGE = 2 * HALF; // bytes: keys, then values
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t from) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
+                 : "r"(from)
+                 : "memory");
+}
+
+// Where a piece of 16 bytes lies: such that eight rows of one column of pieces are in different banks.
+// Keys: [key][8 pieces of dimensions]; values: [page][dimension][2 pieces of keys].
+__device__ __forceinline__ uint32_t key_place(uint32_t key, uint32_t piece) { return key * 128 + ((piece ^ key % 8) << 4); }
+__device__ __forceinline__ uint32_t value_place(uint32_t page, uint32_t d, uint32_t piece) {
+    return HALF + page * 2048 + d * 32 + ((piece ^ (d / 4 & 1)) << 4);
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __grid_constant__ Attention p) {
+    extern __shared__ __align__(128) uint8_t shared[];
+    wait_for_previous();
+    start_next();
+    const int group = p.query_heads / p.kv_heads, kv = blockIdx.y, per_warp = 16 / group, warp = threadIdx.x / WARP;
+    // The last tiles of a prompt see most keys: they begin first.
+    const uint32_t* tile = p.tiles + 2 * (gridDim.x - 1 - blockIdx.x);
+    const int first = tile[0], count = tile[1], start = p.positions[first];
+    const uint32_t* table = p.table + (int)p.table_starts[p.sequences[first]];
+    const uint32_t stages = shared_address(shared);
+    const int begin = p.window ? max(0, start + 1 - (int)p.window) / KEYS : 0, end = (start + count - 1) / KEYS + 1;
+    const int last_page = (start + count - 1) / BLOCK_TOKENS;
+
+    // This thread brings pieces of one page: of keys `threadIdx.x % 8` of two keys, of values one half of two dimensions.
+    const int page = threadIdx.x / 64, key = threadIdx.x % 64 / 8 * 2, piece = threadIdx.x % 8;
+    const int d = threadIdx.x % 64 / 2 * 2, half = threadIdx.x % 2;
+    // Pages beyond the last are not read: their keys are masked, but what is multiplied by zero must be a number.
+    auto block_of = [&](int step) { return step < end ? table[min(step * PAGES + page, last_page)] : 0; };
+    auto bring = [&](int step, uint32_t block) {
+        if (step < end) {
+            const size_t at = (size_t(block) * p.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
+            const uint32_t to = stages + step % STAGES * STAGE;
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                copy_async(to + key_place(page * BLOCK_TOKENS + key + i, piece), p.keys + at + (key + i) * HEAD + piece * 8);
+                copy_async(to + value_place(page, d + i, half), p.values + at + (d + i) * BLOCK_TOKENS + half * 8);
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    };
+#pragma unroll
+    for (int i = 0; i < STAGES - 1; i++) bring(begin + i, block_of(begin + i));
+    uint32_t next_block = block_of(begin + STAGES - 1);
+
+    // Rows g and g + 8 of this warp, their queries and the keys that they see.
+    uint32_t q[4][4] = {};
+    int from[2], to[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        const int row = lane_row() + 8 * h, token = warp * per_warp + row / group;
+        const bool inside = token < count;
+        to[h] = inside ? start + token : -1;
+        from[h] = p.window ? max(0, to[h] + 1 - (int)p.window) : 0;
+        const uint32_t* words = (const uint32_t*)(p.queries + (size_t(first + token) * p.query_heads + kv * group + row % group) * HEAD);
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (!inside) continue;
+            q[j][h] = words[8 * j + lane_quarter()];
+            q[j][2 + h] = words[8 * j + 4 + lane_quarter()];
+        }
+    }
+    // What all rows of this warp see, and what any sees.
+    const int low = start + warp * per_warp, high = min(low + per_warp, start + count) - 1;
+    const bool idle = high < low;
+    const int all_from = p.window ? max(0, high + 1 - (int)p.window) : 0, any_from = p.window ? max(0, low + 1 - (int)p.window) : 0;
+
+    float max_score[2] = {NOTHING, NOTHING}, sum[2] = {0, 0}, out[8][4] = {};
+    const int lane = threadIdx.x % WARP;
+    for (int step = begin; step < end; step++) {
+        asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
+        __syncthreads();
+        bring(step + STAGES - 1, next_block);
+        next_block = block_of(step + STAGES);
+        const int position = step * KEYS;
+        if (idle || position > high || position + KEYS <= any_from) continue;
+        const uint32_t stage = stages + step % STAGES * STAGE;
+        float score[8][4] = {};
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+#pragma unroll
+            for (int j = 0; j < 4; j += 2) {
+                // Four pieces of 8 keys: the inputs of two products.
+                uint32_t b[4];
+                load_matrices(b, stage + key_place(8 * i + lane % 8, 2 * j + lane / 8));
+                Number<BF16>::multiply(score[i], q[j], b[0], b[1]);
+                Number<BF16>::multiply(score[i], q[j + 1], b[2], b[3]);
+            }
+        }
+        const bool masked = position < all_from || position + KEYS - 1 > low;
+        uint32_t weight[4][4];
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float largest = max_score[h];
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+#pragma unroll
+                for (int c = 0; c < 2; c++) {
+                    float& v = score[i][2 * h + c];
+                    v *= 0.125f * LOG2_E;
+                    if (masked) {
+                        const int key = position + 8 * i + 2 * lane_quarter() + c;
+                        if (key < from[h] || key > to[h]) v = -INFINITY;
+                    }
+                    largest = fmaxf(largest, v);
+                }
+            }
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
+            largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
+            const float shrink = exp2f(max_score[h] - largest);
+            max_score[h] = largest;
+            float total = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {
+                const float a = exp2f(score[i][2 * h] - largest), b = exp2f(score[i][2 * h + 1] - largest);
+                total += a + b;
+                weight[i / 2][i % 2 * 2 + h] = pack2(a, b);
+            }
+            sum[h] = sum[h] * shrink + total;
+#pragma unroll
+            for (int i = 0; i < 8; i++) out[i][2 * h] *= shrink, out[i][2 * h + 1] *= shrink;
+        }
+#pragma unroll
+        for (int j = 0; j < PAGES; j++) {
+#pragma unroll
+            for (int i = 0; i < 8; i += 2) {
+                // Sixteen dimensions: both halves of the page's keys for eight of them, then for the others.
+                uint32_t b[4];
+                load_matrices(b, stage + value_place(j, 8 * i + lane / 16 * 8 + lane % 8, lane / 8 % 2));
+                Number<BF16>::multiply(out[i], weight[j], b[0], b[1]);
+                Number<BF16>::multiply(out[i + 1], weight[j], b[2], b[3]);
+            }
+        }
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
+        sum[h] += __shfl_xor_sync(~0u, sum[h], 2);
+        const int row = lane_row() + 8 * h, token = warp * per_warp + row / group, head = kv * group + row % group;
+        if (token >= count) continue;
+        // The sink is one more logit of the denominator, without a value.
+        const float sink = p.sinks[head] * LOG2_E, largest = fmaxf(max_score[h], sink), shrink = exp2f(max_score[h] - largest);
+        const float inverse = shrink / (sum[h] * shrink + exp2f(sink - largest));
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            const uint32_t column = head * HEAD + 8 * i + 2 * lane_quarter();
+            const float a = out[i][2 * h] * inverse, b = out[i][2 * h + 1] * inverse;
+            // Neighbouring inputs lie side by side in either order.
+            *(uint32_t*)(p.out + activation_place(p.out_stack, p.query_heads * HEAD, first + token, column))
+                = activation(p.out_format, a) | activation(p.out_format, b) << 16;
+        }
+    }
+}
