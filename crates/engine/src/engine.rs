@@ -44,6 +44,8 @@ pub struct EngineOptions {
     pub seed: u64,
     /// Guess tokens and verify several in one step. Changes no answer. `None` (the default): no.
     pub speculation: Option<Speculation>,
+    /// Chats keep to Harmony's format where it is no text. Default false.
+    pub harmony_guard: bool,
     /// Log-probabilities are those of the distribution that is drawn from, not the model's own. Default false.
     pub processed_logprobs: bool,
 }
@@ -62,6 +64,7 @@ impl Default for EngineOptions {
             eos_ids: Vec::new(),
             seed: 0,
             speculation: None,
+            harmony_guard: false,
             processed_logprobs: false,
         }
     }
@@ -318,6 +321,7 @@ impl Engine {
             seed: options.seed,
             prefix_caching: options.prefix_caching,
             speculation: options.speculation,
+            harmony_guard: options.harmony_guard,
             processed_logprobs: options.processed_logprobs,
             sequences: options.max_num_seqs,
             blocks: (capacity.full_blocks, capacity.sliding_blocks),

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use gptoss::Mask;
-use harmony::{Delta, Harmony, Parser};
+use harmony::{Delta, Guard, Harmony, Parser};
 use tokenizer::Detokenizer;
 
 use crate::params::RepetitionDetection;
@@ -23,6 +23,8 @@ pub(crate) struct Rules {
     /// Sequences of tokens that must not come.
     pub(crate) bad_words: Vec<Vec<u32>>,
     pub(crate) grammar: Option<Grammar>,
+    /// Keeps to the format where it is no text, in chats without a grammar.
+    pub(crate) guard: Option<Guard>,
 }
 
 /// The state of one choice.
@@ -98,11 +100,11 @@ impl Output {
         let most = rules.params.max_tokens.map_or(usize::MAX, |max| max.saturating_sub(self.generated + 1));
         let stop = tokens.iter().position(|token| rules.stop_tokens.binary_search(token).is_ok());
         let mut count = stop.unwrap_or(tokens.len()).min(most);
-        if let (Kind::Chat(chat), Some(budget)) = (&self.kind, rules.params.thinking_token_budget) {
+        if let (Kind::Chat(chat), Some(left)) = (&self.kind, self.reasoning_left()) {
             // Within a message each token is one of reasoning or none.
             let special = tokens.iter().position(|&token| rules.harmony.tokenizer().is_special(token));
             let left = match (chat.parser.is_content(), chat.parser.is_reasoning()) {
-                (true, true) => budget.saturating_sub(chat.parser.reasoning_tokens() + 1),
+                (true, true) => left.saturating_sub(1),
                 (true, false) => usize::MAX,
                 (false, _) => 0,
             };
@@ -120,12 +122,22 @@ impl Output {
 
     /// Whether the budget for reasoning is spent and reasoning goes on.
     pub(crate) fn must_conclude(&self) -> bool {
-        match (&self.kind, self.rules.params.thinking_token_budget) {
-            (Kind::Chat(chat), Some(budget)) => {
-                chat.parser.is_reasoning() && chat.parser.reasoning_tokens() >= budget
-            }
-            _ => false,
+        match &self.kind {
+            Kind::Chat(chat) => chat.parser.is_reasoning() && self.reasoning_left() == Some(0),
+            Kind::Text(_) => false,
         }
+    }
+
+    /// Tokens of reasoning that may still come, if there is a limit.
+    fn reasoning_left(&self) -> Option<usize> {
+        let params = &self.rules.params;
+        let budget =
+            params.thinking_token_budget.map(|budget| budget.saturating_sub(self.reasoning_tokens()));
+        // A small limit is shared equally.
+        let reserve = |max: usize| max - params.answer_reserve.min(max / 2);
+        let max = params.max_tokens.filter(|_| params.answer_reserve > 0);
+        let until_reserve = max.map(|max| reserve(max).saturating_sub(self.generated));
+        [budget, until_reserve].into_iter().flatten().min()
     }
 
     pub(crate) fn repairs(&self) -> Vec<(&'static str, u64)> {

@@ -50,6 +50,8 @@ pub struct SamplingParams {
     pub logprob_token_ids: Option<Vec<u32>>,
     /// Chats: reasoning ends after this many tokens. `None`: when the model wants.
     pub thinking_token_budget: Option<usize>,
+    /// Chats: reasoning ends when only so many tokens are left, so that there is an answer. 0: it need not.
+    pub answer_reserve: usize,
     /// Leave special tokens out of the text of raw completions.
     pub skip_special_tokens: bool,
     /// Ends an answer that repeats itself.
@@ -94,6 +96,7 @@ impl Default for SamplingParams {
             bad_words: Vec::new(),
             logprob_token_ids: None,
             thinking_token_budget: None,
+            answer_reserve: 0,
             skip_special_tokens: true,
             repetition_detection: None,
             stream_interval: 1,

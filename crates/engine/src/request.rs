@@ -21,12 +21,15 @@ pub struct Request {
     pub priority: i64,
     /// Only requests with the same salt share the computation of equal beginnings.
     pub cache_salt: Option<String>,
+    /// The engine's guard of the format, if it has one, may be used. Default true; false for prompts that tell of tools which
+    /// are not in [`OutputMode::Chat`].
+    pub guarded: bool,
 }
 
 impl Request {
     /// A request without a grammar, of ordinary priority.
     pub fn new(prompt: Vec<u32>, params: SamplingParams, output: OutputMode) -> Request {
-        Request { prompt, params, output, grammar: None, priority: 0, cache_salt: None }
+        Request { prompt, params, output, grammar: None, priority: 0, cache_salt: None, guarded: true }
     }
 }
 

@@ -9,7 +9,7 @@ use gptoss::{
     Backend, Logprobs, Mask, Penalties, Plan, Sampled, Sampling, Score, SequenceOutput, SequencePlan,
     TokenLogprobs,
 };
-use harmony::{Delta, Harmony};
+use harmony::{Delta, Guard, Harmony, Place};
 use tokenizer::Tokenizer;
 
 use crate::engine::{Job, Phase, Shared};
@@ -18,7 +18,9 @@ use crate::masks::{Constraint, Masks};
 use crate::output::{Output, Rules};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
 use crate::speculation::{Chance, Costs, Guesser, MAX_STEP_TOKENS};
-use crate::{Event, Failure, FinishReason, Request, Sink, Speculation, SpeculationCounts, StopReason};
+use crate::{
+    Event, Failure, FinishReason, OutputMode, Request, Sink, Speculation, SpeculationCounts, StopReason,
+};
 
 pub(crate) struct Worker {
     backend: Box<dyn Backend>,
@@ -53,6 +55,7 @@ pub(crate) struct Settings {
     pub(crate) seed: u64,
     pub(crate) prefix_caching: bool,
     pub(crate) speculation: Option<Speculation>,
+    pub(crate) harmony_guard: bool,
     pub(crate) processed_logprobs: bool,
     /// Sequences that run at a time.
     pub(crate) sequences: usize,
@@ -92,6 +95,8 @@ struct Choice {
     forced: VecDeque<u32>,
     /// Made when its first token is about to be drawn.
     constraint: Option<Constraint>,
+    /// Where it is in the format, if that is guarded.
+    place: Option<Place>,
     guesser: Guesser,
     /// What was not told yet.
     untold: Untold,
@@ -171,7 +176,7 @@ impl Worker {
 
     fn accept(&mut self, job: Job) {
         let Job { number, arrival, request, sink } = job;
-        let Request { prompt, params, output, grammar, priority, cache_salt } = request;
+        let Request { prompt, params, output, grammar, priority, cache_salt, guarded } = request;
         let mut stop_tokens = params.stop_token_ids.clone();
         if !params.ignore_eos {
             stop_tokens.extend(&self.settings.eos_ids);
@@ -186,7 +191,16 @@ impl Worker {
         let sequence = NewSequence { tokens: Tokens::new(Arc::clone(&prompt)), root, cache_limit };
         self.scheduler.add(SequenceId { priority, request: number, choice: 0 }, sequence);
         let seed = params.seed.map_or_else(|| scramble(self.settings.seed ^ scramble(number)), |s| s as u64);
+        // Who forbids tokens may forbid all that the format allows.
+        let free = params.allowed_token_ids.is_none() && params.bad_words.is_empty() && grammar.is_none();
+        let guard = match &output {
+            OutputMode::Chat { tools, .. } if free && guarded && self.settings.harmony_guard => {
+                self.settings.harmony.guard(tools)
+            }
+            _ => None,
+        };
         let rules = Arc::new(Rules {
+            guard,
             harmony: Arc::clone(&self.settings.harmony),
             mode: output,
             stop_tokens,
@@ -616,9 +630,13 @@ impl Choice {
             recent: VecDeque::new(),
             forced: VecDeque::new(),
             constraint: None,
+            place: rules.guard.as_ref().map(Guard::begin),
             guesser: Guesser::default(),
             untold: Untold::default(),
         };
+        if let OutputMode::Chat { begun, .. } = &rules.mode {
+            begun.iter().for_each(|&token| choice.place = choice.place_after(rules, token));
+        }
         // A budget of nothing may be spent in the prompt.
         choice.conclude(rules);
         choice
@@ -668,7 +686,12 @@ impl Choice {
         if self.forced.front() == Some(&token) {
             self.forced.pop_front();
         }
+        self.place = self.place_after(rules, token);
         self.conclude(rules);
+    }
+
+    fn place_after(&self, rules: &Rules, token: u32) -> Option<Place> {
+        Some(rules.guard.as_ref()?.advance(self.place?, token))
     }
 
     /// Ends the reasoning if its budget is spent.
@@ -693,7 +716,20 @@ impl Choice {
                     if guesses.is_empty() { Vec::new() } else { constraint.masks_after(guesses, &may_stop) };
                 [constraint.mask()].into_iter().chain(after).map(Some).collect()
             }
-            (None, None) => vec![rules.allowed.clone(); guesses.len() + 1],
+            (None, None) => match (&rules.guard, self.place) {
+                (Some(guard), Some(place)) => {
+                    let places = guesses.iter().scan(place, |place, &guess| {
+                        *place = guard.advance(*place, guess);
+                        Some(*place)
+                    });
+                    [place]
+                        .into_iter()
+                        .chain(places)
+                        .map(|place| guard.allowed(place).map(Mask::of))
+                        .collect()
+                }
+                _ => vec![rules.allowed.clone(); guesses.len() + 1],
+            },
         }
     }
 

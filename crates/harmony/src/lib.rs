@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod chat;
+mod guard;
 mod header;
 mod message;
 mod parser;
@@ -18,6 +19,7 @@ use tokenizer::Tokenizer;
 pub use chat::{
     ChatMessage, ChatPrompt, ChatTool, Document, FunctionCall, FunctionTool, MessageContent, ToolCallInput,
 };
+pub use guard::{Guard, Place};
 pub use message::{
     ChannelConfig, Content, Message, Mode, RenderOptions, ResponseFormat, Role, SystemContent,
     ToolDescription, ToolNamespace,

@@ -50,6 +50,7 @@ pub(crate) fn start(
     let mut base = EngineOptions {
         max_num_batched_tokens: backend.step_tokens(),
         speculation: Some(Speculation::default()),
+        harmony_guard: true,
         ..base.clone()
     };
     if let Some(bytes) = backend.cache_memory()? {

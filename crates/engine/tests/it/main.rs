@@ -3,6 +3,7 @@
 
 mod common;
 mod grammars;
+mod guard;
 mod life;
 mod llm;
 mod model;
