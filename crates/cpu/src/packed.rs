@@ -13,7 +13,7 @@ use crate::kernels::Kernels;
 use crate::pool::Pool;
 use crate::products::{CODE_BYTES, Finish, Panel, PanelKernel, Records};
 use crate::records::{Activations, COLUMNS, INT8_OFFSET, Kind};
-use crate::simd::LANES;
+use crate::simd::{LANES, ROUND};
 
 /// How weights are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -369,11 +369,14 @@ fn pack_e2m1(
 fn pack_bf16(values: &[u16], cols: usize, source: impl Fn(usize) -> Option<usize>, out: &mut [u8]) {
     for r in 0..LANES {
         let Some(row) = source(r) else { continue };
-        let values = &values[row * cols..][..cols];
-        for (pair, out) in values.chunks(2).zip(out.chunks_exact_mut(4 * LANES)) {
-            for (value, out) in pair.iter().zip(out[4 * r..].chunks_exact_mut(2)) {
-                out.copy_from_slice(&value.to_le_bytes());
-            }
+        let (pairs, last) = values[row * cols..][..cols].as_chunks::<2>();
+        let mut out = out.chunks_exact_mut(4 * LANES);
+        for (&[a, b], out) in pairs.iter().zip(&mut out) {
+            let pair = u32::from(a) | u32::from(b) << 16;
+            out[4 * r..][..4].copy_from_slice(&pair.to_le_bytes());
+        }
+        if let (&[last], Some(out)) = (last, out.next()) {
+            out[4 * r..][..2].copy_from_slice(&last.to_le_bytes());
         }
     }
 }
@@ -387,17 +390,21 @@ fn pack_int8(
 ) {
     // Columns and rows that do not exist are zeros too.
     out.fill(INT8_OFFSET as u8);
+    let mut bytes = vec![INT8_OFFSET as u8; cols.next_multiple_of(4)];
     for (r, scale) in scales.iter_mut().enumerate() {
         let Some(row) = source(r) else { continue };
         let values = &values[row * cols..][..cols];
-        let value = |bits: u16| f32::from_bits(u32::from(bits) << 16);
-        let largest = f32::from_bits(u32::from(values.iter().fold(0, |most, v| most.max(v & 0x7fff))) << 16);
+        let largest = values.iter().fold(0, |most, v| most.max(v & 0x7fff));
+        let largest = f32::from_bits(u32::from(largest) << 16);
         *scale = largest / 127.0;
         let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
-        for (four, out) in values.chunks(4).zip(out.chunks_exact_mut(4 * LANES)) {
-            for (&v, out) in four.iter().zip(&mut out[4 * r..]) {
-                *out = ((value(v) * inverse).round_ties_even() as i32 + INT8_OFFSET) as u8;
-            }
+        for (byte, &v) in bytes.iter_mut().zip(values) {
+            // Adding this leaves the nearest integer in the low bits, ties to even.
+            let rounded = f32::from_bits(u32::from(v) << 16) * inverse + ROUND;
+            *byte = (rounded.to_bits() as u8).wrapping_add(INT8_OFFSET as u8);
+        }
+        for (four, out) in bytes.as_chunks::<4>().0.iter().zip(out.chunks_exact_mut(4 * LANES)) {
+            out[4 * r..][..4].copy_from_slice(four);
         }
     }
 }

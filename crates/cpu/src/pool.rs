@@ -1,17 +1,21 @@
 //! A thread pool for short phases: one hand-over per phase, no locks in a step.
 //!
-//! Workers spin briefly on a generation counter, then park; the caller takes part in the work. Tasks are handed out by an
-//! atomic counter, so the work balances itself where the machine is shared.
+//! Workers spin briefly on the state of the current phase, then park; the caller takes part in the work. Tasks are handed out by
+//! an atomic counter, and a phase waits only for workers that have joined it: one that the system does not let run while the
+//! machine is shared costs nothing but its help.
 
 use std::cell::UnsafeCell;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, Thread};
 
 /// Turns of the spin loop before a worker parks: some tens of microseconds, longer than the gap between two phases of a
 /// step and much shorter than a scheduler's time slice.
 const SPINS: usize = 20_000;
+
+/// One phase in [`Shared::state`].
+const PHASE: u64 = 1 << 32;
 
 /// Threads that run one phase after another.
 pub struct Pool {
@@ -22,12 +26,11 @@ pub struct Pool {
 }
 
 struct Shared {
-    /// Increased once per phase; workers wait for it to change.
-    generation: AtomicUsize,
+    /// The upper half counts openings and closings, so it is odd while a phase is open; the lower half counts the workers
+    /// that have joined and not finished.
+    state: AtomicU64,
     job: UnsafeCell<Option<Job>>,
     next: AtomicUsize,
-    /// Workers that have not finished the current phase.
-    busy: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
 }
@@ -38,8 +41,8 @@ struct Job {
     tasks: usize,
 }
 
-// SAFETY: `job` is written only by the thread that holds `phase` while no worker is busy, and read by workers only between
-// the change of `generation` and their decrement of `busy`, both of which order the accesses.
+// SAFETY: `job` is written only by the thread that holds `phase` while the phase is closed and no worker has joined, and read by
+// workers only between joining and leaving, which order the accesses.
 unsafe impl Sync for Shared {}
 // SAFETY: the pointer inside is to a `Sync` closure that outlives the phase (see `Pool::run`).
 unsafe impl Send for Shared {}
@@ -48,10 +51,9 @@ impl Pool {
     /// A pool of `threads` threads, the caller of [`Pool::run`] being one of them.
     pub fn new(threads: usize) -> Pool {
         let shared = Arc::new(Shared {
-            generation: AtomicUsize::new(0),
+            state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
             next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
@@ -83,19 +85,21 @@ impl Pool {
         let guard = self.phase.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let shared = &*self.shared;
         // SAFETY: only the lifetime is erased. The pointer is used between here and the loop below that waits until every
-        // worker has finished, and `task` lives longer than this call.
+        // worker that joined has finished, and `task` lives longer than this call.
         let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
-        // SAFETY: `phase` is held and no worker is busy, so nobody else looks at `job`.
-        unsafe { *shared.job.get() = Some(Job { task, tasks }) };
+        let job = Job { task, tasks };
+        // SAFETY: `phase` is held, the phase before is closed and nobody is in it, so nobody else looks at `job`.
+        unsafe { *shared.job.get() = Some(job) };
         shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
-        shared.generation.fetch_add(1, Ordering::Release);
+        shared.state.fetch_add(PHASE, Ordering::Release);
         for (_, thread) in &self.workers {
             thread.unpark();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(Job { task, tasks })));
+        let own = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(job)));
+        // Closed: who has not joined yet waits for the next one.
+        shared.state.fetch_add(PHASE, Ordering::Relaxed);
         let mut spins = 0;
-        while shared.busy.load(Ordering::Acquire) != 0 {
+        while shared.state.load(Ordering::Acquire) % PHASE != 0 {
             spins += 1;
             if spins < SPINS {
                 std::hint::spin_loop();
@@ -115,9 +119,11 @@ impl Pool {
 impl Shared {
     fn work(&self) {
         let mut seen = 0;
+        let mut spins = 0;
         loop {
-            let mut spins = 0;
-            while self.generation.load(Ordering::Acquire) == seen {
+            let state = self.state.load(Ordering::Relaxed);
+            let phase = state / PHASE;
+            if phase % 2 == 0 || phase == seen {
                 if self.stop.load(Ordering::Relaxed) {
                     return;
                 }
@@ -126,21 +132,26 @@ impl Shared {
                     std::hint::spin_loop();
                 } else {
                     std::thread::park();
+                    spins = 0;
                 }
+                continue;
             }
-            seen = self.generation.load(Ordering::Acquire);
-            // SAFETY: this worker is counted in `busy` for this generation, so `job` does not change until it is done.
+            if self.state.compare_exchange(state, state + 1, Ordering::Acquire, Ordering::Relaxed).is_err() {
+                continue;
+            }
+            (seen, spins) = (phase, 0);
+            // SAFETY: this worker has joined the phase, so `job` does not change until it leaves.
             if let Some(job) = unsafe { *self.job.get() }
                 && catch_unwind(AssertUnwindSafe(|| self.take_tasks(job))).is_err()
             {
                 self.panicked.store(true, Ordering::Relaxed);
             }
-            self.busy.fetch_sub(1, Ordering::Release);
+            self.state.fetch_sub(1, Ordering::Release);
         }
     }
 
     fn take_tasks(&self, job: Job) {
-        // SAFETY: `Pool::run` keeps the closure alive until `busy` is 0.
+        // SAFETY: `Pool::run` keeps the closure alive until everybody who joined has left.
         let task = unsafe { &*job.task };
         loop {
             let i = self.next.fetch_add(1, Ordering::Relaxed);

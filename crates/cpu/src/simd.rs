@@ -17,7 +17,7 @@ const E2M1_BYTES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 
 const E4M3_BIAS: f32 = f32::from_bits((127 + 120) << 23);
 
 /// Adding this to a small f32 leaves its nearest integer in the low mantissa bits.
-const ROUND: f32 = 12_582_912.0;
+pub(crate) const ROUND: f32 = 12_582_912.0;
 
 /// A vector of sixteen f32.
 ///
@@ -454,10 +454,13 @@ mod x86 {
             // SAFETY: the trait's contract.
             unsafe {
                 let (a, b) = Self::load_bytes(from.cast());
-                let even = |pairs| _mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs));
                 let mask = _mm256_set1_epi32(0xffff_0000_u32 as i32);
-                let odd = |pairs| _mm256_castsi256_ps(_mm256_and_si256(pairs, mask));
-                [Avx2(even(a), even(b)), Avx2(odd(a), odd(b))]
+                let even = (_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b));
+                let odd = (_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
+                [
+                    Avx2(_mm256_castsi256_ps(even.0), _mm256_castsi256_ps(even.1)),
+                    Avx2(_mm256_castsi256_ps(odd.0), _mm256_castsi256_ps(odd.1)),
+                ]
             }
         }
         #[inline(always)]
@@ -506,13 +509,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn exp2_of_rounded(self) -> Self {
             // SAFETY: the trait's contract.
-            unsafe {
-                let shift = |v| {
-                    let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(v));
-                    _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)))
-                };
-                Avx2(shift(self.0), shift(self.1))
-            }
+            unsafe { Avx2(exp2_8(self.0), exp2_8(self.1)) }
         }
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
@@ -522,24 +519,12 @@ mod x86 {
         #[inline(always)]
         unsafe fn e4m3(from: *const u8) -> Self {
             // SAFETY: the trait's contract.
-            unsafe {
-                let decode = |from: *const u8| {
-                    let bits = _mm256_slli_epi32::<20>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
-                    _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(super::E4M3_BIAS))
-                };
-                Avx2(decode(from), decode(from.add(8)))
-            }
+            unsafe { Avx2(e4m3_8(from), e4m3_8(from.add(8))) }
         }
         #[inline(always)]
         unsafe fn e8m0(from: *const u8) -> Self {
             // SAFETY: the trait's contract.
-            unsafe {
-                let decode = |from: *const u8| {
-                    let bits = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
-                    _mm256_castsi256_ps(_mm256_max_epu32(bits, _mm256_set1_epi32(1 << 22)))
-                };
-                Avx2(decode(from), decode(from.add(8)))
-            }
+            unsafe { Avx2(e8m0_8(from), e8m0_8(from.add(8))) }
         }
         #[inline(always)]
         unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
@@ -552,10 +537,8 @@ mod x86 {
             unsafe {
                 let table = _mm256_broadcastsi128_si256(_mm_loadu_si128(super::E2M1_BYTES.as_ptr().cast()));
                 let (a, b) = Self::load_bytes(from);
-                let mask = _mm256_set1_epi8(15);
-                let low = |codes| _mm256_shuffle_epi8(table, _mm256_and_si256(codes, mask));
-                let high = |codes| low(_mm256_srli_epi16::<4>(codes));
-                [(low(a), low(b)), (high(a), high(b))]
+                let high = (_mm256_srli_epi16::<4>(a), _mm256_srli_epi16::<4>(b));
+                [(look_up(table, a), look_up(table, b)), (look_up(table, high.0), look_up(table, high.1))]
             }
         }
         #[inline(always)]
@@ -567,38 +550,31 @@ mod x86 {
         unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
             // SAFETY: the trait's contract. Pairs of products are at most 24 · 128 · 2, and four of them fit 16 bits.
             unsafe {
-                let x: [__m256i; 4] = std::array::from_fn(|i| _mm256_set1_epi32(x.add(i).read_unaligned()));
-                let half = |sum: __m256i, weights: [__m256i; 4]| {
-                    let pairs = _mm256_add_epi16(
-                        _mm256_add_epi16(
-                            _mm256_maddubs_epi16(weights[0], x[0]),
-                            _mm256_maddubs_epi16(weights[1], x[1]),
-                        ),
-                        _mm256_add_epi16(
-                            _mm256_maddubs_epi16(weights[2], x[2]),
-                            _mm256_maddubs_epi16(weights[3], x[3]),
-                        ),
-                    );
-                    _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-                };
-                (half(sum.0, weights.map(|w| w.0)), half(sum.1, weights.map(|w| w.1)))
+                let mut pairs = (_mm256_setzero_si256(), _mm256_setzero_si256());
+                let mut i = 0;
+                while i < 4 {
+                    let x = _mm256_set1_epi32(x.add(i).read_unaligned());
+                    pairs.0 = _mm256_add_epi16(pairs.0, _mm256_maddubs_epi16(weights[i].0, x));
+                    pairs.1 = _mm256_add_epi16(pairs.1, _mm256_maddubs_epi16(weights[i].1, x));
+                    i += 1;
+                }
+                let one = _mm256_set1_epi16(1);
+                (
+                    _mm256_add_epi32(sum.0, _mm256_madd_epi16(pairs.0, one)),
+                    _mm256_add_epi32(sum.1, _mm256_madd_epi16(pairs.1, one)),
+                )
             }
         }
         #[inline(always)]
         unsafe fn dot(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
-            // SAFETY: the trait's contract. Pairs of products of seven bits fit 16; the eighth bit counts 128.
+            // SAFETY: the trait's contract.
             unsafe {
                 let mut sum = sum;
-                for (i, weights) in weights.iter().enumerate() {
+                let mut i = 0;
+                while i < 4 {
                     let x = _mm256_set1_epi32(x.add(i).read_unaligned());
-                    let half = |sum, weights| {
-                        let low = _mm256_and_si256(weights, _mm256_set1_epi8(0x7f));
-                        let high = _mm256_and_si256(_mm256_srli_epi16::<7>(weights), _mm256_set1_epi8(1));
-                        let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1));
-                        let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(128));
-                        _mm256_add_epi32(sum, _mm256_add_epi32(low, high))
-                    };
-                    sum = (half(sum.0, weights.0), half(sum.1, weights.1));
+                    sum = (dot8(sum.0, weights[i].0, x), dot8(sum.1, weights[i].1, x));
+                    i += 1;
                 }
                 sum
             }
@@ -622,6 +598,54 @@ mod x86 {
         unsafe fn prefetch(at: *const u8) {
             // SAFETY: the trait's contract. A prefetch never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+    }
+
+    /// 2^n for `n + ROUND`.
+    #[inline(always)]
+    unsafe fn exp2_8(v: __m256) -> __m256 {
+        // SAFETY: only called from the implementations above, whose contract includes AVX2.
+        unsafe {
+            let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(v));
+            _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn e4m3_8(from: *const u8) -> __m256 {
+        // SAFETY: as above, and eight bytes are valid.
+        unsafe {
+            let bits = _mm256_slli_epi32::<20>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
+            _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(super::E4M3_BIAS))
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn e8m0_8(from: *const u8) -> __m256 {
+        // SAFETY: as above, and eight bytes are valid.
+        unsafe {
+            let bits = _mm256_slli_epi32::<23>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
+            _mm256_castsi256_ps(_mm256_max_epu32(bits, _mm256_set1_epi32(1 << 22)))
+        }
+    }
+
+    /// What a table of sixteen has for the low half of each byte.
+    #[inline(always)]
+    unsafe fn look_up(table: __m256i, codes: __m256i) -> __m256i {
+        // SAFETY: as above.
+        unsafe { _mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15))) }
+    }
+
+    /// Adds products with unsigned bytes: pairs of products of seven bits fit 16, and the eighth bit counts 128.
+    #[inline(always)]
+    unsafe fn dot8(sum: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+        // SAFETY: as above.
+        unsafe {
+            let low = _mm256_and_si256(weights, _mm256_set1_epi8(0x7f));
+            let high = _mm256_and_si256(_mm256_srli_epi16::<7>(weights), _mm256_set1_epi8(1));
+            let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1));
+            let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(128));
+            _mm256_add_epi32(sum, _mm256_add_epi32(low, high))
         }
     }
 
