@@ -1,8 +1,9 @@
 //! Attention of some queries over the blocks of one key/value head, with the sink in the denominator.
 //!
-//! Up to [`TILE`] queries share one pass over keys and values. Positions are taken in chunks with fixed boundaries; after each
-//! one the sums so far are scaled to the new maximum. A chunk in which a query sees nothing changes nothing, so the
-//! result depends neither on how the prompt was cut nor on which queries share the pass.
+//! Up to [`TILE`] queries share one pass over keys and values. Positions are taken in chunks, chunks in spans, both with fixed
+//! boundaries; after each chunk the sums of its span are scaled to the new maximum, and spans are merged in order. A chunk or
+//! span in which a query sees nothing changes nothing, so the result depends neither on how the prompt was cut nor on
+//! which queries share the pass, nor on whether spans are computed by one thread or by several.
 
 use crate::simd::{LANES, Lanes};
 
@@ -11,6 +12,9 @@ pub(crate) const TILE: usize = 32;
 
 /// Blocks per chunk: 128 positions, as wide as gpt-oss's window.
 const CHUNK: usize = 8;
+
+/// Positions per span: what is worth a task of its own.
+pub(crate) const SPAN: usize = 16 * CHUNK * LANES;
 
 /// Queries whose scores are computed together, and whose values are: as many as there are registers for.
 const SCORED: usize = 8;
@@ -43,9 +47,70 @@ impl Attend<'_> {
     fn first(&self, position: usize) -> usize {
         (position + 1).saturating_sub(self.window)
     }
+
+    /// The spans that some query sees.
+    pub(crate) fn spans(&self) -> std::ops::Range<usize> {
+        let last = self.positions[self.positions.len() - 1];
+        self.first(self.positions[0]) / SPAN..last / SPAN + 1
+    }
 }
 
-/// Writes the results, `[queries, head size]`, to `out`.
+/// What the queries found in some positions.
+pub(crate) struct Found {
+    /// `[queries, head size]`: values times e^(score - largest).
+    values: Vec<f32>,
+    /// Per query: the largest score, and the sum of e^(score - largest).
+    largest: [f32; TILE],
+    sums: [f32; TILE],
+}
+
+impl Found {
+    /// Nothing but the sinks: terms of the denominator without a value.
+    pub(crate) fn sinks(job: &Attend<'_>) -> Found {
+        let mut found = Found::nothing(job);
+        found.largest[..job.sinks.len()].copy_from_slice(job.sinks);
+        found.sums = [1.0; TILE];
+        found
+    }
+
+    /// Nothing.
+    pub(crate) fn nothing(job: &Attend<'_>) -> Found {
+        Found { values: vec![0.0; job.queries.len()], largest: [f32::NEG_INFINITY; TILE], sums: [0.0; TILE] }
+    }
+
+    /// The result, `[queries, head size]`.
+    pub(crate) fn finish(mut self, job: &Attend<'_>) -> Vec<f32> {
+        for (values, sum) in self.values.chunks_exact_mut(job.size).zip(&self.sums) {
+            let inverse = 1.0 / sum;
+            values.iter_mut().for_each(|v| *v *= inverse);
+        }
+        self.values
+    }
+}
+
+/// Adds `other`, which was found in later positions.
+///
+/// # Safety
+/// The CPU has the features of the lanes; both are of the same job.
+#[inline(always)]
+pub(crate) unsafe fn merge<L: Lanes>(job: &Attend<'_>, found: &mut Found, other: &Found) {
+    for q in 0..job.positions.len() {
+        let most = if other.largest[q] > found.largest[q] { other.largest[q] } else { found.largest[q] };
+        // SAFETY: the contract; both have `size` values for each query.
+        unsafe {
+            let own = L::splat(found.largest[q] - most).exp().first();
+            let others = L::splat(other.largest[q] - most).exp().first();
+            found.sums[q] = found.sums[q] * own + other.sums[q] * others;
+            for e in q * job.size..(q + 1) * job.size {
+                let value = found.values.as_mut_ptr().add(e);
+                *value = *value * own + *other.values.as_ptr().add(e) * others;
+            }
+        }
+        found.largest[q] = most;
+    }
+}
+
+/// What the queries find in one span.
 ///
 /// Loops count instead of iterating over slices: what an iterator leaves outside of a function with more instructions than
 /// its own becomes a call.
@@ -54,24 +119,19 @@ impl Attend<'_> {
 /// The CPU has the features of the lanes.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "stated above")]
-pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, out: &mut [f32]) {
+pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, span: usize) -> Found {
     let (size, count) = (job.size, job.positions.len());
-    assert!(count <= TILE && job.queries.len() == count * size && out.len() == count * size, "a tile");
-    let (first, last) = (job.first(job.positions[0]), job.positions[count - 1]);
-    // Rounded up to whole groups, the last query being repeated.
+    assert!(count <= TILE && job.queries.len() == count * size, "a tile");
+    let first = job.first(job.positions[0]).max(span * SPAN);
+    let last = job.positions[count - 1].min(span * SPAN + SPAN - 1);
+    let mut found = Found::nothing(job);
     let mut scores = [[0.0f32; CHUNK * LANES]; TILE];
-    let mut largest = [0.0f32; TILE];
-    // The sink is one more term of the denominator, without a value.
     let mut sums = [[0.0f32; LANES]; TILE];
-    for q in 0..count {
-        largest[q] = job.sinks[q];
-        sums[q][0] = 1.0;
-    }
-    let out = out.as_mut_ptr();
+    let largest = &mut found.largest;
+    let out = found.values.as_mut_ptr();
     // SAFETY: the contract; `out` has `count` rows of `size`, every block that is looked at lies within keys and values by
     // the slicing, and columns are below the width of a row of scores.
     unsafe {
-        out.write_bytes(0, count * size);
         for chunk in first / LANES / CHUNK..last / LANES / CHUNK + 1 {
             let start = (chunk * CHUNK).max(first / LANES);
             let end = (chunk * CHUNK + CHUNK).min(last / LANES + 1);
@@ -149,12 +209,10 @@ pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, out: &mut [f32]) {
             }
         }
         for q in 0..count {
-            let inverse = 1.0 / L::load(sums[q].as_ptr()).sum();
-            for e in 0..size {
-                *out.add(q * size + e) *= inverse;
-            }
+            found.sums[q] = L::load(sums[q].as_ptr()).sum();
         }
     }
+    found
 }
 
 /// Scores of [`SCORED`] queries from `q` on with the sixteen positions of a block. What is beyond the last query is a copy of it.

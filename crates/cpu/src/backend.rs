@@ -1,6 +1,6 @@
 //! The backend: packed weights, the key/value cache and the step over a ragged batch.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use checkpoint::{Config, LayerKind, MatrixKind, Values, VectorKind, Weights};
@@ -9,7 +9,7 @@ use gptoss::{
     sample, score,
 };
 
-use crate::attention::{Attend, TILE};
+use crate::attention::{Attend, Found, TILE};
 use crate::bandwidth;
 use crate::kernels::{Isa, Kernels};
 use crate::packed::{Buffer, Job, Output, PackedMatrix, Then, multiply};
@@ -347,7 +347,7 @@ impl Cpu {
     ) {
         let config = &self.config;
         let layer = &self.layers[index];
-        let (size, groups) = (config.head_dim, config.query_heads / config.kv_heads);
+        let size = config.head_dim;
         let (q_width, kv_width) = (config.query_heads * size, config.kv_heads * size);
         let stride = q_width + 2 * kv_width;
         let tokens = tables.rows.len();
@@ -422,55 +422,120 @@ impl Cpu {
             });
         });
 
-        // One task per key/value head and a few tokens of one sequence.
         let context = room(context, tokens * q_width);
-        times.run("attention", || {
-            let cache = &self.cache[index];
-            let out = Output::new(context);
-            let heads = groups.min(TILE);
-            let tile = TILE / heads;
-            let mut tiles = Vec::new();
-            for rows in &tables.ranges {
-                tiles.extend(rows.clone().step_by(tile).map(|from| from..(from + tile).min(rows.end)));
-            }
-            self.pool.run(tiles.len() * config.kv_heads, &|task| {
-                let head = task % config.kv_heads;
-                let rows = tiles[task / config.kv_heads].clone();
-                let sequence = &plan.sequences[tables.rows[rows.start].0];
-                for first in (0..groups).step_by(heads) {
-                    let heads = heads.min(groups - first);
-                    let at = |row: usize| (head * groups + first) * size + row;
-                    let (mut queries, mut sinks, mut positions) = (Vec::new(), Vec::new(), Vec::new());
-                    for row in rows.clone() {
-                        queries.extend(&qkv[at(row * stride)..][..heads * size]);
-                        sinks.extend(&layer.sinks[head * groups + first..][..heads]);
-                        positions.extend(std::iter::repeat_n(tables.rows[row].1, heads));
-                    }
-                    let job = Attend {
-                        queries: &queries,
-                        sinks: &sinks,
-                        positions: &positions,
-                        window: if sliding { config.sliding_window } else { usize::MAX },
-                        size,
-                        keys: &cache.keys.floats()[head * size * BLOCK_TOKENS..],
-                        values: &cache.values.floats()[head * size * BLOCK_TOKENS..],
-                        stride: block_len,
-                        blocks: if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks },
-                    };
-                    let mut results = vec![0.0; queries.len()];
-                    // SAFETY: the kernels were chosen for this CPU.
-                    unsafe { (self.kernels.attend)(&job, &mut results) };
-                    for (row, results) in rows.clone().zip(results.chunks_exact(heads * size)) {
-                        // SAFETY: each task has its own heads of its own rows.
-                        unsafe { out.slice(at(row * q_width), heads * size).copy_from_slice(results) };
-                    }
-                }
-            });
-        });
+        times.run("attention", || self.attend(index, qkv, plan, tables, context));
         times.run("attention output", || {
             let records = self.records(&[&layer.output], context, q_width, float_words, limb_words);
             self.product(&layer.output, &records, Some(&layer.output_bias), Then::Add, x);
         });
+    }
+
+    /// The results of all heads of one layer, `[tokens, query heads · head size]`.
+    fn attend(&self, index: usize, qkv: &[f32], plan: &Plan, tables: &Tables, context: &mut [f32]) {
+        let (config, layer) = (&self.config, &self.layers[index]);
+        let (size, groups) = (config.head_dim, config.query_heads / config.kv_heads);
+        let (q_width, kv_width) = (config.query_heads * size, config.kv_heads * size);
+        let stride = q_width + 2 * kv_width;
+
+        // A tile is some heads that share a key/value head, of a few tokens of one sequence.
+        let heads = groups.min(TILE);
+        let mut tiles = Vec::new();
+        for rows in &tables.ranges {
+            for from in rows.clone().step_by(TILE / heads) {
+                let rows = from..(from + TILE / heads).min(rows.end);
+                for kv_head in 0..config.kv_heads {
+                    for first in (kv_head * groups..(kv_head + 1) * groups).step_by(heads) {
+                        let heads = first..(first + heads).min((kv_head + 1) * groups);
+                        tiles.push(Tile { rows: rows.clone(), heads, kv_head });
+                    }
+                }
+            }
+        }
+        let gather = |tile: &Tile| {
+            let mut queries = Queries::default();
+            for row in tile.rows.clone() {
+                let values = tile.heads.start * size..tile.heads.end * size;
+                queries.values.extend(&qkv[row * stride..][values]);
+                queries.sinks.extend(&layer.sinks[tile.heads.clone()]);
+                queries.positions.extend(std::iter::repeat_n(tables.rows[row].1, tile.heads.len()));
+            }
+            queries
+        };
+        let out = Output::new(context);
+        let store = |tile: &Tile, results: &[f32]| {
+            for (row, results) in tile.rows.clone().zip(results.chunks_exact(tile.heads.len() * size)) {
+                // SAFETY: each tile has its own heads of its own rows, and is stored once.
+                let out = unsafe { out.slice(row * q_width + tile.heads.start * size, results.len()) };
+                out.copy_from_slice(results);
+            }
+        };
+        let attend = |job: &Attend<'_>, span: usize| {
+            // SAFETY: the kernels were chosen for this CPU.
+            unsafe { (self.kernels.attend)(job, span) }
+        };
+        let merge = |job: &Attend<'_>, found: &mut Found, other: &Found| {
+            // SAFETY: as above.
+            unsafe { (self.kernels.merge)(job, found, other) }
+        };
+        if tiles.len() >= 4 * self.pool.threads() {
+            self.pool.run(tiles.len(), &|t| {
+                let queries = gather(&tiles[t]);
+                let job = self.attend_job(index, plan, tables, &tiles[t], &queries);
+                let mut found = Found::sinks(&job);
+                job.spans().for_each(|span| merge(&job, &mut found, &attend(&job, span)));
+                store(&tiles[t], &found.finish(&job));
+            });
+            return;
+        }
+        // Few queries over much context: the spans are tasks of their own.
+        let queries: Vec<Queries> = tiles.iter().map(gather).collect();
+        let jobs: Vec<Attend<'_>> = tiles
+            .iter()
+            .zip(&queries)
+            .map(|(tile, queries)| self.attend_job(index, plan, tables, tile, queries))
+            .collect();
+        let parts: Vec<(usize, usize, OnceLock<Found>)> = jobs
+            .iter()
+            .enumerate()
+            .flat_map(|(j, job)| job.spans().map(move |span| (j, span, OnceLock::new())))
+            .collect();
+        self.pool.run(parts.len(), &|p| {
+            let (j, span, found) = &parts[p];
+            // Each task sets its own, once.
+            let _ = found.set(attend(&jobs[*j], *span));
+        });
+        let mut found: Vec<Found> = jobs.iter().map(Found::sinks).collect();
+        for (j, _, part) in &parts {
+            merge(&jobs[*j], &mut found[*j], part.get().expect("every task has run"));
+        }
+        for ((tile, job), found) in tiles.iter().zip(&jobs).zip(found) {
+            store(tile, &found.finish(job));
+        }
+    }
+
+    fn attend_job<'a>(
+        &'a self,
+        index: usize,
+        plan: &'a Plan,
+        tables: &Tables,
+        tile: &Tile,
+        queries: &'a Queries,
+    ) -> Attend<'a> {
+        let (config, cache) = (&self.config, &self.cache[index]);
+        let sliding = config.layer_kinds[index] == LayerKind::Sliding;
+        let sequence = &plan.sequences[tables.rows[tile.rows.start].0];
+        let first = tile.kv_head * config.head_dim * BLOCK_TOKENS;
+        Attend {
+            queries: &queries.values,
+            sinks: &queries.sinks,
+            positions: &queries.positions,
+            window: if sliding { config.sliding_window } else { usize::MAX },
+            size: config.head_dim,
+            keys: &cache.keys.floats()[first..],
+            values: &cache.values.floats()[first..],
+            stride: config.kv_heads * config.head_dim * BLOCK_TOKENS,
+            blocks: if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks },
+        }
     }
 
     /// The mixture of experts of one layer, added to the residual stream.
@@ -723,6 +788,21 @@ impl Prepared<'_> {
         let records = if kind == Kind::Float { self.float } else { self.limbs };
         records.expect("records were made for this matrix")
     }
+}
+
+/// Some heads that share a key/value head, of a few tokens of one sequence.
+struct Tile {
+    rows: std::ops::Range<usize>,
+    heads: std::ops::Range<usize>,
+    kv_head: usize,
+}
+
+/// The queries of a tile, as [`Attend`] has them.
+#[derive(Default)]
+struct Queries {
+    values: Vec<f32>,
+    sinks: Vec<f32>,
+    positions: Vec<usize>,
 }
 
 /// The tokens of a step, ordered by expert. A slot is a token at one of its experts.

@@ -1,7 +1,6 @@
 //! The table of kernels for each instruction set, chosen at run time, and their self-test.
 
-use crate::attention::Attend;
-use crate::attention::attend as attention;
+use crate::attention::{self, Attend, Found};
 use crate::bandwidth;
 use crate::products::{self, Finish, Panel, PanelKernel, Records};
 use crate::records::{self, Kind};
@@ -45,7 +44,8 @@ pub(crate) struct Kernels {
     pub(crate) quantize: [QuantizeKernel; 3],
     pub(crate) checksum: unsafe fn(&[u8]) -> u64,
     pub(crate) dense: DenseKernel,
-    pub(crate) attend: unsafe fn(&Attend<'_>, out: &mut [f32]),
+    pub(crate) attend: unsafe fn(&Attend<'_>, span: usize) -> Found,
+    pub(crate) merge: unsafe fn(&Attend<'_>, &mut Found, &Found),
     /// The three slices have the same length, a multiple of 16.
     pub(crate) rms_norm: unsafe fn(x: &[f32], scale: &[f32], epsilon: f32, out: &mut [f32]),
 }
@@ -132,6 +132,7 @@ macro_rules! instantiate {
                 checksum,
                 dense,
                 attend,
+                merge,
                 rms_norm,
             };
 
@@ -182,9 +183,14 @@ macro_rules! instantiate {
                 unsafe { dense_panel::<$lanes, $rows>(a, b, tiles, sums) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn attend(job: &Attend<'_>, out: &mut [f32]) {
+            unsafe fn attend(job: &Attend<'_>, span: usize) -> Found {
                 // SAFETY: as stated above.
-                unsafe { attention::<$lanes>(job, out) }
+                unsafe { attention::attend::<$lanes>(job, span) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn merge(job: &Attend<'_>, found: &mut Found, other: &Found) {
+                // SAFETY: as stated above.
+                unsafe { attention::merge::<$lanes>(job, found, other) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn rms_norm(x: &[f32], scale: &[f32], epsilon: f32, out: &mut [f32]) {
@@ -458,10 +464,15 @@ mod cases {
             (64, 40, 8, 8, 36),
             (16, 130, 3, 12, usize::MAX),
             (24, 125, 2, 31, 20),
+            // Two spans, and two of which some queries see only the second.
+            (16, attention::SPAN + 5, 2, 4, usize::MAX),
+            (16, attention::SPAN + 12, 1, 9, 17),
         ] {
-            let blocks = [2u32, 0, 1, 3, 9, 8, 7, 6, 5, 4];
+            let count_of_blocks = (position + count).div_ceil(LANES) as u32;
+            let blocks: Vec<u32> = (0..count_of_blocks).map(|b| (b + 2) % count_of_blocks).collect();
             let stride = size * LANES + 3;
-            let (keys, values) = (noise(stride * 10, 17), noise(stride * 10, 19));
+            let all = stride * blocks.len();
+            let (keys, values) = (noise(all, 17), noise(all, 19));
             let queries = noise(size * count, 23);
             let sinks = noise(count, 27).iter().map(|s| 3.0 * s).collect::<Vec<f32>>();
             let positions: Vec<usize> = (0..count).map(|q| position + q / heads).collect();
@@ -476,10 +487,12 @@ mod cases {
                 stride,
                 blocks: &blocks,
             };
-            let mut out = vec![0.0; size * count];
-            // SAFETY: the table is that of an available instruction set.
-            unsafe { (kernels.attend)(&job, &mut out) };
-            found.extend(out);
+            let mut all = Found::sinks(&job);
+            for span in job.spans() {
+                // SAFETY: the table is that of an available instruction set.
+                unsafe { (kernels.merge)(&job, &mut all, &(kernels.attend)(&job, span)) };
+            }
+            found.extend(all.finish(&job));
             for ((query, sink), &last) in queries.chunks_exact(size).zip(sinks).zip(&positions) {
                 let start = |p: usize| blocks[p / LANES] as usize * stride;
                 let score = |p: usize| {

@@ -99,7 +99,7 @@ impl Pool {
         // Closed: who has not joined yet waits for the next one.
         shared.state.fetch_add(PHASE, Ordering::Relaxed);
         let mut spins = 0;
-        while shared.state.load(Ordering::Acquire) % PHASE != 0 {
+        while !shared.state.load(Ordering::Acquire).is_multiple_of(PHASE) {
             spins += 1;
             if spins < SPINS {
                 std::hint::spin_loop();
@@ -123,7 +123,7 @@ impl Shared {
         loop {
             let state = self.state.load(Ordering::Relaxed);
             let phase = state / PHASE;
-            if phase % 2 == 0 || phase == seen {
+            if phase.is_multiple_of(2) || phase == seen {
                 if self.stop.load(Ordering::Relaxed) {
                     return;
                 }
