@@ -177,9 +177,8 @@ fn measure(
         return Ok((quality, algorithms));
     };
     let source = Model::open(Some(&run.args.source), ui)?;
-    let mut reference = backend(Arc::new(source.checkpoint), &crate::args::Run::exact(), run.common, ui)?;
-    let mut model =
-        backend(Arc::new(Checkpoint::open(&run.args.out)?), &crate::args::Run::exact(), run.common, ui)?;
+    let mut reference = backend(Arc::new(source.checkpoint), &args::Run::exact(), run.common, ui)?;
+    let mut model = backend(Arc::new(Checkpoint::open(&run.args.out)?), &args::Run::exact(), run.common, ui)?;
     for set in &sets {
         let found = divergence(&mut model, &mut reference, &set.held_out, ui)?;
         quality.push(Quality {
@@ -196,7 +195,7 @@ fn measure(
     if let Some(max) = max {
         let weights: Arc<dyn Weights> = Arc::<Quantized>::clone(max);
         let found = divergence(
-            &mut backend(weights, &crate::args::Run::exact(), run.common, ui)?,
+            &mut backend(weights, &args::Run::exact(), run.common, ui)?,
             &mut reference,
             &first.held_out,
             ui,
