@@ -2,7 +2,7 @@
 //!
 //! Each element is a sum in one order, so results do not depend on the instruction set or the number of threads.
 
-use crate::kernels::{DenseSums, Isa, ROWS, TOKENS};
+use crate::kernels::{COLUMNS, DenseSums, Isa, ROWS};
 use crate::packed::Output;
 use crate::pool::Pool;
 use crate::simd::LANES;
@@ -48,11 +48,8 @@ pub enum Update {
     Subtract,
 }
 
-/// Columns summed up in one go: eight rows of them fit the first-level cache.
+/// Columns summed up in one go: with 48 rows of `b` they fit the second-level cache beside those of a task.
 const DEPTH: usize = 512;
-
-/// Rows of `b` that stay in the second-level cache.
-const B_ROWS: usize = 96;
 
 /// Rows of `a` per task.
 const A_ROWS: usize = 64;
@@ -69,37 +66,53 @@ pub fn products(pool: &Pool, a: Rows<'_>, b: Rows<'_>, out: &mut [f32], stride: 
     );
     let kernels = Isa::best().kernels().expect("the best instruction set is available");
     let out = Output::new(out);
-    pool.run(a.rows.div_ceil(A_ROWS), &|task| {
-        let rows = task * A_ROWS..((task + 1) * A_ROWS).min(a.rows);
-        // A product over no columns still sets its output.
-        for k in (0..a.cols.max(1)).step_by(DEPTH) {
-            let tiles = DEPTH.min(a.cols - k) / LANES;
-            for block in (0..b.rows).step_by(B_ROWS) {
-                let end = (block + B_ROWS).min(b.rows);
+    let panels = b.rows.div_ceil(COLUMNS);
+    let mut packed = vec![0.0; panels * COLUMNS * DEPTH.min(a.cols)];
+    // A product over no columns still sets its output.
+    for k in (0..a.cols.max(1)).step_by(DEPTH) {
+        let depth = DEPTH.min(a.cols - k);
+        let panel_len = depth * COLUMNS;
+        let panel = Output::new(&mut packed);
+        pool.run(panels, &|task| {
+            // SAFETY: this task alone has this panel.
+            let panel = unsafe { panel.slice(task * panel_len, panel_len) };
+            transpose(b, task * COLUMNS, k, panel);
+        });
+        pool.run(a.rows.div_ceil(A_ROWS), &|task| {
+            let rows = task * A_ROWS..((task + 1) * A_ROWS).min(a.rows);
+            for j in (0..b.rows).step_by(COLUMNS) {
+                let width = COLUMNS.min(b.rows - j);
+                let panel = packed[j * depth..][..panel_len].as_ptr();
                 for i in rows.clone().step_by(ROWS) {
                     let height = ROWS.min(rows.end - i);
                     let a_rows = std::array::from_fn(|r| a.at(i + r.min(height - 1), k));
-                    for j in (block..end).step_by(TOKENS) {
-                        let width = TOKENS.min(end - j);
-                        let b_rows = std::array::from_fn(|t| b.at(j + t.min(width - 1), k));
-                        let mut sums: DenseSums = [[0.0; ROWS]; TOKENS];
-                        // SAFETY: the instruction set is available; each pointer was taken from a row with
-                        // `16 · tiles` values from column `k` on.
-                        unsafe { (kernels.dense)(a_rows, b_rows, tiles, &mut sums) };
-                        for r in 0..height {
-                            // SAFETY: this task alone has these rows.
-                            let out = unsafe { out.slice((i + r) * stride + j, width) };
-                            for (out, sums) in out.iter_mut().zip(&sums) {
-                                match update {
-                                    Update::Set if k == 0 => *out = sums[r],
-                                    Update::Set | Update::Add => *out += sums[r],
-                                    Update::Subtract => *out -= sums[r],
-                                }
+                    let mut sums: DenseSums = [[0.0; COLUMNS]; ROWS];
+                    // SAFETY: the instruction set is available; each row has `depth` values from column `k` on.
+                    unsafe { (kernels.dense)(a_rows, panel, depth, &mut sums) };
+                    for (r, sums) in sums.iter().enumerate().take(height) {
+                        // SAFETY: this task alone has these rows.
+                        let out = unsafe { out.slice((i + r) * stride + j, width) };
+                        for (out, sum) in out.iter_mut().zip(sums) {
+                            match update {
+                                Update::Set if k == 0 => *out = *sum,
+                                Update::Set | Update::Add => *out += sum,
+                                Update::Subtract => *out -= sum,
                             }
                         }
                     }
                 }
             }
+        });
+    }
+}
+
+/// Rows `row ..` of `b` from column `col` on, column by column: what is beyond the last row stays as it is, for nobody reads its
+/// sums.
+fn transpose(b: Rows<'_>, row: usize, col: usize, panel: &mut [f32]) {
+    for (r, row) in (row..b.rows.min(row + COLUMNS)).enumerate() {
+        let values = &b.values[row * b.stride + col..];
+        for (to, value) in panel.iter_mut().skip(r).step_by(COLUMNS).zip(values) {
+            *to = *value;
         }
-    });
+    }
 }

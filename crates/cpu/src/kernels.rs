@@ -12,17 +12,17 @@ use crate::simd::{LANES, Lanes, Scalar};
 pub(crate) const ROWS: usize = 8;
 
 /// Rows of its right side.
-pub(crate) const TOKENS: usize = 3;
+pub(crate) const COLUMNS: usize = 3 * LANES;
 
-/// The products of a [`DenseKernel`]: `[right][left]`.
-pub(crate) type DenseSums = [[f32; ROWS]; TOKENS];
+/// The products of a [`DenseKernel`].
+pub(crate) type DenseSums = [[f32; COLUMNS]; ROWS];
 
-/// Eight rows times three rows of f32: `sums[j][i] = Σ a[i][k] · b[j][k]`.
+/// Eight rows times 48 rows of f32: `sums[i][j] = Σ a[i][k] · b[k][j]`, each in the order of `k`.
 ///
 /// # Safety
-/// The CPU has the table's instruction set; every pointer is valid for `16 · tiles` values.
+/// The CPU has the table's instruction set; every row of `a` is valid for `depth` values, `b` for `depth` times 48.
 pub(crate) type DenseKernel =
-    unsafe fn(a: [*const f32; ROWS], b: [*const f32; TOKENS], tiles: usize, sums: &mut DenseSums);
+    unsafe fn(a: [*const f32; ROWS], b: *const f32, depth: usize, sums: &mut DenseSums);
 
 /// See [`records::quantize`].
 ///
@@ -114,9 +114,10 @@ impl Isa {
     }
 }
 
-/// Compiles every kernel for one instruction set. `$rows` rows of a dense product are kept in registers at a time.
+/// Compiles every kernel for one instruction set. `$rows` rows times `$vectors` sixteens of columns of a dense product are kept
+/// in registers at a time.
 macro_rules! instantiate {
-    ($module:ident, $isa:expr, $lanes:ty, $rows:literal $(, $features:literal)?) => {
+    ($module:ident, $isa:expr, $lanes:ty, $rows:literal, $vectors:literal $(, $features:literal)?) => {
         mod $module {
             use super::*;
 
@@ -178,9 +179,9 @@ macro_rules! instantiate {
                 unsafe { bandwidth::checksum::<$lanes>(bytes) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn dense(a: [*const f32; ROWS], b: [*const f32; TOKENS], tiles: usize, sums: &mut DenseSums) {
+            unsafe fn dense(a: [*const f32; ROWS], b: *const f32, depth: usize, sums: &mut DenseSums) {
                 // SAFETY: as stated above.
-                unsafe { dense_panel::<$lanes, $rows>(a, b, tiles, sums) }
+                unsafe { dense_tile::<$lanes, $rows, $vectors>(a, b, depth, sums) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn attend(job: &Attend<'_>, span: usize) -> Found {
@@ -201,43 +202,48 @@ macro_rules! instantiate {
     };
 }
 
-instantiate!(scalar, Isa::Scalar, Scalar, 2);
+instantiate!(scalar, Isa::Scalar, Scalar, 2, 1);
 #[cfg(target_arch = "x86_64")]
-instantiate!(avx2, Isa::Avx2, Avx2, 2, "avx,avx2,fma");
+instantiate!(avx2, Isa::Avx2, Avx2, 4, 1, "avx,avx2,fma");
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512,
     Isa::Avx512,
     Avx512,
     8,
+    3,
     "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
 );
 
-/// Products of eight rows with three, lane `l` of a sum adding up the columns `l`, `l + 16`, ….
+/// See [`DenseKernel`]; `R` rows times `V` vectors of columns at a time.
 #[inline(always)]
-unsafe fn dense_panel<L: Lanes, const R: usize>(
+unsafe fn dense_tile<L: Lanes, const R: usize, const V: usize>(
     a: [*const f32; ROWS],
-    b: [*const f32; TOKENS],
-    tiles: usize,
+    b: *const f32,
+    depth: usize,
     sums: &mut DenseSums,
 ) {
-    // SAFETY: the contract of `DenseKernel`: all pointers are valid for all tiles.
+    // SAFETY: the contract of `DenseKernel`: all pointers are valid for the depth.
     unsafe {
-        for first in (0..ROWS).step_by(R) {
-            let mut acc = [[L::splat(0.0); R]; TOKENS];
-            for tile in 0..tiles {
-                let at = tile * LANES;
-                let b = [L::load(b[0].add(at)), L::load(b[1].add(at)), L::load(b[2].add(at))];
-                for r in 0..R {
-                    let a = L::load(a[first + r].add(tile * LANES));
-                    for t in 0..TOKENS {
-                        acc[t][r] = a.fma(b[t], acc[t][r]);
+        for row in (0..ROWS).step_by(R) {
+            for column in (0..COLUMNS).step_by(V * LANES) {
+                let mut acc = [[L::splat(0.0); V]; R];
+                for k in 0..depth {
+                    let mut right = [L::splat(0.0); V];
+                    for v in 0..V {
+                        right[v] = L::load(b.add(k * COLUMNS + column + v * LANES));
+                    }
+                    for r in 0..R {
+                        let left = L::splat(*a[row + r].add(k));
+                        for v in 0..V {
+                            acc[r][v] = left.fma(right[v], acc[r][v]);
+                        }
                     }
                 }
-            }
-            for t in 0..TOKENS {
                 for r in 0..R {
-                    sums[t][first + r] = acc[t][r].sum();
+                    for v in 0..V {
+                        acc[r][v].store(sums[row + r][column + v * LANES..].as_mut_ptr());
+                    }
                 }
             }
         }
