@@ -230,8 +230,8 @@ unsafe fn dense_tile<L: Lanes, const R: usize, const V: usize>(
                 let mut acc = [[L::splat(0.0); V]; R];
                 for k in 0..depth {
                     let mut right = [L::splat(0.0); V];
-                    for v in 0..V {
-                        right[v] = L::load(b.add(k * COLUMNS + column + v * LANES));
+                    for (v, right) in right.iter_mut().enumerate() {
+                        *right = L::load(b.add(k * COLUMNS + column + v * LANES));
                     }
                     for r in 0..R {
                         let left = L::splat(*a[row + r].add(k));
