@@ -16,12 +16,16 @@ const PORTABLE: [&str; 7] = [
 
 fn main() {
     println!("cargo::rerun-if-changed=kernels");
+    println!("cargo::rerun-if-changed=src/fp4_layout.rs");
     println!("cargo::rerun-if-env-changed=CUDA_HOME");
+    let layout = std::fs::read_to_string("src/fp4_layout.rs").expect("the layout lies beside lib.rs");
+    let header = header(&layout);
     if std::env::var_os("CARGO_FEATURE_KERNELS").is_none() {
         return;
     }
     let nvcc = nvcc();
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
+    std::fs::write(out.join("fp4_layout.cuh"), header).expect("OUT_DIR can be written");
     for entry in std::fs::read_dir("kernels").expect("the kernels lie beside build.rs") {
         let source = entry.expect("a readable folder").path();
         if source.extension().is_some_and(|e| e == "cu") {
@@ -39,18 +43,54 @@ fn nvcc() -> PathBuf {
     candidates.into_iter().find(|path| path.is_file()).unwrap_or_else(|| "nvcc".into())
 }
 
-/// A file named `…_sm90` is for that generation alone.
+/// A file named `…_sm90` is for that generation alone; `…_sm100` for both chips of the generation.
 fn targets(stem: &str) -> Vec<String> {
+    let chip = |n: &str| format!("arch=compute_{n}a,code=sm_{n}a");
     match stem.rsplit_once("_sm") {
-        Some((_, n)) => vec![format!("arch=compute_{n}a,code=sm_{n}a")],
+        Some((_, "100")) => vec![chip("100"), chip("103")],
+        Some((_, n)) => vec![chip(n)],
         None => PORTABLE.map(str::to_owned).to_vec(),
     }
+}
+
+/// A Rust file of constants and of functions whose body is one expression of `u32`, as C++. The operators used, their order
+/// and their meaning for unsigned numbers are the same in both languages.
+fn header(rust: &str) -> String {
+    let mut cpp = "#pragma once\n#include <cstdint>\nnamespace layout {\n".to_owned();
+    let mut lines = rust.lines().filter(|line| !line.starts_with("//"));
+    while let Some(line) = lines.next() {
+        if line.is_empty() {
+            continue;
+        }
+        if let Some(constant) = line.strip_prefix("pub(crate) const ").and_then(|rest| rest.strip_suffix(';'))
+        {
+            let (name, value) = constant.split_once(": u32 = ").expect("a constant is a u32");
+            cpp += &format!("constexpr uint32_t {name} = {value};\n");
+            continue;
+        }
+        let function =
+            line.strip_prefix("pub(crate) const fn ").and_then(|rest| rest.strip_suffix(") -> u32 {"));
+        let (name, parameters) = function
+            .and_then(|function| function.split_once('('))
+            .unwrap_or_else(|| panic!("src/fp4_layout.rs: expected a constant or a function, found {line}"));
+        let parameters: Vec<_> = parameters
+            .split(", ")
+            .map(|parameter| format!("uint32_t {}", parameter.strip_suffix(": u32").expect("a u32")))
+            .collect();
+        let body: Vec<_> = lines.by_ref().take_while(|&line| line != "}").map(str::trim).collect();
+        let (body, parameters) = (body.join(" "), parameters.join(", "));
+        assert!(!body.contains([';', '{']), "src/fp4_layout.rs: {name}: expected one expression");
+        cpp += &format!("__host__ __device__ constexpr uint32_t {name}({parameters}) {{ return {body}; }}\n");
+    }
+    cpp + "}\n"
 }
 
 fn compile(nvcc: &Path, source: &Path, targets: &[String], fatbin: &Path) {
     let status = Command::new(nvcc)
         .args(["-O3", "-std=c++17", "--fatbin", "--threads=2", "--compress-mode=size"])
         .args(targets.iter().flat_map(|target| ["-gencode", target]))
+        .arg("-I")
+        .arg(fatbin.parent().expect("the fat binary lies in OUT_DIR"))
         .arg("-o")
         .args([fatbin, source])
         .status()

@@ -13,6 +13,7 @@ use gptoss::{
 
 use crate::device::{Buffer, Device, Graph, KernelTime, Pinned};
 use crate::driver::Address;
+use crate::fp4::{self, FP4_FROM, Fp4Matrix};
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
 use crate::params::{
     After, Attention, BF16, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, Prefetch, Product, Read,
@@ -59,6 +60,8 @@ pub struct Cuda {
     graphs: HashMap<(usize, usize), Graph>,
     /// Without graphs, for a profile.
     eager: bool,
+    /// Room for quantized activations, if matrices are packed for FP4 products.
+    fp4: Option<fp4::Scratch>,
 }
 
 struct Layer {
@@ -164,7 +167,54 @@ impl Cuda {
             blocks: (0, 0),
             graphs: HashMap::new(),
             eager: false,
+            fp4: None,
         })
+    }
+
+    /// Packs the matrices of a W4A4 model a second time, for the generation's own FP4 products, which steps of many tokens then
+    /// take. Their number is the result: 0 where the device has no such products, or the model no matrix with an input scale.
+    ///
+    /// # Errors
+    /// As for [`Cuda::load`]; the model then runs as before.
+    pub fn use_fp4(&mut self, weights: &dyn Weights) -> Result<usize, Error> {
+        if !fp4::has_fp4(&self.device) {
+            return Ok(0);
+        }
+        let device = Arc::clone(&self.device);
+        let mut loader = Loader::new(&device, weights)?;
+        let mut packed = Vec::new();
+        for layer in 0..self.layers.len() {
+            let mut load = |parts: &[(MatrixKind, RowOrder)]| {
+                let parts: Vec<_> = parts.iter().map(|(kind, order)| (kind.at(layer), *order)).collect();
+                Fp4Matrix::load(&device, &mut loader, weights, &parts)
+                    .map_err(|e| no_room(e, &device, "the weights for FP4 products, beside the others,"))
+            };
+            packed.push([
+                load(&[
+                    (MatrixKind::Query, RowOrder::Rotary),
+                    (MatrixKind::Key, RowOrder::Rotary),
+                    (MatrixKind::Value, RowOrder::Plain),
+                ])?,
+                load(&[(MatrixKind::Output, RowOrder::Plain)])?,
+                load(&[(MatrixKind::GateUp, RowOrder::GateUp)])?,
+                load(&[(MatrixKind::Down, RowOrder::Plain)])?,
+            ]);
+        }
+        drop(loader);
+        let count = packed.iter().flatten().flatten().count();
+        if count > 0 {
+            let (config, padded) = (&self.config, |cols: usize| cols.next_multiple_of(TILE_COLS));
+            let dense = MAX_TOKENS * (config.query_heads * HEAD).max(padded(config.hidden_size));
+            let slots = max_slots(config, MAX_TOKENS) * padded(config.intermediate_size);
+            self.fp4 = Some(fp4::Scratch::new(&device, dense.max(slots))?);
+        }
+        for (layer, [qkv, output, gate_up, down]) in self.layers.iter_mut().zip(packed) {
+            (layer.qkv.fp4, layer.output.fp4) = (qkv, output);
+            (layer.gate_up.fp4, layer.down.fp4) = (gate_up, down);
+        }
+        // They hold the old kernels.
+        self.graphs.clear();
+        Ok(count)
     }
 
     /// Bytes of device memory that the key/value cache can have, now that the weights are loaded.
@@ -366,7 +416,8 @@ impl Backend for Cuda {
     }
 
     fn describe(&self) -> String {
-        format!("{}, 16-bit activations, BF16 keys and values", self.device.name())
+        let fp4 = if self.fp4.is_some() { ", FP4 products of many tokens" } else { "" };
+        format!("{}, 16-bit activations{fp4}, BF16 keys and values", self.device.name())
     }
 
     fn kv_layout(&self) -> KvLayout {
@@ -660,6 +711,9 @@ impl Cuda {
         n: usize,
         epilogue: Epilogue,
     ) -> Result<(), Error> {
+        if let Some((scratch, fp4)) = self.fp4(matrix, n) {
+            return fp4::multiply(&self.device, scratch, fp4, matrix.params(), (input, n), None, epilogue);
+        }
         if self.many(n) {
             return self.product_of_many(matrix, input, n, epilogue);
         }
@@ -677,6 +731,11 @@ impl Cuda {
         let grid = [blocks as u32, n.div_ceil(columns) as u32, 1];
         // SAFETY: input and outputs have `n` rows in the arena or the cache; blocks and tables were checked with the plan.
         unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
+    }
+
+    /// What FP4 products of this many tokens need, if the matrix takes them.
+    fn fp4<'a>(&'a self, matrix: &'a PackedMatrix, n: usize) -> Option<(&'a fp4::Scratch, &'a Fp4Matrix)> {
+        if n > FP4_FROM { self.fp4.as_ref().zip(matrix.fp4.as_ref()) } else { None }
     }
 
     /// Whether products of this many tokens take gemm_sm90.cu, whose activations are stacked.
@@ -931,6 +990,20 @@ impl Cuda {
         if self.few_each(layer, n) {
             self.product_of_few_each(&layer.gate_up, self.arena.normed.address(), n, epilogue)?;
             return self.product_of_few_each(&layer.down, self.arena.activated.address(), n, store);
+        }
+        if let (Some((scratch, gate_up)), Some((_, down))) =
+            (self.fp4(&layer.gate_up, n), self.fp4(&layer.down, n))
+        {
+            let groups = Some(fp4::Groups {
+                list: self.arena.routes.address(),
+                tokens: n,
+                experts: config.experts,
+                experts_per_token: config.experts_per_token,
+            });
+            let (device, normed) = (&self.device, (self.arena.normed.address(), n));
+            fp4::multiply(device, scratch, gate_up, layer.gate_up.params(), normed, groups, epilogue)?;
+            let activated = (self.arena.activated.address(), max_slots(config, n));
+            return fp4::multiply(device, scratch, down, layer.down.params(), activated, groups, store);
         }
         if self.many(n) {
             let params = Gather {

@@ -24,10 +24,10 @@ macro_rules! fatbin {
     }};
 }
 
-/// The kernels' machine code, and which kernels each file holds. A file with a capability is for that generation alone.
+/// The kernels' machine code, and which kernels each file holds. A file with capabilities is for those chips alone.
 #[cfg(feature = "kernels")]
 const MODULES: &[Module] = &[
-    (fatbin!("pack"), &["pack_bf16", "pack_fp4"], None),
+    (fatbin!("pack"), &["pack_bf16", "pack_fp4"], &[]),
     (
         fatbin!("product"),
         &[
@@ -46,7 +46,7 @@ const MODULES: &[Module] = &[
             "down_one_bf16",
             "down_one_fp4",
         ],
-        None,
+        &[],
     ),
     (
         fatbin!("gemm_sm90"),
@@ -60,17 +60,20 @@ const MODULES: &[Module] = &[
             "gemm_experts_bf16_few",
             "gemm_experts_fp4_few",
         ],
-        Some(90),
+        &[90],
     ),
-    (fatbin!("experts_few"), &["experts_few"], None),
-    (fatbin!("attention"), &["attend_split"], None),
-    (fatbin!("attention_many"), &["attend_many"], None),
-    (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "gather", "largest", "read"], None),
+    (fatbin!("experts_few"), &["experts_few"], &[]),
+    (fatbin!("attention"), &["attend_split"], &[]),
+    (fatbin!("attention_many"), &["attend_many"], &[]),
+    (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "gather", "largest", "read"], &[]),
+    (fatbin!("quantize"), &["quantize"], &[]),
+    (fatbin!("gemm_sm100"), &["fp4_gemm", "fp4_gemm_experts"], &[100, 103]),
+    (fatbin!("gemm_sm120"), &["fp4_gemm", "fp4_gemm_experts"], &[120]),
 ];
 #[cfg(not(feature = "kernels"))]
 const MODULES: &[Module] = &[];
 
-type Module = (&'static [u8], &'static [&'static str], Option<u32>);
+type Module = (&'static [u8], &'static [&'static str], &'static [u32]);
 
 /// How many devices there are; an error says why there is none.
 pub fn device_count() -> Result<usize, Error> {
@@ -176,8 +179,8 @@ impl Device {
         // SAFETY: writes one handle; 1 is CU_STREAM_NON_BLOCKING.
         let result = unsafe { (driver.create_stream)(&raw mut opened.stream, 1) };
         driver.check(result, "creating a stream")?;
-        for (image, names, generation) in MODULES {
-            if generation.is_none_or(|generation| generation == capability) {
+        for (image, names, capabilities) in MODULES {
+            if capabilities.is_empty() || capabilities.contains(&capability) {
                 opened.load_module(image, names)?;
             }
         }

@@ -6,10 +6,16 @@
 mod backend;
 mod device;
 mod driver;
+mod fp4;
+#[cfg(test)]
+mod fp4_emulation;
+#[cfg_attr(not(test), allow(dead_code, reason = "the kernels take from it what Rust does not"))]
+mod fp4_layout;
 mod packed;
 mod params;
 mod self_test;
 
 pub use backend::Cuda;
 pub use device::{Device, KernelTime, device_count};
+pub use fp4::{fp4_self_test, quantize_activations};
 pub use self_test::{SelfTest, self_test};

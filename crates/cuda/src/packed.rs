@@ -8,6 +8,7 @@ use gptoss::Error;
 
 use crate::device::{Buffer, Device, Pinned};
 use crate::driver::{Address, Handle};
+use crate::fp4::Fp4Matrix;
 use crate::params::{self, BF16, FP4, Pack, RowOrder};
 
 /// Rows of a tile.
@@ -29,6 +30,8 @@ pub(crate) struct PackedMatrix {
     matrices: usize,
     pub(crate) rows: usize,
     pub(crate) cols: usize,
+    /// The same once more, for the generation's own FP4 products.
+    pub(crate) fp4: Option<Fp4Matrix>,
 }
 
 impl PackedMatrix {
@@ -185,6 +188,7 @@ impl<'a> Loader<'a> {
             matrices,
             rows,
             cols,
+            fp4: None,
         };
         let mut tile_scale = vec![0.0; matrices * row_tiles];
         let weights = self.weights;
@@ -287,15 +291,21 @@ impl<'a> Loader<'a> {
 
     fn bytes(&mut self, bytes: &[u8]) -> Result<Buffer, Error> {
         let buffer = self.device.buffer(bytes.len())?;
+        self.write(&buffer, 0, bytes)?;
+        Ok(buffer)
+    }
+
+    /// Bytes of the host to `offset` of a buffer.
+    pub(crate) fn write(&mut self, buffer: &Buffer, offset: usize, bytes: &[u8]) -> Result<(), Error> {
         for (i, part) in bytes.chunks(STAGE).enumerate() {
             let stage = &mut self.stages[self.turn];
             self.turn ^= 1;
             self.device.wait(stage.free)?;
             stage.host.slice_mut()[..part.len()].copy_from_slice(part);
-            buffer.upload(i * STAGE, &stage.host, part.len())?;
+            buffer.upload(offset + i * STAGE, &stage.host, part.len())?;
             self.device.record(stage.free)?;
         }
-        Ok(buffer)
+        Ok(())
     }
 }
 

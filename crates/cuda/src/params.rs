@@ -74,6 +74,15 @@ params! {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
         n: u32, experts: u32, experts_per_token: u32, tokens: u32,
     }
+    /// quantize.cu
+    Quantize, 40 {
+        input: Address, codes: Address, scales: Address, n: u32, cols: u32, format: u32, input_scale: f32,
+    }
+    /// fp4.cuh
+    Fp4Gemm, 160 {
+        matrix: Matrix, input: Address, input_scales: Address, list: Address, epilogue: Epilogue,
+        n: u32, experts: u32, experts_per_token: u32, padding: u32,
+    }
     /// attention.cuh
     Attention, 136 {
         queries: Address, keys: Address, values: Address, sinks: Address,

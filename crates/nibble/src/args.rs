@@ -90,7 +90,9 @@ pub(crate) struct Run {
     #[arg(long, value_enum, default_value = "as-stored")]
     pub(crate) weights: WeightBits,
     /// What weights of four and eight bits are multiplied with, on a CPU: numbers of 24 bits, which are as good as f32, of 16
-    /// or of 8, one scale per 32. BENCHMARKS.md has speed and divergence of each
+    /// or of 8, one scale per 32. BENCHMARKS.md has speed and divergence of each. On a Blackwell GPU, `nvfp4` multiplies W4A4
+    /// models in four bits where there are many tokens: these kernels have not yet run on the chip, and are used only if their
+    /// self-test passes; the weights are in memory twice
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) activations: ActivationBits,
 }
@@ -118,6 +120,7 @@ pub(crate) enum ActivationBits {
     F32,
     Int16,
     Int8,
+    Nvfp4,
 }
 
 #[derive(Debug, Args)]

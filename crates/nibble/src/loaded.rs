@@ -36,20 +36,53 @@ pub(crate) fn backend(weights: Arc<dyn Weights>, run: &Run, common: &Common, ui:
                     ActivationBits::F32 => cpu::Activations::F32,
                     ActivationBits::Int16 => cpu::Activations::Int16,
                     ActivationBits::Int8 => cpu::Activations::Int8,
+                    ActivationBits::Nvfp4 => {
+                        return Err(Failure::input("--activations nvfp4: expected a GPU, found a CPU"));
+                    }
                 },
             };
             Loaded::Cpu(Box::new(Cpu::load(weights, options, &mut progress)?))
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => {
-            if run.weights != WeightBits::AsStored || run.activations != ActivationBits::F32 {
+            let integers = matches!(run.activations, ActivationBits::Int16 | ActivationBits::Int8);
+            if run.weights != WeightBits::AsStored || integers {
                 return Err(Failure::input(
-                    "--weights fast and --activations: expected --device cpu, found a GPU",
+                    "--weights fast and --activations int16 or int8: expected --device cpu, found a GPU",
                 ));
             }
             check_kernels(&device)?;
-            Loaded::Cuda(Box::new(cuda::Cuda::load(&device, &*weights, &mut progress)?))
+            let mut loaded = Box::new(cuda::Cuda::load(&device, &*weights, &mut progress)?);
+            if run.activations == ActivationBits::Nvfp4 {
+                drop(bar);
+                ui.note(format_args!("{}", use_fp4(&device, &mut loaded, &*weights)?));
+            }
+            Loaded::Cuda(loaded)
         }
+    })
+}
+
+/// Turns FP4 products on, or says why the model runs as it would without.
+#[cfg(feature = "cuda")]
+fn use_fp4(device: &Arc<cuda::Device>, cuda: &mut cuda::Cuda, weights: &dyn Weights) -> Result<String> {
+    let tests = cuda::fp4_self_test(device)?;
+    if tests.is_empty() {
+        return Ok(format!(
+            "--activations nvfp4: {} has no products of that, activations stay in 16 bits",
+            device.name()
+        ));
+    }
+    if let Some(test) = tests.iter().find(|test| !test.passed) {
+        return Ok(format!(
+            "--activations nvfp4: {} gives wrong numbers on {}, a relative error of {:.1e}; activations stay in 16 bits",
+            test.kernel,
+            device.name(),
+            test.error
+        ));
+    }
+    Ok(match cuda.use_fp4(weights)? {
+        0 => "--activations nvfp4: the model has no input scales, activations stay in 16 bits".to_owned(),
+        count => format!("--activations nvfp4: {count} matrices are multiplied in four bits"),
     })
 }
 

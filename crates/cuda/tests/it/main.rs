@@ -2,6 +2,8 @@
 //! the repository's root. Without a GPU the tests say that they were skipped; `NIBBLE_REQUIRE_GPU=1` makes that a failure.
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
+mod fp4;
+
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -235,7 +237,7 @@ fn logits_of_the_small_models() {
 }
 
 /// Widths that are no whole tiles, three experts of five, groups of four.
-fn odd(format: Format) -> Arc<dyn Weights> {
+fn odd_config() -> Config {
     let mut config = Config::gpt_oss_20b();
     config.hidden_size = 96;
     config.intermediate_size = 160;
@@ -246,13 +248,17 @@ fn odd(format: Format) -> Arc<dyn Weights> {
     config.vocab_size = 331;
     config.sliding_window = 20;
     config.layer_kinds.truncate(3);
+    config
+}
+
+fn odd(format: Format) -> Arc<dyn Weights> {
     let pick = move |id: MatrixId| match id.kind.is_expert()
         || (format == Format::Nvfp4 && id.kind.is_attention())
     {
         true => format,
         false => Format::Bf16,
     };
-    Arc::new(Synthetic::new(config, pick, 7))
+    Arc::new(Synthetic::new(odd_config(), pick, 7))
 }
 
 fn tokens(count: usize) -> Vec<u32> {

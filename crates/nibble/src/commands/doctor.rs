@@ -86,17 +86,27 @@ fn gpu() -> Result<Gpu> {
         free as f64 / 1e9,
         total as f64 / 1e9
     );
-    let mut lines = vec![String::new(), bold("GPU kernels     experts   error")];
-    lines.extend(tests.iter().map(|t| {
+    let line = |t: &cuda::SelfTest| {
         let verdict = if t.passed { green("ok") } else { "WRONG".to_owned() };
         format!("{:<15} {:<9} {:<9.1e} {verdict}", t.kernel, t.format, t.error)
-    }));
-    let rows: Vec<_> = tests
-        .iter()
-        .map(|t| json!({"kernel": t.kernel, "format": t.format, "error": t.error, "passed": t.passed}))
-        .collect();
+    };
+    let mut lines = vec![String::new(), bold("GPU kernels     experts   error")];
+    lines.extend(tests.iter().map(line));
+    // Off unless asked for: a failure is shown, and does not make the machine unfit. Last, since it may end the context.
+    let fp4 = cuda::fp4_self_test(&device);
+    match &fp4 {
+        Ok(tests) if tests.is_empty() => lines.push(dim("--activations nvfp4 does not apply to this chip")),
+        Ok(tests) => lines.extend(tests.iter().map(line)),
+        Err(error) => lines.push(format!("--activations nvfp4 fails on this chip: {error}")),
+    }
+    let row = |t: &cuda::SelfTest| json!({"kernel": t.kernel, "format": t.format, "error": t.error, "passed": t.passed});
+    let rows: Vec<_> = tests.iter().map(row).collect();
+    let fp4 = match fp4 {
+        Ok(tests) => json!(tests.iter().map(row).collect::<Vec<_>>()),
+        Err(error) => json!(error.to_string()),
+    };
     let json = json!({"name": device.name(), "compute_capability": capability, "multiprocessors": device.multiprocessors(),
-        "free_bytes": free, "total_bytes": total, "kernels": rows});
+        "free_bytes": free, "total_bytes": total, "kernels": rows, "fp4_products": fp4});
     Ok(Gpu { summary, lines, json, passed: tests.iter().all(|t| t.passed) })
 }
 
