@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use checkpoint::Config;
 use gptoss::{BLOCK_TOKENS, Backend, BlockId, KvLayout};
@@ -181,6 +181,8 @@ pub struct Stats {
     pub running: usize,
     /// Sequences that wait for blocks. Of a request that has not begun, one.
     pub waiting: usize,
+    /// Sequences that are held back by their [`Valve`].
+    pub paused: usize,
     /// Blocks of the full layers that sequences hold.
     pub full_blocks_used: usize,
     /// All blocks of the full layers.
@@ -205,10 +207,37 @@ pub struct Stats {
     pub steps: u64,
     /// Steps that failed.
     pub failed_steps: u64,
+    /// Steps by the tokens that they computed: up to each of [`STEP_TOKENS`], and more.
+    pub step_tokens: [u64; STEP_TOKENS.len() + 1],
+    /// Tokens of all steps.
+    pub step_tokens_sum: u64,
+    /// Steps that only decoded, and those with prompts, by the time that the backend took: up to each of [`STEP_SECONDS`],
+    /// and more.
+    pub step_seconds: [[u64; STEP_SECONDS.len() + 1]; 2],
+    /// Time of all steps of each kind.
+    pub step_seconds_sum: [f64; 2],
     /// The last step failed, or the engine's thread is gone.
     pub unhealthy: bool,
     /// When the step in progress began. A step that takes far too long is a wedged device.
     pub step_started: Option<Instant>,
+}
+
+/// Bounds of [`Stats::step_tokens`].
+pub const STEP_TOKENS: [u64; 13] = [1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384];
+
+/// Bounds of [`Stats::step_seconds`].
+pub const STEP_SECONDS: [f64; 9] = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0];
+
+impl Stats {
+    /// Counts a step.
+    pub(crate) fn step(&mut self, tokens: usize, prompts: bool, time: Duration) {
+        let tokens = tokens as u64;
+        self.step_tokens[STEP_TOKENS.partition_point(|&bound| bound < tokens)] += 1;
+        self.step_tokens_sum += tokens;
+        let (kind, seconds) = (usize::from(prompts), time.as_secs_f64());
+        self.step_seconds[kind][STEP_SECONDS.partition_point(|&bound| bound < seconds)] += 1;
+        self.step_seconds_sum[kind] += seconds;
+    }
 }
 
 /// A backend at work on a thread of its own. Clones are handles on the same engine; when the last is dropped, the requests
@@ -243,6 +272,8 @@ pub(crate) struct Shared {
 pub(crate) struct Mailbox {
     pub(crate) incoming: VecDeque<Job>,
     pub(crate) cancelled: Vec<u64>,
+    /// Requests to hold back (false) or to let go on (true), in order.
+    pub(crate) valves: Vec<(u64, bool)>,
     pub(crate) reset_prefixes: bool,
     pub(crate) phase: Phase,
     /// Requests accepted and not ended.
@@ -494,6 +525,15 @@ impl Shared {
         self.changed.wait_while(self.mailbox(), idle).unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn cancel(&self, number: u64) {
+        let mut mailbox = self.mailbox();
+        if mailbox.phase != Phase::Ended {
+            mailbox.cancelled.push(number);
+        }
+        drop(mailbox);
+        self.changed.notify_all();
+    }
+
     /// Moves on to a later phase.
     pub(crate) fn enter(&self, phase: Phase) {
         let mut mailbox = self.mailbox();
@@ -513,12 +553,12 @@ pub struct RequestHandle {
 impl RequestHandle {
     /// Removes the request before the next step. Events of the step in progress may still come.
     pub fn cancel(&self) {
-        let mut mailbox = self.shared.mailbox();
-        if mailbox.phase != Phase::Ended {
-            mailbox.cancelled.push(self.number);
-        }
-        drop(mailbox);
-        self.shared.changed.notify_all();
+        self.shared.cancel(self.number);
+    }
+
+    /// Holds the request back and lets it go on; for sinks, too.
+    pub fn valve(&self) -> Valve {
+        Valve { shared: Arc::clone(&self.shared), number: self.number }
     }
 
     /// The request's number in the order of submission, from 1.
@@ -530,6 +570,40 @@ impl RequestHandle {
 impl Drop for RequestHandle {
     fn drop(&mut self) {
         self.cancel();
+    }
+}
+
+/// Holds a request back while its client does not keep up. It keeps its place in the order of arrival and its tokens, and
+/// gives its blocks back; what it had computed may still be in the prefix cache when it goes on.
+#[derive(Clone)]
+pub struct Valve {
+    shared: Arc<Shared>,
+    number: u64,
+}
+
+impl Valve {
+    /// No step after the one in progress computes the request.
+    pub fn close(&self) {
+        self.turn(false);
+    }
+
+    /// The request goes on.
+    pub fn open(&self) {
+        self.turn(true);
+    }
+
+    /// Removes the request, as [`RequestHandle::cancel`] does.
+    pub fn cancel(&self) {
+        self.shared.cancel(self.number);
+    }
+
+    fn turn(&self, open: bool) {
+        let mut mailbox = self.shared.mailbox();
+        if mailbox.phase != Phase::Ended {
+            mailbox.valves.push((self.number, open));
+        }
+        drop(mailbox);
+        self.shared.changed.notify_all();
     }
 }
 

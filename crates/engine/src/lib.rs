@@ -19,7 +19,9 @@ mod scripted;
 mod speculation;
 mod worker;
 
-pub use engine::{Engine, EngineOptions, Error, RequestHandle, Stats, SubmitError};
+pub use engine::{
+    Engine, EngineOptions, Error, RequestHandle, STEP_SECONDS, STEP_TOKENS, Stats, SubmitError, Valve,
+};
 pub use grammar::{Form, Grammar, GrammarError, Grammars, TurnRules, Whitespace};
 pub use llm::{CompletionOutput, Llm, Progress, Prompt, RequestOutput};
 pub use params::{InvalidParam, RepetitionDetection, SamplingParams};

@@ -3,7 +3,8 @@
 //! First come, first served, among sequences of equal priority. A step takes every decoding sequence, then chunks of prompts,
 //! first come first, until the token budget is spent; then new sequences as long as their blocks suffice. When a decoding
 //! sequence finds no block, the last in the order gives all of its blocks back and starts over later (its tokens are kept,
-//! their keys and values computed again); so it does when one of a better priority finds no place.
+//! their keys and values computed again); so it does when one of a better priority finds no place. A paused sequence gives its
+//! blocks back, too, so that a client that does not read holds nothing that others need.
 //!
 //! The answers of one request beyond the first are sequences of their own, added when the first has computed the prompt:
 //! the prefix cache hands them its blocks, all but the last partial one, whose tokens each computes for itself. So no block is
@@ -82,6 +83,8 @@ pub struct Scheduler {
     blocks: Blocks,
     waiting: BTreeMap<SequenceId, Waiting>,
     running: BTreeMap<SequenceId, Running>,
+    /// Held back until they are resumed.
+    paused: BTreeMap<SequenceId, Waiting>,
     preemptions: u64,
     prefix_queries: u64,
     prefix_hits: u64,
@@ -118,6 +121,7 @@ impl Scheduler {
             blocks,
             waiting: BTreeMap::new(),
             running: BTreeMap::new(),
+            paused: BTreeMap::new(),
             preemptions: 0,
             prefix_queries: 0,
             prefix_hits: 0,
@@ -132,12 +136,32 @@ impl Scheduler {
     /// Removes a sequence, wherever it is, and frees its blocks.
     pub fn remove(&mut self, id: SequenceId) {
         self.waiting.remove(&id);
+        self.paused.remove(&id);
         if let Some(running) = self.running.remove(&id) {
             self.blocks.close(running.table);
         }
     }
 
-    /// Chooses the next step's work and takes the blocks for it. Empty only if there are no sequences.
+    /// Holds a sequence back, without its blocks, until [`Scheduler::resume`].
+    pub fn pause(&mut self, id: SequenceId) {
+        if let Some(waiting) = self.suspend(id).or_else(|| self.waiting.remove(&id)) {
+            self.paused.insert(id, waiting);
+        }
+    }
+
+    /// Queues a paused sequence in its old place.
+    pub fn resume(&mut self, id: SequenceId) {
+        if let Some(waiting) = self.paused.remove(&id) {
+            self.waiting.insert(id, waiting);
+        }
+    }
+
+    /// Whether a step has something to do.
+    pub fn has_work(&self) -> bool {
+        !self.running.is_empty() || !self.waiting.is_empty()
+    }
+
+    /// Chooses the next step's work and takes the blocks for it. Empty only if there is no work.
     pub fn schedule(&mut self) -> Vec<Share> {
         let mut shares = Vec::new();
         let mut budget = self.limits.tokens;
@@ -251,6 +275,11 @@ impl Scheduler {
         self.waiting.len()
     }
 
+    /// The number of sequences that are held back.
+    pub fn paused(&self) -> usize {
+        self.paused.len()
+    }
+
     /// The blocks.
     pub fn blocks(&self) -> &Blocks {
         &self.blocks
@@ -356,11 +385,16 @@ impl Scheduler {
     }
 
     fn preempt(&mut self, id: SequenceId) {
-        if let Some(running) = self.running.remove(&id) {
-            self.blocks.close(running.table);
-            let waiting = Waiting { sequence: running.sequence, cached: Some(running.cached) };
+        if let Some(waiting) = self.suspend(id) {
             self.waiting.insert(id, waiting);
             self.preemptions += 1;
         }
+    }
+
+    /// Takes a running sequence's blocks from it.
+    fn suspend(&mut self, id: SequenceId) -> Option<Waiting> {
+        let running = self.running.remove(&id)?;
+        self.blocks.close(running.table);
+        Some(Waiting { sequence: running.sequence, cached: Some(running.cached) })
     }
 }

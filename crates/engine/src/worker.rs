@@ -141,15 +141,22 @@ impl Worker {
 
     pub(crate) fn run(mut self) {
         loop {
-            let idle = self.requests.is_empty();
+            let (idle, empty) = (!self.scheduler.has_work(), self.requests.is_empty());
             let mut mailbox = self.shared.wait_while(|mailbox| {
-                idle && mailbox.phase == Phase::Serving
+                let goes_on = match mailbox.phase {
+                    Phase::Serving => true,
+                    Phase::Draining => !empty,
+                    Phase::Aborting | Phase::Ended => false,
+                };
+                idle && goes_on
                     && mailbox.incoming.is_empty()
                     && mailbox.cancelled.is_empty()
+                    && mailbox.valves.is_empty()
                     && !mailbox.reset_prefixes
             });
             let incoming = std::mem::take(&mut mailbox.incoming);
             let cancelled = std::mem::take(&mut mailbox.cancelled);
+            let valves = std::mem::take(&mut mailbox.valves);
             let reset = std::mem::take(&mut mailbox.reset_prefixes);
             let phase = mailbox.phase;
             drop(mailbox);
@@ -160,6 +167,9 @@ impl Worker {
             for number in cancelled {
                 self.retire(number);
             }
+            for (number, open) in valves {
+                self.turn_valve(number, open);
+            }
             if reset {
                 self.scheduler.reset_prefixes();
             }
@@ -167,10 +177,19 @@ impl Worker {
                 // What is left is told on the way out.
                 return;
             }
-            if !self.requests.is_empty() {
+            if self.scheduler.has_work() {
                 self.step();
             }
             self.publish(None);
+        }
+    }
+
+    /// Holds all choices of a request back, or lets them go on.
+    fn turn_valve(&mut self, number: u64, open: bool) {
+        let Some(active) = self.requests.get(&number) else { return };
+        for choice in 0..active.choices.len() {
+            let id = SequenceId { priority: active.priority, request: number, choice };
+            if open { self.scheduler.resume(id) } else { self.scheduler.pause(id) }
         }
     }
 
@@ -272,6 +291,9 @@ impl Worker {
                 if shares.iter().all(|share| share.complete && share.positions.len() == 1) {
                     self.costs.measure(shares.iter().map(Share::tokens).sum(), begin.elapsed());
                 }
+                let tokens = shares.iter().map(|share| share.positions.len()).sum();
+                let prompts = shares.iter().any(|share| share.positions.len() > 1);
+                self.shared.stats().step(tokens, prompts, begin.elapsed());
                 for ((share, output), plan) in shares.iter().zip(outputs).zip(&plan.sequences) {
                     let committed = catch_unwind(AssertUnwindSafe(|| self.commit(share, output, plan)));
                     if let Err(panic) = committed {
@@ -563,9 +585,11 @@ impl Worker {
         let (prefix_queries, prefix_hits) = self.scheduler.prefix_counts();
         let (full_blocks_used, full_blocks) = blocks.full_usage();
         let (sliding_blocks_used, sliding_blocks) = blocks.sliding_usage();
-        *self.shared.stats() = crate::Stats {
+        let mut stats = self.shared.stats();
+        *stats = crate::Stats {
             running: self.scheduler.running().len(),
             waiting: self.scheduler.waiting(),
+            paused: self.scheduler.paused(),
             full_blocks_used,
             full_blocks,
             sliding_blocks_used,
@@ -580,6 +604,10 @@ impl Worker {
             failed_steps: self.failed_steps,
             unhealthy: self.failures > 0,
             step_started,
+            step_tokens: stats.step_tokens,
+            step_tokens_sum: stats.step_tokens_sum,
+            step_seconds: stats.step_seconds,
+            step_seconds_sum: stats.step_seconds_sum,
         };
     }
 }

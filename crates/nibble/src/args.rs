@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::foreign::Foreign;
+
 /// Quantizes gpt-oss to NVFP4, runs it, serves it, and measures what four bits cost.
 #[derive(Debug, Parser)]
 #[command(name = "nibble", version, about, max_term_width = 100, infer_long_args = false, after_help = EXAMPLES)]
@@ -312,6 +314,18 @@ pub(crate) struct Capacity {
     /// Sequences that run at a time
     #[arg(long, value_name = "N", value_parser = count)]
     pub(crate) max_num_seqs: Option<u64>,
+    /// Tokens per step
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) max_num_batched_tokens: Option<u64>,
+    /// Bytes of the key/value cache [default: a share of what is free]
+    #[arg(long, value_name = "BYTES", value_parser = positive)]
+    pub(crate) kv_cache_memory_bytes: Option<u64>,
+    /// Requests do not share the computation of equal beginnings
+    #[arg(long)]
+    pub(crate) no_enable_prefix_caching: bool,
+    /// They do, which is the default
+    #[arg(long, hide = true, overrides_with = "no_enable_prefix_caching")]
+    pub(crate) enable_prefix_caching: bool,
     /// Type of the key/value cache
     #[arg(long, value_name = "auto", default_value = "auto", value_parser = ["auto"])]
     pub(crate) kv_cache_dtype: String,
@@ -394,60 +408,238 @@ pub(crate) struct Chat {
 Examples:
   nibble serve                                             the small built-in model
   nibble serve openai/gpt-oss-20b --quantization nvfp4     cast without loss while loading
-  nibble serve MODEL --host 0.0.0.0 --api-key \"$KEY\"")]
+  nibble serve MODEL --host 0.0.0.0 --api-key \"$KEY\" --ssl-certfile cert.pem --ssl-keyfile key.pem
+  nibble serve --config FILE.yaml                          any of these flags, without the dashes
+
+vLLM's other flags are accepted where they change nothing here; a line at the start lists them.")]
 pub(crate) struct Serve {
     /// The model [default: the small built-in one]
     #[arg(value_name = "MODEL")]
     pub(crate) model: Option<String>,
     /// The same as MODEL
-    #[arg(long = "model", value_name = "MODEL", conflicts_with = "model")]
+    #[arg(long = "model", value_name = "MODEL")]
     pub(crate) model_flag: Option<String>,
-    /// Names that requests may use [default: MODEL as typed]
-    #[arg(long, value_name = "NAME", num_args = 1..)]
-    pub(crate) served_model_name: Vec<String>,
-    /// Address to listen on
-    #[arg(long, default_value = "127.0.0.1")]
-    pub(crate) host: String,
-    /// Port to listen on; 0 takes a free one and prints it
-    #[arg(long, default_value_t = 8000)]
-    pub(crate) port: u16,
-    /// Keys that clients must send one of
-    #[arg(long, value_name = "KEY", num_args = 1.., env = "VLLM_API_KEY", hide_env_values = true)]
-    pub(crate) api_key: Vec<String>,
-    /// Requests that may wait or run
-    #[arg(long, value_name = "N", value_parser = count)]
-    pub(crate) max_num_queued_reqs: Option<u64>,
-    /// Responses kept for `previous_response_id` and GET [default: none]
-    #[arg(long, value_name = "N", default_value_t = 0)]
-    pub(crate) responses_store: usize,
+    /// Flags from a file, by their names; the command line wins
+    #[arg(long, value_name = "FILE.yaml")]
+    pub(crate) config: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) network: Network,
+    #[command(flatten)]
+    pub(crate) access: AccessFlags,
+    #[command(flatten)]
+    pub(crate) answers: Answers,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
+    #[command(flatten)]
+    pub(crate) logs: Logs,
     /// What answers: the model, or for tests of clients the tokens of a file
     #[arg(long, value_name = "auto|scripted:FILE", default_value = "auto")]
     pub(crate) engine: String,
-    /// Date in the system message, as YYYY-MM-DD [default: today, UTC]
-    #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE")]
-    pub(crate) system_date: Option<String>,
     /// Seed of requests that bring none
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Seconds to finish running requests on SIGTERM
-    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
-    pub(crate) shutdown_timeout: u64,
-    /// Ignored: no code of a model's repository is ever run
-    #[arg(long)]
-    pub(crate) trust_remote_code: bool,
-    /// Ignored: Harmony's reasoning is always parsed
-    #[arg(long, value_name = "NAME", hide = true)]
-    pub(crate) reasoning_parser: Option<String>,
-    /// Ignored: Harmony's tool calls are always parsed
-    #[arg(long, value_name = "NAME", hide = true)]
-    pub(crate) tool_call_parser: Option<String>,
-    /// Ignored: tools are always parsed
-    #[arg(long, hide = true)]
-    pub(crate) enable_auto_tool_choice: bool,
     #[command(flatten)]
     pub(crate) capacity: Capacity,
     #[command(flatten)]
     pub(crate) run: Run,
+    #[command(flatten)]
+    pub(crate) foreign: Foreign,
+}
+
+/// Where and how the server listens.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Network")]
+pub(crate) struct Network {
+    /// Address to listen on
+    #[arg(long, default_value = "127.0.0.1", env = "VLLM_HOST_IP")]
+    pub(crate) host: String,
+    /// Port to listen on; 0 takes a free one and prints it
+    #[arg(long, default_value_t = 8000, env = "VLLM_PORT")]
+    pub(crate) port: u16,
+    /// A socket in the file system to listen on instead
+    #[arg(long, value_name = "PATH")]
+    pub(crate) uds: Option<PathBuf>,
+    /// Prefix of all paths that a proxy may leave in place
+    #[arg(long, value_name = "/PREFIX", default_value = "", value_parser = root_path)]
+    pub(crate) root_path: String,
+    /// TLS: the certificate, then those that lead to its root, as PEM
+    #[arg(long, value_name = "FILE", requires = "ssl_keyfile")]
+    pub(crate) ssl_certfile: Option<PathBuf>,
+    /// TLS: the certificate's private key, as PEM
+    #[arg(long, value_name = "FILE", requires = "ssl_certfile")]
+    pub(crate) ssl_keyfile: Option<PathBuf>,
+    /// TLS: roots of clients' certificates, as PEM
+    #[arg(long, value_name = "FILE", requires = "ssl_certfile")]
+    pub(crate) ssl_ca_certs: Option<PathBuf>,
+    /// TLS: clients show no certificate (0), may show one (1), must (2)
+    #[arg(long, value_name = "0|1|2", default_value_t = 0, value_parser = clap::value_parser!(u8).range(0..=2))]
+    pub(crate) ssl_cert_reqs: u8,
+    /// TLS: read the files again when they change
+    #[arg(long)]
+    pub(crate) enable_ssl_refresh: bool,
+    /// Origins whose pages may use the server, such as ["https://example.org"] or ["*"]
+    #[arg(long, value_name = "JSON", default_value = "[]", value_parser = strings)]
+    pub(crate) allowed_origins: Strings,
+    /// Methods that such pages may use
+    #[arg(long, value_name = "JSON", default_value = "[\"*\"]", value_parser = strings)]
+    pub(crate) allowed_methods: Strings,
+    /// Headers that such pages may send
+    #[arg(long, value_name = "JSON", default_value = "[\"*\"]", value_parser = strings)]
+    pub(crate) allowed_headers: Strings,
+    /// Such pages may send cookies
+    #[arg(long)]
+    pub(crate) allow_credentials: bool,
+}
+
+/// Who may do what.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Access")]
+pub(crate) struct AccessFlags {
+    /// Keys that clients must send one of
+    #[arg(long, value_name = "KEY", num_args = 1.., env = "VLLM_API_KEY", hide_env_values = true)]
+    pub(crate) api_key: Vec<String>,
+    /// More of them, one per line
+    #[arg(long, value_name = "FILE")]
+    pub(crate) api_key_file: Option<PathBuf>,
+    /// Key for /abort_requests, /reset_prefix_cache, /server_info, /sleep, /start_profile and the like
+    #[arg(long, value_name = "KEY", num_args = 1..)]
+    pub(crate) admin_api_key: Vec<String>,
+    /// Key for /metrics [default: none is asked for]
+    #[arg(long, value_name = "KEY", num_args = 1..)]
+    pub(crate) metrics_api_key: Vec<String>,
+    /// What needs an admin's key is open to all clients
+    #[arg(long)]
+    pub(crate) dev_mode: bool,
+    /// /sleep and /wake_up are there
+    #[arg(long)]
+    pub(crate) enable_sleep_mode: bool,
+    /// No chat page at /
+    #[arg(long)]
+    pub(crate) disable_page: bool,
+    /// No /docs and /openapi.json
+    #[arg(long, alias = "disable-fastapi-docs")]
+    pub(crate) disable_docs: bool,
+    /// Nothing of what tools made for Ollama ask
+    #[arg(long)]
+    pub(crate) no_ollama_compat: bool,
+    /// Requests per key and minute [default: no limit]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) rate_limit_requests: Option<u64>,
+    /// Tokens per key and minute [default: no limit]
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub(crate) rate_limit_tokens: Option<u64>,
+}
+
+/// What answers look like.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Answers")]
+pub(crate) struct Answers {
+    /// Names that requests may use [default: MODEL as typed]
+    #[arg(long, value_name = "NAME", num_args = 1..)]
+    pub(crate) served_model_name: Vec<String>,
+    /// Owner in the list of models
+    #[arg(long, value_name = "NAME", default_value = "vllm")]
+    pub(crate) model_owner: String,
+    /// Sampling defaults: `auto` from the model's generation_config.json, `vllm` without it
+    #[arg(long, value_name = "auto|vllm", default_value = "auto", value_parser = ["auto", "vllm"])]
+    pub(crate) generation_config: String,
+    /// Sampling defaults over those, such as {"temperature": 0.7}
+    #[arg(long, value_name = "JSON", value_parser = sampling_defaults)]
+    pub(crate) override_generation_config: Option<SamplingOverrides>,
+    /// Most alternatives per token that a request may ask for
+    #[arg(long, value_name = "N", default_value_t = 20)]
+    pub(crate) max_logprobs: usize,
+    /// Tokens per part of a stream
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
+    pub(crate) stream_interval: u16,
+    /// Every part of every stream says how many tokens there are
+    #[arg(long)]
+    pub(crate) enable_force_include_usage: bool,
+    /// Answers say how long they took
+    #[arg(long)]
+    pub(crate) enable_per_request_metrics: bool,
+    /// What `system_fingerprint` says
+    #[arg(long, value_name = "full|hash|custom|none", default_value = "full", value_parser = ["full", "hash", "custom", "none"])]
+    pub(crate) fingerprint_mode: String,
+    /// The custom one
+    #[arg(long, value_name = "TEXT", required_if_eq("fingerprint_mode", "custom"))]
+    pub(crate) fingerprint_value: Option<String>,
+    /// Codes of errors: the status, as vLLM has it, or OpenAI's words
+    #[arg(long, value_name = "vllm|openai", default_value = "vllm", value_parser = ["vllm", "openai"])]
+    pub(crate) error_code_style: String,
+    /// Responses kept for `previous_response_id` and GET [default: none]
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) responses_store: usize,
+    /// Date in the system message, as YYYY-MM-DD [default: today, UTC]
+    #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE")]
+    pub(crate) system_date: Option<String>,
+}
+
+/// What bounds clients and requests.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Limits")]
+pub(crate) struct Limits {
+    /// Requests that may wait or run
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub(crate) max_num_queued_reqs: Option<u64>,
+    /// Prompt tokens that may wait [default: eight times what the key/value cache holds]
+    #[arg(long, value_name = "N", value_parser = count)]
+    pub(crate) max_num_queued_tokens: Option<u64>,
+    /// Connections at a time; others wait
+    #[arg(long, value_name = "N", default_value_t = 16_384)]
+    pub(crate) max_connections: usize,
+    /// Largest body of a request in bytes
+    #[arg(long, value_name = "BYTES", default_value = "32M", value_parser = count, env = "VLLM_HTTP_MAX_REQUEST_BODY_SIZE")]
+    pub(crate) max_request_body_size: u64,
+    /// Seconds between an answer and the next request of a connection
+    #[arg(long, value_name = "SECONDS", default_value_t = 5, env = "VLLM_HTTP_TIMEOUT_KEEP_ALIVE")]
+    pub(crate) timeout_keep_alive: u64,
+    /// Seconds of silence on a stream before a comment; 0: never
+    #[arg(long, value_name = "SECONDS", default_value_t = 15)]
+    pub(crate) sse_keep_alive_interval: u64,
+    /// Seconds in which a client may read nothing of what there is for it
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    pub(crate) client_stall_timeout: u64,
+    /// Seconds that an answer may take [default: no limit]
+    #[arg(long, value_name = "SECONDS")]
+    pub(crate) request_timeout: Option<u64>,
+    /// Seconds of a step after which /health says that the device hangs
+    #[arg(long, value_name = "SECONDS", default_value_t = 10)]
+    pub(crate) health_stall_timeout: u64,
+    /// Seconds to load the model in [default: no limit]
+    #[arg(long, value_name = "SECONDS", env = "VLLM_ENGINE_READY_TIMEOUT_S")]
+    pub(crate) ready_timeout: Option<u64>,
+    /// Seconds to finish running requests on SIGTERM
+    #[arg(long, value_name = "SECONDS", default_value_t = 30)]
+    pub(crate) shutdown_timeout: u64,
+}
+
+/// What is written down.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Logs and metrics")]
+pub(crate) struct Logs {
+    /// Least important lines that are written
+    #[arg(long, value_name = "LEVEL", env = "VLLM_LOGGING_LEVEL", default_value = "info", ignore_case = true,
+        value_parser = ["trace", "debug", "info", "warning", "warn", "error", "critical", "off"])]
+    pub(crate) log_level: String,
+    /// Lines for people, or JSON
+    #[arg(long, value_name = "text|json", default_value = "text", value_parser = ["text", "json"])]
+    pub(crate) log_format: String,
+    /// No line about the engine every ten seconds
+    #[arg(long)]
+    pub(crate) disable_log_stats: bool,
+    /// Log prompts and parameters
+    #[arg(long)]
+    pub(crate) enable_log_requests: bool,
+    /// Log answers
+    #[arg(long)]
+    pub(crate) enable_log_outputs: bool,
+    /// Most characters of a prompt or an answer in the log
+    #[arg(long, value_name = "N")]
+    pub(crate) max_log_len: Option<usize>,
+    /// No metrics under the names of earlier versions
+    #[arg(long)]
+    pub(crate) no_legacy_metrics: bool,
 }
 
 #[derive(Debug, Args)]
@@ -712,6 +904,45 @@ fn count(text: &str) -> Result<u64, String> {
     Ok(value as u64)
 }
 
+fn positive(text: &str) -> Result<u64, String> {
+    match count(text)? {
+        0 => Err("expected at least 1".to_owned()),
+        n => Ok(n),
+    }
+}
+
+fn root_path(text: &str) -> Result<String, String> {
+    let path = text.trim_end_matches('/');
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"/-._~".contains(&b);
+    match path.is_empty() || (path.starts_with('/') && path.bytes().all(plain)) {
+        true => Ok(path.to_owned()),
+        false => Err("expected a path such as /nibble".to_owned()),
+    }
+}
+
+/// A list that is one value on the command line.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Strings(pub(crate) Vec<String>);
+
+fn strings(text: &str) -> Result<Strings, String> {
+    serde_json::from_str(text).map(Strings).map_err(|_| "expected a JSON array of strings".to_owned())
+}
+
+/// Sampling defaults over those of the model.
+#[derive(Debug, Clone, Copy, Default, PartialEq, serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct SamplingOverrides {
+    pub(crate) temperature: Option<f32>,
+    pub(crate) top_p: Option<f32>,
+    pub(crate) top_k: Option<u32>,
+    pub(crate) min_p: Option<f32>,
+}
+
+fn sampling_defaults(text: &str) -> Result<SamplingOverrides, String> {
+    serde_json::from_str(text)
+        .map_err(|e| format!("expected a JSON object of temperature, top_p, top_k, min_p, found: {e}"))
+}
+
 fn context(text: &str) -> Result<Context, String> {
     if text == "auto" || text == "-1" {
         return Ok(Context::Auto);
@@ -720,23 +951,6 @@ fn context(text: &str) -> Result<Context, String> {
         0 => Err("expected at least 1".to_owned()),
         n => Ok(Context::Tokens(n as usize)),
     }
-}
-
-/// The arguments with `--snake_case` flags in `--kebab-case`, which users of other programs type.
-pub(crate) fn with_kebab_case(args: impl Iterator<Item = std::ffi::OsString>) -> Vec<std::ffi::OsString> {
-    let mut literal = false;
-    args.map(|arg| {
-        literal |= arg == "--";
-        match arg.to_str() {
-            Some(text) if !literal && text.starts_with("--") => {
-                let (name, value) = text.split_once('=').map_or((text, None), |(n, v)| (n, Some(v)));
-                let name = name.replace('_', "-");
-                value.map_or(name.clone(), |value| format!("{name}={value}")).into()
-            }
-            _ => arg,
-        }
-    })
-    .collect()
 }
 
 #[cfg(test)]
@@ -760,12 +974,5 @@ mod tests {
         assert_eq!(context("auto"), Ok(Context::Auto));
         assert_eq!(context("-1"), Ok(Context::Auto));
         assert!(context("0").is_err());
-    }
-
-    #[test]
-    fn snake_case_flags_are_understood() {
-        let args = ["serve", "--max_model_len=3", "--api_key", "a_b", "--", "--x_y"].map(Into::into);
-        let expected = ["serve", "--max-model-len=3", "--api-key", "a_b", "--", "--x_y"];
-        assert_eq!(with_kebab_case(args.into_iter()), expected);
     }
 }

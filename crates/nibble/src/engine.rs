@@ -10,7 +10,7 @@ use tokenizer::Tokenizer;
 
 use crate::args::{Capacity, Common, Context, Run, Sampling};
 use crate::failure::{Failure, Result};
-use crate::loaded::backend;
+use crate::loaded::watched_backend;
 use crate::model::Model;
 use crate::ui::Ui;
 
@@ -23,7 +23,7 @@ pub(crate) struct Running {
     pub(crate) generation: GenerationConfig,
 }
 
-/// `base` holds what is not a matter of the model or of `capacity`.
+/// `base` holds what is not a matter of the model or of `capacity`; `watch` is told how much is loaded, of how much.
 pub(crate) fn start(
     model: Model,
     run: &Run,
@@ -31,6 +31,7 @@ pub(crate) fn start(
     base: &EngineOptions,
     common: &Common,
     ui: Ui,
+    watch: &mut dyn FnMut(usize, usize),
 ) -> Result<Running> {
     if capacity.tensor_parallel_size != 1 {
         return Err(Failure::input(format!(
@@ -40,7 +41,7 @@ pub(crate) fn start(
     }
     let harmony = model.harmony()?;
     let generation = model.checkpoint.generation_config().clone();
-    let backend = backend(model.weights(run, common, ui)?, run, common, ui)?;
+    let backend = watched_backend(model.weights(run, common, ui)?, run, common, ui, watch)?;
     if run.batch_invariant && !backend.batch_invariant() {
         return Err(Failure::input(
             "--batch-invariant: expected --device cpu, since products of few and of many tokens add up in different orders \
@@ -76,9 +77,7 @@ pub(crate) fn scripted(file: &str, capacity: &Capacity, base: &EngineOptions) ->
     let backend = Scripted::from_json(Scripted::gpt_oss(), &script)
         .map_err(|e| Failure::input(format!("{file}: {e}")))?;
     let harmony = Harmony::new(Tokenizer::o200k_harmony()).map_err(|e| Failure::input(e.to_string()))?;
-    let generation = GenerationConfig::default();
-    let kv_cache_bytes = base.kv_cache_bytes;
-    let options = EngineOptions { kv_cache_bytes, ..options(&backend, capacity, &generation, base)? };
+    let options = options(&backend, capacity, &GenerationConfig::default(), base)?;
     engine(backend, Arc::new(harmony), options)
 }
 
@@ -102,6 +101,13 @@ fn options(
         options.max_num_seqs = count as usize;
         options.max_num_batched_tokens = options.max_num_batched_tokens.max(count as usize);
     }
+    if let Some(count) = capacity.max_num_batched_tokens {
+        options.max_num_batched_tokens = count as usize;
+    }
+    if let Some(bytes) = capacity.kv_cache_memory_bytes {
+        options.kv_cache_bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+    }
+    options.prefix_caching &= !capacity.no_enable_prefix_caching;
     Ok(options)
 }
 

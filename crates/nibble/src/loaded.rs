@@ -20,11 +20,23 @@ pub(crate) enum Loaded {
 
 /// Packs the weights for the device that `--device` asks for.
 pub(crate) fn backend(weights: Arc<dyn Weights>, run: &Run, common: &Common, ui: Ui) -> Result<Loaded> {
+    watched_backend(weights, run, common, ui, &mut |_, _| {})
+}
+
+/// The same; `watch` is told how much is done, of how much.
+pub(crate) fn watched_backend(
+    weights: Arc<dyn Weights>,
+    run: &Run,
+    common: &Common,
+    ui: Ui,
+    watch: &mut dyn FnMut(usize, usize),
+) -> Result<Loaded> {
     let device = device(&common.device)?;
     let mut bar = ui.progress("Loading", 1);
     let mut progress = |done: usize, total: usize| {
         bar.set_total(total as u64);
         bar.set(done as u64);
+        watch(done, total);
     };
     Ok(match device {
         Device::Cpu => {

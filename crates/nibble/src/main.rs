@@ -6,16 +6,18 @@ mod calibration;
 mod commands;
 mod engine;
 mod failure;
+mod foreign;
 mod interrupt;
 mod loaded;
 mod model;
 mod modelopt;
 mod report;
+mod spelling;
 mod ui;
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use clap::FromArgMatches;
 
 use crate::args::{Cli, Command};
 use crate::failure::{Result, Status};
@@ -23,9 +25,8 @@ use crate::ui::Ui;
 
 fn main() -> ExitCode {
     interrupt::restore_broken_pipe();
-    let cli = Cli::parse_from(args::with_kebab_case(std::env::args_os()));
     interrupt::watch();
-    match run(cli) {
+    match cli().and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if !failure.message.is_empty() {
@@ -42,6 +43,12 @@ fn main() -> ExitCode {
             })
         }
     }
+}
+
+fn cli() -> Result<Cli> {
+    let matches = spelling::command().get_matches_from(spelling::arguments(std::env::args_os())?);
+    // Such an error is the definition's, and a person's all the same.
+    Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
 }
 
 fn run(cli: Cli) -> Result<()> {

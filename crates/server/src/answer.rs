@@ -1,6 +1,8 @@
 //! Pieces that the answers of both generating endpoints have: identity, usage, log-probabilities.
 
-use engine::{FinishReason, StopReason};
+use std::time::{Duration, Instant};
+
+use engine::{Event, FinishReason, StopReason};
 use gptoss::TokenLogprobs;
 use serde::{Serialize, Serializer};
 use tokenizer::Tokenizer;
@@ -13,8 +15,10 @@ pub(crate) struct Identity {
     /// Seconds since 1970.
     pub(crate) created: u64,
     pub(crate) model: String,
-    pub(crate) fingerprint: String,
+    pub(crate) fingerprint: Option<String>,
     pub(crate) service_tier: Option<&'static str>,
+    /// The answer says how long it took since then.
+    pub(crate) timed: Option<Instant>,
 }
 
 /// Token counts of a request.
@@ -52,6 +56,59 @@ impl Usage {
             total_tokens: prompt_tokens + completion_tokens,
             prompt_tokens_details: PromptDetails { cached_tokens },
             completion_tokens_details: reasoning_tokens.map(|n| CompletionDetails { reasoning_tokens: n }),
+        }
+    }
+}
+
+/// When the parts of an answer came.
+#[derive(Debug, Default)]
+pub(crate) struct Timing {
+    queued: Option<Duration>,
+    first: Option<Instant>,
+    last: Option<Instant>,
+    tokens: usize,
+}
+
+/// How long an answer took, in milliseconds.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub(crate) struct RequestMetrics {
+    time_to_first_token_ms: Option<f64>,
+    generation_time_ms: Option<f64>,
+    queue_time_ms: Option<f64>,
+    mean_itl_ms: Option<f64>,
+    tokens_per_second: Option<f64>,
+    speculative_decoding: Option<()>,
+}
+
+impl Timing {
+    /// Takes note of an event.
+    pub(crate) fn event(&mut self, event: &Event) {
+        match event {
+            Event::Started { queued, .. } => self.queued = Some(*queued),
+            Event::Tokens { token_ids, .. } => {
+                let now = Instant::now();
+                self.first.get_or_insert(now);
+                self.last = Some(now);
+                self.tokens += token_ids.len();
+            }
+            _ => {}
+        }
+    }
+
+    /// Of an answer to a request that arrived then.
+    pub(crate) fn metrics(&self, arrival: Instant) -> RequestMetrics {
+        let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+        let (first, last) = (self.first, self.last);
+        let generation = first.zip(last).map(|(first, last)| milliseconds(last.duration_since(first)));
+        RequestMetrics {
+            time_to_first_token_ms: first.map(|first| milliseconds(first.duration_since(arrival))),
+            generation_time_ms: generation,
+            queue_time_ms: self.queued.map(milliseconds),
+            mean_itl_ms: generation.filter(|_| self.tokens > 1).map(|time| time / (self.tokens - 1) as f64),
+            tokens_per_second: generation
+                .filter(|time| *time > 0.0 && self.tokens > 1)
+                .map(|time| (self.tokens - 1) as f64 / time * 1e3),
+            speculative_decoding: None,
         }
     }
 }

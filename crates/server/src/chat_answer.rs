@@ -9,7 +9,8 @@ use harmony::{Delta, Harmony, Turn};
 use serde::Serialize;
 
 use crate::answer::{
-    ChatLogprob, ChatLogprobs, Finish, Identity, PromptLogprobs, Stop, TokenNames, Usage, prompt_logprobs,
+    ChatLogprob, ChatLogprobs, Finish, Identity, PromptLogprobs, RequestMetrics, Stop, Timing, TokenNames,
+    Usage, prompt_logprobs,
 };
 use crate::chat_request::ChatRequest;
 use crate::chunk::Envelope;
@@ -59,6 +60,7 @@ pub(crate) struct ChatAnswer {
     shape: Shape,
     prompt: Vec<u32>,
     cached_tokens: usize,
+    timing: Timing,
     prompt_logprobs: Option<PromptLogprobs>,
     choices: Vec<Choice>,
 }
@@ -87,7 +89,16 @@ impl ChatAnswer {
         n: usize,
     ) -> ChatAnswer {
         let choices = (0..n).map(|_| Choice::default()).collect();
-        ChatAnswer { harmony, identity, shape, prompt, cached_tokens: 0, prompt_logprobs: None, choices }
+        ChatAnswer {
+            harmony,
+            identity,
+            shape,
+            prompt,
+            cached_tokens: 0,
+            timing: Timing::default(),
+            prompt_logprobs: None,
+            choices,
+        }
     }
 
     /// Whether nothing more can change.
@@ -101,12 +112,22 @@ impl ChatAnswer {
         Usage::new(self.prompt.len(), self.cached_tokens, completion, reasoning)
     }
 
+    /// How long it took, if that is to be said.
+    fn metrics(&self) -> Option<RequestMetrics> {
+        // Choices at a time have no time of their own.
+        let arrival = self.identity.timed.filter(|_| self.choices.len() == 1)?;
+        Some(self.timing.metrics(arrival))
+    }
+
     fn names(&self) -> TokenNames<'_> {
         TokenNames { tokenizer: self.harmony.tokenizer(), as_ids: self.shape.tokens_as_ids }
     }
 
     fn apply(&mut self, event: Event) -> Vec<Change> {
         let mut changes = Vec::new();
+        if self.identity.timed.is_some() {
+            self.timing.event(&event);
+        }
         match event {
             Event::Started { cached_tokens, prompt_logprobs: entries, .. } => {
                 self.cached_tokens = cached_tokens;
@@ -255,13 +276,13 @@ impl WholeChat {
             model: &answer.identity.model,
             choices: choices.collect(),
             service_tier: answer.identity.service_tier,
-            system_fingerprint: &answer.identity.fingerprint,
+            system_fingerprint: answer.identity.fingerprint.as_deref(),
             usage,
             prompt_logprobs: answer.prompt_logprobs.as_ref(),
             prompt_token_ids: shape.token_ids.then_some(&answer.prompt[..]),
             prompt_text: shape.prompt_text.then(|| answer.harmony.tokenizer().decode(&answer.prompt)),
             kv_transfer_params: None,
-            metrics: None,
+            metrics: answer.metrics(),
         };
         (serde_json::to_vec(&whole).expect("an answer is JSON"), remarks)
     }
@@ -275,13 +296,13 @@ struct Whole<'a> {
     model: &'a str,
     choices: Vec<WholeChoice>,
     service_tier: Option<&'static str>,
-    system_fingerprint: &'a str,
+    system_fingerprint: Option<&'a str>,
     usage: Usage,
     prompt_logprobs: Option<&'a PromptLogprobs>,
     prompt_token_ids: Option<&'a [u32]>,
     prompt_text: Option<String>,
     kv_transfer_params: Option<()>,
-    metrics: Option<()>,
+    metrics: Option<RequestMetrics>,
 }
 
 #[derive(Serialize)]
@@ -338,6 +359,7 @@ impl ChatChunks {
             identity: &answer.identity,
             stream: answer.shape.stream,
             usage: answer.usage(),
+            metrics: answer.metrics(),
         };
         envelope.write(choices, last, out);
     }

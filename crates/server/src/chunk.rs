@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use crate::answer::{Identity, Usage};
+use crate::answer::{Identity, RequestMetrics, Usage};
 use crate::request::StreamOptions;
 use crate::sse::data;
 
@@ -12,6 +12,8 @@ pub(crate) struct Envelope<'a> {
     pub(crate) identity: &'a Identity,
     pub(crate) stream: StreamOptions,
     pub(crate) usage: Usage,
+    /// Beside the usage at the end.
+    pub(crate) metrics: Option<RequestMetrics>,
 }
 
 impl Envelope<'_> {
@@ -24,9 +26,10 @@ impl Envelope<'_> {
             object: self.object,
             created: identity.created,
             model: &identity.model,
-            system_fingerprint: last.then_some(&identity.fingerprint),
+            system_fingerprint: identity.fingerprint.as_ref().filter(|_| last),
             choices,
             usage: usage.then_some(self.usage),
+            metrics: self.metrics.filter(|_| choices.is_empty()),
         };
         data(out, &chunk);
     }
@@ -43,4 +46,6 @@ struct Chunk<'a, C> {
     choices: &'a [C],
     #[serde(skip_serializing_if = "Option::is_none")]
     usage: Option<Usage>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metrics: Option<RequestMetrics>,
 }

@@ -9,7 +9,8 @@ use harmony::Harmony;
 use serde::Serialize;
 
 use crate::answer::{
-    Finish, Identity, PromptLogprobs, Stop, TextLogprobs, TokenNames, Usage, prompt_logprobs,
+    Finish, Identity, PromptLogprobs, RequestMetrics, Stop, TextLogprobs, Timing, TokenNames, Usage,
+    prompt_logprobs,
 };
 use crate::chunk::Envelope;
 use crate::completion_request::CompletionRequest;
@@ -58,6 +59,7 @@ pub(crate) struct CompletionAnswer {
     /// What the prompts' log-probabilities are, for the choices to show.
     entries: Vec<Vec<Option<TokenLogprobs>>>,
     cached_tokens: usize,
+    timing: Timing,
     /// The `n` choices of the first prompt, then those of the second.
     choices: Vec<Choice>,
 }
@@ -90,7 +92,16 @@ impl CompletionAnswer {
     ) -> CompletionAnswer {
         let choices = (0..prompts.len() * shape.n).map(|_| Choice::default()).collect();
         let entries = vec![Vec::new(); prompts.len()];
-        CompletionAnswer { harmony, identity, shape, prompts, entries, cached_tokens: 0, choices }
+        CompletionAnswer {
+            harmony,
+            identity,
+            shape,
+            prompts,
+            entries,
+            cached_tokens: 0,
+            timing: Timing::default(),
+            choices,
+        }
     }
 
     fn is_finished(&self) -> bool {
@@ -103,6 +114,13 @@ impl CompletionAnswer {
         Usage::new(prompt, self.cached_tokens, completion, self.is_finished().then_some(0))
     }
 
+    /// How long it took, if that is to be said.
+    fn metrics(&self) -> Option<RequestMetrics> {
+        // Choices at a time have no time of their own.
+        let arrival = self.identity.timed.filter(|_| self.choices.len() == 1)?;
+        Some(self.timing.metrics(arrival))
+    }
+
     fn names(&self) -> TokenNames<'_> {
         TokenNames { tokenizer: self.harmony.tokenizer(), as_ids: self.shape.tokens_as_ids }
     }
@@ -113,6 +131,9 @@ impl CompletionAnswer {
     }
 
     fn apply(&mut self, prompt: usize, event: Event) -> Option<Change> {
+        if self.identity.timed.is_some() {
+            self.timing.event(&event);
+        }
         match event {
             Event::Started { cached_tokens, prompt_logprobs, .. } => {
                 self.cached_tokens += cached_tokens;
@@ -233,10 +254,10 @@ impl WholeCompletion {
             model: &answer.identity.model,
             choices: choices.collect(),
             service_tier: answer.identity.service_tier,
-            system_fingerprint: &answer.identity.fingerprint,
+            system_fingerprint: answer.identity.fingerprint.as_deref(),
             usage: answer.usage(),
             kv_transfer_params: None,
-            metrics: None,
+            metrics: answer.metrics(),
         };
         serde_json::to_vec(&whole).expect("an answer is JSON")
     }
@@ -250,10 +271,10 @@ struct Whole<'a> {
     model: &'a str,
     choices: Vec<WholeChoice<'a>>,
     service_tier: Option<&'static str>,
-    system_fingerprint: &'a str,
+    system_fingerprint: Option<&'a str>,
     usage: Usage,
     kv_transfer_params: Option<()>,
-    metrics: Option<()>,
+    metrics: Option<RequestMetrics>,
 }
 
 #[derive(Serialize)]
@@ -285,6 +306,7 @@ impl CompletionChunks {
             identity: &answer.identity,
             stream: answer.shape.stream,
             usage: answer.usage(),
+            metrics: answer.metrics(),
         };
         envelope.write(choices, last, out);
     }

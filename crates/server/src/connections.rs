@@ -1,38 +1,82 @@
 //! Connections: taken up to a number, bounded in headers and time, ended in order (`serving.md` 2.5).
 
+use std::convert::Infallible;
 use std::io;
-use std::sync::Arc;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
-use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use axum::body::{Body, Bytes, HttpBody};
+use http_body::Frame;
+use hyper::Uri;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
+use hyper::service::{Service, service_fn};
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, watch};
+use tokio::time::Instant;
 
-const MAX_HEADERS: usize = 100;
+use crate::listener::{Accepted, Listener};
+use crate::socket::{Begun, Impatient};
+use crate::tls::Tls;
+
+/// Of a request.
+pub(crate) const MAX_HEADERS: usize = 100;
 /// The request line and all headers.
 const MAX_HEAD_BYTES: usize = 64 << 10;
-/// From the moment when a connection waits for a request until its head is there, so idle connections end as well.
+/// For a connection to say what it speaks, and for each head to arrive.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 /// Pause when the system has no more files: others may close theirs.
 const NO_FILES_PAUSE: Duration = Duration::from_millis(100);
+/// Requests at a time on one connection, where the protocol allows more than one.
+const MAX_STREAMS: u32 = 256;
+/// What is kept of an answer for a client of HTTP/2 that does not read.
+const MAX_SEND_BUFFER: usize = 64 << 10;
+/// How often a silent client of HTTP/2 is asked whether it is there, and how long it may take to say so.
+const PING: Duration = Duration::from_secs(20);
 
-/// Serves connections, at most `max` at a time (others wait), until `down` becomes true and those that are open have ended.
+/// What connections are held to.
+#[derive(Debug, Clone)]
+pub(crate) struct Settings {
+    /// At a time; others wait to be accepted.
+    pub(crate) max: usize,
+    /// Longest pause between an answer and the next request.
+    pub(crate) keep_alive: Duration,
+    /// Longest time in which a client may read nothing of what there is for it.
+    pub(crate) stall_timeout: Duration,
+    /// Taken off the beginning of paths.
+    pub(crate) root_path: String,
+    pub(crate) tls: Option<Arc<Tls>>,
+}
+
+/// Serves connections until `down` becomes true and those that are open have ended.
 pub(crate) async fn serve(
-    listener: TcpListener,
+    listener: Listener,
     router: &Router,
-    max: usize,
+    settings: &Settings,
     mut down: watch::Receiver<bool>,
 ) {
-    let max = u32::try_from(max).unwrap_or(u32::MAX).min(Semaphore::MAX_PERMITS as u32);
+    let max = u32::try_from(settings.max).unwrap_or(u32::MAX).min(Semaphore::MAX_PERMITS as u32);
     let places = Arc::new(Semaphore::new(max as usize));
-    let mut http = http1::Builder::new();
-    http.timer(TokioTimer::new())
+    let mut http1 = http1::Builder::new();
+    http1
+        .timer(TokioTimer::new())
         .header_read_timeout(HEAD_TIMEOUT)
         .max_headers(MAX_HEADERS)
         .max_header_size(MAX_HEAD_BYTES);
+    let mut http2 = http2::Builder::new(TokioExecutor::new());
+    http2
+        .timer(TokioTimer::new())
+        .max_header_list_size(MAX_HEAD_BYTES as u32)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_send_buf_size(MAX_SEND_BUFFER)
+        .keep_alive_interval(PING)
+        .keep_alive_timeout(PING);
+    let http = Http { http1, http2, settings: settings.clone() };
     loop {
         let accepted = async {
             let place = Arc::clone(&places).acquire_owned().await;
@@ -42,8 +86,8 @@ pub(crate) async fn serve(
             accepted = accepted => accepted,
             () = wait(&mut down) => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
+        let accepted = match accepted {
+            Ok(accepted) => accepted,
             Err(error) if of_one_connection(&error) => continue,
             Err(error) => {
                 tracing::error!(%error, "a connection could not be accepted");
@@ -53,7 +97,15 @@ pub(crate) async fn serve(
         };
         let (http, router, down) = (http.clone(), router.clone(), down.clone());
         tokio::spawn(async move {
-            connection(&http, stream, router, down).await;
+            match accepted {
+                Accepted::Tcp(stream) => {
+                    // Small chunks must not wait for the acknowledgement of earlier ones. A socket that refuses is slower,
+                    // not wrong.
+                    let _ = stream.set_nodelay(true);
+                    http.secured(stream, router, down).await;
+                }
+                Accepted::Unix(stream) => http.secured(stream, router, down).await,
+            }
             drop(place);
         });
     }
@@ -62,22 +114,188 @@ pub(crate) async fn serve(
     let _ = places.acquire_many(max).await;
 }
 
-async fn connection(
-    http: &http1::Builder,
-    stream: TcpStream,
-    router: Router,
-    mut down: watch::Receiver<bool>,
-) {
-    // Small chunks must not wait for the acknowledgement of earlier ones. A socket that refuses is slower, not wrong.
-    let _ = stream.set_nodelay(true);
-    let connection = http.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    let mut connection = std::pin::pin!(connection);
-    // What goes wrong on a connection is its client's doing, or known to the request's log.
-    tokio::select! {
-        _ = connection.as_mut() => return,
-        () = wait(&mut down) => connection.as_mut().graceful_shutdown(),
+/// A byte stream both ways.
+trait Stream: AsyncRead + AsyncWrite + Send + Unpin + 'static {}
+impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for S {}
+
+#[derive(Clone)]
+struct Http {
+    http1: http1::Builder,
+    http2: http2::Builder<TokioExecutor>,
+    settings: Settings,
+}
+
+impl Http {
+    /// Below a TLS layer, if there is to be one.
+    async fn secured(&self, stream: impl Stream, router: Router, down: watch::Receiver<bool>) {
+        let stream = Impatient::new(stream, self.settings.stall_timeout);
+        // What goes wrong on a connection is its client's doing, or known to the request's log.
+        match &self.settings.tls {
+            None => {
+                let begun = tokio::time::timeout(HEAD_TIMEOUT, Begun::read(stream)).await;
+                if let Ok(Ok(begun)) = begun {
+                    let two = begun.is_http2();
+                    self.connection(begun, two, router, down).await;
+                }
+            }
+            Some(tls) => {
+                let secured = tokio::time::timeout(HEAD_TIMEOUT, tls.acceptor().accept(stream)).await;
+                if let Ok(Ok(secured)) = secured {
+                    let two = secured.get_ref().1.alpn_protocol() == Some(b"h2");
+                    self.connection(secured, two, router, down).await;
+                }
+            }
+        }
     }
-    let _ = connection.await;
+
+    /// All requests of a connection.
+    async fn connection(
+        &self,
+        stream: impl Stream,
+        two: bool,
+        router: Router,
+        mut down: watch::Receiver<bool>,
+    ) {
+        let activity = Activity::new(self.settings.keep_alive);
+        let service =
+            tracked(TowerToHyperService::new(router), Arc::clone(&activity), &self.settings.root_path);
+        // The two kinds of connection have no type in common.
+        macro_rules! until_ended {
+            ($connection:expr) => {{
+                let mut connection = std::pin::pin!($connection);
+                tokio::select! {
+                    _ = connection.as_mut() => return,
+                    () = wait(&mut down) => {}
+                    () = activity.ended() => {}
+                }
+                connection.as_mut().graceful_shutdown();
+                let _ = connection.await;
+            }};
+        }
+        let stream = TokioIo::new(stream);
+        if two {
+            until_ended!(self.http2.serve_connection(stream, service));
+        } else {
+            until_ended!(self.http1.serve_connection(stream, service));
+        }
+    }
+}
+
+/// Counts the requests of a connection until their answers are sent.
+fn tracked(
+    inner: TowerToHyperService<Router>,
+    activity: Arc<Activity>,
+    root_path: &str,
+) -> impl Service<
+    hyper::Request<Incoming>,
+    Response = hyper::Response<Held>,
+    Error = Infallible,
+    Future: Future<Output = Result<hyper::Response<Held>, Infallible>> + Send + 'static,
+> + use<> {
+    let root_path = root_path.to_owned();
+    service_fn(move |mut request: hyper::Request<Incoming>| {
+        let busy = Busy::new(&activity);
+        if let Some(uri) = without(&root_path, request.uri()) {
+            *request.uri_mut() = uri;
+        }
+        let answer = inner.call(request);
+        async move { answer.await.map(|response| response.map(|body| Held { body, _busy: busy })) }
+    })
+}
+
+/// The address without the prefix of its path, if it has it.
+fn without(root_path: &str, uri: &Uri) -> Option<Uri> {
+    let rest = uri.path_and_query()?.as_str().strip_prefix(root_path)?;
+    if root_path.is_empty() || !(rest.is_empty() || rest.starts_with(['/', '?'])) {
+        return None;
+    }
+    let slash = if rest.starts_with('/') { "" } else { "/" };
+    format!("{slash}{rest}").parse().ok()
+}
+
+/// Whether a connection is in use.
+#[derive(Debug)]
+struct Activity {
+    keep_alive: Duration,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Requests without their whole answer.
+    requests: usize,
+    /// If there are none, when the connection has been idle for too long.
+    until: Instant,
+}
+
+impl Activity {
+    fn new(keep_alive: Duration) -> Arc<Activity> {
+        let state = Mutex::new(State { requests: 0, until: Instant::now() + HEAD_TIMEOUT });
+        Arc::new(Activity { keep_alive, state })
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits until the connection has been idle for too long.
+    async fn ended(&self) {
+        loop {
+            let now = Instant::now();
+            let until = {
+                let state = self.state();
+                if state.requests > 0 { now + self.keep_alive } else { state.until }
+            };
+            if until <= now {
+                return;
+            }
+            tokio::time::sleep_until(until).await;
+        }
+    }
+}
+
+/// A request without its whole answer.
+struct Busy(Arc<Activity>);
+
+impl Busy {
+    fn new(activity: &Arc<Activity>) -> Busy {
+        activity.state().requests += 1;
+        Busy(Arc::clone(activity))
+    }
+}
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let mut state = self.0.state();
+        state.requests -= 1;
+        state.until = Instant::now() + self.0.keep_alive;
+    }
+}
+
+/// The body of an answer.
+struct Held {
+    body: Body,
+    _busy: Busy,
+}
+
+impl HttpBody for Held {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> http_body::SizeHint {
+        self.body.size_hint()
+    }
 }
 
 /// Errors of a client that went away before it was accepted.

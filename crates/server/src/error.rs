@@ -42,22 +42,38 @@ pub(crate) enum ApiError {
     BodyTimeout,
     #[error("The path and query are longer than {max} bytes.")]
     LongPath { max: usize },
+    #[error("The request has more than {max} headers.")]
+    ManyHeaders { max: usize },
     #[error("The request body must be of type application/json.")]
     MediaType,
     /// What the client demands excludes itself, or takes too much to follow.
     #[error("The form of the answer cannot be kept to: {}.", excerpt(.0))]
     GrammarFailed(String),
-    #[error("The model is being loaded. Please retry.")]
-    Loading,
+    #[error("The model is being loaded ({percent} % done). Please retry.")]
+    Loading { percent: u32 },
     #[error("The engine makes no progress.")]
     Unhealthy,
     #[error("The server is busy. Please retry.")]
-    Busy,
+    Busy {
+        /// When there may be room.
+        seconds: u64,
+    },
     #[error("The server is shutting down. Please retry.")]
     ShuttingDown,
     /// Only ever in-band: the answer had begun.
     #[error("The answer was not read fast enough and has been given up.")]
     SlowReader,
+    #[error("The key has used up what it may use in a minute. Please retry.")]
+    RateLimited { seconds: u64 },
+    #[error("The request took longer than this server allows.")]
+    Timeout,
+    #[error("The request was ended by an operator.")]
+    Aborted,
+    #[error("The server is asleep. Please retry.")]
+    Asleep,
+    /// Another try may succeed. Details are in the log.
+    #[error("The device failed while it computed the request {request_id}. Please retry.")]
+    DeviceFailed { request_id: String },
     /// Details are in the log, not on the wire.
     #[error("Internal server error (request {request_id})")]
     Internal { request_id: String },
@@ -81,9 +97,11 @@ impl ApiError {
 
     fn status(&self) -> StatusCode {
         match self {
-            ApiError::Body(_) | ApiError::Invalid { .. } | ApiError::GrammarFailed(_) => {
-                StatusCode::BAD_REQUEST
-            }
+            ApiError::Body(_)
+            | ApiError::Invalid { .. }
+            | ApiError::GrammarFailed(_)
+            // Not 5xx: clients would send it again.
+            | ApiError::Aborted => StatusCode::BAD_REQUEST,
             ApiError::UnknownModel { .. } | ApiError::UnknownResponse { .. } | ApiError::UnknownPath => {
                 StatusCode::NOT_FOUND
             }
@@ -92,11 +110,16 @@ impl ApiError {
             ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::BodyTimeout | ApiError::SlowReader => StatusCode::REQUEST_TIMEOUT,
-            ApiError::LongPath { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            ApiError::LongPath { .. } | ApiError::ManyHeaders { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             ApiError::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            ApiError::Loading | ApiError::Unhealthy | ApiError::Busy | ApiError::ShuttingDown => {
-                StatusCode::SERVICE_UNAVAILABLE
-            }
+            ApiError::Loading { .. }
+            | ApiError::Unhealthy
+            | ApiError::Busy { .. }
+            | ApiError::ShuttingDown
+            | ApiError::DeviceFailed { .. }
+            | ApiError::Asleep => StatusCode::SERVICE_UNAVAILABLE,
+            ApiError::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
+            ApiError::Timeout => StatusCode::GATEWAY_TIMEOUT,
             ApiError::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -108,16 +131,22 @@ impl ApiError {
             | ApiError::GrammarFailed(_)
             | ApiError::TooLarge { .. }
             | ApiError::LongPath { .. }
+            | ApiError::ManyHeaders { .. }
             | ApiError::MediaType => "BadRequestError",
             ApiError::UnknownModel { .. } | ApiError::UnknownPath => "NotFoundError",
             ApiError::UnknownResponse { .. } => "invalid_request_error",
             ApiError::MethodNotAllowed => "MethodNotAllowedError",
             ApiError::NotApplicable => "NotImplementedError",
             ApiError::Unauthorized => "AuthenticationError",
-            ApiError::BodyTimeout | ApiError::SlowReader => "TimeoutError",
-            ApiError::Loading | ApiError::Unhealthy | ApiError::Busy | ApiError::ShuttingDown => {
-                "ServiceUnavailableError"
-            }
+            ApiError::BodyTimeout | ApiError::SlowReader | ApiError::Timeout => "TimeoutError",
+            ApiError::Loading { .. }
+            | ApiError::Unhealthy
+            | ApiError::Busy { .. }
+            | ApiError::ShuttingDown
+            | ApiError::DeviceFailed { .. }
+            | ApiError::Asleep => "ServiceUnavailableError",
+            ApiError::RateLimited { .. } => "RateLimitError",
+            ApiError::Aborted => "RequestAbortedError",
             ApiError::Internal { .. } => "InternalServerError",
         }
     }
@@ -131,8 +160,21 @@ impl ApiError {
         }
     }
 
+    /// OpenAI's word for it, if it has one.
+    fn openai_code(&self) -> Option<&'static str> {
+        match self {
+            ApiError::Invalid { param, .. } if param == "input_tokens" => Some("context_length_exceeded"),
+            ApiError::Invalid { .. } => Some("invalid_value"),
+            ApiError::UnknownModel { .. } => Some("model_not_found"),
+            ApiError::Unauthorized => Some("invalid_api_key"),
+            ApiError::RateLimited { .. } => Some("rate_limit_exceeded"),
+            ApiError::UnknownPath => Some("unknown_url"),
+            _ => None,
+        }
+    }
+
     /// The body, also sent in-band when the answer had begun.
-    pub(crate) fn wire(&self) -> impl Serialize + '_ {
+    pub(crate) fn wire(&self, style: ErrorStyle) -> impl Serialize + '_ {
         #[derive(Serialize)]
         struct Wire<'a> {
             error: Inner<'a>,
@@ -142,29 +184,49 @@ impl ApiError {
             message: String,
             r#type: &'static str,
             param: Option<&'a str>,
-            code: u16,
+            code: Code,
         }
-        Wire {
-            error: Inner {
-                message: self.to_string(),
-                r#type: self.kind(),
-                param: self.param(),
-                code: self.status().as_u16(),
-            },
+        #[derive(Serialize)]
+        #[serde(untagged)]
+        enum Code {
+            Status(u16),
+            Word(Option<&'static str>),
         }
+        let status = self.status();
+        let (kind, code) = match style {
+            ErrorStyle::Vllm => (self.kind(), Code::Status(status.as_u16())),
+            ErrorStyle::OpenAi if status.is_server_error() => {
+                ("server_error", Code::Word(self.openai_code()))
+            }
+            ErrorStyle::OpenAi => ("invalid_request_error", Code::Word(self.openai_code())),
+        };
+        Wire { error: Inner { message: self.to_string(), r#type: kind, param: self.param(), code } }
     }
+}
+
+/// How errors are worded for programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ErrorStyle {
+    /// The status is the code, and there are types such as `BadRequestError`.
+    #[default]
+    Vllm,
+    /// Codes such as `model_not_found`, of type `invalid_request_error`.
+    OpenAi,
 }
 
 impl IntoResponse for ApiError {
     fn into_response(self) -> Response {
-        let mut response = (self.status(), Json(self.wire())).into_response();
-        let extra = match self {
+        let mut response = (self.status(), Json(self.wire(ErrorStyle::Vllm))).into_response();
+        let retry_after = |seconds: u64| Some((header::RETRY_AFTER, HeaderValue::from(seconds)));
+        let extra = match &self {
             ApiError::Unauthorized => Some((header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"))),
-            // A model that fits in memory loads in some seconds; a queue drains in about one.
-            ApiError::Loading => Some((header::RETRY_AFTER, HeaderValue::from_static("3"))),
-            ApiError::Unhealthy | ApiError::Busy | ApiError::ShuttingDown => {
-                Some((header::RETRY_AFTER, HeaderValue::from_static("1")))
-            }
+            // A model that fits in memory loads in some seconds.
+            ApiError::Loading { .. } => retry_after(3),
+            ApiError::Busy { seconds } | ApiError::RateLimited { seconds } => retry_after(*seconds),
+            ApiError::Unhealthy
+            | ApiError::ShuttingDown
+            | ApiError::DeviceFailed { .. }
+            | ApiError::Asleep => retry_after(1),
             // What is left of the body is not read, so the connection cannot be used again.
             ApiError::TooLarge { .. } | ApiError::BodyTimeout => {
                 Some((header::CONNECTION, HeaderValue::from_static("close")))
@@ -172,6 +234,8 @@ impl IntoResponse for ApiError {
             _ => None,
         };
         response.headers_mut().extend(extra);
+        // For a server that words it in another way.
+        response.extensions_mut().insert(self);
         response
     }
 }

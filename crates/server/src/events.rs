@@ -1,16 +1,19 @@
 //! The bridge from the engine's thread to a connection: events of one HTTP request, in order, in bounded memory.
 
 use std::pin::Pin;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::task::{Context, Poll, ready};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
 
-use engine::{Engine, Event, Failure, Request, RequestHandle, SubmitError};
+use engine::{Engine, Event, Failure, Request, RequestHandle, SubmitError, Valve};
 use tokio::sync::{mpsc, watch};
+use tokio::time::Sleep;
 
 use crate::metrics::{Metrics, Observed, Rejection};
+use crate::rate_limit::Account;
 
-/// What may wait for a client that reads slowly.
+/// What may wait for a client that reads slowly before its request is held back.
 const MAX_BACKLOG_BYTES: usize = 1 << 20;
 const MAX_BACKLOG_EVENTS: usize = 10_000;
 
@@ -18,22 +21,49 @@ const MAX_BACKLOG_EVENTS: usize = 10_000;
 pub(crate) struct Events {
     receiver: mpsc::UnboundedReceiver<(usize, Event)>,
     backlog: Arc<Backlog>,
-    aborted: Pin<Box<dyn Future<Output = ()> + Send>>,
+    aborted: Pin<Box<dyn Future<Output = Cause> + Send>>,
+    deadline: Option<Pin<Box<Sleep>>>,
     /// Prompts that are not done.
     running: usize,
     handles: Vec<RequestHandle>,
     metrics: Arc<Metrics>,
 }
 
+/// What a request's events depend on beside the engine.
+pub(crate) struct Terms {
+    /// The answer's and the request's, for [`Abort`].
+    pub(crate) names: [String; 2],
+    pub(crate) pace: Pace,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) abort: watch::Receiver<Abort>,
+    /// Longest time for the whole answer.
+    pub(crate) timeout: Option<Duration>,
+    /// Longest time that a client may leave a full backlog unread.
+    pub(crate) stall_timeout: Duration,
+    /// Who pays for the tokens.
+    pub(crate) account: Account,
+}
+
+/// What is to end early.
+#[derive(Debug, Default)]
+pub(crate) struct Abort {
+    /// The server's time to finish is over.
+    pub(crate) everything: bool,
+    /// Names of requests that an operator has no patience with.
+    pub(crate) ids: Vec<String>,
+}
+
 /// A request that the engine holds; gone when the engine has forgotten it.
 struct Tracked {
     observed: Observed,
     metrics: Arc<Metrics>,
+    account: Account,
 }
 
 impl Drop for Tracked {
     fn drop(&mut self) {
         self.observed.end(&self.metrics);
+        self.account.charge(self.observed.generated());
     }
 }
 
@@ -54,10 +84,14 @@ pub(crate) enum Cause {
     Engine(Failure),
     /// The engine's thread is gone.
     EngineGone,
-    /// More waited than is allowed.
+    /// More waited for longer than is allowed.
     SlowReader,
     /// The server's time to finish is over.
     ShuttingDown,
+    /// An operator has ended it.
+    Aborted,
+    /// The request's time is over.
+    Timeout,
 }
 
 /// Whether the receiver keeps up.
@@ -69,52 +103,53 @@ pub(crate) enum Pace {
     Server,
 }
 
-#[derive(Debug, Default)]
-struct Backlog {
-    bytes: AtomicUsize,
-    events: AtomicUsize,
-    overflowed: AtomicBool,
-}
-
 impl Events {
     /// Submits the prompts; either all are accepted or none.
     pub(crate) fn submit(
         engine: &Engine,
         requests: Vec<Request>,
-        pace: Pace,
-        metrics: &Arc<Metrics>,
-        mut abort: watch::Receiver<bool>,
+        terms: Terms,
     ) -> Result<Events, SubmitError> {
+        let Terms { names, pace, metrics, mut abort, timeout, stall_timeout, account } = terms;
         let (sender, receiver) = mpsc::unbounded_channel();
         let backlog = Arc::new(Backlog::default());
         let running = requests.len();
+        let runtime = tokio::runtime::Handle::current();
         let mut handles = Vec::with_capacity(running);
         for (prompt, request) in requests.into_iter().enumerate() {
-            let (sender, backlog) = (sender.clone(), Arc::clone(&backlog));
-            let observed = Observed::new(metrics, &request);
-            let mut tracked = Tracked { observed, metrics: Arc::clone(metrics) };
+            let (sender, backlog_of_sink) = (sender.clone(), Arc::clone(&backlog));
+            let observed = Observed::new(&metrics, &request);
+            let mut tracked = Tracked { observed, metrics: Arc::clone(&metrics), account: account.clone() };
+            let runtime = runtime.clone();
             let sink = move |event: Event| {
-                let Tracked { observed, metrics } = &mut tracked;
+                let Tracked { observed, metrics, .. } = &mut tracked;
                 observed.event(metrics, &event);
-                let too_much = backlog.add(&event);
+                let too_much = backlog_of_sink.add(&event);
                 if pace == Pace::Client && too_much {
-                    backlog.overflowed.store(true, Ordering::Release);
-                    return false;
+                    backlog_of_sink.hold(&runtime, stall_timeout);
                 }
+                // After holding, so that the receiver, which lets go, sees something after that.
                 sender.send((prompt, event)).is_ok()
             };
             let handle = engine.submit(request, Box::new(sink)).inspect_err(|error| match error {
                 SubmitError::Full => metrics.reject(Rejection::QueueFull),
                 SubmitError::ShuttingDown => metrics.reject(Rejection::ShuttingDown),
                 _ => {}
-            });
-            handles.push(handle?);
+            })?;
+            backlog.flow().add(handle.valve());
+            handles.push(handle);
         }
         let aborted = Box::pin(async move {
-            // An error means that the server is gone, which aborts as well.
-            let _ = abort.wait_for(|aborted| *aborted).await;
+            let named = |abort: &Abort| names.iter().any(|name| abort.ids.contains(name));
+            let abort = abort.wait_for(|abort| abort.everything || named(abort)).await;
+            // An error means that the server is gone.
+            match abort {
+                Ok(abort) if !abort.everything => Cause::Aborted,
+                _ => Cause::ShuttingDown,
+            }
         });
-        Ok(Events { receiver, backlog, aborted, running, handles, metrics: Arc::clone(metrics) })
+        let deadline = timeout.map(|timeout| Box::pin(tokio::time::sleep(timeout)));
+        Ok(Events { receiver, backlog, aborted, deadline, running, handles, metrics })
     }
 
     /// Waits for the next event.
@@ -124,13 +159,18 @@ impl Events {
 
     /// The next event. After `Done` or `Failed` nothing runs any more.
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
-        if self.aborted.as_mut().poll(cx).is_ready() {
-            return Poll::Ready(self.end(Next::Failed(Cause::ShuttingDown)));
-        }
         while self.running > 0 {
-            let Some((prompt, event)) = ready!(self.receiver.poll_recv(cx)) else {
-                let overflowed = self.backlog.overflowed.load(Ordering::Acquire);
-                let cause = if overflowed { Cause::SlowReader } else { Cause::EngineGone };
+            let Poll::Ready(received) = self.receiver.poll_recv(cx) else {
+                if let Poll::Ready(cause) = self.aborted.as_mut().poll(cx) {
+                    return Poll::Ready(self.end(Next::Failed(cause)));
+                }
+                if self.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
+                    return Poll::Ready(self.end(Next::Failed(Cause::Timeout)));
+                }
+                return Poll::Pending;
+            };
+            let Some((prompt, event)) = received else {
+                let cause = if self.backlog.flow().given_up { Cause::SlowReader } else { Cause::EngineGone };
                 return Poll::Ready(self.end(Next::Failed(cause)));
             };
             self.backlog.remove(&event);
@@ -160,7 +200,40 @@ impl Drop for Events {
     }
 }
 
+/// What waits for the client. Once it is too much the engine stops computing the request; it goes on when half is read.
+#[derive(Default)]
+struct Backlog {
+    bytes: AtomicUsize,
+    events: AtomicUsize,
+    /// A copy of the flow's, to be looked at without its lock.
+    held: AtomicBool,
+    flow: Mutex<Flow>,
+}
+
+#[derive(Default)]
+struct Flow {
+    valves: Vec<Valve>,
+    held: bool,
+    /// Times that it was held.
+    holds: u64,
+    /// The client has had its time.
+    given_up: bool,
+}
+
+impl Flow {
+    fn add(&mut self, valve: Valve) {
+        if self.held {
+            valve.close();
+        }
+        self.valves.push(valve);
+    }
+}
+
 impl Backlog {
+    fn flow(&self) -> MutexGuard<'_, Flow> {
+        self.flow.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Counts an event that will wait, and says whether that is too much.
     fn add(&self, event: &Event) -> bool {
         let bytes = cost(event);
@@ -171,8 +244,40 @@ impl Backlog {
     }
 
     fn remove(&self, event: &Event) {
-        self.events.fetch_sub(1, Ordering::Relaxed);
-        self.bytes.fetch_sub(cost(event), Ordering::Relaxed);
+        let events = self.events.fetch_sub(1, Ordering::Relaxed) - 1;
+        let cost = cost(event);
+        let bytes = self.bytes.fetch_sub(cost, Ordering::Relaxed) - cost;
+        if self.held.load(Ordering::Acquire)
+            && events <= MAX_BACKLOG_EVENTS / 2
+            && bytes <= MAX_BACKLOG_BYTES / 2
+        {
+            let mut flow = self.flow();
+            flow.held = false;
+            self.held.store(false, Ordering::Release);
+            flow.valves.iter().for_each(Valve::open);
+        }
+    }
+
+    /// Stops the request until half is read; for good, if that takes too long.
+    fn hold(self: &Arc<Backlog>, runtime: &tokio::runtime::Handle, stall_timeout: Duration) {
+        let mut flow = self.flow();
+        if flow.held {
+            return;
+        }
+        (flow.held, flow.holds) = (true, flow.holds + 1);
+        self.held.store(true, Ordering::Release);
+        flow.valves.iter().for_each(Valve::close);
+        let (backlog, hold) = (Arc::downgrade(self), flow.holds);
+        drop(flow);
+        runtime.spawn(async move {
+            tokio::time::sleep(stall_timeout).await;
+            let Some(backlog) = backlog.upgrade() else { return };
+            let mut flow = backlog.flow();
+            if flow.held && flow.holds == hold {
+                flow.given_up = true;
+                flow.valves.iter().for_each(Valve::cancel);
+            }
+        });
     }
 }
 

@@ -38,7 +38,7 @@ pub(crate) fn read(object: &Object<'_>) -> Result<Option<Wanted>, ApiError> {
 /// A client is told which of its fields cannot be compiled.
 pub(crate) fn refusal(error: &GrammarError, answer: &str, calls: &[String]) -> ApiError {
     let param = match error {
-        GrammarError::Busy => return ApiError::Busy,
+        GrammarError::Busy => return ApiError::Busy { seconds: 1 },
         GrammarError::Answer(_) => answer,
         GrammarError::Call { index, .. } => calls.get(*index).map_or(answer, String::as_str),
     };

@@ -2,12 +2,15 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
+use axum::Json;
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
-use axum::response::Response;
-use engine::{Engine, Event, Grammar, OutputMode, Request, SubmitError};
+use axum::response::{IntoResponse, Response};
+use engine::{Engine, Event, Grammar, OutputMode, Request, SamplingParams, SubmitError};
 use harmony::ChatPrompt;
+use serde_json::json;
 
 use crate::answer::Identity;
 use crate::body;
@@ -17,17 +20,19 @@ use crate::clock;
 use crate::completion_answer::{self, CompletionAnswer, CompletionChunks, WholeCompletion};
 use crate::completion_request::{self, CompletionRequest};
 use crate::error::ApiError;
-use crate::events::{Events, Next, Pace};
+use crate::events::{Events, Next, Pace, Terms};
 use crate::form;
 use crate::identifier::identifier;
 use crate::log::RequestLog;
-use crate::request::{Common, Context};
+use crate::metrics::{Metrics, Rejection};
+use crate::request::{Common, Context, StreamOptions};
 use crate::response_answer::ResponseAnswer;
 use crate::response_request::{self, ResponseRequest};
+use crate::response_store::Owner;
 use crate::routes::{Origin, X_REQUEST_ID};
 use crate::sampling::Limits;
 use crate::server::State;
-use crate::sse::{self, Chunks, Encoder};
+use crate::sse::{self, Chunks, Encoder, StreamRules};
 
 /// No token is longer, so a text of more bytes per token of the context cannot fit; a margin on top keeps the message about
 /// tokens, which people understand, for all but absurd lengths.
@@ -35,23 +40,27 @@ const MAX_BYTES_PER_TOKEN: usize = 8 * 16;
 
 /// `POST /v1/chat/completions`
 pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
-    let engine = state.engine()?.clone();
+    let engine = state.engine()?;
     let body = body::read(body, state.max_body_bytes).await?;
-    let (request, prompt, grammar) = {
+    let (mut request, prompt, grammar) = {
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
             let date = state.date();
             let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
             bound_text(request.text_bytes, &engine)?;
             let (at_once, continued) = (request.turn.answer_at_once, request.continued.as_ref());
-            let prompt = fed(&request.prompt, at_once, continued, &engine)?;
+            let prompt = fed(&request.prompt, at_once, continued, &engine, &state.metrics)?;
+            let start = Instant::now();
             let grammar = request.turn.compile(engine.grammars())?;
+            if grammar.is_some() {
+                state.metrics.compiled(start.elapsed());
+            }
             Ok((request, prompt, grammar))
         })
         .await?
     };
 
-    let call = Call::new(&state, &engine, &origin, &request.common, "chatcmpl");
+    let call = Call::new(&state, &engine, &origin, &mut request.common, "chatcmpl");
     let shape = chat_answer::Shape::new(&request);
     let n = request.params.n;
     let harmony = Arc::clone(engine.harmony());
@@ -83,7 +92,7 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
 
 /// `POST /v1/responses`
 pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
-    let engine = state.engine()?.clone();
+    let engine = state.engine()?;
     let body = body::read(body, state.max_body_bytes).await?;
     let (mut request, earlier, prompt, grammar) = {
         let (state, engine, owner) = (Arc::clone(&state), engine.clone(), origin.owner);
@@ -94,14 +103,18 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
             let date = state.date();
             let request = ResponseRequest::new(&body, &earlier, &context(&state, &engine, &date))?;
             bound_text(request.text_bytes, &engine)?;
-            let prompt = fed(&request.prompt, request.turn.answer_at_once, None, &engine)?;
+            let prompt = fed(&request.prompt, request.turn.answer_at_once, None, &engine, &state.metrics)?;
+            let start = Instant::now();
             let grammar = request.turn.compile(engine.grammars())?;
+            if grammar.is_some() {
+                state.metrics.compiled(start.elapsed());
+            }
             Ok((request, earlier, prompt, grammar))
         })
         .await?
     };
 
-    let mut call = Call::new(&state, &engine, &origin, &request.common, "resp");
+    let mut call = Call::new(&state, &engine, &origin, &mut request.common, "resp");
     // Others must not guess it, whatever the client called its request.
     call.identity.id = format!("resp_{}", identifier());
     let items = std::mem::take(&mut request.items);
@@ -136,7 +149,7 @@ pub(crate) fn chat_ids(body: &[u8], state: &State, engine: &Engine) -> Result<Ve
     let request = ChatRequest::new(body, &context(state, engine, &date))?;
     bound_text(request.text_bytes, engine)?;
     let at_once = request.turn.answer_at_once;
-    Ok(fed(&request.prompt, at_once, request.continued.as_ref(), engine)?.ids)
+    Ok(fed(&request.prompt, at_once, request.continued.as_ref(), engine, &state.metrics)?.ids)
 }
 
 /// The prompt, with the beginning of the answer where that is not the model's to write.
@@ -145,9 +158,12 @@ fn fed(
     answer_at_once: bool,
     continued: Option<&String>,
     engine: &Engine,
+    metrics: &Metrics,
 ) -> Result<Fed, ApiError> {
     let harmony = engine.harmony();
+    let start = Instant::now();
     let mut ids = harmony.render_chat(prompt)?;
+    metrics.tokenized(start.elapsed());
     let mut begun = Vec::new();
     if answer_at_once || continued.is_some() {
         begun.extend(harmony.answer_header());
@@ -169,16 +185,18 @@ fn unenforced(grammar: &Grammar) -> Option<(HeaderName, HeaderValue)> {
 
 /// `POST /v1/completions`
 pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
-    let engine = state.engine()?.clone();
+    let engine = state.engine()?;
     let body = body::read(body, state.max_body_bytes).await?;
-    let (request, prompts, grammar) = {
+    let (mut request, prompts, grammar) = {
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
             let date = state.date();
             let mut request = CompletionRequest::new(&body, &context(&state, &engine, &date))?;
             let prompts = std::mem::take(&mut request.prompts);
+            let start = Instant::now();
             let prompts = prompts.into_iter().map(|prompt| tokenize(prompt, &engine));
             let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
+            state.metrics.tokenized(start.elapsed());
             let wanted = request.wanted.as_ref();
             let grammar = wanted.map(|wanted| {
                 let grammar = engine.grammars().text(&wanted.form);
@@ -189,7 +207,7 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
         .await?
     };
 
-    let call = Call::new(&state, &engine, &origin, &request.common, "cmpl");
+    let call = Call::new(&state, &engine, &origin, &mut request.common, "cmpl");
     let shape = completion_answer::Shape::new(&request);
     let engine_request = |prompt: &completion_answer::Prompt| Request {
         grammar: grammar.clone(),
@@ -212,22 +230,100 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
     Ok(call.response("application/json", Body::from(whole.finish())))
 }
 
+/// `POST /v1/chat/completions/render`: what the model would be fed, without running it.
+pub(crate) async fn render_chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
+    let engine = state.engine()?;
+    let body = body::read(body, state.max_body_bytes).await?;
+    let id = format!("chatcmpl-{}", origin.log.request_id());
+    let rendered = blocking(&origin, move || {
+        let date = state.date();
+        let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
+        bound_text(request.text_bytes, &engine)?;
+        let at_once = request.turn.answer_at_once;
+        let ids = fed(&request.prompt, at_once, request.continued.as_ref(), &engine, &state.metrics)?.ids;
+        Ok(rendered(&id, &state.model_names[0], &ids, &request.params))
+    });
+    Ok(Json(rendered.await?).into_response())
+}
+
+/// `POST /v1/completions/render`: an object for one prompt, a list of them for several.
+pub(crate) async fn render_completions(
+    state: Arc<State>,
+    origin: Origin,
+    body: Body,
+) -> Result<Response, ApiError> {
+    let engine = state.engine()?;
+    let body = body::read(body, state.max_body_bytes).await?;
+    let id = format!("cmpl-{}", origin.log.request_id());
+    let all = blocking(&origin, move || {
+        let date = state.date();
+        let mut request = CompletionRequest::new(&body, &context(&state, &engine, &date))?;
+        let render = |prompt| {
+            let ids = tokenize(prompt, &engine)?.ids;
+            Ok(rendered(&id, &state.model_names[0], &ids, &request.params))
+        };
+        std::mem::take(&mut request.prompts).into_iter().map(render).collect::<Result<Vec<_>, ApiError>>()
+    });
+    let mut all = all.await?;
+    Ok(match all.len() {
+        1 => Json(all.remove(0)).into_response(),
+        _ => Json(all).into_response(),
+    })
+}
+
+fn rendered(id: &str, model: &str, ids: &[u32], params: &SamplingParams) -> serde_json::Value {
+    json!({"request_id": id, "model": model, "token_ids": ids, "sampling_params": {
+        "n": params.n,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "seed": params.seed,
+        "max_tokens": params.max_tokens,
+        "min_tokens": params.min_tokens,
+        "stop": params.stop,
+        "stop_token_ids": params.stop_token_ids,
+        "include_stop_str_in_output": params.include_stop_str_in_output,
+        "ignore_eos": params.ignore_eos,
+        "logprobs": params.logprobs,
+        "prompt_logprobs": params.prompt_logprobs,
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "repetition_penalty": params.repetition_penalty,
+        "logit_bias": params.logit_bias,
+        "allowed_token_ids": params.allowed_token_ids,
+        "bad_words": params.bad_words,
+        "skip_special_tokens": params.skip_special_tokens
+    }})
+}
+
 /// A valid request on its way through the engine.
 struct Call<'a> {
     state: &'a State,
     engine: &'a Engine,
     log: RequestLog,
     identity: Identity,
+    owner: Owner,
     /// The client's name for the request, or ours.
     id: String,
 }
 
 impl<'a> Call<'a> {
-    fn new(state: &'a State, engine: &'a Engine, origin: &Origin, common: &Common, prefix: &str) -> Call<'a> {
+    fn new(
+        state: &'a State,
+        engine: &'a Engine,
+        origin: &Origin,
+        common: &mut Common,
+        prefix: &str,
+    ) -> Call<'a> {
+        if state.force_include_usage && common.stream.is_some() {
+            common.stream = Some(StreamOptions { include_usage: true, continuous_usage_stats: true });
+        }
         let id = match &common.request_id {
             Some(id) if !origin.named_by_client => id.clone(),
             _ => origin.log.request_id().to_owned(),
         };
+        state.metrics.unknown_fields(&common.unknown);
         let model = state.model_names[0].clone();
         origin.log.begin(&model);
         Call {
@@ -240,7 +336,9 @@ impl<'a> Call<'a> {
                 model,
                 fingerprint: state.fingerprint.clone(),
                 service_tier: common.service_tier.then_some("default"),
+                timed: state.request_metrics.then(Instant::now),
             },
+            owner: origin.owner,
             id,
         }
     }
@@ -269,7 +367,10 @@ impl<'a> Call<'a> {
     }
 
     /// Answers with a stream once there is something to send, so that what fails before is an ordinary error.
-    async fn stream(&self, encoder: impl Encoder, requests: Vec<Request>) -> Result<Response, ApiError> {
+    async fn stream(&self, encoder: impl Encoder, mut requests: Vec<Request>) -> Result<Response, ApiError> {
+        for Request { params, .. } in &mut requests {
+            params.stream_interval = params.stream_interval.max(self.state.stream_interval);
+        }
         let mut events = self.submit(requests, Pace::Client)?;
         let mut first = VecDeque::new();
         loop {
@@ -286,8 +387,10 @@ impl<'a> Call<'a> {
                 Next::Failed(cause) => return Err(sse::error(&cause, self.log.request_id())),
             }
         }
-        let keep_alive = self.state.sse_keep_alive;
-        let body = body::streaming(Chunks::new(encoder, first, events, self.log.clone(), keep_alive));
+        let (keep_alive, style) = (self.state.sse_keep_alive, self.state.error_style);
+        let rules = StreamRules { keep_alive, style };
+        let chunks = Chunks::new(encoder, first, events, self.log.clone(), rules);
+        let body = body::streaming(chunks);
         let mut response = self.response("text/event-stream; charset=utf-8", body);
         let headers = response.headers_mut();
         headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
@@ -296,8 +399,39 @@ impl<'a> Call<'a> {
     }
 
     fn submit(&self, requests: Vec<Request>, pace: Pace) -> Result<Events, ApiError> {
-        Events::submit(self.engine, requests, pace, &self.state.metrics, self.state.abort())
-            .map_err(|error| refusal(&error, self.log.request_id()))
+        let state = self.state;
+        if state.log_requests {
+            for request in &requests {
+                let prompt = self.engine.harmony().tokenizer().decode(&request.prompt);
+                let prompt: String = prompt.chars().take(state.max_log_len).collect();
+                tracing::info!(request_id = self.log.request_id(), prompt, params = ?request.params, "prompt");
+            }
+        }
+        if state.log_outputs {
+            self.log.keep_output(self.engine.harmony(), state.max_log_len);
+        }
+        let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
+        let account = state.rate_limits.admit(self.owner, prompt_tokens).map_err(|wait| {
+            state.metrics.reject(Rejection::RateLimited);
+            // A whole second more than needed is better than a little less.
+            ApiError::RateLimited { seconds: wait.as_secs().saturating_add(1) }
+        })?;
+        let terms = Terms {
+            names: [self.identity.id.clone(), self.id.clone()],
+            pace,
+            metrics: Arc::clone(&state.metrics),
+            abort: state.abort(),
+            timeout: state.request_timeout,
+            stall_timeout: state.client_stall_timeout,
+            account,
+        };
+        Events::submit(self.engine, requests, terms).map_err(|error| match error {
+            SubmitError::Full => {
+                let stats = self.engine.stats();
+                ApiError::Busy { seconds: state.retry_after(stats.running + stats.waiting) }
+            }
+            error => refusal(&error, self.log.request_id()),
+        })
     }
 
     fn response(&self, content_type: &'static str, body: Body) -> Response {
@@ -306,6 +440,11 @@ impl<'a> Call<'a> {
         headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(content_type));
         if let Ok(id) = HeaderValue::from_str(&self.id) {
             headers.insert(X_REQUEST_ID, id);
+        }
+        if content_type == "application/json"
+            && let Ok(timing) = HeaderValue::from_str(&self.log.server_timing())
+        {
+            headers.insert(HeaderName::from_static("server-timing"), timing);
         }
         response
     }
@@ -387,7 +526,6 @@ fn refusal(error: &SubmitError, request_id: &str) -> ApiError {
         SubmitError::EmptyPrompt | SubmitError::TokenOutOfVocabulary { .. } => {
             ApiError::invalid("prompt", error)
         }
-        SubmitError::Full => ApiError::Busy,
         SubmitError::ShuttingDown => ApiError::ShuttingDown,
         other => {
             tracing::error!(request_id, error = %other, "the engine refused a request for an unknown reason");

@@ -67,6 +67,8 @@ pub(crate) struct Field<'a> {
 pub(crate) struct Object<'a> {
     path: String,
     fields: Vec<(&'static str, &'a RawValue)>,
+    /// Names of a few others.
+    unknown: Vec<String>,
 }
 
 impl<'a> Field<'a> {
@@ -186,9 +188,9 @@ impl<'a> Field<'a> {
         if !self.is_object() {
             return Err(self.expected("an object"));
         }
-        let fields =
+        let (fields, unknown) =
             seeded(self.text(), Known(known)).map_err(|e| self.error(format!("{}: {e}.", self.path)))?;
-        Ok(Object { path: self.path.clone(), fields })
+        Ok(Object { path: self.path.clone(), fields, unknown })
     }
 
     /// An object of at most `max` entries, all kept; of equal keys the last counts.
@@ -217,6 +219,11 @@ impl<'a> Field<'a> {
 }
 
 impl<'a> Object<'a> {
+    /// Names of fields that mean nothing here, a few of them.
+    pub(crate) fn unknown(&self) -> &[String] {
+        &self.unknown
+    }
+
     /// A field that is there and not null.
     pub(crate) fn field(&self, name: &'static str) -> Option<Field<'a>> {
         let (_, raw) = self.fields.iter().find(|(known, _)| *known == name)?;
@@ -300,10 +307,13 @@ impl<'a> Visitor<'a> for Elements {
     }
 }
 
+/// Names of unknown fields that are kept.
+const MAX_UNKNOWN: usize = 8;
+
 struct Known(&'static [&'static str]);
 
 impl<'a> DeserializeSeed<'a> for Known {
-    type Value = Vec<(&'static str, &'a RawValue)>;
+    type Value = (Vec<(&'static str, &'a RawValue)>, Vec<String>);
 
     fn deserialize<D: Deserializer<'a>>(self, deserializer: D) -> Result<Self::Value, D::Error> {
         deserializer.deserialize_map(self)
@@ -311,17 +321,21 @@ impl<'a> DeserializeSeed<'a> for Known {
 }
 
 impl<'a> Visitor<'a> for Known {
-    type Value = Vec<(&'static str, &'a RawValue)>;
+    type Value = (Vec<(&'static str, &'a RawValue)>, Vec<String>);
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("an object")
     }
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<Self::Value, A::Error> {
-        let mut fields: Self::Value = Vec::new();
+        let mut fields: Vec<(&'static str, &'a RawValue)> = Vec::new();
+        let mut unknown = Vec::new();
         while let Some(key) = map.next_key::<String>()? {
             let Some(&name) = self.0.iter().find(|name| **name == key) else {
                 map.next_value::<IgnoredAny>()?;
+                if unknown.len() < MAX_UNKNOWN {
+                    unknown.push(key);
+                }
                 continue;
             };
             let raw = map.next_value()?;
@@ -330,7 +344,7 @@ impl<'a> Visitor<'a> for Known {
                 None => fields.push((name, raw)),
             }
         }
-        Ok(fields)
+        Ok((fields, unknown))
     }
 }
 

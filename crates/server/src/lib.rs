@@ -5,6 +5,7 @@
 //! chunks (`chat_answer.rs`, `completion_answer.rs`, `response_answer.rs`, `sse.rs`). Every refusal is an `ApiError` (`error.rs`).
 #![forbid(unsafe_code)]
 
+mod admin;
 mod answer;
 mod auth;
 mod body;
@@ -15,15 +16,19 @@ mod clock;
 mod completion_answer;
 mod completion_request;
 mod connections;
+mod cors;
+mod docs;
 mod error;
 mod events;
 mod form;
 mod generate;
 mod identifier;
 mod json;
+mod listener;
 mod log;
 mod metrics;
 mod page;
+mod rate_limit;
 mod request;
 mod response_answer;
 mod response_items;
@@ -33,9 +38,14 @@ mod routes;
 mod sampling;
 mod server;
 mod small;
+mod socket;
 mod sse;
+mod throughput;
+mod tls;
 mod turn;
 mod visible;
 
 pub use clock::today;
-pub use server::{Error, Handle, Options, SamplingDefaults, Server};
+pub use error::ErrorStyle;
+pub use server::{CorsOptions, Error, Fingerprint, Handle, Loader, Options, SamplingDefaults, Server};
+pub use tls::{ClientCertificates, TlsOptions};

@@ -1,9 +1,12 @@
-//! One line per request, written when the request is over, whichever way it ends. It holds no text of users.
+//! One line per request, written when the request is over, whichever way it ends. It holds no text of users; the answer is a
+//! line of its own, where that was asked for.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use engine::{Event, FinishReason};
+use harmony::Harmony;
 
 use crate::answer::Usage;
 
@@ -25,10 +28,26 @@ struct Facts {
     status: Option<u16>,
     model: Option<String>,
     usage: Option<Usage>,
+    queued: Option<Duration>,
     first_token: Option<Instant>,
     finish: Option<FinishReason>,
     /// An answer was begun, and not completed.
     incomplete: bool,
+    /// What was generated, if it is to be logged.
+    output: Option<Output>,
+}
+
+/// Tokens of an answer, and how they become text.
+struct Output {
+    harmony: Arc<Harmony>,
+    max_len: usize,
+    tokens: BTreeMap<usize, Vec<u32>>,
+}
+
+impl std::fmt::Debug for Output {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Output").finish_non_exhaustive()
+    }
 }
 
 impl RequestLog {
@@ -55,12 +74,34 @@ impl RequestLog {
     pub(crate) fn event(&self, event: &Event) {
         let mut facts = self.facts();
         match event {
-            Event::Tokens { .. } => {
-                facts.first_token.get_or_insert_with(Instant::now);
+            Event::Started { queued, .. } => facts.queued = facts.queued.or(Some(*queued)),
+            Event::Tokens { choice, token_ids, .. } => {
+                if facts.first_token.is_none() {
+                    facts.first_token = Some(Instant::now());
+                }
+                if let Some(output) = &mut facts.output {
+                    output.tokens.entry(*choice).or_default().extend(token_ids);
+                }
             }
             Event::Finished { reason, .. } => facts.finish = Some(*reason),
             _ => {}
         }
+    }
+
+    /// The answer will be logged, at most so many characters of it.
+    pub(crate) fn keep_output(&self, harmony: &Arc<Harmony>, max_len: usize) {
+        let output = Output { harmony: Arc::clone(harmony), max_len, tokens: BTreeMap::new() };
+        self.facts().output = Some(output);
+    }
+
+    /// The header that says how long the phases took, in milliseconds.
+    pub(crate) fn server_timing(&self) -> String {
+        let facts = self.facts();
+        let queued = facts.queued.unwrap_or_default();
+        let first = facts.first_token.map_or(queued, |first| first.duration_since(self.0.start));
+        let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+        let prefill = milliseconds(first.saturating_sub(queued));
+        format!("queue;dur={:.3}, prefill;dur={prefill:.3}", milliseconds(queued))
     }
 
     pub(crate) fn usage(&self, usage: Usage) {
@@ -101,10 +142,16 @@ impl Drop for Line {
             reasoning_tokens = usage
                 .and_then(|usage| usage.completion_tokens_details)
                 .map(|details| details.reasoning_tokens),
+            queue_ms = facts.queued.map(|queued| queued.as_secs_f64() * 1e3),
             ttft_ms = facts.first_token.map(milliseconds),
             e2e_ms = milliseconds(Instant::now()),
             finish_reason = finish,
             "request"
         );
+        for (choice, tokens) in facts.output.iter().flat_map(|output| &output.tokens) {
+            let Some(Output { harmony, max_len, .. }) = &facts.output else { continue };
+            let output: String = harmony.tokenizer().decode(tokens).chars().take(*max_len).collect();
+            tracing::info!(request_id = self.request_id, choice, output, "answer");
+        }
     }
 }

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use engine::{Engine, Event, FinishReason, Request};
+use engine::{Engine, Event, FinishReason, Request, STEP_SECONDS, STEP_TOKENS};
 use gptoss::BLOCK_TOKENS;
 
 use crate::clock;
@@ -37,17 +37,30 @@ pub(crate) struct Metrics {
     /// By reason, in the order of `REJECTIONS`.
     rejected: [AtomicU64; REJECTIONS.len()],
     repairs: Mutex<BTreeMap<&'static str, u64>>,
+    /// Phases of the start, with the seconds that they took.
+    startup: Mutex<BTreeMap<&'static str, f64>>,
+    tokenizer: Histogram,
+    grammar: Histogram,
+    /// Names of fields that were ignored, at most `MAX_FIELDS` of them.
+    unknown_fields: Mutex<BTreeMap<String, u64>>,
     http: Mutex<BTreeMap<Route, Http>>,
+    /// Series under the names of earlier versions.
+    legacy: bool,
 }
 
 const REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
-const REJECTIONS: [&str; 2] = ["queue_full", "shutting_down"];
+const REJECTIONS: [&str; 3] = ["queue_full", "shutting_down", "rate_limited"];
+
+/// Names of unknown fields that have series of their own.
+const MAX_FIELDS: usize = 64;
+const MAX_FIELD_BYTES: usize = 40;
 
 /// A request refused before it began.
 #[derive(Debug, Clone, Copy)]
 pub(crate) enum Rejection {
     QueueFull,
     ShuttingDown,
+    RateLimited,
 }
 
 /// Method and template of a path, both of few.
@@ -58,6 +71,7 @@ struct Http {
     /// Answers by the first digit of their status.
     statuses: [u64; 6],
     duration: Histogram,
+    fine: Histogram,
 }
 
 const FIRST_TOKEN: &[f64] = &[
@@ -78,9 +92,15 @@ const TOKENS: &[f64] = &[
 ];
 const CHOICES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
 const HTTP: &[f64] = &[0.1, 0.5, 1.0];
+const HTTP_FINE: &[f64] = &[
+    0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0,
+    30.0, 60.0,
+];
+const SHORT: &[f64] = &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0];
 
 impl Metrics {
-    pub(crate) fn new() -> Metrics {
+    /// `legacy`: with the names of earlier versions.
+    pub(crate) fn new(legacy: bool) -> Metrics {
         Metrics {
             start_time: clock::unix_seconds(),
             first_token: Histogram::new(FIRST_TOKEN),
@@ -101,12 +121,48 @@ impl Metrics {
             finished: Default::default(),
             rejected: Default::default(),
             repairs: Mutex::default(),
+            startup: Mutex::default(),
+            tokenizer: Histogram::new(SHORT),
+            grammar: Histogram::new(SHORT),
+            unknown_fields: Mutex::default(),
             http: Mutex::default(),
+            legacy,
         }
     }
 
     pub(crate) fn reject(&self, reason: Rejection) {
         self.rejected[reason as usize].fetch_add(1, Relaxed);
+    }
+
+    /// A phase of the start is over.
+    pub(crate) fn started(&self, phase: &'static str, time: Duration) {
+        self.startup.lock().unwrap_or_else(PoisonError::into_inner).insert(phase, time.as_secs_f64());
+    }
+
+    /// A request's text became tokens.
+    pub(crate) fn tokenized(&self, time: Duration) {
+        self.tokenizer.observe(time.as_secs_f64());
+    }
+
+    /// A demand on an answer became a grammar.
+    pub(crate) fn compiled(&self, time: Duration) {
+        self.grammar.observe(time.as_secs_f64());
+    }
+
+    /// A request had fields that mean nothing. Names beyond a number, and such as no program has, count as `other`.
+    pub(crate) fn unknown_fields(&self, names: &[String]) {
+        let mut known = self.unknown_fields.lock().unwrap_or_else(PoisonError::into_inner);
+        for name in names {
+            let plain = name.len() <= MAX_FIELD_BYTES
+                && name.bytes().all(|b| b.is_ascii_lowercase() || b.is_ascii_digit() || b == b'_');
+            let fits = plain && (known.len() < MAX_FIELDS || known.contains_key(name));
+            *known.entry(if fits { name.clone() } else { "other".to_owned() }).or_default() += 1;
+        }
+    }
+
+    /// Choices that have ended, whichever way.
+    pub(crate) fn ended(&self) -> u64 {
+        self.finished.iter().map(|count| count.load(Relaxed)).sum()
     }
 
     /// A client went away while its request ran.
@@ -117,11 +173,14 @@ impl Metrics {
     /// An HTTP request was answered; `route` is a template.
     pub(crate) fn answer(&self, method: &'static str, route: &'static str, status: u16, time: Duration) {
         let mut http = self.http();
-        let entry = http
-            .entry((method, route))
-            .or_insert_with(|| Http { statuses: [0; 6], duration: Histogram::new(HTTP) });
+        let entry = http.entry((method, route)).or_insert_with(|| Http {
+            statuses: [0; 6],
+            duration: Histogram::new(HTTP),
+            fine: Histogram::new(HTTP_FINE),
+        });
         entry.statuses[usize::from(status / 100).min(5)] += 1;
         entry.duration.observe(time.as_secs_f64());
+        entry.fine.observe(time.as_secs_f64());
     }
 
     fn http(&self) -> MutexGuard<'_, BTreeMap<Route, Http>> {
@@ -129,23 +188,34 @@ impl Metrics {
     }
 
     /// All series; those of the engine are 0 while it is being loaded.
-    pub(crate) fn text(&self, engine: Option<&Engine>, model: &str, open_metrics: bool) -> String {
+    pub(crate) fn text(
+        &self,
+        engine: Option<&Engine>,
+        asleep: Option<u8>,
+        model: &str,
+        open_metrics: bool,
+    ) -> String {
         let stats = engine.map(Engine::stats).unwrap_or_default();
         let own = format!("model_name=\"{}\",engine=\"0\"", escape(model));
         let mut text = Text { out: String::new(), own, open_metrics };
 
         let usage = stats.full_blocks_used as f64 / stats.full_blocks.max(1) as f64;
         text.gauge("vllm:num_requests_running", "Sequences that are computed.", stats.running as f64);
-        text.gauge("vllm:num_requests_waiting", "Requests that wait.", stats.waiting as f64);
+        let waiting = (stats.waiting + stats.paused) as f64;
+        text.gauge("vllm:num_requests_waiting", "Requests that wait.", waiting);
         text.begin("vllm:num_requests_waiting_by_reason", "gauge", "Requests that wait, by what for.");
         text.sample("vllm:num_requests_waiting_by_reason", "reason=\"capacity\"", stats.waiting as f64);
-        text.sample("vllm:num_requests_waiting_by_reason", "reason=\"deferred\"", 0.0);
-        text.gauge("vllm:num_requests_swapped", "Always 0.", 0.0);
-        for name in ["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"] {
+        text.sample("vllm:num_requests_waiting_by_reason", "reason=\"deferred\"", stats.paused as f64);
+        let names = |legacy: &'static [&'static str]| if self.legacy { legacy } else { &legacy[..1] };
+        if self.legacy {
+            text.gauge("vllm:num_requests_swapped", "Always 0.", 0.0);
+        }
+        for name in names(&["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"]) {
             text.gauge(name, "Share of the key/value cache in use, 0 to 1.", usage);
         }
         text.begin("vllm:engine_sleep_state", "gauge", "Whether the engine is awake.");
-        for (state, value) in [("awake", 1.0), ("weights_offloaded", 0.0), ("discard_all", 0.0)] {
+        for (state, level) in [("awake", None), ("weights_offloaded", Some(1)), ("discard_all", Some(2))] {
+            let value = f64::from(u8::from(asleep == level));
             text.sample("vllm:engine_sleep_state", &format!("sleep_state=\"{state}\""), value);
         }
         text.begin("vllm:cache_config_info", "gauge", "The shape of the key/value cache.");
@@ -164,7 +234,7 @@ impl Metrics {
             text.sample("vllm:prompt_tokens_by_source_total", &label, count as f64);
         }
         text.counter("vllm:prompt_tokens_cached", "Tokens of prompts that were cached.", cached);
-        for name in ["vllm:prefix_cache", "vllm:gpu_prefix_cache"] {
+        for name in names(&["vllm:prefix_cache", "vllm:gpu_prefix_cache"]) {
             let (queries, hits) = (stats.prefix_queries, stats.prefix_hits);
             text.counter(&format!("{name}_queries"), "Tokens looked up in the prefix cache.", queries);
             text.counter(&format!("{name}_hits"), "Tokens found in the prefix cache.", hits);
@@ -197,7 +267,7 @@ impl Metrics {
         }
 
         text.histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", &self.first_token);
-        for name in ["vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"] {
+        for name in names(&["vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"]) {
             text.histogram(name, "From one token of a choice to the next.", &self.between_tokens);
         }
         let name = "vllm:request_time_per_output_token_seconds";
@@ -215,6 +285,10 @@ impl Metrics {
         }
         let name = "vllm:request_prefill_kv_computed_tokens";
         text.histogram(name, "Tokens per prompt that were not cached.", &self.computed_tokens);
+        let name = "vllm:iteration_tokens_total";
+        text.begin(name, "histogram", "Tokens per step.");
+        let bounds = STEP_TOKENS.map(|bound| bound as f64);
+        text.counted(name, "", &bounds, &stats.step_tokens, stats.step_tokens_sum as f64);
         text.histogram("vllm:request_params_n", "Choices asked for.", &self.choices);
 
         text.begin("gptoss_harmony_repairs", "counter", "Malformed output that was mended, by kind.");
@@ -223,6 +297,27 @@ impl Metrics {
         }
         let gone = self.disconnects.load(Relaxed);
         text.counter("gptoss_client_disconnects", "Clients that went away before the end.", gone);
+        let name = "gptoss_step_seconds";
+        text.begin(name, "histogram", "Time that the device took for a step.");
+        for (kind, phase) in ["decode", "prefill"].iter().enumerate() {
+            let label = format!("phase=\"{phase}\"");
+            let (counts, sum) = (&stats.step_seconds[kind], stats.step_seconds_sum[kind]);
+            text.counted(name, &label, &STEP_SECONDS, counts, sum);
+        }
+        text.counter("gptoss_failed_steps", "Steps in which the device failed.", stats.failed_steps);
+        text.begin("gptoss_startup_seconds", "gauge", "Time that phases of the start took.");
+        for (phase, seconds) in &*self.startup.lock().unwrap_or_else(PoisonError::into_inner) {
+            text.sample("gptoss_startup_seconds", &format!("phase=\"{phase}\""), *seconds);
+        }
+        let name = "gptoss_tokenizer_seconds";
+        text.histogram(name, "From a request's text to its tokens.", &self.tokenizer);
+        let name = "gptoss_grammar_compile_seconds";
+        text.histogram(name, "From a demand on an answer to its grammar.", &self.grammar);
+        text.begin("gptoss_unknown_request_fields", "counter", "Fields of requests that were ignored.");
+        for (field, count) in &*self.unknown_fields.lock().unwrap_or_else(PoisonError::into_inner) {
+            let label = format!("field=\"{field}\"");
+            text.sample("gptoss_unknown_request_fields_total", &label, *count as f64);
+        }
         self.http_text(&mut text);
         process(&mut text, self.start_time);
         if open_metrics {
@@ -245,6 +340,11 @@ impl Metrics {
             let labels = format!("method=\"{method}\",handler=\"{handler}\"");
             text.buckets("http_request_duration_seconds", &labels, &entry.duration);
         }
+        let name = "http_request_duration_highr_seconds";
+        text.begin(name, "histogram", "The same in finer steps.");
+        for ((method, handler), entry) in &*http {
+            text.buckets(name, &format!("method=\"{method}\",handler=\"{handler}\""), &entry.fine);
+        }
     }
 }
 
@@ -255,6 +355,7 @@ pub(crate) struct Observed {
     started: Option<Instant>,
     first: Option<Instant>,
     prompt_tokens: usize,
+    generated: usize,
     /// When each choice had its last token.
     last: Vec<Option<Instant>>,
     ended: bool,
@@ -271,6 +372,7 @@ impl Observed {
             started: None,
             first: None,
             prompt_tokens: request.prompt.len(),
+            generated: 0,
             last: vec![None; request.params.n],
             ended: false,
         }
@@ -287,7 +389,8 @@ impl Observed {
                 metrics.computed_tokens.observe(self.prompt_tokens.saturating_sub(*cached_tokens) as f64);
                 self.started = Some(self.arrival + *queued);
             }
-            Event::Tokens { choice, .. } => {
+            Event::Tokens { choice, token_ids, .. } => {
+                self.generated += token_ids.len();
                 if self.first.is_none() {
                     self.first = Some(now);
                     metrics.first_token.observe(since(self.arrival));
@@ -326,6 +429,11 @@ impl Observed {
                 metrics.finished[3].fetch_add(1, Relaxed);
             }
         }
+    }
+
+    /// Tokens of all choices so far.
+    pub(crate) fn generated(&self) -> usize {
+        self.generated
     }
 
     /// The engine has forgotten the request.
@@ -392,13 +500,26 @@ impl Text {
     }
 
     fn buckets(&mut self, name: &str, labels: &str, histogram: &Histogram) {
+        let counts: Vec<u64> = histogram.counts.iter().map(|count| count.load(Relaxed)).collect();
+        let sum = f64::from_bits(histogram.sum.load(Relaxed));
+        self.all_buckets(name, labels, histogram.bounds, &counts, sum);
+    }
+
+    /// Buckets of what the engine has counted; with its labels.
+    fn counted(&mut self, name: &str, labels: &str, bounds: &[f64], counts: &[u64], sum: f64) {
+        let comma = if labels.is_empty() { "" } else { "," };
+        let labels = format!("{}{comma}{labels}", self.own);
+        self.all_buckets(name, &labels, bounds, counts, sum);
+    }
+
+    fn all_buckets(&mut self, name: &str, labels: &str, bounds: &[f64], counts: &[u64], sum: f64) {
         let mut total = 0;
-        let bounds = histogram.bounds.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
-        for (bound, count) in bounds.zip(&histogram.counts) {
-            total += count.load(Relaxed);
+        let bounds = bounds.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
+        for (bound, count) in bounds.zip(counts) {
+            total += count;
             self.bare(&format!("{name}_bucket"), &format!("{labels},le=\"{bound}\""), total as f64);
         }
-        self.bare(&format!("{name}_sum"), labels, f64::from_bits(histogram.sum.load(Relaxed)));
+        self.bare(&format!("{name}_sum"), labels, sum);
         self.bare(&format!("{name}_count"), labels, total as f64);
     }
 
@@ -422,20 +543,31 @@ fn escape(label: &str) -> String {
 
 /// What the system knows of this process, where it says so.
 fn process(text: &mut Text, start_time: u64) {
-    let mut gauge = |name: &str, help: &str, value: Option<f64>| {
+    let mut show = |name: &str, kind: &str, help: &str, value: Option<f64>| {
         if let Some(value) = value {
-            text.begin(name, "gauge", help);
-            text.bare(name, "", value);
+            text.begin(name, kind, help);
+            let suffix = if kind == "counter" { "_total" } else { "" };
+            text.bare(&format!("{name}{suffix}"), "", value);
         }
     };
-    gauge("process_start_time_seconds", "When the server started.", Some(start_time as f64));
+    show("process_start_time_seconds", "gauge", "When the server started.", Some(start_time as f64));
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let kilobytes = |key: &str| {
         let line = status.lines().find_map(|line| line.strip_prefix(key))?;
         line.trim().trim_end_matches(" kB").parse::<f64>().ok().map(|kb| kb * 1024.0)
     };
-    gauge("process_resident_memory_bytes", "Memory in use.", kilobytes("VmRSS:"));
-    gauge("process_virtual_memory_bytes", "Memory reserved.", kilobytes("VmSize:"));
+    show("process_resident_memory_bytes", "gauge", "Memory in use.", kilobytes("VmRSS:"));
+    show("process_virtual_memory_bytes", "gauge", "Memory reserved.", kilobytes("VmSize:"));
     let files = std::fs::read_dir("/proc/self/fd").ok().map(|files| files.count() as f64);
-    gauge("process_open_fds", "Open files and connections.", files);
+    show("process_open_fds", "gauge", "Open files and connections.", files);
+    let limits = std::fs::read_to_string("/proc/self/limits").unwrap_or_default();
+    let limit =
+        limits.lines().find_map(|line| line.strip_prefix("Max open files")?.split_whitespace().next());
+    show("process_max_fds", "gauge", "Most of them.", limit.and_then(|limit| limit.parse().ok()));
+    // After the name, which may have anything in it, come the state and numbers; user and system time are the twelfth and
+    // thirteenth, in hundredths of a second.
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let ticks = stat.rsplit_once(')').map(|(_, rest)| rest.split_whitespace().skip(11).take(2));
+    let seconds = ticks.map(|ticks| ticks.filter_map(|ticks| ticks.parse::<f64>().ok()).sum::<f64>() / 100.0);
+    show("process_cpu_seconds", "counter", "Processor time.", seconds);
 }

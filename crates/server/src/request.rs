@@ -34,6 +34,8 @@ pub(crate) struct Common {
     pub(crate) return_tokens_as_token_ids: bool,
     /// The client named a tier; it is told `default`.
     pub(crate) service_tier: bool,
+    /// Names of a few fields that were ignored.
+    pub(crate) unknown: Vec<String>,
 }
 
 impl Common {
@@ -58,6 +60,7 @@ impl Common {
             return_token_ids: object.bool("return_token_ids")?.unwrap_or(false),
             return_tokens_as_token_ids: object.bool("return_tokens_as_token_ids")?.unwrap_or(false),
             service_tier: object.string("service_tier")?.is_some(),
+            unknown: object.unknown().to_vec(),
         })
     }
 

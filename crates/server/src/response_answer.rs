@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 
 use crate::answer::{ChatLogprob, Identity, TokenNames, Usage};
 use crate::chat_answer::call_id;
-use crate::error::ApiError;
+use crate::error::{ApiError, ErrorStyle};
 use crate::identifier::identifier;
 use crate::response_request::ResponseRequest;
 use crate::response_store::Keep;
@@ -420,7 +420,8 @@ impl Encoder for ResponseAnswer {
         self.emit(kind, json!({"response": response}), out);
     }
 
-    fn fail(&mut self, error: &ApiError, out: &mut Vec<u8>) {
+    /// Always in the words of this API.
+    fn fail(&mut self, error: &ApiError, _style: ErrorStyle, out: &mut Vec<u8>) {
         self.close("incomplete", out);
         let mut response = self.response("failed");
         response["error"] = json!({"code": "server_error", "message": error.to_string()});

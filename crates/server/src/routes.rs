@@ -1,10 +1,10 @@
-//! Paths, what is checked before any of them, and the small endpoints.
+//! Paths, what is checked before any of them, and the endpoints of stored responses, models and health.
 
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::body::Body;
-use axum::extract::{Extension, Path, Query, Request, State as Shared};
+use axum::extract::{Extension, MatchedPath, Path, Query, Request, State as Shared};
 use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -13,8 +13,11 @@ use axum::{Json, Router};
 use engine::Engine;
 use serde::{Deserialize, Serialize};
 
+use crate::admin;
 use crate::auth::{self, key_id};
-use crate::error::ApiError;
+use crate::connections::MAX_HEADERS;
+use crate::docs;
+use crate::error::{ApiError, ErrorStyle};
 use crate::generate;
 use crate::identifier::identifier;
 use crate::json::excerpt;
@@ -27,38 +30,129 @@ use crate::small;
 
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-const CHAT: &str = "/v1/chat/completions";
-const COMPLETIONS: &str = "/v1/completions";
-const RESPONSES: &str = "/v1/responses";
-const MODELS: &str = "/v1/models";
+/// Longest path and query.
+const MAX_URI_BYTES: usize = 8 << 10;
 
-/// Needs no key: the chat page, which says nothing by itself, and what is for probes.
-const PUBLIC: [&str; 8] = ["/", "/health", "/live", "/ready", "/ping", "/version", "/load", "/metrics"];
+/// A path, and who may use it. A path that is not here needs a key.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Route {
+    /// As the log and the metrics name it, whatever the client wrote.
+    pub(crate) path: &'static str,
+    /// In lower case.
+    pub(crate) methods: &'static [&'static str],
+    pub(crate) access: Access,
+    /// Takes JSON and nothing else.
+    pub(crate) json: bool,
+    /// For the documentation.
+    pub(crate) about: &'static str,
+    offered: Offered,
+}
 
-/// Take JSON and nothing else.
-const JSON: [&str; 8] = [
-    CHAT,
-    COMPLETIONS,
-    RESPONSES,
-    "/tokenize",
-    "/v1/tokenize",
-    "/detokenize",
-    "/v1/detokenize",
-    "/invocations",
+/// What a client must have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Nothing: the chat page, which says nothing by itself, and what is for probes. Not logged.
+    Public,
+    /// A key for the metrics, if there is one. Not logged.
+    Metrics,
+    Key,
+    /// An admin's key; in a server for development, which has none, an ordinary one.
+    Admin,
+}
+
+/// When a path is there.
+#[derive(Debug, Clone, Copy)]
+enum Offered {
+    Always,
+    Admin,
+    Sleep,
+    Page,
+    Docs,
+    Ollama,
+}
+
+const GET: &[&str] = &["get"];
+const POST: &[&str] = &["post"];
+
+const fn route(
+    path: &'static str,
+    methods: &'static [&'static str],
+    access: Access,
+    about: &'static str,
+) -> Route {
+    Route { path, methods, access, json: false, about, offered: Offered::Always }
+}
+
+const fn json(path: &'static str, access: Access, about: &'static str) -> Route {
+    Route { json: true, ..route(path, POST, access, about) }
+}
+
+const fn only(offered: Offered, route: Route) -> Route {
+    Route { offered, ..route }
+}
+
+/// All paths.
+pub(crate) static ROUTES: &[Route] = &[
+    json("/v1/chat/completions", Access::Key, "The answer to a conversation, whole or streamed"),
+    json("/v1/chat/completions/render", Access::Key, "What the model would be fed, without running it"),
+    json("/v1/completions", Access::Key, "The continuation of raw prompts, whole or streamed"),
+    json("/v1/completions/render", Access::Key, "The tokens of raw prompts, without running the model"),
+    json("/v1/responses", Access::Key, "The Responses API, whole or streamed"),
+    route("/v1/responses/{id}", &["get", "delete"], Access::Key, "A stored response"),
+    route("/v1/responses/{id}/cancel", POST, Access::Key, "Ends a response that is made in the background"),
+    route("/v1/responses/{id}/input_items", GET, Access::Key, "What a stored response answers"),
+    route("/v1/models", GET, Access::Key, "The names that requests may use"),
+    route("/v1/models/{*id}", GET, Access::Key, "One of them"),
+    json("/tokenize", Access::Key, "The tokens of a text or a conversation"),
+    json("/v1/tokenize", Access::Key, "The same"),
+    json("/detokenize", Access::Key, "The text of tokens"),
+    json("/v1/detokenize", Access::Key, "The same"),
+    json("/invocations", Access::Key, "Chat, completion or response, told apart by the body's shape"),
+    route("/health", GET, Access::Public, "200 while the engine makes progress"),
+    route("/live", GET, Access::Public, "200 while the process runs"),
+    route("/ready", GET, Access::Public, "200 while requests are taken"),
+    route("/ping", &["get", "post"], Access::Public, "The same"),
+    route("/version", GET, Access::Public, "The server's version"),
+    route("/load", GET, Access::Public, "How many requests are in the engine"),
+    route("/metrics", GET, Access::Metrics, "Counts and times for Prometheus"),
+    only(Offered::Page, route("/", GET, Access::Public, "A chat page")),
+    only(Offered::Docs, route("/docs", GET, Access::Public, "This list for people")),
+    only(Offered::Docs, route("/openapi.json", GET, Access::Public, "This list for programs")),
+    only(Offered::Ollama, route("/api/version", GET, Access::Key, "For tools made for Ollama")),
+    only(Offered::Ollama, route("/api/tags", GET, Access::Key, "For tools made for Ollama")),
+    only(Offered::Ollama, route("/api/show", POST, Access::Key, "For tools made for Ollama")),
+    only(Offered::Ollama, route("/api/pull", POST, Access::Key, "For tools made for Ollama")),
+    only(
+        Offered::Admin,
+        route("/reset_prefix_cache", POST, Access::Admin, "Forgets what prompts have in common"),
+    ),
+    only(Offered::Admin, json("/abort_requests", Access::Admin, "Ends requests by their names")),
+    only(Offered::Admin, route("/server_info", GET, Access::Admin, "Build, configuration, device, memory")),
+    only(Offered::Admin, route("/start_profile", POST, Access::Admin, "Begins to count steps and tokens")),
+    only(Offered::Admin, route("/stop_profile", POST, Access::Admin, "What was counted since")),
+    only(Offered::Sleep, route("/sleep", POST, Access::Admin, "Frees the memory of model and cache")),
+    only(Offered::Sleep, route("/wake_up", POST, Access::Admin, "Loads the model again")),
+    only(Offered::Sleep, route("/is_sleeping", GET, Access::Admin, "Whether the server sleeps")),
 ];
-
-/// Other paths as the log and the metrics name them.
-const OTHERS: [&str; 4] = ["/api/version", "/api/tags", "/api/show", "/api/pull"];
 
 /// Other endpoints of OpenAI and vLLM, for other kinds of models.
 const NOT_APPLICABLE: [&str; 6] =
     ["/v1/embeddings", "/v1/audio/{*rest}", "/v1/images/{*rest}", "/score", "/rerank", "/pooling"];
 
-/// Longest path and query.
-const MAX_URI_BYTES: usize = 8 << 10;
-
-/// A step that takes longer means that the device hangs.
-const STALL: Duration = Duration::from_secs(10);
+impl Route {
+    /// Whether the server was started with it.
+    pub(crate) fn is_offered(&self, state: &State) -> bool {
+        let admin = !state.admin_keys.is_empty() || state.dev_mode;
+        match self.offered {
+            Offered::Always => true,
+            Offered::Admin => admin,
+            Offered::Sleep => admin && state.sleep_mode,
+            Offered::Page => state.page,
+            Offered::Docs => state.docs,
+            Offered::Ollama => state.ollama,
+        }
+    }
+}
 
 /// Where a request comes from, for those who answer it.
 #[derive(Debug, Clone)]
@@ -71,32 +165,47 @@ pub(crate) struct Origin {
 }
 
 pub(crate) fn router(state: Arc<State>) -> Router {
-    let mut router = Router::new()
-        .route(CHAT, post(chat))
-        .route(COMPLETIONS, post(completions))
-        .route(RESPONSES, post(responses))
-        .route("/v1/responses/{id}", get(response).delete(delete_response))
-        .route("/v1/responses/{id}/cancel", post(cancel_response))
-        .route("/v1/responses/{id}/input_items", get(input_items))
-        .route(MODELS, get(models))
-        .route("/v1/models/{*id}", get(model))
-        .route("/health", get(health))
-        .route("/live", get(|| async {}))
-        .route("/ready", get(ready))
-        .route("/ping", get(ready).post(ready))
-        .route("/version", get(version))
-        .route("/", get(page::page))
-        .route("/load", get(small::load))
-        .route("/metrics", get(small::metrics))
-        .route("/invocations", post(small::invocations))
-        .route("/api/version", get(small::ollama_version))
-        .route("/api/tags", get(small::ollama_tags))
-        .route("/api/show", post(small::ollama_show))
-        .route("/api/pull", post(small::ollama_pull));
-    for prefix in ["", "/v1"] {
-        router = router
-            .route(&format!("{prefix}/tokenize"), post(small::tokenize))
-            .route(&format!("{prefix}/detokenize"), post(small::detokenize));
+    let mut router = Router::new();
+    for Route { path, .. } in ROUTES.iter().filter(|route| route.is_offered(&state)) {
+        let handlers = match *path {
+            "/v1/chat/completions" => post(chat),
+            "/v1/chat/completions/render" => post(render_chat),
+            "/v1/completions" => post(completions),
+            "/v1/completions/render" => post(render_completions),
+            "/v1/responses" => post(responses),
+            "/v1/responses/{id}" => get(response).delete(delete_response),
+            "/v1/responses/{id}/cancel" => post(cancel_response),
+            "/v1/responses/{id}/input_items" => get(input_items),
+            "/v1/models" => get(models),
+            "/v1/models/{*id}" => get(model),
+            "/tokenize" | "/v1/tokenize" => post(small::tokenize),
+            "/detokenize" | "/v1/detokenize" => post(small::detokenize),
+            "/invocations" => post(small::invocations),
+            "/health" => get(health),
+            "/live" => get(|| async {}),
+            "/ready" => get(ready),
+            "/ping" => get(ready).post(ready),
+            "/version" => get(version),
+            "/load" => get(small::load),
+            "/metrics" => get(small::metrics),
+            "/" => get(page::page),
+            "/docs" => get(docs::page),
+            "/openapi.json" => get(docs::openapi),
+            "/api/version" => get(small::ollama_version),
+            "/api/tags" => get(small::ollama_tags),
+            "/api/show" => post(small::ollama_show),
+            "/api/pull" => post(small::ollama_pull),
+            "/reset_prefix_cache" => post(admin::reset_prefix_cache),
+            "/abort_requests" => post(admin::abort_requests),
+            "/server_info" => get(admin::server_info),
+            "/start_profile" => post(admin::start_profile),
+            "/stop_profile" => post(admin::stop_profile),
+            "/sleep" => post(admin::sleep),
+            "/wake_up" => post(admin::wake_up),
+            "/is_sleeping" => get(admin::is_sleeping),
+            path => unreachable!("{path} has no handler"),
+        };
+        router = router.route(path, handlers);
     }
     for path in NOT_APPLICABLE {
         router = router.route(path, any(|| async { ApiError::NotApplicable }));
@@ -110,49 +219,73 @@ pub(crate) fn router(state: Arc<State>) -> Router {
 
 /// What happens to every request: it gets a name and a line in the log, and must have the right media type and key.
 async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Next) -> Response {
-    let client_id = request.headers().get(X_REQUEST_ID).and_then(|id| id.to_str().ok());
+    let headers = request.headers();
+    let client_id = headers.get(X_REQUEST_ID).and_then(|id| id.to_str().ok());
     let client_id = client_id.filter(|id| is_request_id(id)).map(str::to_owned);
     let named_by_client = client_id.is_some();
     let id = client_id.unwrap_or_else(identifier);
-    let path = request.uri().path();
-    let public = PUBLIC.contains(&path);
-    let takes_json = request.method() == Method::POST && JSON.contains(&path);
-    let (arrival, method, route) = (Instant::now(), method(request.method()), template(path));
+    let matched = request.extensions().get::<MatchedPath>().map(MatchedPath::as_str);
+    let route = matched.and_then(|path| ROUTES.iter().find(|route| route.path == path));
+    let (name, access) = route.map_or(("none", Access::Key), |route| (route.path, route.access));
+    let admitted = match access {
+        Access::Public => true,
+        Access::Metrics => state.metrics_keys.admit(headers),
+        Access::Admin if !state.admin_keys.is_empty() => state.admin_keys.admit(headers),
+        Access::Admin | Access::Key => state.keys.admit(headers),
+    };
+    let takes_json = route.is_some_and(|route| route.json) && request.method() == Method::POST;
+    let (arrival, method) = (Instant::now(), method(request.method()));
+    let page = headers.get(header::ORIGIN).cloned();
     // Probes come every few seconds and say nothing.
-    let log = (!public).then(|| RequestLog::new(id.clone(), key_id(request.headers()), template(path)));
+    let silent = matches!(access, Access::Public | Access::Metrics);
+    let log = (!silent).then(|| RequestLog::new(id.clone(), key_id(headers), name));
 
-    let uri_bytes = path.len() + request.uri().query().map_or(0, str::len);
+    let uri_bytes = request.uri().path().len() + request.uri().query().map_or(0, str::len);
     let mut response = if uri_bytes > MAX_URI_BYTES {
         ApiError::LongPath { max: MAX_URI_BYTES }.into_response()
-    } else if takes_json && !is_json(request.headers()) {
+    } else if headers.len() > MAX_HEADERS {
+        ApiError::ManyHeaders { max: MAX_HEADERS }.into_response()
+    } else if let Some(answer) = state.cors.preflight(request.method(), headers) {
+        answer
+    } else if takes_json && !is_json(headers) {
         ApiError::MediaType.into_response()
-    } else if !public && request.method() != Method::OPTIONS && !state.keys.admit(request.headers()) {
+    } else if !admitted && request.method() != Method::OPTIONS {
         ApiError::Unauthorized.into_response()
     } else {
         if let Some(log) = &log {
-            let owner = auth::owner(request.headers()).filter(|_| !state.keys.is_empty());
+            let owner = auth::owner(headers).filter(|_| !state.keys.is_empty());
             request.extensions_mut().insert(Origin { log: log.clone(), named_by_client, owner });
         }
-        next.run(request).await
+        shaped(next.run(request).await)
     };
+    if state.error_style != ErrorStyle::Vllm
+        && let Some(error) = response.extensions_mut().remove::<ApiError>()
+    {
+        let (mut head, _) = response.into_parts();
+        head.headers.remove(header::CONTENT_LENGTH);
+        head.headers.remove(header::CONTENT_TYPE);
+        response = (head, Json(error.wire(state.error_style))).into_response();
+    }
     if let Some(log) = log {
         log.status(response.status().as_u16());
-        state.metrics.answer(method, route, response.status().as_u16(), arrival.elapsed());
+        state.metrics.answer(method, name, response.status().as_u16(), arrival.elapsed());
     }
+    state.cors.mark(page.as_ref(), response.headers_mut());
     if let Ok(id) = HeaderValue::from_str(&id) {
         response.headers_mut().entry(X_REQUEST_ID).or_insert(id);
     }
     response
 }
 
-/// The path for the log: never what the client wrote.
-fn template(path: &str) -> &'static str {
-    let mut known = JSON.into_iter().chain(OTHERS).chain([MODELS]);
-    match known.find(|known| *known == path) {
-        Some(path) => path,
-        None if path.starts_with("/v1/models/") => "/v1/models/{id}",
-        None if path.starts_with("/v1/responses/") => "/v1/responses/{id}",
-        None => "none",
+/// Gives refusals of the framework, such as of a query that cannot be read, the form that all errors have.
+fn shaped(response: Response) -> Response {
+    let is_json = response.headers().get(header::CONTENT_TYPE).is_some_and(|kind| kind == "application/json");
+    match response.status() {
+        status if is_json || !(status.is_client_error() || status.is_server_error()) => response,
+        status if status.is_client_error() => {
+            ApiError::body("The path or the query cannot be read.").into_response()
+        }
+        _ => ApiError::Internal { request_id: String::new() }.into_response(),
     }
 }
 
@@ -174,6 +307,22 @@ async fn chat(
     body: Body,
 ) -> Result<Response, ApiError> {
     generate::chat(state, origin, body).await
+}
+
+async fn render_chat(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    generate::render_chat(state, origin, body).await
+}
+
+async fn render_completions(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+    body: Body,
+) -> Result<Response, ApiError> {
+    generate::render_completions(state, origin, body).await
 }
 
 async fn completions(
@@ -256,7 +405,7 @@ struct Model<'a> {
     id: &'a str,
     object: &'static str,
     created: u64,
-    owned_by: &'static str,
+    owned_by: &'a str,
     root: &'a str,
     parent: Option<()>,
     max_model_len: usize,
@@ -269,7 +418,7 @@ impl<'a> Model<'a> {
             id: name,
             object: "model",
             created: state.created,
-            owned_by: "vllm",
+            owned_by: &state.model_owner,
             root: &state.root,
             parent: None,
             max_model_len: engine.max_model_len(),
@@ -280,23 +429,28 @@ impl<'a> Model<'a> {
 
 async fn models(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
     let engine = state.engine()?;
-    let data = state.model_names.iter().map(|name| Model::new(name, &state, engine)).collect();
+    let data = state.model_names.iter().map(|name| Model::new(name, &state, &engine)).collect();
     Ok(Json(ModelList { object: "list", data }).into_response())
 }
 
 async fn model(Shared(state): Shared<Arc<State>>, Path(id): Path<String>) -> Result<Response, ApiError> {
     let engine = state.engine()?;
     match state.model_names.iter().find(|name| **name == id) {
-        Some(name) => Ok(Json(Model::new(name, &state, engine)).into_response()),
+        Some(name) => Ok(Json(Model::new(name, &state, &engine)).into_response()),
         None => Err(ApiError::UnknownModel { name: excerpt(&id), aliases: state.model_names.join(", ") }),
     }
 }
 
-/// 200 while the engine makes progress.
+/// 200 while the engine makes progress, or has none to make.
 async fn health(Shared(state): Shared<Arc<State>>) -> Result<StatusCode, ApiError> {
-    let Some(engine) = state.loaded() else { return Err(ApiError::Loading) };
+    let Some(engine) = state.loaded() else {
+        return match state.asleep() {
+            Some(_) => Ok(StatusCode::OK),
+            None => state.engine().map(|_| StatusCode::OK),
+        };
+    };
     let stats = engine.stats();
-    let stalled = stats.step_started.is_some_and(|start| start.elapsed() > STALL);
+    let stalled = stats.step_started.is_some_and(|start| start.elapsed() > state.health_stall_timeout);
     if stats.unhealthy || stalled { Err(ApiError::Unhealthy) } else { Ok(StatusCode::OK) }
 }
 

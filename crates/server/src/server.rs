@@ -1,23 +1,28 @@
-//! The server's life: it binds a port, answers that the model is being loaded, serves, and finishes what runs.
+//! The server's life: it binds a port, answers that the model is being loaded, serves, sleeps, and finishes what runs.
 
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, OnceLock};
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
-use engine::Engine;
-use tokio::net::TcpListener;
+use engine::{Engine, Stats};
 use tokio::sync::watch;
 
 use crate::auth::{Keys, digest, hex};
 use crate::clock;
-use crate::connections;
-use crate::error::ApiError;
+use crate::connections::{self, Settings};
+use crate::cors::Cors;
+use crate::error::{ApiError, ErrorStyle};
+use crate::events::Abort;
+use crate::listener::Listener;
 use crate::metrics::Metrics;
+use crate::rate_limit::RateLimits;
 use crate::response_store::Store;
 use crate::routes;
+use crate::throughput;
+use crate::tls::{Tls, TlsOptions};
 
 /// Longest wait for connections after what ran was aborted: they have only their last words to send.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
@@ -29,29 +34,87 @@ pub struct Options {
     pub host: String,
     /// Port to listen on; 0 takes a free one. Default 8000.
     pub port: u16,
+    /// A socket in the file system to listen on instead. Default none.
+    pub socket: Option<PathBuf>,
+    /// Encryption. Default none.
+    pub tls: Option<TlsOptions>,
+    /// Prefix of all paths that a proxy may leave in place. Default none.
+    pub root_path: String,
+    /// Which pages of other origins may use the server. Default none.
+    pub cors: CorsOptions,
     /// Names that requests may use, the first of them the default and the one that answers bear. Empty: the last component
     /// of `root`.
     pub served_model_names: Vec<String>,
     /// The model as it was given: a hub name, or a folder, of which only the last component is shown.
     pub root: String,
+    /// Whom the list of models names as the owner. Default `vllm`.
+    pub model_owner: String,
     /// Keys that clients must send one of. Empty: everybody is let in.
     pub api_keys: Vec<String>,
+    /// Keys of those who may end requests, let the server sleep and look inside. Empty: nobody, unless `dev_mode`.
+    pub admin_keys: Vec<String>,
+    /// Keys that `/metrics` asks for. Empty: none.
+    pub metrics_keys: Vec<String>,
+    /// What needs an admin's key is open to all clients, if there is no such key. Default false.
+    pub dev_mode: bool,
+    /// Requests per key and minute. Default: no limit.
+    pub rate_limit_requests: Option<u64>,
+    /// Tokens of prompts and answers per key and minute. Default: no limit.
+    pub rate_limit_tokens: Option<u64>,
     /// The date in prompts, `YYYY-MM-DD`. `None`: today in UTC.
     pub system_date: Option<String>,
     /// For requests that leave fields out.
     pub defaults: SamplingDefaults,
     /// Most alternatives per token that a request may ask for. Default 20.
     pub max_logprobs: usize,
+    /// Tokens per part of a stream. Default 1.
+    pub stream_interval: usize,
+    /// Every part of every stream says how many tokens there are. Default false.
+    pub force_include_usage: bool,
+    /// Answers say how long they took. Default false.
+    pub request_metrics: bool,
+    /// What answers say of the server's build.
+    pub fingerprint: Fingerprint,
+    /// How errors are worded for programs.
+    pub error_style: ErrorStyle,
     /// Responses that are kept for clients to refer to. Default 0.
     pub responses_store: usize,
     /// Largest body of a request. Default 32 MiB.
     pub max_body_bytes: usize,
     /// Connections at a time; others wait to be accepted. Default 16,384.
     pub max_connections: usize,
-    /// Pause on a stream after which a comment is sent. Default 15 s.
+    /// Longest pause between an answer and the next request of a connection. Default 5 s.
+    pub keep_alive: Duration,
+    /// Pause on a stream after which a comment is sent. Zero: never. Default 15 s.
     pub sse_keep_alive: Duration,
+    /// Longest time in which a client may read nothing of what there is for it. Default 60 s.
+    pub client_stall_timeout: Duration,
+    /// Longest time for an answer. Default: no limit.
+    pub request_timeout: Option<Duration>,
+    /// A step of the engine that takes longer means that the device hangs. Default 10 s.
+    pub health_stall_timeout: Duration,
     /// Time to finish running requests after the shutdown signal. Default 30 s.
     pub shutdown_timeout: Duration,
+    /// `/sleep` and `/wake_up` are there. Default false.
+    pub sleep_mode: bool,
+    /// The chat page at `/`. Default true.
+    pub page: bool,
+    /// `/docs` and `/openapi.json`. Default true.
+    pub docs: bool,
+    /// What tools made for Ollama ask before they start. Default true.
+    pub ollama: bool,
+    /// `/metrics` has names that older dashboards ask for, too. Default true.
+    pub legacy_metrics: bool,
+    /// A line every ten seconds while the engine is at work. Default true.
+    pub log_stats: bool,
+    /// Prompts are logged. Default false.
+    pub log_requests: bool,
+    /// Answers are logged. Default false.
+    pub log_outputs: bool,
+    /// Most characters of a prompt or an answer in the log. Default: all.
+    pub max_log_len: Option<usize>,
+    /// What `/server_info` says of how the server was started; no secrets. Default null.
+    pub info: serde_json::Value,
 }
 
 impl Default for Options {
@@ -59,19 +122,81 @@ impl Default for Options {
         Options {
             host: "127.0.0.1".to_owned(),
             port: 8000,
+            socket: None,
+            tls: None,
+            root_path: String::new(),
+            cors: CorsOptions::default(),
             served_model_names: Vec::new(),
             root: String::new(),
+            model_owner: "vllm".to_owned(),
             api_keys: Vec::new(),
+            admin_keys: Vec::new(),
+            metrics_keys: Vec::new(),
+            dev_mode: false,
+            rate_limit_requests: None,
+            rate_limit_tokens: None,
             system_date: None,
             defaults: SamplingDefaults::default(),
             max_logprobs: 20,
+            stream_interval: 1,
+            force_include_usage: false,
+            request_metrics: false,
+            fingerprint: Fingerprint::Full,
+            error_style: ErrorStyle::Vllm,
             responses_store: 0,
             max_body_bytes: 32 << 20,
             max_connections: 16_384,
+            keep_alive: Duration::from_secs(5),
             sse_keep_alive: Duration::from_secs(15),
+            client_stall_timeout: Duration::from_secs(60),
+            request_timeout: None,
+            health_stall_timeout: Duration::from_secs(10),
             shutdown_timeout: Duration::from_secs(30),
+            sleep_mode: false,
+            page: true,
+            docs: true,
+            ollama: true,
+            legacy_metrics: true,
+            log_stats: true,
+            log_requests: false,
+            log_outputs: false,
+            max_log_len: None,
+            info: serde_json::Value::Null,
         }
     }
+}
+
+/// Which pages of other origins may use the server.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct CorsOptions {
+    /// Such as `https://example.org`, or `*` for all. Default none.
+    pub origins: Vec<String>,
+    /// Methods, or `*`. Default `*`.
+    pub methods: Vec<String>,
+    /// Headers, or `*`. Default `*`.
+    pub headers: Vec<String>,
+    /// With cookies. Default false.
+    pub credentials: bool,
+}
+
+impl Default for CorsOptions {
+    fn default() -> CorsOptions {
+        let all = || vec!["*".to_owned()];
+        CorsOptions { origins: Vec::new(), methods: all(), headers: all(), credentials: false }
+    }
+}
+
+/// What answers say of the server's build.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Fingerprint {
+    /// The version, and a hash over it and the model's name.
+    Full,
+    /// The hash.
+    Hash,
+    /// Always this.
+    Custom(String),
+    /// Nothing.
+    None,
 }
 
 /// What `generation_config.json` says about sampling.
@@ -98,75 +223,115 @@ impl Default for SamplingDefaults {
 #[non_exhaustive]
 pub enum Error {
     /// Somebody else listens there.
-    #[error("port {port} of {host} is in use")]
-    PortInUse {
-        /// The address.
-        host: String,
-        /// The port.
-        port: u16,
+    #[error("{place} is in use")]
+    InUse {
+        /// The port and address, or the socket.
+        place: String,
     },
     /// The address cannot be listened on.
-    #[error("cannot listen on port {port} of {host}: {source}")]
+    #[error("cannot listen on {place}: {source}")]
     Bind {
-        /// The address.
-        host: String,
-        /// The port.
-        port: u16,
+        /// The port and address, or the socket.
+        place: String,
         /// Why.
         source: std::io::Error,
     },
+    /// The files for TLS cannot be used.
+    #[error("{0}")]
+    Tls(String),
 }
 
 /// A server with its port open. Nobody is answered before [`Server::run`].
 #[derive(Debug)]
 pub struct Server {
-    listener: TcpListener,
-    address: SocketAddr,
+    listener: Listener,
+    url: String,
     state: Arc<State>,
     shutdown_timeout: Duration,
-    max_connections: usize,
+    settings: Settings,
+    log_stats: bool,
 }
 
-/// Tells a running server that the model is there. Clones are handles on the same server.
+/// Gives a running server its model. Clones are handles on the same server.
 #[derive(Debug, Clone)]
 pub struct Handle {
     state: Arc<State>,
 }
 
+/// Makes an engine anew after a sleep. It may take its time, and tell the handle how far it is.
+pub type Loader = Box<dyn Fn(&Handle) -> Result<Engine, String> + Send + Sync>;
+
 impl Handle {
-    /// Serves this engine from now on; until then requests are told to come back. Only the first call counts.
+    /// Serves this engine from now on; until then requests are told to come back.
     pub fn ready(&self, engine: Engine) {
-        // The slot is full after an earlier call.
-        let _ = self.state.engine.set(engine);
+        *self.state.life.write().unwrap_or_else(PoisonError::into_inner) = Life::Awake(engine);
+    }
+
+    /// How far loading is, for those who ask meanwhile.
+    pub fn progress(&self, done: usize, total: usize) {
+        let percent = (done.saturating_mul(100) / total.max(1)).min(100);
+        self.state.loaded_percent.store(percent as u32, Ordering::Relaxed);
+    }
+
+    /// How a phase of the start took, for the metrics.
+    pub fn started(&self, phase: &'static str, time: Duration) {
+        self.state.metrics.started(phase, time);
+    }
+
+    /// How to make the engine after a sleep. Without it `/sleep` refuses.
+    pub fn reload_with(&self, loader: Loader) {
+        *self.state.loader.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(loader));
     }
 }
 
 impl Server {
-    /// Opens the port.
+    /// Opens the port or the socket.
     ///
     /// # Errors
-    /// [`Error::PortInUse`], or [`Error::Bind`] for other reasons.
+    /// [`Error::InUse`], or [`Error::Bind`] for other reasons; [`Error::Tls`] before the port is opened.
     pub async fn bind(options: &Options) -> Result<Server, Error> {
-        let fail = |source: std::io::Error| match source.kind() {
-            std::io::ErrorKind::AddrInUse => {
-                Error::PortInUse { host: options.host.clone(), port: options.port }
-            }
-            _ => Error::Bind { host: options.host.clone(), port: options.port, source },
+        let tls = options.tls.as_ref().map(Tls::new).transpose().map_err(Error::Tls)?.map(Arc::new);
+        let place = match &options.socket {
+            Some(path) => path.display().to_string(),
+            None => format!("port {} of {}", options.port, options.host),
         };
-        let listener = TcpListener::bind((options.host.as_str(), options.port)).await.map_err(fail)?;
-        let address = listener.local_addr().map_err(fail)?;
+        let listener = match &options.socket {
+            Some(path) => Listener::unix(path),
+            None => Listener::tcp(&options.host, options.port).await,
+        };
+        let listener = listener.map_err(|source| match source.kind() {
+            std::io::ErrorKind::AddrInUse => Error::InUse { place },
+            _ => Error::Bind { place, source },
+        })?;
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let url = match (listener.local_addr(), &options.socket) {
+            (Some(address), _) => format!("{scheme}://{address}{}", options.root_path),
+            (None, path) => format!("unix:{}", path.as_deref().unwrap_or(Path::new("")).display()),
+        };
         Ok(Server {
             listener,
-            address,
+            url,
             state: Arc::new(State::new(options)),
             shutdown_timeout: options.shutdown_timeout,
-            max_connections: options.max_connections,
+            settings: Settings {
+                max: options.max_connections,
+                keep_alive: options.keep_alive,
+                stall_timeout: options.client_stall_timeout,
+                root_path: options.root_path.clone(),
+                tls,
+            },
+            log_stats: options.log_stats,
         })
     }
 
-    /// Where the server listens; with the port that was free if 0 was asked for.
-    pub fn local_addr(&self) -> SocketAddr {
-        self.address
+    /// Where the server listens, with the port that was free if 0 was asked for; none for a socket in the file system.
+    pub fn local_addr(&self) -> Option<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// The address for people.
+    pub fn url(&self) -> &str {
+        &self.url
     }
 
     /// The way to tell the server that the model is there.
@@ -186,16 +351,25 @@ impl Server {
             std::future::pending::<Infallible>().await
         };
         let router = routes::router(Arc::clone(&state));
-        let served = connections::serve(self.listener, &router, self.max_connections, draining.clone());
+        let tls = self.settings.tls.clone();
+        let refresh = async {
+            match &tls {
+                Some(tls) => tls.refresh().await,
+                None => std::future::pending().await,
+            }
+        };
+        let served = connections::serve(self.listener, &router, &self.settings, draining.clone());
         let give_up = async {
             wait(draining).await;
             tokio::time::sleep(self.shutdown_timeout).await;
-            let _ = state.abort.send(true);
+            state.abort.send_modify(|abort| abort.everything = true);
             tokio::time::sleep(ABORT_GRACE).await;
         };
         tokio::select! {
             () = served => {}
             () = give_up => {}
+            () = refresh => {}
+            () = throughput::watch(&state, self.log_stats) => {}
             never = signal => match never {},
         }
     }
@@ -206,24 +380,61 @@ async fn wait(mut signal: watch::Receiver<bool>) {
     let _ = signal.wait_for(|down| *down).await;
 }
 
+/// What the server has of its model.
+enum Life {
+    Loading,
+    Awake(Engine),
+    /// At the level that was asked for.
+    Asleep(u8),
+}
+
 /// What all requests share.
 pub(crate) struct State {
-    engine: OnceLock<Engine>,
+    life: RwLock<Life>,
+    loaded_percent: AtomicU32,
+    loader: Mutex<Option<Arc<Loader>>>,
     pub(crate) keys: Keys,
+    pub(crate) admin_keys: Keys,
+    pub(crate) metrics_keys: Keys,
+    pub(crate) dev_mode: bool,
+    pub(crate) rate_limits: Arc<RateLimits>,
+    pub(crate) cors: Cors,
+    pub(crate) root_path: String,
     /// The default first; at least one.
     pub(crate) model_names: Vec<String>,
     pub(crate) root: String,
+    pub(crate) model_owner: String,
     pub(crate) created: u64,
-    pub(crate) fingerprint: String,
+    pub(crate) fingerprint: Option<String>,
     pub(crate) defaults: SamplingDefaults,
     pub(crate) max_logprobs: usize,
+    pub(crate) stream_interval: usize,
+    pub(crate) force_include_usage: bool,
+    pub(crate) request_metrics: bool,
+    pub(crate) error_style: ErrorStyle,
     pub(crate) responses: Arc<Store>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) max_body_bytes: usize,
     pub(crate) sse_keep_alive: Duration,
+    pub(crate) client_stall_timeout: Duration,
+    pub(crate) request_timeout: Option<Duration>,
+    pub(crate) health_stall_timeout: Duration,
+    shutdown_timeout: Duration,
+    pub(crate) sleep_mode: bool,
+    pub(crate) page: bool,
+    pub(crate) docs: bool,
+    pub(crate) ollama: bool,
+    pub(crate) log_requests: bool,
+    pub(crate) log_outputs: bool,
+    pub(crate) max_log_len: usize,
+    pub(crate) info: serde_json::Value,
+    /// Since when a profile is taken, and what the engine had done by then.
+    pub(crate) profile: Mutex<Option<(Instant, Stats)>>,
+    /// Requests that ended in the last seconds, per second.
+    pub(crate) ended_per_second: AtomicU32,
     system_date: Option<String>,
     draining: AtomicBool,
-    abort: watch::Sender<bool>,
+    abort: watch::Sender<Abort>,
 }
 
 impl std::fmt::Debug for State {
@@ -248,40 +459,165 @@ impl State {
         let version = env!("CARGO_PKG_VERSION");
         let hash = hex(&digest(format!("{version} {root}").as_bytes())[..4]);
         State {
-            engine: OnceLock::new(),
+            life: RwLock::new(Life::Loading),
+            loaded_percent: AtomicU32::new(0),
+            loader: Mutex::default(),
             keys: Keys::new(&options.api_keys),
+            admin_keys: Keys::new(&options.admin_keys),
+            metrics_keys: Keys::new(&options.metrics_keys),
+            dev_mode: options.dev_mode,
+            rate_limits: Arc::new(RateLimits::new(options.rate_limit_requests, options.rate_limit_tokens)),
+            cors: Cors::new(&options.cors),
+            root_path: options.root_path.clone(),
             model_names,
             root,
+            model_owner: options.model_owner.clone(),
             created: clock::unix_seconds(),
-            fingerprint: format!("vllm-compatible-{version}-{hash}"),
+            fingerprint: match &options.fingerprint {
+                Fingerprint::Full => Some(format!("vllm-compatible-{version}-{hash}")),
+                Fingerprint::Hash => Some(hash),
+                Fingerprint::Custom(value) => Some(value.clone()),
+                Fingerprint::None => None,
+            },
             defaults: options.defaults,
             max_logprobs: options.max_logprobs,
-            metrics: Arc::new(Metrics::new()),
+            stream_interval: options.stream_interval,
+            force_include_usage: options.force_include_usage,
+            request_metrics: options.request_metrics,
+            error_style: options.error_style,
+            metrics: Arc::new(Metrics::new(options.legacy_metrics)),
             responses: Arc::new(Store::new(options.responses_store)),
             max_body_bytes: options.max_body_bytes,
             sse_keep_alive: options.sse_keep_alive,
+            client_stall_timeout: options.client_stall_timeout,
+            request_timeout: options.request_timeout,
+            health_stall_timeout: options.health_stall_timeout,
+            shutdown_timeout: options.shutdown_timeout,
+            sleep_mode: options.sleep_mode,
+            page: options.page,
+            docs: options.docs,
+            ollama: options.ollama,
+            log_requests: options.log_requests,
+            log_outputs: options.log_outputs,
+            max_log_len: options.max_log_len.unwrap_or(usize::MAX),
+            info: options.info.clone(),
+            profile: Mutex::default(),
+            ended_per_second: AtomicU32::new(0),
             system_date: options.system_date.clone(),
             draining: AtomicBool::new(false),
-            abort: watch::Sender::new(false),
+            abort: watch::Sender::new(Abort::default()),
         }
     }
 
     /// The engine, if requests are taken.
-    pub(crate) fn engine(&self) -> Result<&Engine, ApiError> {
+    pub(crate) fn engine(&self) -> Result<Engine, ApiError> {
         if self.draining.load(Ordering::Acquire) {
             return Err(ApiError::ShuttingDown);
         }
-        self.engine.get().ok_or(ApiError::Loading)
+        match &*self.life.read().unwrap_or_else(PoisonError::into_inner) {
+            Life::Awake(engine) => Ok(engine.clone()),
+            Life::Asleep(_) => Err(ApiError::Asleep),
+            Life::Loading => Err(ApiError::Loading { percent: self.loaded_percent.load(Ordering::Relaxed) }),
+        }
     }
 
     /// The engine, even if it takes nothing new.
-    pub(crate) fn loaded(&self) -> Option<&Engine> {
-        self.engine.get()
+    pub(crate) fn loaded(&self) -> Option<Engine> {
+        match &*self.life.read().unwrap_or_else(PoisonError::into_inner) {
+            Life::Awake(engine) => Some(engine.clone()),
+            _ => None,
+        }
     }
 
-    /// Becomes true when what still runs is to end.
-    pub(crate) fn abort(&self) -> watch::Receiver<bool> {
+    /// The level of the server's sleep, if it sleeps.
+    pub(crate) fn asleep(&self) -> Option<u8> {
+        match *self.life.read().unwrap_or_else(PoisonError::into_inner) {
+            Life::Asleep(level) => Some(level),
+            _ => None,
+        }
+    }
+
+    /// Takes nothing new, finishes what runs, and frees the memory of model and cache. Level 1 and 2 differ in name only:
+    /// what is needed again comes from the files either way.
+    pub(crate) async fn sleep(&self, level: u8) -> Result<(), ApiError> {
+        if self.loader.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
+            return Err(ApiError::body("This server cannot load its model again."));
+        }
+        let engine = {
+            let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
+            match std::mem::replace(&mut *life, Life::Asleep(level)) {
+                Life::Awake(engine) => engine,
+                Life::Asleep(_) => return Ok(()),
+                Life::Loading => {
+                    *life = Life::Loading;
+                    drop(life);
+                    return Err(ApiError::Loading { percent: self.loaded_percent.load(Ordering::Relaxed) });
+                }
+            }
+        };
+        engine.shutdown();
+        let mut ended = {
+            let engine = engine.clone();
+            tokio::task::spawn_blocking(move || engine.wait())
+        };
+        if tokio::time::timeout(self.shutdown_timeout, &mut ended).await.is_err() {
+            engine.abort();
+            // The thread ends after the step in progress.
+            let _ = ended.await;
+        }
+        Ok(())
+    }
+
+    /// Loads the model again.
+    pub(crate) async fn wake(self: &Arc<State>, request_id: &str) -> Result<(), ApiError> {
+        let internal = |error: &dyn std::fmt::Display| {
+            tracing::error!(request_id, %error, "the model could not be loaded again");
+            ApiError::Internal { request_id: request_id.to_owned() }
+        };
+        let loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let level = {
+            let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
+            match (&*life, &loader) {
+                (&Life::Asleep(level), Some(_)) => {
+                    self.loaded_percent.store(0, Ordering::Relaxed);
+                    *life = Life::Loading;
+                    level
+                }
+                _ => return Ok(()),
+            }
+        };
+        let Some(loader) = loader else { return Ok(()) };
+        let handle = Handle { state: Arc::clone(self) };
+        let loaded = tokio::task::spawn_blocking(move || loader(&handle)).await;
+        let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
+        let (next, result) = match loaded {
+            Ok(Ok(engine)) => (Life::Awake(engine), Ok(())),
+            Ok(Err(error)) => (Life::Asleep(level), Err(internal(&error))),
+            Err(error) => (Life::Asleep(level), Err(internal(&error))),
+        };
+        *life = next;
+        result
+    }
+
+    /// Becomes true of what still runs and is to end.
+    pub(crate) fn abort(&self) -> watch::Receiver<Abort> {
         self.abort.subscribe()
+    }
+
+    /// Ends the requests of these names.
+    pub(crate) fn abort_requests(&self, ids: Vec<String>) {
+        self.abort.send_modify(|abort| abort.ids = ids);
+    }
+
+    /// Seconds until a queue of this length may have got shorter.
+    pub(crate) fn retry_after(&self, queued: usize) -> u64 {
+        const LONGEST: u64 = 60;
+        let per_second = self.ended_per_second.load(Ordering::Relaxed);
+        match per_second {
+            // Nothing has ended lately, or nothing is known yet.
+            0 => 1,
+            rate => (queued as u64).div_ceil(u64::from(rate)).clamp(1, LONGEST),
+        }
     }
 
     /// The date in prompts.

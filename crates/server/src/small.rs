@@ -7,7 +7,6 @@ use axum::body::Body;
 use axum::extract::{Extension, State as Shared};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
-use engine::Engine;
 use serde_json::json;
 use tokenizer::Tokenizer;
 
@@ -25,7 +24,7 @@ pub(crate) async fn tokenize(
     Extension(origin): Extension<Origin>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let engine = state.engine()?.clone();
+    let engine = state.engine()?;
     let body = body::read(body, state.max_body_bytes).await?;
     let answer = generate::blocking(&origin, move || {
         let object = Field::root(json::document(&body)?).object(&[
@@ -69,7 +68,7 @@ pub(crate) async fn detokenize(
     Extension(origin): Extension<Origin>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let engine = state.engine()?.clone();
+    let engine = state.engine()?;
     let body = body::read(body, state.max_body_bytes).await?;
     let answer = generate::blocking(&origin, move || {
         let object = Field::root(json::document(&body)?).object(&["model", "tokens"])?;
@@ -87,15 +86,15 @@ pub(crate) async fn detokenize(
 
 /// `GET /load`: how many requests are in the engine.
 pub(crate) async fn load(Shared(state): Shared<Arc<State>>) -> Response {
-    let stats = state.loaded().map(Engine::stats).unwrap_or_default();
-    Json(json!({"server_load": stats.running + stats.waiting})).into_response()
+    let stats = state.loaded().map(|engine| engine.stats()).unwrap_or_default();
+    Json(json!({"server_load": stats.running + stats.waiting + stats.paused})).into_response()
 }
 
 /// `GET /metrics`
 pub(crate) async fn metrics(Shared(state): Shared<Arc<State>>, headers: HeaderMap) -> Response {
     let accept = headers.get(header::ACCEPT).and_then(|accept| accept.to_str().ok()).unwrap_or_default();
     let open = accept.contains("application/openmetrics-text");
-    let text = state.metrics.text(state.loaded(), &state.model_names[0], open);
+    let text = state.metrics.text(state.loaded().as_ref(), state.asleep(), &state.model_names[0], open);
     let kind = match open {
         true => "application/openmetrics-text; version=1.0.0; charset=utf-8",
         false => "text/plain; version=0.0.4; charset=utf-8",

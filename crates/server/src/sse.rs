@@ -12,7 +12,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::answer::Usage;
 use crate::body::Source;
-use crate::error::ApiError;
+use crate::error::{ApiError, ErrorStyle};
 use crate::events::{Cause, Events, Next};
 use crate::log::RequestLog;
 
@@ -25,8 +25,8 @@ pub(crate) trait Encoder: Send + Unpin + 'static {
     /// What comes after the last event.
     fn end(&mut self, out: &mut Vec<u8>);
     /// What comes if the answer ends early.
-    fn fail(&mut self, error: &ApiError, out: &mut Vec<u8>) {
-        data(out, &error.wire());
+    fn fail(&mut self, error: &ApiError, style: ErrorStyle, out: &mut Vec<u8>) {
+        data(out, &error.wire(style));
         out.extend_from_slice(DONE);
     }
     /// Tokens so far.
@@ -43,6 +43,20 @@ pub(crate) fn data(out: &mut Vec<u8>, value: &impl Serialize) {
     out.extend_from_slice(b"\n\n");
 }
 
+/// As good as.
+const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// A part of the body holds what is ready, up to about this many bytes: one write for what has piled up.
+const MAX_PART: usize = 16 << 10;
+
+/// What a server sets for all streams.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct StreamRules {
+    /// Silence before a comment; zero: never.
+    pub(crate) keep_alive: Duration,
+    pub(crate) style: ErrorStyle,
+}
+
 /// A stream of chunks.
 pub(crate) struct Chunks<E> {
     encoder: E,
@@ -52,6 +66,9 @@ pub(crate) struct Chunks<E> {
     events: Option<Events>,
     log: RequestLog,
     keep_alive: Duration,
+    style: ErrorStyle,
+    /// When the last part was sent.
+    sent: Instant,
     idle: Pin<Box<Sleep>>,
     begun: bool,
 }
@@ -62,10 +79,14 @@ impl<E: Encoder> Chunks<E> {
         first: VecDeque<(usize, Event)>,
         events: Events,
         log: RequestLog,
-        keep_alive: Duration,
+        rules: StreamRules,
     ) -> Chunks<E> {
+        let StreamRules { keep_alive, style } = rules;
+        let keep_alive = if keep_alive.is_zero() { NEVER } else { keep_alive };
+        let sent = Instant::now();
         let idle = Box::pin(tokio::time::sleep(keep_alive));
-        Chunks { encoder, first, events: Some(events), log, keep_alive, idle, begun: false }
+        let events = Some(events);
+        Chunks { encoder, first, events, log, keep_alive, style, sent, idle, begun: false }
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Next>> {
@@ -78,30 +99,27 @@ impl<E: Encoder> Chunks<E> {
         }
     }
 
-    /// The chunks of what came; may be nothing.
-    fn encode(&mut self, next: Next) -> Vec<u8> {
-        let mut out = Vec::new();
+    /// Adds the chunks of what came; may be nothing.
+    fn encode(&mut self, next: Next, out: &mut Vec<u8>) {
         if !self.begun {
             self.begun = true;
-            self.encoder.begin(&mut out);
+            self.encoder.begin(out);
         }
         let more = match next {
             Next::Event(prompt, event) => {
                 self.log.event(&event);
-                self.encoder.event(prompt, event, &mut out)
+                self.encoder.event(prompt, event, out)
             }
             Next::Done => false,
             Next::Failed(cause) => {
-                self.encoder.fail(&error(&cause, self.log.request_id()), &mut out);
-                self.close();
-                return out;
+                self.encoder.fail(&error(&cause, self.log.request_id()), self.style, out);
+                return self.close();
             }
         };
         if !more {
-            self.encoder.end(&mut out);
+            self.encoder.end(out);
             self.close();
         }
-        out
     }
 
     fn close(&mut self) {
@@ -109,25 +127,42 @@ impl<E: Encoder> Chunks<E> {
         self.log.complete();
         self.events = None;
     }
+
+    /// Whether nothing was sent for too long. The timer is set anew only when it has run out: that is cheaper than with
+    /// every part.
+    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.idle.as_mut().poll(cx).is_ready() {
+            let due = self.sent + self.keep_alive;
+            if due <= Instant::now() {
+                self.sent = Instant::now();
+                self.idle.as_mut().reset(self.sent + self.keep_alive);
+                // Polled so that the new deadline wakes this task.
+                let _ = self.idle.as_mut().poll(cx);
+                return Poll::Ready(());
+            }
+            self.idle.as_mut().reset(due);
+        }
+        Poll::Pending
+    }
 }
 
 impl<E: Encoder> Source for Chunks<E> {
     fn poll_part(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
-        while let Poll::Ready(next) = self.poll_next(cx) {
-            let Some(next) = next else { return Poll::Ready(None) };
-            let out = self.encode(next);
-            if !out.is_empty() {
-                self.idle.as_mut().reset(Instant::now() + self.keep_alive);
-                return Poll::Ready(Some(out.into()));
+        let mut out = Vec::new();
+        while out.len() < MAX_PART
+            && let Poll::Ready(next) = self.poll_next(cx)
+        {
+            match next {
+                Some(next) => self.encode(next, &mut out),
+                None if out.is_empty() => return Poll::Ready(None),
+                None => break,
             }
         }
-        if self.idle.as_mut().poll(cx).is_ready() {
-            self.idle.as_mut().reset(Instant::now() + self.keep_alive);
-            // Polled so that the new deadline wakes this task.
-            let _ = self.idle.as_mut().poll(cx);
-            return Poll::Ready(Some(Bytes::from_static(b": keep-alive\n\n")));
+        if !out.is_empty() {
+            self.sent = Instant::now();
+            return Poll::Ready(Some(out.into()));
         }
-        Poll::Pending
+        self.poll_idle(cx).map(|()| Some(Bytes::from_static(b": keep-alive\n\n")))
     }
 }
 
@@ -136,10 +171,12 @@ pub(crate) fn error(cause: &Cause, request_id: &str) -> ApiError {
     match cause {
         Cause::Engine(engine::Failure::ShuttingDown) | Cause::ShuttingDown => ApiError::ShuttingDown,
         Cause::SlowReader => ApiError::SlowReader,
+        Cause::Aborted => ApiError::Aborted,
+        Cause::Timeout => ApiError::Timeout,
         Cause::Engine(engine::Failure::Grammar(reason)) => ApiError::GrammarFailed(reason.clone()),
         Cause::Engine(failure) => {
             tracing::error!(request_id, %failure, "the engine failed");
-            ApiError::Internal { request_id: request_id.to_owned() }
+            ApiError::DeviceFailed { request_id: request_id.to_owned() }
         }
         Cause::EngineGone => {
             tracing::error!(request_id, "the engine ended without an answer");

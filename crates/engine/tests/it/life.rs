@@ -361,6 +361,61 @@ fn an_answer_that_repeats_itself_ends() {
 }
 
 #[test]
+fn a_request_that_is_held_back_gives_its_blocks_away_and_goes_on() {
+    let (engine, control) = controlled(vec![9, 8, 7, 6, RETURN]);
+    let (handle, events) = submit(&engine, text_request(&[1; 20], SamplingParams { n: 2, ..unlimited() }));
+    // The prompt, then the other choice too.
+    for _ in 0..2 {
+        control.send(Step::Run).unwrap();
+    }
+    let begun: Vec<Event> =
+        events.iter().take_while(|event| !matches!(event, Event::Tokens { choice: 1, .. })).collect();
+    let valve = handle.valve();
+    valve.close();
+    // A step may have begun before.
+    control.send(Step::Run).unwrap();
+    while engine.stats().paused != 2 {
+        std::thread::yield_now();
+    }
+    assert_eq!((engine.stats().running, engine.stats().full_blocks_used), (0, 0));
+    drop(control);
+    // Others have the engine to themselves, and shutting down waits for what is held back.
+    run(&engine, text_request(&[2; 20], unlimited()));
+    engine.shutdown();
+    valve.open();
+    let events: Vec<Event> = begun.into_iter().chain(events.iter()).collect();
+    assert_eq!(events.last(), Some(&Event::Done));
+    assert_eq!(tokens_of(&events, 0), [9, 8, 7, 6, RETURN]);
+    // `take_while` has swallowed the first.
+    assert_eq!(tokens_of(&events, 1), [8, 7, 6, RETURN]);
+    engine.wait();
+}
+
+#[test]
+fn a_request_that_is_held_back_can_be_cancelled() {
+    let engine = says("a b c<|return|>");
+    let (sender, events) = channel();
+    let handle = Arc::new(Mutex::new(None::<engine::RequestHandle>));
+    let closer = Arc::clone(&handle);
+    let sink = Box::new(move |event| {
+        if let Some(handle) = &*closer.lock().unwrap() {
+            handle.valve().close();
+        }
+        sender.send(event).is_ok()
+    });
+    let mut held = handle.lock().unwrap();
+    *held = Some(engine.submit(text_request(&[1, 2], unlimited()), sink).unwrap());
+    drop(held);
+    assert!(matches!(events.recv(), Ok(Event::Started { .. })));
+    while engine.stats().paused != 1 {
+        std::thread::yield_now();
+    }
+    handle.lock().unwrap().take().unwrap().cancel();
+    assert!(!events.iter().any(|event| event == Event::Done));
+    assert_eq!(engine.stats().paused, 0);
+}
+
+#[test]
 fn shutting_down_finishes_what_is_there() {
     let (engine, control) = controlled(vec![9, 9, RETURN]);
     let (_handle, events) = submit(&engine, text_request(&[1], unlimited()));

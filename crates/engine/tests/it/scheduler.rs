@@ -18,6 +18,8 @@ struct Job {
     outputs: Vec<usize>,
     /// Tokens after which it is cancelled.
     cancelled_after: Option<usize>,
+    /// It is held back from one step to another.
+    paused: Option<(usize, usize)>,
     own_root: bool,
     priority: i64,
     /// How many tokens are guessed at each step, and how many of these guesses are right.
@@ -31,12 +33,15 @@ fn job() -> impl Strategy<Value = Job> {
     let outputs = proptest::collection::vec(1usize..40, 1..4);
     let cancelled_after = proptest::option::weighted(0.2, 0usize..30);
     let own_root = proptest::bool::weighted(0.1);
-    (0usize..60, prompt, outputs, cancelled_after, own_root, -1i64..2, (0usize..20, 0usize..20)).prop_map(
-        |(at, prompt, outputs, cancelled_after, own_root, priority, guesses)| Job {
+    let paused = proptest::option::weighted(0.3, (0usize..80, 0usize..30));
+    let order = (paused, -1i64..2);
+    (0usize..60, prompt, outputs, cancelled_after, own_root, order, (0usize..20, 0usize..20)).prop_map(
+        |(at, prompt, outputs, cancelled_after, own_root, (paused, priority), guesses)| Job {
             at,
             prompt,
             outputs,
             cancelled_after,
+            paused: paused.map(|(from, steps)| (from, from + steps)),
             own_root,
             priority,
             guesses,
@@ -102,8 +107,16 @@ fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
             live.insert(id, job.prompt.clone());
             expected += 1;
         }
+        let held = |id: &SequenceId| {
+            jobs[id.request as usize].paused.is_some_and(|(from, to)| (from..to).contains(&step))
+        };
+        for &id in live.keys() {
+            if held(&id) { scheduler.pause(id) } else { scheduler.resume(id) }
+        }
+        assert_eq!(scheduler.paused(), live.keys().filter(|id| held(id)).count());
         let mut shares = scheduler.schedule();
         scheduler.check();
+        assert!(!shares.iter().any(|share| held(&share.id)));
         for share in shares.iter_mut().filter(|share| share.complete && share.positions.len() == 1) {
             let (count, right) = jobs[share.id.request as usize].guesses;
             let said = live[&share.id].len();
@@ -113,8 +126,8 @@ fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
             scheduler.check();
         }
         if shares.is_empty() {
-            assert!(live.is_empty(), "there is work, but none is scheduled");
-            if step > 60 {
+            assert!(live.keys().all(held), "there is work, but none is scheduled");
+            if live.is_empty() && step > 60 {
                 break;
             }
             continue;
@@ -175,7 +188,7 @@ fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
         }
     }
     assert_eq!(finished, expected);
-    assert_eq!((scheduler.running().len(), scheduler.waiting()), (0, 0));
+    assert_eq!((scheduler.running().len(), scheduler.waiting(), scheduler.paused()), (0, 0, 0));
     assert_eq!((scheduler.blocks().full_usage().0, scheduler.blocks().sliding_usage().0), (0, 0));
 }
 

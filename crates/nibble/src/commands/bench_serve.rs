@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::Deserialize;
+use serde::de::IgnoredAny;
 use serde_json::{Value, json};
 
 use crate::args::BenchServe;
@@ -86,6 +88,26 @@ struct Client {
     model: String,
     prefix: Vec<u64>,
     prompts: Mutex<Random>,
+}
+
+/// What is looked at of a part of an answer.
+#[derive(Deserialize)]
+struct Chunk {
+    #[serde(default)]
+    choices: Vec<IgnoredAny>,
+    usage: Option<Usage>,
+    error: Option<Error>,
+}
+
+#[derive(Deserialize)]
+struct Usage {
+    prompt_tokens: u64,
+    completion_tokens: u64,
+}
+
+#[derive(Deserialize)]
+struct Error {
+    message: String,
 }
 
 /// What became of a request.
@@ -171,26 +193,28 @@ impl Client {
             ));
         }
         let mut times: Vec<f64> = Vec::with_capacity(args.output_len);
-        let (mut usage, mut done) = (Value::Null, false);
-        for line in BufReader::new(answer.body_mut().as_reader()).lines() {
-            let line = line.map_err(|e| e.to_string())?;
-            let Some(data) = line.strip_prefix("data: ") else { continue };
+        let (mut usage, mut done) = (None, false);
+        let mut reader = BufReader::new(answer.body_mut().as_reader());
+        let mut line = String::new();
+        // To the very end, so that the connection can be used again.
+        while reader.read_line(&mut line).map_err(|e| e.to_string())? > 0 {
             let now = start.elapsed().as_secs_f64();
-            if data == "[DONE]" {
-                done = true;
-                break;
+            if let Some(data) = line.trim_end().strip_prefix("data: ") {
+                if data == "[DONE]" {
+                    done = true;
+                } else {
+                    let chunk: Chunk =
+                        serde_json::from_str(data).map_err(|e| format!("a chunk is not JSON: {e}"))?;
+                    if let Some(error) = chunk.error {
+                        return Err(error.message);
+                    }
+                    if !chunk.choices.is_empty() {
+                        times.push(now);
+                    }
+                    usage = chunk.usage.or(usage);
+                }
             }
-            let mut chunk: Value =
-                serde_json::from_str(data).map_err(|e| format!("a chunk is not JSON: {e}"))?;
-            if let Some(error) = chunk.get("error") {
-                return Err(error["message"].as_str().unwrap_or("an error in the stream").to_owned());
-            }
-            if chunk["choices"].get(0).is_some() {
-                times.push(now);
-            }
-            if chunk.get("usage").is_some_and(|usage| !usage.is_null()) {
-                usage = chunk["usage"].take();
-            }
+            line.clear();
         }
         let (Some(&first), true) = (times.first(), done) else {
             return Err("the stream ended early".to_owned());
@@ -199,8 +223,8 @@ impl Client {
             first,
             whole: start.elapsed().as_secs_f64(),
             gaps: times.windows(2).map(|pair| pair[1] - pair[0]).collect(),
-            input: usage["prompt_tokens"].as_u64().unwrap_or(prompt.len() as u64),
-            output: usage["completion_tokens"].as_u64().unwrap_or(times.len() as u64),
+            input: usage.as_ref().map_or(prompt.len() as u64, |usage| usage.prompt_tokens),
+            output: usage.as_ref().map_or(times.len() as u64, |usage| usage.completion_tokens),
         })
     }
 }

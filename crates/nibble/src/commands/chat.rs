@@ -17,7 +17,8 @@ use crate::ui::{Ui, bold, dim};
 pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
     let model = Model::open(args.model.as_deref(), ui)?;
     let name = model.name.clone();
-    let running = start(model, &args.run, &args.capacity, &EngineOptions::default(), common, ui)?;
+    let running =
+        start(model, &args.run, &args.capacity, &EngineOptions::default(), common, ui, &mut |_, _| {})?;
     let params = sampling(&args.sampling, &running.generation);
     let mut prompt = ChatPrompt {
         reasoning_effort: args.reasoning_effort.clone(),

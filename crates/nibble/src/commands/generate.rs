@@ -42,6 +42,7 @@ pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
         &EngineOptions::default(),
         common,
         ui,
+        &mut |_, _| {},
     )?;
     let params = SamplingParams {
         n: args.n,

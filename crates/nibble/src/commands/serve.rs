@@ -1,13 +1,18 @@
 //! `nibble serve`: the OpenAI-compatible server.
 
 use std::io::IsTerminal;
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use checkpoint::GenerationConfig;
 use engine::{Engine, EngineOptions};
-use server::{Options, SamplingDefaults, Server};
+use serde_json::{Value, json};
+use server::{
+    ClientCertificates, CorsOptions, ErrorStyle, Fingerprint, Handle, Options, SamplingDefaults, Server,
+    TlsOptions,
+};
 
-use crate::args::{Common, Serve};
+use crate::args::{AccessFlags, Answers, Common, Limits, Logs, Network, Serve};
 use crate::engine::{scripted, start};
 use crate::failure::{Failure, Result};
 use crate::interrupt;
@@ -15,61 +20,228 @@ use crate::model::{BUILT_IN, Model};
 use crate::ui::Ui;
 
 pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(std::io::stderr().is_terminal())
-        .with_writer(std::io::stderr)
-        .init();
-    ignored(&args).iter().for_each(|flag| tracing::info!("ignored for compatibility: {flag}"));
-
-    let name = args.model.clone().or_else(|| args.model_flag.clone());
+    log(&args.logs);
+    let ignored = args.foreign.ignored()?;
+    if !ignored.is_empty() {
+        tracing::info!("ignored for compatibility: {}", ignored.join("; "));
+    }
+    if args.model.is_some() && args.model_flag.is_some() && args.config.is_none() {
+        return Err(Failure::input("expected one model, found MODEL and --model"));
+    }
     // Wrong files are an error before the port is open.
-    let source = match args.engine.split_once(':') {
-        Some(("scripted", file)) => Source::Script(scripted(file, &args.capacity, &base(&args))?),
-        _ if args.engine == "auto" => Source::Model(Box::new(Model::open(name.as_deref(), ui)?)),
-        _ => {
-            let found = &args.engine;
-            return Err(Failure::input(format!("--engine: expected auto or scripted:FILE, found {found}")));
-        }
-    };
-    let generation = source.generation();
+    let name = args.model.clone().or_else(|| args.model_flag.clone());
+    let source = Source::open(&args, name.as_deref(), ui)?;
     let root = name.unwrap_or_else(|| source.name().to_owned());
-    let served =
-        if args.served_model_name.is_empty() { vec![root.clone()] } else { args.served_model_name.clone() };
-    let options = Options {
-        host: args.host.clone(),
-        port: args.port,
-        served_model_names: served,
-        root,
-        api_keys: args.api_key.clone(),
-        system_date: args.system_date.clone(),
-        responses_store: args.responses_store,
-        defaults: SamplingDefaults {
-            temperature: generation.temperature.unwrap_or(1.0),
-            top_p: generation.top_p.unwrap_or(1.0),
-            top_k: generation.top_k.unwrap_or(0) as usize,
-            min_p: 0.0,
-        },
-        shutdown_timeout: Duration::from_secs(args.shutdown_timeout),
-        ..Options::default()
-    };
+    let options = options(&args, common, &source, root)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .enable_all()
         .build()
         .map_err(|e| Failure::machine(format!("the server's threads cannot be started: {e}")))?;
     interrupt::handle_gracefully();
-    runtime.block_on(serve(options, source, args, common.clone(), ui))
+    raise_file_limit(options.max_connections);
+    return_large_memory();
+    runtime.block_on(serve(options, source, Arc::new(args), common.clone(), ui))
 }
 
-fn base(args: &Serve) -> EngineOptions {
-    let options = EngineOptions { seed: args.seed, ..EngineOptions::default() };
-    match args.max_num_queued_reqs {
-        Some(count) => EngineOptions { max_queued_requests: count as usize, ..options },
-        None => options,
+/// Has the allocator give large pieces back to the system when they are freed. Left alone, glibc keeps them once it has met
+/// one, and bodies of many megabytes, which come and go on many threads, leave holes that add up.
+fn return_large_memory() {
+    #[cfg(all(target_os = "linux", target_env = "gnu"))]
+    {
+        /// What the engine allocates in a step is smaller.
+        const LARGE: i32 = 4 << 20;
+        // SAFETY: takes two numbers; what was allocated before is not touched.
+        let _ = unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE) };
     }
+}
+
+/// Each connection is an open file, of which most systems allow few unless they are asked.
+fn raise_file_limit(connections: usize) {
+    #[cfg(unix)]
+    {
+        /// The model's, the engine's and the log's.
+        const OTHERS: u64 = 256;
+        let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: the pointer is to a whole, owned structure; the call writes nothing else.
+        if unsafe { libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit) } != 0 {
+            return;
+        }
+        let wanted = connections as u64 + OTHERS;
+        let raised = libc::rlimit {
+            rlim_cur: wanted.clamp(limit.rlim_cur, limit.rlim_max.max(limit.rlim_cur)),
+            ..limit
+        };
+        // SAFETY: as above; the call only reads.
+        let done = unsafe { libc::setrlimit(libc::RLIMIT_NOFILE, &raw const raised) } == 0;
+        let found = if done { raised.rlim_cur } else { limit.rlim_cur };
+        if found < wanted {
+            tracing::warn!("this system allows {found} open files, so fewer than {connections} connections");
+        }
+    }
+}
+
+fn log(logs: &Logs) {
+    let level = match logs.log_level.to_ascii_lowercase().as_str() {
+        "warning" => "warn",
+        "critical" => "error",
+        level => level,
+    }
+    .to_owned();
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match logs.log_format.as_str() {
+        "json" => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).init(),
+        _ => lines.with_ansi(std::io::stderr().is_terminal()).init(),
+    }
+}
+
+fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Result<Options> {
+    let Serve { network, access, answers, limits, logs, .. } = args;
+    let info = info(args, common);
+    let served = match answers.served_model_name.is_empty() {
+        true => vec![root.clone()],
+        false => answers.served_model_name.clone(),
+    };
+    let seconds = Duration::from_secs;
+    Ok(Options {
+        host: network.host.clone(),
+        port: network.port,
+        socket: network.uds.clone(),
+        tls: tls(network),
+        root_path: network.root_path.clone(),
+        cors: CorsOptions {
+            origins: network.allowed_origins.0.clone(),
+            methods: network.allowed_methods.0.clone(),
+            headers: network.allowed_headers.0.clone(),
+            credentials: network.allow_credentials,
+        },
+        served_model_names: served,
+        root,
+        model_owner: answers.model_owner.clone(),
+        api_keys: keys(access)?,
+        admin_keys: access.admin_api_key.clone(),
+        metrics_keys: access.metrics_api_key.clone(),
+        dev_mode: access.dev_mode,
+        rate_limit_requests: access.rate_limit_requests,
+        rate_limit_tokens: access.rate_limit_tokens,
+        system_date: answers.system_date.clone(),
+        defaults: defaults(answers, &source.generation()),
+        max_logprobs: answers.max_logprobs,
+        stream_interval: answers.stream_interval.into(),
+        force_include_usage: answers.enable_force_include_usage,
+        request_metrics: answers.enable_per_request_metrics,
+        fingerprint: match (answers.fingerprint_mode.as_str(), &answers.fingerprint_value) {
+            ("hash", _) => Fingerprint::Hash,
+            ("none", _) => Fingerprint::None,
+            ("custom", Some(value)) => Fingerprint::Custom(value.clone()),
+            _ => Fingerprint::Full,
+        },
+        error_style: match answers.error_code_style.as_str() {
+            "openai" => ErrorStyle::OpenAi,
+            _ => ErrorStyle::Vllm,
+        },
+        responses_store: answers.responses_store,
+        max_body_bytes: usize::try_from(limits.max_request_body_size).unwrap_or(usize::MAX),
+        max_connections: limits.max_connections,
+        keep_alive: seconds(limits.timeout_keep_alive),
+        sse_keep_alive: seconds(limits.sse_keep_alive_interval),
+        client_stall_timeout: seconds(limits.client_stall_timeout),
+        request_timeout: limits.request_timeout.map(seconds),
+        health_stall_timeout: seconds(limits.health_stall_timeout),
+        shutdown_timeout: seconds(limits.shutdown_timeout),
+        sleep_mode: access.enable_sleep_mode,
+        page: !access.disable_page,
+        docs: !access.disable_docs,
+        ollama: !access.no_ollama_compat,
+        legacy_metrics: !logs.no_legacy_metrics,
+        log_stats: !logs.disable_log_stats,
+        log_requests: logs.enable_log_requests,
+        log_outputs: logs.enable_log_outputs,
+        max_log_len: logs.max_log_len,
+        info,
+    })
+}
+
+fn tls(network: &Network) -> Option<TlsOptions> {
+    Some(TlsOptions {
+        certificates: network.ssl_certfile.clone()?,
+        key: network.ssl_keyfile.clone()?,
+        client_roots: network.ssl_ca_certs.clone(),
+        client_certificates: match network.ssl_cert_reqs {
+            0 => ClientCertificates::None,
+            1 => ClientCertificates::Optional,
+            _ => ClientCertificates::Required,
+        },
+        refresh: network.enable_ssl_refresh,
+    })
+}
+
+/// Those of the command line and of the file.
+fn keys(access: &AccessFlags) -> Result<Vec<String>> {
+    let mut keys = access.api_key.clone();
+    if let Some(path) = &access.api_key_file {
+        let text = std::fs::read_to_string(path).map_err(|e| Failure::io(path, &e))?;
+        keys.extend(text.lines().map(str::trim).filter(|key| !key.is_empty()).map(str::to_owned));
+        if keys.is_empty() {
+            return Err(Failure::input(format!(
+                "--api-key-file: {}: expected a key per line, found none",
+                path.display()
+            )));
+        }
+    }
+    // An empty key would let everybody in who sends an empty one.
+    match keys.iter().chain(&access.admin_api_key).chain(&access.metrics_api_key).any(String::is_empty) {
+        true => Err(Failure::input("--api-key: expected a key, found an empty text")),
+        false => Ok(keys),
+    }
+}
+
+fn defaults(answers: &Answers, generation: &GenerationConfig) -> SamplingDefaults {
+    let file = (answers.generation_config == "auto").then_some(generation);
+    let own = answers.override_generation_config.unwrap_or_default();
+    let none = SamplingDefaults::default();
+    SamplingDefaults {
+        temperature: own.temperature.or(file.and_then(|f| f.temperature)).unwrap_or(none.temperature),
+        top_p: own.top_p.or(file.and_then(|f| f.top_p)).unwrap_or(none.top_p),
+        top_k: own.top_k.or(file.and_then(|f| f.top_k)).map_or(none.top_k, |k| k as usize),
+        min_p: own.min_p.unwrap_or(none.min_p),
+    }
+}
+
+/// What `/server_info` says of the command line: no key, no path.
+fn info(args: &Serve, common: &Common) -> Value {
+    let Serve { answers, limits, capacity, run, .. } = args;
+    json!({
+        "device": common.device,
+        "threads": common.threads,
+        "cuda": cfg!(feature = "cuda"),
+        "quantization": run.quantization,
+        "batch_invariant": run.batch_invariant,
+        "seed": args.seed,
+        "max_num_seqs": capacity.max_num_seqs,
+        "max_num_batched_tokens": capacity.max_num_batched_tokens,
+        "kv_cache_dtype": capacity.kv_cache_dtype,
+        "kv_cache_memory_bytes": capacity.kv_cache_memory_bytes,
+        "prefix_caching": !capacity.no_enable_prefix_caching,
+        "max_num_queued_reqs": limits.max_num_queued_reqs,
+        "max_num_queued_tokens": limits.max_num_queued_tokens,
+        "max_connections": limits.max_connections,
+        "responses_store": answers.responses_store,
+        "stream_interval": answers.stream_interval,
+        "shutdown_timeout": limits.shutdown_timeout
+    })
+}
+
+fn base(args: &Serve, limits: &Limits) -> EngineOptions {
+    let mut options = EngineOptions { seed: args.seed, ..EngineOptions::default() };
+    if let Some(count) = limits.max_num_queued_reqs {
+        options.max_queued_requests = usize::try_from(count).unwrap_or(usize::MAX);
+    }
+    options.max_queued_tokens =
+        limits.max_num_queued_tokens.map(|count| usize::try_from(count).unwrap_or(usize::MAX));
+    options
 }
 
 /// Where tokens come from.
@@ -79,6 +251,19 @@ enum Source {
 }
 
 impl Source {
+    fn open(args: &Serve, name: Option<&str>, ui: Ui) -> Result<Source> {
+        match args.engine.split_once(':') {
+            Some(("scripted", file)) => {
+                Ok(Source::Script(scripted(file, &args.capacity, &base(args, &args.limits))?))
+            }
+            _ if args.engine == "auto" => Ok(Source::Model(Box::new(Model::open(name, ui)?))),
+            _ => {
+                let found = &args.engine;
+                Err(Failure::input(format!("--engine: expected auto or scripted:FILE, found {found}")))
+            }
+        }
+    }
+
     fn generation(&self) -> GenerationConfig {
         match self {
             Source::Model(model) => model.checkpoint.generation_config().clone(),
@@ -93,41 +278,67 @@ impl Source {
         }
     }
 
-    fn start(self, args: &Serve, common: &Common, ui: Ui) -> Result<Engine> {
+    fn start(self, args: &Serve, common: &Common, ui: Ui, handle: &Handle) -> Result<Engine> {
         match self {
             Source::Model(model) => {
-                Ok(start(*model, &args.run, &args.capacity, &base(args), common, ui)?.engine)
+                let mut watch = |done, total| handle.progress(done, total);
+                let base = base(args, &args.limits);
+                let loading = Instant::now();
+                let running = start(*model, &args.run, &args.capacity, &base, common, ui, &mut watch)?;
+                handle.started("load", loading.elapsed());
+                Ok(running.engine)
             }
             Source::Script(engine) => Ok(engine),
         }
     }
 }
 
-async fn serve(options: Options, source: Source, args: Serve, common: Common, ui: Ui) -> Result<()> {
-    let server = Server::bind(&options).await.map_err(|e| Failure::machine(e.to_string()))?;
-    let address = server.local_addr();
+async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Common, ui: Ui) -> Result<()> {
+    let server = Server::bind(&options).await.map_err(|error| match error {
+        server::Error::Tls(message) => Failure::input(message),
+        error => Failure::machine(error.to_string()),
+    })?;
+    let url = server.url();
     if ui.json {
-        ui.document(&serde_json::json!({"url": format!("http://{address}")}));
+        ui.document(&json!({"url": url}));
     } else {
-        println!("http://{address}");
+        println!("{url}");
     }
     let handle = server.handle();
-    let loading = tokio::task::spawn_blocking(move || source.start(&args, &common, ui));
+    let loading = {
+        let (args, common, handle) = (Arc::clone(&args), common.clone(), handle.clone());
+        tokio::task::spawn_blocking(move || source.start(&args, &common, ui, &handle))
+    };
+    let limit = args.limits.ready_timeout.map_or(Duration::MAX, Duration::from_secs);
     let serving = tokio::spawn(server.run(shutdown()));
     let failed = |e: tokio::task::JoinError| Failure::machine(format!("the server failed: {e}"));
     let engine = tokio::select! {
         loaded = loading => loaded.map_err(failed)??,
         // A signal while the model loads: there is nothing to finish, and loading need not be waited for.
         () = shutdown() => std::process::exit(0),
+        () = tokio::time::sleep(limit) => {
+            let seconds = limit.as_secs();
+            // Loading need not be waited for either.
+            eprintln!("error: --ready-timeout: the model was not loaded within {seconds} s");
+            std::process::exit(3);
+        }
     };
     tracing::info!("ready: {}, context {}", engine.device(), engine.max_model_len());
-    handle.ready(engine.clone());
-    let served = serving.await.map_err(failed);
-    engine.abort();
-    served
+    handle.ready(engine);
+    reload(&handle, args, common, ui);
+    serving.await.map_err(failed)
 }
 
-/// SIGTERM or SIGINT.
+/// How the model comes back after a sleep.
+fn reload(handle: &Handle, args: Arc<Serve>, common: Common, ui: Ui) {
+    handle.reload_with(Box::new(move |handle| {
+        let name = args.model.as_deref().or(args.model_flag.as_deref());
+        let source = Source::open(&args, name, ui).map_err(|failure| failure.message)?;
+        source.start(&args, &common, ui, handle).map_err(|failure| failure.message)
+    }));
+}
+
+/// SIGTERM or SIGINT. A second one ends the process at once.
 async fn shutdown() {
     let interrupt = tokio::signal::ctrl_c();
     #[cfg(unix)]
@@ -138,22 +349,12 @@ async fn shutdown() {
                 _ = interrupt => {}
                 _ = terminate.recv() => {}
             }
+            tokio::spawn(async move {
+                terminate.recv().await;
+                std::process::exit(130);
+            });
             return;
         }
     }
     let _ = interrupt.await;
-}
-
-/// Flags that other servers need and this one does not.
-fn ignored(args: &Serve) -> Vec<&'static str> {
-    let mut flags = Vec::new();
-    if args.trust_remote_code {
-        flags.push("--trust-remote-code (no code of a model's repository is ever run)");
-    }
-    if args.reasoning_parser.is_some() || args.tool_call_parser.is_some() || args.enable_auto_tool_choice {
-        flags.push(
-            "--reasoning-parser, --tool-call-parser, --enable-auto-tool-choice (Harmony is always parsed)",
-        );
-    }
-    flags
 }

@@ -6,6 +6,7 @@ mod calibration;
 mod checkpoints;
 mod inside;
 mod models;
+mod serving;
 
 use std::io::Write;
 use std::path::PathBuf;

@@ -81,7 +81,7 @@ impl Fixture {
         let runtime =
             tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
         let server = runtime.block_on(Server::bind(options)).unwrap();
-        let (address, handle) = (server.local_addr(), server.handle());
+        let (address, handle) = (server.local_addr().unwrap(), server.handle());
         let (shutdown, signal) = tokio::sync::oneshot::channel::<()>();
         let ended = runtime.spawn(server.run(async {
             // The sender goes with the fixture.

@@ -64,7 +64,7 @@ fn a_port_in_use() {
     let server = Fixture::loading(&options());
     let port = server.address.port();
     let error = server.runtime.block_on(Server::bind(&Options { port, ..options() })).unwrap_err();
-    assert!(matches!(error, Error::PortInUse { .. }));
+    assert!(matches!(error, Error::InUse { .. }));
     assert_eq!(error.to_string(), format!("port {port} of 127.0.0.1 is in use"));
     let bad = Options { host: "256.0.0.1".to_owned(), ..options() };
     assert!(matches!(server.runtime.block_on(Server::bind(&bad)).unwrap_err(), Error::Bind { .. }));
@@ -100,9 +100,12 @@ fn a_device_that_fails() {
     for stream in [false, true] {
         let mut request = hi();
         request["stream"] = stream.into();
-        let (status, kind, param, message) = server.chat(&request).error();
-        assert_eq!((status, kind.as_str(), param), (500, "InternalServerError", None));
-        assert!(message.starts_with("Internal server error (request "), "{message}");
+        let response = server.chat(&request);
+        let (status, kind, param, message) = response.error();
+        assert_eq!((status, kind.as_str(), param), (503, UNAVAILABLE, None));
+        assert_eq!(response.header("retry-after"), Some("1"));
+        assert!(message.starts_with("The device failed while it computed the request "), "{message}");
+        assert!(!message.contains("secret"), "{message}");
         if !stream {
             fail("again");
         }
@@ -118,7 +121,7 @@ fn a_device_that_fails() {
     fail("late");
     let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
     let [.., error, done] = &events[..] else { panic!("{events:?}") };
-    assert_eq!(parse_data(error)["error"]["type"], "InternalServerError");
+    assert_eq!(parse_data(error)["error"]["type"], UNAVAILABLE);
     assert_eq!(done, "data: [DONE]");
     drop(steps);
     assert_eq!(server.chat(&hi()).status, 200, "the next request is served");

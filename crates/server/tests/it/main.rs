@@ -1,6 +1,8 @@
 //! The server on loopback, over a scripted engine.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod admin;
+mod attacks;
 mod chat;
 mod completions;
 mod errors;
@@ -8,6 +10,7 @@ mod fixture;
 mod harmony_turns;
 mod life;
 mod limits;
+mod network;
 mod operations;
 mod responses;
 mod soup;

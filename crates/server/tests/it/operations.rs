@@ -99,6 +99,42 @@ fn metrics_have_the_names_that_dashboards_know() {
     assert!(response.body.contains("# TYPE vllm:prompt_tokens counter\n"));
 }
 
+/// Name, type, names of labels and bounds of buckets of all series, as a dashboard relies on them. `metrics.txt` is vLLM's
+/// list as far as it applies, and ours.
+#[test]
+fn metrics_are_those_of_the_list() {
+    let server = Fixture::saying(&[HELLO]);
+    server.handle.started("load", std::time::Duration::from_secs(1));
+    server.chat(&json!({"messages": ask()["messages"], "some_field": 1})).ok();
+    let text = server.get("/metrics").body;
+    let mut list: Vec<String> = Vec::new();
+    for line in text.lines() {
+        if let Some(typed) = line.strip_prefix("# TYPE ") {
+            list.push(typed.to_owned());
+            continue;
+        }
+        let Some((series, _)) = line.rsplit_once(' ').filter(|_| !line.starts_with('#')) else { continue };
+        let labels = series.split_once('{').map_or("", |(_, labels)| labels.trim_end_matches('}'));
+        let entry = list.last_mut().unwrap();
+        for label in labels.split("\",").filter(|label| !label.is_empty()) {
+            let (name, value) = label.split_once("=\"").unwrap();
+            let word = match name {
+                "le" => value.trim_end_matches('"').to_owned(),
+                name => format!("{{{name}}}"),
+            };
+            if !entry.split(' ').any(|known| known == word) {
+                *entry += " ";
+                *entry += &word;
+            }
+        }
+    }
+    let expected = include_str!("metrics.txt");
+    for (found, expected) in list.iter().zip(expected.lines()) {
+        assert_eq!(found, expected);
+    }
+    assert_eq!(list.len(), expected.lines().count(), "{list:#?}");
+}
+
 #[test]
 fn clients_that_go_away_are_counted() {
     let (server, steps) = Fixture::stepwise("word ", &options());

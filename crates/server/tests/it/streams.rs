@@ -125,23 +125,74 @@ fn clients_that_go_away_free_their_sequences() {
     }
 }
 
-#[test]
-fn clients_that_do_not_read_are_given_up() {
+/// A client that does not read what it has asked for, and the server that has stopped computing it.
+fn unread(options: &Options) -> (Fixture, std::net::TcpStream) {
     let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens("word ")]);
     let engine_options =
         EngineOptions { max_model_len: Some(100_000), kv_cache_bytes: 128 << 20, ..engine_options() };
-    let server = Fixture::start(&options(), backend, engine_options);
+    let server = Fixture::start(options, backend, engine_options);
     let mut request = hi();
     // Large chunks fill what the connection holds sooner.
     (request["logprobs"], request["top_logprobs"]) = (true.into(), 20.into());
+    request["max_tokens"] = 6000.into();
     let mut connection = server.connect();
     connection.write_all(&message("POST", CHAT, JSON, request.to_string().as_bytes())).unwrap();
-    server.until(|stats| stats.running == 1);
-    server.until(|stats| stats.running == 0);
-    assert!(server.stats().generated_tokens < 90_000, "it was cancelled, not finished");
+    (server, connection)
+}
+
+#[test]
+fn clients_that_do_not_read_are_waited_for_without_blocks() {
+    let (server, connection) = unread(&options());
+    server.until(|stats| stats.paused == 1);
+    let stats = server.stats();
+    assert_eq!((stats.running, stats.full_blocks_used), (0, 0));
+    // Others are served meanwhile.
+    assert_eq!(
+        server.complete(&json!({"prompt": "x", "max_tokens": 3})).ok()["usage"]["completion_tokens"],
+        3
+    );
+    let metrics = server.get("/metrics").body;
+    assert!(metrics.contains("reason=\"deferred\"} 1\n"), "{metrics}");
+    // Then nothing is lost.
     let mut stream = crate::fixture::Stream::new(connection);
     let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
-    let [.., error, done] = &events[..] else { panic!("{events:?}") };
-    assert_eq!(parse_data(error)["error"]["type"], "TimeoutError");
-    assert_eq!(done, "data: [DONE]");
+    assert_eq!(events.last().unwrap(), "data: [DONE]");
+    let chunks = events[..events.len() - 1].iter().map(|event| parse_data(event));
+    let entries =
+        chunks.map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array().map_or(0, Vec::len));
+    assert_eq!(entries.sum::<usize>(), 6000);
+}
+
+#[test]
+fn clients_that_do_not_read_are_given_up() {
+    let options = Options { client_stall_timeout: Duration::from_millis(50), ..options() };
+    let (server, connection) = unread(&options);
+    server.until(|stats| stats.generated_tokens > 100 && stats.running + stats.waiting + stats.paused == 0);
+    assert!(server.stats().generated_tokens < 6000, "it was given up, not finished");
+    // The answer ends without saying that it is complete.
+    let mut rest = Vec::new();
+    let _ = std::io::Read::read_to_end(&mut { connection }, &mut rest);
+    assert!(!String::from_utf8_lossy(&rest).contains("\"finish_reason\":\"length\""));
+    assert_eq!(server.complete(&json!({"prompt": "x", "max_tokens": 3})).status, 200);
+}
+
+#[test]
+fn parts_of_several_tokens() {
+    let options = Options { stream_interval: 4, ..options() };
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens("a b c d e f g h i j k<|return|>")]);
+    let server = Fixture::start(&options, backend, engine_options());
+    let request = json!({"prompt": "x", "stream": true, "max_tokens": 50});
+    let chunks = server.chunks("/v1/completions", &request);
+    let texts: Vec<&str> = chunks.iter().map(|chunk| chunk["choices"][0]["text"].as_str().unwrap()).collect();
+    // The first at once, then four by four, then what is left with the end.
+    assert_eq!(texts, ["a", " b c d e", " f g h i", " j k", ""]);
+    assert_eq!(chunks.last().unwrap()["choices"][0]["finish_reason"], "stop");
+    let mut two = request;
+    two["n"] = 2.into();
+    let chunks = server.chunks("/v1/completions", &two);
+    for choice in 0..2 {
+        let of = chunks.iter().map(|chunk| &chunk["choices"][0]).filter(|c| c["index"] == choice);
+        let text: String = of.map(|c| c["text"].as_str().unwrap()).collect();
+        assert_eq!(text, "a b c d e f g h i j k");
+    }
 }

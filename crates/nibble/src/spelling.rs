@@ -1,0 +1,215 @@
+//! Command lines as users of other programs write them, and flags from a file, turned into what `args.rs` defines.
+
+use std::ffi::OsString;
+
+use clap::{ArgAction, Command, CommandFactory};
+
+use crate::args::Cli;
+use crate::failure::{Failure, Result};
+
+/// vLLM's short flags of more than one letter.
+const SHORT: [(&str, &str); 7] = [
+    ("-tp", "--tensor-parallel-size"),
+    ("-pp", "--pipeline-parallel-size"),
+    ("-dp", "--data-parallel-size"),
+    ("-cc", "--compilation-config"),
+    ("-sc", "--speculative-config"),
+    ("-n", "--nnodes"),
+    ("-r", "--node-rank"),
+];
+
+/// The command line's definition: with a `--no-NAME` for each switch of `serve` that has none.
+pub(crate) fn command() -> Command {
+    Cli::command().mut_subcommand("serve", |serve| {
+        let known = |name: &str| serve.get_arguments().any(|arg| arg.get_long() == Some(name));
+        let switches: Vec<(String, String)> = serve
+            .get_arguments()
+            .filter(|arg| matches!(arg.get_action(), ArgAction::SetTrue))
+            .filter_map(|arg| Some((arg.get_id().to_string(), arg.get_long()?.to_owned())))
+            .filter(|(_, name)| !name.starts_with("no-") && !known(&format!("no-{name}")))
+            .collect();
+        switches.into_iter().fold(serve, |serve, (id, name)| {
+            let name = format!("no-{name}");
+            let arg = clap::Arg::new(name.clone()).long(name).action(ArgAction::SetTrue).hide(true);
+            serve.arg(arg.overrides_with(id))
+        })
+    })
+}
+
+/// The arguments as `args.rs` defines them.
+///
+/// # Errors
+/// A file of flags that cannot be used.
+pub(crate) fn arguments(args: impl Iterator<Item = OsString>) -> Result<Vec<OsString>> {
+    let args = with_long_names(args);
+    let is_serve = |args: &[OsString]| {
+        args.iter()
+            .skip(1)
+            .find(|arg| !arg.to_string_lossy().starts_with('-'))
+            .is_some_and(|arg| arg == "serve")
+    };
+    if is_serve(&args) { with_file(args) } else { Ok(args) }
+}
+
+/// `--snake_case` flags in `--kebab-case`, and flags of several letters in full.
+fn with_long_names(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
+    let (mut literal, mut serve) = (false, false);
+    args.flat_map(|arg| {
+        literal |= arg == "--";
+        serve |= arg == "serve";
+        let Some(text) = arg.to_str().filter(|_| !literal) else { return vec![arg] };
+        let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
+        let name = if serve && let Some((_, long)) = SHORT.iter().find(|(short, _)| *short == name) {
+            (*long).to_owned()
+        } else if serve && let Some(level) = name.strip_prefix("-O").filter(|level| level.len() == 1) {
+            return vec!["--optimization-level".into(), level.into()];
+        } else if name.starts_with("--") {
+            name.replace('_', "-")
+        } else {
+            return vec![arg];
+        };
+        vec![value.map_or(name.clone(), |value| format!("{name}={value}")).into()]
+    })
+    .collect()
+}
+
+/// With the flags of `--config`'s file that the command line does not have.
+fn with_file(args: Vec<OsString>) -> Result<Vec<OsString>> {
+    let words: Vec<&str> = args.iter().map(|arg| arg.to_str().unwrap_or_default()).collect();
+    let at = words.iter().position(|word| *word == "--config" || word.starts_with("--config="));
+    let Some(at) = at else { return Ok(args) };
+    let path = match words[at].split_once('=') {
+        Some((_, path)) => path,
+        // The parser says that it is missing.
+        None => words.get(at + 1).copied().unwrap_or_default(),
+    };
+    let text = std::fs::read_to_string(path)
+        .map_err(|e| Failure::input(format!("--config: {path}: expected a file of flags, found: {e}")))?;
+    let fail = |what: String| Failure::input(format!("--config: {path}: {what}"));
+    let flags: serde_yaml_ng::Mapping = serde_yaml_ng::from_str(&text)
+        .map_err(|e| fail(format!("expected a YAML map of flags, found: {e}")))?;
+
+    let command = command();
+    let serve = command.find_subcommand("serve").expect("serve is a command");
+    let mut added = Vec::new();
+    for (key, value) in &flags {
+        let key = key.as_str().ok_or_else(|| fail(format!("expected a flag's name, found {key:?}")))?;
+        let name = key.trim_start_matches('-').replace('_', "-");
+        let arg = serve.get_arguments().chain(command.get_arguments()).find(|arg| {
+            arg.get_long() == Some(&name)
+                || arg.get_all_aliases().is_some_and(|all| all.contains(&name.as_str()))
+        });
+        let given = |word: &str| {
+            let word = word.split('=').next().unwrap_or_default();
+            let short = arg.and_then(|arg| arg.get_short());
+            word == format!("--{name}") || short.is_some_and(|short| word == format!("-{short}"))
+        };
+        if words.iter().copied().any(given) {
+            continue;
+        }
+        let switch = arg.is_some_and(|arg| matches!(arg.get_action(), ArgAction::SetTrue));
+        added.extend(
+            flag(&name, value, switch).map_err(|found| {
+                fail(format!("{key}: expected a value or a list of values, found {found}"))
+            })?,
+        );
+    }
+    let mut all = args;
+    all.extend(added);
+    Ok(all)
+}
+
+/// A flag as it is typed; the error is what was found instead of a value.
+fn flag(
+    name: &str,
+    value: &serde_yaml_ng::Value,
+    switch: bool,
+) -> std::result::Result<Vec<OsString>, &'static str> {
+    use serde_yaml_ng::Value;
+    let typed = |value: &str| OsString::from(format!("--{name}={value}"));
+    let one = |value: &Value| match value {
+        Value::Bool(value) => Ok(value.to_string()),
+        Value::Number(value) => Ok(value.to_string()),
+        Value::String(value) => Ok(value.clone()),
+        Value::Mapping(_) => serde_json::to_string(value).map_err(|_| "a map that is not JSON"),
+        Value::Sequence(_) => Err("a list"),
+        Value::Null | Value::Tagged(_) => Err("nothing"),
+    };
+    match value {
+        Value::Bool(true) if switch => Ok(vec![format!("--{name}").into()]),
+        Value::Bool(false) if switch => Ok(Vec::new()),
+        Value::Null => Ok(Vec::new()),
+        // Lists that are JSON on the command line.
+        Value::Sequence(_) if name.starts_with("allowed-") => {
+            serde_json::to_string(value).map(|json| vec![typed(&json)]).map_err(|_| "a list that is not JSON")
+        }
+        Value::Sequence(values) => values.iter().map(|value| one(value).map(|value| typed(&value))).collect(),
+        value => one(value).map(|value| vec![typed(&value)]),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        command().debug_assert();
+    }
+
+    #[test]
+    fn other_spellings_are_understood() {
+        let args =
+            ["nibble", "serve", "--max_model_len=3", "-tp", "1", "-O2", "--api_key", "a_b", "--", "--x_y"];
+        let expected = [
+            "nibble",
+            "serve",
+            "--max-model-len=3",
+            "--tensor-parallel-size",
+            "1",
+            "--optimization-level",
+            "2",
+            "--api-key",
+            "a_b",
+            "--",
+            "--x_y",
+        ];
+        assert_eq!(with_long_names(args.iter().map(OsString::from)), expected);
+        // Other commands have short flags of their own.
+        let bench = ["nibble", "bench", "-n", "3"];
+        assert_eq!(with_long_names(bench.iter().map(OsString::from)), bench);
+    }
+
+    #[test]
+    fn the_command_line_wins_over_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("flags.yaml");
+        std::fs::write(
+            &path,
+            "model: some/model\nport: 1\nhost: 0.0.0.0\napi_key: [a, b]\nallowed-origins: ['*']\n\
+             enable-log-requests: true\ndev-mode: false\noverride-generation-config: {temperature: 0.5}\n",
+        )
+        .unwrap();
+        let path = path.to_str().unwrap();
+        let args = ["nibble", "serve", "--port", "2", "--config", path, "--host=::1"].map(OsString::from);
+        let found = arguments(args.into_iter()).unwrap();
+        let found: Vec<&str> = found.iter().map(|arg| arg.to_str().unwrap()).collect();
+        assert_eq!(found[..7], ["nibble", "serve", "--port", "2", "--config", path, "--host=::1"]);
+        assert_eq!(
+            found[7..],
+            [
+                "--model=some/model",
+                "--api-key=a",
+                "--api-key=b",
+                "--allowed-origins=[\"*\"]",
+                "--enable-log-requests",
+                "--override-generation-config={\"temperature\":0.5}"
+            ]
+        );
+        assert!(command().try_get_matches_from(&found).is_ok());
+        let error = |args: &[&str]| arguments(args.iter().map(OsString::from)).unwrap_err().message;
+        assert!(error(&["nibble", "serve", "--config", "/nowhere.yaml"]).contains("/nowhere.yaml"));
+        std::fs::write(path, "- a\n").unwrap();
+        assert!(error(&["nibble", "serve", "--config", path]).contains("YAML map"));
+    }
+}

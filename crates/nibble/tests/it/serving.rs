@@ -1,0 +1,396 @@
+//! `nibble serve` as an operator sees it: flags, logs, attacks, faults, ends.
+
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::TcpStream;
+use std::process::{Child, Stdio};
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+use crate::{fails, nibble};
+
+/// Long enough for any test: one that waits for so long has failed.
+const TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A server with scripted answers, whose log is kept. Ended when dropped.
+struct Scripted {
+    child: Child,
+    address: String,
+    folder: tempfile::TempDir,
+}
+
+impl Scripted {
+    /// One that says `hello world` again and again.
+    fn start(args: &[&str]) -> Scripted {
+        let folder = tempfile::tempdir().unwrap();
+        let script = folder.path().join("script.json");
+        std::fs::write(&script, json!({"default": {"tokens": [24_912, 2_375]}}).to_string()).unwrap();
+        let log = std::fs::File::create(folder.path().join("log")).unwrap();
+        let engine = format!("scripted:{}", script.display());
+        let all = [&["serve", "--port", "0", "--engine", &engine], args].concat();
+        let mut child = nibble(&all).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        let address = line.trim().trim_start_matches("http://").to_owned();
+        let server = Scripted { child, address, folder };
+        while server.request("GET", "/ready", "", b"").0 != 200 {}
+        server
+    }
+
+    fn connect(&self) -> TcpStream {
+        let stream = TcpStream::connect(&self.address).unwrap();
+        stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+        stream
+    }
+
+    /// Status and everything after the head of an answer to bytes, of which the server need not read all. Status 0: no answer.
+    fn raw(&self, request: &[u8]) -> (u16, String) {
+        let mut stream = self.connect();
+        let writer = stream.try_clone().unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                // The server may have had enough.
+                let _ = { writer }.write_all(request);
+            });
+            let mut answer = Vec::new();
+            let _ = stream.read_to_end(&mut answer);
+            let answer = String::from_utf8_lossy(&answer).into_owned();
+            let status = answer.split(' ').nth(1).and_then(|status| status.parse().ok()).unwrap_or(0);
+            (status, answer.split_once("\r\n\r\n").map_or(String::new(), |(_, body)| body.to_owned()))
+        })
+    }
+
+    fn request(&self, method: &str, path: &str, headers: &str, body: &[u8]) -> (u16, String) {
+        self.raw(&message(method, path, headers, body))
+    }
+
+    fn post(&self, path: &str, body: &Value) -> (u16, String) {
+        self.request("POST", path, JSON, body.to_string().as_bytes())
+    }
+
+    fn metric(&self, name: &str) -> f64 {
+        let text = self.request("GET", "/metrics", "", b"").1;
+        let line =
+            text.lines().find(|line| line.starts_with(name)).unwrap_or_else(|| panic!("{name}: {text}"));
+        line.rsplit(' ').next().unwrap().parse().unwrap()
+    }
+
+    fn log(&self) -> String {
+        std::fs::read_to_string(self.folder.path().join("log")).unwrap()
+    }
+
+    fn signal(&self, signal: i32) {
+        // SAFETY: a signal to a child that has not been waited for.
+        assert_eq!(unsafe { libc::kill(self.child.id() as i32, signal) }, 0);
+    }
+}
+
+impl Drop for Scripted {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+const JSON: &str = "Content-Type: application/json\r\n";
+
+fn message(method: &str, path: &str, headers: &str, body: &[u8]) -> Vec<u8> {
+    let length = body.len();
+    let head = format!(
+        "{method} {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n{headers}Content-Length: {length}\r\n\r\n"
+    );
+    [head.as_bytes(), body].concat()
+}
+
+fn hi() -> Value {
+    json!({"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4})
+}
+
+/// Every way in which a client may be too much (`serving.md` 3.2 and 14): what it is told, that the next one is served, and
+/// that nothing is left behind.
+#[test]
+fn attacks_leave_nothing_behind() {
+    let server = Scripted::start(&["--api-key", "secret", "--max-model-len", "8192"]);
+    let key = "Authorization: Bearer secret\r\n";
+    let headers = format!("{JSON}{key}");
+    let with = |path: &str, body: &[u8]| message("POST", path, &headers, body);
+    let chat = |field: &str, value: Value| {
+        let mut request = hi();
+        request[field] = value;
+        with("/v1/chat/completions", request.to_string().as_bytes())
+    };
+    let completion = |fields: &Value| with("/v1/completions", fields.to_string().as_bytes());
+    let many_headers: String = (0..110).map(|i| format!("X-{i}: 1\r\n")).collect();
+    let nested = |depth: usize| {
+        let value = format!("{}{}", "[".repeat(depth), "]".repeat(depth));
+        with("/v1/chat/completions", format!("{{\"messages\": [], \"x\": {value}}}").as_bytes())
+    };
+    let arguments = format!("{}{}", "[".repeat(5000), "]".repeat(5000));
+    let call = json!({"id": "a", "type": "function", "function": {"name": "f", "arguments": arguments}});
+    let tool = |i: usize| json!({"type": "function", "function": {"name": format!("f{i}")}});
+    let regex = |pattern: &str| chat("response_format", json!({"type": "regex", "pattern": pattern}));
+    let declared =
+        format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 99999999999\r\n\r\n");
+    let mut chunked =
+        format!("POST /v1/completions HTTP/1.1\r\nHost: x\r\n{headers}Transfer-Encoding: chunked\r\n\r\n")
+            .into_bytes();
+    for _ in 0..34 {
+        chunked.extend(b"100000\r\n");
+        chunked.extend(vec![b' '; 1 << 20]);
+        chunked.extend(b"\r\n");
+    }
+    let two_lengths = format!(
+        "POST /v1/completions HTTP/1.1\r\nHost: x\r\n{headers}Content-Length: 2\r\nContent-Length: 3\r\n\r\n{{}}"
+    );
+    let rows: Vec<(&str, Vec<u8>, u16)> = vec![
+        ("no key", message("POST", "/v1/completions", JSON, b"{}"), 401),
+        ("wrong key", message("GET", "/v1/models", "Authorization: Bearer secre\r\n", b""), 401),
+        ("unknown path", message("GET", "/v1/../../etc/passwd", key, b""), 404),
+        ("wrong method", message("PUT", "/v1/completions", &headers, b"{}"), 405),
+        ("wrong media type", message("POST", "/v1/completions", key, b"{}"), 415),
+        ("not for this model", with("/v1/embeddings", b"{}"), 501),
+        ("unknown model", completion(&json!({"prompt": "x", "model": "x".repeat(1 << 20)})), 404),
+        ("unknown response", message("GET", "/v1/responses/resp_x", key, b""), 404),
+        ("body too large by its length", declared.into_bytes(), 413),
+        ("body too large by its chunks", chunked, 413),
+        ("two lengths", two_lengths.into_bytes(), 400),
+        ("too many headers", message("GET", "/v1/models", &format!("{key}{many_headers}"), b""), 431),
+        ("a large header", message("GET", "/v1/models", &format!("X: {}\r\n", "x".repeat(70_000)), b""), 431),
+        ("a long path", message("GET", &format!("/{}", "x".repeat(9000)), key, b""), 431),
+        ("not HTTP", b"\x16\x03\x01\x00\xff\r\n\r\n".to_vec(), 400),
+        ("no such version", b"GET / HTTP/7.3\r\n\r\n".to_vec(), 400),
+        ("not JSON", with("/v1/completions", b"{\"prompt\": "), 400),
+        ("not UTF-8", with("/v1/completions", b"{\"prompt\": \"\xff\"}"), 400),
+        ("nothing", with("/v1/completions", b""), 400),
+        ("nested", nested(129), 400),
+        ("nested deep", nested(4_000_000), 400),
+        ("messages", chat("messages", vec![hi()["messages"][0].clone(); 4097].into()), 400),
+        (
+            "a large message",
+            chat("messages", json!([{"role": "user", "content": "x".repeat(20 << 20)}])),
+            400,
+        ),
+        ("a long message", chat("messages", json!([{"role": "user", "content": "x ".repeat(400_000)}])), 400),
+        ("tools", chat("tools", (0..513).map(tool).collect()), 400),
+        ("stop", chat("stop", json!(vec!["x"; 17])), 400),
+        ("bad_words", chat("bad_words", json!(vec!["x"; 129])), 400),
+        ("logit_bias", chat("logit_bias", (0..1025).map(|i| (i.to_string(), json!(1))).collect()), 400),
+        ("n", chat("n", 129.into()), 400),
+        ("logprobs", completion(&json!({"prompt": "x", "logprobs": 1_000_000})), 400),
+        ("prompts", completion(&json!({"prompt": vec!["x"; 1025]})), 400),
+        ("ids", completion(&json!({"prompt": vec![1; 2_000_000]})), 400),
+        ("nested arguments", chat("messages", json!([{"role": "assistant", "tool_calls": [call]}])), 400),
+        // Followed as far as the answer goes, never written out.
+        ("a huge regex", regex("((a{1,1000}){1,1000}){1,1000}"), 200),
+        ("a deep regex", regex(&"(".repeat(10_000)), 400),
+        (
+            "an endless schema",
+            chat(
+                "response_format",
+                json!({"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "http://127.0.0.1:1/"}}}),
+            ),
+            400,
+        ),
+        ("half a request", b"POST /v1/completions HTTP/1.1\r\nHost".to_vec(), 0),
+    ];
+    let mut memory = Vec::new();
+    for _ in 0..4 {
+        for (what, request, expected) in &rows {
+            let half = *expected == 0;
+            let (status, body) = if half {
+                // It is left open and forgotten.
+                let mut stream = server.connect();
+                stream.write_all(request).unwrap();
+                (0, String::new())
+            } else {
+                server.raw(request)
+            };
+            assert_eq!(status, *expected, "{what}: {body}");
+            // The parser of heads has no words.
+            if !body.is_empty() && status != 200 {
+                let error =
+                    serde_json::from_str::<Value>(&body).unwrap_or_else(|e| panic!("{what}: {e}: {body}"));
+                assert_eq!(error["error"]["code"], *expected, "{what}");
+                assert!(body.len() < 2000, "{what}: {body}");
+            }
+            let answer =
+                server.request("POST", "/v1/chat/completions", &headers, hi().to_string().as_bytes());
+            assert_eq!(answer.0, 200, "after {what}: {}", answer.1);
+        }
+        memory.push(server.metric("process_resident_memory_bytes"));
+    }
+    assert_eq!(server.metric("vllm:num_requests_running"), 0.0);
+    assert_eq!(server.metric("vllm:kv_cache_usage_perc"), 0.0);
+    // What the first round has touched stays with the allocator; nothing is added.
+    let (first, last) = (memory[0], memory[3]);
+    assert!(last < first * 1.1 + 16e6, "{memory:?}");
+    let log = server.log();
+    assert!(!log.contains("secret") && !log.contains("panicked"), "{log}");
+}
+
+#[test]
+fn logs_are_structured_and_discreet() {
+    let server = Scripted::start(&["--api-key", "secret", "--log-format", "json"]);
+    let headers = format!("{JSON}Authorization: Bearer secret\r\nX-Request-Id: mine\r\n");
+    let request = json!({"messages": [{"role": "user", "content": "my private words"}], "max_tokens": 4});
+    let (status, _) =
+        server.request("POST", "/v1/chat/completions", &headers, request.to_string().as_bytes());
+    assert_eq!(status, 200);
+    let line = loop {
+        // The line is written after the answer.
+        if let Some(line) = server.log().lines().find(|line| line.contains("\"mine\"")) {
+            break serde_json::from_str::<Value>(line).unwrap();
+        }
+    };
+    assert_eq!((&line["status"], &line["completion_tokens"]), (&json!(200), &json!(4)), "{line}");
+    assert_eq!((&line["route"], &line["finish_reason"]), (&json!("/v1/chat/completions"), &json!("length")));
+    assert!(
+        line["queue_ms"].is_number() && line["ttft_ms"].is_number() && line["e2e_ms"].is_number(),
+        "{line}"
+    );
+    assert_eq!(line["key"].as_str().unwrap().len(), 6);
+    let log = server.log();
+    assert!(!log.contains("private") && !log.contains("secret") && !log.contains("hello"), "{log}");
+
+    let server = Scripted::start(&["--enable-log-requests", "--enable-log-outputs", "--max-log-len", "60"]);
+    assert_eq!(server.post("/v1/completions", &json!({"prompt": "my own words", "max_tokens": 2})).0, 200);
+    while !server.log().contains("hello world") {}
+    assert!(server.log().contains("my own words"), "{}", server.log());
+}
+
+#[test]
+fn flags_of_others_are_listed_or_refused() {
+    let server = Scripted::start(&[
+        "--trust_remote_code",
+        "--reasoning-parser",
+        "openai_gptoss",
+        "--tensor-parallel-size=1",
+        "-pp",
+        "1",
+        "-O3",
+        "--cudagraph-capture-sizes",
+        "1",
+        "2",
+        "--no-enable-log-requests",
+        "--gpu_memory_utilization",
+        "0.9",
+        "--no-enable-chunked-prefill",
+    ]);
+    let log = server.log();
+    let line = log.lines().find(|line| line.contains("ignored for compatibility")).unwrap();
+    for flag in [
+        "--trust-remote-code",
+        "--reasoning-parser",
+        "--pipeline-parallel-size",
+        "--optimization-level",
+        "--cudagraph-capture-sizes",
+        "--gpu-memory-utilization",
+        "--no-enable-chunked-prefill",
+    ] {
+        assert!(line.contains(flag), "{flag}: {line}");
+    }
+    assert_eq!(log.matches("ignored for compatibility").count(), 1);
+    for (args, named) in [
+        (vec!["--middleware", "x.y"], "Python extensions"),
+        (vec!["--distributed-executor-backend", "ray"], "Ray"),
+        (vec!["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
+        (vec!["--enable-lora"], "adapters"),
+        (vec!["--block-size", "128"], "16"),
+        (vec!["--api-kye", "x"], "--api-key"),
+        (vec!["--served-model-nam", "x"], "--served-model-name"),
+        (vec!["--api-key", ""], "--api-key"),
+        (vec!["--ssl-certfile", "x"], "--ssl-keyfile"),
+        (vec!["--ssl-certfile", "/nowhere.pem", "--ssl-keyfile", "x"], "/nowhere.pem"),
+        (vec!["--override-generation-config", "{\"heat\": 1}"], "heat"),
+        (vec!["--root-path", "x y"], "--root-path"),
+        (vec!["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (vec!["--fingerprint-mode", "custom"], "--fingerprint-value"),
+        (vec!["--max-model-len", "1M"], "--max-model-len"),
+        (vec!["--host", "300.0.0.1"], ""),
+    ] {
+        let all = [&["serve", "--port", "0"], &args[..]].concat();
+        let status = if named.is_empty() { 3 } else { 2 };
+        fails(&all, status, named);
+    }
+}
+
+#[test]
+fn a_file_of_flags_and_the_environment() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("flags.yaml");
+    std::fs::write(&file, "served-model-name: [from-file, second]\napi_key: [in-file]\nmodel-owner: file\n")
+        .unwrap();
+    let server = Scripted::start(&["--config", file.to_str().unwrap(), "--model-owner", "line"]);
+    let (status, body) = server.request("GET", "/v1/models", "Authorization: Bearer in-file\r\n", b"");
+    assert_eq!(status, 200, "{body}");
+    let models: Value = serde_json::from_str(&body).unwrap();
+    assert_eq!((&models["data"][0]["id"], &models["data"][1]["id"]), (&json!("from-file"), &json!("second")));
+    assert_eq!(models["data"][0]["owned_by"], "line");
+
+    let keys = folder.path().join("keys");
+    std::fs::write(&keys, "one\n\n two \n").unwrap();
+    let server = Scripted::start(&["--api-key-file", keys.to_str().unwrap()]);
+    let status =
+        |key: &str| server.request("GET", "/v1/models", &format!("Authorization: Bearer {key}\r\n"), b"").0;
+    assert_eq!((status("one"), status("two"), status("three")), (200, 200, 401));
+}
+
+#[test]
+fn a_server_that_was_killed_is_there_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let socket = folder.path().join("socket");
+    let run = || {
+        let mut child = nibble(&["serve", "--uds", socket.to_str().unwrap()])
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut line = String::new();
+        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+        assert_eq!(line.trim(), format!("unix:{}", socket.display()));
+        child
+    };
+    let ask = || {
+        let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+        stream
+            .write_all(&message("POST", "/v1/chat/completions", JSON, hi().to_string().as_bytes()))
+            .unwrap();
+        let mut answer = String::new();
+        let _ = stream.read_to_string(&mut answer);
+        answer
+    };
+    let mut first = run();
+    while !ask().starts_with("HTTP/1.1 200") {}
+    // In the middle of an answer.
+    let mut stream = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    let long = json!({"prompt": "Once", "max_tokens": 4000, "ignore_eos": true, "stream": true}).to_string();
+    stream.write_all(&message("POST", "/v1/completions", JSON, long.as_bytes())).unwrap();
+    let mut some = [0; 300];
+    assert!(stream.read(&mut some).unwrap() > 0);
+    first.kill().unwrap();
+    first.wait().unwrap();
+    let mut rest = Vec::new();
+    let _ = stream.read_to_end(&mut rest);
+    // The socket that it has left behind is no obstacle.
+    let mut second = run();
+    while !ask().starts_with("HTTP/1.1 200") {}
+    second.kill().unwrap();
+    second.wait().unwrap();
+}
+
+#[test]
+fn a_second_signal_ends_at_once() {
+    let mut server = Scripted::start(&["--shutdown-timeout", "3600"]);
+    let mut stream = server.connect();
+    let endless =
+        json!({"prompt": "x", "max_tokens": 100_000, "ignore_eos": true, "stream": true}).to_string();
+    stream.write_all(&message("POST", "/v1/completions", JSON, endless.as_bytes())).unwrap();
+    let mut some = [0; 300];
+    assert!(stream.read(&mut some).unwrap() > 0);
+    server.signal(libc::SIGTERM);
+    // It takes nothing new, and goes on with what runs.
+    while TcpStream::connect(&server.address).is_ok() {}
+    assert!(server.child.try_wait().unwrap().is_none());
+    server.signal(libc::SIGTERM);
+    assert_eq!(server.child.wait().unwrap().code(), Some(130));
+}

@@ -1,0 +1,132 @@
+//! For those who run the server: ending requests, sleep, a look inside (`serving.md` 4.7, 13.5).
+
+use std::sync::{Arc, PoisonError};
+use std::time::Instant;
+
+use axum::Json;
+use axum::body::Body;
+use axum::extract::{Extension, Query, State as Shared};
+use axum::http::StatusCode;
+use axum::response::{IntoResponse, Response};
+use gptoss::BLOCK_TOKENS;
+use serde::Deserialize;
+use serde_json::json;
+
+use crate::body;
+use crate::error::ApiError;
+use crate::json::{self, Field};
+use crate::routes::Origin;
+use crate::server::State;
+
+/// Names in one call.
+const MAX_IDS: usize = 4096;
+
+/// `POST /reset_prefix_cache`
+pub(crate) async fn reset_prefix_cache(Shared(state): Shared<Arc<State>>) -> Result<StatusCode, ApiError> {
+    state.engine()?.reset_prefix_cache();
+    Ok(StatusCode::OK)
+}
+
+/// `POST /abort_requests`: by the id of the answer, or of the request.
+pub(crate) async fn abort_requests(
+    Shared(state): Shared<Arc<State>>,
+    body: Body,
+) -> Result<StatusCode, ApiError> {
+    let body = body::read(body, state.max_body_bytes).await?;
+    let object = Field::root(json::document(&body)?).object(&["request_ids"])?;
+    let ids = object.required("request_ids")?.array(MAX_IDS)?;
+    state.abort_requests(ids.iter().map(Field::string).collect::<Result<_, _>>()?);
+    Ok(StatusCode::OK)
+}
+
+#[derive(Deserialize)]
+pub(crate) struct SleepQuery {
+    #[serde(default = "SleepQuery::level")]
+    level: u8,
+}
+
+impl SleepQuery {
+    fn level() -> u8 {
+        1
+    }
+}
+
+/// `POST /sleep?level=1`
+pub(crate) async fn sleep(
+    Shared(state): Shared<Arc<State>>,
+    Query(query): Query<SleepQuery>,
+) -> Result<StatusCode, ApiError> {
+    match query.level {
+        1 | 2 => state.sleep(query.level).await.map(|()| StatusCode::OK),
+        level => Err(ApiError::invalid("level", format!("level must be 1 or 2, got {level}."))),
+    }
+}
+
+/// `POST /wake_up`: all of it, whatever tags say.
+pub(crate) async fn wake_up(
+    Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
+) -> Result<StatusCode, ApiError> {
+    state.wake(origin.log.request_id()).await.map(|()| StatusCode::OK)
+}
+
+/// `GET /is_sleeping`
+pub(crate) async fn is_sleeping(Shared(state): Shared<Arc<State>>) -> Response {
+    Json(json!({"is_sleeping": state.asleep().is_some()})).into_response()
+}
+
+/// `POST /start_profile`
+pub(crate) async fn start_profile(Shared(state): Shared<Arc<State>>) -> Result<StatusCode, ApiError> {
+    let stats = state.engine()?.stats();
+    *state.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), stats));
+    Ok(StatusCode::OK)
+}
+
+/// `POST /stop_profile`: what the engine has done since the start. Kernels are timed by `nibble bench --profile`.
+pub(crate) async fn stop_profile(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
+    let now = state.engine()?.stats();
+    let profile = state.profile.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let Some((start, before)) = profile else {
+        return Err(ApiError::body("No profile was started."));
+    };
+    let seconds = start.elapsed().as_secs_f64();
+    let (steps, generated) = (now.steps - before.steps, now.generated_tokens - before.generated_tokens);
+    Ok(Json(json!({
+        "seconds": seconds,
+        "steps": steps,
+        "failed_steps": now.failed_steps - before.failed_steps,
+        "prompt_tokens": now.prompt_tokens - before.prompt_tokens,
+        "generated_tokens": generated,
+        "generated_tokens_per_second": generated as f64 / seconds.max(1e-9),
+        "generated_tokens_per_step": generated as f64 / steps.max(1) as f64,
+        "preemptions": now.preemptions - before.preemptions
+    }))
+    .into_response())
+}
+
+/// `GET /server_info`
+pub(crate) async fn server_info(Shared(state): Shared<Arc<State>>) -> Response {
+    let engine = state.loaded();
+    let stats = engine.as_ref().map(|engine| engine.stats()).unwrap_or_default();
+    let device = engine.as_ref().map(engine::Engine::device);
+    let max_model_len = engine.as_ref().map(engine::Engine::max_model_len);
+    Json(json!({
+        "version": env!("CARGO_PKG_VERSION"),
+        "model": {"names": state.model_names, "root": state.root, "max_model_len": max_model_len},
+        "device": device,
+        "memory": {
+            "block_tokens": BLOCK_TOKENS,
+            "full_blocks": stats.full_blocks,
+            "sliding_blocks": stats.sliding_blocks
+        },
+        "limits": {
+            "max_body_bytes": state.max_body_bytes,
+            "max_logprobs": state.max_logprobs,
+            "request_timeout_seconds": state.request_timeout.map(|time| time.as_secs_f64()),
+            "client_stall_timeout_seconds": state.client_stall_timeout.as_secs_f64()
+        },
+        "api_keys": !state.keys.is_empty(),
+        "configuration": state.info
+    }))
+    .into_response()
+}
