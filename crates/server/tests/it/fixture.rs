@@ -31,6 +31,8 @@ pub(crate) fn options() -> Options {
         served_model_names: vec![MODEL.to_owned(), "org/alias".to_owned()],
         root: "/somewhere/private/tiny-gpt-oss".to_owned(),
         system_date: Some("2026-11-24".to_owned()),
+        // No comment, lest a test that waits for something else wait for ever.
+        sse_keep_alive: std::time::Duration::ZERO,
         ..Options::default()
     }
 }
