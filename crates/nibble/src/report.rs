@@ -11,7 +11,7 @@ use evaluate::report::{
 use gptoss::Backend;
 use quantize::{Method, Options, Quantized};
 
-use crate::args::{Common, Quantize};
+use crate::args::{self, Common, Quantize};
 use crate::calibration::Data;
 use crate::commands::quantize as command;
 use crate::failure::{Failure, Result};
