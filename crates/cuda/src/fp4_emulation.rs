@@ -54,6 +54,21 @@ fn scales_lie_as_cutlass_has_them() {
     assert_eq!(tiles.scales, nvfp4::swizzle(&scales, rows, cols / 16));
 }
 
+/// No tile of scales in tensor memory lies on another, or on the sums: copies need not wait for the products before them.
+#[test]
+fn scales_have_columns_of_their_own() {
+    let mut free = vec![true; layout::TENSOR_COLUMNS as usize];
+    free[..ROWS].fill(false);
+    for slot in 0..layout::SM100_STAGES {
+        for (operand, tile) in (0..layout::SM100_TILES).flat_map(|tile| [(0, tile), (1, tile)]) {
+            let at = layout::tensor_scales(slot, operand, tile) as usize;
+            for column in at..at + 4 {
+                assert!(std::mem::take(&mut free[column]), "slot {slot}, operand {operand}, tile {tile}");
+            }
+        }
+    }
+}
+
 /// What follows a product is given: the stored row, the slot, the sum.
 type Outputs = HashMap<(usize, usize), f64>;
 
