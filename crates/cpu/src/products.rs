@@ -85,10 +85,17 @@ pub(crate) unsafe fn e2m1<L: Lanes, const MX: bool, const LIMBS: usize>(
             for t in 0..x.tokens {
                 let first = e2m1_sums::<L, LIMBS>(&weights[0], record, 0);
                 let second = e2m1_sums::<L, LIMBS>(&weights[1], record, 1);
-                let sum = second.fma(scales[1], first.mul(scales[0]));
                 let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
                 let total = sums.add(t).cast::<f32>();
-                sum.fma(scale, L::load(total)).store(total);
+                if MX && LIMBS < 3 {
+                    // The same bits as below in fewer steps: the sum has less than 24 bits, and scales are powers of two.
+                    let sum = L::from_ints(L::add_ints(first, second));
+                    sum.fma(scales[0].mul(scale), L::load(total)).store(total);
+                } else {
+                    let first = L::from_ints(first).mul(scales[0]);
+                    let sum = L::from_ints(second).fma(scales[1], first);
+                    sum.fma(scale, L::load(total)).store(total);
+                }
                 record = record.add(Words::<LIMBS>::COUNT);
             }
         }
@@ -111,19 +118,19 @@ unsafe fn e2m1_sums<L: Lanes, const LIMBS: usize>(
     weights: &[L::Bytes; 4],
     record: *const i32,
     half: usize,
-) -> L {
+) -> L::Ints {
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
         let offset = L::splat_ints(record.add(Words::<LIMBS>::E2M1 + half).read());
         let record = record.add(4 * half);
         if LIMBS == 1 {
-            return L::from_ints(L::dot_e2m1(offset, weights, record));
+            return L::dot_e2m1(offset, weights, record);
         }
         let mut sum = L::dot_e2m1(L::splat_ints(0), weights, record.add(8 * (LIMBS - 1)));
         if LIMBS == 3 {
             sum = L::dot_e2m1(L::shift_byte(sum), weights, record.add(8));
         }
-        L::from_ints(L::dot_e2m1(L::add_ints(L::shift_byte(sum), offset), weights, record))
+        L::dot_e2m1(L::add_ints(L::shift_byte(sum), offset), weights, record)
     }
 }
 
@@ -284,6 +291,53 @@ pub(crate) unsafe fn finish_swiglu<L: Lanes>(gates: &Finish<'_>, ups: &Finish<'_
             let up = up.min(L::splat(limit)).max(L::splat(-limit));
             let sigmoid = one.div(one.add(gate.mul(L::splat(-alpha)).exp()));
             up.add(one).mul(gate).mul(sigmoid).store(gates.out.add(t * gates.stride));
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Isa;
+    use crate::records::Layout;
+
+    /// A cast keeps every product: NVFP4 with the scales of MXFP4 gives its bits.
+    #[test]
+    fn mxfp4_and_its_cast_give_the_same_bits() {
+        const SLABS: usize = 3;
+        let mut state = 1u32;
+        let mut random = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 24) as u8
+        };
+        let (mut mxfp4, mut nvfp4) = (Vec::new(), Vec::new());
+        for _ in 0..SLABS {
+            // Powers of two from 2^-6 to 2^7 in both formats.
+            let powers: Vec<u8> = (0..LANES).map(|_| random() % 14).collect();
+            mxfp4.extend(powers.iter().map(|p| 121 + p));
+            nvfp4.extend(powers.iter().chain(&powers).map(|p| (1 + p) << 3));
+            let codes: Vec<u8> = (0..CODE_BYTES).map(|_| random()).collect();
+            mxfp4.extend(&codes);
+            nvfp4.extend(&codes);
+        }
+        let x: Vec<f32> = (0..SLABS * COLUMNS).map(|_| f32::from(random()) - 100.3).collect();
+        for isa in Isa::ALL {
+            let Some(kernels) = isa.kernels() else { continue };
+            for limbs in 1..=3 {
+                let layout = Layout { kind: Kind::Limbs(limbs), tokens: 1, cols: x.len() };
+                let mut words = vec![0; layout.len()];
+                // SAFETY: the words are those of the layout.
+                unsafe { layout.write(kernels, 0, &x, words.as_mut_ptr()) };
+                let run = |kernel: PanelKernel, data: &[u8]| {
+                    let mut sums = [[0.0; LANES]; 1];
+                    let panel = Panel { data: data.as_ptr(), slabs: SLABS };
+                    // SAFETY: the instruction set is available; panel and records have as many slabs.
+                    unsafe { kernel(panel, layout.records(&words), sums.as_mut_ptr()) };
+                    sums[0].map(f32::to_bits)
+                };
+                let expected = run(kernels.mxfp4[limbs - 1], &mxfp4);
+                assert_eq!(run(kernels.nvfp4[limbs - 1], &nvfp4), expected, "{isa:?}, {limbs} limbs");
+            }
         }
     }
 }
