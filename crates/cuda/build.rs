@@ -18,6 +18,7 @@ fn main() {
     println!("cargo::rerun-if-changed=kernels");
     println!("cargo::rerun-if-changed=src/fp4_layout.rs");
     println!("cargo::rerun-if-env-changed=CUDA_HOME");
+    println!("cargo::rerun-if-env-changed=NIBBLE_CUDA_TARGET");
     let layout = std::fs::read_to_string("src/fp4_layout.rs").expect("the layout lies beside lib.rs");
     let header = header(&layout);
     if std::env::var_os("CARGO_FEATURE_KERNELS").is_none() {
@@ -43,13 +44,17 @@ fn nvcc() -> PathBuf {
     candidates.into_iter().find(|path| path.is_file()).unwrap_or_else(|| "nvcc".into())
 }
 
-/// A file named `…_sm90` is for that generation alone; `…_sm100` for both chips of the generation.
+/// A file named `…_sm90` is for that generation alone; `…_sm100` for both chips of the generation. Of the others
+/// `NIBBLE_CUDA_TARGET`, say `90a`, leaves all targets but one out, for development.
 fn targets(stem: &str) -> Vec<String> {
     let chip = |n: &str| format!("arch=compute_{n}a,code=sm_{n}a");
     match stem.rsplit_once("_sm") {
         Some((_, "100")) => vec![chip("100"), chip("103")],
         Some((_, n)) => vec![chip(n)],
-        None => PORTABLE.map(str::to_owned).to_vec(),
+        None => match std::env::var("NIBBLE_CUDA_TARGET") {
+            Ok(only) => vec![format!("arch=compute_{only},code=sm_{only}")],
+            Err(_) => PORTABLE.map(str::to_owned).to_vec(),
+        },
     }
 }
 

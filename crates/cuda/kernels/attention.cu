@@ -2,6 +2,8 @@
 // heads of one key/value head) through pages of 16 keys, scores and values on tensor cores, softmax online in f32.
 #include "attention.cuh"
 
+constexpr int MAX_SPLITS = 32; // blocks that share a token's keys
+
 // Running maximum (of scores times log2 e), sum and weighted values of the rows g and g + 8.
 struct State {
     float max[2] = {NOTHING, NOTHING}, sum[2] = {0, 0}, out[8][4] = {};
@@ -86,12 +88,9 @@ __device__ __forceinline__ void attend(
     for (int d = 0; d < 8; d++) Number<BF16>::multiply(s.out[d], weight, page.values[d].x, page.values[d].y);
 }
 
-// Pages `first, first + step, …` up to `last`, the next one on its way while one is computed.
-__device__ __forceinline__ void attend_pages(State& s, const Attention& p, const Queries& q, const uint32_t* table,
+// Pages `first, first + step, …` up to `last`, the next one on its way while one is computed. `page` is the first, if there is one.
+__device__ __forceinline__ void attend_pages(State& s, const Attention& p, const Queries& q, Page& page, const uint32_t* table,
     uint32_t kv, int first, int last, int step, const int (&from)[2], const int (&to)[2]) {
-    if (first > last) return;
-    Page page;
-    page.load(p, table[first], kv);
     for (int i = first; i <= last; i += step) {
         Page next = page;
         if (i + step <= last) next.load(p, table[i + step], kv);
@@ -114,78 +113,90 @@ __device__ __forceinline__ void store(const Attention& p, uint32_t token, uint32
 }
 
 // Single tokens: the pages are shared among the warps of `splits` blocks; the last of them to arrive puts the parts together,
-// in their order.
-extern "C" __global__ void __launch_bounds__(128) attend_split(const __grid_constant__ Attention p) {
-    constexpr int WARPS = 4, PART = HEAD + 2;
-    __shared__ float part[WARPS][16][PART];
+// in their order. The step's words, and the pages before a sequence's last, are older than the step: they are read before the
+// kernel waits.
+extern "C" __global__ void __launch_bounds__(256, 2) attend_split(const __grid_constant__ Attention p) {
+    constexpr int WARPS = 8, PART = HEAD + 2;
+    static_assert(WARPS * 32 == 256 && MAX_SPLITS <= 32);
+    __shared__ float part[WARPS][16][PART], factor[16][MAX_SPLITS];
     __shared__ uint32_t arrived;
-    if (blockIdx.x >= p.splits) {
-        uint32_t row = blockIdx.z * gridDim.y + blockIdx.y, rows = gridDim.z * gridDim.y, more = gridDim.x - p.splits;
-        return prefetch(p.next, row * more + blockIdx.x - p.splits, rows * more);
-    }
-    wait_for_previous();
     start_next();
-    uint32_t group = p.query_heads / p.kv_heads, split = blockIdx.x, kv = blockIdx.y, token = blockIdx.z;
-    uint32_t warp = threadIdx.x / WARP;
+    const int group = p.query_heads / p.kv_heads, split = blockIdx.x, kv = blockIdx.y, token = blockIdx.z;
+    const int warp = threadIdx.x / WARP, splits = p.splits;
     const uint32_t* table = p.table + (int)p.table_starts[p.sequences[token]];
     int end = p.positions[token], begin = p.window ? max(0, end + 1 - (int)p.window) : 0;
     int from[2] = {begin, begin}, to[2];
-    for (int h = 0; h < 2; h++) to[h] = lane_row() + 8 * h < (int)group ? end : -1;
+    for (int h = 0; h < 2; h++) to[h] = lane_row() + 8 * h < group ? end : -1;
+    const int first = begin / BLOCK_TOKENS + split * WARPS + warp, last = end / BLOCK_TOKENS;
+    Page page = {};
+    if (first < last) page.load(p, table[first], kv);
+    // A warp's lanes put a row's parts together: of `parts` parts, lane k has that of number k.
+    const int own_row = threadIdx.x / WARP, own_part = threadIdx.x % WARP;
+    auto sink_of = [&](int row) { return row < group ? p.sinks[kv * group + row] * LOG2_E : NOTHING; };
+    const float sinks[2] = {sink_of(own_row), sink_of(own_row + 8)};
+
+    wait_for_previous();
     Queries q;
     q.load(p, token, 1, kv);
+    if (first == last) page.load(p, table[first], kv);
     State s;
-    attend_pages(s, p, q, table, kv, begin / BLOCK_TOKENS + split * WARPS + warp, end / BLOCK_TOKENS, p.splits * WARPS, from, to);
+    attend_pages(s, p, q, page, table, kv, first, last, splits * WARPS, from, to);
     gather_sums(s);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         float* row = part[warp][lane_row() + 8 * h];
         if (lane_quarter() == 0) row[HEAD] = s.max[h], row[HEAD + 1] = s.sum[h];
 #pragma unroll
-        for (int d = 0; d < 8; d++) {
-            row[8 * d + 2 * lane_quarter()] = s.out[d][2 * h];
-            row[8 * d + 2 * lane_quarter() + 1] = s.out[d][2 * h + 1];
-        }
+        for (int d = 0; d < 8; d++) *(float2*)(row + 8 * d + 2 * lane_quarter()) = make_float2(s.out[d][2 * h], s.out[d][2 * h + 1]);
     }
     __syncthreads();
-    float* mine = p.partial + (size_t(token) * p.kv_heads + kv) * p.splits * 16 * PART;
-    for (uint32_t i = threadIdx.x; i < group * HEAD; i += blockDim.x) {
-        uint32_t row = i / HEAD, d = i % HEAD;
-        float max = NOTHING, sum = 0, out = 0;
-        for (int w = 0; w < WARPS; w++) max = fmaxf(max, part[w][row][HEAD]);
-        for (int w = 0; w < WARPS; w++) {
-            float shrink = exp2f(part[w][row][HEAD] - max);
-            sum += part[w][row][HEAD + 1] * shrink;
-            out += part[w][row][d] * shrink;
+    // What each part counts for in the whole of a row; the sink is one more logit of the denominator, without a value.
+    auto weigh = [&](int parts, auto max_of, auto sum_of, float* largest, float* total) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            int row = own_row + 8 * h;
+            if (row >= group) break;
+            bool inside = own_part < parts;
+            float own = inside ? max_of(own_part, row) : NOTHING, sink = largest ? NOTHING : sinks[h], max = fmaxf(own, sink);
+#pragma unroll
+            for (int i = WARP / 2; i; i /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
+            float shrink = exp2f(own - max), sum = inside ? shrink * sum_of(own_part, row) : 0.f;
+            sum = warp_sum(sum);
+            if (largest) largest[row * PART] = max, total[row * PART] = sum;
+            else shrink /= sum + exp2f(sink - max);
+            if (inside) factor[row][own_part] = shrink;
         }
-        if (p.splits == 1) {
-            uint32_t head = kv * group + row;
-            float sink = p.sinks[head] * LOG2_E, all = fmaxf(max, sink), shrink = exp2f(max - all);
-            store(p, token, head * HEAD + d, out * shrink / (sum * shrink + exp2f(sink - all)));
-        } else {
-            float* to = mine + (split * 16 + row) * PART;
-            to[d] = out;
-            if (d == 0) to[HEAD] = max, to[HEAD + 1] = sum;
-        }
+        __syncthreads();
+    };
+    auto mine_of = [&](int split) {
+        return p.partial + ((size_t(token) * p.kv_heads + kv) * splits + split) * 16 * PART;
+    };
+    float* mine = mine_of(split);
+    weigh(WARPS, [&](int w, int row) { return part[w][row][HEAD]; }, [&](int w, int row) { return part[w][row][HEAD + 1]; },
+        splits == 1 ? nullptr : mine + HEAD, mine + HEAD + 1);
+    for (int i = threadIdx.x; i < group * HEAD; i += blockDim.x) {
+        int row = i / HEAD, d = i % HEAD;
+        float out = 0;
+#pragma unroll
+        for (int w = 0; w < WARPS; w++) out += factor[row][w] * part[w][row][d];
+        if (splits == 1) store(p, token, kv * group * HEAD + i, out);
+        else mine[row * PART + d] = out;
     }
-    if (p.splits == 1) return;
+    if (splits == 1) return;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) arrived = atomicAdd(p.arrivals + token * p.kv_heads + kv, 1);
     __syncthreads();
-    if (arrived != p.splits - 1) return;
+    if (arrived != uint32_t(splits - 1)) return;
     __threadfence();
     if (threadIdx.x == 0) p.arrivals[token * p.kv_heads + kv] = 0;
-    for (uint32_t i = threadIdx.x; i < group * HEAD; i += blockDim.x) {
-        uint32_t row = i / HEAD, d = i % HEAD, head = kv * group + row;
-        float sink = p.sinks[head] * LOG2_E, max = sink;
-        for (uint32_t k = 0; k < p.splits; k++) max = fmaxf(max, __ldcg(mine + (k * 16 + row) * PART + HEAD));
-        float sum = exp2f(sink - max), out = 0;
-        for (uint32_t k = 0; k < p.splits; k++) {
-            const float* from = mine + (k * 16 + row) * PART;
-            float shrink = exp2f(__ldcg(from + HEAD) - max);
-            sum += __ldcg(from + HEAD + 1) * shrink;
-            out += __ldcg(from + d) * shrink;
-        }
-        store(p, token, head * HEAD + d, out / sum);
+    weigh(splits, [&](int k, int row) { return __ldcg(mine_of(k) + row * PART + HEAD); },
+        [&](int k, int row) { return __ldcg(mine_of(k) + row * PART + HEAD + 1); }, nullptr, nullptr);
+    for (int i = threadIdx.x; i < group * HEAD; i += blockDim.x) {
+        int row = i / HEAD, d = i % HEAD;
+        float out = 0;
+#pragma unroll 8
+        for (int k = 0; k < splits; k++) out += factor[row][k] * __ldcg(mine_of(k) + row * PART + d);
+        store(p, token, kv * group * HEAD + i, out);
     }
 }

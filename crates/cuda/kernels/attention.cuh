@@ -15,10 +15,9 @@ struct Attention {
     uint32_t query_heads, kv_heads;
     uint32_t window;                         // 0: everything
     uint32_t out_format, out_stack;
-    uint32_t splits;
-    Prefetch next;                           // splits: for the blocks beyond them
+    uint32_t splits, padding[2];
 };
-static_assert(sizeof(Attention) == 136);
+static_assert(sizeof(Attention) == 128);
 
 constexpr float NOTHING = -1e30f;
 constexpr float LOG2_E = 1.4426950408889634f;

@@ -28,8 +28,9 @@ __device__ __forceinline__ void wait_for_previous() {
 #endif
 }
 
-// Lets the next kernel start, as far as there is room. Comes after `wait_for_previous`, so that whatever the next kernel
-// reads before its own wait was complete before this kernel began its work.
+// Lets the next kernel start, as far as there is room. Where it comes after `wait_for_previous`, whatever the next kernel reads before
+// its own wait was complete before this kernel began its work; earlier only if the next reads nothing but weights, the step's words and
+// older keys and values before its wait.
 __device__ __forceinline__ void start_next() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
@@ -38,23 +39,6 @@ __device__ __forceinline__ void start_next() {
 
 // Weights are read once per step: they should not push activations out of the cache.
 __device__ __forceinline__ uint4 load_once(const uint4* p) { return __ldcs(p); }
-
-// Memory that a later kernel reads, brought to the cache by blocks that have nothing else to do.
-struct Prefetch {
-    const uint8_t* from;
-    uint64_t bytes; // a multiple of 16
-};
-
-// This block's part of it, `part` of `parts`.
-__device__ __forceinline__ void prefetch(const Prefetch& p, uint32_t part, uint32_t parts) {
-#if __CUDA_ARCH__ >= 900
-    constexpr uint64_t PIECE = 8192;
-    for (uint64_t at = (uint64_t(part) * blockDim.x + threadIdx.x) * PIECE; at < p.bytes; at += uint64_t(parts) * blockDim.x * PIECE) {
-        uint32_t size = min(PIECE, p.bytes - at);
-        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(p.from + at), "r"(size) : "memory");
-    }
-#endif
-}
 
 template <Format F> struct Number;
 template <> struct Number<BF16> {

@@ -73,9 +73,22 @@ struct Affine {
     }
 };
 
+// What query and key need of the token: its angles, and where its keys go.
+struct Rotation {
+    float cos, sin;
+    uint32_t slot;
+    __device__ __forceinline__ void load(const Epilogue& e, uint32_t row_tile, uint32_t pair, uint32_t token) {
+        uint32_t first = stored_rows(e, row_tile, pair).x % HEAD;
+        bool rotated = row_tile / 4 < e.query_heads + e.kv_heads;
+        cos = rotated ? e.rotary[token * HEAD + first] : 0.f, sin = rotated ? e.rotary[token * HEAD + HEAD / 2 + first] : 0.f;
+        slot = e.slots[token];
+    }
+};
+
 // The two outputs of a pair of rows, g and g + 8 of a tile, for one token (or slot).
 __device__ __forceinline__ void finish(
-    const Epilogue& e, const Matrix& m, const Affine& affine, uint32_t row_tile, uint32_t pair, uint32_t token, float a, float b) {
+    const Epilogue& e, const Matrix& m, const Affine& affine, uint32_t row_tile, uint32_t pair, uint32_t token, float a, float b,
+    const Rotation& rotation) {
     a = a * affine.scale + affine.a;
     b = b * affine.scale + affine.b;
     uint2 rows = stored_rows(e, row_tile, pair);
@@ -91,9 +104,9 @@ __device__ __forceinline__ void finish(
         uint32_t head = row_tile / 4, first = rows.x % HEAD, second = rows.y % HEAD;
         bool rotated = head < e.query_heads + e.kv_heads;
         if (rotated) {
-            float cos = e.rotary[token * HEAD + first], sin = e.rotary[token * HEAD + HEAD / 2 + first], before = a;
-            a = a * cos - b * sin;
-            b = b * cos + before * sin;
+            float before = a;
+            a = a * rotation.cos - b * rotation.sin;
+            b = b * rotation.cos + before * rotation.sin;
         }
         uint16_t first16 = activation(BF16, a), second16 = activation(BF16, b);
         if (head < e.query_heads) {
@@ -101,7 +114,7 @@ __device__ __forceinline__ void finish(
             q[first] = first16, q[second] = second16;
             return;
         }
-        uint32_t slot = e.slots[token], kv = (head - e.query_heads) % e.kv_heads;
+        uint32_t slot = rotation.slot, kv = (head - e.query_heads) % e.kv_heads;
         size_t at = (size_t(slot / BLOCK_TOKENS) * e.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
         if (rotated) {
             uint16_t* k = e.keys + at + slot % BLOCK_TOKENS * HEAD;
@@ -111,4 +124,11 @@ __device__ __forceinline__ void finish(
             v[first * BLOCK_TOKENS] = first16, v[second * BLOCK_TOKENS] = second16;
         }
     }
+}
+
+__device__ __forceinline__ void finish(
+    const Epilogue& e, const Matrix& m, const Affine& affine, uint32_t row_tile, uint32_t pair, uint32_t token, float a, float b) {
+    Rotation rotation;
+    if (e.kind == QKV) rotation.load(e, row_tile, pair, token);
+    finish(e, m, affine, row_tile, pair, token, a, b, rotation);
 }

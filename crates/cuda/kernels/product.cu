@@ -1,5 +1,5 @@
 // Products of packed weights with few columns, at the speed of the memory: each weight is read once, decoded in registers
-// and multiplied on tensor cores with up to 16 tokens. The norm before and the work after are part of the kernel.
+// and multiplied on tensor cores with up to 16 tokens. The work after is part of the kernel.
 #include "common.cuh"
 
 #include "epilogue.cuh"
@@ -7,17 +7,13 @@
 struct Product {
     Matrix matrix;
     const void* input;         // [n, cols] 16-bit
-    const float* residual;     // [1, hidden]: the one-token kernels with a norm
-    const float* norm_scale;   // [hidden]
     const uint32_t* list;      // experts: see `Routes`
     Epilogue epilogue;
-    uint32_t hidden;           // inputs of the norm
     uint32_t n;                // tokens
-    float eps;
     uint32_t experts, experts_per_token;
     uint32_t padding;
 };
-static_assert(sizeof(Product) == sizeof(Matrix) + sizeof(Epilogue) + 56);
+static_assert(sizeof(Product) == sizeof(Matrix) + sizeof(Epilogue) + 32);
 
 // Warps of a block, which share the inputs of a row of tiles.
 constexpr int WARPS = 8;
@@ -172,32 +168,6 @@ template <Format F, int NT> __device__ __forceinline__ void dense(const Product&
     run_groups<F, NT>(stream, affine, p, x, partial, first, n, index, [&](int group) { return make_uint3(0, row_tile(group), 0); });
 }
 
-// Dense, of the norm of a single token.
-template <Format F> __device__ __forceinline__ void dense_norm(const Product& p) {
-    extern __shared__ __align__(16) float partial[]; // two halves of [WARPS][16][8], then the norm
-    __shared__ float scratch[WARP];
-    const Matrix& m = p.matrix;
-    int column_tiles = m.cols / TILE_COLS;
-    auto row_tile = [&](int group) { return blockIdx.x + group * gridDim.x; };
-    auto index = [&](int group) { return size_t(row_tile(group)) * column_tiles; };
-    uint16_t* normed = (uint16_t*)(partial + 2 * WARPS * TILE_ROWS * 8);
-    Vector<PRODUCT_VALUES> scale, v;
-    scale.load(p.norm_scale, p.hidden);
-    Stream<F> stream;
-    stream.start(m, share_of(row_tiles_of(m)), index);
-    Affine affine;
-    affine.load(p.epilogue, m, 0, blockIdx.x, threadIdx.x % 8);
-    wait_for_previous();
-    start_next();
-    v.load(p.residual, p.hidden);
-    float inverse = rsqrtf(block_sum(v.square(), scratch) / p.hidden + p.eps);
-    v.store(normed, 0, 0, m.cols, F, scale, inverse);
-    __syncthreads();
-    Columns<1> x;
-    x.rows[0] = lane_row() == 0 ? normed + 16 * lane_quarter() : nullptr;
-    run_groups<F, 1>(stream, affine, p, x, partial, 0, 1, index, [&](int group) { return make_uint3(0, row_tile(group), 0); });
-}
-
 // A product of the experts. `blockIdx.x`: row tiles; `blockIdx.y`: an active expert.
 template <Format F, int NT> __device__ __forceinline__ void experts(const Product& p) {
     extern __shared__ __align__(16) float partial[]; // two halves of [WARPS][16][8 NT]
@@ -231,102 +201,13 @@ template <Format F, int NT> __device__ __forceinline__ void experts(const Produc
     }
 }
 
-// The first product of the experts of a single token: their row tiles are one list, a block for each.
-template <Format F> __device__ __forceinline__ void gate_up_one(const Product& p) {
-    extern __shared__ __align__(16) float partial[]; // two halves of [WARPS][16][8]
-    const Matrix& m = p.matrix;
-    int column_tiles = m.cols / TILE_COLS, row_tiles = row_tiles_of(m), rank = blockIdx.y;
-    wait_for_previous();
-    start_next();
-    Routes routes(p.list, p.experts, p.experts_per_token);
-    uint32_t expert = routes.expert_of_pair(rank);
-    auto index = [&](int) { return (size_t(expert) * row_tiles + blockIdx.x) * column_tiles; };
-    Stream<F> stream;
-    stream.start(m, 1, index);
-    Affine affine;
-    affine.load(p.epilogue, m, expert, blockIdx.x, threadIdx.x % 8);
-    Columns<1> x;
-    x.rows[0] = lane_row() == 0 ? (const uint16_t*)p.input + 16 * lane_quarter() : nullptr;
-    // Of a single token the activations lie in the order of the ranks.
-    run_groups<F, 1>(stream, affine, p, x, partial, 0, 1, index, [&](int) { return make_uint3(expert, blockIdx.x, rank); });
-}
-
-// The second: all experts of a row tile in one block, so that their weighted sum in the order of their rank can be added to
-// the residual stream. At most sixteen experts. `blockIdx.y`: a share of the experts; the blocks of a row tile are a cluster.
-template <Format F> __device__ __forceinline__ void down_one(const Product& p) {
-    extern __shared__ __align__(16) float partial[]; // [ranks][WARPS][16]
-    __shared__ float weighted[WARPS * WARP / TILE_ROWS][TILE_ROWS];
-    const Matrix& m = p.matrix;
-    const int warp = threadIdx.x / WARP, ranks = p.experts_per_token;
-    const int column_tiles = m.cols / TILE_COLS, row_tiles = row_tiles_of(m);
-    const int first_rank = ranks * blockIdx.y / gridDim.y, end_rank = ranks * (blockIdx.y + 1) / gridDim.y;
-    Routes routes(p.list, p.experts, ranks);
-    auto index = [&](int i) {
-        return (size_t(routes.expert_of_pair(first_rank + i)) * row_tiles + blockIdx.x) * column_tiles;
-    };
-    // The routes are older than the previous kernel, which lets this one start only after they were complete.
-    Stream<F> stream;
-    stream.start(m, end_rank - first_rank, index);
-    // Each thread ends with one row of one expert.
-    const int own_rank = threadIdx.x / TILE_ROWS, own_row = threadIdx.x % TILE_ROWS;
-    const uint32_t row = blockIdx.x * TILE_ROWS + own_row;
-    const bool own = own_rank >= first_rank && own_rank < end_rank && row < m.rows;
-    float scale = 1, bias = 0, weight = 0;
-    if (own) {
-        uint32_t expert = routes.expert_of_pair(own_rank);
-        if (m.tile_scale) scale = m.tile_scale[expert * row_tiles + blockIdx.x];
-        bias = m.bias[expert * m.rows + row];
-        weight = routes.weight_of_pair(own_rank);
-    }
-    wait_for_previous();
-    start_next();
-    const bool last = blockIdx.y == 0 && threadIdx.x < TILE_ROWS && row < m.rows;
-    float residual = last ? p.epilogue.out[row] : 0;
-    Columns<1> x;
-    x.rows[0] = lane_row() == 0 ? (const uint16_t*)p.input + 16 * lane_quarter() : nullptr;
-    float sum[2][1][4] = {};
-    auto consume = [&](const Tile<F>& tile, int k, int more, int rank) {
-        multiply<F, 1>(sum, tile, x, (first_rank + rank) * column_tiles + k, more);
-    };
-    stream.run(m, index, consume, [&](int i) {
-        int rank = first_rank + i;
-        if (lane_quarter() == 0) {
-            float* to = partial + (rank * WARPS + warp) * TILE_ROWS + lane_row();
-            to[0] = sum[0][0][0] + sum[1][0][0], to[8] = sum[0][0][2] + sum[1][0][2];
-        }
-        for (int j = 0; j < 2; j++) sum[j][0][0] = sum[j][0][2] = 0;
-    });
-    __syncthreads();
-    if (own) {
-        float v = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) v += partial[(own_rank * WARPS + w) * TILE_ROWS + own_row];
-        weighted[own_rank][own_row] = weight * (v * scale + bias);
-    }
-    cluster_barrier();
-    if (last) {
-        float total = 0;
-        for (int rank = 0; rank < ranks; rank++)
-            total += read_of_cluster(&weighted[rank][own_row], ((rank + 1) * gridDim.y - 1) / ranks);
-        p.epilogue.out[row] = residual + total;
-    }
-    // A block stays until its values are read.
-    cluster_barrier();
-}
-
 #define KERNEL(NAME, ...)                                                                             \
     extern "C" __global__ void __launch_bounds__(WARPS * WARP, 3) NAME(const __grid_constant__ Product p) { __VA_ARGS__(p); }
 KERNEL(product_bf16_8, dense<BF16, 1>)
 KERNEL(product_bf16_16, dense<BF16, 2>)
 KERNEL(product_fp4_8, dense<FP4, 1>)
 KERNEL(product_fp4_16, dense<FP4, 2>)
-KERNEL(product_bf16_norm, dense_norm<BF16>)
-KERNEL(product_fp4_norm, dense_norm<FP4>)
 KERNEL(experts_bf16_8, experts<BF16, 1>)
 KERNEL(experts_bf16_16, experts<BF16, 2>)
 KERNEL(experts_fp4_8, experts<FP4, 1>)
 KERNEL(experts_fp4_16, experts<FP4, 2>)
-KERNEL(gate_up_one_bf16, gate_up_one<BF16>)
-KERNEL(gate_up_one_fp4, gate_up_one<FP4>)
-KERNEL(down_one_bf16, down_one<BF16>)
-KERNEL(down_one_fp4, down_one<FP4>)

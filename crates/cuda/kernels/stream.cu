@@ -119,9 +119,8 @@ struct Router {
     uint32_t format;
     float eps;
     uint32_t shares;                 // few tokens: blocks that share a token's experts
-    Prefetch next;                   // few tokens: for the blocks beyond them
 };
-static_assert(sizeof(Router) == 112);
+static_assert(sizeof(Router) == 96);
 
 constexpr int MAX_EXPERTS = 256;
 
@@ -260,10 +259,6 @@ __device__ __forceinline__ void sort_pairs(const Router& p, uint16_t* counts) {
 // Norm, router logits in f32, choice, grouping, for few tokens. `blockIdx.y`: token; `blockIdx.x`: a share of the experts.
 extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__ Router p) {
     extern __shared__ uint16_t counts[];
-    if (blockIdx.x >= p.shares) {
-        uint32_t more = gridDim.x - p.shares;
-        return prefetch(p.next, blockIdx.y * more + blockIdx.x - p.shares, gridDim.y * more);
-    }
     __shared__ float scratch[2][WARP];
     Vector<PRODUCT_VALUES> scale, x, weights;
     scale.load(p.norm_scale, p.hidden);
@@ -291,8 +286,7 @@ extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__
     }
     if (!last_to_arrive(p.arrivals + 1 + token, p.shares)) return;
     if (threadIdx.x < WARP) choose(p, token);
-    // A single token's experts are taken by their rank.
-    if (p.n == 1 || !last_to_arrive(p.arrivals, p.n)) return;
+    if (!last_to_arrive(p.arrivals, p.n)) return;
     sort_pairs(p, counts);
 }
 

@@ -14,10 +14,11 @@ use gptoss::{
 use crate::device::{Buffer, Device, Graph, KernelTime, Pinned};
 use crate::driver::Address;
 use crate::fp4::{self, FP4_FROM, Fp4Matrix};
+use crate::one::OneToken;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
 use crate::params::{
-    After, Attention, BF16, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, Prefetch, Product, Read,
-    Router, RowOrder,
+    After, Attention, BF16, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, Product, Read, Router,
+    RowOrder,
 };
 
 /// Tokens computed at a time; a step of more is cut.
@@ -36,6 +37,8 @@ const MAX_HIDDEN: usize = 4096;
 const LARGEST_BLOCKS: usize = 64;
 /// Parts of attention that exist at a time: (token, key/value head, split).
 const MAX_PARTS: usize = 4096;
+/// Blocks that share a token's keys, at most.
+const MAX_SPLITS: usize = 32;
 /// Rows of queries that a part or a warp has.
 const QUERY_ROWS: usize = 16;
 /// Rows of queries of a block of attention_many.cu.
@@ -45,15 +48,17 @@ const RESERVE: usize = 512 << 20;
 
 /// gpt-oss on one GPU.
 pub struct Cuda {
-    device: Arc<Device>,
-    config: Config,
+    pub(crate) device: Arc<Device>,
+    pub(crate) config: Config,
     embedding: Table,
     frequencies: Buffer,
     concentration: f32,
     layers: Vec<Layer>,
-    final_norm: Buffer,
-    unembedding: PackedMatrix,
-    arena: Arena,
+    pub(crate) final_norm: Buffer,
+    pub(crate) unembedding: PackedMatrix,
+    pub(crate) arena: Arena,
+    /// How a step of one token goes, where the model and the device allow it; else it goes as those of few.
+    one: Option<OneToken>,
     cache: Vec<LayerCache>,
     blocks: (usize, usize),
     /// Decode steps by their number of tokens and splits of the full layers.
@@ -64,16 +69,16 @@ pub struct Cuda {
     fp4: Option<fp4::Scratch>,
 }
 
-struct Layer {
-    input_norm: Buffer,
-    qkv: PackedMatrix,
+pub(crate) struct Layer {
+    pub(crate) input_norm: Buffer,
+    pub(crate) qkv: PackedMatrix,
     sinks: Buffer,
-    output: PackedMatrix,
-    post_attention_norm: Buffer,
-    router: Buffer,
-    router_bias: Buffer,
-    gate_up: PackedMatrix,
-    down: PackedMatrix,
+    pub(crate) output: PackedMatrix,
+    pub(crate) post_attention_norm: Buffer,
+    pub(crate) router: Buffer,
+    pub(crate) router_bias: Buffer,
+    pub(crate) gate_up: PackedMatrix,
+    pub(crate) down: PackedMatrix,
 }
 
 /// Keys `[blocks, kv heads, 16, 64]` and values `[blocks, kv heads, 64, 16]` of one layer, in BF16.
@@ -83,36 +88,36 @@ struct LayerCache {
 }
 
 /// What a step scribbles on, allocated once. The shapes are those of `MAX_TOKENS` tokens.
-struct Arena {
+pub(crate) struct Arena {
     /// f32 `[tokens, hidden]`
-    residual: Buffer,
+    pub(crate) residual: Buffer,
     /// f32 `[tokens, 64]`
     rotary: Buffer,
     /// u32 `[2, tokens]`
     slots: Buffer,
     /// 16-bit `[tokens, hidden]`, plain or stacked
-    normed: Buffer,
+    pub(crate) normed: Buffer,
     /// 16-bit `[slots, hidden]`, stacked
     gathered: Buffer,
     /// BF16 `[tokens, query heads, 64]`
-    queries: Buffer,
+    pub(crate) queries: Buffer,
     /// 16-bit `[tokens, query heads * 64]`
-    context: Buffer,
+    pub(crate) context: Buffer,
     /// f32, see attention.cu
     parts: Buffer,
-    arrivals: Buffer,
+    pub(crate) arrivals: Buffer,
     /// f32 `[tokens, experts]`
     router_logits: Buffer,
     routes: Buffer,
     /// 16-bit `[slots, intermediate]`, plain or stacked
-    activated: Buffer,
+    pub(crate) activated: Buffer,
     /// f32 `[slots, hidden]`
     expert_outputs: Buffer,
     /// f32 `[LOGIT_ROWS, vocabulary]`
-    logits: Buffer,
+    pub(crate) logits: Buffer,
     largest_parts: Buffer,
     /// u32 `[LOGIT_ROWS]`
-    largest: Buffer,
+    pub(crate) largest: Buffer,
     /// The step's words: see `Words`.
     step: Buffer,
     step_host: Pinned,
@@ -151,6 +156,8 @@ impl Cuda {
         let frequencies = loader.floats(&rotary.frequencies)?;
         drop(loader);
         let arena = Arena::new(device, &config).map_err(|e| no_room(e, device, "activations"))?;
+        let one = OneToken::new(device, &config, &layers, &unembedding)
+            .map_err(|e| no_room(e, device, "activations"))?;
         device.synchronize()?;
         progress(count, count);
         Ok(Cuda {
@@ -163,6 +170,7 @@ impl Cuda {
             final_norm,
             unembedding,
             arena,
+            one,
             cache: Vec::new(),
             blocks: (0, 0),
             graphs: HashMap::new(),
@@ -574,9 +582,10 @@ impl Cuda {
             host[words.tiles + 2 * i + 1] = count as u32;
         }
         self.arena.step.upload(0, &self.arena.step_host, total * 4)?;
-        // A split has four warps, and each at least four pages; more splits than fill the device do not help.
+        // A split has eight warps, and each at least two pages; more splits than fill the device do not help.
         let heads = batch.singles.max(1) * self.config.kv_heads;
-        let most = (MAX_PARTS / heads).min((4 * self.device.multiprocessors()).div_ceil(heads)).max(1);
+        let most =
+            (MAX_PARTS / heads).min(self.device.multiprocessors().div_ceil(heads)).clamp(1, MAX_SPLITS);
         let splits = (pages / 16).clamp(1, most).next_power_of_two();
         let splits = if splits > most { splits / 2 } else { splits };
         Ok(Shape { words, tokens: batch.tokens, singles: batch.singles, tiles: tiles.len(), splits })
@@ -607,16 +616,17 @@ impl Cuda {
             concentration: self.concentration,
             padding: 0,
         };
+        let threads = if shape.tokens == 1 { 1024 } else { 256 };
         // SAFETY: at most MAX_TOKENS blocks, whose rows the arena has; tokens are below the vocabulary's size.
-        unsafe { self.device.launch("embed", [shape.tokens as u32, 1, 1], 256, 0, &params) }
+        unsafe { self.device.launch("embed", [shape.tokens as u32, 1, 1], threads, 0, &params) }
     }
 
     /// One layer. `pending`, here and in the result: the outputs of the experts of the layer before are not yet added to
     /// the residual stream.
     fn layer(&self, index: usize, shape: &Shape, pending: bool) -> Result<bool, Error> {
         let layer = &self.layers[index];
-        let one = shape.tokens == 1;
-        if !one {
+        let one = self.one.as_ref().filter(|_| shape.tokens == 1);
+        if one.is_none() {
             let format = layer.qkv.format();
             self.norm(shape, pending, Some((&layer.input_norm, format)))?;
         }
@@ -631,19 +641,22 @@ impl Cuda {
             slots: self.arena.slots.address() + if sliding { 4 * shape.tokens as u64 } else { 0 },
             ..self.epilogue(After::Qkv)
         };
-        if one {
-            self.product_of_norm(&layer.qkv, &layer.input_norm, epilogue)?;
-        } else {
-            self.product(&layer.qkv, self.arena.normed.address(), shape.tokens, epilogue)?;
+        if let Some(one) = one {
+            one.qkv(self, layer, epilogue, pending)?;
+            self.attention(index, shape, starts)?;
+            one.attended(self, layer)?;
+            one.experts(self, layer)?;
+            return Ok(true);
         }
+        self.product(&layer.qkv, self.arena.normed.address(), shape.tokens, epilogue)?;
         self.attention(index, shape, starts)?;
         let epilogue = Epilogue { out: self.arena.residual.address(), ..self.epilogue(After::Residual) };
         self.product(&layer.output, self.arena.context.address(), shape.tokens, epilogue)?;
         self.experts(index, shape)?;
-        Ok(!one)
+        Ok(true)
     }
 
-    fn epilogue(&self, after: After) -> Epilogue {
+    pub(crate) fn epilogue(&self, after: After) -> Epilogue {
         Epilogue {
             kind: after as u32,
             query_heads: self.config.query_heads as u32,
@@ -656,6 +669,9 @@ impl Cuda {
 
     /// Adds what is pending, then norms all rows for a product of this format, if one is given.
     fn norm(&self, shape: &Shape, pending: bool, scale: Option<(&Buffer, u32)>) -> Result<(), Error> {
+        if let Some(one) = self.one.as_ref().filter(|_| shape.tokens == 1) {
+            return one.norm(self, pending);
+        }
         let out = scale.map_or(0, |_| self.arena.normed.address());
         let params = Norm {
             scale: scale.map_or(0, |(scale, _)| scale.address()),
@@ -690,13 +706,9 @@ impl Cuda {
         Product {
             matrix: matrix.params(),
             input,
-            residual: self.arena.residual.address(),
-            norm_scale: 0,
             list: self.arena.routes.address(),
             epilogue,
-            hidden: self.config.hidden_size as u32,
             n: n as u32,
-            eps: self.config.rms_norm_eps,
             experts: self.config.experts as u32,
             experts_per_token: self.config.experts_per_token as u32,
             padding: 0,
@@ -798,7 +810,7 @@ impl Cuda {
     fn few_each(&self, layer: &Layer, n: usize) -> bool {
         let fits = |m: &PackedMatrix| m.format() == FP4 && self.tokens_of_pass(m) > 0;
         self.device.capability() >= 90
-            && n > FEW_TOKENS
+            && n > 1
             && n * self.config.experts_per_token <= 20 * self.config.experts
             && fits(&layer.gate_up)
             && fits(&layer.down)
@@ -869,21 +881,6 @@ impl Cuda {
         }
     }
 
-    /// A dense product with the norm of the only row of the residual stream.
-    fn product_of_norm(
-        &self,
-        matrix: &PackedMatrix,
-        scale: &Buffer,
-        epilogue: Epilogue,
-    ) -> Result<(), Error> {
-        let name = if matrix.format() == FP4 { "product_fp4_norm" } else { "product_bf16_norm" };
-        let params = Product { norm_scale: scale.address(), ..self.product_params(matrix, 0, 1, epilogue) };
-        let shared = partial_bytes(8) + matrix.padded_cols() * 2;
-        let grid = [matrix.row_tiles() as u32, 1, 1];
-        // SAFETY: as in `product`, for one row.
-        unsafe { self.device.launch(name, grid, PRODUCT_THREADS, shared, &params) }
-    }
-
     fn attention(&self, index: usize, shape: &Shape, starts: usize) -> Result<(), Error> {
         let layer = &self.layers[index];
         let sliding = self.config.layer_kinds[index] == LayerKind::Sliding;
@@ -908,7 +905,7 @@ impl Cuda {
             out_format: layer.output.format(),
             out_stack: self.stack(shape.tokens),
             splits: 1,
-            next: layer.output.prefetch(),
+            padding: [0; 2],
         };
         if shape.tiles > 0 {
             // SAFETY: the tiles are of rows of this batch; the tables' blocks were checked with the plan.
@@ -926,19 +923,14 @@ impl Cuda {
             params.splits = if sliding { 1 } else { shape.splits as u32 };
             // SAFETY: the first rows are the single tokens; `upload` bounds the parts.
             unsafe {
-                let grid = [params.splits + self.idle(shape.tokens), kv_heads, shape.singles as u32];
-                self.device.launch("attend_split", grid, 128, 0, &params)?;
+                let grid = [params.splits, kv_heads, shape.singles as u32];
+                self.device.launch("attend_split", grid, 256, 0, &params)?;
             }
         }
         Ok(())
     }
 
-    /// Blocks that bring the next weights to the cache, per row of a kernel that leaves most of the device idle.
-    fn idle(&self, n: usize) -> u32 {
-        if n == 1 && self.device.capability() >= 90 { 8 } else { 0 }
-    }
-
-    /// Router and experts. The sum of a single token is added to the residual stream, others are left for the next norm.
+    /// Router and experts, whose outputs are left for the next norm to add.
     fn experts(&self, index: usize, shape: &Shape) -> Result<(), Error> {
         let layer = &self.layers[index];
         let (n, config) = (shape.tokens, &self.config);
@@ -962,11 +954,9 @@ impl Cuda {
             format,
             eps: config.rms_norm_eps,
             shares: share,
-            // The experts are not known yet; the matrix after them is.
-            next: self.layers.get(index + 1).map_or_else(Prefetch::zeroed, |next| next.qkv.prefetch()),
         };
         let (name, grid) = match n {
-            0..=FEW_TOKENS => ("router", [share + 4 * self.idle(n), n as u32, 1]),
+            0..=FEW_TOKENS => ("router", [share, n as u32, 1]),
             _ => ("router_many", [n.div_ceil(16) as u32, 1, 1]),
         };
         let threads = if n <= FEW_TOKENS { 256 } else { 512 };
@@ -981,9 +971,6 @@ impl Cuda {
             ..self.epilogue(After::Swiglu)
         };
         let params = self.product_params(&layer.gate_up, self.arena.normed.address(), n, epilogue);
-        if n == 1 {
-            return self.experts_of_one(layer, &params);
-        }
         let pairs = n * config.experts_per_token;
         let active = config.experts.min(pairs);
         let store = Epilogue { out: self.arena.expert_outputs.address(), ..self.epilogue(After::Store) };
@@ -1040,28 +1027,12 @@ impl Cuda {
         unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
     }
 
-    /// The experts of a single token, their weighted sum added to the residual stream.
-    fn experts_of_one(&self, layer: &Layer, gate_up: &Product) -> Result<(), Error> {
-        let ranks = self.config.experts_per_token;
-        let name = if layer.gate_up.format() == FP4 { "gate_up_one_fp4" } else { "gate_up_one_bf16" };
-        // SAFETY: the router's list names experts; the arena has room for the slots.
-        unsafe {
-            let grid = [layer.gate_up.row_tiles() as u32, ranks as u32, 1];
-            self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(8), gate_up)?;
-        }
-        let epilogue = Epilogue { out: self.arena.residual.address(), ..self.epilogue(After::Residual) };
-        let params = self.product_params(&layer.down, self.arena.activated.address(), 1, epilogue);
-        let name = if layer.down.format() == FP4 { "down_one_fp4" } else { "down_one_bf16" };
-        // Two blocks per row tile where they can exchange results: one each would not fill the device evenly.
-        let shares = if self.device.capability() >= 90 { 2 } else { 1 };
-        let grid = [layer.down.row_tiles() as u32, shares, 1];
-        let shared = ranks * PRODUCT_THREADS as usize / 32 * 16 * 4;
-        // SAFETY: as above; each block changes its own rows of the residual stream.
-        unsafe { self.device.launch_clusters(name, grid, shares, PRODUCT_THREADS, shared, &params) }
-    }
-
     /// The final norm and the logits of these entries of the list of outputs, and the largest of each.
     fn output(&self, shape: &Shape, outputs: Range<usize>, pending: bool) -> Result<(), Error> {
+        if let Some(one) = self.one.as_ref().filter(|_| shape.tokens == 1) {
+            one.norm(self, pending)?;
+            return one.output(self);
+        }
         let n = outputs.len();
         let params = Norm {
             rows: self.word(shape.words.outputs + outputs.start),

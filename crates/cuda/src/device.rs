@@ -35,16 +35,26 @@ const MODULES: &[Module] = &[
             "product_bf16_16",
             "product_fp4_8",
             "product_fp4_16",
-            "product_bf16_norm",
-            "product_fp4_norm",
             "experts_bf16_8",
             "experts_bf16_16",
             "experts_fp4_8",
             "experts_fp4_16",
-            "gate_up_one_bf16",
-            "gate_up_one_fp4",
-            "down_one_bf16",
-            "down_one_fp4",
+        ],
+        None,
+    ),
+    (
+        fatbin!("one"),
+        &[
+            "one_qkv_bf16",
+            "one_qkv_fp4",
+            "one_attended_bf16",
+            "one_attended_fp4",
+            "one_experts_bf16",
+            "one_experts_fp4",
+            "one_norm_bf16",
+            "one_norm_fp4",
+            "one_output_bf16",
+            "one_output_fp4",
         ],
         &[],
     ),
@@ -236,6 +246,11 @@ impl Device {
             // SAFETY: a function of a loaded module.
             let result =
                 unsafe { (self.driver.function_attribute)(function, 8, self.shared_bytes as c_int - own) };
+            self.driver.check(result, name)?;
+            // All of it (in percent) is reserved for every kernel (9 is PREFERRED_SHARED_MEMORY_CARVEOUT): two kernels are at work on a
+            // multiprocessor at a time, and it must stop for another division.
+            // SAFETY: as above.
+            let result = unsafe { (self.driver.function_attribute)(function, 9, 100) };
             self.driver.check(result, name)?;
             self.functions.insert(name, function);
         }

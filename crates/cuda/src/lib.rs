@@ -11,6 +11,7 @@ mod fp4;
 mod fp4_emulation;
 #[cfg_attr(not(test), allow(dead_code, reason = "the kernels take from it what Rust does not"))]
 mod fp4_layout;
+mod one;
 mod packed;
 mod params;
 mod self_test;

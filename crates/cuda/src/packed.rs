@@ -60,11 +60,6 @@ impl PackedMatrix {
         self.weights.bytes()
     }
 
-    /// The weights, to be brought to the cache.
-    pub(crate) fn prefetch(&self) -> params::Prefetch {
-        params::Prefetch { from: self.weights.address(), bytes: self.weights.bytes() as u64 }
-    }
-
     /// As the kernels take it.
     pub(crate) fn params(&self) -> params::Matrix {
         params::Matrix {

@@ -41,8 +41,6 @@ macro_rules! params {
 }
 
 params! {
-    /// common.cuh
-    Prefetch, 16 { from: Address, bytes: u64, }
     /// pack.cu
     Pack, 56 {
         values: Address, scales: Address, weights: Address, packed_scales: Address,
@@ -60,9 +58,16 @@ params! {
         limit: f32, alpha: f32,
     }
     /// product.cu
-    Product, 176 {
-        matrix: Matrix, input: Address, residual: Address, norm_scale: Address, list: Address, epilogue: Epilogue,
-        hidden: u32, n: u32, eps: f32, experts: u32, experts_per_token: u32, padding: u32,
+    Product, 152 {
+        matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
+        n: u32, experts: u32, experts_per_token: u32, padding: u32,
+    }
+    /// one.cu
+    One, 296 {
+        matrix: Matrix, down: Matrix, norm_scale: Address, input: Address, residual: Address, whole: Address, scaled: Address,
+        router: Address, router_bias: Address, parts: Address, shares: Address, barrier: Address,
+        best: Address, arrivals: Address, largest: Address, epilogue: Epilogue,
+        hidden: u32, part_count: u32, experts: u32, experts_per_token: u32, groups: u32, share_warps: u32, padding: u32, eps: f32,
     }
     /// gemm_sm90.cu
     Gemm, 160 {
@@ -84,12 +89,11 @@ params! {
         n: u32, experts: u32, experts_per_token: u32, padding: u32,
     }
     /// attention.cuh
-    Attention, 136 {
+    Attention, 128 {
         queries: Address, keys: Address, values: Address, sinks: Address,
         positions: Address, sequences: Address, table_starts: Address, table: Address, tiles: Address,
         out: Address, partial: Address, arrivals: Address,
-        query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_stack: u32, splits: u32,
-        next: Prefetch,
+        query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_stack: u32, splits: u32, padding: [u32; 2],
     }
     /// stream.cu
     Embed, 120 {
@@ -104,10 +108,10 @@ params! {
         hidden: u32, cols: u32, n: u32, experts_count: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32,
     }
     /// stream.cu
-    Router, 112 {
+    Router, 96 {
         residual: Address, norm_scale: Address, weights: Address, bias: Address, out: Address, logits: Address,
         routes: Address, arrivals: Address,
-        hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, eps: f32, shares: u32, next: Prefetch,
+        hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, eps: f32, shares: u32,
     }
     /// stream.cu
     Gather, 48 {

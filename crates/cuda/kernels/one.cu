@@ -1,0 +1,631 @@
+// The products of a step of one token. What decides is the chain of kernels, each of which waits for the one before it: so there are
+// few, norms and the choice of experts are the beginning of a product, everything else its end, and each kernel has its first weights
+// in shared memory before it waits, in blocks of which a multiprocessor holds two kernels'.
+#include "epilogue.cuh"
+
+struct One {
+    Matrix matrix, down;             // `down`: of the experts
+    const float* norm_scale;         // [hidden]: of the norm before, or, where the router follows, of the norm after
+    const uint16_t* input;           // 16-bit, where there is no norm before
+    float* residual;                 // [hidden], without what the last experts add
+    float* whole;                    // [hidden], with it
+    float* scaled;                   // [hidden]: the residual stream times the scale of the norm before the experts
+    const __nv_bfloat16* router;     // [experts, hidden]
+    const float* router_bias;        // [experts]
+    float* parts;                    // [parts, columns]: what each part of the residual stream adds to the router's logits
+    float* shares;                   // [blocks, SHARES, 16]: what each block of the experts adds to the residual stream
+    uint32_t* barrier;               // counts the blocks of the experts that arrived, for ever
+    unsigned long long* best;        // [blocks]: the largest logit of each block's rows
+    uint32_t *arrivals, *largest;    // zero before and after; the id of the largest logit
+    Epilogue epilogue;
+    uint32_t hidden, part_count, experts, experts_per_token;
+    uint32_t groups;                 // row tiles of a block
+    uint32_t share_warps;            // warps of a row tile in `shares`; 0: there are none
+    uint32_t padding;
+    float eps;
+};
+static_assert(sizeof(One) == 296);
+
+constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
+constexpr int EXPERT_WARPS = 22; // of a block of the experts
+constexpr int MAX_EXPERTS = 256, MAX_RANKS = 16;
+constexpr int SHARES = 4; // row tiles that a block of the experts may touch
+
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ uint4 shared_vector(uint32_t address) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
+// Four inputs of a product, at `4 * at`.
+template <Format F> __device__ __forceinline__ void store_inputs(uint16_t* x, uint32_t at, float a, float b, float c, float d) {
+    ((uint2*)x)[at] = make_uint2(activation(F, a) | activation(F, b) << 16, activation(F, c) | activation(F, d) << 16);
+}
+
+// The sums of rows g and g + 8 of a row tile over a lane's inputs.
+template <Format F> struct Sums;
+
+template <> struct Sums<BF16> {
+    struct Piece : Tile<BF16> {
+        __device__ __forceinline__ void load_shared(uint32_t weights, uint32_t) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) words[j] = shared_vector(weights + j * 512 + threadIdx.x % WARP * 16);
+        }
+    };
+    float sum[2][4] = {};
+    uint32_t x; // this lane's inputs of the next tile, in shared memory
+    __device__ __forceinline__ Sums(const uint16_t* inputs) : x(shared_address(inputs) + lane_quarter() * 32) {}
+    __device__ __forceinline__ void add(const Piece& tile) {
+        uint4 b[2] = {shared_vector(x), shared_vector(x + 16)};
+        x += TILE_COLS * 2;
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t a[4];
+            tile.fragment(j, {}, a);
+            // Two chains of sums: a product is ready only some thirty cycles after it began.
+            Number<BF16>::multiply(sum[j % 2], a, j % 2 ? b[j / 2].z : b[j / 2].x, j % 2 ? b[j / 2].w : b[j / 2].y);
+        }
+    }
+    // All eight columns of the tensor cores have the same token.
+    __device__ __forceinline__ float lower() const { return sum[0][0] + sum[1][0]; }
+    __device__ __forceinline__ float upper() const { return sum[0][2] + sum[1][2]; }
+};
+
+// The four blocks of 16 inputs of a row are apart in four columns of the tensor cores: column c has the inputs of the lanes with
+// that quarter, and zeros else. So a block's scale is applied once, to its sum, instead of to each weight.
+template <> struct Sums<FP4> {
+    struct Piece {
+        uint4 words;
+        uint32_t scales; // of two blocks, each of row g and g + 8
+        __device__ __forceinline__ void load_shared(uint32_t weights, uint32_t scales) {
+            words = shared_vector(weights + threadIdx.x % WARP * 16);
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(this->scales) : "r"(scales + lane_row() * 8 + lane_quarter() % 2 * 4) : "memory");
+        }
+    };
+    float sum[2] = {};
+    uint32_t x, step;
+    // Lanes without inputs read `zeros`, 32 bytes.
+    __device__ __forceinline__ Sums(const uint16_t* inputs, const uint16_t* zeros) {
+        bool own = lane_row() == lane_quarter();
+        x = own ? shared_address(inputs) + lane_quarter() * 32 : shared_address(zeros);
+        step = own ? TILE_COLS * 2 : 0;
+    }
+    __device__ __forceinline__ void add(const Piece& tile) {
+        uint4 b[2] = {shared_vector(x), shared_vector(x + 16)};
+        x += step;
+        float d[4] = {};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            const uint32_t w = j == 0 ? tile.words.x : j == 1 ? tile.words.y : j == 2 ? tile.words.z : tile.words.w;
+            const uint32_t a[4] = {w & 0x8e008e00u, w << 3 & 0x8e008e00u, (w << 1 & 0x80008000u) | (w << 6 & 0x0e000e00u),
+                (w << 2 & 0x80008000u) | (w << 9 & 0x0e000e00u)};
+            Number<FP4>::multiply(d, a, j % 2 ? b[j / 2].z : b[j / 2].x, j % 2 ? b[j / 2].w : b[j / 2].y);
+        }
+        // A scale byte has five bits of exponent and three of mantissa: the middle of an FP16 number.
+        uint32_t lower = (tile.scales & 0x00ff00ffu) << 7, upper = tile.scales >> 1 & 0x7f807f80u;
+        float2 l = __half22float2(reinterpret_cast<__half2&>(lower)), u = __half22float2(reinterpret_cast<__half2&>(upper));
+        sum[0] = fmaf(d[1], l.y, fmaf(d[0], l.x, sum[0]));
+        sum[1] = fmaf(d[3], u.y, fmaf(d[2], u.x, sum[1]));
+    }
+    __device__ __forceinline__ float lower() const { return sum[0] + __shfl_xor_sync(~0u, sum[0], 1); }
+    __device__ __forceinline__ float upper() const { return sum[1] + __shfl_xor_sync(~0u, sum[1], 1); }
+};
+
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// Consecutive tiles of a row tile on their way to one warp through its own piece of shared memory, CHUNK at a time, SLOTS chunks
+// ahead. Each chunk is one group of copies; at the end come empty ones.
+template <Format F, int CHUNK, int SLOTS> struct Flow {
+    static constexpr int WEIGHTS = F == FP4 ? 512 : 2048, SCALES = F == FP4 ? 64 : 0; // bytes of a tile
+    static constexpr int BYTES = CHUNK * (WEIGHTS + SCALES);
+    const uint8_t *weights, *scales; // of the next chunk, this lane's part
+    int count, left;                 // tiles, and those of them to bring
+    uint32_t shared, slot;           // addresses in shared memory
+    uint64_t policy;
+
+    // `all` has BYTES * SLOTS for each warp.
+    __device__ __forceinline__ Flow(uint8_t* all) {
+        slot = shared = shared_address(all) + threadIdx.x / WARP * (BYTES * SLOTS);
+        // What is read once leaves the cache first.
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    }
+    __device__ __forceinline__ void start(const Matrix& m, size_t tile, int count) {
+        weights = (const uint8_t*)m.weights + tile * WEIGHTS + threadIdx.x % WARP * 16;
+        scales = (const uint8_t*)m.scales + tile * SCALES + threadIdx.x % WARP * 16;
+        this->count = left = count, slot = shared;
+#pragma unroll
+        for (int i = 0; i < SLOTS; i++) bring(shared + i * BYTES);
+    }
+    __device__ __forceinline__ void bring(uint32_t to) {
+        const uint32_t lane = threadIdx.x % WARP * 16;
+#pragma unroll
+        for (int i = 0; i < CHUNK; i++) {
+            if (i >= left) break;
+#pragma unroll
+            for (int j = 0; j < WEIGHTS; j += 512) copy_async(to + i * WEIGHTS + j + lane, weights + i * WEIGHTS + j, policy);
+            if (F == FP4 && lane < 64) copy_async(to + CHUNK * WEIGHTS + i * SCALES + lane, scales + i * SCALES, policy);
+        }
+        commit_copies();
+        left -= CHUNK, weights += CHUNK * WEIGHTS, scales += CHUNK * SCALES;
+    }
+    // `sums` begin with the inputs of the first tile. They go to `to`.
+    __device__ __forceinline__ void multiply(Sums<F> sums, float* to, float factor) {
+#pragma unroll 1
+        for (int more = count; more > 0; more -= CHUNK) {
+            wait_for_copies<SLOTS - 1>();
+            __syncwarp();
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++) {
+                if (i >= more) break;
+                typename Sums<F>::Piece tile;
+                tile.load_shared(slot + i * WEIGHTS, slot + CHUNK * WEIGHTS + i * SCALES);
+                sums.add(tile);
+            }
+            __syncwarp();
+            bring(slot);
+            slot = slot == shared + (SLOTS - 1) * BYTES ? shared : slot + BYTES;
+        }
+        float lower = sums.lower(), upper = sums.upper();
+        if (lane_quarter() == 0) to[lane_row()] = lower * factor, to[lane_row() + 8] = upper * factor;
+    }
+};
+
+// A warp's inputs, `count` tiles, to shared memory.
+__device__ __forceinline__ void bring_inputs(uint16_t* to, const uint16_t* from, int count) {
+    for (int i = threadIdx.x % WARP; i < count * 8; i += WARP) copy_async(shared_address(to + i * 8), from + i * 8);
+    commit_copies();
+    wait_for_copies<0>();
+    __syncwarp();
+}
+
+template <Format F> __device__ __forceinline__ Sums<F> sums_of(const uint16_t* inputs, const uint16_t* zeros) {
+    if constexpr (F == FP4) return Sums<F>(inputs, zeros);
+    else return Sums<F>(inputs);
+}
+
+// Columns of `parts`: the experts, the squares of the residual stream, and zeros up to a multiple of four.
+__device__ __forceinline__ uint32_t part_columns(const One& p) { return (p.experts + 4) / 4 * 4; }
+
+// The choice of experts, by all threads of a block.
+struct Routing {
+    static constexpr int THREADS = EXPERT_WARPS * WARP, LOADS = 3, STEPS = (MAX_EXPERTS + 4 + THREADS / 8 - 1) / (THREADS / 8);
+    float4 gathered[THREADS];
+    float logits[MAX_EXPERTS + 4];
+    uint32_t experts[MAX_RANKS];
+    float weights[MAX_RANKS];
+
+    __device__ __forceinline__ void gather(const One& p) {
+        uint32_t columns = part_columns(p) / 4, column = threadIdx.x % columns, rows = THREADS / columns, row = threadIdx.x / columns;
+        float4 sum = make_float4(0, 0, 0, 0);
+        if (row < rows) {
+            const float4* parts = (const float4*)p.parts + column;
+            for (uint32_t first = row; first < p.part_count; first += LOADS * rows) {
+                float4 v[LOADS];
+#pragma unroll
+                for (int i = 0; i < LOADS; i++) {
+                    uint32_t part = first + i * rows;
+                    v[i] = part < p.part_count ? __ldcg(parts + size_t(part) * columns) : make_float4(0, 0, 0, 0);
+                }
+#pragma unroll
+                for (int i = 0; i < LOADS; i++) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
+            }
+        }
+        gathered[threadIdx.x] = sum;
+    }
+    // Before the wait.
+    static __device__ __forceinline__ void load_bias(const One& p, float (&bias)[STEPS]) {
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) bias[i] = p.router_bias[min(i * (THREADS / 8) + threadIdx.x / 8, p.experts - 1)];
+    }
+    // Eight threads have the sum of one column.
+    __device__ __forceinline__ float sum_of(uint32_t columns, uint32_t column) const {
+        uint32_t rows = THREADS / (columns / 4);
+        const float* all = (const float*)gathered + column;
+        float v = 0;
+        for (uint32_t row = threadIdx.x % 8; row < rows; row += 8) v += all[row * columns];
+#pragma unroll
+        for (int i = 4; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
+        return v;
+    }
+    // After a barrier; another must follow. The result is one over the norm.
+    __device__ __forceinline__ float finish(const One& p, const float (&bias)[STEPS]) {
+        uint32_t columns = part_columns(p);
+        float inverse = rsqrtf(sum_of(columns, p.experts) / p.hidden + p.eps);
+#pragma unroll
+        for (int i = 0; i < STEPS; i++) {
+            uint32_t e = i * (THREADS / 8) + threadIdx.x / 8, inside = min(e, p.experts - 1);
+            if (e - threadIdx.x / 8 >= columns) break;
+            float v = sum_of(columns, inside) * inverse + bias[i];
+            // What fills up the last four comes after all.
+            if (e < columns && threadIdx.x % 8 == 0) logits[e] = isnan(v) || e > inside ? -INFINITY : v;
+        }
+        return inverse;
+    }
+    // After another barrier, by one warp; a third must follow. The experts by value, descending, the lower index first on a tie,
+    // and the softmax over those that are taken.
+    __device__ __forceinline__ void choose(const One& p) {
+        uint32_t lane = threadIdx.x % WARP;
+#pragma unroll 1
+        for (uint32_t e = lane; e < p.experts; e += WARP) {
+            float v = logits[e];
+            uint32_t before = 0;
+#pragma unroll 2
+            for (uint32_t other = 0; other < p.experts; other += 4) {
+                float4 w = *(const float4*)(logits + other);
+                before += w.x > v || (w.x == v && other < e);
+                before += w.y > v || (w.y == v && other + 1 < e);
+                before += w.z > v || (w.z == v && other + 2 < e);
+                before += w.w > v || (w.w == v && other + 3 < e);
+            }
+            if (before < p.experts_per_token) experts[before] = e, weights[before] = v;
+        }
+        __syncwarp();
+        float share = 0, largest = weights[0];
+        // Of infinities each counts as much as any other.
+        if (lane < p.experts_per_token) share = weights[lane] == largest ? 1.f : expf(weights[lane] - largest);
+        float sum = warp_sum(share);
+        if (lane < p.experts_per_token) weights[lane] = share / sum;
+    }
+};
+
+// The residual stream, with what the blocks of the experts add to it, in their order.
+template <int THREADS> struct Stream {
+    static constexpr int VALUES = MAX_HIDDEN / 4 / THREADS;
+    int first[VALUES], last[VALUES]; // blocks that share a row tile
+    float4 v[VALUES];
+    // Before the wait.
+    __device__ __forceinline__ Stream(const One& p) {
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            int row_tile = (i * THREADS + threadIdx.x) / (TILE_ROWS / 4);
+            first[i] = row_tile * p.share_warps / EXPERT_WARPS;
+            last[i] = p.share_warps ? ((row_tile + 1) * p.share_warps - 1) / EXPERT_WARPS : -1;
+        }
+    }
+    __device__ __forceinline__ const float4* share(const One& p, int at, int block) const {
+        int place = at / (TILE_ROWS / 4) - block * EXPERT_WARPS / int(p.share_warps);
+        return (const float4*)p.shares + (block * SHARES + place) * (TILE_ROWS / 4) + at % (TILE_ROWS / 4);
+    }
+    __device__ __forceinline__ void load(const One& p) {
+        float4 own[VALUES], next[VALUES];
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            int at = i * THREADS + threadIdx.x;
+            bool inside = at < int(p.hidden / 4);
+            v[i] = own[i] = next[i] = make_float4(0, 0, 0, 0);
+            if (inside) v[i] = ((const float4*)p.residual)[at];
+            if (inside && first[i] <= last[i]) own[i] = *share(p, at, first[i]);
+            if (inside && first[i] < last[i]) next[i] = *share(p, at, first[i] + 1);
+        }
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            int at = i * THREADS + threadIdx.x;
+            v[i].x += own[i].x + next[i].x, v[i].y += own[i].y + next[i].y, v[i].z += own[i].z + next[i].z, v[i].w += own[i].w + next[i].w;
+#pragma unroll 1
+            for (int b = first[i] + 2; b <= last[i] && at < int(p.hidden / 4); b++) {
+                float4 more = *share(p, at, b);
+                v[i].x += more.x, v[i].y += more.y, v[i].z += more.z, v[i].w += more.w;
+            }
+        }
+    }
+    __device__ __forceinline__ float square() const {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) sum += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+        return sum;
+    }
+    // The norm, to `x`; the stream itself, to `whole` if `keep`.
+    template <Format F> __device__ __forceinline__ void norm(const One& p, const Vector<VALUES>& scale, uint16_t* x, bool keep) const {
+        __shared__ float scratch[WARP];
+        const float inverse = rsqrtf(block_sum(square(), scratch) / p.hidden + p.eps);
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            const uint32_t at = i * THREADS + threadIdx.x;
+            if (at * 4 >= p.matrix.cols) break;
+            const float4 &a = v[i], &b = scale.v[i];
+            store_inputs<F>(x, at, a.x * inverse * b.x, a.y * inverse * b.y, a.z * inverse * b.z, a.w * inverse * b.w);
+            if (keep && at < p.hidden / 4) ((float4*)p.whole)[at] = a;
+        }
+    }
+};
+
+__device__ __forceinline__ int row_tiles_of(const Matrix& m) { return (m.rows + TILE_ROWS - 1) / TILE_ROWS; }
+
+// Query, key and value: the norm of the residual stream, which the first block also keeps. `blockIdx.x`: `groups` row tiles, whose
+// columns the warps share.
+template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(const One& p) {
+    extern __shared__ __align__(16) uint16_t x[]; // [cols], 16 zeros, the flows
+    __shared__ float partial[WARPS][TILE_ROWS];
+    const Matrix& m = p.matrix;
+    Epilogue e = p.epilogue;
+    e.kind = QKV;
+    start_next();
+    const int warp = threadIdx.x / WARP, each = WARPS / p.groups, column_tiles = m.cols / TILE_COLS;
+    const int row_tile = blockIdx.x * p.groups + warp / each;
+    const bool busy = warp / each < p.groups && row_tile < row_tiles_of(m);
+    const int begin = column_tiles * (warp % each) / each, end = column_tiles * (warp % each + 1) / each;
+    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols + 16));
+    flow.start(m, busy ? size_t(row_tile) * column_tiles + begin : 0, busy ? end - begin : 0);
+    // A thread finishes a pair of rows.
+    const int group = threadIdx.x / 8, pair = threadIdx.x % 8, own_tile = blockIdx.x * p.groups + group;
+    const bool finishes = group < p.groups && own_tile < row_tiles_of(m);
+    Affine affine;
+    if (finishes) affine.load(e, m, 0, own_tile, pair);
+    Vector<Stream<THREADS>::VALUES> scale;
+    scale.load(p.norm_scale, p.hidden);
+    Stream<THREADS> stream(p);
+    if (threadIdx.x < 2) ((uint4*)(x + m.cols))[threadIdx.x] = make_uint4(0, 0, 0, 0);
+
+    wait_for_previous();
+    if (int(blockIdx.x * p.groups) >= row_tiles_of(m)) return;
+    stream.load(p);
+    Rotation rotation;
+    if (finishes) rotation.load(e, own_tile, pair, 0);
+    stream.template norm<F>(p, scale, x, blockIdx.x == 0);
+    __syncthreads();
+    flow.multiply(sums_of<F>(x + begin * TILE_COLS, x + m.cols), partial[warp], 1);
+    __syncthreads();
+    if (!finishes) return;
+    float a = 0, b = 0;
+#pragma unroll 4
+    for (int w = group * each; w < (group + 1) * each; w++) a += partial[w][pair], b += partial[w][pair + 8];
+    finish(e, m, affine, own_tile, pair, 0, a, b, rotation);
+}
+
+// What attention found, projected and added to the residual stream, and what that adds to the router's logits. `blockIdx.x`: a row
+// tile.
+template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attended(const One& p) {
+    extern __shared__ __align__(16) uint16_t x[]; // [cols], 16 zeros, the flows
+    __shared__ float partial[WARPS][TILE_ROWS];
+    __shared__ float added[TILE_ROWS], normed[TILE_ROWS];
+    const Matrix& m = p.matrix;
+    const int warp = threadIdx.x / WARP, column_tiles = m.cols / TILE_COLS, row_tile = blockIdx.x;
+    const int begin = column_tiles * warp / WARPS, end = column_tiles * (warp + 1) / WARPS;
+    start_next();
+    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols + 16));
+    flow.start(m, size_t(row_tile) * column_tiles + begin, end - begin);
+    if (threadIdx.x < 2) ((uint4*)(x + m.cols))[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    __syncthreads();
+    // Thread `16 row + w` puts together what warp w has of a row.
+    const int own_row = threadIdx.x / WARPS, own = threadIdx.x % WARPS;
+    const uint32_t row = row_tile * TILE_ROWS + own_row;
+    const bool finishes = own_row < TILE_ROWS && row < m.rows;
+    float norm_scale = 0, bias = 0;
+    const float factor = m.tile_scale ? m.tile_scale[row_tile] : 1.f;
+    if (finishes && own == 0) {
+        norm_scale = p.norm_scale[row];
+        if (m.bias) bias = m.bias[row];
+    }
+    // Thread `16 e + row` has the router's weights of a row, of every 32nd expert.
+    constexpr int KEPT = 2, EXPERTS = THREADS / TILE_ROWS;
+    const uint32_t router_row = row_tile * TILE_ROWS + threadIdx.x % TILE_ROWS;
+    auto router_weight = [&](uint32_t e) {
+        return e < p.experts && router_row < p.hidden ? __bfloat162float(p.router[size_t(e) * p.hidden + router_row]) : 0.f;
+    };
+    float router_weights[KEPT];
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) router_weights[i] = router_weight(i * EXPERTS + threadIdx.x / TILE_ROWS);
+
+    wait_for_previous();
+    float before = finishes && own == 0 ? p.whole[row] : 0.f;
+    // Each warp brings the inputs of its own tiles.
+    uint16_t* inputs = x + begin * TILE_COLS;
+    bring_inputs(inputs, p.input + begin * TILE_COLS, end - begin);
+    flow.multiply(sums_of<F>(inputs, x + m.cols), partial[warp], factor);
+    __syncthreads();
+    if (own_row < TILE_ROWS) {
+        float v = partial[own][own_row] + bias + before;
+#pragma unroll
+        for (int i = WARPS / 2; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
+        if (own == 0) {
+            if (finishes) p.residual[row] = v, p.scaled[row] = v * norm_scale;
+            added[own_row] = finishes ? v : 0, normed[own_row] = finishes ? v * norm_scale : 0;
+        }
+    }
+    __syncthreads();
+    const float square = added[threadIdx.x % TILE_ROWS] * added[threadIdx.x % TILE_ROWS], v = normed[threadIdx.x % TILE_ROWS];
+    const uint32_t columns = part_columns(p);
+    auto add = [&](uint32_t e, float weight) {
+        float logit = e == p.experts ? square : v * weight;
+#pragma unroll
+        for (int i = TILE_ROWS / 2; i; i /= 2) logit += __shfl_xor_sync(~0u, logit, i);
+        if (threadIdx.x % TILE_ROWS == 0 && e < columns) p.parts[size_t(row_tile) * columns + e] = logit;
+    };
+#pragma unroll
+    for (int i = 0; i < KEPT; i++) add(i * EXPERTS + threadIdx.x / TILE_ROWS, router_weights[i]);
+#pragma unroll 1
+    for (uint32_t first = KEPT * EXPERTS; first < columns; first += EXPERTS)
+        add(first + threadIdx.x / TILE_ROWS, router_weight(first + threadIdx.x / TILE_ROWS));
+}
+
+// A barrier of all blocks, of which every launch must have as many, all at work at a time.
+__device__ __forceinline__ void grid_barrier(uint32_t* counter, uint32_t blocks) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        uint32_t target = atomicAdd(counter, 1) / blocks * blocks + blocks, seen;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        while (int(seen - target) < 0);
+        __threadfence();
+    }
+    __syncthreads();
+}
+
+// The experts. `blockIdx.y`: a rank, `blockIdx.x`: `groups` row tiles of its first product. Then, all blocks having arrived, the
+// second product, whose units, each rank of each row tile, are spread over all warps, several to a unit.
+template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_products(const One& p) {
+    constexpr int WARPS = EXPERT_WARPS, THREADS = WARPS * WARP, VALUES = (MAX_HIDDEN / 4 + THREADS - 1) / THREADS;
+    extern __shared__ __align__(16) uint8_t shared[]; // the flows, then the inputs: [cols], later the second product's
+    __shared__ float partial[WARPS][TILE_ROWS];
+    __shared__ __align__(16) Routing routing;
+    __shared__ __align__(16) uint16_t zeros[TILE_COLS / 4];
+    const Matrix &m = p.matrix, &down = p.down;
+    Epilogue e = p.epilogue;
+    e.kind = SWIGLU;
+    const int warp = threadIdx.x / WARP, each = WARPS / p.groups;
+    float bias[Routing::STEPS];
+    Routing::load_bias(p, bias);
+    Flow<F, CHUNK, SLOTS> flow(shared);
+    uint16_t* x = (uint16_t*)(shared + WARPS * SLOTS * flow.BYTES);
+    if (threadIdx.x < TILE_COLS / 4) zeros[threadIdx.x] = 0;
+
+    wait_for_previous();
+    routing.gather(p);
+    Vector<VALUES> v;
+    v.load(p.scaled, p.hidden);
+    __syncthreads();
+    float inverse = routing.finish(p, bias);
+    __syncthreads();
+    if (warp == 0) routing.choose(p);
+    __syncthreads();
+    const int group = threadIdx.x / 8, pair = threadIdx.x % 8, own_tile = blockIdx.x * p.groups + group;
+    const bool finishes = group < p.groups && own_tile < row_tiles_of(m);
+    Affine affine;
+    {
+        const uint32_t expert = routing.experts[blockIdx.y];
+        const int column_tiles = m.cols / TILE_COLS, row_tile = blockIdx.x * p.groups + warp / each;
+        const bool busy = warp / each < p.groups && row_tile < row_tiles_of(m);
+        const int begin = column_tiles * (warp % each) / each, end = column_tiles * (warp % each + 1) / each;
+        flow.start(m, busy ? (size_t(expert) * row_tiles_of(m) + row_tile) * column_tiles + begin : 0, busy ? end - begin : 0);
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            const uint32_t at = i * THREADS + threadIdx.x;
+            const float4& a = v.v[i];
+            if (at * 4 < m.cols) store_inputs<F>(x, at, a.x * inverse, a.y * inverse, a.z * inverse, a.w * inverse);
+        }
+        if (finishes) affine.load(e, m, expert, own_tile, pair);
+        __syncthreads();
+        flow.multiply(sums_of<F>(x + begin * TILE_COLS, zeros), partial[warp], 1);
+    }
+    // Not earlier, so that the next kernel's weights come while this one waits for its blocks.
+    start_next();
+
+    // This warp's tiles of the second product.
+    const int ranks = p.experts_per_token, block = blockIdx.y * gridDim.x + blockIdx.x, per_unit = p.share_warps / ranks;
+    const int number = block * WARPS + warp, unit = number / per_unit, part = number % per_unit;
+    const int column_tiles = down.cols / TILE_COLS, row_tile = unit / ranks, rank = unit % ranks;
+    const bool busy = row_tile < row_tiles_of(down);
+    const int begin = column_tiles * part / per_unit, end = busy ? column_tiles * (part + 1) / per_unit : begin;
+    const size_t tiles = size_t(routing.experts[rank]) * row_tiles_of(down) + (busy ? row_tile : 0);
+    flow.start(down, tiles * column_tiles + begin, end - begin);
+    __syncthreads();
+    if (finishes) {
+        float a = 0, b = 0;
+#pragma unroll 2
+        for (int w = group * each; w < (group + 1) * each; w++) a += partial[w][pair], b += partial[w][pair + 8];
+        finish(e, m, affine, own_tile, pair, blockIdx.y, a, b, {});
+    }
+    // What the rank counts for, and the bias where its first tile is.
+    const float weight = routing.weights[rank], factor = weight * (down.tile_scale ? down.tile_scale[tiles] : 1.f);
+    float offset = 0;
+    if (const int row = row_tile * TILE_ROWS + threadIdx.x % TILE_ROWS; part == 0 && down.bias && row < down.rows)
+        offset = weight * down.bias[size_t(routing.experts[rank]) * down.rows + row];
+    grid_barrier(p.barrier, gridDim.x * gridDim.y);
+    uint16_t* inputs = x + warp * ((column_tiles + per_unit - 1) / per_unit) * TILE_COLS;
+    bring_inputs(inputs, e.out16 + (rank * column_tiles + begin) * TILE_COLS, end - begin);
+    flow.multiply(sums_of<F>(inputs, zeros), partial[warp], factor);
+    __syncwarp();
+    if (threadIdx.x % WARP < TILE_ROWS) partial[warp][threadIdx.x % TILE_ROWS] += offset;
+    __syncthreads();
+    // Row tile after row tile that this block has warps of.
+    const int place = threadIdx.x / TILE_ROWS, own = block * WARPS / int(p.share_warps) + place;
+    if (place >= SHARES) return;
+    float sum = 0;
+    const int first = max(own * int(p.share_warps) - block * WARPS, 0), last = min((own + 1) * int(p.share_warps) - block * WARPS, WARPS);
+#pragma unroll 4
+    for (int w = first; w < last; w++) sum += partial[w][threadIdx.x % TILE_ROWS];
+    p.shares[(block * SHARES + place) * TILE_ROWS + threadIdx.x % TILE_ROWS] = sum;
+}
+
+__device__ __forceinline__ unsigned long long ranked(float v, uint32_t id) {
+    uint32_t bits = __float_as_uint(v == 0.f ? 0.f : v);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (unsigned long long)(isnan(v) ? 0 : bits) << 32 | ~id;
+}
+
+// The norm of the whole residual stream, which it also keeps. One block.
+template <Format F> __device__ __forceinline__ void last_norm(const One& p) {
+    start_next();
+    Vector<Stream<THREADS>::VALUES> scale;
+    scale.load(p.norm_scale, p.hidden);
+    Stream<THREADS> stream(p);
+    wait_for_previous();
+    stream.load(p);
+    stream.template norm<F>(p, scale, (uint16_t*)p.input, true);
+}
+
+// The output layer, and the largest logit. `blockIdx.x`: as many row tiles as warps.
+template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output(const One& p) {
+    constexpr int WARPS = NARROW;
+    extern __shared__ __align__(16) uint16_t x[]; // [cols], 16 zeros, the flows
+    __shared__ float partial[WARPS][TILE_ROWS];
+    const Matrix& m = p.matrix;
+    const int warp = threadIdx.x / WARP, row_tiles = row_tiles_of(m), column_tiles = m.cols / TILE_COLS;
+    const int row_tile = min(int(blockIdx.x) * WARPS + warp, row_tiles - 1);
+    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols + 16));
+    flow.start(m, size_t(row_tile) * column_tiles, column_tiles);
+    if (threadIdx.x < 2) ((uint4*)(x + m.cols))[threadIdx.x] = make_uint4(0, 0, 0, 0);
+    const float factor = m.tile_scale ? m.tile_scale[row_tile] : 1.f;
+    wait_for_previous();
+    start_next();
+    for (uint32_t i = threadIdx.x; i < m.cols / 8; i += WARPS * WARP) ((uint4*)x)[i] = ((const uint4*)p.input)[i];
+    __syncthreads();
+    flow.multiply(sums_of<F>(x, x + m.cols), partial[warp], factor);
+    __syncthreads();
+    unsigned long long best = 0;
+    const uint32_t row = blockIdx.x * WARPS * TILE_ROWS + threadIdx.x;
+    if (threadIdx.x < WARPS * TILE_ROWS && row < m.rows) {
+        float v = partial[threadIdx.x / TILE_ROWS][threadIdx.x % TILE_ROWS];
+        p.epilogue.out[row] = v;
+        best = ranked(v, row);
+    }
+    {
+        // The last block to arrive puts the blocks' results together.
+        __shared__ unsigned long long found[WARPS];
+        __shared__ uint32_t arrived;
+        auto block_largest = [&](unsigned long long v) {
+#pragma unroll
+            for (int i = WARP / 2; i; i /= 2) v = max(v, __shfl_xor_sync(~0u, v, i));
+            if (threadIdx.x % WARP == 0) found[warp] = v;
+            __syncthreads();
+            for (int i = 0; i < WARPS; i++) v = max(v, found[i]);
+            __syncthreads();
+            return v;
+        };
+        best = block_largest(best);
+        if (threadIdx.x == 0) {
+            p.best[blockIdx.x] = best;
+            __threadfence();
+            arrived = atomicAdd(p.arrivals, 1);
+        }
+        __syncthreads();
+        if (arrived != gridDim.x - 1) return;
+        __threadfence();
+        if (threadIdx.x == 0) *p.arrivals = 0;
+        best = 0;
+        for (uint32_t i = threadIdx.x; i < gridDim.x; i += WARPS * WARP) best = max(best, __ldcg(p.best + i));
+        best = block_largest(best);
+        if (threadIdx.x == 0) *p.largest = ~uint32_t(best);
+    }
+}
+
+#define KERNEL(NAME, REGISTERS, ...) \
+    extern "C" __global__ void __maxnreg__(REGISTERS) NAME(const __grid_constant__ One p) { __VA_ARGS__(p); }
+KERNEL(one_qkv_bf16, 56, qkv<BF16, 1, 2>)
+KERNEL(one_qkv_fp4, 56, qkv<FP4, 3, 3>)
+KERNEL(one_attended_bf16, 64, attended<BF16, 1, 2>)
+KERNEL(one_attended_fp4, 64, attended<FP4, 4, 1>)
+KERNEL(one_experts_bf16, 48, both_products<BF16, 1, 2>)
+KERNEL(one_experts_fp4, 48, both_products<FP4, 3, 2>)
+KERNEL(one_norm_bf16, 64, last_norm<BF16>)
+KERNEL(one_norm_fp4, 64, last_norm<FP4>)
+KERNEL(one_output_bf16, 64, output<BF16, 1, 4>)
+KERNEL(one_output_fp4, 64, output<FP4, 3, 3>)

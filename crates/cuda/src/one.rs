@@ -1,0 +1,230 @@
+//! A step of one token: the grids of the kernels in `one.cu`, and what they scribble on.
+
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+use checkpoint::Config;
+use gptoss::Error;
+
+use crate::backend::{Cuda, Layer};
+use crate::device::{Buffer, Device};
+use crate::driver::Address;
+use crate::packed::{PackedMatrix, TILE_COLS};
+use crate::params::{After, BF16, Epilogue, FP4, One};
+
+/// Warps of a block, of one of the experts, of one of the output layer.
+const WARPS: usize = 16;
+const EXPERT_WARPS: usize = 22;
+const NARROW: usize = 8;
+/// Row tiles that a block of the experts may touch in its second product.
+const SHARES: usize = 4;
+/// Zeros after the inputs in shared memory.
+const ZEROS: usize = 32;
+
+/// Bytes of the tiles that a warp of `one.cu` has on their way.
+fn flow_bytes(format: u32, bf16: usize, fp4: usize) -> usize {
+    if format == FP4 { fp4 * (512 + 64) } else { bf16 * 2048 }
+}
+
+pub(crate) struct OneToken {
+    /// f32 `[hidden]`, see one.cu
+    whole: Buffer,
+    scaled: Buffer,
+    parts: Buffer,
+    shares: Buffer,
+    barrier: Buffer,
+    best: Buffer,
+    /// Row tiles of a block of the product of query, key and value, and its blocks.
+    qkv: (usize, usize),
+    /// The same for the first product of the experts, blocks per rank.
+    experts: (usize, usize),
+    /// Warps of a row tile in the second.
+    share_warps: usize,
+    /// Experts per token.
+    ranks: usize,
+}
+
+impl OneToken {
+    /// `None` if the kernels do not have the model's shape, or the device not the memory that their blocks share.
+    pub(crate) fn new(
+        device: &Arc<Device>,
+        config: &Config,
+        layers: &[Layer],
+        unembedding: &PackedMatrix,
+    ) -> Result<Option<OneToken>, Error> {
+        let Some(layer) = layers.first() else { return Ok(None) };
+        let (blocks, ranks) = (device.multiprocessors(), config.experts_per_token);
+        let qkv_tiles = layer.qkv.row_tiles();
+        let groups = qkv_tiles.div_ceil(blocks);
+        let per_rank = blocks / ranks;
+        if per_rank == 0 || groups > WARPS {
+            return Ok(None);
+        }
+        let expert_groups = layer.gate_up.row_tiles().div_ceil(per_rank);
+        // As many warps for each rank of a row tile as there are, but not more than have something to do.
+        let down_tiles = layer.down.padded_cols() / TILE_COLS;
+        let warps = per_rank * ranks * EXPERT_WARPS / (layer.down.row_tiles() * ranks);
+        let share_warps = warps.min(down_tiles.max(WARPS)) * ranks;
+        let row_tiles = layer.output.row_tiles();
+        let one = OneToken {
+            whole: device.buffer(config.hidden_size * 4)?,
+            scaled: device.buffer(config.hidden_size * 4)?,
+            parts: device.buffer(row_tiles * (config.experts + 4) * 4)?,
+            shares: device.buffer(blocks * SHARES * 16 * 4)?,
+            barrier: device.buffer(4)?,
+            best: device.buffer(unembedding.row_tiles().div_ceil(NARROW) * 8)?,
+            qkv: (groups, blocks.max(qkv_tiles.div_ceil(groups))),
+            experts: (expert_groups, per_rank),
+            share_warps,
+            ranks,
+        };
+        // The kernels' own shared memory is below 16 KiB.
+        let room = device.shared_bytes().saturating_sub(16 << 10);
+        let output = unembedding.padded_cols() * 2 + ZEROS + NARROW * flow_bytes(unembedding.format(), 4, 9);
+        let fits = |layer: &Layer| {
+            layer.gate_up.format() == layer.down.format()
+                && one.qkv_shared(layer) <= room
+                && one.attended_shared(layer) <= room
+                && one.experts_shared(layer) <= room
+        };
+        let reach = (EXPERT_WARPS - 1).checked_div(share_warps).map_or(usize::MAX, |n| n + 2);
+        let possible =
+            expert_groups <= EXPERT_WARPS && reach <= SHARES && output <= room && layers.iter().all(fits);
+        Ok(possible.then_some(one))
+    }
+
+    fn qkv_shared(&self, layer: &Layer) -> usize {
+        layer.qkv.padded_cols() * 2 + ZEROS + WARPS * flow_bytes(layer.qkv.format(), 2, 9)
+    }
+
+    fn attended_shared(&self, layer: &Layer) -> usize {
+        layer.output.padded_cols() * 2 + ZEROS + WARPS * flow_bytes(layer.output.format(), 2, 4)
+    }
+
+    fn experts_shared(&self, layer: &Layer) -> usize {
+        let tiles = (layer.down.padded_cols() / TILE_COLS).div_ceil((self.share_warps / self.ranks).max(1));
+        let inputs = (layer.gate_up.padded_cols() * 2).max(EXPERT_WARPS * tiles * TILE_COLS * 2);
+        EXPERT_WARPS * flow_bytes(layer.gate_up.format(), 2, 6) + inputs
+    }
+
+    fn params(&self, cuda: &Cuda, matrix: &PackedMatrix, epilogue: Epilogue) -> One {
+        let config = &cuda.config;
+        One {
+            matrix: matrix.params(),
+            down: Zeroable::zeroed(),
+            norm_scale: 0,
+            input: 0,
+            residual: cuda.arena.residual.address(),
+            whole: self.whole.address(),
+            scaled: self.scaled.address(),
+            router: 0,
+            router_bias: 0,
+            parts: self.parts.address(),
+            shares: self.shares.address(),
+            barrier: self.barrier.address(),
+            best: self.best.address(),
+            arrivals: cuda.arena.arrivals.address(),
+            largest: cuda.arena.largest.address(),
+            epilogue,
+            hidden: config.hidden_size as u32,
+            part_count: config.hidden_size.div_ceil(16) as u32,
+            experts: config.experts as u32,
+            experts_per_token: config.experts_per_token as u32,
+            groups: 1,
+            share_warps: self.share_warps as u32,
+            padding: 0,
+            eps: config.rms_norm_eps,
+        }
+    }
+
+    fn pending(&self, pending: bool) -> u32 {
+        if pending { self.share_warps as u32 } else { 0 }
+    }
+
+    /// Query, key and value. `pending`: what the experts before add is still in `shares`.
+    pub(crate) fn qkv(
+        &self,
+        cuda: &Cuda,
+        layer: &Layer,
+        epilogue: Epilogue,
+        pending: bool,
+    ) -> Result<(), Error> {
+        let params = One {
+            norm_scale: layer.input_norm.address(),
+            groups: self.qkv.0 as u32,
+            share_warps: self.pending(pending),
+            ..self.params(cuda, &layer.qkv, epilogue)
+        };
+        let name = if layer.qkv.format() == BF16 { "one_qkv_bf16" } else { "one_qkv_fp4" };
+        let threads = 32 * WARPS as u32;
+        // SAFETY: the arena has a row of everything; the cache's block was checked with the plan.
+        unsafe {
+            cuda.device.launch(name, [self.qkv.1 as u32, 1, 1], threads, self.qkv_shared(layer), &params)
+        }
+    }
+
+    /// The projection of what attention found, and the router's logits.
+    pub(crate) fn attended(&self, cuda: &Cuda, layer: &Layer) -> Result<(), Error> {
+        let params = One {
+            norm_scale: layer.post_attention_norm.address(),
+            input: cuda.arena.context.address(),
+            router: layer.router.address(),
+            ..self.params(cuda, &layer.output, cuda.epilogue(After::Residual))
+        };
+        let name = if layer.output.format() == BF16 { "one_attended_bf16" } else { "one_attended_fp4" };
+        let (grid, threads) = ([layer.output.row_tiles() as u32, 1, 1], 32 * WARPS as u32);
+        // SAFETY: the arena has a row of everything.
+        unsafe { cuda.device.launch(name, grid, threads, self.attended_shared(layer), &params) }
+    }
+
+    /// The experts. What they add is left in `shares`.
+    pub(crate) fn experts(&self, cuda: &Cuda, layer: &Layer) -> Result<(), Error> {
+        let epilogue = Epilogue {
+            out16: cuda.arena.activated.address(),
+            out_cols: layer.down.padded_cols() as u32,
+            out_format: layer.down.format(),
+            ..cuda.epilogue(After::Swiglu)
+        };
+        let params = One {
+            down: layer.down.params(),
+            router_bias: layer.router_bias.address(),
+            groups: self.experts.0 as u32,
+            ..self.params(cuda, &layer.gate_up, epilogue)
+        };
+        let name = if layer.gate_up.format() == BF16 { "one_experts_bf16" } else { "one_experts_fp4" };
+        let grid = [self.experts.1 as u32, self.ranks as u32, 1];
+        // SAFETY: the arena has room for a token's slots. There are not more blocks than multiprocessors, and each fits on one, so
+        // that all come to the barrier between the products.
+        unsafe {
+            cuda.device.launch(name, grid, 32 * EXPERT_WARPS as u32, self.experts_shared(layer), &params)
+        }
+    }
+
+    /// The final norm, and the residual stream with what is pending.
+    pub(crate) fn norm(&self, cuda: &Cuda, pending: bool) -> Result<(), Error> {
+        let matrix = &cuda.unembedding;
+        let params = One {
+            norm_scale: cuda.final_norm.address(),
+            input: cuda.arena.normed.address(),
+            whole: cuda.arena.residual.address(),
+            share_warps: self.pending(pending),
+            ..self.params(cuda, matrix, cuda.epilogue(After::Store))
+        };
+        let name = if matrix.format() == BF16 { "one_norm_bf16" } else { "one_norm_fp4" };
+        // SAFETY: one block, which changes what it alone has read.
+        unsafe { cuda.device.launch(name, [1, 1, 1], 32 * WARPS as u32, 0, &params) }
+    }
+
+    /// The logits and the largest of them.
+    pub(crate) fn output(&self, cuda: &Cuda) -> Result<(), Error> {
+        let matrix = &cuda.unembedding;
+        let input: Address = cuda.arena.normed.address();
+        let epilogue = Epilogue { out: cuda.arena.logits.address(), ..cuda.epilogue(After::Store) };
+        let params = One { input, ..self.params(cuda, matrix, epilogue) };
+        let name = if matrix.format() == BF16 { "one_output_bf16" } else { "one_output_fp4" };
+        let grid = [matrix.row_tiles().div_ceil(NARROW) as u32, 1, 1];
+        let shared = matrix.padded_cols() * 2 + ZEROS + NARROW * flow_bytes(matrix.format(), 4, 9);
+        // SAFETY: the arena has a row of logits; `best` an entry for each block.
+        unsafe { cuda.device.launch(name, grid, 32 * NARROW as u32, shared, &params) }
+    }
+}
