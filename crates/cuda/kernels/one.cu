@@ -286,8 +286,8 @@ template <int THREADS> struct Stream {
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
             int row_tile = (i * THREADS + threadIdx.x) / (TILE_ROWS / 4);
-            first[i] = row_tile * p.share_warps / EXPERT_WARPS;
-            last[i] = p.share_warps ? ((row_tile + 1) * p.share_warps - 1) / EXPERT_WARPS : -1;
+            first[i] = row_tile * int(p.share_warps) / EXPERT_WARPS;
+            last[i] = p.share_warps ? int((row_tile + 1) * p.share_warps - 1) / EXPERT_WARPS : -1;
         }
     }
     __device__ __forceinline__ const float4* share(const One& p, int at, int block) const {
