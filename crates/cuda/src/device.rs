@@ -40,7 +40,7 @@ const MODULES: &[Module] = &[
             "experts_fp4_8",
             "experts_fp4_16",
         ],
-        None,
+        &[],
     ),
     (
         fatbin!("one"),
