@@ -42,6 +42,8 @@ pub struct EngineOptions {
     pub eos_ids: Vec<u32>,
     /// Seed of requests without one. Default 0.
     pub seed: u64,
+    /// Requests go in the order of their priority, not of their arrival. Default false.
+    pub priorities: bool,
     /// Guess tokens and verify several in one step. Changes no answer. `None` (the default): no.
     pub speculation: Option<Speculation>,
     /// Chats keep to Harmony's format where it is no text. Default false.
@@ -63,6 +65,7 @@ impl Default for EngineOptions {
             prefix_caching: true,
             eos_ids: Vec::new(),
             seed: 0,
+            priorities: false,
             speculation: None,
             harmony_guard: false,
             processed_logprobs: false,
@@ -253,6 +256,7 @@ struct Inner {
     harmony: Arc<Harmony>,
     grammars: Grammars,
     eos_ids: Vec<u32>,
+    priorities: bool,
     max_model_len: usize,
     max_queued_requests: usize,
     max_queued_tokens: usize,
@@ -373,6 +377,7 @@ impl Engine {
                 grammars: Grammars::new(Arc::clone(&harmony)),
                 harmony,
                 eos_ids,
+                priorities: options.priorities,
                 max_model_len: capacity.max_model_len,
                 max_queued_requests,
                 max_queued_tokens,
@@ -413,6 +418,9 @@ impl Engine {
     pub fn validate(&self, mut request: Request) -> Result<Request, SubmitError> {
         let vocab_size = self.inner.config.vocab_size;
         request.params = request.params.validate(vocab_size)?;
+        if !self.inner.priorities {
+            request.priority = 0;
+        }
         if request.prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
         }
@@ -460,6 +468,11 @@ impl Engine {
     /// Where the grammars of requests are compiled.
     pub fn grammars(&self) -> &Grammars {
         &self.inner.grammars
+    }
+
+    /// Whether requests of a better priority go first.
+    pub fn priorities(&self) -> bool {
+        self.inner.priorities
     }
 
     /// The model's own stop tokens.

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use engine::Speculation;
 
 use crate::foreign::Foreign;
 
@@ -439,6 +440,8 @@ pub(crate) struct Serve {
     #[arg(long, default_value_t = 0)]
     pub(crate) seed: u64,
     #[command(flatten)]
+    pub(crate) scheduling: Scheduling,
+    #[command(flatten)]
     pub(crate) capacity: Capacity,
     #[command(flatten)]
     pub(crate) run: Run,
@@ -574,6 +577,41 @@ pub(crate) struct Answers {
     #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE")]
     pub(crate) system_date: Option<String>,
 }
+
+/// How requests share the engine, and what is drawn.
+#[derive(Debug, Args)]
+#[command(next_help_heading = "Scheduling")]
+pub(crate) struct Scheduling {
+    /// Order of service: of arrival, or by the requests' `priority`
+    #[arg(long, value_name = "fcfs|priority", default_value = "fcfs", value_parser = ["fcfs", "priority"])]
+    pub(crate) scheduling_policy: String,
+    /// Tokens of one prompt per step, at most; 0: as many as a step has
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub(crate) long_prefill_token_threshold: usize,
+    /// Guessing of tokens, such as {"method": "ngram", "num_speculative_tokens": 8} [default: that, where it saves time]
+    #[arg(long, value_name = "JSON", value_parser = speculation)]
+    pub(crate) speculative_config: Option<Guessing>,
+    /// The same: only its method
+    #[arg(long, value_name = "ngram|none", value_parser = ["ngram", "none"], conflicts_with = "speculative_config")]
+    pub(crate) spec_method: Option<String>,
+    /// The same: only the number of tokens
+    #[arg(long, value_name = "N", value_parser = positive, conflicts_with = "speculative_config")]
+    pub(crate) spec_tokens: Option<u64>,
+    /// Log-probabilities of the model, or of what is drawn from
+    #[arg(long, value_name = "MODE", default_value = "raw_logprobs",
+        value_parser = ["raw_logprobs", "processed_logprobs"])]
+    pub(crate) logprobs_mode: String,
+    /// The model may leave the chat format
+    #[arg(long)]
+    pub(crate) no_harmony_guard: bool,
+    /// Reasoning leaves the last 64 tokens to the answer
+    #[arg(long)]
+    pub(crate) never_empty_content: bool,
+}
+
+/// Whether and how tokens are guessed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Guessing(pub(crate) Option<Speculation>);
 
 /// What bounds clients and requests.
 #[derive(Debug, Args)]
@@ -909,6 +947,34 @@ fn positive(text: &str) -> Result<u64, String> {
         0 => Err("expected at least 1".to_owned()),
         n => Ok(n),
     }
+}
+
+fn speculation(text: &str) -> Result<Guessing, String> {
+    #[derive(serde::Deserialize)]
+    #[serde(deny_unknown_fields)]
+    struct Config {
+        method: Option<String>,
+        num_speculative_tokens: Option<usize>,
+        prompt_lookup_max: Option<usize>,
+        prompt_lookup_min: Option<usize>,
+        adaptive: Option<bool>,
+    }
+    let config: Config = serde_json::from_str(text).map_err(|e| {
+        format!("expected a JSON object of method, num_speculative_tokens, prompt_lookup_max, prompt_lookup_min, found: {e}")
+    })?;
+    match config.method.as_deref().unwrap_or("ngram") {
+        "none" => return Ok(Guessing(None)),
+        "ngram" => {}
+        other => return Err(format!("expected the method ngram or none, found {other:?}")),
+    }
+    let default = Speculation::default();
+    let least = config.prompt_lookup_min.unwrap_or(default.lookup_min);
+    Ok(Guessing(Some(Speculation {
+        tokens: config.num_speculative_tokens.unwrap_or(default.tokens),
+        lookup_min: least,
+        lookup_max: config.prompt_lookup_max.unwrap_or(default.lookup_max.max(least)),
+        adaptive: config.adaptive.unwrap_or(default.adaptive),
+    })))
 }
 
 fn root_path(text: &str) -> Result<String, String> {

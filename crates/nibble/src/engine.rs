@@ -23,6 +23,15 @@ pub(crate) struct Running {
     pub(crate) generation: GenerationConfig,
 }
 
+/// What an engine over a model has unless flags say otherwise.
+pub(crate) fn base() -> EngineOptions {
+    EngineOptions {
+        speculation: Some(Speculation::default()),
+        harmony_guard: true,
+        ..EngineOptions::default()
+    }
+}
+
 /// `base` holds what is not a matter of the model or of `capacity`; `watch` is told how much is loaded, of how much.
 pub(crate) fn start(
     model: Model,
@@ -48,12 +57,7 @@ pub(crate) fn start(
              on a GPU",
         ));
     }
-    let mut base = EngineOptions {
-        max_num_batched_tokens: backend.step_tokens(),
-        speculation: Some(Speculation::default()),
-        harmony_guard: true,
-        ..base.clone()
-    };
+    let mut base = EngineOptions { max_num_batched_tokens: backend.step_tokens(), ..base.clone() };
     if let Some(bytes) = backend.cache_memory()? {
         base.kv_cache_bytes = bytes;
     }
@@ -77,7 +81,9 @@ pub(crate) fn scripted(file: &str, capacity: &Capacity, base: &EngineOptions) ->
     let backend = Scripted::from_json(Scripted::gpt_oss(), &script)
         .map_err(|e| Failure::input(format!("{file}: {e}")))?;
     let harmony = Harmony::new(Tokenizer::o200k_harmony()).map_err(|e| Failure::input(e.to_string()))?;
-    let options = options(&backend, capacity, &GenerationConfig::default(), base)?;
+    // Scripts are played as they are written.
+    let base = EngineOptions { speculation: None, harmony_guard: false, ..base.clone() };
+    let options = options(&backend, capacity, &GenerationConfig::default(), &base)?;
     engine(backend, Arc::new(harmony), options)
 }
 

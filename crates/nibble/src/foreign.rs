@@ -83,7 +83,7 @@ const FLAGS: &[(&str, Takes, Fate)] = &[
     ("chat-template-content-format", Value, Ignored(HARMONY)),
     ("tool-server", Value, Refused("tools are run by clients")),
     ("structured-outputs-config", Value, Ignored("one compiler keeps answers to their form")),
-    ("logprobs-mode", Value, Only(&["raw_logprobs"], "log-probabilities are those of the model")),
+    ("spec-model", Value, Refused("guesses come from what was said before, not from a second model")),
     ("enable-lora", Nothing, Refused(LORA)),
     ("lora-modules", Values, Refused(LORA)),
     ("max-loras", Value, Refused(LORA)),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use engine::{Event, FinishReason};
 use gptoss::TokenLogprobs;
-use harmony::{Delta, Harmony, Turn};
+use harmony::{Delta, Harmony, Parser, Turn};
 use serde::Serialize;
 
 use crate::answer::{
@@ -32,14 +32,24 @@ pub(crate) struct Shape {
     tokens_as_ids: bool,
     prompt_text: bool,
     stream: StreamOptions,
+    /// What comes before the answer.
+    echo: String,
+    /// Tokens of reasoning are not shown, whoever asks for tokens; the functions, by which they are told apart.
+    hidden: Option<Vec<String>>,
+    /// The last tokens of the prompt, if they begin the answer.
+    begun: Vec<u32>,
 }
 
 impl Shape {
-    pub(crate) fn new(request: &ChatRequest) -> Shape {
+    pub(crate) fn new(request: &ChatRequest, begun: &[u32]) -> Shape {
+        let tokens = request.params.logprobs.is_some() || request.common.return_token_ids;
         Shape {
+            echo: request.continued.clone().filter(|_| request.echo).unwrap_or_default(),
+            hidden: (tokens && !request.include_reasoning).then(|| request.tools.clone()),
+            begun: begun.to_vec(),
             rules: Rules {
                 calls_allowed: request.choice != CallChoice::None,
-                parallel_tool_calls: request.parallel_tool_calls,
+                max_calls: if request.parallel_tool_calls { usize::MAX } else { 1 },
                 include_reasoning: request.include_reasoning,
             },
             call_is_answer: matches!(request.choice, CallChoice::Named(_)),
@@ -72,6 +82,31 @@ struct Choice {
     completion_tokens: usize,
     /// Known at the end.
     reasoning_tokens: Option<usize>,
+    /// Tells which tokens are reasoning, if they are not to be shown.
+    parser: Option<Parser>,
+}
+
+impl Choice {
+    /// Keeps of some tokens those that are text which the client sees.
+    fn shown(
+        &mut self,
+        token_ids: Vec<u32>,
+        mut logprobs: Vec<TokenLogprobs>,
+        harmony: &Harmony,
+    ) -> (Vec<u32>, Vec<TokenLogprobs>) {
+        let Some(parser) = &mut self.parser else { return (token_ids, logprobs) };
+        let is_shown = |&token: &u32| {
+            let text =
+                parser.is_content() && !parser.is_reasoning() && !harmony.tokenizer().is_special(token);
+            parser.push(token);
+            text
+        };
+        let shown: Vec<bool> = token_ids.iter().map(is_shown).collect();
+        let mut of_logprobs = shown.iter();
+        logprobs.retain(|_| of_logprobs.next() == Some(&true));
+        let ids = token_ids.into_iter().zip(&shown).filter(|(_, shown)| **shown).map(|(id, _)| id);
+        (ids.collect(), logprobs)
+    }
 }
 
 /// What an event adds to a choice.
@@ -88,7 +123,12 @@ impl ChatAnswer {
         prompt: Vec<u32>,
         n: usize,
     ) -> ChatAnswer {
-        let choices = (0..n).map(|_| Choice::default()).collect();
+        let parser = || {
+            let mut parser = harmony.parser(shape.hidden.as_ref()?);
+            shape.begun.iter().for_each(|&token| drop(parser.push(token)));
+            Some(parser)
+        };
+        let choices = (0..n).map(|_| Choice { parser: parser(), ..Choice::default() }).collect();
         ChatAnswer {
             harmony,
             identity,
@@ -140,6 +180,7 @@ impl ChatAnswer {
                     return changes;
                 };
                 choice.completion_tokens += token_ids.len();
+                let (token_ids, logprobs) = choice.shown(token_ids, logprobs, &self.harmony);
                 let mut shown = Vec::with_capacity(deltas.len());
                 for delta in deltas {
                     if choice.visible.is_beyond(&delta, &self.shape.rules) {
@@ -246,7 +287,10 @@ impl WholeChat {
                 index,
                 message: WholeMessage {
                     role: "assistant",
-                    content: turn.content,
+                    content: match shape.echo.as_str() {
+                        "" => turn.content,
+                        echo => Some(format!("{echo}{}", turn.content.unwrap_or_default())),
+                    },
                     refusal: None,
                     annotations: None,
                     audio: None,
@@ -417,6 +461,11 @@ impl Encoder for ChatChunks {
                 choice.prompt_token_ids = Some(self.answer.prompt.clone());
             }
             self.chunk(&[choice], false, out);
+            if !self.answer.shape.echo.is_empty() {
+                let mut choice = ChunkChoice::new(index);
+                choice.delta.content = Some(self.answer.shape.echo.clone());
+                self.chunk(&[choice], false, out);
+            }
         }
     }
 

@@ -61,6 +61,7 @@ const FIELDS: &[&str] = &[
     "return_tokens_as_token_ids",
     "return_prompt_text",
     "truncate_prompt_tokens",
+    "truncation_side",
     "echo",
     "add_generation_prompt",
     "continue_final_message",
@@ -95,6 +96,8 @@ pub(crate) struct ChatRequest {
     pub(crate) turn: Turn,
     /// The last message is one of the assistant's that the answer continues: what it says.
     pub(crate) continued: Option<String>,
+    /// The answer is shown with what it continues.
+    pub(crate) echo: bool,
     pub(crate) parallel_tool_calls: bool,
     pub(crate) include_reasoning: bool,
     pub(crate) return_prompt_text: bool,
@@ -149,10 +152,6 @@ impl ChatRequest {
         // Support.
         request::refuse_unsupported(&object)?;
         refuse_unsupported(&object)?;
-        if !wire.include_reasoning && (wire.logprobs || wire.common.return_token_ids) {
-            let message = "include_reasoning=false is not supported yet together with logprobs or token ids.";
-            return Err(ApiError::invalid("include_reasoning", message));
-        }
         let kwargs = wire.chat_template_kwargs;
         let kwargs_effort = kwargs.reasoning_effort.as_deref().map(reasoning_effort).transpose()?;
         let effort = effort.or(kwargs_effort).unwrap_or_default();
@@ -184,6 +183,7 @@ impl ChatRequest {
             choice,
             turn,
             continued,
+            echo: wire.echo,
             parallel_tool_calls: wire.parallel_tool_calls,
             include_reasoning: wire.include_reasoning,
             return_prompt_text: wire.return_prompt_text,
@@ -210,6 +210,7 @@ struct Wire {
     thinking_token_budget: Option<i64>,
     wanted: Option<Wanted>,
     continue_final_message: bool,
+    echo: bool,
     return_prompt_text: bool,
     chat_template_kwargs: TemplateKwargs,
 }
@@ -248,6 +249,7 @@ impl Wire {
             thinking_token_budget: object.int("thinking_token_budget")?,
             wanted: form::read(object)?,
             continue_final_message: object.bool("continue_final_message")?.unwrap_or(false),
+            echo: object.bool("echo")?.unwrap_or(false),
             return_prompt_text: object.bool("return_prompt_text")?.unwrap_or(false),
             chat_template_kwargs: TemplateKwargs::read(object)?,
         })
@@ -535,9 +537,6 @@ pub(crate) fn reasoning_effort(effort: &str) -> Result<Effort, ApiError> {
 
 /// Fields of chats only that the engine cannot honour.
 fn refuse_unsupported(object: &Object<'_>) -> Result<(), ApiError> {
-    if object.bool("echo")? == Some(true) {
-        return Err(ApiError::unsupported("echo"));
-    }
     // Whoever continues a message says that no other is to begin.
     let continues = object.bool("continue_final_message")? == Some(true);
     if !continues && object.bool("add_generation_prompt")? == Some(false) {

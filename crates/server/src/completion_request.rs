@@ -50,6 +50,7 @@ const FIELDS: &[&str] = &[
     "return_token_ids",
     "return_tokens_as_token_ids",
     "truncate_prompt_tokens",
+    "truncation_side",
     "skip_special_tokens",
     "repetition_detection",
     "stream_interval",

@@ -25,7 +25,7 @@ use crate::form;
 use crate::identifier::identifier;
 use crate::log::RequestLog;
 use crate::metrics::{Metrics, Rejection};
-use crate::request::{Common, Context, StreamOptions};
+use crate::request::{Common, Context, StreamOptions, Truncation};
 use crate::response_answer::ResponseAnswer;
 use crate::response_request::{self, ResponseRequest};
 use crate::response_store::Owner;
@@ -49,7 +49,8 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
             let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
             bound_text(request.text_bytes, &engine)?;
             let (at_once, continued) = (request.turn.answer_at_once, request.continued.as_ref());
-            let prompt = fed(&request.prompt, at_once, continued, &engine, &state.metrics)?;
+            let truncation = truncation(&request.common, &request.params, &engine);
+            let prompt = fed(&request.prompt, at_once, continued, truncation, &engine, &state.metrics)?;
             let start = Instant::now();
             let grammar = request.turn.compile(engine.grammars())?;
             if grammar.is_some() {
@@ -61,13 +62,24 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     };
 
     let call = Call::new(&state, &engine, &origin, &mut request.common, "chatcmpl");
-    let shape = chat_answer::Shape::new(&request);
+    let shape = chat_answer::Shape::new(&request, &prompt.begun);
     let n = request.params.n;
     let harmony = Arc::clone(engine.harmony());
     let answer = ChatAnswer::new(harmony, call.identity.clone(), shape, prompt.ids.clone(), n);
     let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
     let remark = grammar.as_ref().and_then(unenforced);
-    let engine_request = Request { grammar, ..Request::new(prompt.ids, request.params, output) };
+    let engine_request = Request {
+        grammar,
+        priority: origin.priority.unwrap_or(request.common.priority),
+        cache_salt: request.common.cache_salt.clone(),
+        // Calls of these are not guarded.
+        guarded: request.prompt.builtin_tools.is_empty(),
+        ..Request::new(
+            prompt.ids,
+            SamplingParams { answer_reserve: state.answer_reserve, ..request.params },
+            output,
+        )
+    };
 
     if request.common.stream.is_some() {
         let mut response = call.stream(ChatChunks::new(answer), vec![engine_request]).await?;
@@ -103,7 +115,9 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
             let date = state.date();
             let request = ResponseRequest::new(&body, &earlier, &context(&state, &engine, &date))?;
             bound_text(request.text_bytes, &engine)?;
-            let prompt = fed(&request.prompt, request.turn.answer_at_once, None, &engine, &state.metrics)?;
+            let truncation = truncation(&request.common, &request.params, &engine);
+            let prompt =
+                fed(&request.prompt, request.turn.answer_at_once, None, truncation, &engine, &state.metrics)?;
             let start = Instant::now();
             let grammar = request.turn.compile(engine.grammars())?;
             if grammar.is_some() {
@@ -124,7 +138,18 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
         ResponseAnswer::new(harmony, call.identity.clone(), &mut request, prompt.ids.len(), keep);
     let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
     let remark = grammar.as_ref().and_then(unenforced);
-    let engine_request = Request { grammar, ..Request::new(prompt.ids, request.params, output) };
+    let engine_request = Request {
+        grammar,
+        priority: origin.priority.unwrap_or(request.common.priority),
+        cache_salt: request.common.cache_salt.clone(),
+        // Calls of these are not guarded.
+        guarded: request.prompt.builtin_tools.is_empty(),
+        ..Request::new(
+            prompt.ids,
+            SamplingParams { answer_reserve: state.answer_reserve, ..request.params },
+            output,
+        )
+    };
     let mut response = if request.common.stream.is_some() {
         call.stream(answer, vec![engine_request]).await?
     } else {
@@ -149,7 +174,15 @@ pub(crate) fn chat_ids(body: &[u8], state: &State, engine: &Engine) -> Result<Ve
     let request = ChatRequest::new(body, &context(state, engine, &date))?;
     bound_text(request.text_bytes, engine)?;
     let at_once = request.turn.answer_at_once;
-    Ok(fed(&request.prompt, at_once, request.continued.as_ref(), engine, &state.metrics)?.ids)
+    let truncation = truncation(&request.common, &request.params, engine);
+    Ok(fed(&request.prompt, at_once, request.continued.as_ref(), truncation, engine, &state.metrics)?.ids)
+}
+
+/// How a prompt may be cut, and the most tokens that leave room for an answer.
+fn truncation(common: &Common, params: &SamplingParams, engine: &Engine) -> Option<(Truncation, usize)> {
+    let most = engine.max_model_len();
+    let answer = params.max_tokens.unwrap_or(1).clamp(1, (most / 2).max(1));
+    common.truncation.map(|truncation| (truncation, most.saturating_sub(answer)))
 }
 
 /// The prompt, with the beginning of the answer where that is not the model's to write.
@@ -157,6 +190,7 @@ fn fed(
     prompt: &ChatPrompt,
     answer_at_once: bool,
     continued: Option<&String>,
+    truncation: Option<(Truncation, usize)>,
     engine: &Engine,
     metrics: &Metrics,
 ) -> Result<Fed, ApiError> {
@@ -170,6 +204,15 @@ fn fed(
         begun.extend(continued.into_iter().flat_map(|text| harmony.tokenizer().encode(text)));
     }
     ids.extend(&begun);
+    if let Some((truncation, max)) = truncation {
+        let start = harmony.tokenizer().special("<|start|>");
+        // Up to the first message that is not the system's or the developer's.
+        let fixed = ["system", "developer"].map(|role| harmony.tokenizer().encode(role));
+        let is_fixed = |at: usize| fixed.iter().any(|role| ids[at + 1..].starts_with(role));
+        let preamble = (0..ids.len()).find(|&at| Some(ids[at]) == start && !is_fixed(at)).unwrap_or(0);
+        // The last are `<|start|>assistant` and what begins the answer.
+        truncation.apply(&mut ids, preamble, 2 + begun.len(), start, max)?;
+    }
     check_length(ids.len(), engine)?;
     Ok(Fed { ids, begun })
 }
@@ -193,8 +236,9 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
             let date = state.date();
             let mut request = CompletionRequest::new(&body, &context(&state, &engine, &date))?;
             let prompts = std::mem::take(&mut request.prompts);
+            let truncation = truncation(&request.common, &request.params, &engine);
             let start = Instant::now();
-            let prompts = prompts.into_iter().map(|prompt| tokenize(prompt, &engine));
+            let prompts = prompts.into_iter().map(|prompt| tokenize(prompt, truncation, &engine));
             let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
             state.metrics.tokenized(start.elapsed());
             let wanted = request.wanted.as_ref();
@@ -211,6 +255,8 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
     let shape = completion_answer::Shape::new(&request);
     let engine_request = |prompt: &completion_answer::Prompt| Request {
         grammar: grammar.clone(),
+        priority: origin.priority.unwrap_or(request.common.priority),
+        cache_salt: request.common.cache_salt.clone(),
         ..Request::new(prompt.ids.clone(), request.params.clone(), OutputMode::Text)
     };
     let engine_requests = prompts.iter().map(engine_request).collect();
@@ -240,7 +286,9 @@ pub(crate) async fn render_chat(state: Arc<State>, origin: Origin, body: Body) -
         let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
         bound_text(request.text_bytes, &engine)?;
         let at_once = request.turn.answer_at_once;
-        let ids = fed(&request.prompt, at_once, request.continued.as_ref(), &engine, &state.metrics)?.ids;
+        let truncation = truncation(&request.common, &request.params, &engine);
+        let continued = request.continued.as_ref();
+        let ids = fed(&request.prompt, at_once, continued, truncation, &engine, &state.metrics)?.ids;
         Ok(rendered(&id, &state.model_names[0], &ids, &request.params))
     });
     Ok(Json(rendered.await?).into_response())
@@ -259,7 +307,8 @@ pub(crate) async fn render_completions(
         let date = state.date();
         let mut request = CompletionRequest::new(&body, &context(&state, &engine, &date))?;
         let render = |prompt| {
-            let ids = tokenize(prompt, &engine)?.ids;
+            let truncation = truncation(&request.common, &request.params, &engine);
+            let ids = tokenize(prompt, truncation, &engine)?.ids;
             Ok(rendered(&id, &state.model_names[0], &ids, &request.params))
         };
         std::mem::take(&mut request.prompts).into_iter().map(render).collect::<Result<Vec<_>, ApiError>>()
@@ -468,20 +517,28 @@ fn context<'a>(state: &'a State, engine: &Engine, date: &'a str) -> Context<'a> 
         limits: Limits { vocab_size: engine.config().vocab_size, max_logprobs: state.max_logprobs },
         model_names: &state.model_names,
         date,
+        priorities: engine.priorities(),
     }
 }
 
 fn tokenize(
     prompt: completion_request::Prompt,
+    truncation: Option<(Truncation, usize)>,
     engine: &Engine,
 ) -> Result<completion_answer::Prompt, ApiError> {
     let tokenizer = engine.harmony().tokenizer();
-    match prompt {
-        completion_request::Prompt::Text(text) => {
+    let cut = |mut ids: Vec<u32>, (truncation, max): (Truncation, usize)| {
+        truncation.apply(&mut ids, 0, 0, None, max)?;
+        Ok(completion_answer::Prompt { text: tokenizer.decode(&ids), ids })
+    };
+    match (prompt, truncation) {
+        (completion_request::Prompt::Text(text), truncation) => {
             bound_text(text.len(), engine)?;
-            Ok(completion_answer::Prompt { ids: tokenizer.encode_with_special(&text), text })
+            let ids = tokenizer.encode_with_special(&text);
+            truncation.map_or(Ok(completion_answer::Prompt { ids: ids.clone(), text }), |to| cut(ids, to))
         }
-        completion_request::Prompt::Ids(ids) => {
+        (completion_request::Prompt::Ids(ids), Some(to)) => cut(ids, to),
+        (completion_request::Prompt::Ids(ids), None) => {
             // The engine would say so as well, after the time to decode them.
             let max_model_len = engine.max_model_len();
             if ids.len() > max_model_len {

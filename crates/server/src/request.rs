@@ -13,6 +13,8 @@ pub(crate) struct Context<'a> {
     pub(crate) model_names: &'a [String],
     /// Today, for the prompt.
     pub(crate) date: &'a str,
+    /// Requests may go before others.
+    pub(crate) priorities: bool,
 }
 
 /// How an answer is streamed.
@@ -36,7 +38,82 @@ pub(crate) struct Common {
     pub(crate) service_tier: bool,
     /// Names of a few fields that were ignored.
     pub(crate) unknown: Vec<String>,
+    /// Only requests with the same one share cached prefixes.
+    pub(crate) cache_salt: Option<String>,
+    /// Less goes first.
+    pub(crate) priority: i64,
+    pub(crate) truncation: Option<Truncation>,
 }
+
+/// How a prompt that is too long is cut.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Truncation {
+    /// Tokens that stay; `None`: as many as the model takes.
+    pub(crate) tokens: Option<usize>,
+    /// The first tokens stay, not the last.
+    pub(crate) keep_first: bool,
+}
+
+impl Truncation {
+    fn read(object: &Object<'_>) -> Result<Option<Truncation>, ApiError> {
+        let keep_first = match object.string("truncation_side")?.as_deref() {
+            None | Some("left") => false,
+            Some("right") => true,
+            Some(other) => {
+                let message = format!("truncation_side must be left or right, got {}.", excerpt(other));
+                return Err(ApiError::invalid("truncation_side", message));
+            }
+        };
+        let tokens = match object.int("truncate_prompt_tokens")? {
+            None => return Ok(None),
+            Some(-1) => None,
+            Some(tokens) => {
+                Some(usize::try_from(tokens).ok().filter(|&tokens| tokens > 0).ok_or_else(|| {
+                    let message = format!("truncate_prompt_tokens must be -1 or at least 1, got {tokens}.");
+                    ApiError::invalid("truncate_prompt_tokens", message)
+                })?)
+            }
+        };
+        Ok(Some(Truncation { tokens, keep_first }))
+    }
+
+    /// Cuts a prompt of which the first `preamble` tokens and the last `end` ones must stay; `boundary` is what messages begin
+    /// with.
+    pub(crate) fn apply(
+        self,
+        ids: &mut Vec<u32>,
+        preamble: usize,
+        end: usize,
+        boundary: Option<u32>,
+        max: usize,
+    ) -> Result<(), ApiError> {
+        let most = self.tokens.unwrap_or(max).min(max);
+        if ids.len() <= most {
+            return Ok(());
+        }
+        let Some(room) = most.checked_sub(preamble + end).filter(|&room| room > 0) else {
+            let message = format!(
+                "truncate_prompt_tokens must leave room for more than the {} tokens that cannot be cut, got {most}.",
+                preamble + end
+            );
+            return Err(ApiError::invalid("truncate_prompt_tokens", message));
+        };
+        let body = ids.len() - end;
+        let cut = if self.keep_first {
+            preamble + room..body
+        } else {
+            let first = body - room;
+            // Whole messages, if one fits.
+            let whole = (first..body).find(|&at| Some(ids[at]) == boundary);
+            preamble..whole.unwrap_or(first)
+        };
+        ids.drain(cut);
+        Ok(())
+    }
+}
+
+/// Longest salt.
+const MAX_SALT: usize = 128;
 
 impl Common {
     pub(crate) fn read(object: &Object<'_>) -> Result<Common, ApiError> {
@@ -61,6 +138,9 @@ impl Common {
             return_tokens_as_token_ids: object.bool("return_tokens_as_token_ids")?.unwrap_or(false),
             service_tier: object.string("service_tier")?.is_some(),
             unknown: object.unknown().to_vec(),
+            cache_salt: object.string("cache_salt")?,
+            priority: object.int("priority")?.unwrap_or(0),
+            truncation: Truncation::read(object)?,
         })
     }
 
@@ -84,10 +164,21 @@ impl Common {
             let message = "request_id must be 1 to 128 visible ASCII characters.";
             return Err(ApiError::invalid("request_id", message));
         }
+        if let Some(salt) = &self.cache_salt
+            && (salt.is_empty() || salt.chars().count() > MAX_SALT || salt.contains(['@', '/', '\\', '\0']))
+        {
+            let message =
+                format!("cache_salt must be 1 to {MAX_SALT} characters, none of them @, /, \\ or NUL.");
+            return Err(ApiError::invalid("cache_salt", message));
+        }
         Ok(())
     }
 
     pub(crate) fn check_model(&self, context: &Context<'_>) -> Result<(), ApiError> {
+        if self.priority != 0 && !context.priorities {
+            let message = "priority needs a server that is started with --scheduling-policy priority.";
+            return Err(ApiError::invalid("priority", message));
+        }
         check_model(self.model.as_deref(), context.model_names)
     }
 }
@@ -127,24 +218,11 @@ pub(crate) fn refuse_removed(object: &Object<'_>) -> Result<(), ApiError> {
 
 /// Fields that the engine cannot honour yet: better no answer than one that silently lacks what was asked for.
 pub(crate) fn refuse_unsupported(object: &Object<'_>) -> Result<(), ApiError> {
-    for name in ["logprob_token_ids", "repetition_detection", "cache_salt", "truncate_prompt_tokens"] {
-        if object.field(name).is_some() {
-            return Err(ApiError::unsupported(name));
-        }
-    }
     if object.bool("use_beam_search")? == Some(true) {
         return Err(ApiError::unsupported("use_beam_search"));
     }
     if object.int("best_of")?.is_some_and(|best_of| best_of != 1) {
         return Err(ApiError::unsupported("best_of"));
-    }
-    if object.int("stream_interval")?.is_some_and(|interval| interval != 1) {
-        return Err(ApiError::unsupported("stream_interval"));
-    }
-    if object.int("priority")?.is_some_and(|priority| priority != 0) {
-        let message =
-            "priority needs a server with priority scheduling; this one serves in order of arrival.";
-        return Err(ApiError::invalid("priority", message));
     }
     Ok(())
 }

@@ -158,7 +158,7 @@ impl ResponseAnswer {
             identity,
             rules: Rules {
                 calls_allowed: request.choice != Choice::None,
-                parallel_tool_calls: request.parallel_tool_calls,
+                max_calls: request.max_calls,
                 include_reasoning: request.include_reasoning,
             },
             free_tools: std::mem::take(&mut request.free_tools),

@@ -9,7 +9,7 @@ use crate::chat_request::{Effort, reasoning_effort, text_bytes};
 use crate::error::ApiError;
 use crate::form::{self, Wanted};
 use crate::json::{self, Field, Object, excerpt};
-use crate::request::{self, Common, Context};
+use crate::request::{self, Common, Context, Truncation};
 use crate::response_items::{self, Conversation};
 use crate::sampling::{self, EndpointFields, SamplingFields};
 use crate::turn::{Choice, MAX_TOOLS_BYTES, ToolChoice, Tools, Turn};
@@ -69,6 +69,7 @@ const FIELDS: &[&str] = &[
     "structured_outputs",
     "repetition_detection",
     "truncate_prompt_tokens",
+    "truncation_side",
     "enable_response_messages",
 ];
 
@@ -83,7 +84,8 @@ pub(crate) struct ResponseRequest {
     pub(crate) params: SamplingParams,
     pub(crate) choice: Choice,
     pub(crate) turn: Turn,
-    pub(crate) parallel_tool_calls: bool,
+    /// The response ends with so many calls.
+    pub(crate) max_calls: usize,
     pub(crate) include_reasoning: bool,
     /// Log-probabilities of the answer are shown.
     pub(crate) logprobs: bool,
@@ -123,6 +125,7 @@ impl ResponseRequest {
             logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)),
             thinking_token_budget: None,
         };
+        let max_calls = sampling::tokens("max_tool_calls", wire.max_tool_calls, 1)?;
         let params = wire.sampling.params(endpoint, context.defaults, context.limits)?;
         let effort = wire.effort.as_deref().map(|effort| {
             let found = reasoning_effort(effort);
@@ -156,6 +159,10 @@ impl ResponseRequest {
         let turn =
             Turn::new(tools, &choice, wire.parallel_tool_calls, wire.wanted.as_ref(), effort != Effort::None);
         let messages = conversation.finish();
+        let mut common = wire.common;
+        if wire.may_truncate {
+            common.truncation.get_or_insert(Truncation { tokens: None, keep_first: false });
+        }
         let mut echo = wire.echo;
         echo["temperature"] = json!(params.temperature);
         echo["top_p"] = json!(params.top_p);
@@ -170,11 +177,11 @@ impl ResponseRequest {
                 date: Some(context.date.to_owned()),
                 ..ChatPrompt::new(messages)
             },
-            common: wire.common,
+            common,
             params,
             choice,
             turn,
-            parallel_tool_calls: wire.parallel_tool_calls,
+            max_calls: if wire.parallel_tool_calls { max_calls.unwrap_or(usize::MAX) } else { 1 },
             include_reasoning: wire.include_reasoning,
             logprobs,
             store: wire.store,
@@ -190,6 +197,9 @@ struct Wire {
     sampling: SamplingFields,
     instructions: Option<String>,
     max_output_tokens: Option<i64>,
+    max_tool_calls: Option<i64>,
+    /// The oldest messages may go if all do not fit.
+    may_truncate: bool,
     top_logprobs: Option<i64>,
     include_logprobs: bool,
     effort: Option<String>,
@@ -267,6 +277,8 @@ impl Wire {
             sampling: SamplingFields::read(object)?,
             instructions,
             max_output_tokens: object.int("max_output_tokens")?,
+            max_tool_calls: object.int("max_tool_calls")?,
+            may_truncate: object.string("truncation")?.as_deref() == Some("auto"),
             top_logprobs: object.int("top_logprobs")?,
             include_logprobs,
             effort,

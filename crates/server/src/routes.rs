@@ -162,6 +162,8 @@ pub(crate) struct Origin {
     pub(crate) named_by_client: bool,
     /// Whose it is, if keys are asked for.
     pub(crate) owner: Owner,
+    /// `X-Vllm-Priority`, which goes before the body's.
+    pub(crate) priority: Option<i64>,
 }
 
 pub(crate) fn router(state: Arc<State>) -> Router {
@@ -254,7 +256,8 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
     } else {
         if let Some(log) = &log {
             let owner = auth::owner(headers).filter(|_| !state.keys.is_empty());
-            request.extensions_mut().insert(Origin { log: log.clone(), named_by_client, owner });
+            let priority = headers.get("x-vllm-priority").and_then(|value| value.to_str().ok()?.parse().ok());
+            request.extensions_mut().insert(Origin { log: log.clone(), named_by_client, owner, priority });
         }
         shaped(next.run(request).await)
     };

@@ -3,7 +3,7 @@
 
 use std::collections::BTreeMap;
 
-use engine::{InvalidParam, SamplingParams};
+use engine::{InvalidParam, RepetitionDetection, SamplingParams};
 
 use crate::error::ApiError;
 use crate::json::{Field, Object, excerpt};
@@ -39,6 +39,41 @@ pub(crate) struct SamplingFields {
     allowed_token_ids: Option<Vec<u32>>,
     bad_words: Vec<String>,
     skip_special_tokens: bool,
+    logprob_token_ids: Option<Vec<u32>>,
+    repetition_detection: Option<Detection>,
+    stream_interval: Option<i64>,
+}
+
+/// `repetition_detection` with its types checked.
+#[derive(Debug)]
+struct Detection {
+    min_pattern_size: Option<i64>,
+    max_pattern_size: Option<i64>,
+    min_count: Option<i64>,
+}
+
+impl Detection {
+    fn read(field: &Field<'_>) -> Result<Detection, ApiError> {
+        let object = field.object(&["min_pattern_size", "max_pattern_size", "min_count"])?;
+        Ok(Detection {
+            min_pattern_size: object.int("min_pattern_size")?,
+            max_pattern_size: object.int("max_pattern_size")?,
+            min_count: object.int("min_count")?,
+        })
+    }
+
+    fn counts(self) -> Result<RepetitionDetection, ApiError> {
+        let of = |name: &str, value: Option<i64>, default: usize| {
+            let count = natural(&format!("repetition_detection.{name}"), value)?;
+            Ok::<usize, ApiError>(count.unwrap_or(default))
+        };
+        Ok(RepetitionDetection {
+            // vLLM's 0 means the shortest there is.
+            min_pattern_size: of("min_pattern_size", self.min_pattern_size, 1)?.max(1),
+            max_pattern_size: of("max_pattern_size", self.max_pattern_size, 0)?,
+            min_count: of("min_count", self.min_count, 2)?,
+        })
+    }
 }
 
 /// What the endpoints name and default differently.
@@ -71,6 +106,12 @@ impl SamplingFields {
             allowed_token_ids: object.field("allowed_token_ids").map(|field| field.ids()).transpose()?,
             bad_words: object.field("bad_words").map_or(Ok(Vec::new()), |field| bad_words(&field))?,
             skip_special_tokens: object.bool("skip_special_tokens")?.unwrap_or(true),
+            logprob_token_ids: object.field("logprob_token_ids").map(|field| field.ids()).transpose()?,
+            repetition_detection: object
+                .field("repetition_detection")
+                .map(|f| Detection::read(&f))
+                .transpose()?,
+            stream_interval: object.int("stream_interval")?,
         })
     }
 
@@ -106,7 +147,10 @@ impl SamplingFields {
             bad_words: self.bad_words,
             thinking_token_budget: endpoint.thinking_token_budget,
             skip_special_tokens: self.skip_special_tokens,
-            ..SamplingParams::default()
+            logprob_token_ids: self.logprob_token_ids,
+            repetition_detection: self.repetition_detection.map(Detection::counts).transpose()?,
+            stream_interval: natural("stream_interval", self.stream_interval)?.unwrap_or(1),
+            answer_reserve: 0,
         };
         Ok(params.validate(limits.vocab_size)?)
     }

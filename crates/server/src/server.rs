@@ -69,6 +69,8 @@ pub struct Options {
     pub max_logprobs: usize,
     /// Tokens per part of a stream. Default 1.
     pub stream_interval: usize,
+    /// Tokens that reasoning leaves for the answer. Default 0: it may take all.
+    pub answer_reserve: usize,
     /// Every part of every stream says how many tokens there are. Default false.
     pub force_include_usage: bool,
     /// Answers say how long they took. Default false.
@@ -139,6 +141,7 @@ impl Default for Options {
             defaults: SamplingDefaults::default(),
             max_logprobs: 20,
             stream_interval: 1,
+            answer_reserve: 0,
             force_include_usage: false,
             request_metrics: false,
             fingerprint: Fingerprint::Full,
@@ -409,6 +412,7 @@ pub(crate) struct State {
     pub(crate) defaults: SamplingDefaults,
     pub(crate) max_logprobs: usize,
     pub(crate) stream_interval: usize,
+    pub(crate) answer_reserve: usize,
     pub(crate) force_include_usage: bool,
     pub(crate) request_metrics: bool,
     pub(crate) error_style: ErrorStyle,
@@ -482,6 +486,7 @@ impl State {
             defaults: options.defaults,
             max_logprobs: options.max_logprobs,
             stream_interval: options.stream_interval,
+            answer_reserve: options.answer_reserve,
             force_include_usage: options.force_include_usage,
             request_metrics: options.request_metrics,
             error_style: options.error_style,

@@ -6,7 +6,8 @@ use harmony::Delta;
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rules {
     pub(crate) calls_allowed: bool,
-    pub(crate) parallel_tool_calls: bool,
+    /// The turn ends with so many.
+    pub(crate) max_calls: usize,
     pub(crate) include_reasoning: bool,
 }
 
@@ -21,10 +22,14 @@ pub(crate) struct Visible {
 }
 
 impl Visible {
-    /// Whether a delta comes after the one call that may be made.
+    /// Whether a delta comes after the last call that may be made.
     pub(crate) fn is_beyond(&self, delta: &Delta, rules: &Rules) -> bool {
-        let more = !matches!(delta, Delta::CallArguments { index: 0, .. } | Delta::End);
-        !rules.parallel_tool_calls && self.calls > 0 && more
+        let more = match delta {
+            Delta::CallArguments { index, .. } => *index >= rules.max_calls,
+            Delta::End => false,
+            _ => true,
+        };
+        self.calls >= rules.max_calls && more
     }
 
     /// A delta as the client is to see it, if at all.

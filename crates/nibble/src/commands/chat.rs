@@ -4,7 +4,7 @@ use std::io::{BufRead, IsTerminal, Write};
 use std::sync::mpsc;
 use std::time::Duration;
 
-use engine::{Engine, EngineOptions, Event, OutputMode, Request, SamplingParams};
+use engine::{Engine, Event, OutputMode, Request, SamplingParams};
 use harmony::{ChatMessage, ChatPrompt, Delta, Turn};
 
 use crate::args::{Chat, Common};
@@ -18,7 +18,7 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
     let model = Model::open(args.model.as_deref(), ui)?;
     let name = model.name.clone();
     let running =
-        start(model, &args.run, &args.capacity, &EngineOptions::default(), common, ui, &mut |_, _| {})?;
+        start(model, &args.run, &args.capacity, &crate::engine::base(), common, ui, &mut |_, _| {})?;
     let params = sampling(&args.sampling, &running.generation);
     let mut prompt = ChatPrompt {
         reasoning_effort: args.reasoning_effort.clone(),

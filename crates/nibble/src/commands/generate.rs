@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use engine::{CompletionOutput, EngineOptions, Llm, Prompt, RequestOutput, SamplingParams};
+use engine::{CompletionOutput, Llm, Prompt, RequestOutput, SamplingParams};
 use gptoss::TokenLogprobs;
 use harmony::{ChatMessage, ChatPrompt};
 use serde::Deserialize;
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
         Model::open(args.model.as_deref(), ui)?,
         &args.run,
         &args.capacity,
-        &EngineOptions::default(),
+        &crate::engine::base(),
         common,
         ui,
         &mut |_, _| {},

@@ -12,7 +12,7 @@ use server::{
     TlsOptions,
 };
 
-use crate::args::{AccessFlags, Answers, Common, Limits, Logs, Network, Serve};
+use crate::args::{AccessFlags, Answers, Common, Guessing, Limits, Logs, Network, Serve};
 use crate::engine::{scripted, start};
 use crate::failure::{Failure, Result};
 use crate::interrupt;
@@ -97,6 +97,9 @@ fn log(logs: &Logs) {
     }
 }
 
+/// Tokens that `--never-empty-content` keeps for the answer.
+const ANSWER_RESERVE: usize = 64;
+
 fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Result<Options> {
     let Serve { network, access, answers, limits, logs, .. } = args;
     let info = info(args, common);
@@ -130,6 +133,7 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
         defaults: defaults(answers, &source.generation()),
         max_logprobs: answers.max_logprobs,
         stream_interval: answers.stream_interval.into(),
+        answer_reserve: if args.scheduling.never_empty_content { ANSWER_RESERVE } else { 0 },
         force_include_usage: answers.enable_force_include_usage,
         request_metrics: answers.enable_per_request_metrics,
         fingerprint: match (answers.fingerprint_mode.as_str(), &answers.fingerprint_value) {
@@ -235,7 +239,23 @@ fn info(args: &Serve, common: &Common) -> Value {
 }
 
 fn base(args: &Serve, limits: &Limits) -> EngineOptions {
-    let mut options = EngineOptions { seed: args.seed, ..EngineOptions::default() };
+    let scheduling = &args.scheduling;
+    let mut options = EngineOptions {
+        seed: args.seed,
+        priorities: scheduling.scheduling_policy == "priority",
+        long_prefill_token_threshold: scheduling.long_prefill_token_threshold,
+        processed_logprobs: scheduling.logprobs_mode == "processed_logprobs",
+        harmony_guard: !scheduling.no_harmony_guard,
+        ..crate::engine::base()
+    };
+    match (scheduling.speculative_config, scheduling.spec_method.as_deref()) {
+        (Some(Guessing(speculation)), _) => options.speculation = speculation,
+        (None, Some("none")) => options.speculation = None,
+        (None, _) => {}
+    }
+    if let (Some(speculation), Some(tokens)) = (&mut options.speculation, scheduling.spec_tokens) {
+        speculation.tokens = usize::try_from(tokens).unwrap_or(usize::MAX);
+    }
     if let Some(count) = limits.max_num_queued_reqs {
         options.max_queued_requests = usize::try_from(count).unwrap_or(usize::MAX);
     }

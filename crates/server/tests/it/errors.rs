@@ -92,7 +92,7 @@ fn chat_fields() {
             "stream_options",
             "Stream options can only be defined when `stream=True`.",
         ),
-        ("priority", json!(1), "priority", "order of arrival"),
+        ("priority", json!(1), "priority", "--scheduling-policy priority"),
         ("modalities", json!(["text", "audio"]), "modalities", "text only"),
         ("request_id", json!("a b"), "request_id", "visible ASCII"),
         ("chat_template", json!("{{ x }}"), "chat_template", "built in"),
@@ -140,12 +140,29 @@ fn chat_fields() {
         ("bad_words", json!(vec!["x"; 129]), "bad_words", "128"),
         ("allowed_token_ids", json!([]), "allowed_token_ids", "empty"),
         ("allowed_token_ids", json!([201_088]), "allowed_token_ids", "out of vocabulary"),
-        ("logprob_token_ids", json!([1]), "logprob_token_ids", "not supported yet"),
-        ("repetition_detection", json!({}), "repetition_detection", "not supported yet"),
-        ("truncate_prompt_tokens", json!(5), "truncate_prompt_tokens", "not supported yet"),
-        ("cache_salt", json!("x"), "cache_salt", "not supported yet"),
+        ("logprob_token_ids", json!([1]), "logprob_token_ids", "needs logprobs"),
+        ("logprob_token_ids", json!("1"), "logprob_token_ids", "array"),
+        ("repetition_detection", json!({}), "repetition_detection", "max_pattern_size"),
+        (
+            "repetition_detection",
+            json!({"max_pattern_size": 2, "min_count": 1}),
+            "repetition_detection",
+            "min_count of at least 2",
+        ),
+        (
+            "repetition_detection",
+            json!({"max_pattern_size": -1}),
+            "repetition_detection.max_pattern_size",
+            "negative",
+        ),
+        ("truncate_prompt_tokens", json!(0), "truncate_prompt_tokens", "at least 1"),
+        ("truncate_prompt_tokens", json!(5), "truncate_prompt_tokens", "cannot be cut"),
+        ("truncation_side", json!("middle"), "truncation_side", "left or right"),
+        ("stream_interval", json!(0), "stream_interval", "at least 1"),
+        ("cache_salt", json!(""), "cache_salt", "1 to 128"),
+        ("cache_salt", json!("a/b"), "cache_salt", "1 to 128"),
+        ("cache_salt", json!("x".repeat(129)), "cache_salt", "1 to 128"),
         ("documents", json!([]), "documents", "not supported yet"),
-        ("echo", json!(true), "echo", "not supported yet"),
         ("continue_final_message", json!(true), "continue_final_message", "the last message"),
         ("add_generation_prompt", json!(false), "add_generation_prompt", "not supported yet"),
         ("use_beam_search", json!(true), "use_beam_search", "not supported yet"),
@@ -223,7 +240,11 @@ fn rules_across_fields() {
             "together with response_format",
         ),
         (json!({"tools": [tool("f")], "tool_choice": named}), "tool_choice", "not among the tools"),
-        (json!({"include_reasoning": false, "logprobs": true}), "include_reasoning", "not supported yet"),
+        (
+            json!({"logprobs": true, "logprob_token_ids": vec![1; 129]}),
+            "logprob_token_ids",
+            "at most 128 ids, got 129",
+        ),
     ] {
         let mut request = fields.clone();
         request["messages"] = json!([{"role": "user", "content": "Hi"}]);
@@ -238,7 +259,7 @@ fn the_first_error_is_always_the_same() {
     let server = Fixture::saying(&[HI]);
     // Everything is wrong; mended one by one, in the order of the checks.
     let mut request = json!({
-        "temperature": 9, "stream_options": {}, "model": "nope", "echo": true, "stop": 1
+        "temperature": 9, "stream_options": {}, "model": "nope", "documents": [], "stop": 1
     });
     let mut next = |field: &str, value: Value, expected: (u16, &str, Option<&str>)| {
         check(&request.to_string(), server.chat(&request).error(), expected);
@@ -250,7 +271,7 @@ fn the_first_error_is_always_the_same() {
     next("temperature", Value::Null, (400, BAD, Some("temperature")));
     next("stream_options", Value::Null, (400, BAD, Some("stream_options")));
     next("model", Value::Null, (404, "NotFoundError", Some("model")));
-    next("echo", Value::Null, (400, BAD, Some("echo")));
+    next("documents", Value::Null, (400, BAD, Some("documents")));
     next("messages", json!([{"role": "user", "content": "Hi"}]), (400, BAD, Some("input_tokens")));
     assert_eq!(server.chat(&request).status, 200);
 }

@@ -6,6 +6,7 @@ mod attacks;
 mod chat;
 mod completions;
 mod errors;
+mod fields;
 mod fixture;
 mod harmony_turns;
 mod life;

@@ -1,0 +1,198 @@
+//! What single fields of a request do.
+
+use engine::{EngineOptions, Scripted};
+use serde_json::{Value, json};
+
+use crate::fixture::{Fixture, engine_options, options, tokens};
+use crate::harmony_turns::{join, tool};
+
+const CHAT: &str = "/v1/chat/completions";
+const HELLO: &str = "<|channel|>analysis<|message|>Say hi.<|end|><|start|>assistant<|channel|>final<|message|>Hello there!<|return|>";
+
+fn ask(text: &str) -> Value {
+    json!([{"role": "user", "content": text}])
+}
+
+#[test]
+fn hidden_reasoning_has_no_tokens() {
+    let server = Fixture::saying(&[HELLO]);
+    let mut request = json!({
+        "messages": ask("Hi"), "include_reasoning": false, "logprobs": true, "return_token_ids": true
+    });
+    let whole = server.chat(&request).ok();
+    let choice = &whole["choices"][0];
+    assert_eq!(choice["token_ids"], json!(tokens("Hello there!")));
+    let shown = |entries: &Value| -> String {
+        entries.as_array().unwrap().iter().map(|entry| entry["token"].as_str().unwrap().to_owned()).collect()
+    };
+    assert_eq!(shown(&choice["logprobs"]["content"]), "Hello there!");
+    request["stream"] = true.into();
+    let chunks = server.chunks(CHAT, &request);
+    assert!(!chunks.iter().any(|chunk| chunk.to_string().contains("Say")), "{chunks:?}");
+    let ids: Vec<Value> = chunks
+        .iter()
+        .flat_map(|chunk| chunk["choices"][0]["token_ids"].as_array().cloned().unwrap_or_default())
+        .collect();
+    assert_eq!(json!(ids), json!(tokens("Hello there!")));
+}
+
+#[test]
+fn log_probabilities_of_given_tokens() {
+    let server = Fixture::saying(&[HELLO]);
+    let hello = tokens("Hello")[0];
+    let request = json!({
+        "messages": ask("Hi"), "logprobs": true, "logprob_token_ids": [hello, 7], "top_logprobs": 5
+    });
+    let whole = server.chat(&request).ok();
+    for entry in whole["choices"][0]["logprobs"]["content"].as_array().unwrap() {
+        let top = entry["top_logprobs"].as_array().unwrap();
+        assert_eq!(top.len(), 2);
+        assert_eq!(top[0]["token"], "Hello");
+        // Scripts say nothing else.
+        assert_eq!(top[0]["logprob"] == -9999.0, entry["token"] != "Hello");
+    }
+}
+
+#[test]
+fn long_prompts_are_cut_where_they_may_be() {
+    let server = Fixture::saying(&[HELLO]);
+    let words = "one two three four five six seven eight nine ten";
+    let mut request = json!({
+        "messages": [
+            {"role": "system", "content": "Be brief."}, {"role": "user", "content": words},
+            {"role": "assistant", "content": "Yes."}, {"role": "user", "content": "And then?"}
+        ],
+        "return_token_ids": true, "return_prompt_text": true
+    });
+    let mut ask = |tokens: Value, side: &str| {
+        request["truncate_prompt_tokens"] = tokens;
+        request["truncation_side"] = side.into();
+        let whole = server.chat(&request).ok();
+        let count = whole["prompt_token_ids"].as_array().unwrap().len();
+        (count, whole["prompt_text"].as_str().unwrap().to_owned())
+    };
+    let (all, text) = ask(Value::Null, "left");
+    assert!(text.contains("one two") && text.contains("And then?"));
+    assert_eq!(ask(json!(all), "left").1, text);
+    assert_eq!(ask(json!(-1), "left").1, text);
+    // The oldest message goes as a whole; instructions stay.
+    let (count, cut) = ask(json!(all - 2), "left");
+    assert!(count < all - 2 && !cut.contains("ten"), "{cut}");
+    assert!(cut.contains("Be brief.<|end|><|start|>assistant<|channel|>final<|message|>Yes."), "{cut}");
+    assert!(cut.ends_with("And then?<|end|><|start|>assistant"), "{cut}");
+    let (count, cut) = ask(json!(all - 2), "right");
+    assert_eq!(count, all - 2);
+    assert!(cut.contains("one two") && cut.ends_with("<|start|>assistant"), "{cut}");
+
+    let mut request = json!({"prompt": "one two three four", "echo": true, "max_tokens": 1});
+    for (side, shown) in [("left", " three four"), ("right", "one two")] {
+        request["truncate_prompt_tokens"] = 2.into();
+        request["truncation_side"] = side.into();
+        let whole = server.complete(&request).ok();
+        assert!(whole["choices"][0]["text"].as_str().unwrap().starts_with(shown), "{whole}");
+        assert_eq!(whole["usage"]["prompt_tokens"], 2);
+    }
+    // Of responses, `truncation` decides.
+    let input: Vec<Value> =
+        (0..300).map(|_| json!({"role": "user", "content": "word ".repeat(40)})).collect();
+    let mut request = json!({"input": input});
+    assert_eq!(server.post("/v1/responses", &request).status, 400);
+    request["truncation"] = "auto".into();
+    let whole = server.post("/v1/responses", &request).ok();
+    assert!(whole["usage"]["input_tokens"].as_u64().unwrap() > 4000, "{}", whole["usage"]);
+}
+
+#[test]
+fn an_answer_that_repeats_itself_ends() {
+    let script = format!("<|channel|>final<|message|>Well{}", " so".repeat(50));
+    let server = Fixture::saying(&[&script]);
+    let mut request = json!({
+        "messages": ask("Hi"), "repetition_detection": {"max_pattern_size": 3, "min_count": 4}
+    });
+    let whole = server.chat(&request).ok();
+    let choice = &whole["choices"][0];
+    assert_eq!(
+        (&choice["finish_reason"], &choice["message"]["content"]),
+        (&json!("repetition"), &json!("Well so so so so"))
+    );
+    request["stream"] = true.into();
+    assert_eq!(join(&server.chunks(CHAT, &request)).content, "Well so so so so");
+    request = json!({"input": "Hi", "repetition_detection": {"max_pattern_size": 3, "min_count": 4}});
+    let response = server.post("/v1/responses", &request).ok();
+    assert_eq!(response["status"], "completed");
+}
+
+#[test]
+fn chunks_of_several_tokens() {
+    let server = Fixture::saying(&["<|channel|>final<|message|>one two three four five six seven<|return|>"]);
+    let mut request = json!({"messages": ask("Hi"), "stream": true});
+    let single = server.chunks(CHAT, &request);
+    request["stream_interval"] = 4.into();
+    let grouped = server.chunks(CHAT, &request);
+    assert!(grouped.len() < single.len(), "{} and {}", grouped.len(), single.len());
+    assert_eq!(join(&grouped).content, join(&single).content);
+}
+
+#[test]
+fn prefixes_are_kept_apart_by_salt() {
+    let options_of_engine = EngineOptions { prefix_caching: true, ..engine_options() };
+    let script = tokens(HELLO);
+    let server =
+        Fixture::start(&options(), Scripted::new(Scripted::gpt_oss(), vec![script]), options_of_engine);
+    let cached = |salt: Value| {
+        let request = json!({"messages": ask("Hi"), "cache_salt": salt});
+        server.chat(&request).ok()["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap()
+    };
+    let found = [json!("a"), Value::Null, json!("b"), json!("a"), Value::Null].map(cached);
+    assert_eq!(&found[..3], [0, 0, 0]);
+    assert!(found[3] > 0 && found[4] > 0, "{found:?}");
+}
+
+#[test]
+fn priorities_need_a_server_that_has_them() {
+    let engine_options = EngineOptions { priorities: true, ..engine_options() };
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]);
+    let server = Fixture::start(&options(), backend, engine_options);
+    for request in
+        [json!({"messages": ask("Hi"), "priority": -7}), json!({"messages": ask("Hi"), "priority": 3})]
+    {
+        assert_eq!(server.chat(&request).status, 200);
+    }
+    assert_eq!(server.complete(&json!({"prompt": "Hi", "priority": 2})).status, 200);
+    assert_eq!(server.post("/v1/responses", &json!({"input": "Hi", "priority": 2})).status, 200);
+}
+
+#[test]
+fn an_answer_is_shown_with_what_it_continues() {
+    let server = Fixture::saying(&[" world<|return|>"]);
+    let mut request = json!({
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}],
+        "continue_final_message": true, "add_generation_prompt": false, "echo": true
+    });
+    let whole = server.chat(&request).ok();
+    assert_eq!(whole["choices"][0]["message"]["content"], "Hello world");
+    request["stream"] = true.into();
+    assert_eq!(join(&server.chunks(CHAT, &request)).content, "Hello world");
+    request["echo"] = false.into();
+    assert_eq!(join(&server.chunks(CHAT, &request)).content, " world");
+}
+
+#[test]
+fn a_response_has_at_most_so_many_calls() {
+    let call = |name: &str| format!("<|channel|>commentary to=functions.{name}<|message|>{{}}");
+    let script = [call("f"), call("g"), call("f")].join("<|end|><|start|>assistant") + "<|call|>";
+    let server = Fixture::saying(&[&script]);
+    let flat = |name: &str| {
+        let mut tool = tool(name)["function"].clone();
+        tool["type"] = "function".into();
+        tool
+    };
+    for (most, expected) in [(Value::Null, 3), (json!(2), 2), (json!(1), 1), (json!(9), 3)] {
+        let request = json!({"input": "Hi", "tools": [flat("f"), flat("g")], "max_tool_calls": most});
+        let response = server.post("/v1/responses", &request).ok();
+        assert_eq!(response["output"].as_array().unwrap().len(), expected, "{response}");
+        assert_eq!(response["max_tool_calls"], most);
+    }
+    let refused = server.post("/v1/responses", &json!({"input": "Hi", "max_tool_calls": 0}));
+    assert_eq!(refused.error().2.as_deref(), Some("max_tool_calls"));
+}
