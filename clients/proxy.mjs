@@ -12,7 +12,7 @@ const server = http.createServer((request, response) => {
     const found = body.toString().match(/\[case (\d+)\]/);
     if (request.method === "POST" && found) {
       const json = JSON.parse(body);
-      const answered = JSON.stringify(json.messages ?? json.input).match(/"role":"tool"|_call_output"/);
+      const answered = JSON.stringify(json.messages ?? json.input ?? "").match(/"role":"tool"|_call_output"/);
       json.seed = 2 * Number(found[1]) + (answered ? 1 : 0);
       body = Buffer.from(JSON.stringify(json));
     }

@@ -24,6 +24,7 @@ pub(crate) struct ResponseAnswer {
     identity: Identity,
     rules: Rules,
     free_tools: Vec<String>,
+    namespaced_tools: Vec<(String, String)>,
     logprobs: bool,
     /// What is repeated of the request.
     echo: Value,
@@ -65,7 +66,7 @@ struct Open {
 enum Kind {
     Reasoning,
     Message,
-    Call { call_id: String, name: String, free: bool },
+    Call { call_id: String, name: String, namespace: Option<String>, free: bool },
 }
 
 impl Kind {
@@ -130,11 +131,17 @@ impl Open {
             Kind::Message => json!({
                 "type": "message", "id": self.id, "role": "assistant", "status": status, "content": parts
             }),
-            Kind::Call { call_id, name, free: false } => json!({
-                "type": "function_call", "id": self.id, "call_id": call_id, "name": name, "arguments": self.text,
-                "status": status
-            }),
-            Kind::Call { call_id, name, free: true } => json!({
+            Kind::Call { call_id, name, namespace, free: false } => {
+                let mut item = json!({
+                    "type": "function_call", "id": self.id, "call_id": call_id, "name": name, "arguments": self.text,
+                    "status": status
+                });
+                if let Some(namespace) = namespace {
+                    item["namespace"] = namespace.as_str().into();
+                }
+                item
+            }
+            Kind::Call { call_id, name, free: true, .. } => json!({
                 "type": "custom_tool_call", "id": self.id, "call_id": call_id, "name": name, "input": self.text,
                 "status": status
             }),
@@ -162,6 +169,7 @@ impl ResponseAnswer {
                 include_reasoning: request.include_reasoning,
             },
             free_tools: std::mem::take(&mut request.free_tools),
+            namespaced_tools: std::mem::take(&mut request.namespaced_tools),
             logprobs: request.logprobs,
             echo,
             keep,
@@ -236,7 +244,13 @@ impl ResponseAnswer {
                 Some(Delta::CallStart { name, .. }) => {
                     self.close("completed", out);
                     let free = self.free_tools.contains(&name);
-                    self.begin(Kind::Call { call_id: call_id(), name, free }, out);
+                    let declared =
+                        |(namespace, inner): &&(String, String)| name == format!("{namespace}.{inner}");
+                    let (namespace, name) = match self.namespaced_tools.iter().find(declared) {
+                        Some((namespace, inner)) => (Some(namespace.clone()), inner.clone()),
+                        None => (None, name),
+                    };
+                    self.begin(Kind::Call { call_id: call_id(), name, namespace, free }, out);
                 }
                 Some(Delta::CallArguments { text, .. }) => self.write(&text, &mut Vec::new(), out),
                 Some(Delta::End) => {

@@ -39,6 +39,7 @@ impl Conversation {
             "summary",
             "call_id",
             "name",
+            "namespace",
             "arguments",
             "input",
             "output",
@@ -82,7 +83,10 @@ impl Conversation {
             }
             kind @ ("function_call" | "custom_tool_call") => {
                 let id = object.required("call_id")?.string()?;
-                let name = object.required("name")?.string()?;
+                let mut name = object.required("name")?.string()?;
+                if let Some(namespace) = object.string("namespace")? {
+                    name = format!("{namespace}.{name}");
+                }
                 let arguments = if kind == "function_call" { "arguments" } else { "input" };
                 let arguments = Value::String(object.required(arguments)?.string()?);
                 self.calls.insert(id.clone());

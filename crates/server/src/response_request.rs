@@ -12,7 +12,7 @@ use crate::json::{self, Field, Object, excerpt};
 use crate::request::{self, Common, Context, Truncation};
 use crate::response_items::{self, Conversation};
 use crate::sampling::{self, EndpointFields, SamplingFields};
-use crate::turn::{Choice, MAX_TOOLS_BYTES, ToolChoice, Tools, Turn};
+use crate::turn::{Choice, MAX_TOOLS_BYTES, ToolChoice, Tools, Turn, is_search};
 
 const MAX_ITEMS: usize = 4096;
 const MAX_METADATA: usize = 16;
@@ -81,6 +81,8 @@ pub(crate) struct ResponseRequest {
     pub(crate) tools: Vec<String>,
     /// Those of the tools whose argument is a text.
     pub(crate) free_tools: Vec<String>,
+    /// Those that are in a namespace, and the name within it.
+    pub(crate) namespaced_tools: Vec<(String, String)>,
     pub(crate) params: SamplingParams,
     pub(crate) choice: Choice,
     pub(crate) turn: Turn,
@@ -170,6 +172,7 @@ impl ResponseRequest {
             text_bytes: messages.iter().map(text_bytes).sum(),
             tools: tools.map_or_else(Vec::new, Tools::names),
             free_tools: tools.map_or_else(Vec::new, Tools::free),
+            namespaced_tools: tools.map_or_else(Vec::new, Tools::namespaced),
             prompt: ChatPrompt {
                 tools: tools.map_or_else(Vec::new, Tools::shown),
                 response_format: wire.wanted.and_then(|wanted| wanted.shown).map(Box::new),
@@ -244,6 +247,11 @@ impl Wire {
             None => Ok(Value::Null),
         };
         let or = |value: Value, default: Value| if value.is_null() { default } else { value };
+        // What is repeated is what counts.
+        let mut tools = or(copy("tools")?, json!([]));
+        if let Some(tools) = tools.as_array_mut() {
+            tools.retain(|tool| !tool["type"].as_str().is_some_and(is_search));
+        }
         let metadata = object.field("metadata").map(|field| field.entries(MAX_METADATA)).transpose()?;
         for (_, value) in metadata.into_iter().flatten() {
             value.value(MAX_METADATA_BYTES)?;
@@ -261,7 +269,7 @@ impl Wire {
                 None => json!({"type": "text"}),
             }},
             "tool_choice": or(copy("tool_choice")?, "auto".into()),
-            "tools": or(copy("tools")?, json!([])),
+            "tools": tools,
             "top_logprobs": object.int("top_logprobs")?.unwrap_or(0),
             "top_p": null,
             "truncation": or(copy("truncation")?, "disabled".into()),

@@ -101,6 +101,8 @@ struct Tool {
     strict: Option<bool>,
     /// Its argument is a text, not JSON.
     free: bool,
+    /// The group that it was declared in, which begins its name.
+    namespace: Option<String>,
     /// Where it came from, to complain about.
     path: String,
 }
@@ -153,6 +155,7 @@ impl Tools {
             tool: ChatTool { function },
             strict,
             free: false,
+            namespace: None,
             path: field.path().to_owned(),
         });
         Ok(())
@@ -169,9 +172,23 @@ impl Tools {
                     tools.add(&tool)?;
                     tools.tools.last_mut().expect("one was added").make_free();
                 }
+                "namespace" => {
+                    let object = tool.object(&["name", "tools"])?;
+                    let name = object.required("name")?.string()?;
+                    for inner in object.required("tools")?.array(MAX_TOOLS)? {
+                        let kind = inner.object(&["type"])?.required("type")?;
+                        if kind.string()? != "function" {
+                            return Err(kind.error("Only functions can be in a namespace."));
+                        }
+                        tools.add(&inner)?;
+                        tools.tools.last_mut().expect("one was added").put_in(&name);
+                    }
+                }
+                // Nobody searches here. The model is not told of it, and answers from what it knows.
+                kind if is_search(kind) => {}
                 other => {
                     let message = format!(
-                        "Tools of type {} are not supported: only function and custom are.",
+                        "Tools of type {} are not supported: only function, custom and namespace are.",
                         excerpt(other)
                     );
                     return Err(kind.error(message));
@@ -179,6 +196,16 @@ impl Tools {
             }
         }
         Ok(tools)
+    }
+
+    /// Functions of namespaces: the namespace, and the name within it.
+    pub(crate) fn namespaced(&self) -> Vec<(String, String)> {
+        let split = |tool: &Tool| {
+            let namespace = tool.namespace.clone()?;
+            let name = tool.inner_name().to_owned();
+            Some((namespace, name))
+        };
+        self.tools.iter().filter_map(split).collect()
     }
 
     /// The names of the tools whose argument is a text.
@@ -198,9 +225,12 @@ impl Tools {
         }
         let letters = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
         let mut names = HashSet::new();
-        for Tool { tool, path, .. } in &self.tools {
-            let (name, path) = (&tool.function.name, format!("{path}.name"));
-            if name.is_empty() || name.len() > MAX_TOOL_NAME || !name.chars().all(letters) {
+        for tool in &self.tools {
+            let (name, path) = (&tool.tool.function.name, format!("{}.name", tool.path));
+            let parts = [tool.inner_name(), tool.namespace.as_deref().unwrap_or("none")];
+            if parts.iter().any(|part| part.is_empty() || part.len() > MAX_TOOL_NAME)
+                || !name.chars().all(letters)
+            {
                 let message = format!(
                     "{path} must be 1 to {MAX_TOOL_NAME} letters, digits, `_`, `.` or `-`, got {}.",
                     excerpt(name)
@@ -228,7 +258,23 @@ impl Tools {
     }
 }
 
+/// Whether tools of this type search the web, which whoever declares them does without if need be.
+pub(crate) fn is_search(kind: &str) -> bool {
+    kind.starts_with("web_search")
+}
+
 impl Tool {
+    /// The name without the namespace.
+    fn inner_name(&self) -> &str {
+        let begin = self.namespace.as_ref().map_or(0, |namespace| namespace.len() + 1);
+        &self.tool.function.name[begin..]
+    }
+
+    fn put_in(&mut self, namespace: &str) {
+        self.tool.function.name = format!("{namespace}.{}", self.tool.function.name);
+        self.namespace = Some(namespace.to_owned());
+    }
+
     fn make_free(&mut self) {
         const NOTE: &str = "The argument is plain text, not JSON.";
         self.free = true;

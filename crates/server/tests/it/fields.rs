@@ -196,3 +196,42 @@ fn a_response_has_at_most_so_many_calls() {
     let refused = server.post("/v1/responses", &json!({"input": "Hi", "max_tool_calls": 0}));
     assert_eq!(refused.error().2.as_deref(), Some("max_tool_calls"));
 }
+
+#[test]
+fn functions_in_namespaces_and_tools_that_search() {
+    let said = "<|channel|>commentary to=functions.agents.spawn <|constrain|>json<|message|>{}<|call|>";
+    let server = Fixture::saying(&[said, "<|channel|>final<|message|>Done<|return|>"]);
+    let spawn = json!({"type": "function", "name": "spawn", "parameters": {"type": "object"}});
+    let mut request = json!({
+        "input": "Hi",
+        "tools": [
+            {"type": "namespace", "name": "agents", "description": "Helpers", "tools": [spawn]},
+            {"type": "web_search", "external_web_access": true},
+        ]
+    });
+    let first = server.post("/v1/responses", &request).ok();
+    let call = &first["output"][0];
+    assert_eq!(
+        (&call["name"], &call["namespace"], &call["type"]),
+        (&json!("spawn"), &json!("agents"), &json!("function_call"))
+    );
+    let kinds: Vec<&Value> = first["tools"].as_array().unwrap().iter().map(|tool| &tool["type"]).collect();
+    assert_eq!(kinds, ["namespace"], "what is not there is not repeated");
+    request["input"] = json!([
+        {"role": "user", "content": "Hi"}, call,
+        {"type": "function_call_output", "call_id": call["call_id"], "output": "ok"}
+    ]);
+    let second = server.post("/v1/responses", &request).ok();
+    assert_eq!(second["output"][0]["content"][0]["text"], "Done");
+    for (tools, param) in [
+        (json!([{"type": "namespace", "name": "a b", "tools": [spawn]}]), "tools.0.tools.0.name"),
+        (
+            json!([{"type": "namespace", "name": "a", "tools": [{"type": "custom", "name": "x"}]}]),
+            "tools.0.tools.0.type",
+        ),
+        (json!([{"type": "mcp"}]), "tools.0.type"),
+    ] {
+        let refused = server.post("/v1/responses", &json!({"input": "Hi", "tools": tools}));
+        assert_eq!(refused.error().2.as_deref(), Some(param));
+    }
+}

@@ -421,7 +421,7 @@ fn fields() {
         ("top_logprobs", json!(21), "top_logprobs", "greater than"),
         ("reasoning", json!({"effort": "huge"}), "reasoning.effort", "huge"),
         ("text", json!({"format": {"type": "xml"}}), "text.format.type", "xml"),
-        ("tools", json!([{"type": "web_search"}]), "tools.0.type", "web_search"),
+        ("tools", json!([{"type": "file_search"}]), "tools.0.type", "file_search"),
         ("tools", json!([{"type": "function", "name": "a b"}]), "tools.0.name", "letters"),
         ("tool_choice", json!("required"), "tool_choice", "`tools` must be set"),
         ("tool_choice", json!({"type": "what"}), "tool_choice.type", "what"),
