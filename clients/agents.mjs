@@ -45,7 +45,9 @@ async function run({ tool: name, args, prompt, answer }, api, stream) {
   } else {
     if (stream && !["delta", "done"].every((end) => events.some((event) => event.type === `response.reasoning_text.${end}`)))
       problems.push("no reasoning events");
-    const output = result.rawResponses[0].providerData?.output ?? [];
+    // Of a stream the SDK keeps the items, each as it came.
+    const response = result.rawResponses[0];
+    const output = response.providerData?.output ?? response.output.map((item) => item.providerData);
     const reasoning = output.filter((item) => item.type === "reasoning");
     const good = (item) => item.content?.length > 0 && item.content.every((part) => part.type === "reasoning_text" && part.text);
     if (!reasoning.length || !reasoning.every(good)) problems.push("no reasoning item with text");

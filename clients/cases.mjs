@@ -30,7 +30,7 @@ const ARGUMENTS = [
   ["search_products", { query: "shoes", limit: 3, filters: { in_stock: true, price: 99.5 } }],
   ["search_products", { query: "a \"quoted\" word", limit: 1, filters: { in_stock: false, price: 0 } }],
   ["search_products", { query: "back\\slash", limit: 10, filters: { in_stock: true, price: 1 } }],
-  ["search_products", { query: "<|end|>", limit: 2, filters: { in_stock: true, price: 5 } }],
+  ["search_products", { query: "<less> & {more}", limit: 2, filters: { in_stock: true, price: 5 } }],
   ["search_products", { query: "émoji 👋🏽", limit: 7, filters: { in_stock: false, price: 12 } }],
   ["send_message", { to: ["a@example.org"], subject: "Hello", body: "Line one\nline two" }],
   ["send_message", { to: ["a@example.org", "b@example.org"], subject: "", body: "" }],
@@ -50,9 +50,7 @@ function scripts() {
   const final = (answer) => `<|channel|>analysis<|message|>I have the result.${turn}<|channel|>final<|message|>${answer}<|return|>`;
   const call = (tool, args) =>
     `<|channel|>analysis<|message|>I need ${tool}.${turn}<|channel|>commentary to=functions.${tool} <|constrain|>json<|message|>${args}<|call|>`;
-  // Markers in arguments are text, which only the separate tokens of this spelling are.
-  const json = (args) => JSON.stringify(args).replaceAll("<|", "\\u003c|");
-  const all = CASES.flatMap(({ tool, args, answer }) => [call(tool, json(args)), final(answer)]);
+  const all = CASES.flatMap(({ tool, args, answer }) => [call(tool, JSON.stringify(args)), final(answer)]);
   const command = process.env.CODEX_CALL ?? JSON.stringify({ cmd: "echo said by the shell" });
   all.push(call(process.env.CODEX_TOOL ?? "exec_command", command), final("The shell has answered."));
   return all;
