@@ -62,8 +62,8 @@ fn scales_have_columns_of_their_own() {
     for slot in 0..layout::SM100_STAGES {
         for (operand, tile) in (0..layout::SM100_TILES).flat_map(|tile| [(0, tile), (1, tile)]) {
             let at = layout::tensor_scales(slot, operand, tile) as usize;
-            for column in at..at + 4 {
-                assert!(std::mem::take(&mut free[column]), "slot {slot}, operand {operand}, tile {tile}");
+            for free in &mut free[at..at + 4] {
+                assert!(std::mem::take(free), "slot {slot}, operand {operand}, tile {tile}");
             }
         }
     }
