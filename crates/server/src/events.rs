@@ -185,6 +185,11 @@ impl Events {
         Poll::Ready(self.end(Next::Done))
     }
 
+    /// The answer is complete: what still runs is not needed, and nobody has gone away.
+    pub(crate) fn close(mut self) {
+        self.handles.clear();
+    }
+
     fn end(&mut self, next: Next) -> Next {
         self.handles.clear();
         self.receiver.close();

@@ -411,6 +411,7 @@ impl<'a> Call<'a> {
                 Next::Failed(cause) => return Err(sse::error(&cause, self.log.request_id())),
             }
         }
+        events.close();
         self.log.complete();
         Ok(())
     }

@@ -125,7 +125,7 @@ impl<E: Encoder> Chunks<E> {
     fn close(&mut self) {
         self.log.usage(self.encoder.usage());
         self.log.complete();
-        self.events = None;
+        self.events.take().into_iter().for_each(Events::close);
     }
 
     /// Whether nothing was sent for too long. The timer is set anew only when it has run out: that is cheaper than with

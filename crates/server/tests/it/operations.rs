@@ -89,6 +89,8 @@ fn metrics_have_the_names_that_dashboards_know() {
     assert_eq!(value("vllm:inter_token_latency_seconds_count", ""), 2.0 * generated + 4.0 - 3.0);
     assert_eq!(value("vllm:request_generation_tokens_sum", ""), 2.0 * generated + 4.0);
     assert_eq!(value("vllm:request_params_max_tokens_bucket", "le=\"5\""), 1.0);
+    // Whoever has had the whole answer has not gone away.
+    assert_eq!(value("gptoss_client_disconnects_total", ""), 0.0);
     let http = "http_requests_total{method=\"POST\",status=\"2xx\",handler=\"/v1/chat/completions\"}";
     assert_eq!(after[http], 3.0);
     assert!(after.keys().all(|series| !series.contains("/metrics")));
