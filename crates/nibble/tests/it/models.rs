@@ -197,9 +197,15 @@ fn measurements() {
         ok(&["bench", &small(), "-p", "32", "-n", "4", "-b", "1,3", "-d", "0,100", "-r", "2", "--json"]);
     let bench = bench.json();
     assert!(bench["bandwidth_bytes_per_second"].as_f64().unwrap() > 0.0);
-    let tests: Vec<&str> =
-        bench["rows"].as_array().unwrap().iter().map(|r| r["test"].as_str().unwrap()).collect();
-    assert_eq!(tests, ["pp32", "tg4", "tg4", "pp32", "tg4", "tg4"]);
+    let rows: Vec<(&str, u64, u64)> = bench["rows"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|r| (r["test"].as_str().unwrap(), r["batch"].as_u64().unwrap(), r["depth"].as_u64().unwrap()))
+        .collect();
+    let expected =
+        [0, 100].map(|depth| [("pp32", 1, depth), ("pp32", 3, depth), ("tg4", 1, depth), ("tg4", 3, depth)]);
+    assert_eq!(rows, expected.concat());
     assert!(ok(&["doctor", "--json"]).json()["passed"].as_bool().unwrap());
 }
 
