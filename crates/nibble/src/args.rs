@@ -570,7 +570,7 @@ pub(crate) struct Answers {
     /// Codes of errors: the status, as vLLM has it, or OpenAI's words
     #[arg(long, value_name = "vllm|openai", default_value = "vllm", value_parser = ["vllm", "openai"])]
     pub(crate) error_code_style: String,
-    /// Responses kept for `previous_response_id` and GET [default: none]
+    /// Responses kept for `previous_response_id`, GET and `background` [default: none]
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) responses_store: usize,
     /// Date in the system message, as YYYY-MM-DD [default: today, UTC]

@@ -71,6 +71,9 @@ pub(crate) enum ApiError {
     Aborted,
     #[error("The server is asleep. Please retry.")]
     Asleep,
+    /// Only ever told of a response in the background.
+    #[error("The responses that are kept take too much memory.")]
+    StoreFull,
     /// Another try may succeed. Details are in the log.
     #[error("The device failed while it computed the request {request_id}. Please retry.")]
     DeviceFailed { request_id: String },
@@ -117,6 +120,7 @@ impl ApiError {
             | ApiError::Busy { .. }
             | ApiError::ShuttingDown
             | ApiError::DeviceFailed { .. }
+            | ApiError::StoreFull
             | ApiError::Asleep => StatusCode::SERVICE_UNAVAILABLE,
             ApiError::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
             ApiError::Timeout => StatusCode::GATEWAY_TIMEOUT,
@@ -144,6 +148,7 @@ impl ApiError {
             | ApiError::Busy { .. }
             | ApiError::ShuttingDown
             | ApiError::DeviceFailed { .. }
+            | ApiError::StoreFull
             | ApiError::Asleep => "ServiceUnavailableError",
             ApiError::RateLimited { .. } => "RateLimitError",
             ApiError::Aborted => "RequestAbortedError",
@@ -226,6 +231,7 @@ impl IntoResponse for ApiError {
             ApiError::Unhealthy
             | ApiError::ShuttingDown
             | ApiError::DeviceFailed { .. }
+            | ApiError::StoreFull
             | ApiError::Asleep => retry_after(1),
             // What is left of the body is not read, so the connection cannot be used again.
             ApiError::TooLarge { .. } | ApiError::BodyTimeout => {

@@ -13,7 +13,8 @@ use harmony::ChatPrompt;
 use serde_json::json;
 
 use crate::answer::Identity;
-use crate::body;
+use crate::background;
+use crate::body::{self, Source};
 use crate::chat_answer::{self, ChatAnswer, ChatChunks, WholeChat};
 use crate::chat_request::ChatRequest;
 use crate::clock;
@@ -28,7 +29,7 @@ use crate::metrics::{Metrics, Rejection};
 use crate::request::{Common, Context, StreamOptions, Truncation};
 use crate::response_answer::ResponseAnswer;
 use crate::response_request::{self, ResponseRequest};
-use crate::response_store::Owner;
+use crate::response_store::{Follower, Owner};
 use crate::routes::{Origin, X_REQUEST_ID};
 use crate::sampling::Limits;
 use crate::server::State;
@@ -70,15 +71,9 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     let remark = grammar.as_ref().and_then(unenforced);
     let engine_request = Request {
         grammar,
-        priority: origin.priority.unwrap_or(request.common.priority),
-        cache_salt: request.common.cache_salt.clone(),
         // Calls of these are not guarded.
         guarded: request.prompt.builtin_tools.is_empty(),
-        ..Request::new(
-            prompt.ids,
-            SamplingParams { answer_reserve: state.answer_reserve, ..request.params },
-            output,
-        )
+        ..call.request(&request.common, &request.params, prompt.ids, output)
     };
 
     if request.common.stream.is_some() {
@@ -110,10 +105,14 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
         let (state, engine, owner) = (Arc::clone(&state), engine.clone(), origin.owner);
         blocking(&origin, move || {
             let previous = response_request::previous(&body)?;
-            let previous = previous.map(|id| state.responses.find(&id, owner, "previous_response_id"));
-            let earlier = previous.transpose()?.map_or_else(Vec::new, |stored| stored.conversation.clone());
+            let earlier = previous.map(|id| state.responses.conversation(&id, owner));
+            let earlier = earlier.transpose()?.unwrap_or_default();
             let date = state.date();
             let request = ResponseRequest::new(&body, &earlier, &context(&state, &engine, &date))?;
+            if request.background && !state.responses.keeps() {
+                let message = "background needs responses to be kept: the server's flag --responses-store.";
+                return Err(ApiError::invalid("background", message));
+            }
             bound_text(request.text_bytes, &engine)?;
             let truncation = truncation(&request.common, &request.params, &engine);
             let prompt =
@@ -140,20 +139,18 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
     let remark = grammar.as_ref().and_then(unenforced);
     let engine_request = Request {
         grammar,
-        priority: origin.priority.unwrap_or(request.common.priority),
-        cache_salt: request.common.cache_salt.clone(),
         // Calls of these are not guarded.
         guarded: request.prompt.builtin_tools.is_empty(),
-        ..Request::new(
-            prompt.ids,
-            SamplingParams { answer_reserve: state.answer_reserve, ..request.params },
-            output,
-        )
+        ..call.request(&request.common, &request.params, prompt.ids, output)
     };
-    let mut response = if request.common.stream.is_some() {
+    let mut response = if request.background {
+        call.background(answer, engine_request, request.common.stream.is_some())?
+    } else if request.common.stream.is_some() {
         call.stream(answer, vec![engine_request]).await?
     } else {
-        call.collect(vec![engine_request], |_, event| answer.apply(event, &mut Vec::new())).await?;
+        let nowhere = &mut Vec::new();
+        answer.begin(nowhere);
+        call.collect(vec![engine_request], |_, event| answer.apply(event, nowhere)).await?;
         call.log.usage(answer.usage());
         call.response("application/json", Body::from(answer.finish()))
     };
@@ -255,9 +252,7 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
     let shape = completion_answer::Shape::new(&request);
     let engine_request = |prompt: &completion_answer::Prompt| Request {
         grammar: grammar.clone(),
-        priority: origin.priority.unwrap_or(request.common.priority),
-        cache_salt: request.common.cache_salt.clone(),
-        ..Request::new(prompt.ids.clone(), request.params.clone(), OutputMode::Text)
+        ..call.request(&request.common, &request.params, prompt.ids.clone(), OutputMode::Text)
     };
     let engine_requests = prompts.iter().map(engine_request).collect();
     let harmony = Arc::clone(engine.harmony());
@@ -348,18 +343,20 @@ fn rendered(id: &str, model: &str, ids: &[u32], params: &SamplingParams) -> serd
 
 /// A valid request on its way through the engine.
 struct Call<'a> {
-    state: &'a State,
+    state: &'a Arc<State>,
     engine: &'a Engine,
     log: RequestLog,
     identity: Identity,
     owner: Owner,
+    /// The client's, in a header.
+    priority: Option<i64>,
     /// The client's name for the request, or ours.
     id: String,
 }
 
 impl<'a> Call<'a> {
     fn new(
-        state: &'a State,
+        state: &'a Arc<State>,
         engine: &'a Engine,
         origin: &Origin,
         common: &mut Common,
@@ -388,7 +385,27 @@ impl<'a> Call<'a> {
                 timed: state.request_metrics.then(Instant::now),
             },
             owner: origin.owner,
+            priority: origin.priority,
             id,
+        }
+    }
+
+    /// What the engine is asked for, without a grammar.
+    fn request(
+        &self,
+        common: &Common,
+        params: &SamplingParams,
+        prompt: Vec<u32>,
+        output: OutputMode,
+    ) -> Request {
+        let answer_reserve = match output {
+            OutputMode::Chat { .. } => self.state.answer_reserve,
+            OutputMode::Text => 0,
+        };
+        Request {
+            priority: self.priority.unwrap_or(common.priority),
+            cache_salt: common.cache_salt.clone(),
+            ..Request::new(prompt, SamplingParams { answer_reserve, ..params.clone() }, output)
         }
     }
 
@@ -440,12 +457,34 @@ impl<'a> Call<'a> {
         let (keep_alive, style) = (self.state.sse_keep_alive, self.state.error_style);
         let rules = StreamRules { keep_alive, style };
         let chunks = Chunks::new(encoder, first, events, self.log.clone(), rules);
-        let body = body::streaming(chunks);
-        let mut response = self.response("text/event-stream; charset=utf-8", body);
-        let headers = response.headers_mut();
-        headers.insert(header::CACHE_CONTROL, HeaderValue::from_static("no-cache"));
-        headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
-        Ok(response)
+        Ok(self.events(chunks))
+    }
+
+    /// Answers at once, with the response as it is or the events as they come; the response is made meanwhile.
+    fn background(
+        &self,
+        mut answer: ResponseAnswer,
+        request: Request,
+        stream: bool,
+    ) -> Result<Response, ApiError> {
+        let (response, keep) = answer.leave();
+        let Some(keep) = keep else {
+            return Err(ApiError::Internal { request_id: self.log.request_id().to_owned() });
+        };
+        let place = keep.begin(&self.identity.id, &response)?;
+        let stored = place.stored();
+        let events = self.submit(vec![request], Pace::Server)?;
+        background::spawn(self.state, answer, events, place, self.log.clone());
+        Ok(match stream {
+            true => self.events(Follower::new(stored, 0, self.state.sse_keep_alive)),
+            false => self.response("application/json", Body::from(response.to_string())),
+        })
+    }
+
+    fn events(&self, source: impl Source) -> Response {
+        let mut response = self.response(sse::CONTENT_TYPE, body::streaming(source));
+        response.headers_mut().extend(sse::headers());
+        response
     }
 
     fn submit(&self, requests: Vec<Request>, pace: Pace) -> Result<Events, ApiError> {

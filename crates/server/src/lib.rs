@@ -8,6 +8,7 @@
 mod admin;
 mod answer;
 mod auth;
+mod background;
 mod body;
 mod chat_answer;
 mod chat_request;

@@ -3,6 +3,7 @@
 
 use std::sync::Arc;
 
+use axum::body::Bytes;
 use engine::{Event, FinishReason};
 use gptoss::TokenLogprobs;
 use harmony::{Delta, Harmony};
@@ -30,6 +31,8 @@ pub(crate) struct ResponseAnswer {
     echo: Value,
     /// Takes the response when it is complete.
     keep: Option<Keep>,
+    /// All events, or those since [`ResponseAnswer::take_events`]; for a response that is kept.
+    recorded: Option<Vec<Bytes>>,
     prompt_tokens: usize,
     cached_tokens: usize,
     completion_tokens: usize,
@@ -172,6 +175,7 @@ impl ResponseAnswer {
             namespaced_tools: std::mem::take(&mut request.namespaced_tools),
             logprobs: request.logprobs,
             echo,
+            recorded: keep.is_some().then(Vec::new),
             keep,
             prompt_tokens,
             cached_tokens: 0,
@@ -213,6 +217,37 @@ impl ResponseAnswer {
     pub(crate) fn finish(mut self) -> Vec<u8> {
         let response = self.complete(&mut Vec::new());
         serde_json::to_vec(&response).expect("an answer is JSON")
+    }
+
+    /// The response goes on without its client: as it is before its beginning, and its place, if it has one.
+    pub(crate) fn leave(&mut self) -> (Value, Option<Keep>) {
+        self.streamed = false;
+        (self.response("queued"), self.keep.take())
+    }
+
+    /// The events since the last call, of a response that is kept.
+    pub(crate) fn take_events(&mut self) -> Vec<Bytes> {
+        self.recorded.as_mut().map(std::mem::take).unwrap_or_default()
+    }
+
+    /// Items that are complete.
+    pub(crate) fn items(&self) -> &[Value] {
+        &self.items
+    }
+
+    /// Ends a response that will not be complete: by an error, or else because somebody wanted it so.
+    pub(crate) fn cut_short(&mut self, error: Option<&ApiError>, out: &mut Vec<u8>) -> Value {
+        self.close("incomplete", out);
+        let (status, kind) = match error {
+            Some(_) => ("failed", "response.failed"),
+            None => ("cancelled", "response.incomplete"),
+        };
+        let mut response = self.response(status);
+        if let Some(error) = error {
+            response["error"] = json!({"code": "server_error", "message": error.to_string()});
+        }
+        self.emit(kind, json!({"response": response}), out);
+        response
     }
 
     fn add_tokens(&mut self, deltas: Vec<Delta>, logprobs: &[TokenLogprobs], out: &mut Vec<u8>) {
@@ -346,8 +381,8 @@ impl ResponseAnswer {
         self.items.push(item);
     }
 
-    /// Closes what is open; the result is the response, which is kept if it is to be.
-    fn complete(&mut self, out: &mut Vec<u8>) -> Value {
+    /// Closes what is open and tells the end; the result is the response, which is kept if it is to be.
+    pub(crate) fn complete(&mut self, out: &mut Vec<u8>) -> Value {
         let cut = self.finish == Some(FinishReason::Length);
         let says = self.open.is_some() || !self.items.is_empty();
         if !says && !cut {
@@ -355,14 +390,21 @@ impl ResponseAnswer {
             self.begin(Kind::Message, out);
         }
         self.close(if cut { "incomplete" } else { "completed" }, out);
-        let response = self.response(if cut { "incomplete" } else { "completed" });
+        let (status, event) = match cut {
+            true => ("incomplete", "response.incomplete"),
+            false => ("completed", "response.completed"),
+        };
+        let response = self.response(status);
+        self.emit(event, json!({"response": response}), out);
         if let Some(keep) = self.keep.take() {
-            keep.store(&self.identity.id, &response, &self.items);
+            let events = self.take_events();
+            keep.store(&self.identity.id, &response, &self.items, events);
         }
         response
     }
 
-    fn response(&self, status: &str) -> Value {
+    /// The response object with the items that are complete.
+    pub(crate) fn response(&self, status: &str) -> Value {
         let incomplete = (status == "incomplete").then(|| json!({"reason": "max_output_tokens"}));
         let mut response = json!({
             "id": self.identity.id,
@@ -378,7 +420,7 @@ impl ResponseAnswer {
             response.extend(echo.iter().map(|(key, value)| (key.clone(), value.clone())));
         }
         response["usage"] = match status {
-            "in_progress" => Value::Null,
+            "queued" | "in_progress" => Value::Null,
             _ => json!({
                 "input_tokens": self.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": self.cached_tokens},
@@ -391,7 +433,7 @@ impl ResponseAnswer {
     }
 
     fn emit(&mut self, kind: &str, body: Value, out: &mut Vec<u8>) {
-        if !self.streamed {
+        if !self.streamed && self.recorded.is_none() {
             return;
         }
         let mut event = Map::new();
@@ -401,9 +443,16 @@ impl ResponseAnswer {
         if let Value::Object(body) = body {
             event.extend(body);
         }
+        let begin = out.len();
         out.extend_from_slice(format!("event: {kind}\ndata: ").as_bytes());
         serde_json::to_writer(&mut *out, &event).expect("an answer is JSON");
         out.extend_from_slice(b"\n\n");
+        if let Some(recorded) = &mut self.recorded {
+            recorded.push(Bytes::copy_from_slice(&out[begin..]));
+        }
+        if !self.streamed {
+            out.truncate(begin);
+        }
     }
 }
 
@@ -428,18 +477,12 @@ impl Encoder for ResponseAnswer {
     }
 
     fn end(&mut self, out: &mut Vec<u8>) {
-        let response = self.complete(out);
-        let kind =
-            if response["status"] == "completed" { "response.completed" } else { "response.incomplete" };
-        self.emit(kind, json!({"response": response}), out);
+        self.complete(out);
     }
 
     /// Always in the words of this API.
     fn fail(&mut self, error: &ApiError, _style: ErrorStyle, out: &mut Vec<u8>) {
-        self.close("incomplete", out);
-        let mut response = self.response("failed");
-        response["error"] = json!({"code": "server_error", "message": error.to_string()});
-        self.emit("response.failed", json!({"response": response}), out);
+        self.cut_short(Some(error), out);
     }
 
     fn usage(&self) -> Usage {

@@ -93,6 +93,8 @@ pub(crate) struct ResponseRequest {
     pub(crate) logprobs: bool,
     /// The client wants to refer to the response later.
     pub(crate) store: bool,
+    /// The response is made whether or not the client waits for it.
+    pub(crate) background: bool,
     pub(crate) text_bytes: usize,
     /// The request's own items, as they are kept.
     pub(crate) items: Vec<Value>,
@@ -152,10 +154,11 @@ impl ResponseRequest {
                 return Err(ApiError::invalid(name, format!("{name} is not supported.")));
             }
         }
-        for name in ["background", "enable_response_messages"] {
-            if object.bool(name)? == Some(true) {
-                return Err(ApiError::unsupported(name));
-            }
+        if object.bool("enable_response_messages")? == Some(true) {
+            return Err(ApiError::unsupported("enable_response_messages"));
+        }
+        if wire.background && !wire.store {
+            return Err(ApiError::invalid("background", "background needs store to be true."));
         }
 
         let turn =
@@ -188,6 +191,7 @@ impl ResponseRequest {
             include_reasoning: wire.include_reasoning,
             logprobs,
             store: wire.store,
+            background: wire.background,
             items,
             echo,
         })
@@ -212,6 +216,7 @@ struct Wire {
     parallel_tool_calls: bool,
     include_reasoning: bool,
     store: bool,
+    background: bool,
     echo: Value,
 }
 
@@ -241,6 +246,7 @@ impl Wire {
             return Err(truncation.error("truncation must be auto or disabled."));
         }
         let instructions = object.string("instructions")?;
+        let background = object.bool("background")?.unwrap_or(false);
         let parallel_tool_calls = object.bool("parallel_tool_calls")?.unwrap_or(true);
         let copy = |name: &'static str| match object.field(name) {
             Some(field) => field.value(MAX_TOOLS_BYTES),
@@ -277,7 +283,7 @@ impl Wire {
             "safety_identifier": object.string("safety_identifier")?,
             "prompt_cache_key": object.string("prompt_cache_key")?,
             "metadata": or(copy("metadata")?, json!({})),
-            "background": false,
+            "background": background,
             "service_tier": "default",
         });
         Ok(Wire {
@@ -296,6 +302,7 @@ impl Wire {
             parallel_tool_calls,
             include_reasoning: object.bool("include_reasoning")?.unwrap_or(true),
             store: object.bool("store")?.unwrap_or(true),
+            background,
             echo,
         })
     }

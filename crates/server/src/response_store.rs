@@ -1,13 +1,20 @@
-//! Responses that clients may refer to later: a few, for a while, each for the key that made it (`serving.md` 8.5).
+//! Responses that clients may refer to later: a few, for a while, each for the key that made it (`serving.md` 8.5). Those that
+//! are made in the background are here from their beginning, and whoever wants to see them made follows them.
 
 use std::collections::{HashMap, VecDeque};
+use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
+use axum::body::Bytes;
 use serde_json::Value;
 use serde_json::value::RawValue;
+use tokio::sync::watch;
 
+use crate::body::Source;
 use crate::error::ApiError;
+use crate::sse::{KEEP_ALIVE, KeepAlive, MAX_PART};
 
 /// What all stored responses may take together.
 const MAX_BYTES: usize = 256 << 20;
@@ -27,28 +34,19 @@ pub(crate) struct Store {
 #[derive(Debug, Default)]
 struct Inner {
     responses: HashMap<String, Arc<Stored>>,
-    /// Least recently used first.
+    /// Those that are complete, least recently used first. As many others may be in the making.
     order: VecDeque<String>,
     bytes: usize,
-}
-
-/// A response that is kept.
-#[derive(Debug)]
-pub(crate) struct Stored {
-    owner: Owner,
-    since: Instant,
-    bytes: usize,
-    /// The response object.
-    pub(crate) response: String,
-    /// The items of its request.
-    pub(crate) input: Vec<Value>,
-    /// All items of the conversation, its own included.
-    pub(crate) conversation: Vec<Box<RawValue>>,
 }
 
 impl Store {
     pub(crate) fn new(max: usize) -> Store {
         Store { max, inner: Mutex::default() }
+    }
+
+    /// Whether responses are kept.
+    pub(crate) fn keeps(&self) -> bool {
+        self.max > 0
     }
 
     /// A place for a response, if any are kept.
@@ -58,7 +56,7 @@ impl Store {
         earlier: Vec<Box<RawValue>>,
         input: Vec<Value>,
     ) -> Option<Keep> {
-        (self.max > 0).then(|| Keep { store: Arc::clone(self), owner, earlier, input })
+        self.keeps().then(|| Keep { store: Arc::clone(self), owner, earlier, input })
     }
 
     /// A response of this owner.
@@ -79,23 +77,21 @@ impl Store {
         Ok(found)
     }
 
-    /// Forgets a response of this owner.
-    pub(crate) fn remove(&self, id: &str, owner: Owner) -> Result<(), ApiError> {
-        self.find(id, owner, "response_id")?;
-        self.inner().remove(id);
-        Ok(())
+    /// All items of a conversation, those of the response with this id at its end.
+    pub(crate) fn conversation(&self, id: &str, owner: Owner) -> Result<Vec<Box<RawValue>>, ApiError> {
+        const PARAM: &str = "previous_response_id";
+        let stored = self.find(id, owner, PARAM)?;
+        let conversation = stored.made().conversation.clone();
+        conversation.ok_or_else(|| {
+            ApiError::invalid(PARAM, "The previous response is still in the making. Please retry.")
+        })
     }
 
-    fn insert(&self, id: &str, stored: Stored) {
-        let mut inner = self.inner();
-        inner.bytes += stored.bytes;
-        inner.order.push_back(id.to_owned());
-        inner.responses.insert(id.to_owned(), Arc::new(stored));
-        while (inner.responses.len() > self.max || inner.bytes > MAX_BYTES)
-            && let Some(oldest) = inner.order.front().cloned()
-        {
-            inner.remove(&oldest);
-        }
+    /// Forgets a response of this owner; one in the making ends.
+    pub(crate) fn remove(&self, id: &str, owner: Owner) -> Result<(), ApiError> {
+        self.find(id, owner, "response_id")?.cancel();
+        self.inner().remove(id);
+        Ok(())
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
@@ -107,12 +103,81 @@ impl Inner {
     fn remove(&mut self, id: &str) {
         self.order.retain(|known| known != id);
         if let Some(stored) = self.responses.remove(id) {
-            self.bytes -= stored.bytes;
+            self.bytes -= stored.made().bytes;
         }
+    }
+
+    /// Forgets complete responses until there is room; whether there is.
+    fn make_room(&mut self, max: usize) -> bool {
+        while (self.order.len() > max || self.bytes > MAX_BYTES)
+            && let Some(oldest) = self.order.front().cloned()
+        {
+            self.remove(&oldest);
+        }
+        self.bytes <= MAX_BYTES
     }
 }
 
-/// A place for a response that is being made.
+/// A response that is kept.
+#[derive(Debug)]
+pub(crate) struct Stored {
+    owner: Owner,
+    since: Instant,
+    background: bool,
+    /// The items of its request.
+    pub(crate) input: Vec<Value>,
+    made: Mutex<Made>,
+    /// Changes with every event.
+    news: watch::Sender<()>,
+    cancelled: watch::Sender<bool>,
+}
+
+/// What is there of a response.
+#[derive(Debug, Default)]
+struct Made {
+    /// The response object.
+    response: String,
+    events: Vec<Bytes>,
+    /// All items of the conversation, its own included; once it is complete.
+    conversation: Option<Vec<Box<RawValue>>>,
+    bytes: usize,
+}
+
+impl Stored {
+    /// The response object as it is now.
+    pub(crate) fn response(&self) -> String {
+        self.made().response.clone()
+    }
+
+    /// Ends a response that is made in the background, and waits until it has ended.
+    pub(crate) async fn end(&self) -> Result<(), ApiError> {
+        if !self.background {
+            return Err(ApiError::invalid("response_id", "Cannot cancel a synchronous response."));
+        }
+        let mut news = self.news.subscribe();
+        self.cancel();
+        while !self.is_complete() {
+            if news.changed().await.is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    fn is_complete(&self) -> bool {
+        self.made().conversation.is_some()
+    }
+
+    fn cancel(&self) {
+        self.cancelled.send_replace(true);
+    }
+
+    fn made(&self) -> MutexGuard<'_, Made> {
+        self.made.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A place for a response.
 #[derive(Debug)]
 pub(crate) struct Keep {
     store: Arc<Store>,
@@ -122,25 +187,198 @@ pub(crate) struct Keep {
 }
 
 impl Keep {
-    /// Keeps a complete response.
-    pub(crate) fn store(self, id: &str, response: &Value, output: &[Value]) {
-        let items = self.input.iter().chain(output);
-        let raw = items.map(|item| RawValue::from_string(item.to_string()));
-        let mut conversation = self.earlier;
-        conversation.extend(raw.map(|raw| raw.expect("an item is JSON")));
-        let response = response.to_string();
-        let texts: usize = conversation.iter().map(|item| item.get().len()).sum();
-        let input: usize = self.input.iter().map(|item| item.to_string().len()).sum();
-        // A tree of values takes several times its text.
-        let bytes = response.len() + texts + 8 * input;
+    /// Keeps a response that will be made in the background.
+    pub(crate) fn begin(self, id: &str, response: &Value) -> Result<InMaking, ApiError> {
+        let mut inner = self.store.inner();
+        if inner.responses.len() - inner.order.len() >= self.store.max {
+            return Err(ApiError::Busy { seconds: 1 });
+        }
+        let (news, cancelled) = (watch::Sender::new(()), watch::Sender::new(false));
+        let made = Mutex::new(Made { response: response.to_string(), ..Made::default() });
         let stored = Stored {
             owner: self.owner,
             since: Instant::now(),
-            bytes,
-            response,
+            background: true,
             input: self.input,
-            conversation,
+            made,
+            news,
+            cancelled,
         };
-        self.store.insert(id, stored);
+        let stored = Arc::new(stored);
+        inner.responses.insert(id.to_owned(), Arc::clone(&stored));
+        drop(inner);
+        Ok(InMaking { store: self.store, id: id.to_owned(), stored, earlier: self.earlier })
+    }
+
+    /// Keeps a complete response and the events that made it.
+    pub(crate) fn store(self, id: &str, response: &Value, output: &[Value], events: Vec<Bytes>) {
+        let conversation = conversation(self.earlier, &self.input, output);
+        let response = response.to_string();
+        let bytes =
+            bytes(&response, &conversation, &self.input) + events.iter().map(event_bytes).sum::<usize>();
+        let made = Mutex::new(Made { response, events, conversation: Some(conversation), bytes });
+        let stored = Stored {
+            owner: self.owner,
+            since: Instant::now(),
+            background: false,
+            input: self.input,
+            made,
+            news: watch::Sender::new(()),
+            cancelled: watch::Sender::new(false),
+        };
+        let mut inner = self.store.inner();
+        inner.bytes += bytes;
+        inner.order.push_back(id.to_owned());
+        inner.responses.insert(id.to_owned(), Arc::new(stored));
+        inner.make_room(self.store.max);
+    }
+}
+
+/// A response on its way. If it is dropped before its end, it is forgotten.
+#[derive(Debug)]
+pub(crate) struct InMaking {
+    store: Arc<Store>,
+    id: String,
+    stored: Arc<Stored>,
+    earlier: Vec<Box<RawValue>>,
+}
+
+impl InMaking {
+    /// Adds events, and what is there by now if that changed. Fails if there is no room.
+    pub(crate) fn tell(&self, events: Vec<Bytes>, response: Option<&Value>) -> Result<(), ApiError> {
+        let mut inner = self.store.inner();
+        let mut made = self.stored.made();
+        let bytes: usize = events.iter().map(event_bytes).sum();
+        made.events.extend(events);
+        if let Some(response) = response {
+            made.response = response.to_string();
+        }
+        made.bytes += bytes;
+        // One that was removed meanwhile counts no more.
+        inner.bytes += if inner.responses.contains_key(&self.id) { bytes } else { 0 };
+        drop(made);
+        let room = inner.make_room(self.store.max);
+        drop(inner);
+        self.stored.news.send_replace(());
+        if room { Ok(()) } else { Err(ApiError::StoreFull) }
+    }
+
+    /// The response is complete.
+    pub(crate) fn end(mut self, response: &Value, output: &[Value], events: Vec<Bytes>) {
+        let conversation = conversation(std::mem::take(&mut self.earlier), &self.stored.input, output);
+        let response = response.to_string();
+        let bytes = bytes(&response, &conversation, &self.stored.input)
+            + events.iter().map(event_bytes).sum::<usize>();
+        let mut inner = self.store.inner();
+        let mut made = self.stored.made();
+        made.events.extend(events);
+        made.response = response;
+        made.conversation = Some(conversation);
+        made.bytes += bytes;
+        drop(made);
+        if inner.responses.contains_key(&self.id) {
+            inner.bytes += bytes;
+            inner.order.push_back(self.id.clone());
+            inner.make_room(self.store.max);
+        }
+    }
+
+    /// Waits until somebody wants it to end.
+    pub(crate) fn cancelled(&self) -> impl Future<Output = ()> + Send + 'static {
+        let mut cancelled = self.stored.cancelled.subscribe();
+        async move {
+            // An error means that nobody can want it any more.
+            if cancelled.wait_for(|cancelled| *cancelled).await.is_err() {
+                std::future::pending().await
+            }
+        }
+    }
+
+    /// The response as others see it.
+    pub(crate) fn stored(&self) -> Arc<Stored> {
+        Arc::clone(&self.stored)
+    }
+}
+
+impl Drop for InMaking {
+    fn drop(&mut self) {
+        let mut made = self.stored.made();
+        if made.conversation.is_none() {
+            made.conversation = Some(Vec::new());
+            drop(made);
+            self.store.inner().remove(&self.id);
+        } else {
+            drop(made);
+        }
+        self.stored.news.send_replace(());
+    }
+}
+
+fn conversation(earlier: Vec<Box<RawValue>>, input: &[Value], output: &[Value]) -> Vec<Box<RawValue>> {
+    let raw = input.iter().chain(output).map(|item| RawValue::from_string(item.to_string()));
+    let mut conversation = earlier;
+    conversation.extend(raw.map(|raw| raw.expect("an item is JSON")));
+    conversation
+}
+
+/// What a response takes beside its events.
+fn bytes(response: &str, conversation: &[Box<RawValue>], input: &[Value]) -> usize {
+    let texts: usize = conversation.iter().map(|item| item.get().len()).sum();
+    let input: usize = input.iter().map(|item| item.to_string().len()).sum();
+    // A tree of values takes several times its text.
+    response.len() + texts + 8 * input
+}
+
+fn event_bytes(event: &Bytes) -> usize {
+    size_of::<Bytes>() + event.len()
+}
+
+/// The events of a stored response as a body, from one of them on; those that are still to come as they come.
+pub(crate) struct Follower {
+    stored: Arc<Stored>,
+    next: usize,
+    news: Pin<Box<dyn Future<Output = ()> + Send>>,
+    keep_alive: KeepAlive,
+}
+
+impl Follower {
+    pub(crate) fn new(stored: Arc<Stored>, next: usize, keep_alive: Duration) -> Follower {
+        let news = Follower::news(&stored);
+        Follower { stored, next, news, keep_alive: KeepAlive::new(keep_alive) }
+    }
+
+    fn news(stored: &Stored) -> Pin<Box<dyn Future<Output = ()> + Send>> {
+        let mut news = stored.news.subscribe();
+        // The sender is as old as this follower.
+        Box::pin(async move { news.changed().await.unwrap_or_default() })
+    }
+}
+
+impl Source for Follower {
+    fn poll_part(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
+        loop {
+            let mut part = Vec::new();
+            let made = self.stored.made();
+            while part.len() < MAX_PART
+                && let Some(event) = made.events.get(self.next)
+            {
+                part.extend_from_slice(event);
+                self.next += 1;
+            }
+            let ended = made.conversation.is_some();
+            drop(made);
+            if !part.is_empty() {
+                self.keep_alive.sent();
+                return Poll::Ready(Some(part.into()));
+            }
+            if ended {
+                return Poll::Ready(None);
+            }
+            // What came after the look above wakes this task.
+            if self.news.as_mut().poll(cx).is_pending() {
+                return self.keep_alive.poll(cx).map(|()| Some(KEEP_ALIVE));
+            }
+            self.news = Follower::news(&self.stored);
+        }
     }
 }

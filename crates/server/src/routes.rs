@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::admin;
 use crate::auth::{self, key_id};
+use crate::body;
 use crate::connections::MAX_HEADERS;
 use crate::docs;
 use crate::error::{ApiError, ErrorStyle};
@@ -24,9 +25,10 @@ use crate::json::excerpt;
 use crate::log::RequestLog;
 use crate::page;
 use crate::request::is_request_id;
-use crate::response_store::Owner;
+use crate::response_store::{Follower, Owner};
 use crate::server::State;
 use crate::small;
+use crate::sse;
 
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -350,18 +352,28 @@ async fn response(
     Path(id): Path<String>,
     Query(query): Query<ResponseQuery>,
 ) -> Result<Response, ApiError> {
-    if query.stream {
-        return Err(ApiError::unsupported("stream"));
-    }
     let stored = state.responses.find(&id, origin.owner, "response_id")?;
-    let json = HeaderValue::from_static("application/json");
-    Ok(([(header::CONTENT_TYPE, json)], stored.response.clone()).into_response())
+    if query.stream {
+        let next = query.starting_after.map_or(0, |last| last.saturating_add(1));
+        let mut response = body::streaming(Follower::new(stored, next, state.sse_keep_alive)).into_response();
+        let headers = response.headers_mut();
+        headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(sse::CONTENT_TYPE));
+        headers.extend(sse::headers());
+        return Ok(response);
+    }
+    Ok(object(stored.response()))
+}
+
+fn object(json: String) -> Response {
+    ([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], json).into_response()
 }
 
 #[derive(Deserialize)]
 struct ResponseQuery {
     #[serde(default)]
     stream: bool,
+    /// The number of the last event that the client knows.
+    starting_after: Option<usize>,
 }
 
 async fn delete_response(
@@ -373,14 +385,14 @@ async fn delete_response(
     Ok(Json(serde_json::json!({"id": id, "object": "response", "deleted": true})).into_response())
 }
 
-/// Responses are made while their client waits: what is stored is over.
 async fn cancel_response(
     Shared(state): Shared<Arc<State>>,
     Extension(origin): Extension<Origin>,
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
-    state.responses.find(&id, origin.owner, "response_id")?;
-    Err(ApiError::invalid("response_id", "Cannot cancel a synchronous response."))
+    let stored = state.responses.find(&id, origin.owner, "response_id")?;
+    stored.end().await?;
+    Ok(object(stored.response()))
 }
 
 async fn input_items(

@@ -361,7 +361,12 @@ impl Server {
                 None => std::future::pending().await,
             }
         };
-        let served = connections::serve(self.listener, &router, &self.settings, draining.clone());
+        let connections = connections::serve(self.listener, &router, &self.settings, draining.clone());
+        let served = async {
+            connections.await;
+            // An error cannot be: the sender is in the state.
+            let _ = state.in_background.subscribe().wait_for(|&responses| responses == 0).await;
+        };
         let give_up = async {
             wait(draining).await;
             tokio::time::sleep(self.shutdown_timeout).await;
@@ -439,6 +444,8 @@ pub(crate) struct State {
     system_date: Option<String>,
     draining: AtomicBool,
     abort: watch::Sender<Abort>,
+    /// Responses that are being made while nobody need wait for them.
+    pub(crate) in_background: watch::Sender<usize>,
 }
 
 impl std::fmt::Debug for State {
@@ -511,6 +518,7 @@ impl State {
             system_date: options.system_date.clone(),
             draining: AtomicBool::new(false),
             abort: watch::Sender::new(Abort::default()),
+            in_background: watch::Sender::new(0),
         }
     }
 

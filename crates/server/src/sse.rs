@@ -6,6 +6,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::body::Bytes;
+use axum::http::{HeaderName, HeaderValue, header};
 use engine::Event;
 use serde::Serialize;
 use tokio::time::{Instant, Sleep};
@@ -33,6 +34,17 @@ pub(crate) trait Encoder: Send + Unpin + 'static {
     fn usage(&self) -> Usage;
 }
 
+/// The type of a stream.
+pub(crate) const CONTENT_TYPE: &str = "text/event-stream; charset=utf-8";
+
+/// What keeps others from holding a stream back.
+pub(crate) fn headers() -> [(HeaderName, HeaderValue); 2] {
+    [
+        (header::CACHE_CONTROL, HeaderValue::from_static("no-cache")),
+        (HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no")),
+    ]
+}
+
 /// The end of a stream of chunks.
 pub(crate) const DONE: &[u8] = b"data: [DONE]\n\n";
 
@@ -43,11 +55,8 @@ pub(crate) fn data(out: &mut Vec<u8>, value: &impl Serialize) {
     out.extend_from_slice(b"\n\n");
 }
 
-/// As good as.
-const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
-
 /// A part of the body holds what is ready, up to about this many bytes: one write for what has piled up.
-const MAX_PART: usize = 16 << 10;
+pub(crate) const MAX_PART: usize = 16 << 10;
 
 /// What a server sets for all streams.
 #[derive(Debug, Clone, Copy)]
@@ -65,11 +74,8 @@ pub(crate) struct Chunks<E> {
     /// Gone after the end, so that whatever still runs is cancelled.
     events: Option<Events>,
     log: RequestLog,
-    keep_alive: Duration,
+    keep_alive: KeepAlive,
     style: ErrorStyle,
-    /// When the last part was sent.
-    sent: Instant,
-    idle: Pin<Box<Sleep>>,
     begun: bool,
 }
 
@@ -81,12 +87,8 @@ impl<E: Encoder> Chunks<E> {
         log: RequestLog,
         rules: StreamRules,
     ) -> Chunks<E> {
-        let StreamRules { keep_alive, style } = rules;
-        let keep_alive = if keep_alive.is_zero() { NEVER } else { keep_alive };
-        let sent = Instant::now();
-        let idle = Box::pin(tokio::time::sleep(keep_alive));
-        let events = Some(events);
-        Chunks { encoder, first, events, log, keep_alive, style, sent, idle, begun: false }
+        let keep_alive = KeepAlive::new(rules.keep_alive);
+        Chunks { encoder, first, events: Some(events), log, keep_alive, style: rules.style, begun: false }
     }
 
     fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<Next>> {
@@ -127,23 +129,6 @@ impl<E: Encoder> Chunks<E> {
         self.log.complete();
         self.events.take().into_iter().for_each(Events::close);
     }
-
-    /// Whether nothing was sent for too long. The timer is set anew only when it has run out: that is cheaper than with
-    /// every part.
-    fn poll_idle(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.idle.as_mut().poll(cx).is_ready() {
-            let due = self.sent + self.keep_alive;
-            if due <= Instant::now() {
-                self.sent = Instant::now();
-                self.idle.as_mut().reset(self.sent + self.keep_alive);
-                // Polled so that the new deadline wakes this task.
-                let _ = self.idle.as_mut().poll(cx);
-                return Poll::Ready(());
-            }
-            self.idle.as_mut().reset(due);
-        }
-        Poll::Pending
-    }
 }
 
 impl<E: Encoder> Source for Chunks<E> {
@@ -159,10 +144,54 @@ impl<E: Encoder> Source for Chunks<E> {
             }
         }
         if !out.is_empty() {
-            self.sent = Instant::now();
+            self.keep_alive.sent();
             return Poll::Ready(Some(out.into()));
         }
-        self.poll_idle(cx).map(|()| Some(Bytes::from_static(b": keep-alive\n\n")))
+        self.keep_alive.poll(cx).map(|()| Some(KEEP_ALIVE))
+    }
+}
+
+/// A comment that shows an idle client and whatever lies between that the connection lives.
+pub(crate) const KEEP_ALIVE: Bytes = Bytes::from_static(b": keep-alive\n\n");
+
+/// As good as.
+const NEVER: Duration = Duration::from_secs(365 * 24 * 60 * 60);
+
+/// When to send a comment.
+pub(crate) struct KeepAlive {
+    interval: Duration,
+    /// When the last part was sent.
+    sent: Instant,
+    idle: Pin<Box<Sleep>>,
+}
+
+impl KeepAlive {
+    /// `interval`: silence before a comment; zero: never.
+    pub(crate) fn new(interval: Duration) -> KeepAlive {
+        let interval = if interval.is_zero() { NEVER } else { interval };
+        KeepAlive { interval, sent: Instant::now(), idle: Box::pin(tokio::time::sleep(interval)) }
+    }
+
+    /// Something was sent.
+    pub(crate) fn sent(&mut self) {
+        self.sent = Instant::now();
+    }
+
+    /// Ready when nothing was sent for too long; then it counts as sent. The timer is set anew only when it has run out: that
+    /// is cheaper than with every part.
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.idle.as_mut().poll(cx).is_ready() {
+            let due = self.sent + self.interval;
+            if due <= Instant::now() {
+                self.sent = Instant::now();
+                self.idle.as_mut().reset(self.sent + self.interval);
+                // Polled so that the new deadline wakes this task.
+                let _ = self.idle.as_mut().poll(cx);
+                return Poll::Ready(());
+            }
+            self.idle.as_mut().reset(due);
+        }
+        Poll::Pending
     }
 }
 

@@ -1,10 +1,12 @@
 //! Responses: items and events of turns, what comes back as input, the store.
 
+use std::io::Write as _;
+
 use engine::Scripted;
 use serde_json::{Value, json};
 use server::Options;
 
-use crate::fixture::{Fixture, JSON, engine_options, options, tokens};
+use crate::fixture::{Fixture, JSON, Stream, engine_options, message, options, tokens};
 
 const PATH: &str = "/v1/responses";
 const HELLO: &str = "<|channel|>analysis<|message|>Say hi.<|end|><|start|>assistant<|channel|>final<|message|>Hello there 👋<|return|>";
@@ -428,7 +430,7 @@ fn fields() {
         ("truncation", json!("some"), "truncation", "auto or disabled"),
         ("conversation", json!("c"), "conversation", "not supported"),
         ("prompt", json!({"id": "p"}), "prompt", "not supported"),
-        ("background", json!(true), "background", "not supported"),
+        ("background", json!(true), "background", "--responses-store"),
         (
             "metadata",
             json!((0..17).map(|i| (i.to_string(), "x")).collect::<std::collections::BTreeMap<_, _>>()),
@@ -511,4 +513,121 @@ fn a_device_that_fails() {
     );
     assert!(!events.iter().any(|event| event.contains("[DONE]")));
     drop(steps);
+}
+
+/// The data of each event of a stream.
+fn followed(mut stream: Stream) -> Vec<Value> {
+    let data = |event: String| serde_json::from_str(event.split_once("data: ").unwrap().1).unwrap();
+    std::iter::from_fn(|| stream.next()).map(data).collect()
+}
+
+fn follow(server: &Fixture, id: &str, query: &str) -> Stream {
+    let mut connection = server.connect();
+    let request = message("GET", &format!("{PATH}/{id}?stream=true{query}"), "", b"");
+    connection.write_all(&request).unwrap();
+    Stream::new(connection)
+}
+
+#[test]
+fn stored_responses_are_told_again() {
+    let server = server(&[LOOK], 4);
+    let request = json!({"input": "Weather?", "tools": [tool()]});
+    let told = events(&server, &request);
+    let id = told[0]["response"]["id"].as_str().unwrap();
+    assert_eq!(followed(follow(&server, id, "")), told);
+    assert_eq!(followed(follow(&server, id, "&starting_after=4")), told[5..]);
+    assert_eq!(followed(follow(&server, id, "&starting_after=18446744073709551615")), [Value::Null; 0]);
+
+    // One that nobody saw made can be followed as well.
+    let whole = server.post(PATH, &request).ok();
+    let told = followed(follow(&server, whole["id"].as_str().unwrap(), ""));
+    assert_eq!(join(&told), whole);
+}
+
+#[test]
+fn in_the_background() {
+    let options = Options { responses_store: 1, ..options() };
+    let (server, steps) = Fixture::stepwise(HELLO, &options);
+    let request = json!({"input": "Hi", "background": true});
+    let queued = server.post(PATH, &request).ok();
+    assert_eq!((&queued["status"], &queued["background"]), (&json!("queued"), &json!(true)));
+    assert_eq!((&queued["output"], &queued["usage"]), (&json!([]), &Value::Null));
+    let id = queued["id"].as_str().unwrap();
+    let path = format!("{PATH}/{id}");
+    assert_eq!(server.get(&path).ok(), queued);
+
+    // As many as are kept may be in the making; others still are served.
+    let (status, kind, _, _) = server.post(PATH, &request).error();
+    assert_eq!((status, kind.as_str()), (503, "ServiceUnavailableError"));
+    let (status, _, param, _) = server.post(PATH, &json!({"input": "x", "previous_response_id": id})).error();
+    assert_eq!((status, param.as_deref()), (400, Some("previous_response_id")));
+
+    let mut stream = follow(&server, id, "");
+    (0..4).for_each(|_| steps.send(engine::Step::Run).unwrap());
+    let first: Vec<String> = (0..4).map(|_| stream.next().unwrap()).collect();
+    assert!(first[2].starts_with("event: response.output_item.added"), "{first:?}");
+    assert_eq!(server.get(&path).ok()["status"], "in_progress");
+    // Nobody needs to be there.
+    drop(stream);
+    drop(steps);
+    let rest = followed(follow(&server, id, "&starting_after=3"));
+    assert_eq!(rest[0]["sequence_number"], 4);
+    let made = &rest.last().unwrap()["response"];
+    assert_eq!((&made["status"], &made["id"]), (&json!("completed"), &json!(id)));
+    assert_eq!(&server.get(&path).ok(), made);
+    assert_eq!(join(&followed(follow(&server, id, ""))), *made);
+    // It is over, so there is nothing to cancel.
+    assert_eq!(&server.post(&format!("{path}/cancel"), &json!({})).ok(), made);
+
+    let next = json!({"input": "And?", "previous_response_id": id, "background": true, "stream": true});
+    let told = events(&server, &next);
+    assert_eq!(told.last().unwrap()["response"]["previous_response_id"], id);
+    assert_eq!(told.last().unwrap()["type"], "response.completed");
+
+    let (status, _, param, message) =
+        server.post(PATH, &json!({"input": "x", "background": true, "store": false})).error();
+    assert_eq!((status, param.as_deref()), (400, Some("background")), "{message}");
+}
+
+#[test]
+fn cancelled_in_the_background() {
+    let options = Options { responses_store: 2, ..options() };
+    let (server, steps) = Fixture::stepwise(HELLO, &options);
+    let begin = || server.post(PATH, &json!({"input": "Hi", "background": true})).ok()["id"].clone();
+    let (first, second) = (begin(), begin());
+    let path = |id: &Value| format!("{PATH}/{}", id.as_str().unwrap());
+    let stream = follow(&server, first.as_str().unwrap(), "");
+    let cancelled = server.post(&format!("{}/cancel", path(&first)), &json!({})).ok();
+    assert_eq!((&cancelled["status"], &cancelled["id"]), (&json!("cancelled"), &first));
+    assert_eq!(server.get(&path(&first)).ok(), cancelled);
+    assert_eq!(server.post(&format!("{}/cancel", path(&first)), &json!({})).ok(), cancelled);
+    let told = followed(stream);
+    assert_eq!(told.last().unwrap()["type"], "response.incomplete");
+    assert_eq!(told.last().unwrap()["response"], cancelled);
+
+    // Who is forgotten ends, too.
+    assert_eq!(server.request("DELETE", &path(&second), "", b"").ok()["deleted"], true);
+    assert_eq!(server.get(&path(&second)).status, 404);
+    drop(steps);
+    server.until(|stats| stats.running + stats.waiting == 0 && stats.full_blocks_used == 0);
+
+    // A failure is an answer as well.
+    let (server, steps) = Fixture::stepwise(HELLO, &options);
+    let failed = server.post(PATH, &json!({"input": "Hi", "background": true})).ok()["id"].clone();
+    (0..2).for_each(|_| steps.send(engine::Step::Fail("lost".to_owned())).unwrap());
+    let told = followed(follow(&server, failed.as_str().unwrap(), ""));
+    assert_eq!(told.last().unwrap()["type"], "response.failed");
+    let found = server.get(&path(&failed)).ok();
+    assert_eq!((&found["status"], &found["error"]["code"]), (&json!("failed"), &json!("server_error")));
+}
+
+#[test]
+fn a_server_that_ends_finishes_what_is_in_the_background() {
+    let options = Options { responses_store: 1, ..options() };
+    let (mut server, steps) = Fixture::stepwise(HELLO, &options);
+    assert_eq!(server.post(PATH, &json!({"input": "Hi", "background": true})).status, 200);
+    server.shut_down();
+    drop(steps);
+    server.ended();
+    assert_eq!(server.stats().generated_tokens as usize, tokens(HELLO).len());
 }
