@@ -219,8 +219,10 @@ pub struct Stats {
     pub step_seconds: [[u64; STEP_SECONDS.len() + 1]; 2],
     /// Time of all steps of each kind.
     pub step_seconds_sum: [f64; 2],
-    /// The last step failed, or the engine's thread is gone.
+    /// The last step failed.
     pub unhealthy: bool,
+    /// The engine has ended because its device, or its own thread, failed beyond repair.
+    pub lost: bool,
     /// When the step in progress began. A step that takes far too long is a wedged device.
     pub step_started: Option<Instant>,
 }
@@ -501,11 +503,22 @@ impl Engine {
         self.inner.shared.enter(Phase::Aborting);
     }
 
-    /// Waits until the engine has ended after [`Engine::shutdown`] or [`Engine::abort`]. Not for sinks.
+    /// Waits until the engine has ended, after [`Engine::shutdown`] or [`Engine::abort`] or because it is lost, and its backend
+    /// is gone. Not for sinks.
     pub fn wait(&self) {
         let shared = &self.inner.shared;
         let ended = shared.changed.wait_while(shared.mailbox(), |mailbox| mailbox.phase != Phase::Ended);
         drop(ended);
+        let thread = self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // An engine that panicked has told its requests.
+        thread.into_iter().for_each(|thread| drop(thread.join()));
+    }
+
+    /// Gives up on an engine whose step does not come back: it takes no more requests, and nobody waits for its thread, which
+    /// ends if the step ever does. The requests that it has hear nothing until then.
+    pub fn abandon(&self) {
+        self.abort();
+        drop(self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }
 

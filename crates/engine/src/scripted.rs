@@ -42,6 +42,8 @@ pub struct Scripted {
     /// Those met longer ago. Sequences that were cancelled are never met again, and end here.
     met_before: HashMap<(u64, u64), Place>,
     begun: usize,
+    /// The device was lost.
+    lost: bool,
 }
 
 /// What a controlled step does.
@@ -53,6 +55,8 @@ pub enum Step {
     Fail(String),
     /// Panics with this message.
     Panic(String),
+    /// Fails with this message, and the device with it: nothing works any more.
+    Lose(String),
 }
 
 /// What is wrong with a file of scripts.
@@ -116,6 +120,7 @@ impl Scripted {
             met: HashMap::new(),
             met_before: HashMap::new(),
             begun: 0,
+            lost: false,
         }
     }
 
@@ -286,6 +291,9 @@ impl Backend for Scripted {
     }
 
     fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
+        if self.lost {
+            return Err(Error::Device("the device is lost".to_owned()));
+        }
         // No token has this id, so that a slot which was never written is noticed.
         self.full = vec![u32::MAX; full_blocks * BLOCK_TOKENS];
         self.sliding = vec![u32::MAX - 1; sliding_blocks * BLOCK_TOKENS];
@@ -298,6 +306,10 @@ impl Backend for Scripted {
                 Ok(Step::Run) => {}
                 Ok(Step::Fail(message)) => return Err(Error::Device(message)),
                 Ok(Step::Panic(message)) => panic!("{message}"),
+                Ok(Step::Lose(message)) => {
+                    self.lost = true;
+                    return Err(Error::Device(message));
+                }
                 Err(_) => self.control = None,
             }
         }

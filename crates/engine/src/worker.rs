@@ -42,6 +42,8 @@ pub(crate) struct Worker {
     failures: u32,
     /// After repeated failures: how many sequences may run, one more each step, to find out whose fault it is.
     cautious: Option<usize>,
+    /// The device can do nothing any more: why.
+    lost: Option<String>,
 }
 
 /// What stays the same for the engine's life.
@@ -136,6 +138,7 @@ impl Worker {
             failed_steps: 0,
             failures: 0,
             cautious: None,
+            lost: None,
         }
     }
 
@@ -181,6 +184,9 @@ impl Worker {
                 self.step();
             }
             self.publish(None);
+            if self.lost.is_some() {
+                return;
+            }
         }
     }
 
@@ -390,9 +396,7 @@ impl Worker {
             Err(panic) => panic_message(panic.as_ref()),
         };
         tracing::error!("the device cannot be used any more: {lost}");
-        for number in self.requests.keys().copied().collect::<Vec<_>>() {
-            self.fail(number, &lost);
-        }
+        self.lost = Some(lost);
     }
 
     /// Sees to it that a choice with a grammar has its mask in the making.
@@ -603,6 +607,7 @@ impl Worker {
             steps: self.steps,
             failed_steps: self.failed_steps,
             unhealthy: self.failures > 0,
+            lost: self.lost.is_some(),
             step_started,
             step_tokens: stats.step_tokens,
             step_tokens_sum: stats.step_tokens_sum,
@@ -616,9 +621,10 @@ impl Worker {
 impl Drop for Worker {
     fn drop(&mut self) {
         let panicking = std::thread::panicking();
-        let failure = match panicking {
-            true => Failure::Device("the engine's thread panicked".to_owned()),
-            false => Failure::ShuttingDown,
+        let failure = match (panicking, &self.lost) {
+            (true, _) => Failure::Device("the engine's thread panicked".to_owned()),
+            (false, Some(lost)) => Failure::Device(lost.clone()),
+            (false, None) => Failure::ShuttingDown,
         };
         let mut mailbox = self.shared.mailbox();
         mailbox.phase = Phase::Ended;
@@ -636,7 +642,7 @@ impl Drop for Worker {
             tell(&mut job.sink, Event::Failed(failure.clone()));
         }
         if panicking {
-            self.shared.stats().unhealthy = true;
+            self.shared.stats().lost = true;
         } else {
             self.publish(None);
         }

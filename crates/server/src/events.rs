@@ -51,6 +51,8 @@ pub(crate) struct Abort {
     pub(crate) everything: bool,
     /// Names of requests that an operator has no patience with.
     pub(crate) ids: Vec<String>,
+    /// Engines that were given up: what one of them was computing will never come.
+    pub(crate) engines: u64,
 }
 
 /// A request that the engine holds; gone when the engine has forgotten it.
@@ -84,6 +86,8 @@ pub(crate) enum Cause {
     Engine(Failure),
     /// The engine's thread is gone.
     EngineGone,
+    /// The engine hung and was given up.
+    EngineGivenUp,
     /// More waited for longer than is allowed.
     SlowReader,
     /// The server's time to finish is over.
@@ -116,6 +120,8 @@ impl Events {
         let running = requests.len();
         let runtime = tokio::runtime::Handle::current();
         let mut handles = Vec::with_capacity(running);
+        // Before the engine has them: one that was given up by then takes none.
+        let engines = abort.borrow().engines;
         for (prompt, request) in requests.into_iter().enumerate() {
             let (sender, backlog_of_sink) = (sender.clone(), Arc::clone(&backlog));
             let observed = Observed::new(&metrics, &request);
@@ -141,9 +147,11 @@ impl Events {
         }
         let aborted = Box::pin(async move {
             let named = |abort: &Abort| names.iter().any(|name| abort.ids.contains(name));
-            let abort = abort.wait_for(|abort| abort.everything || named(abort)).await;
+            let given_up = |abort: &Abort| abort.engines > engines;
+            let abort = abort.wait_for(|abort| abort.everything || given_up(abort) || named(abort)).await;
             // An error means that the server is gone.
             match abort {
+                Ok(abort) if !abort.everything && given_up(&abort) => Cause::EngineGivenUp,
                 Ok(abort) if !abort.everything => Cause::Aborted,
                 _ => Cause::ShuttingDown,
             }

@@ -45,6 +45,7 @@ mod throughput;
 mod tls;
 mod turn;
 mod visible;
+mod watchdog;
 
 pub use clock::today;
 pub use error::ErrorStyle;

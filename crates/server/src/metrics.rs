@@ -32,6 +32,7 @@ pub(crate) struct Metrics {
     choices: Histogram,
     cached_tokens: AtomicU64,
     disconnects: AtomicU64,
+    restarts: AtomicU64,
     /// By reason, in the order of `REASONS`.
     finished: [AtomicU64; REASONS.len()],
     /// By reason, in the order of `REJECTIONS`.
@@ -118,6 +119,7 @@ impl Metrics {
             choices: Histogram::new(CHOICES),
             cached_tokens: AtomicU64::new(0),
             disconnects: AtomicU64::new(0),
+            restarts: AtomicU64::new(0),
             finished: Default::default(),
             rejected: Default::default(),
             repairs: Mutex::default(),
@@ -168,6 +170,11 @@ impl Metrics {
     /// A client went away while its request ran.
     pub(crate) fn disconnect(&self) {
         self.disconnects.fetch_add(1, Relaxed);
+    }
+
+    /// An engine was lost or hung, and is being replaced.
+    pub(crate) fn restarted(&self) {
+        self.restarts.fetch_add(1, Relaxed);
     }
 
     /// An HTTP request was answered; `route` is a template.
@@ -305,6 +312,8 @@ impl Metrics {
             text.counted(name, &label, &STEP_SECONDS, counts, sum);
         }
         text.counter("gptoss_failed_steps", "Steps in which the device failed.", stats.failed_steps);
+        let restarts = self.restarts.load(Relaxed);
+        text.counter("gptoss_engine_restarts", "Engines that were lost or hung and were replaced.", restarts);
         text.begin("gptoss_startup_seconds", "gauge", "Time that phases of the start took.");
         for (phase, seconds) in &*self.startup.lock().unwrap_or_else(PoisonError::into_inner) {
             text.sample("gptoss_startup_seconds", &format!("phase=\"{phase}\""), *seconds);

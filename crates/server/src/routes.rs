@@ -29,6 +29,7 @@ use crate::response_store::{Follower, Owner};
 use crate::server::State;
 use crate::small;
 use crate::sse;
+use crate::watchdog;
 
 pub(crate) const X_REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
@@ -465,8 +466,8 @@ async fn health(Shared(state): Shared<Arc<State>>) -> Result<StatusCode, ApiErro
         };
     };
     let stats = engine.stats();
-    let stalled = stats.step_started.is_some_and(|start| start.elapsed() > state.health_stall_timeout);
-    if stats.unhealthy || stalled { Err(ApiError::Unhealthy) } else { Ok(StatusCode::OK) }
+    let hangs = watchdog::hangs(&stats, state.health_stall_timeout);
+    if stats.unhealthy || stats.lost || hangs { Err(ApiError::Unhealthy) } else { Ok(StatusCode::OK) }
 }
 
 /// 200 while requests are taken.

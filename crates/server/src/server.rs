@@ -23,6 +23,10 @@ use crate::response_store::Store;
 use crate::routes;
 use crate::throughput;
 use crate::tls::{Tls, TlsOptions};
+use crate::watchdog;
+
+/// Between two attempts to load a model again.
+const LONGEST_PAUSE: Duration = Duration::from_secs(60);
 
 /// Longest wait for connections after what ran was aborted: they have only their last words to send.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
@@ -261,7 +265,7 @@ pub struct Handle {
     state: Arc<State>,
 }
 
-/// Makes an engine anew after a sleep. It may take its time, and tell the handle how far it is.
+/// Makes an engine anew after a sleep or a failure. It may take its time, and tell the handle how far it is.
 pub type Loader = Box<dyn Fn(&Handle) -> Result<Engine, String> + Send + Sync>;
 
 impl Handle {
@@ -281,7 +285,7 @@ impl Handle {
         self.state.metrics.started(phase, time);
     }
 
-    /// How to make the engine after a sleep. Without it `/sleep` refuses.
+    /// How to make the engine anew. Without it `/sleep` refuses, and a server whose device is lost stays unhealthy.
     pub fn reload_with(&self, loader: Loader) {
         *self.state.loader.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(loader));
     }
@@ -378,6 +382,7 @@ impl Server {
             () = give_up => {}
             () = refresh => {}
             () = throughput::watch(&state, self.log_stats) => {}
+            () = watchdog::watch(&state) => {}
             never = signal => match never {},
         }
     }
@@ -528,6 +533,7 @@ impl State {
             return Err(ApiError::ShuttingDown);
         }
         match &*self.life.read().unwrap_or_else(PoisonError::into_inner) {
+            Life::Awake(engine) if engine.stats().lost => Err(ApiError::Unhealthy),
             Life::Awake(engine) => Ok(engine.clone()),
             Life::Asleep(_) => Err(ApiError::Asleep),
             Life::Loading => Err(ApiError::Loading { percent: self.loaded_percent.load(Ordering::Relaxed) }),
@@ -592,7 +598,6 @@ impl State {
             let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
             match (&*life, &loader) {
                 (&Life::Asleep(level), Some(_)) => {
-                    self.loaded_percent.store(0, Ordering::Relaxed);
                     *life = Life::Loading;
                     level
                 }
@@ -600,16 +605,57 @@ impl State {
             }
         };
         let Some(loader) = loader else { return Ok(()) };
-        let handle = Handle { state: Arc::clone(self) };
-        let loaded = tokio::task::spawn_blocking(move || loader(&handle)).await;
-        let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
-        let (next, result) = match loaded {
-            Ok(Ok(engine)) => (Life::Awake(engine), Ok(())),
-            Ok(Err(error)) => (Life::Asleep(level), Err(internal(&error))),
+        let (next, result) = match self.load(loader).await {
+            Ok(engine) => (Life::Awake(engine), Ok(())),
             Err(error) => (Life::Asleep(level), Err(internal(&error))),
         };
-        *life = next;
+        *self.life.write().unwrap_or_else(PoisonError::into_inner) = next;
         result
+    }
+
+    async fn load(self: &Arc<State>, loader: Arc<Loader>) -> Result<Engine, String> {
+        self.loaded_percent.store(0, Ordering::Relaxed);
+        let handle = Handle { state: Arc::clone(self) };
+        let loaded = tokio::task::spawn_blocking(move || loader(&handle)).await;
+        loaded.unwrap_or_else(|error| Err(error.to_string()))
+    }
+
+    /// Makes a new engine in place of one that is lost or does not come back; until then requests are told to come back. Those
+    /// of an engine that hangs fail at once. False if this server cannot load its model again, or was put to sleep.
+    pub(crate) async fn restart(self: &Arc<State>, engine: Engine, hangs: bool) -> bool {
+        let Some(loader) = self.loader.lock().unwrap_or_else(PoisonError::into_inner).clone() else {
+            return false;
+        };
+        {
+            let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
+            if !matches!(*life, Life::Awake(_)) {
+                return false;
+            }
+            *life = Life::Loading;
+        }
+        self.metrics.restarted();
+        if hangs {
+            // In this order: what it took before fails, and then it takes nothing.
+            engine.abandon();
+            self.abort.send_modify(|abort| abort.engines += 1);
+        } else {
+            // Two models are never in memory at once.
+            let ended = engine.clone();
+            let _ = tokio::task::spawn_blocking(move || ended.wait()).await;
+        }
+        drop(engine);
+        let mut pause = Duration::from_secs(1);
+        loop {
+            match self.load(Arc::clone(&loader)).await {
+                Ok(engine) => {
+                    *self.life.write().unwrap_or_else(PoisonError::into_inner) = Life::Awake(engine);
+                    return true;
+                }
+                Err(error) => tracing::error!(%error, "the model could not be loaded again"),
+            }
+            tokio::time::sleep(pause).await;
+            pause = (2 * pause).min(LONGEST_PAUSE);
+        }
     }
 
     /// Becomes true of what still runs and is to end.

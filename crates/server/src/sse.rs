@@ -207,6 +207,7 @@ pub(crate) fn error(cause: &Cause, request_id: &str) -> ApiError {
             tracing::error!(request_id, %failure, "the engine failed");
             ApiError::DeviceFailed { request_id: request_id.to_owned() }
         }
+        Cause::EngineGivenUp => ApiError::DeviceFailed { request_id: request_id.to_owned() },
         Cause::EngineGone => {
             tracing::error!(request_id, "the engine ended without an answer");
             ApiError::Internal { request_id: request_id.to_owned() }

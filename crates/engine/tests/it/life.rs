@@ -539,3 +539,18 @@ fn many_requests_in_little_memory_all_get_their_answer() {
     assert!(stats.preemptions > 0);
     assert_eq!((stats.full_blocks_used, stats.sliding_blocks_used), (0, 0));
 }
+
+#[test]
+fn an_engine_without_its_device_ends() {
+    let (engine, control) = controlled(vec![9, RETURN]);
+    let (_first, events) = submit(&engine, text_request(&[1; 20], unlimited()));
+    control.send(Step::Lose("fell off the bus".to_owned())).unwrap();
+    let events: Vec<Event> = events.iter().collect();
+    let [Event::Failed(Failure::Device(_))] = &events[..] else { panic!("{events:?}") };
+    engine.wait();
+    let stats = engine.stats();
+    assert!(stats.lost);
+    assert_eq!((stats.full_blocks_used, stats.running, stats.waiting), (0, 0, 0));
+    let refused = engine.submit(text_request(&[1; 20], unlimited()), Box::new(|_| true));
+    assert!(matches!(refused, Err(engine::SubmitError::ShuttingDown)));
+}

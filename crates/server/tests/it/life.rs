@@ -160,3 +160,62 @@ fn what_does_not_finish_in_time_is_told() {
     drop(steps);
     server.until(|stats| stats.running == 0);
 }
+
+/// A server whose first engine is as it is told, and whose later ones say "Hi".
+fn replaceable(options: &Options) -> (Fixture, std::sync::mpsc::Sender<Step>) {
+    let (mut server, steps) = Fixture::stepwise(HI, options);
+    server.engine = None;
+    server.handle.reload_with(Box::new(|_| {
+        let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]);
+        engine::Engine::start(Box::new(backend), harmony(), engine_options())
+            .map_err(|error| error.to_string())
+    }));
+    (server, steps)
+}
+
+/// The server serves again, by itself.
+fn is_back(server: &Fixture) {
+    while server.get("/ready").status != 200 {
+        std::thread::yield_now();
+    }
+    assert_eq!(server.chat(&hi()).ok()["choices"][0]["message"]["content"], "Hi");
+    assert_eq!(server.get("/health").status, 200);
+    assert!(
+        server
+            .get("/metrics")
+            .body
+            .contains("gptoss_engine_restarts_total{model_name=\"tiny\",engine=\"0\"} 1\n")
+    );
+}
+
+#[test]
+fn a_lost_device_is_replaced() {
+    let (server, steps) = replaceable(&options());
+    steps.send(Step::Run).unwrap();
+    steps.send(Step::Lose("fell off the bus".to_owned())).unwrap();
+    let (status, kind, _, message) = server.chat(&hi()).error();
+    assert_eq!((status, kind.as_str()), (503, UNAVAILABLE), "{message}");
+    assert!(!message.contains("bus"), "{message}");
+    is_back(&server);
+}
+
+#[test]
+fn an_engine_that_hangs_is_replaced() {
+    let options = Options { health_stall_timeout: Duration::from_millis(1), ..options() };
+    let (server, steps) = replaceable(&options);
+    // The step is never allowed to go on.
+    let (status, kind, ..) = server.chat(&hi()).error();
+    assert_eq!((status, kind.as_str()), (503, UNAVAILABLE));
+    is_back(&server);
+    drop(steps);
+}
+
+#[test]
+fn without_a_way_to_load_it_again_a_lost_engine_is_unhealthy() {
+    let (server, steps) = Fixture::stepwise(HI, &options());
+    steps.send(Step::Lose("gone".to_owned())).unwrap();
+    assert_eq!(server.chat(&hi()).error().0, 503);
+    assert_eq!(server.get("/health").status, 503);
+    assert_eq!(server.chat(&hi()).error().0, 503);
+    assert_eq!(server.get("/live").status, 200);
+}

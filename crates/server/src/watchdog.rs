@@ -1,0 +1,41 @@
+//! Looks whether the engine still works. One that has lost its device or hangs in a step is replaced by a new one, in this
+//! process, so that the server comes back by itself (`serving.md` 13.6).
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use engine::Stats;
+
+use crate::server::State;
+
+/// Between two looks, at most.
+const PERIOD: Duration = Duration::from_secs(1);
+
+/// A step is given up after so many times the timeout that makes the server unhealthy. Long steps of a slow machine must not be
+/// taken for a device that hangs, since a new engine would be no faster.
+const PATIENCE: u32 = 30;
+
+/// Looks again and again.
+pub(crate) async fn watch(state: &Arc<State>) {
+    let patience = state.health_stall_timeout * PATIENCE;
+    let mut timer = tokio::time::interval(PERIOD.min(patience / 2).max(Duration::from_millis(1)));
+    timer.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        timer.tick().await;
+        let Some(engine) = state.loaded() else { continue };
+        let stats = engine.stats();
+        let hangs = hangs(&stats, patience);
+        if !stats.lost && !hangs {
+            continue;
+        }
+        let what = if hangs { "hangs in a step" } else { "is lost" };
+        if state.restart(engine, hangs).await {
+            tracing::warn!("the engine {what}: a new one serves now");
+        }
+    }
+}
+
+/// Whether a step takes longer than any should.
+pub(crate) fn hangs(stats: &Stats, timeout: Duration) -> bool {
+    stats.step_started.is_some_and(|start| start.elapsed() > timeout)
+}
