@@ -1,7 +1,7 @@
 //! API requests as Harmony messages: where instructions go, which reasoning stays, how calls and results are written.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 use serde::Deserialize;
 use serde_json::Value;
@@ -89,7 +89,7 @@ impl ChatMessage {
         }
     }
 
-    fn reasoning(&self) -> Option<&str> {
+    pub(crate) fn reasoning(&self) -> Option<&str> {
         let names = [&self.reasoning, &self.reasoning_content, &self.thinking];
         names.into_iter().flatten().map(String::as_str).find(|text| !text.is_empty())
     }
@@ -113,6 +113,10 @@ pub struct ToolCallInput {
     pub id: String,
     /// The function and its arguments.
     pub function: FunctionCall,
+    /// Of the first call of a message: the turn as it was generated after `<|start|>assistant`, if that is known. It is written again
+    /// if it is what the message says.
+    #[serde(skip)]
+    pub generated: Option<Arc<[u32]>>,
 }
 
 /// A function and its arguments.
@@ -218,81 +222,95 @@ impl Harmony {
     pub fn render_chat(&self, prompt: &ChatPrompt) -> Result<Vec<u32>, Error> {
         let mode =
             if prompt.add_generation_prompt { Mode::Completion(Role::Assistant) } else { Mode::Training };
-        let messages = drop_old_reasoning(conversation(prompt)?, mode == Mode::Training);
+        let messages = drop_old_reasoning(self.conversation(prompt)?, mode == Mode::Training);
         self.render(&messages, &RenderOptions { mode, auto_drop_analysis: false })
     }
-}
 
-/// The request as Harmony messages, all reasoning included.
-fn conversation(prompt: &ChatPrompt) -> Result<Vec<Message>, Error> {
-    let mut messages = vec![system_message(prompt)?];
-    let tools = (!prompt.tools.is_empty()).then(|| function_tools(&prompt.tools));
-    let instructions = |message: &ChatMessage, i| text(message, i).map(|t| Some(t).filter(|t| !t.is_empty()));
-    let is_instructions = |m: &ChatMessage| matches!(m.role.as_str(), "system" | "developer");
+    /// The request as Harmony messages, all reasoning included.
+    fn conversation(&self, prompt: &ChatPrompt) -> Result<Vec<Message>, Error> {
+        let mut messages = vec![system_message(prompt)?];
+        let tools = (!prompt.tools.is_empty()).then(|| function_tools(&prompt.tools));
+        let instructions =
+            |message: &ChatMessage, i| text(message, i).map(|t| Some(t).filter(|t| !t.is_empty()));
+        let is_instructions = |m: &ChatMessage| matches!(m.role.as_str(), "system" | "developer");
 
-    let first = prompt.messages.first().filter(|m| is_instructions(m));
-    let first_text = first.map_or(Ok(None), |m| instructions(m, 0))?;
-    messages.extend(developer_message(first_text, tools, prompt.response_format.clone()));
+        let first = prompt.messages.first().filter(|m| is_instructions(m));
+        let first_text = first.map_or(Ok(None), |m| instructions(m, 0))?;
+        messages.extend(developer_message(first_text, tools, prompt.response_format.clone()));
 
-    let mut calls: HashMap<&str, &str> = HashMap::new();
-    for (i, message) in prompt.messages.iter().enumerate().skip(usize::from(first.is_some())) {
-        let field = |name: &str| format!("messages.{i}.{name}");
-        match message.role.as_str() {
-            "system" | "developer" => {
-                messages.extend(developer_message(instructions(message, i)?, None, None))
-            }
-            "user" => messages.push(Message::text(Role::User, text(message, i)?)),
-            "assistant" => {
-                if let Some(reasoning) = message.reasoning() {
-                    messages.push(Message::text(Role::Assistant, reasoning).on("analysis"));
+        let mut calls: HashMap<&str, &str> = HashMap::new();
+        let names: Vec<String> = prompt.tools.iter().map(|tool| tool.function.name.clone()).collect();
+        for (i, message) in prompt.messages.iter().enumerate().skip(usize::from(first.is_some())) {
+            let field = |name: &str| format!("messages.{i}.{name}");
+            match message.role.as_str() {
+                "system" | "developer" => {
+                    messages.extend(developer_message(instructions(message, i)?, None, None))
                 }
-                let requested = message.tool_calls.as_deref().unwrap_or_default();
-                let content = message.content.as_ref().map(|_| text(message, i)).transpose()?;
-                match content {
-                    Some(content) if requested.is_empty() => {
-                        messages.push(Message::text(Role::Assistant, content).on("final"));
+                "user" => messages.push(Message::text(Role::User, text(message, i)?)),
+                "assistant" => {
+                    let requested = message.tool_calls.as_deref().unwrap_or_default();
+                    if let Some(generated) = requested.first().and_then(|call| call.generated.as_ref())
+                        && let Some(replayed) = self.replay(generated, message, &names)
+                    {
+                        calls.extend(
+                            requested.iter().map(|call| (call.id.as_str(), call.function.name.as_str())),
+                        );
+                        messages.extend(replayed);
+                        continue;
                     }
-                    Some(content) if !content.is_empty() => {
-                        messages.push(Message::text(Role::Assistant, content).on("commentary"));
+                    if let Some(reasoning) = message.reasoning() {
+                        messages.push(Message::text(Role::Assistant, reasoning).on("analysis"));
                     }
-                    _ => {}
+                    let content = message.content.as_ref().map(|_| text(message, i)).transpose()?;
+                    match content {
+                        Some(content) if requested.is_empty() => {
+                            messages.push(Message::text(Role::Assistant, content).on("final"));
+                        }
+                        Some(content) if !content.is_empty() => {
+                            messages.push(Message::text(Role::Assistant, content).on("commentary"));
+                        }
+                        _ => {}
+                    }
+                    for call in requested {
+                        calls.insert(&call.id, &call.function.name);
+                        let arguments = match &call.function.arguments {
+                            Value::String(text) => text.clone(),
+                            Value::Null => String::new(),
+                            object => object.to_string(),
+                        };
+                        let mut message = Message::text(Role::Assistant, arguments).on("commentary");
+                        message.recipient = Some(format!("{FUNCTIONS}.{}", call.function.name));
+                        message.content_type = Some("json".to_owned());
+                        messages.push(message);
+                    }
                 }
-                for call in requested {
-                    calls.insert(&call.id, &call.function.name);
-                    let arguments = match &call.function.arguments {
-                        Value::String(text) => text.clone(),
-                        Value::Null => String::new(),
-                        object => object.to_string(),
+                "tool" | "function" => {
+                    let name = match (&message.tool_call_id, &message.name) {
+                        (Some(id), _) => calls.get(id.as_str()).copied().ok_or_else(|| {
+                            Error::invalid(field("tool_call_id"), "matches no earlier tool call")
+                        })?,
+                        (None, Some(name)) if message.role == "function" => name,
+                        (None, _) => {
+                            return Err(Error::invalid(
+                                field("tool_call_id"),
+                                "is required in a tool's message",
+                            ));
+                        }
                     };
-                    let mut message = Message::text(Role::Assistant, arguments).on("commentary");
-                    message.recipient = Some(format!("{FUNCTIONS}.{}", call.function.name));
-                    message.content_type = Some("json".to_owned());
-                    messages.push(message);
+                    let mut result = Message::text(Role::Tool, text(message, i)?).on("commentary");
+                    result.name = Some(format!("{FUNCTIONS}.{name}"));
+                    result.recipient = Some("assistant".to_owned());
+                    messages.push(result);
                 }
-            }
-            "tool" | "function" => {
-                let name = match (&message.tool_call_id, &message.name) {
-                    (Some(id), _) => calls.get(id.as_str()).copied().ok_or_else(|| {
-                        Error::invalid(field("tool_call_id"), "matches no earlier tool call")
-                    })?,
-                    (None, Some(name)) if message.role == "function" => name,
-                    (None, _) => {
-                        return Err(Error::invalid(field("tool_call_id"), "is required in a tool's message"));
-                    }
-                };
-                let mut result = Message::text(Role::Tool, text(message, i)?).on("commentary");
-                result.name = Some(format!("{FUNCTIONS}.{name}"));
-                result.recipient = Some("assistant".to_owned());
-                messages.push(result);
-            }
-            other => {
-                let expected = "expected system, developer, user, assistant or tool, found ";
-                let found: String = other.chars().take(40).collect();
-                return Err(Error::invalid(field("role"), format!("{expected}{found:?}")));
+                other => {
+                    let expected = "expected system, developer, user, assistant or tool, found ";
+                    let found: String = other.chars().take(40).collect();
+                    return Err(Error::invalid(field("role"), format!("{expected}{found:?}")));
+                }
             }
         }
+        Ok(messages)
     }
-    Ok(messages)
 }
 
 /// Drops the analysis before the last final message: the model never saw reasoning of finished turns. What follows it belongs

@@ -10,6 +10,7 @@ mod header;
 mod message;
 mod parser;
 mod render;
+mod replay;
 mod schema;
 
 use std::sync::Arc;

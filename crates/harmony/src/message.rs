@@ -57,6 +57,9 @@ pub struct Message {
     /// The parts; each is encoded on its own.
     #[serde(deserialize_with = "parts_or_text")]
     pub content: Vec<Content>,
+    /// The tokens after the role, if the message is to be written as it was generated.
+    #[serde(skip)]
+    pub(crate) generated: Option<Vec<u32>>,
 }
 
 impl Message {
@@ -69,6 +72,7 @@ impl Message {
             channel: None,
             content_type: None,
             content: vec![Content::Text { text: text.into() }],
+            generated: None,
         }
     }
 

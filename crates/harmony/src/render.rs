@@ -50,6 +50,11 @@ impl Harmony {
         ids: &mut Vec<u32>,
     ) -> Result<(), Error> {
         ids.push(self.control.start);
+        if let Some(generated) = &message.generated {
+            self.render_text(message.role.name(), ids);
+            ids.extend(generated);
+            return Ok(());
+        }
         match (&message.name, message.role) {
             (Some(name), Role::Tool) => self.render_text(name, ids),
             (None, Role::Tool) => {

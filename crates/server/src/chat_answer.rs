@@ -15,6 +15,7 @@ use crate::answer::{
 use crate::chat_request::ChatRequest;
 use crate::chunk::Envelope;
 use crate::identifier::identifier;
+use crate::memory::{Memory, Record};
 use crate::request::StreamOptions;
 use crate::sse::{DONE, Encoder};
 use crate::turn::Choice as CallChoice;
@@ -84,6 +85,8 @@ struct Choice {
     reasoning_tokens: Option<usize>,
     /// Tells which tokens are reasoning, if they are not to be shown.
     parser: Option<Parser>,
+    /// Remembers the turn if it ends with a call.
+    record: Option<Record>,
 }
 
 impl Choice {
@@ -122,13 +125,16 @@ impl ChatAnswer {
         shape: Shape,
         prompt: Vec<u32>,
         n: usize,
+        memory: Option<&Arc<Memory>>,
     ) -> ChatAnswer {
         let parser = || {
             let mut parser = harmony.parser(shape.hidden.as_ref()?);
             shape.begun.iter().for_each(|&token| drop(parser.push(token)));
             Some(parser)
         };
-        let choices = (0..n).map(|_| Choice { parser: parser(), ..Choice::default() }).collect();
+        let record = || memory.map(|memory| Record::new(memory, &shape.begun));
+        let choice = |_| Choice { parser: parser(), record: record(), ..Choice::default() };
+        let choices = (0..n).map(choice).collect();
         ChatAnswer {
             harmony,
             identity,
@@ -159,6 +165,16 @@ impl ChatAnswer {
         Some(self.timing.metrics(arrival))
     }
 
+    /// The client knows a call of a choice by this id.
+    fn called(&mut self, choice: usize, id: &str) {
+        self.choices[choice].record.iter_mut().for_each(|record| record.called(id));
+    }
+
+    /// A choice is over.
+    fn remember(&mut self, choice: usize) {
+        self.choices[choice].record.take().into_iter().for_each(Record::end);
+    }
+
     fn names(&self) -> TokenNames<'_> {
         TokenNames { tokenizer: self.harmony.tokenizer(), as_ids: self.shape.tokens_as_ids }
     }
@@ -180,6 +196,7 @@ impl ChatAnswer {
                     return changes;
                 };
                 choice.completion_tokens += token_ids.len();
+                choice.record.iter_mut().for_each(|record| record.push(&token_ids));
                 let (token_ids, logprobs) = choice.shown(token_ids, logprobs, &self.harmony);
                 let mut shown = Vec::with_capacity(deltas.len());
                 for delta in deltas {
@@ -271,12 +288,24 @@ impl WholeChat {
     /// The body, and what its headers say.
     pub(crate) fn finish(self) -> (Vec<u8>, Remarks) {
         let usage = self.answer.usage();
-        let answer = self.answer;
+        let mut answer = self.answer;
+        let turns: Vec<_> = self
+            .parts
+            .into_iter()
+            .enumerate()
+            .map(|(index, part)| {
+                let Part { turn, token_ids, logprobs, finish } = part;
+                let turn = turn.finish();
+                let ids: Vec<String> = turn.tool_calls.iter().map(|_| call_id()).collect();
+                ids.iter().for_each(|id| answer.called(index, id));
+                answer.remember(index);
+                (index, turn, ids, token_ids, logprobs, finish)
+            })
+            .collect();
         let shape = &answer.shape;
         let mut remarks = Remarks::default();
-        let choices = self.parts.into_iter().enumerate().map(|(index, part)| {
-            let turn = part.turn.finish();
-            let reason = part.finish.as_ref().map(|finish| finish.reason);
+        let choices = turns.into_iter().map(|(index, turn, ids, token_ids, logprobs, finish)| {
+            let reason = finish.as_ref().map(|finish| finish.reason);
             let is_json = |text: &str| serde_json::from_str::<serde::de::IgnoredAny>(text).is_ok();
             remarks.malformed_arguments |= turn.tool_calls.iter().any(|call| !is_json(&call.arguments));
             remarks.truncated_in_analysis |= reason == Some(FinishReason::Length)
@@ -300,17 +329,18 @@ impl WholeChat {
                     tool_calls: turn
                         .tool_calls
                         .into_iter()
-                        .map(|call| WholeCall {
-                            id: call_id(),
+                        .zip(ids)
+                        .map(|(call, id)| WholeCall {
+                            id,
                             r#type: "function",
                             function: WholeFunction { name: call.name, arguments: call.arguments },
                         })
                         .collect(),
                 },
-                logprobs: shape.logprobs.then_some(ChatLogprobs { content: part.logprobs, refusal: None }),
+                logprobs: shape.logprobs.then_some(ChatLogprobs { content: logprobs, refusal: None }),
                 finish_reason: reason,
-                stop_reason: part.finish.and_then(|finish| finish.stop),
-                token_ids: shape.token_ids.then_some(part.token_ids),
+                stop_reason: finish.and_then(|finish| finish.stop),
+                token_ids: shape.token_ids.then_some(token_ids),
             }
         });
         let whole = Whole {
@@ -409,7 +439,7 @@ impl ChatChunks {
     }
 
     fn delta(
-        &self,
+        &mut self,
         index: usize,
         deltas: Vec<Delta>,
         token_ids: Vec<u32>,
@@ -420,12 +450,16 @@ impl ChatChunks {
             match delta {
                 Delta::Reasoning(text) => message.reasoning.get_or_insert_default().push_str(&text),
                 Delta::Content(text) => message.content.get_or_insert_default().push_str(&text),
-                Delta::CallStart { index, name } => message.tool_calls.push(DeltaCall {
-                    index,
-                    id: Some(call_id()),
-                    r#type: Some("function"),
-                    function: DeltaFunction { name: Some(name), arguments: String::new() },
-                }),
+                Delta::CallStart { index: call, name } => {
+                    let id = call_id();
+                    self.answer.called(index, &id);
+                    message.tool_calls.push(DeltaCall {
+                        index: call,
+                        id: Some(id),
+                        r#type: Some("function"),
+                        function: DeltaFunction { name: Some(name), arguments: String::new() },
+                    });
+                }
                 Delta::CallArguments { index, text } => message.tool_calls.push(DeltaCall {
                     index,
                     id: None,
@@ -478,6 +512,7 @@ impl Encoder for ChatChunks {
                     }
                 }
                 Change::Finish { choice, finish } => {
+                    self.answer.remember(choice);
                     let mut choice = ChunkChoice::new(choice);
                     choice.finish_reason = Some(finish.reason);
                     choice.stop_reason = Some(finish.stop);

@@ -392,7 +392,11 @@ fn read_calls(field: &Field<'_>) -> Result<Vec<ToolCallInput>, ApiError> {
             {
                 return Err(kind.error("Only calls of type function are supported."));
             }
-            Ok(ToolCallInput { id, function: read_call(&object.required("function")?)? })
+            Ok(ToolCallInput {
+                id,
+                function: read_call(&object.required("function")?)?,
+                ..ToolCallInput::default()
+            })
         })
         .collect()
 }
@@ -424,7 +428,11 @@ fn history(messages: Vec<WireMessage>) -> Result<(Vec<ChatMessage>, usize), ApiE
                 if let Some(function) = function_call {
                     let id = format!("function_call.{i}");
                     open_function = Some((function.name.clone(), id.clone()));
-                    message.tool_calls.get_or_insert_default().push(ToolCallInput { id, function });
+                    message.tool_calls.get_or_insert_default().push(ToolCallInput {
+                        id,
+                        function,
+                        ..ToolCallInput::default()
+                    });
                 }
                 let calls = message.tool_calls.iter().flatten();
                 open = calls.map(|call| call.id.clone()).collect();

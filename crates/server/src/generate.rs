@@ -25,7 +25,8 @@ use crate::events::{Events, Next, Pace, Terms};
 use crate::form;
 use crate::identifier::identifier;
 use crate::log::RequestLog;
-use crate::metrics::{Metrics, Rejection};
+use crate::memory::Record;
+use crate::metrics::Rejection;
 use crate::request::{Common, Context, StreamOptions, Truncation};
 use crate::response_answer::ResponseAnswer;
 use crate::response_request::{self, ResponseRequest};
@@ -47,11 +48,11 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
             let date = state.date();
-            let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
+            let mut request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
             bound_text(request.text_bytes, &engine)?;
             let (at_once, continued) = (request.turn.answer_at_once, request.continued.as_ref());
             let truncation = truncation(&request.common, &request.params, &engine);
-            let prompt = fed(&request.prompt, at_once, continued, truncation, &engine, &state.metrics)?;
+            let prompt = fed(&mut request.prompt, at_once, continued, truncation, &engine, &state)?;
             let start = Instant::now();
             let grammar = request.turn.compile(engine.grammars())?;
             if grammar.is_some() {
@@ -64,9 +65,10 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
 
     let call = Call::new(&state, &engine, &origin, &mut request.common, "chatcmpl");
     let shape = chat_answer::Shape::new(&request, &prompt.begun);
+    let memory = (!request.tools.is_empty()).then_some(&state.memory);
     let n = request.params.n;
     let harmony = Arc::clone(engine.harmony());
-    let answer = ChatAnswer::new(harmony, call.identity.clone(), shape, prompt.ids.clone(), n);
+    let answer = ChatAnswer::new(harmony, call.identity.clone(), shape, prompt.ids.clone(), n, memory);
     let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
     let remark = grammar.as_ref().and_then(unenforced);
     let engine_request = Request {
@@ -108,7 +110,7 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
             let earlier = previous.map(|id| state.responses.conversation(&id, owner));
             let earlier = earlier.transpose()?.unwrap_or_default();
             let date = state.date();
-            let request = ResponseRequest::new(&body, &earlier, &context(&state, &engine, &date))?;
+            let mut request = ResponseRequest::new(&body, &earlier, &context(&state, &engine, &date))?;
             if request.background && !state.responses.keeps() {
                 let message = "background needs responses to be kept: the server's flag --responses-store.";
                 return Err(ApiError::invalid("background", message));
@@ -116,7 +118,7 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
             bound_text(request.text_bytes, &engine)?;
             let truncation = truncation(&request.common, &request.params, &engine);
             let prompt =
-                fed(&request.prompt, request.turn.answer_at_once, None, truncation, &engine, &state.metrics)?;
+                fed(&mut request.prompt, request.turn.answer_at_once, None, truncation, &engine, &state)?;
             let start = Instant::now();
             let grammar = request.turn.compile(engine.grammars())?;
             if grammar.is_some() {
@@ -133,8 +135,9 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
     let items = std::mem::take(&mut request.items);
     let keep = request.store.then(|| state.responses.place(origin.owner, earlier, items)).flatten();
     let harmony = Arc::clone(engine.harmony());
+    let record = (!request.tools.is_empty()).then(|| Record::new(&state.memory, &prompt.begun));
     let mut answer =
-        ResponseAnswer::new(harmony, call.identity.clone(), &mut request, prompt.ids.len(), keep);
+        ResponseAnswer::new(harmony, call.identity.clone(), &mut request, prompt.ids.len(), keep, record);
     let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };
     let remark = grammar.as_ref().and_then(unenforced);
     let engine_request = Request {
@@ -168,11 +171,11 @@ struct Fed {
 /// The ids that the chat endpoint would feed.
 pub(crate) fn chat_ids(body: &[u8], state: &State, engine: &Engine) -> Result<Vec<u32>, ApiError> {
     let date = state.date();
-    let request = ChatRequest::new(body, &context(state, engine, &date))?;
+    let mut request = ChatRequest::new(body, &context(state, engine, &date))?;
     bound_text(request.text_bytes, engine)?;
     let at_once = request.turn.answer_at_once;
     let truncation = truncation(&request.common, &request.params, engine);
-    Ok(fed(&request.prompt, at_once, request.continued.as_ref(), truncation, engine, &state.metrics)?.ids)
+    Ok(fed(&mut request.prompt, at_once, request.continued.as_ref(), truncation, engine, state)?.ids)
 }
 
 /// How a prompt may be cut, and the most tokens that leave room for an answer.
@@ -184,17 +187,18 @@ fn truncation(common: &Common, params: &SamplingParams, engine: &Engine) -> Opti
 
 /// The prompt, with the beginning of the answer where that is not the model's to write.
 fn fed(
-    prompt: &ChatPrompt,
+    prompt: &mut ChatPrompt,
     answer_at_once: bool,
     continued: Option<&String>,
     truncation: Option<(Truncation, usize)>,
     engine: &Engine,
-    metrics: &Metrics,
+    state: &State,
 ) -> Result<Fed, ApiError> {
+    state.memory.recall(&mut prompt.messages);
     let harmony = engine.harmony();
     let start = Instant::now();
     let mut ids = harmony.render_chat(prompt)?;
-    metrics.tokenized(start.elapsed());
+    state.metrics.tokenized(start.elapsed());
     let mut begun = Vec::new();
     if answer_at_once || continued.is_some() {
         begun.extend(harmony.answer_header());
@@ -278,12 +282,12 @@ pub(crate) async fn render_chat(state: Arc<State>, origin: Origin, body: Body) -
     let id = format!("chatcmpl-{}", origin.log.request_id());
     let rendered = blocking(&origin, move || {
         let date = state.date();
-        let request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
+        let mut request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
         bound_text(request.text_bytes, &engine)?;
         let at_once = request.turn.answer_at_once;
         let truncation = truncation(&request.common, &request.params, &engine);
         let continued = request.continued.as_ref();
-        let ids = fed(&request.prompt, at_once, continued, truncation, &engine, &state.metrics)?.ids;
+        let ids = fed(&mut request.prompt, at_once, continued, truncation, &engine, &state)?.ids;
         Ok(rendered(&id, &state.model_names[0], &ids, &request.params))
     });
     Ok(Json(rendered.await?).into_response())

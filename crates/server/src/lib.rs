@@ -27,6 +27,7 @@ mod identifier;
 mod json;
 mod listener;
 mod log;
+mod memory;
 mod metrics;
 mod page;
 mod rate_limit;

@@ -13,6 +13,7 @@ use crate::answer::{ChatLogprob, Identity, TokenNames, Usage};
 use crate::chat_answer::call_id;
 use crate::error::{ApiError, ErrorStyle};
 use crate::identifier::identifier;
+use crate::memory::Record;
 use crate::response_request::ResponseRequest;
 use crate::response_store::Keep;
 use crate::sse::Encoder;
@@ -33,6 +34,8 @@ pub(crate) struct ResponseAnswer {
     keep: Option<Keep>,
     /// All events, or those since [`ResponseAnswer::take_events`]; for a response that is kept.
     recorded: Option<Vec<Bytes>>,
+    /// Remembers the turn if it ends with a call.
+    record: Option<Record>,
     prompt_tokens: usize,
     cached_tokens: usize,
     completion_tokens: usize,
@@ -159,6 +162,7 @@ impl ResponseAnswer {
         request: &mut ResponseRequest,
         prompt_tokens: usize,
         keep: Option<Keep>,
+        record: Option<Record>,
     ) -> ResponseAnswer {
         let mut echo = request.echo.take();
         // What is said is what is done.
@@ -177,6 +181,7 @@ impl ResponseAnswer {
             echo,
             recorded: keep.is_some().then(Vec::new),
             keep,
+            record,
             prompt_tokens,
             cached_tokens: 0,
             completion_tokens: 0,
@@ -201,6 +206,7 @@ impl ResponseAnswer {
             Event::Started { cached_tokens, .. } => self.cached_tokens = cached_tokens,
             Event::Tokens { token_ids, deltas, logprobs, .. } if self.finish.is_none() => {
                 self.completion_tokens += token_ids.len();
+                self.record.iter_mut().for_each(|record| record.push(&token_ids));
                 self.add_tokens(deltas, &logprobs, out);
             }
             Event::Finished { reason, completion_tokens, reasoning_tokens, .. } if self.finish.is_none() => {
@@ -285,7 +291,9 @@ impl ResponseAnswer {
                         Some((namespace, inner)) => (Some(namespace.clone()), inner.clone()),
                         None => (None, name),
                     };
-                    self.begin(Kind::Call { call_id: call_id(), name, namespace, free }, out);
+                    let call_id = call_id();
+                    self.record.iter_mut().for_each(|record| record.called(&call_id));
+                    self.begin(Kind::Call { call_id, name, namespace, free }, out);
                 }
                 Some(Delta::CallArguments { text, .. }) => self.write(&text, &mut Vec::new(), out),
                 Some(Delta::End) => {
@@ -396,6 +404,7 @@ impl ResponseAnswer {
         };
         let response = self.response(status);
         self.emit(event, json!({"response": response}), out);
+        self.record.take().into_iter().for_each(Record::end);
         if let Some(keep) = self.keep.take() {
             let events = self.take_events();
             keep.store(&self.identity.id, &response, &self.items, events);

@@ -92,7 +92,11 @@ impl Conversation {
                 self.calls.insert(id.clone());
                 let function = FunctionCall { name, arguments };
                 let open = self.assistant(|_| false);
-                open.tool_calls.get_or_insert_default().push(ToolCallInput { id, function });
+                open.tool_calls.get_or_insert_default().push(ToolCallInput {
+                    id,
+                    function,
+                    ..ToolCallInput::default()
+                });
             }
             "function_call_output" | "custom_tool_call_output" => {
                 let id = object.required("call_id")?;

@@ -17,6 +17,7 @@ use crate::cors::Cors;
 use crate::error::{ApiError, ErrorStyle};
 use crate::events::Abort;
 use crate::listener::Listener;
+use crate::memory::Memory;
 use crate::metrics::Metrics;
 use crate::rate_limit::RateLimits;
 use crate::response_store::Store;
@@ -427,6 +428,7 @@ pub(crate) struct State {
     pub(crate) request_metrics: bool,
     pub(crate) error_style: ErrorStyle,
     pub(crate) responses: Arc<Store>,
+    pub(crate) memory: Arc<Memory>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) max_body_bytes: usize,
     pub(crate) sse_keep_alive: Duration,
@@ -504,6 +506,7 @@ impl State {
             error_style: options.error_style,
             metrics: Arc::new(Metrics::new(options.legacy_metrics)),
             responses: Arc::new(Store::new(options.responses_store)),
+            memory: Arc::default(),
             max_body_bytes: options.max_body_bytes,
             sse_keep_alive: options.sse_keep_alive,
             client_stall_timeout: options.client_stall_timeout,

@@ -4,6 +4,7 @@
 mod parse;
 mod properties;
 mod render;
+mod replay;
 
 use std::sync::Arc;
 

@@ -193,6 +193,7 @@ pub(crate) struct Joined {
     pub(crate) content: String,
     pub(crate) reasoning: String,
     pub(crate) calls: Vec<(String, String)>,
+    pub(crate) ids: Vec<String>,
     pub(crate) finish: Value,
     pub(crate) stop_reason: Value,
     pub(crate) usage: Value,
@@ -230,6 +231,7 @@ pub(crate) fn join(chunks: &[Value]) -> Joined {
             if index == joined.calls.len() {
                 assert_call_id(&call["id"]);
                 assert_eq!(call["type"], "function");
+                joined.ids.push(call["id"].as_str().unwrap().to_owned());
                 joined.calls.push((function["name"].as_str().unwrap().to_owned(), String::new()));
             } else {
                 assert_eq!(index + 1, joined.calls.len());

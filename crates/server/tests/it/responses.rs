@@ -293,8 +293,9 @@ fn items_come_back_as_input() {
     let first = server.post(PATH, &json!({"input": "Weather?", "tools": [tool()]})).ok();
     let mut items = vec![json!({"role": "user", "content": "Weather?"})];
     items.extend(first["output"].as_array().unwrap().iter().cloned());
-    let call_id = first["output"][2]["call_id"].clone();
-    items.push(json!({"type": "function_call_output", "call_id": call_id, "output": "sunny"}));
+    // As of a server that is no more: this one would remember how the call was written.
+    items[3]["call_id"] = "call_of_another".into();
+    items.push(json!({"type": "function_call_output", "call_id": "call_of_another", "output": "sunny"}));
     let request = json!({"input": items, "tools": [tool()], "instructions": "Be brief."});
     let found = prompt_tokens(&server, &request);
 
@@ -630,4 +631,57 @@ fn a_server_that_ends_finishes_what_is_in_the_background() {
     drop(steps);
     server.ended();
     assert_eq!(server.stats().generated_tokens as usize, tokens(HELLO).len());
+}
+
+#[test]
+fn the_next_turn_goes_on_from_the_tokens_that_were_generated() {
+    let options = Options { responses_store: 1, ..options() };
+    let caching = engine::EngineOptions { prefix_caching: true, ..engine_options() };
+    let server = Fixture::start(&options, Scripted::new(Scripted::gpt_oss(), vec![tokens(LOOK)]), caching);
+    let generated = tokens(LOOK).len() as u64;
+    // What is cached is whole blocks; the last of the turn before may have been begun.
+    let goes_on = |first: u64, usage: &Value, kind: &str| {
+        let cached = usage[kind]["cached_tokens"].as_u64().unwrap();
+        assert!(cached + 16 >= first + generated, "{cached} of {first} + {generated}: {usage}");
+    };
+    let ask = json!({"role": "user", "content": "What is the weather like in the capital of France?"});
+    let chat = |messages: Value| {
+        let request = json!({"messages": messages, "tools": [crate::harmony_turns::tool("get_weather")]});
+        server.chat(&request).ok()
+    };
+    let first = chat(json!([ask]));
+    let said = &first["choices"][0]["message"];
+    let result = json!({"role": "tool", "tool_call_id": said["tool_calls"][0]["id"], "content": "sun"});
+    let second = chat(json!([ask, said, result]));
+    goes_on(first["usage"]["prompt_tokens"].as_u64().unwrap(), &second["usage"], "prompt_tokens_details");
+
+    // The same in a stream and with the other API, whose items come back one by one or by reference.
+    let mut request =
+        json!({"messages": [ask], "tools": [crate::harmony_turns::tool("get_weather")], "stream": true});
+    request["messages"][0]["content"] = "And in the capital of Italy, what is it like there?".into();
+    let joined = crate::harmony_turns::join(&server.chunks("/v1/chat/completions", &request));
+    let call = json!({"id": joined.ids[0], "type": "function", "function": {"name": joined.calls[0].0, "arguments": joined.calls[0].1}});
+    let said = json!({"role": "assistant", "reasoning": joined.reasoning, "content": joined.content, "tool_calls": [call]});
+    let result = json!({"role": "tool", "tool_call_id": joined.ids[0], "content": "rain"});
+    let second = chat(json!([request["messages"][0], said, result]));
+    let prompt = server
+        .chat(&json!({"messages": request["messages"], "tools": request["tools"], "max_tokens": 1}))
+        .ok();
+    goes_on(prompt["usage"]["prompt_tokens"].as_u64().unwrap(), &second["usage"], "prompt_tokens_details");
+
+    let input = json!([{"role": "user", "content": "Now tell me of the one in Portugal, if you please."}]);
+    let first = server.post(PATH, &json!({"input": input, "tools": [tool()]})).ok();
+    let output =
+        json!({"type": "function_call_output", "call_id": first["output"][2]["call_id"], "output": "sun"});
+    let mut items = input.as_array().unwrap().clone();
+    items.extend(first["output"].as_array().unwrap().iter().cloned());
+    items.push(output.clone());
+    let prompt = first["usage"]["input_tokens"].as_u64().unwrap();
+    for request in [
+        json!({"input": [output], "previous_response_id": first["id"], "tools": [tool()]}),
+        json!({"input": items, "tools": [tool()]}),
+    ] {
+        let second = server.post(PATH, &request).ok();
+        goes_on(prompt, &second["usage"], "input_tokens_details");
+    }
 }
