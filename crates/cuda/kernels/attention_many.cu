@@ -7,6 +7,9 @@ constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int KEYS = 64, PAGES = KEYS / BLOCK_TOKENS;
 constexpr int STAGES = 3, HALF = KEYS * HEAD * 2, STAGE = 2 * HALF; // bytes: keys, then values
 
+// Scores are powers of two: 1 / sqrt(64), and the base.
+constexpr float SCALE = 0.125f * LOG2_E;
+
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
@@ -16,6 +19,13 @@ __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t from) {
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                  : "r"(from)
                  : "memory");
+}
+
+// 2^v, to some units of f32: weights are rounded to BF16.
+__device__ __forceinline__ float power(float v) {
+    float p;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(v));
+    return p;
 }
 
 // Where a piece of 16 bytes lies: such that eight rows of one column of pieces are in different banks.
@@ -113,7 +123,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
 #pragma unroll
                 for (int c = 0; c < 2; c++) {
                     float& v = score[i][2 * h + c];
-                    v *= 0.125f * LOG2_E;
                     if (masked) {
                         const int key = position + 8 * i + 2 * lane_quarter() + c;
                         if (key < from[h] || key > to[h]) v = -INFINITY;
@@ -123,12 +132,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
             }
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-            const float shrink = exp2f(max_score[h] - largest);
+            const float shrink = power((max_score[h] - largest) * SCALE), less = largest * SCALE;
             max_score[h] = largest;
             float total = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const float a = exp2f(score[i][2 * h] - largest), b = exp2f(score[i][2 * h + 1] - largest);
+                const float a = power(score[i][2 * h] * SCALE - less), b = power(score[i][2 * h + 1] * SCALE - less);
                 total += a + b;
                 weight[i / 2][i % 2 * 2 + h] = pack2(a, b);
             }
@@ -155,7 +164,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
         const int row = lane_row() + 8 * h, token = warp * per_warp + row / group, head = kv * group + row % group;
         if (token >= count) continue;
         // The sink is one more logit of the denominator, without a value.
-        const float sink = p.sinks[head] * LOG2_E, largest = fmaxf(max_score[h], sink), shrink = exp2f(max_score[h] - largest);
+        const float own = max_score[h] * SCALE, sink = p.sinks[head] * LOG2_E, largest = fmaxf(own, sink), shrink = exp2f(own - largest);
         const float inverse = shrink / (sum[h] * shrink + exp2f(sink - largest));
 #pragma unroll
         for (int i = 0; i < 8; i++) {

@@ -1,7 +1,7 @@
 // Products of the experts' four-bit weights with few tokens each, at the speed of the memory, on Hopper and later. A block takes a
 // contiguous part of all rows of all experts; each of its warps takes one row tile after the other through all inputs, alone: its
-// weights come to shared memory by bulk copies that run ahead, also across the ends of tiles and experts. The activations of one
-// expert's tokens lie in shared memory, so that nothing is shared but them.
+// weights come to shared memory by bulk copies that run ahead, also across the ends of tiles and experts. The activations of as many
+// experts' tokens as there is room for lie in shared memory; nothing else is shared.
 #include "epilogue.cuh"
 
 struct Few {
@@ -11,8 +11,10 @@ struct Few {
     Epilogue epilogue;
     uint32_t n, experts, experts_per_token;
     uint32_t tokens;           // of a pass, at most: 8, 16 or 24
+    uint32_t rows;             // of activations for which there is room in shared memory, at least `tokens`
+    uint32_t padding;
 };
-static_assert(sizeof(Few) == sizeof(Matrix) + sizeof(Epilogue) + 32);
+static_assert(sizeof(Few) == sizeof(Matrix) + sizeof(Epilogue) + 40);
 
 constexpr int WARPS = 16;
 constexpr int CHUNK = 4, SLOTS = 2;                      // tiles of a bulk copy, and copies of a warp
@@ -49,7 +51,9 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
 struct Pass {
     uint32_t expert, first;
     int n;
+    uint32_t row; // of its activations in shared memory
 };
+constexpr int MAX_PASSES = 8; // whose activations are in shared memory together
 
 // By each warp. The number of passes if `number` is not below it.
 __device__ __forceinline__ uint32_t find(Pass& pass, const Routes& routes, uint32_t tokens, uint32_t number) {
@@ -113,7 +117,11 @@ __device__ __forceinline__ void multiply_tile(
     Affine affine;
     affine.load(p.epilogue, p.matrix, pass.expert, row_tile, lane_row());
     float sum[2][NT][4] = {};
-    const uint32_t lane = threadIdx.x % WARP, x = input + lane_row() * stride + lane_quarter() * 32;
+    const uint32_t lane = threadIdx.x % WARP;
+    // What no token has is computed with those of another, and not used.
+    uint32_t x[NT];
+#pragma unroll
+    for (int c = 0; c < NT; c++) x[c] = input + (pass.row + min(lane_row() + 8 * c, pass.n - 1)) * stride + lane_quarter() * 32;
     const int column_tiles = copies.column_tiles;
     for (int k = 0; k < column_tiles; k += CHUNK) {
         wait_barrier(copies.barriers + 8 * slot, parity);
@@ -129,7 +137,7 @@ __device__ __forceinline__ void multiply_tile(
             uint4 b[NT][2];
 #pragma unroll
             for (int c = 0; c < NT; c++) {
-                const uint32_t at = x + c * 8 * stride + (k + i) * (TILE_COLS * 2);
+                const uint32_t at = x[c] + (k + i) * (TILE_COLS * 2);
                 b[c][0] = load_shared(at), b[c][1] = load_shared(at + 16);
             }
             uint32_t scale[2];
@@ -168,6 +176,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1) experts_few(const 
 #if __CUDA_ARCH__ >= 900
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ __align__(8) uint64_t barriers[1 + WARPS * SLOTS];
+    __shared__ Pass passes[MAX_PASSES];
+    __shared__ uint32_t passes_count;
     const Matrix& m = p.matrix;
     const uint32_t warp = threadIdx.x / WARP, stride = m.cols * 2 + PADDING;
     const uint32_t weights = shared_address(shared), input = weights + WARPS * SLOTS * SLOT_BYTES, arrived = shared_address(barriers);
@@ -194,22 +204,34 @@ extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1) experts_few(const 
 
     int slot = 0;
     uint32_t parity = 0, input_parity = 0, unit = begin + warp;
-    for (uint32_t number = begin / row_tiles; number * row_tiles < end; number++) {
-        find(pass, routes, p.tokens, number);
-        // The tokens of the pass, when everybody is done with those of the one before.
+    for (uint32_t number = begin / row_tiles, count; number * row_tiles < end; number += count) {
+        // The tokens of the next passes, when everybody is done with those of the ones before.
         __syncthreads();
         if (warp == 0) {
-            if (threadIdx.x == 0) expect_bytes(arrived, pass.n * m.cols * 2);
+            uint32_t rows = 0;
+            for (count = 0; count < MAX_PASSES && (number + count) * row_tiles < end; count++) {
+                find(pass, routes, p.tokens, number + count);
+                if (rows + pass.n > p.rows) break;
+                pass.row = rows;
+                rows += pass.n;
+                if (threadIdx.x == 0) passes[count] = pass;
+            }
+            if (threadIdx.x == 0) passes_count = count, expect_bytes(arrived, rows * m.cols * 2);
             __syncwarp();
-            if (threadIdx.x < pass.n) {
-                const uint32_t at = pass.first + threadIdx.x, row = p.epilogue.kind == SWIGLU ? routes.pair(at) / p.experts_per_token : at;
-                copy_bulk(input + threadIdx.x * stride, p.input + size_t(row) * m.cols, m.cols * 2, arrived);
+            for (uint32_t i = 0; i < count; i++) {
+                const Pass& now = passes[i];
+                if (threadIdx.x >= now.n) continue;
+                const uint32_t at = now.first + threadIdx.x, row = p.epilogue.kind == SWIGLU ? routes.pair(at) / p.experts_per_token : at;
+                copy_bulk(input + (now.row + threadIdx.x) * stride, p.input + size_t(row) * m.cols, m.cols * 2, arrived);
             }
         }
+        __syncthreads();
+        count = passes_count;
         wait_barrier(arrived, input_parity);
         input_parity ^= 1;
-        for (; unit < min(end, (number + 1) * row_tiles); unit += WARPS) {
-            const uint32_t row_tile = unit - number * row_tiles;
+        for (; unit < min(end, (number + count) * row_tiles); unit += WARPS) {
+            pass = passes[unit / row_tiles - number];
+            const uint32_t row_tile = unit % row_tiles;
             if (pass.n <= 8) multiply_tile<1>(p, routes, copies, slot, parity, pass, row_tile, input, stride);
             else if (pass.n <= 16) multiply_tile<2>(p, routes, copies, slot, parity, pass, row_tile, input, stride);
             else multiply_tile<3>(p, routes, copies, slot, parity, pass, row_tile, input, stride);

@@ -22,15 +22,15 @@ static_assert(sizeof(Gemm) == sizeof(Matrix) + sizeof(Epilogue) + 40);
 constexpr int GROUPS = 2;                     // warpgroups of 64 rows
 constexpr int THREADS = GROUPS * 128;
 constexpr int ROW_TILES = GROUPS * 4;         // of a block
+constexpr int TOKENS = 128;                   // of a block, at most
 constexpr int MAX_CLUSTER = 8;                // blocks
 constexpr int LINE = TILE_COLS * 2;           // bytes of a row of activations in shared memory
 
 // Column tiles of weights that a warp brings at a time, and how many such chunks it has room for; stages of activations. All that
 // two blocks have room for beside each other.
-template <Format F, int TOKENS> struct Sizes {
-    static constexpr int CHUNK = F == FP4 ? 4 : 1, SLOTS = F == FP4 && TOKENS == 128 ? 2 : 3;
-    static constexpr int STAGES = TOKENS == 64 ? 6 : F == FP4 ? 4 : 3, LAG = STAGES == 3 ? 1 : 2;
-    static constexpr int STAGE_BYTES = TOKENS * LINE;
+template <Format F> struct Sizes {
+    static constexpr int CHUNK = F == FP4 ? 4 : 1, SLOTS = F == FP4 ? 2 : 3;
+    static constexpr int STAGES = F == FP4 ? 4 : 3, LAG = F == FP4 ? 2 : 1, STAGE_BYTES = TOKENS * LINE;
     static constexpr int SCALES = CHUNK * 16 * Tile<F>::VECTORS, SLOT_BYTES = SCALES + (F == FP4 ? CHUNK * 64 : 0);
     static constexpr int WEIGHTS = STAGES * STAGE_BYTES, BYTES = WEIGHTS + ROW_TILES * SLOTS * SLOT_BYTES;
 };
@@ -191,7 +191,7 @@ template <Format F, class S> struct Weights {
 };
 
 // One warpgroup's sums over all column tiles.
-template <Format F, int N, int TOKENS, class S>
+template <Format F, int N, class S>
 __device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F, S>& weights, const Ring<S>& ring) {
     const int begin = weights.begin, end = weights.end;
     int stage = 0, again = 0; // of this step, and the one to fill again
@@ -261,7 +261,6 @@ __device__ __forceinline__ void put_in_line(uint8_t* lines, int token, uint32_t 
 }
 
 // What follows the sums: `d` has rows g and g + 8 of this warp's row tile, two tokens of every eight.
-template <int TOKENS>
 __device__ __forceinline__ void finish_sums(
     const float (&d)[TOKENS / 2], const Gemm& p, const Work& work, int row_tile, int row_tiles, uint8_t* lines) {
     const Epilogue& e = p.epilogue;
@@ -296,11 +295,34 @@ __device__ __forceinline__ void finish_sums(
         each([&](int column, float a, float b) {
             if (column >= work.n) return;
             const float* rotary = e.rotary + (work.first + column) * HEAD + place;
-            const float cos = rotary[0], sin = rotary[HEAD / 2];
+            const float cos = __ldg(rotary), sin = __ldg(rotary + HEAD / 2);
             const float x = a * affine.scale + affine.a, y = b * affine.scale + affine.b;
             put_in_line(lines, column, place, activation(BF16, x * cos - y * sin));
             put_in_line(lines, column, place + HEAD / 2, activation(BF16, y * cos + x * sin));
         });
+    } else if (mine && e.kind == RESIDUAL) {
+        // Sixteen tokens' values on their way together.
+        const uint2 rows = stored_rows(e, row_tile, g);
+#pragma unroll
+        for (int j = 0; j < TOKENS / 8; j += 2) {
+            if (8 * j >= work.n) break;
+            float old[2][4];
+            auto visit = [&](auto what) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int column = 8 * (j + i / 2) + 2 * t + i % 2;
+                    if (column < work.n) what(i, e.out + size_t(work.first + column) * p.matrix.rows);
+                }
+            };
+            visit([&](int i, float* out) {
+                old[0][i] = rows.x < p.matrix.rows ? out[rows.x] : 0.f, old[1][i] = rows.y < p.matrix.rows ? out[rows.y] : 0.f;
+            });
+            visit([&](int i, float* out) {
+                const int at = 4 * (j + i / 2) + i % 2;
+                if (rows.x < p.matrix.rows) out[rows.x] = old[0][i] + (d[at] * affine.scale + affine.a);
+                if (rows.y < p.matrix.rows) out[rows.y] = old[1][i] + (d[at + 2] * affine.scale + affine.b);
+            });
+        }
     } else if (mine) {
         each([&](int column, float a, float b) {
             if (column < work.n) finish(e, p.matrix, affine, row_tile, g, work.first + column, a, b);
@@ -325,7 +347,7 @@ __device__ __forceinline__ void finish_sums(
 }
 
 // The tile of tokens of number `tile`, of experts one after the other; false if there are fewer. By each warp.
-template <int TOKENS> __device__ __forceinline__ bool find(Work& work, const Routes& routes, uint32_t tile) {
+__device__ __forceinline__ bool find(Work& work, const Routes& routes, uint32_t tile) {
     const uint32_t lane = threadIdx.x % WARP;
     for (uint32_t base = 0; base < routes.experts; base += WARP) {
         const uint32_t count = base + lane < routes.experts ? routes.count(base + lane) : 0, tiles = (count + TOKENS - 1) / TOKENS;
@@ -354,8 +376,8 @@ template <int TOKENS> __device__ __forceinline__ bool find(Work& work, const Rou
 
 // `blockIdx.x`: 128 rows; `blockIdx.z`: tokens. With `SPLIT` the blocks of a cluster (`blockIdx.y`) share the inputs and put their
 // sums together.
-template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinline__ void gemm(const Gemm& p) {
-    using S = Sizes<F, TOKENS>;
+template <Format F, bool EXPERTS, bool SPLIT> __device__ __forceinline__ void gemm(const Gemm& p) {
+    using S = Sizes<F>;
     extern __shared__ __align__(1024) uint8_t shared[];
     __shared__ __align__(8) uint64_t barriers[2 * S::STAGES + ROW_TILES * S::SLOTS];
     uint8_t* base = shared + (1024 - shared_address(shared) % 1024) % 1024;
@@ -380,7 +402,7 @@ template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinli
     wait_for_previous();
     start_next();
     if constexpr (EXPERTS) {
-        if (!find<TOKENS>(work, Routes(p.list, p.experts, p.n * p.experts_per_token), blockIdx.z)) return;
+        if (!find(work, Routes(p.list, p.experts, p.n * p.experts_per_token), blockIdx.z)) return;
     } else {
         work.n = min(p.n - work.first, p.tile);
     }
@@ -394,11 +416,10 @@ template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinli
     float d[TOKENS / 2] = {};
     if (!mine) watch(weights.begin, weights.end, ring);
 #define WIDTH(N)                                                                                                          \
-    if constexpr (N <= TOKENS)                                                                                            \
-        if (mine && ring.width == N) consume<F, N, TOKENS>(d, weights, ring);
+    if (mine && ring.width == N) consume<F, N>(d, weights, ring);
     WIDTH(16) WIDTH(32) WIDTH(48) WIDTH(64) WIDTH(80) WIDTH(96) WIDTH(112) WIDTH(128)
     if constexpr (!SPLIT) {
-        finish_sums<TOKENS>(d, p, work, row_tile, row_tiles, base);
+        finish_sums(d, p, work, row_tile, row_tiles, base);
     } else {
         // The sums of the blocks, in their order, each of which finishes some of the tokens.
         constexpr int STRIDE = ROW_TILES * TILE_ROWS + 4;
@@ -422,6 +443,10 @@ template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinli
             for (int column = cluster_rank() * at_once + threadIdx.x / (ROW_TILES * 8); column < work.n; column += ranks * at_once) {
                 const float* own = sums + column * STRIDE + threadIdx.x / 8 % ROW_TILES * TILE_ROWS + pair;
                 // All reads in flight together: each comes from far.
+                const uint2 rows = stored_rows(p.epilogue, finished, pair);
+                float* out = p.epilogue.out + size_t(work.first + column) * m.rows;
+                const bool adds = p.epilogue.kind == RESIDUAL;
+                const float old_a = adds && rows.x < m.rows ? out[rows.x] : 0.f, old_b = adds && rows.y < m.rows ? out[rows.y] : 0.f;
                 float parts[2][MAX_CLUSTER], a = 0, b = 0;
 #pragma unroll
                 for (int rank = 0; rank < MAX_CLUSTER; rank++) {
@@ -430,7 +455,12 @@ template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinli
                 }
 #pragma unroll
                 for (int rank = 0; rank < MAX_CLUSTER; rank++) a += parts[0][rank], b += parts[1][rank];
-                finish(p.epilogue, m, affine, finished, pair, work.first + column, a, b);
+                if (adds) {
+                    if (rows.x < m.rows) out[rows.x] = old_a + (a * affine.scale + affine.a);
+                    if (rows.y < m.rows) out[rows.y] = old_b + (b * affine.scale + affine.b);
+                } else {
+                    finish(p.epilogue, m, affine, finished, pair, work.first + column, a, b);
+                }
             }
         }
         // A block stays until its sums are read.
@@ -440,11 +470,9 @@ template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinli
 
 #define KERNEL(NAME, ...)                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(const __grid_constant__ Gemm p) { __VA_ARGS__(p); }
-KERNEL(gemm_bf16, gemm<BF16, 128, false, false>)
-KERNEL(gemm_fp4, gemm<FP4, 128, false, false>)
-KERNEL(gemm_bf16_split, gemm<BF16, 128, false, true>)
-KERNEL(gemm_fp4_split, gemm<FP4, 128, false, true>)
-KERNEL(gemm_experts_bf16, gemm<BF16, 128, true, false>)
-KERNEL(gemm_experts_fp4, gemm<FP4, 128, true, false>)
-KERNEL(gemm_experts_bf16_few, gemm<BF16, 64, true, false>)
-KERNEL(gemm_experts_fp4_few, gemm<FP4, 64, true, false>)
+KERNEL(gemm_bf16, gemm<BF16, false, false>)
+KERNEL(gemm_fp4, gemm<FP4, false, false>)
+KERNEL(gemm_bf16_split, gemm<BF16, false, true>)
+KERNEL(gemm_fp4_split, gemm<FP4, false, true>)
+KERNEL(gemm_experts_bf16, gemm<BF16, true, false>)
+KERNEL(gemm_experts_fp4, gemm<FP4, true, false>)

@@ -230,16 +230,22 @@ __device__ __forceinline__ void sort_pairs(const Router& p, uint16_t* counts) {
         if (lane == WARP - 1) first[e + 1] = sum;
     }
     __syncthreads();
-    if (threadIdx.x == 0) {
-        uint32_t active = 0;
-        first[0] = 0;
-        for (uint32_t e = 0; e < p.experts; e++) {
-            uint32_t count = first[e + 1];
-            if (count) p.routes[Routes::ACTIVE + active++] = e;
-            p.routes[routes.counts_at() + e] = count;
-            first[e + 1] = first[e] + (count + 7) / 8 * 8;
+    if (threadIdx.x < WARP) {
+        uint32_t active = 0, end = 0;
+        for (uint32_t base = 0; base < p.experts; base += WARP) {
+            const uint32_t e = base + lane, count = e < p.experts ? first[e + 1] : 0, used = __ballot_sync(~0u, count != 0);
+            uint32_t sum = (count + 7) / 8 * 8;
+#pragma unroll
+            for (int i = 1; i < WARP; i *= 2) {
+                uint32_t other = __shfl_up_sync(~0u, sum, i);
+                if (lane >= i) sum += other;
+            }
+            if (count) p.routes[Routes::ACTIVE + active + __popc(used & ((1u << lane) - 1))] = e;
+            if (e < p.experts) p.routes[routes.counts_at() + e] = count, first[e + 1] = end + sum;
+            active += __popc(used);
+            end += __shfl_sync(~0u, sum, WARP - 1);
         }
-        p.routes[0] = active;
+        if (lane == 0) p.routes[0] = active, first[0] = 0;
     }
     __syncthreads();
     for (uint32_t e = threadIdx.x; e <= p.experts; e += blockDim.x) {

@@ -22,7 +22,7 @@ use crate::params::{
 };
 
 /// Tokens computed at a time; a step of more is cut.
-const MAX_TOKENS: usize = 4096;
+const MAX_TOKENS: usize = 8192;
 /// Rows of logits that exist at a time: 256 rows of the 20b's vocabulary are 206 MB.
 const LOGIT_ROWS: usize = 256;
 /// The kernels' head size.
@@ -800,15 +800,14 @@ impl Cuda {
         unsafe { self.device.launch(name, grid, 256, GEMM_SHARED, &params(tile)) }
     }
 
-    /// Tokens of a pass of experts_few.cu through a matrix: what fits in shared memory beside the weights.
-    fn tokens_of_pass(&self, matrix: &PackedMatrix) -> usize {
-        let row = matrix.padded_cols() * 2 + 16;
-        (self.device.shared_bytes().saturating_sub(FEW_SHARED + 1024) / row).min(24) / 8 * 8
+    /// Rows of activations for which experts_few.cu has room beside the weights.
+    fn few_rows(&self, matrix: &PackedMatrix) -> usize {
+        self.device.shared_bytes().saturating_sub(FEW_SHARED + 1024) / (matrix.padded_cols() * 2 + 16)
     }
 
     /// Whether the experts of `n` tokens have few each, and take experts_few.cu.
     fn few_each(&self, layer: &Layer, n: usize) -> bool {
-        let fits = |m: &PackedMatrix| m.format() == FP4 && self.tokens_of_pass(m) > 0;
+        let fits = |m: &PackedMatrix| m.format() == FP4 && self.few_rows(m) >= 8;
         self.device.capability() >= 90
             && n > 1
             && n * self.config.experts_per_token <= 20 * self.config.experts
@@ -823,7 +822,7 @@ impl Cuda {
         n: usize,
         epilogue: Epilogue,
     ) -> Result<(), Error> {
-        let tokens = self.tokens_of_pass(matrix);
+        let rows = self.few_rows(matrix);
         let params = Few {
             matrix: matrix.params(),
             input,
@@ -832,10 +831,12 @@ impl Cuda {
             n: n as u32,
             experts: self.config.experts as u32,
             experts_per_token: self.config.experts_per_token as u32,
-            tokens: tokens as u32,
+            tokens: (rows.min(24) / 8 * 8) as u32,
+            rows: rows as u32,
+            padding: 0,
         };
         let grid = [self.device.multiprocessors() as u32, 1, 1];
-        let shared = FEW_SHARED + tokens * (matrix.padded_cols() * 2 + 16);
+        let shared = FEW_SHARED + rows * (matrix.padded_cols() * 2 + 16);
         // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room.
         unsafe { self.device.launch("experts_few", grid, 512, shared, &params) }
     }
@@ -849,17 +850,9 @@ impl Cuda {
         epilogue: Epilogue,
     ) -> Result<(), Error> {
         let pairs = n * self.config.experts_per_token;
-        // Where an expert has few tokens, weights are read further ahead.
-        let few = pairs / self.config.experts <= 48;
-        let tokens = if few { 64 } else { GEMM_TOKENS };
-        let name = match (matrix.format(), few) {
-            (BF16, true) => "gemm_experts_bf16_few",
-            (BF16, false) => "gemm_experts_bf16",
-            (_, true) => "gemm_experts_fp4_few",
-            (_, false) => "gemm_experts_fp4",
-        };
+        let name = if matrix.format() == FP4 { "gemm_experts_fp4" } else { "gemm_experts_bf16" };
         // Each expert may have one tile that is not full.
-        let tiles = pairs / tokens + self.config.experts.min(pairs);
+        let tiles = pairs / GEMM_TOKENS + self.config.experts.min(pairs);
         let params = Gemm { stack: self.slot_stack(n), ..self.gemm_params(matrix, input, n, epilogue) };
         let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, 1, tiles as u32];
         // SAFETY: the slots are those of `n` tokens, for which the arena has room.
@@ -956,10 +949,10 @@ impl Cuda {
             shares: share,
         };
         let (name, grid) = match n {
-            0..=FEW_TOKENS => ("router", [share, n as u32, 1]),
+            0..=ROUTER_FEW => ("router", [share, n as u32, 1]),
             _ => ("router_many", [n.div_ceil(16) as u32, 1, 1]),
         };
-        let threads = if n <= FEW_TOKENS { 256 } else { 512 };
+        let threads = if n <= ROUTER_FEW { 256 } else { 512 };
         // SAFETY: the arena has MAX_TOKENS rows of each, and one counter more than that.
         unsafe { self.device.launch(name, grid, threads, 2 * ROUTER_COUNTS, &params)? };
 
@@ -1123,6 +1116,8 @@ impl Cuda {
 
 /// Shared memory of experts_few.cu for weights: sixteen warps, two copies of four tiles each.
 const FEW_SHARED: usize = 16 * 2 * 4 * (512 + 64);
+/// Up to so many tokens the router shares a token's experts among blocks.
+const ROUTER_FEW: usize = 160;
 /// 16-bit counters of the router's sorting threads.
 const ROUTER_COUNTS: usize = 16384;
 /// Up to so many tokens have kernels of their own.

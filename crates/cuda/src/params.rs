@@ -75,9 +75,9 @@ params! {
         n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, padding: u32,
     }
     /// experts_few.cu
-    Few, 152 {
+    Few, 160 {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
-        n: u32, experts: u32, experts_per_token: u32, tokens: u32,
+        n: u32, experts: u32, experts_per_token: u32, tokens: u32, rows: u32, padding: u32,
     }
     /// quantize.cu
     Quantize, 40 {

@@ -219,7 +219,7 @@ impl Loaded {
         match self {
             Loaded::Cpu(_) => 512,
             #[cfg(feature = "cuda")]
-            Loaded::Cuda(_) => 2048,
+            Loaded::Cuda(_) => 8192,
         }
     }
 }
