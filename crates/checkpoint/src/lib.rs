@@ -25,7 +25,7 @@ pub use reader::{Checkpoint, Packed};
 pub use safetensors::Dtype;
 pub use synthetic::Synthetic;
 pub use weights::{
-    Format, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights, matrices,
-    vectors,
+    Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights,
+    matrices, vectors,
 };
 pub use write::{Progress, Target, Written, write};

@@ -4,11 +4,13 @@ use std::fmt;
 use std::fs::File;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use memmap2::{Mmap, UncheckedAdvice};
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
+use sha2::{Digest, Sha256};
 
 use crate::Error;
 use crate::error::brief;
@@ -36,6 +38,8 @@ pub struct TensorFile {
     path: PathBuf,
     bytes: Bytes,
     tensors: Vec<StoredTensor>,
+    /// When the file was last written.
+    modified: Option<SystemTime>,
 }
 
 impl TensorFile {
@@ -56,19 +60,19 @@ impl TensorFile {
         // process wrote to the file, which nobody does to a model in use: the one assumption of mapping weights at
         // all (a truncation would end the process with SIGBUS).
         let map = unsafe { Mmap::map(&file) }.map_err(Error::io(path))?;
-        TensorFile::new(path.to_owned(), Bytes::Map(map))
+        TensorFile::new(path.to_owned(), Bytes::Map(map), metadata.modified().ok())
     }
 
     /// Checks a file that is already in memory, under the name `path` for messages. Its weights are borrowed where they lie if
     /// `bytes` is aligned to 8; otherwise BF16 tensors are copied at each use.
     pub fn from_static(path: &Path, bytes: &'static [u8]) -> Result<TensorFile, Error> {
-        TensorFile::new(path.to_owned(), Bytes::Static(bytes))
+        TensorFile::new(path.to_owned(), Bytes::Static(bytes), None)
     }
 
-    fn new(path: PathBuf, bytes: Bytes) -> Result<TensorFile, Error> {
+    fn new(path: PathBuf, bytes: Bytes, modified: Option<SystemTime>) -> Result<TensorFile, Error> {
         let tensors =
             read_header(bytes.as_slice()).map_err(|found| Error::file(&path, "a safetensors file", found))?;
-        Ok(TensorFile { path, bytes, tensors })
+        Ok(TensorFile { path, bytes, tensors, modified })
     }
 
     /// The file.
@@ -89,6 +93,21 @@ impl TensorFile {
     /// The bytes of one of this file's tensors.
     pub fn data(&self, tensor: &StoredTensor) -> &[u8] {
         self.slice(&tensor.range)
+    }
+
+    /// Adds what stands for the contents: of a file its header, size and time of writing; all bytes of what is in memory.
+    pub(crate) fn identify(&self, digest: &mut Sha256) {
+        let bytes = self.bytes.as_slice();
+        digest.update((bytes.len() as u64).to_le_bytes());
+        let since = self.modified.and_then(|time| time.duration_since(SystemTime::UNIX_EPOCH).ok());
+        let known = match since {
+            Some(since) => {
+                digest.update(since.as_nanos().to_le_bytes());
+                self.tensors.first().map_or(bytes.len(), |tensor| tensor.range.start)
+            }
+            None => bytes.len(),
+        };
+        digest.update(&bytes[..known]);
     }
 
     /// Gives the memory of a range back to the system; it is read from the file again when it is next looked at.

@@ -11,13 +11,14 @@ use half::bf16;
 use numerics::nvfp4;
 use safetensors::Dtype;
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::error::{Mismatch, brief};
 use crate::layout::{self, Role, Slot};
 use crate::transpose::transpose;
 use crate::{
-    Config, Error, Format, GenerationConfig, KvCache, KvScales, Layout, Matrix, MatrixId, Quantization,
-    StoredTensor, TensorFile, Values, Vector, VectorId, Weights, matrices, vectors,
+    Config, Error, Format, GenerationConfig, Identity, KvCache, KvScales, Layout, Matrix, MatrixId,
+    Quantization, StoredTensor, TensorFile, Values, Vector, VectorId, Weights, matrices, vectors,
 };
 
 /// A model in files, its weights borrowed from the memory map in the precision that they are stored in.
@@ -359,6 +360,12 @@ impl Weights for Checkpoint {
         self.kv_scales.get(&layer).copied()
     }
 
+    fn identity(&self) -> Option<Identity> {
+        let mut digest = Sha256::new_with_prefix(self.config_json.to_string());
+        self.files.iter().for_each(|file| file.identify(&mut digest));
+        Some(Identity(digest.finalize().into()))
+    }
+
     fn release(&self, id: MatrixId, expert: usize) {
         let stack = self.stack(id);
         for span in std::iter::once(&stack.values).chain(&stack.scales) {
@@ -416,6 +423,10 @@ impl<C: Borrow<Checkpoint> + Send + Sync> Weights for Packed<C> {
 
     fn kv_scales(&self, layer: usize) -> Option<KvScales> {
         self.checkpoint().kv_scales(layer)
+    }
+
+    fn identity(&self) -> Option<Identity> {
+        self.checkpoint().identity().map(|identity| identity.derived("packed"))
     }
 
     fn release(&self, id: MatrixId, expert: usize) {

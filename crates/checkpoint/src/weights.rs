@@ -7,6 +7,7 @@ use std::borrow::Cow;
 
 use half::bf16;
 use numerics::{e8m0, mxfp4, nvfp4};
+use sha2::{Digest, Sha256};
 
 use crate::{Config, Error};
 
@@ -348,6 +349,18 @@ pub struct KvScales {
     pub value: f32,
 }
 
+/// Stands for the values of some weights: equal identities, equal values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Identity(pub [u8; 32]);
+
+impl Identity {
+    /// That of what a function makes of the values; `how` names the function and its options.
+    #[must_use]
+    pub fn derived(self, how: &str) -> Identity {
+        Identity(Sha256::new().chain_update(self.0).chain_update(how).finalize().into())
+    }
+}
+
 /// All weights of one model: a checkpoint on disk, made-up weights, or a view that quantizes another on the way.
 ///
 /// Implementations are total: after construction every matrix and vector of [`matrices`] and [`vectors`] exists
@@ -372,6 +385,11 @@ pub trait Weights: Send + Sync {
 
     /// The scales of the layer's FP8 key/value cache, if the model has them.
     fn kv_scales(&self, _layer: usize) -> Option<KvScales> {
+        None
+    }
+
+    /// What stands for the values of all tensors; `None` if they are not those of files, or not a function of files alone.
+    fn identity(&self) -> Option<Identity> {
         None
     }
 

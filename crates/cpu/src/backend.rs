@@ -1,9 +1,10 @@
 //! The backend: packed weights, the key/value cache and the step over a ragged batch.
 
+use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use checkpoint::{Config, LayerKind, MatrixKind, Values, VectorKind, Weights};
+use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, Values, VectorKind, Weights};
 use gptoss::{
     BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, Sampling, SequenceOutput, SequencePlan, Traffic,
     sample, score,
@@ -13,6 +14,7 @@ use crate::attention::{Attend, Found, TILE};
 use crate::bandwidth;
 use crate::kernels::{Isa, Kernels};
 use crate::packed::{Buffer, Job, Output, PackedMatrix, Then, multiply};
+use crate::packed_file::{PackedFile, Request};
 use crate::pool::{Pool, physical_cores};
 use crate::products::Records;
 use crate::records::{Activations, COLUMNS, Kind, Layout};
@@ -152,10 +154,35 @@ impl Times {
 }
 
 impl Cpu {
-    /// Packs `weights` tensor by tensor. `progress` is called with the layers done and their number.
+    /// Packs `weights` tensor by tensor. `progress` is called with what is done and how much there is.
     pub fn load(
         weights: Arc<dyn Weights>,
         options: Options,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Cpu, Error> {
+        Cpu::load_with(weights, options, None, &mut |_| {}, progress)
+    }
+
+    /// The same, with the packed weights kept in a file, which is mapped if it is there and theirs, and made otherwise. `note` is
+    /// told in a sentence if a file was replaced, or could not be made, which leaves the weights in memory.
+    ///
+    /// # Errors
+    /// Also for weights that are not those of files, and if something else has the name.
+    pub fn load_kept(
+        weights: Arc<dyn Weights>,
+        options: Options,
+        path: &Path,
+        note: &mut dyn FnMut(String),
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Cpu, Error> {
+        Cpu::load_with(weights, options, Some(path), note, progress)
+    }
+
+    fn load_with(
+        weights: Arc<dyn Weights>,
+        options: Options,
+        path: Option<&Path>,
+        note: &mut dyn FnMut(String),
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Cpu, Error> {
         let config = weights.config().clone();
@@ -171,13 +198,24 @@ impl Cpu {
         }
         let pool = Pool::new(options.threads.unwrap_or_else(physical_cores));
         let count = config.layer_kinds.len();
+        let fast = options.fast_weights;
+        let file = match path {
+            Some(path) => {
+                let request = Request { path, weights: &*weights, fast, pool: &pool, kernels };
+                PackedFile::open_or_make(&request, note, progress)?
+            }
+            None => None,
+        };
+        let matrix = |id: MatrixId| match &file {
+            Some(file) => Ok(file.matrix(id)),
+            None => PackedMatrix::load(&*weights, id, fast, &pool),
+        };
         let mut layers = Vec::with_capacity(count);
         for layer in 0..count {
             progress(layer, count);
-            layers.push(Layer::load(&*weights, layer, options.fast_weights, &pool)?);
+            layers.push(Layer::load(&*weights, layer, &matrix)?);
         }
-        let unembedding =
-            PackedMatrix::load(&*weights, MatrixKind::Unembedding.at(0), options.fast_weights, &pool)?;
+        let unembedding = matrix(MatrixKind::Unembedding.at(0))?;
         let final_norm = weights.vector(VectorKind::FinalNorm.at(0))?.to_f32();
         let embedding = keep_if_owned(weights.matrix(MatrixKind::Embedding.at(0), 0)?);
         progress(count, count);
@@ -331,7 +369,7 @@ impl Cpu {
             then,
             out: Output::new(out),
             offset: 0,
-            stride: matrix.rows,
+            stride: matrix.shape.rows,
         };
         multiply(&self.pool, self.kernels, &[job]);
     }
@@ -712,11 +750,12 @@ impl Cpu {
 }
 
 impl Layer {
-    fn load(weights: &dyn Weights, layer: usize, fast: bool, pool: &Pool) -> Result<Layer, Error> {
-        let matrix = |kind: MatrixKind| {
-            let fast = fast && kind != MatrixKind::Router;
-            PackedMatrix::load(weights, kind.at(layer), fast, pool)
-        };
+    fn load(
+        weights: &dyn Weights,
+        layer: usize,
+        matrix: &dyn Fn(MatrixId) -> Result<PackedMatrix, Error>,
+    ) -> Result<Layer, Error> {
+        let matrix = |kind: MatrixKind| matrix(kind.at(layer));
         let vector = |kind: VectorKind| weights.vector(kind.at(layer)).map(|v| v.to_f32());
         Ok(Layer {
             input_norm: vector(VectorKind::InputNorm)?,
@@ -865,7 +904,7 @@ impl Groups {
                     group.slots.len(),
                     records.kind,
                 ),
-                bias: Some(&bias[group.expert * matrix.rows..][..matrix.rows]),
+                bias: Some(&bias[group.expert * matrix.shape.rows..][..matrix.shape.rows]),
                 then,
                 out,
                 offset: group.slots.start * width,

@@ -47,19 +47,21 @@ pub(crate) fn read(pool: &Pool, kernels: &Kernels, memory: &[&[u8]], passes: usi
     speeds[speeds.len() / 2]
 }
 
-/// A sum of whole lines of `bytes`, asked for as far ahead as weights are.
+/// A sum of `bytes`, a multiple of 128 of them, that tells their order: words are summed up, and the sums again. They are asked
+/// for as far ahead as weights are.
 ///
 /// # Safety
 /// The CPU has the features of the lanes.
 #[inline(always)]
 pub(crate) unsafe fn checksum<L: Lanes>(bytes: &[u8]) -> u64 {
-    const WORDS: usize = 32;
+    const WORDS: usize = 16;
     let mut sums = [0u64; WORDS];
+    let mut totals = [0u64; WORDS];
     let lines = bytes.as_ptr().cast::<[u64; WORDS]>();
     for i in 0..bytes.len() / size_of::<[u64; WORDS]>() {
         // SAFETY: within the slice; prefetching may go beyond.
         let words = unsafe {
-            for line in 0..4 {
+            for line in 0..2 {
                 L::prefetch(lines.wrapping_add(i).cast::<u8>().wrapping_add(AHEAD + 64 * line));
             }
             lines.add(i).read_unaligned()
@@ -67,8 +69,17 @@ pub(crate) unsafe fn checksum<L: Lanes>(bytes: &[u8]) -> u64 {
         let mut w = 0;
         while w < WORDS {
             sums[w] = sums[w].wrapping_add(words[w]);
+            totals[w] = totals[w].wrapping_add(sums[w]);
             w += 1;
         }
     }
-    sums.iter().fold(0, |a, &b| a.wrapping_add(b))
+    let mut all = 0u64;
+    let mut w = 0;
+    while w < WORDS {
+        all = (all ^ sums[w]).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        all = (all ^ all >> 29 ^ totals[w]).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        all ^= all >> 32;
+        w += 1;
+    }
+    all
 }

@@ -9,6 +9,7 @@ mod bandwidth;
 mod dense;
 mod kernels;
 mod packed;
+mod packed_file;
 mod pool;
 mod products;
 mod records;

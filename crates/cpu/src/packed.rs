@@ -4,10 +4,12 @@
 //! The rows of gate and up, which alternate in a checkpoint, are in panels that alternate.
 
 use std::mem::MaybeUninit;
-use std::sync::Mutex;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint::{Format, Matrix, MatrixId, MatrixKind, Values, Weights};
 use gptoss::Error;
+use memmap2::Mmap;
 
 use crate::kernels::Kernels;
 use crate::pool::Pool;
@@ -37,42 +39,70 @@ impl Packing {
     }
 }
 
-/// One matrix, or a stack of equal ones.
-pub(crate) struct PackedMatrix {
+/// How a matrix, or a stack of equal ones, is packed.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Shape {
+    /// Matrices of the stack.
+    count: usize,
     pub(crate) rows: usize,
-    /// Groups of 32 columns.
-    pub(crate) slabs: usize,
+    cols: usize,
     packing: Packing,
     /// Whether rows alternate between two panels.
     paired: bool,
-    data: Buffer,
-    /// One per matrix of the stack, or for [`Packing::Int8`] one per packed row.
-    scales: Vec<f32>,
 }
 
-impl PackedMatrix {
-    /// Reads and packs a matrix, its panels in parallel, or a stack, its matrices in parallel. `fast` keeps what is stored in
-    /// 16 bits in eight.
-    pub(crate) fn load(
-        weights: &dyn Weights,
-        id: MatrixId,
-        fast: bool,
-        pool: &Pool,
-    ) -> Result<PackedMatrix, Error> {
+impl Shape {
+    /// `fast` keeps what is stored in 16 bits in eight; routers stay.
+    pub(crate) fn of(weights: &dyn Weights, id: MatrixId, fast: bool) -> Shape {
         let (count, rows, cols) = id.kind.shape(weights.config());
         let packing = match weights.format(id) {
-            Format::Bf16 if fast => Packing::Int8,
+            Format::Bf16 if fast && id.kind != MatrixKind::Router => Packing::Int8,
             Format::Bf16 => Packing::Bf16,
             Format::Mxfp4 => Packing::Mxfp4,
             Format::Nvfp4 => Packing::Nvfp4,
         };
-        let (panels, slabs) = (rows.div_ceil(LANES), cols.div_ceil(COLUMNS));
-        let mut scales = vec![1.0; if packing == Packing::Int8 { count * panels * LANES } else { count }];
-        let mut data = Buffer::new(count * panels * slabs * packing.slab_bytes())?;
-        let paired = id.kind == MatrixKind::GateUp;
-        let panel_bytes = slabs * packing.slab_bytes();
-        let data_chunks = Chunks::new(data.as_mut_slice(), panel_bytes);
-        let scale_chunks = Chunks::new(&mut scales, if packing == Packing::Int8 { LANES } else { 1 });
+        Shape { count, rows, cols, packing, paired: id.kind == MatrixKind::GateUp }
+    }
+
+    /// Panels per matrix.
+    fn panels(&self) -> usize {
+        self.rows.div_ceil(LANES)
+    }
+
+    /// Groups of 32 columns.
+    fn slabs(&self) -> usize {
+        self.cols.div_ceil(COLUMNS)
+    }
+
+    fn panel_bytes(&self) -> usize {
+        self.slabs() * self.packing.slab_bytes()
+    }
+
+    /// Bytes of all.
+    pub(crate) fn bytes(&self) -> usize {
+        self.count * self.panels() * self.panel_bytes()
+    }
+
+    /// Factors of the sums: one per matrix of the stack, or for [`Packing::Int8`] one per packed row.
+    pub(crate) fn scales(&self) -> usize {
+        self.count * if self.packing == Packing::Int8 { self.panels() * LANES } else { 1 }
+    }
+
+    /// Reads and packs a matrix, its panels in parallel, or a stack, its matrices in parallel, to zeroed memory of
+    /// [`Shape::bytes`] and [`Shape::scales`].
+    pub(crate) fn pack(
+        &self,
+        weights: &dyn Weights,
+        id: MatrixId,
+        pool: &Pool,
+        data: &mut [u8],
+        scales: &mut [f32],
+    ) -> Result<(), Error> {
+        let Shape { count, rows, cols, packing, paired } = *self;
+        let panels = self.panels();
+        assert_eq!((data.len(), scales.len()), (self.bytes(), self.scales()), "memory of the shape");
+        let data_chunks = Chunks::new(data, self.panel_bytes());
+        let scale_chunks = Chunks::new(scales, if packing == Packing::Int8 { LANES } else { 1 });
         let pack = |matrix: &Matrix<'_>, expert: usize, panel: usize| {
             let source = |r: usize| {
                 let row = source_row(paired, panel, r);
@@ -110,36 +140,80 @@ impl PackedMatrix {
         if count == 1 {
             let matrix = open(0)?;
             pool.run(panels, &|panel| pack(&matrix, 0, panel));
-        } else {
-            let failed = Mutex::new(None);
-            pool.run(count, &|expert| match open(expert) {
-                Ok(matrix) => (0..panels).for_each(|panel| pack(&matrix, expert, panel)),
-                Err(error) => *failed.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = Some(error),
-            });
-            if let Some(error) = failed.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner) {
-                return Err(error);
-            }
+            weights.release(id, 0);
+            return Ok(());
         }
-        Ok(PackedMatrix { rows, slabs, packing, paired, data, scales })
+        let failed = Mutex::new(None);
+        pool.run(count, &|expert| match open(expert) {
+            Ok(matrix) => {
+                (0..panels).for_each(|panel| pack(&matrix, expert, panel));
+                weights.release(id, expert);
+            }
+            Err(error) => *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
+        });
+        failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+}
+
+/// Where packed weights lie.
+pub(crate) enum Memory {
+    Own(Buffer),
+    /// A part of a file of packed weights.
+    Mapped {
+        file: Arc<Mmap>,
+        range: Range<usize>,
+    },
+}
+
+impl Memory {
+    fn as_slice(&self) -> &[u8] {
+        match self {
+            Memory::Own(buffer) => buffer.as_slice(),
+            Memory::Mapped { file, range } => &file[range.clone()],
+        }
+    }
+}
+
+/// One matrix, or a stack of equal ones.
+pub(crate) struct PackedMatrix {
+    pub(crate) shape: Shape,
+    data: Memory,
+    scales: Vec<f32>,
+}
+
+impl PackedMatrix {
+    /// `data` and `scales` are what [`Shape::pack`] made.
+    pub(crate) fn new(shape: Shape, data: Memory, scales: Vec<f32>) -> PackedMatrix {
+        assert_eq!(
+            (data.as_slice().len(), scales.len()),
+            (shape.bytes(), shape.scales()),
+            "memory of the shape"
+        );
+        PackedMatrix { shape, data, scales }
     }
 
-    /// Panels per matrix.
-    fn panels(&self) -> usize {
-        self.rows.div_ceil(LANES)
-    }
-
-    fn panel_bytes(&self) -> usize {
-        self.slabs * self.packing.slab_bytes()
+    /// Reads and packs a matrix or stack.
+    pub(crate) fn load(
+        weights: &dyn Weights,
+        id: MatrixId,
+        fast: bool,
+        pool: &Pool,
+    ) -> Result<PackedMatrix, Error> {
+        let shape = Shape::of(weights, id, fast);
+        let mut data = Buffer::new(shape.bytes())?;
+        let mut scales = vec![1.0; shape.scales()];
+        shape.pack(weights, id, pool, data.as_mut_slice(), &mut scales)?;
+        Ok(PackedMatrix { shape, data: Memory::Own(data), scales })
     }
 
     /// Bytes of one matrix of the stack.
     pub(crate) fn matrix_bytes(&self) -> usize {
-        self.panels() * self.panel_bytes()
+        self.shape.panels() * self.shape.panel_bytes()
     }
 
     /// Bytes of all.
     pub(crate) fn bytes(&self) -> usize {
-        self.data.len
+        self.shape.bytes()
     }
 
     /// All of it as it lies in memory.
@@ -149,14 +223,14 @@ impl PackedMatrix {
 
     /// The records that its products take.
     pub(crate) fn records(&self, activations: Activations) -> Kind {
-        match self.packing {
+        match self.shape.packing {
             Packing::Bf16 => Kind::Float,
             Packing::Int8 | Packing::Mxfp4 | Packing::Nvfp4 => Kind::Limbs(activations.limbs()),
         }
     }
 
     fn kernel(&self, kernels: &Kernels, kind: Kind) -> PanelKernel {
-        match (self.packing, kind) {
+        match (self.shape.packing, kind) {
             (Packing::Bf16, Kind::Float) => kernels.bf16,
             (Packing::Int8, Kind::Limbs(limbs)) => kernels.int8[limbs - 1],
             (Packing::Mxfp4, Kind::Limbs(limbs)) => kernels.mxfp4[limbs - 1],
@@ -166,13 +240,16 @@ impl PackedMatrix {
     }
 
     fn panel(&self, expert: usize, panel: usize) -> Panel {
-        let at = (expert * self.panels() + panel) * self.panel_bytes();
-        Panel { data: self.data.as_slice()[at..][..self.panel_bytes()].as_ptr(), slabs: self.slabs }
+        let at = (expert * self.shape.panels() + panel) * self.shape.panel_bytes();
+        Panel {
+            data: self.data.as_slice()[at..][..self.shape.panel_bytes()].as_ptr(),
+            slabs: self.shape.slabs(),
+        }
     }
 
     fn scale(&self, expert: usize, panel: usize) -> [f32; LANES] {
-        if self.packing == Packing::Int8 {
-            let at = (expert * self.panels() + panel) * LANES;
+        if self.shape.packing == Packing::Int8 {
+            let at = (expert * self.shape.panels() + panel) * LANES;
             std::array::from_fn(|r| self.scales[at + r])
         } else {
             [self.scales[expert]; LANES]
@@ -181,7 +258,7 @@ impl PackedMatrix {
 
     fn bias(&self, bias: Option<&[f32]>, panel: usize) -> [f32; LANES] {
         std::array::from_fn(|r| {
-            bias.and_then(|bias| bias.get(source_row(self.paired, panel, r))).copied().unwrap_or(0.0)
+            bias.and_then(|bias| bias.get(source_row(self.shape.paired, panel, r))).copied().unwrap_or(0.0)
         })
     }
 }
@@ -263,11 +340,11 @@ pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
     let mut tasks = Vec::new();
     for (j, job) in jobs.iter().enumerate() {
         let matrix = job.matrix;
-        assert_eq!(matrix.slabs, job.x.slabs, "records as wide as the matrix");
-        let width = if matrix.paired { 2 } else { 1 };
+        assert_eq!(matrix.shape.slabs(), job.x.slabs, "records as wide as the matrix");
+        let width = if matrix.shape.paired { 2 } else { 1 };
         let bytes = if job.x.tokens > 8 { BATCH_TASK_BYTES } else { TASK_BYTES };
-        let units = matrix.panels() / width;
-        let step = (bytes / (width * matrix.panel_bytes())).max(1);
+        let units = matrix.shape.panels() / width;
+        let step = (bytes / (width * matrix.shape.panel_bytes())).max(1);
         tasks.extend((0..units).step_by(step).map(|u| (j, u, (u + step).min(units))));
     }
     let task = |task: usize| {
@@ -285,7 +362,7 @@ pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
 fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
     let matrix = job.matrix;
     let kernel = matrix.kernel(kernels, job.x.kind);
-    let token_bytes = matrix.slabs * job.x.kind.words() * 4;
+    let token_bytes = matrix.shape.slabs() * job.x.kind.words() * 4;
     let block = (RECORD_BYTES / token_bytes.max(1)).clamp(1, TOKEN_BLOCK);
     let mut sums = [[const { MaybeUninit::<[f32; LANES]>::uninit() }; TOKEN_BLOCK]; 2];
     for first in (0..job.x.tokens).step_by(block) {
@@ -297,9 +374,9 @@ fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
         };
         for unit in from..to {
             let [a, b] = &mut sums;
-            let width = if matrix.paired { 2 } else { 1 };
+            let width = if matrix.shape.paired { 2 } else { 1 };
             sums_of(unit * width, a);
-            let rows = LANES.min(matrix.rows / width - unit * LANES);
+            let rows = LANES.min(matrix.shape.rows / width - unit * LANES);
             let at = first * job.stride + job.offset + unit * LANES;
             assert!(at + (x.tokens - 1) * job.stride + rows <= job.out.len, "an output within its slice");
             let scale = matrix.scale(job.expert, unit * width);

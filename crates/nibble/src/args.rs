@@ -98,6 +98,10 @@ pub(crate) struct Run {
     /// self-test passes; the weights are in memory twice
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) activations: ActivationBits,
+    /// Keeps the weights on disk as a CPU reads them: the file is made if it is not there or of other weights, and mapped at
+    /// the next start, which takes under a second. It is as large as the loaded model
+    #[arg(long, value_name = "FILE")]
+    pub(crate) packed_cache: Option<PathBuf>,
 }
 
 impl Run {
@@ -108,6 +112,7 @@ impl Run {
             batch_invariant: false,
             weights: WeightBits::AsStored,
             activations: ActivationBits::F32,
+            packed_cache: None,
         }
     }
 }

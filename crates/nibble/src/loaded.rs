@@ -53,7 +53,16 @@ pub(crate) fn watched_backend(
                     }
                 },
             };
-            Loaded::Cpu(Box::new(Cpu::load(weights, options, &mut progress)?))
+            let mut notes = Vec::new();
+            let loaded = match &run.packed_cache {
+                Some(path) => {
+                    Cpu::load_kept(weights, options, path, &mut |note| notes.push(note), &mut progress)
+                }
+                None => Cpu::load(weights, options, &mut progress),
+            };
+            drop(bar);
+            notes.iter().for_each(|note| ui.note(format_args!("note: {note}")));
+            Loaded::Cpu(Box::new(loaded?))
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(device) => {
@@ -62,6 +71,9 @@ pub(crate) fn watched_backend(
                 return Err(Failure::input(
                     "--weights fast and --activations int16 or int8: expected --device cpu, found a GPU",
                 ));
+            }
+            if run.packed_cache.is_some() {
+                return Err(Failure::input("--packed-cache: expected --device cpu, found a GPU"));
             }
             check_kernels(&device)?;
             let mut loaded = Box::new(cuda::Cuda::load(&device, &*weights, &mut progress)?);

@@ -6,7 +6,8 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint::{
-    Config, Format, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, Weights, matrices,
+    Config, Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, Weights,
+    matrices,
 };
 use cpu::Pool;
 use half::bf16;
@@ -78,6 +79,7 @@ pub struct Quantized {
     kv_scales: bool,
     totals: Mutex<BTreeMap<MatrixId, Totals>>,
     calibrated: Option<Calibrated>,
+    identity: Option<Identity>,
 }
 
 /// The values of a row to codes and scales.
@@ -125,7 +127,8 @@ impl Quantized {
         }
         progress(ids.len(), ids.len());
         let totals = Mutex::default();
-        Ok(Quantized { source, pool, plans, activations, kv_scales, totals, calibrated: None })
+        let identity = source.identity().map(|identity| identity.derived(&format!("{options:?}")));
+        Ok(Quantized { source, pool, plans, activations, kv_scales, totals, calibrated: None, identity })
     }
 
     /// Whether a matrix or a static scale waits for [`Quantized::calibrate`].
@@ -237,6 +240,11 @@ impl Quantized {
 impl Weights for Quantized {
     fn config(&self) -> &Config {
         self.source.config()
+    }
+
+    fn identity(&self) -> Option<Identity> {
+        // What calibration found is no function of the source alone.
+        self.identity.filter(|_| self.calibrated.is_none())
     }
 
     fn format(&self, id: MatrixId) -> Format {

@@ -151,3 +151,32 @@ fn stop_ids_come_from_either_file() {
     assert_eq!(open("../models/tiny-gpt-oss").generation_config().eos_token_ids, [4082, 4081, 4092]);
     assert_eq!(open("model/hf-mxfp4").generation_config().eos_token_ids, [2]);
 }
+
+#[test]
+fn identities_tell_files_apart_and_know_them_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = testdata("model/hf-mxfp4");
+    for entry in std::fs::read_dir(&source).unwrap().map(Result::unwrap) {
+        std::fs::copy(entry.path(), folder.path().join(entry.file_name())).unwrap();
+    }
+    let identity = || Checkpoint::open(folder.path()).unwrap().identity().unwrap();
+    let first = identity();
+    assert_eq!(identity(), first);
+    assert_ne!(first, open("model/hf-mxfp4").identity().unwrap(), "written at another time");
+    assert_ne!(first.derived("a"), first.derived("b"));
+
+    // The same bytes, written later; and other bytes.
+    let checkpoint = Checkpoint::open(folder.path()).unwrap();
+    let path = checkpoint.files()[0].path().to_owned();
+    drop(checkpoint);
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let time = file.metadata().unwrap().modified().unwrap();
+    file.set_modified(time + std::time::Duration::from_nanos(50_000_000)).unwrap();
+    assert_ne!(identity(), first);
+    file.set_modified(time).unwrap();
+    assert_eq!(identity(), first);
+    let config = folder.path().join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap().replacen('{', "{\"later\": 1,", 1);
+    std::fs::write(&config, text).unwrap();
+    assert_ne!(identity(), first);
+}

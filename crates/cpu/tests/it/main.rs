@@ -4,3 +4,4 @@
 mod dense;
 mod kernels;
 mod model;
+mod packed_file;

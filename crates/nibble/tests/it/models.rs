@@ -144,6 +144,30 @@ fn a_conversation_goes_on_until_its_input_ends() {
 }
 
 #[test]
+fn packed_weights_on_disk_answer_as_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("packed");
+    let cached = ["--packed-cache", file.to_str().unwrap()];
+    let answer = |more: &[&str]| {
+        let args = ["generate", "-p", "What is 2 + 2?", "--chat", "--temperature", "0", "--json", "--quiet"];
+        let outcome = ok(&[&args[..], more].concat());
+        outcome.json()["outputs"].clone()
+    };
+    let expected = answer(&[]);
+    assert_eq!(answer(&cached), expected);
+    assert_eq!(answer(&cached), expected);
+    std::fs::File::options().write(true).open(&file).unwrap().set_len(1000).unwrap();
+    let args = ["generate", "-p", "a", "--max-tokens", "1"];
+    let noted = ok(&[&args[..], &cached].concat()).stderr;
+    assert!(noted.contains("packed: expected") && noted.contains("packed anew"), "{noted}");
+
+    std::fs::write(&file, "mine").unwrap();
+    fails(&[&args[..], &cached].concat(), 2, "packed: expected no file, or one of packed weights");
+    let synthetic = ["bench", "--synthetic", "gpt-oss-20b:1", "--packed-cache", "x"];
+    fails(&synthetic, 2, "expected the weights of files");
+}
+
+#[test]
 fn measurements() {
     let text = path("testdata/data/books-valid.txt");
     let found = ok(&["eval", &small(), "perplexity", "--text", &text, "--windows", "2", "--json"]).json();

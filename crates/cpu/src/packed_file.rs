@@ -1,0 +1,305 @@
+//! Packed weights in a file: made once, mapped at the next start, which then reads every byte of it once, to check it.
+//!
+//! The file is what [`Shape::pack`] makes of each matrix, in the order of the model, in an order of bytes that every instruction
+//! set shares. Where a matrix lies follows from the shapes, so nothing in the file is believed but its values; a sum over all
+//! of them, the identity of the weights and the size must agree, or the file is made anew.
+
+use std::collections::HashMap;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::Read;
+use std::ops::Range;
+use std::os::unix::fs::{FileExt, MetadataExt};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use checkpoint::{Identity, MatrixId, MatrixKind, Weights, matrices};
+use gptoss::Error;
+use memmap2::Mmap;
+
+use crate::kernels::Kernels;
+use crate::packed::{Buffer, Memory, PackedMatrix, Shape};
+use crate::pool::Pool;
+
+/// How a file begins, whatever its version.
+const MAGIC: &[u8; 16] = b"nibble, packed\r\n";
+
+/// The version of the layout: of the packing in `packed.rs`, of the places below, and of the sum. Another one is made anew.
+const VERSION: u64 = 1;
+
+/// Where the first matrix begins, and what every part is a multiple of.
+const ALIGN: usize = 4096;
+
+/// Bytes per task of the sum.
+const TASK: usize = 256 << 10;
+
+/// Where and for whom packed weights are kept.
+pub(crate) struct Request<'a> {
+    pub(crate) path: &'a Path,
+    pub(crate) weights: &'a dyn Weights,
+    /// See [`Shape::of`].
+    pub(crate) fast: bool,
+    pub(crate) pool: &'a Pool,
+    pub(crate) kernels: &'static Kernels,
+}
+
+/// A checked file.
+pub(crate) struct PackedFile {
+    map: Arc<Mmap>,
+    places: HashMap<MatrixId, Place>,
+}
+
+/// Where the parts of a matrix lie.
+struct Place {
+    shape: Shape,
+    data: Range<usize>,
+    scales: Range<usize>,
+}
+
+impl PackedFile {
+    /// Opens the file, or makes it if there is none, or none of these weights. `note` is told why it was made anew, or why there
+    /// is none: a file that cannot be written is no error, the weights are then packed in memory.
+    ///
+    /// # Errors
+    /// Weights that cannot be read, and a file of that name that is none of packed weights.
+    pub(crate) fn open_or_make(
+        request: &Request<'_>,
+        note: &mut dyn FnMut(String),
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Option<PackedFile>, Error> {
+        let path = request.path;
+        let Some(identity) = request.weights.identity() else {
+            return Err(Error::Unsupported(format!(
+                "{}: expected the weights of files to keep packed there, found others",
+                path.display()
+            )));
+        };
+        let places = Places::new(request.weights, request.fast);
+        match request.open(identity, &places)? {
+            Found::Good(map) => return Ok(Some(PackedFile { map: Arc::new(map), places: places.of })),
+            Found::Nothing => {}
+            Found::Bad(why) => note(format!("{}: {why}; the weights are packed anew", path.display())),
+        }
+        match request.make(identity, &places, progress) {
+            Ok(map) => Ok(Some(PackedFile { map: Arc::new(map), places: places.of })),
+            Err(Failed::Weights(error)) => Err(error),
+            Err(Failed::File(why)) => {
+                note(format!("{}: {why}; the weights are packed in memory", path.display()));
+                Ok(None)
+            }
+        }
+    }
+
+    /// A matrix or stack of the model other than the embedding.
+    pub(crate) fn matrix(&self, id: MatrixId) -> PackedMatrix {
+        let Place { shape, data, scales } = &self.places[&id];
+        let scales = bytemuck::pod_collect_to_vec(&self.map[scales.clone()]);
+        PackedMatrix::new(*shape, Memory::Mapped { file: Arc::clone(&self.map), range: data.clone() }, scales)
+    }
+}
+
+/// What lies where.
+struct Places {
+    of: HashMap<MatrixId, Place>,
+    /// In the order of the file.
+    order: Vec<MatrixId>,
+    /// Bytes of the file.
+    len: usize,
+}
+
+impl Places {
+    fn new(weights: &dyn Weights, fast: bool) -> Places {
+        let order: Vec<MatrixId> =
+            matrices(weights.config()).filter(|id| id.kind != MatrixKind::Embedding).collect();
+        let mut len = ALIGN;
+        let mut part = |bytes: usize| {
+            let range = len..len + bytes;
+            len = range.end.next_multiple_of(ALIGN);
+            range
+        };
+        let of = order.iter().map(|&id| {
+            let shape = Shape::of(weights, id, fast);
+            let (data, scales) = (part(shape.bytes()), part(shape.scales() * size_of::<f32>()));
+            (id, Place { shape, data, scales })
+        });
+        let of = of.collect();
+        Places { of, order, len }
+    }
+}
+
+/// What is under the name.
+enum Found {
+    Nothing,
+    Good(Mmap),
+    /// Why it cannot be taken.
+    Bad(String),
+}
+
+/// What made a file impossible.
+enum Failed {
+    Weights(Error),
+    File(String),
+}
+
+impl From<std::io::Error> for Failed {
+    fn from(error: std::io::Error) -> Failed {
+        Failed::File(error.to_string())
+    }
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Failed {
+        Failed::Weights(error)
+    }
+}
+
+impl Request<'_> {
+    fn open(&self, identity: Identity, places: &Places) -> Result<Found, Error> {
+        let bad = |why: &std::io::Error| Found::Bad(why.to_string());
+        let mut file = match File::open(self.path) {
+            Ok(file) => file,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Nothing),
+            Err(error) => return Ok(bad(&error)),
+        };
+        let metadata = match file.metadata() {
+            Ok(metadata) => metadata,
+            Err(error) => return Ok(bad(&error)),
+        };
+        let mut magic = Vec::new();
+        let is_file = metadata.is_file();
+        if is_file && let Err(error) = (&mut file).take(MAGIC.len() as u64).read_to_end(&mut magic) {
+            return Ok(bad(&error));
+        }
+        // What somebody else keeps under that name is not replaced; an empty file is nobody's.
+        if !is_file || !MAGIC.starts_with(&magic) {
+            return Err(Error::Checkpoint(checkpoint::Error::File {
+                path: self.path.to_owned(),
+                expected: "no file, or one of packed weights".to_owned(),
+                found: "something else".to_owned(),
+            }));
+        }
+        if metadata.len() != places.len as u64 {
+            let expected = places.len;
+            return Ok(Found::Bad(format!("expected {expected} bytes, found {}", metadata.len())));
+        }
+        let map = match map(&file) {
+            Ok(map) => map,
+            Err(error) => return Ok(bad(&error)),
+        };
+        let header = Header { identity, fast: self.fast, sum: 0 }.bytes();
+        let at_sum = Header::SUM;
+        if map[..MAGIC.len() + 8] != header[..MAGIC.len() + 8] {
+            return Ok(Found::Bad("expected this version's layout, found another's".to_owned()));
+        }
+        if map[..at_sum.start] != header[..at_sum.start] {
+            return Ok(Found::Bad("expected these weights, found others".to_owned()));
+        }
+        if map[at_sum.clone()] != self.sum(&map).to_le_bytes()
+            || map[at_sum.end..ALIGN].iter().any(|&b| b != 0)
+        {
+            return Ok(Found::Bad("expected the sum of its bytes, found another".to_owned()));
+        }
+        Ok(Found::Good(map))
+    }
+
+    /// Packs matrix after matrix into a file beside it, which takes the name when it is complete. The system need not have
+    /// written it when this returns: what a crash leaves of it has another sum.
+    fn make(
+        &self,
+        identity: Identity,
+        places: &Places,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Mmap, Failed> {
+        let partial = PathBuf::from(format!("{}.partial", self.path.display()));
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&partial)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                return Err(Failed::File("another process is writing it".to_owned()));
+            }
+            Err(TryLockError::Error(error)) => return Err(error.into()),
+        }
+        // Whoever had the lock may have given the file its name meanwhile, and have it mapped.
+        if std::fs::metadata(&partial).ok().map(|m| m.ino()) != Some(file.metadata()?.ino()) {
+            return Err(Failed::File("another process has written it".to_owned()));
+        }
+        let made = self.fill(&file, identity, places, progress);
+        match &made {
+            Ok(_) => std::fs::rename(&partial, self.path)?,
+            // The error that led here matters more than one of this.
+            Err(_) => drop(std::fs::remove_file(&partial)),
+        }
+        made
+    }
+
+    fn fill(
+        &self,
+        file: &File,
+        identity: Identity,
+        places: &Places,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Mmap, Failed> {
+        file.set_len(0)?;
+        for (done, id) in places.order.iter().enumerate() {
+            progress(done, places.order.len());
+            let Place { shape, data, scales } = &places.of[id];
+            let mut memory = Buffer::new(shape.bytes())?;
+            let mut factors = vec![1.0f32; shape.scales()];
+            shape.pack(self.weights, *id, self.pool, memory.as_mut_slice(), &mut factors)?;
+            file.write_all_at(memory.as_slice(), data.start as u64)?;
+            file.write_all_at(bytemuck::cast_slice(&factors), scales.start as u64)?;
+        }
+        file.set_len(places.len as u64)?;
+        let map = map(file)?;
+        let sum = self.sum(&map);
+        file.write_all_at(&Header { identity, fast: self.fast, sum }.bytes(), 0)?;
+        Ok(map)
+    }
+
+    /// A sum over everything behind the header, each byte at its place.
+    fn sum(&self, map: &Mmap) -> u64 {
+        let tasks: Vec<&[u8]> = map[ALIGN..].chunks(TASK).collect();
+        let sum = AtomicU64::new(0);
+        self.pool.run(tasks.len(), &|task| {
+            // SAFETY: the kernels were chosen for this CPU.
+            let part = unsafe { (self.kernels.checksum)(tasks[task]) };
+            // Depends on the place, and on no order of the tasks.
+            let mixed = (part ^ (task as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+                .wrapping_mul(0xff51_afd7_ed55_8ccd);
+            sum.fetch_add(mixed ^ mixed >> 32, Ordering::Relaxed);
+        });
+        sum.into_inner()
+    }
+}
+
+/// The first bytes.
+struct Header {
+    identity: Identity,
+    fast: bool,
+    sum: u64,
+}
+
+impl Header {
+    /// Where the sum is: behind the magic, the version, the identity and whether 16 bits were kept in eight.
+    const SUM: Range<usize> = 64..72;
+
+    fn bytes(&self) -> [u8; Header::SUM.end] {
+        let mut bytes = [0; Header::SUM.end];
+        bytes[..16].copy_from_slice(MAGIC);
+        bytes[16..24].copy_from_slice(&VERSION.to_le_bytes());
+        bytes[24..56].copy_from_slice(&self.identity.0);
+        bytes[56] = u8::from(self.fast);
+        bytes[Header::SUM].copy_from_slice(&self.sum.to_le_bytes());
+        bytes
+    }
+}
+
+fn map(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the map is read-only. It would change under our references only if another process wrote to the file, which
+    // nobody does: files are made under another name, locked, and replaced, never changed.
+    let map = unsafe { Mmap::map(file) }?;
+    // On large pages where the system has them for files. Advice only: a failure costs speed.
+    #[cfg(target_os = "linux")]
+    drop(map.advise(memmap2::Advice::HugePage));
+    Ok(map)
+}

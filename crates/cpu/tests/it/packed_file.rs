@@ -1,0 +1,166 @@
+//! Packed weights in a file: the same bits from it, and nothing but the same bits whatever becomes of it.
+
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+use std::sync::Arc;
+
+use checkpoint::{
+    Checkpoint, Config, Error, Format, Identity, Matrix, MatrixId, MatrixKind, Synthetic, Vector, VectorId,
+    Weights,
+};
+use cpu::{Activations, Cpu, Options};
+use gptoss::{Backend, Plan, SequencePlan};
+
+const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../..");
+
+fn weights(path: &str) -> Arc<dyn Weights> {
+    Arc::new(Checkpoint::open(&Path::new(ROOT).join(path)).unwrap())
+}
+
+/// Weights of which no matrix can be read but the embedding.
+struct Sealed(Arc<dyn Weights>);
+
+impl Weights for Sealed {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.0.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, Error> {
+        assert_eq!(id.kind, MatrixKind::Embedding, "a matrix is packed again");
+        self.0.matrix(id, expert)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
+        self.0.vector(id)
+    }
+    fn identity(&self) -> Option<Identity> {
+        self.0.identity()
+    }
+}
+
+fn options(fast_weights: bool) -> Options {
+    let activations = if fast_weights { Activations::Int8 } else { Activations::F32 };
+    Options { fast_weights, activations, ..Options::default() }
+}
+
+fn logits(mut cpu: Cpu) -> Vec<f32> {
+    cpu.allocate_kv(2, 2).unwrap();
+    let sequence = SequencePlan {
+        tokens: (0..20).map(|i| i * 13 % 320).collect(),
+        full_blocks: vec![0, 1],
+        sliding_blocks: vec![0, 1],
+        logits: true,
+        ..SequencePlan::default()
+    };
+    cpu.step(&Plan { sequences: vec![sequence] }).unwrap().remove(0).logits
+}
+
+/// Logits and what was noted.
+fn kept(
+    weights: Arc<dyn Weights>,
+    fast: bool,
+    path: &Path,
+) -> Result<(Vec<f32>, Vec<String>), gptoss::Error> {
+    let mut notes = Vec::new();
+    let cpu = Cpu::load_kept(weights, options(fast), path, &mut |note| notes.push(note), &mut |_, _| {})?;
+    Ok((logits(cpu), notes))
+}
+
+fn expected(weights: Arc<dyn Weights>, fast: bool) -> Vec<f32> {
+    logits(Cpu::load(weights, options(fast), &mut |_, _| {}).unwrap())
+}
+
+#[test]
+fn the_next_start_packs_nothing_and_has_the_same_bits() {
+    let folder = tempfile::tempdir().unwrap();
+    for (name, model) in [("mx", "testdata/model/hf-mxfp4"), ("bf", "testdata/tiny-gpt-oss-bf16")] {
+        for fast in [false, true] {
+            let path = folder.path().join(format!("{name}{fast}"));
+            let expected = expected(weights(model), fast);
+            assert_eq!(kept(weights(model), fast, &path).unwrap(), (expected.clone(), vec![]));
+            let made = std::fs::metadata(&path).unwrap().ino();
+            assert_eq!(kept(Arc::new(Sealed(weights(model))), fast, &path).unwrap(), (expected, vec![]));
+            assert_eq!(std::fs::metadata(&path).unwrap().ino(), made, "the file was made again");
+        }
+    }
+    let names: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names.len(), 4, "{names:?}");
+}
+
+#[test]
+fn a_file_that_is_not_whole_or_of_others_is_made_anew() {
+    const MODEL: &str = "testdata/model/hf-mxfp4";
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("packed");
+    let expected = expected(weights(MODEL), false);
+    kept(weights(MODEL), false, &path).unwrap();
+    let good = std::fs::read(&path).unwrap();
+    let len = good.len();
+
+    let mut files: Vec<(String, Vec<u8>)> = [0, 1, 16, 71, 4095, 4096, len / 2, len - 1]
+        .map(|cut| (format!("cut at {cut}"), good[..cut].to_vec()))
+        .to_vec();
+    files.push(("longer".to_owned(), [&good[..], &[0]].concat()));
+    // Version, identity, options, sum, the rest of the header, and values.
+    for at in [16, 23, 24, 55, 56, 57, 63, 64, 71, 72, 4095, 4096, 4097, len / 3, len / 2 + 1, len - 4096] {
+        let mut bytes = good.clone();
+        bytes[at] ^= 0x10;
+        files.push((format!("byte {at}"), bytes));
+    }
+    // The same values elsewhere: within what is summed up at a time, and beyond.
+    for (a, b, size) in [(4096, 4096 + 128, 128), (8192, 8192 + (256 << 10), 4096)] {
+        let mut bytes = good.clone();
+        let (first, second) = bytes.split_at_mut(b);
+        first[a..a + size].swap_with_slice(&mut second[..size]);
+        assert_ne!(bytes, good);
+        files.push((format!("{size} bytes at {a} and {b} exchanged"), bytes));
+    }
+    kept(weights("testdata/model/original-mxfp4"), false, &folder.path().join("other")).unwrap();
+    files.push(("of other files".to_owned(), std::fs::read(folder.path().join("other")).unwrap()));
+    kept(weights(MODEL), true, &folder.path().join("fast")).unwrap();
+    files.push(("fast".to_owned(), std::fs::read(folder.path().join("fast")).unwrap()));
+
+    for (what, bytes) in files {
+        std::fs::write(&path, bytes).unwrap();
+        let (found, notes) = kept(weights(MODEL), false, &path).unwrap();
+        assert!(found == expected, "{what}");
+        assert!(notes.len() == 1 && notes[0].contains("packed anew"), "{what}: {notes:?}");
+        assert!(std::fs::read(&path).unwrap() == good, "{what}");
+        assert_eq!(kept(Arc::new(Sealed(weights(MODEL))), false, &path).unwrap().1, [""; 0], "{what}");
+    }
+}
+
+#[test]
+fn what_somebody_else_keeps_there_stays() {
+    let model = || weights("testdata/model/hf-mxfp4");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("notes.txt");
+    std::fs::write(&path, "not ours").unwrap();
+    let error = kept(model(), false, &path).unwrap_err().to_string();
+    assert!(error.contains("notes.txt: expected no file, or one of packed weights"), "{error}");
+    assert_eq!(std::fs::read(&path).unwrap(), b"not ours");
+    assert!(kept(model(), false, folder.path()).is_err());
+
+    // A folder that does not exist: in memory then.
+    let (found, notes) = kept(model(), false, &folder.path().join("no/packed")).unwrap();
+    assert!(found == expected(model(), false));
+    assert!(notes.len() == 1 && notes[0].contains("packed in memory"), "{notes:?}");
+
+    // Somebody is writing it.
+    let partial = std::fs::File::create(folder.path().join("busy.partial")).unwrap();
+    partial.lock().unwrap();
+    let (found, notes) = kept(model(), false, &folder.path().join("busy")).unwrap();
+    assert!(found == expected(model(), false));
+    assert!(notes.len() == 1 && notes[0].contains("another process is writing it"), "{notes:?}");
+}
+
+#[test]
+fn weights_that_are_no_files_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = Config::gpt_oss_20b();
+    config.layer_kinds.truncate(1);
+    let made_up = Arc::new(Synthetic::new(config, |_| Format::Bf16, 1));
+    assert!(kept(made_up, false, &folder.path().join("packed")).is_err());
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
