@@ -2,6 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -119,6 +120,7 @@ pub struct Grammars {
     /// Made when the first grammar is asked for: it takes some hundred milliseconds and some ten megabytes.
     factory: OnceLock<Result<Arc<ParserFactory>, String>>,
     cache: Mutex<Cache>,
+    hits: AtomicU64,
     gate: Arc<Gate>,
 }
 
@@ -153,6 +155,7 @@ impl Grammars {
             harmony,
             factory: OnceLock::new(),
             cache: Mutex::default(),
+            hits: AtomicU64::new(0),
             gate: Arc::new(Gate::default()),
         }
     }
@@ -197,9 +200,15 @@ impl Grammars {
         }
     }
 
+    /// Times that a grammar needed no compiling.
+    pub fn cache_hits(&self) -> u64 {
+        self.hits.load(Ordering::Relaxed)
+    }
+
     fn compile(&self, grammars: Vec<GrammarWithLexer>) -> Result<Grammar, GrammarError> {
         let key = serde_json::to_string(&grammars).expect("a grammar is JSON");
         if let Some(found) = self.cache().find(&key) {
+            self.hits.fetch_add(1, Ordering::Relaxed);
             return Ok(found);
         }
         let pass = Gate::enter(&self.gate).ok_or(GrammarError::Busy)?;

@@ -25,7 +25,7 @@ pub use message::{
     ChannelConfig, Content, Message, Mode, RenderOptions, ResponseFormat, Role, SystemContent,
     ToolDescription, ToolNamespace,
 };
-pub use parser::{Delta, ParsedMessage, Parser, ToolCall, Turn};
+pub use parser::{Delta, ParsedMessage, Parser, REPAIRS, ToolCall, Turn};
 
 /// What cannot be rendered.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

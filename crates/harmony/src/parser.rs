@@ -13,6 +13,34 @@ use crate::{Control, Harmony};
 /// The repair of a header that no `<|message|>` ended.
 const MISSING_MESSAGE: &str = "missing_message";
 
+/// What [`Parser::repairs`] counts.
+pub const REPAIRS: [&str; 24] = [
+    "channel_without_start",
+    "constrain_in_content",
+    "double_start",
+    "empty_recipient",
+    "foreign_role",
+    "header_noise",
+    "message_in_content",
+    "message_without_header",
+    "missing_channel",
+    "missing_message",
+    "missing_role",
+    "misspelt_channel",
+    "recipient_without_to",
+    "repeated_role",
+    "several_channels",
+    "several_constrains",
+    "several_recipients",
+    "start_in_content",
+    "surplus_stop",
+    "text_between_messages",
+    "undeclared_recipient",
+    "unknown_channel",
+    "unknown_role",
+    "unknown_token",
+];
+
 /// What became certain of a turn.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Delta {

@@ -536,6 +536,9 @@ pub(crate) struct AccessFlags {
     /// Tokens per key and minute [default: no limit]
     #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) rate_limit_tokens: Option<u64>,
+    /// Keys share no cached prefixes, whose use can be told by the time of an answer
+    #[arg(long)]
+    pub(crate) isolate_prefix_cache_per_key: bool,
 }
 
 /// What answers look like.
@@ -554,9 +557,15 @@ pub(crate) struct Answers {
     /// Sampling defaults over those, such as {"temperature": 0.7}
     #[arg(long, value_name = "JSON", value_parser = sampling_defaults)]
     pub(crate) override_generation_config: Option<SamplingOverrides>,
-    /// Most alternatives per token that a request may ask for
-    #[arg(long, value_name = "N", default_value_t = 20)]
-    pub(crate) max_logprobs: usize,
+    /// Most alternatives per token that a request may ask for; -1: the whole vocabulary, with --unsafe-unbounded-logprobs
+    #[arg(long, value_name = "N", default_value_t = 20, allow_negative_numbers = true, value_parser = clap::value_parser!(i64).range(-1..))]
+    pub(crate) max_logprobs: i64,
+    /// Allows --max-logprobs -1, by which one request may take gigabytes
+    #[arg(long)]
+    pub(crate) unsafe_unbounded_logprobs: bool,
+    /// Most answers that a request may ask for
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u8).range(1..=128), env = "VLLM_MAX_N_SEQUENCES")]
+    pub(crate) max_n: u8,
     /// Tokens per part of a stream
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]
     pub(crate) stream_interval: u16,

@@ -32,7 +32,7 @@ pub(crate) async fn abort_requests(
     Shared(state): Shared<Arc<State>>,
     body: Body,
 ) -> Result<StatusCode, ApiError> {
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let object = Field::root(json::document(&body)?).object(&["request_ids"])?;
     let ids = object.required("request_ids")?.array(MAX_IDS)?;
     state.abort_requests(ids.iter().map(Field::string).collect::<Result<_, _>>()?);
@@ -90,16 +90,19 @@ pub(crate) async fn stop_profile(Shared(state): Shared<Arc<State>>) -> Result<Re
         return Err(ApiError::body("No profile was started."));
     };
     let seconds = start.elapsed().as_secs_f64();
-    let (steps, generated) = (now.steps - before.steps, now.generated_tokens - before.generated_tokens);
+    let (steps, generated) = (
+        now.steps.saturating_sub(before.steps),
+        now.generated_tokens.saturating_sub(before.generated_tokens),
+    );
     Ok(Json(json!({
         "seconds": seconds,
         "steps": steps,
-        "failed_steps": now.failed_steps - before.failed_steps,
-        "prompt_tokens": now.prompt_tokens - before.prompt_tokens,
+        "failed_steps": now.failed_steps.saturating_sub(before.failed_steps),
+        "prompt_tokens": now.prompt_tokens.saturating_sub(before.prompt_tokens),
         "generated_tokens": generated,
         "generated_tokens_per_second": generated as f64 / seconds.max(1e-9),
         "generated_tokens_per_step": generated as f64 / steps.max(1) as f64,
-        "preemptions": now.preemptions - before.preemptions
+        "preemptions": now.preemptions.saturating_sub(before.preemptions)
     }))
     .into_response())
 }
@@ -120,8 +123,8 @@ pub(crate) async fn server_info(Shared(state): Shared<Arc<State>>) -> Response {
             "sliding_blocks": stats.sliding_blocks
         },
         "limits": {
-            "max_body_bytes": state.max_body_bytes,
-            "max_logprobs": state.max_logprobs,
+            "max_body_bytes": state.bodies.max(),
+            "max_logprobs": Some(state.max_logprobs).filter(|&max| max < usize::MAX),
             "request_timeout_seconds": state.request_timeout.map(|time| time.as_secs_f64()),
             "client_stall_timeout_seconds": state.client_stall_timeout.as_secs_f64()
         },

@@ -1,5 +1,6 @@
 //! Pieces that the answers of both generating endpoints have: identity, usage, log-probabilities.
 
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use engine::{Event, FinishReason, StopReason};
@@ -221,12 +222,9 @@ impl TextLogprobs {
         *offset += name.chars().count();
         self.token_logprobs.push(entry.map(|entry| finite(entry.logprob)));
         self.top_logprobs.push(entry.map(|entry| {
-            let mut map = Entries::default();
             // Different tokens may have one name; the more probable comes first and stays.
-            for &(token, logprob) in entry.top.iter().chain([&(entry.token, entry.logprob)]) {
-                map.insert(names.name(token), finite(logprob));
-            }
-            map
+            let all = entry.top.iter().copied().chain([(entry.token, entry.logprob)]);
+            all.map(|(token, logprob)| (names.name(token), finite(logprob))).collect()
         }));
         self.tokens.push(name);
     }
@@ -262,32 +260,24 @@ pub(crate) fn prompt_logprobs(
     let map = |entry: &TokenLogprobs| {
         let ranked = entry.top.iter().take(top).enumerate();
         let ranked = ranked.map(|(i, &(token, logprob))| (token, logprob, i + 1));
-        let mut map = Entries::default();
-        for (token, logprob, rank) in [(entry.token, entry.logprob, entry.rank)].into_iter().chain(ranked) {
+        let all = [(entry.token, entry.logprob, entry.rank)].into_iter().chain(ranked);
+        all.map(|(token, logprob, rank)| {
             let shown = PromptLogprob { logprob: finite(logprob), rank, decoded_token: names.name(token) };
-            map.insert(token.to_string(), shown);
-        }
-        map
+            (token.to_string(), shown)
+        })
+        .collect()
     };
     entries.iter().map(|entry| entry.as_ref().map(map)).collect()
 }
 
-/// A JSON object of a few entries in the order of their insertion.
+/// A JSON object with its entries in the order in which they came; of those with one name, the first.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Entries<V>(Vec<(String, V)>);
 
-impl<V> Default for Entries<V> {
-    fn default() -> Entries<V> {
-        Entries(Vec::new())
-    }
-}
-
-impl<V> Entries<V> {
-    /// Adds an entry, unless there is one of this name.
-    fn insert(&mut self, name: String, value: V) {
-        if self.0.iter().all(|(known, _)| *known != name) {
-            self.0.push((name, value));
-        }
+impl<V> FromIterator<(String, V)> for Entries<V> {
+    fn from_iter<I: IntoIterator<Item = (String, V)>>(entries: I) -> Entries<V> {
+        let mut known = HashSet::new();
+        Entries(entries.into_iter().filter(|(name, _)| known.insert(name.clone())).collect())
     }
 }
 

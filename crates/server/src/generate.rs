@@ -13,6 +13,7 @@ use harmony::ChatPrompt;
 use serde_json::json;
 
 use crate::answer::Identity;
+use crate::auth::hex;
 use crate::background;
 use crate::body::{self, Source};
 use crate::chat_answer::{self, ChatAnswer, ChatChunks, WholeChat};
@@ -43,7 +44,7 @@ const MAX_BYTES_PER_TOKEN: usize = 8 * 16;
 /// `POST /v1/chat/completions`
 pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
     let engine = state.engine()?;
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let (mut request, prompt, grammar) = {
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
@@ -102,7 +103,7 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
 /// `POST /v1/responses`
 pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
     let engine = state.engine()?;
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let (mut request, earlier, prompt, grammar) = {
         let (state, engine, owner) = (Arc::clone(&state), engine.clone(), origin.owner);
         blocking(&origin, move || {
@@ -230,7 +231,7 @@ fn unenforced(grammar: &Grammar) -> Option<(HeaderName, HeaderValue)> {
 /// `POST /v1/completions`
 pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
     let engine = state.engine()?;
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let (mut request, prompts, grammar) = {
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
@@ -278,7 +279,7 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
 /// `POST /v1/chat/completions/render`: what the model would be fed, without running it.
 pub(crate) async fn render_chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
     let engine = state.engine()?;
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let id = format!("chatcmpl-{}", origin.log.request_id());
     let rendered = blocking(&origin, move || {
         let date = state.date();
@@ -300,7 +301,7 @@ pub(crate) async fn render_completions(
     body: Body,
 ) -> Result<Response, ApiError> {
     let engine = state.engine()?;
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let id = format!("cmpl-{}", origin.log.request_id());
     let all = blocking(&origin, move || {
         let date = state.date();
@@ -408,8 +409,18 @@ impl<'a> Call<'a> {
         };
         Request {
             priority: self.priority.unwrap_or(common.priority),
-            cache_salt: common.cache_salt.clone(),
+            cache_salt: self.cache_salt(common),
             ..Request::new(prompt, SamplingParams { answer_reserve, ..params.clone() }, output)
+        }
+    }
+
+    /// What must be equal for prefixes to be shared: the client's word, and its key if keys are kept apart.
+    fn cache_salt(&self, common: &Common) -> Option<String> {
+        let key = self.owner.filter(|_| self.state.isolate_prefix_cache).map(|key| hex(&key));
+        match (key, &common.cache_salt) {
+            // No client's word has a slash.
+            (Some(key), salt) => Some(format!("{key}/{}", salt.as_deref().unwrap_or_default())),
+            (None, salt) => salt.clone(),
         }
     }
 
@@ -558,7 +569,11 @@ pub(crate) async fn blocking<T: Send + 'static>(
 fn context<'a>(state: &'a State, engine: &Engine, date: &'a str) -> Context<'a> {
     Context {
         defaults: &state.defaults,
-        limits: Limits { vocab_size: engine.config().vocab_size, max_logprobs: state.max_logprobs },
+        limits: Limits {
+            vocab_size: engine.config().vocab_size,
+            max_logprobs: state.max_logprobs,
+            max_n: state.max_n,
+        },
         model_names: &state.model_names,
         date,
         priorities: engine.priorities(),

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use engine::{Engine, Event, FinishReason, Request, STEP_SECONDS, STEP_TOKENS};
 use gptoss::BLOCK_TOKENS;
+use harmony::REPAIRS;
 
 use crate::clock;
 
@@ -122,7 +123,7 @@ impl Metrics {
             restarts: AtomicU64::new(0),
             finished: Default::default(),
             rejected: Default::default(),
-            repairs: Mutex::default(),
+            repairs: Mutex::new(REPAIRS.into_iter().map(|kind| (kind, 0)).collect()),
             startup: Mutex::default(),
             tokenizer: Histogram::new(SHORT),
             grammar: Histogram::new(SHORT),
@@ -322,6 +323,8 @@ impl Metrics {
         text.histogram(name, "From a request's text to its tokens.", &self.tokenizer);
         let name = "gptoss_grammar_compile_seconds";
         text.histogram(name, "From a demand on an answer to its grammar.", &self.grammar);
+        let hits = engine.map_or(0, |engine| engine.grammars().cache_hits());
+        text.counter("gptoss_grammar_cache_hits", "Grammars that were known already.", hits);
         text.begin("gptoss_unknown_request_fields", "counter", "Fields of requests that were ignored.");
         for (field, count) in &*self.unknown_fields.lock().unwrap_or_else(PoisonError::into_inner) {
             let label = format!("field=\"{field}\"");

@@ -15,6 +15,8 @@ pub(crate) struct Limits {
     pub(crate) vocab_size: usize,
     /// Largest number of alternatives per token.
     pub(crate) max_logprobs: usize,
+    /// Most answers to one prompt.
+    pub(crate) max_n: usize,
 }
 
 /// The fields with their types checked, not their values.
@@ -124,7 +126,7 @@ impl SamplingFields {
     ) -> Result<SamplingParams, ApiError> {
         let or = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
         let params = SamplingParams {
-            n: natural("n", self.n)?.unwrap_or(1),
+            n: answers(self.n, limits.max_n)?,
             temperature: or(self.temperature, defaults.temperature),
             top_p: or(self.top_p, defaults.top_p),
             top_k: natural("top_k", self.top_k.map(|k| if k == -1 { 0 } else { k }))?
@@ -162,6 +164,13 @@ impl From<InvalidParam> for ApiError {
     }
 }
 
+fn answers(n: Option<i64>, max: usize) -> Result<usize, ApiError> {
+    match natural("n", n)?.unwrap_or(1) {
+        n if n > max => Err(ApiError::invalid("n", format!("n must be in [1, {max}], got {n}."))),
+        n => Ok(n),
+    }
+}
+
 /// A number of log-probabilities per token.
 pub(crate) fn count(
     field: &str,
@@ -169,7 +178,11 @@ pub(crate) fn count(
     value: Option<i64>,
     limits: Limits,
 ) -> Result<Option<usize>, ApiError> {
-    let count = natural(field, value)?;
+    // All of them, where that is allowed.
+    let value =
+        value.map(|count| if count == -1 && limits.max_logprobs == usize::MAX { i64::MAX } else { count });
+    let count = natural(field, value)?
+        .map(|count| if limits.max_logprobs == usize::MAX { count.min(limits.vocab_size) } else { count });
     match count.filter(|&count| count > limits.max_logprobs) {
         None => Ok(count),
         Some(count) => {

@@ -7,10 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use engine::{Engine, Stats};
+use engine::{Engine, SamplingParams, Stats};
 use tokio::sync::watch;
 
 use crate::auth::{Keys, digest, hex};
+use crate::body::BodyLimits;
 use crate::clock;
 use crate::connections::{self, Settings};
 use crate::cors::Cors;
@@ -70,8 +71,13 @@ pub struct Options {
     pub system_date: Option<String>,
     /// For requests that leave fields out.
     pub defaults: SamplingDefaults,
-    /// Most alternatives per token that a request may ask for. Default 20.
+    /// Most alternatives per token that a request may ask for; `usize::MAX`: all of the vocabulary, and -1 asks for them.
+    /// Default 20.
     pub max_logprobs: usize,
+    /// Most answers that a request may ask for, at most [`SamplingParams::MAX_N`], which is the default.
+    pub max_n: usize,
+    /// Requests with different keys share no cached prefixes. Default false.
+    pub isolate_prefix_cache: bool,
     /// Tokens per part of a stream. Default 1.
     pub stream_interval: usize,
     /// Tokens that reasoning leaves for the answer. Default 0: it may take all.
@@ -145,6 +151,8 @@ impl Default for Options {
             system_date: None,
             defaults: SamplingDefaults::default(),
             max_logprobs: 20,
+            max_n: SamplingParams::MAX_N,
+            isolate_prefix_cache: false,
             stream_interval: 1,
             answer_reserve: 0,
             force_include_usage: false,
@@ -422,6 +430,8 @@ pub(crate) struct State {
     pub(crate) fingerprint: Option<String>,
     pub(crate) defaults: SamplingDefaults,
     pub(crate) max_logprobs: usize,
+    pub(crate) max_n: usize,
+    pub(crate) isolate_prefix_cache: bool,
     pub(crate) stream_interval: usize,
     pub(crate) answer_reserve: usize,
     pub(crate) force_include_usage: bool,
@@ -430,7 +440,7 @@ pub(crate) struct State {
     pub(crate) responses: Arc<Store>,
     pub(crate) memory: Arc<Memory>,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) max_body_bytes: usize,
+    pub(crate) bodies: Arc<BodyLimits>,
     pub(crate) sse_keep_alive: Duration,
     pub(crate) client_stall_timeout: Duration,
     pub(crate) request_timeout: Option<Duration>,
@@ -499,6 +509,8 @@ impl State {
             },
             defaults: options.defaults,
             max_logprobs: options.max_logprobs,
+            max_n: options.max_n,
+            isolate_prefix_cache: options.isolate_prefix_cache,
             stream_interval: options.stream_interval,
             answer_reserve: options.answer_reserve,
             force_include_usage: options.force_include_usage,
@@ -507,7 +519,7 @@ impl State {
             metrics: Arc::new(Metrics::new(options.legacy_metrics)),
             responses: Arc::new(Store::new(options.responses_store)),
             memory: Arc::default(),
-            max_body_bytes: options.max_body_bytes,
+            bodies: Arc::new(BodyLimits::new(options.max_body_bytes)),
             sse_keep_alive: options.sse_keep_alive,
             client_stall_timeout: options.client_stall_timeout,
             request_timeout: options.request_timeout,

@@ -25,7 +25,7 @@ pub(crate) async fn tokenize(
     body: Body,
 ) -> Result<Response, ApiError> {
     let engine = state.engine()?;
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let answer = generate::blocking(&origin, move || {
         let object = Field::root(json::document(&body)?).object(&[
             "model",
@@ -69,7 +69,7 @@ pub(crate) async fn detokenize(
     body: Body,
 ) -> Result<Response, ApiError> {
     let engine = state.engine()?;
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let answer = generate::blocking(&origin, move || {
         let object = Field::root(json::document(&body)?).object(&["model", "tokens"])?;
         check_model(object.string("model")?.as_deref(), &state.model_names)?;
@@ -138,7 +138,7 @@ pub(crate) async fn ollama_pull(Shared(state): Shared<Arc<State>>, body: Body) -
 }
 
 async fn ollama_model(state: &State, body: Body) -> Result<StatusCode, ApiError> {
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let object = Field::root(json::document(&body)?).object(&["model", "name"])?;
     let name = object.string("model")?.or(object.string("name")?).unwrap_or_default();
     // Ollama adds a tag to names without one.
@@ -152,11 +152,11 @@ pub(crate) async fn invocations(
     Extension(origin): Extension<Origin>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    let body = body::read(body, state.max_body_bytes).await?;
+    let body = body::read(body, &state.bodies).await?;
     let shape = Field::root(json::document(&body)?).object(&["messages", "prompt", "input"])?;
     let is = |name| shape.field(name).is_some();
     let (chat, prompt, input) = (is("messages"), is("prompt"), is("input"));
-    let body = Body::from(body);
+    let body = Body::from(body.to_vec());
     match (chat, prompt, input) {
         (true, ..) => generate::chat(state, origin, body).await,
         (_, true, _) => generate::completions(state, origin, body).await,

@@ -125,6 +125,7 @@ fn check(harmony: &Harmony, ids: &[u32]) {
     }
     assert!(header_text < 65, "these sequences are too short for a header to become content");
     deltas.extend(parser.finish());
+    assert!(parser.repairs().keys().all(|kind| harmony::REPAIRS.contains(kind)));
     assert!(deltas.iter().all(|delta| match delta {
         Delta::Reasoning(text) | Delta::Content(text) | Delta::CallArguments { text, .. } => !text.is_empty(),
         Delta::CallStart { name, .. } => !name.is_empty(),

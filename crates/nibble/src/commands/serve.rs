@@ -131,7 +131,15 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
         rate_limit_tokens: access.rate_limit_tokens,
         system_date: answers.system_date.clone(),
         defaults: defaults(answers, &source.generation()),
-        max_logprobs: answers.max_logprobs,
+        max_logprobs: match usize::try_from(answers.max_logprobs) {
+            Ok(max) => max,
+            Err(_) if answers.unsafe_unbounded_logprobs => usize::MAX,
+            Err(_) => {
+                return Err(Failure::input("--max-logprobs: -1 needs --unsafe-unbounded-logprobs"));
+            }
+        },
+        max_n: answers.max_n.into(),
+        isolate_prefix_cache: access.isolate_prefix_cache_per_key,
         stream_interval: answers.stream_interval.into(),
         answer_reserve: if args.scheduling.never_empty_content { ANSWER_RESERVE } else { 0 },
         force_include_usage: answers.enable_force_include_usage,

@@ -2,8 +2,9 @@
 
 use engine::{EngineOptions, Scripted};
 use serde_json::{Value, json};
+use server::Options;
 
-use crate::fixture::{Fixture, engine_options, options, tokens};
+use crate::fixture::{Fixture, JSON, engine_options, options, tokens};
 use crate::harmony_turns::{join, tool};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -234,4 +235,44 @@ fn functions_in_namespaces_and_tools_that_search() {
         let refused = server.post("/v1/responses", &json!({"input": "Hi", "tools": tools}));
         assert_eq!(refused.error().2.as_deref(), Some(param));
     }
+}
+
+#[test]
+fn prefixes_are_kept_apart_by_key_where_that_is_asked() {
+    let caching = EngineOptions { prefix_caching: true, ..engine_options() };
+    for (isolate, shared) in [(false, true), (true, false)] {
+        let options = Options {
+            api_keys: vec!["one".to_owned(), "two".to_owned()],
+            isolate_prefix_cache: isolate,
+            ..options()
+        };
+        let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]);
+        let server = Fixture::start(&options, backend, caching.clone());
+        let cached = |key: &str, salt: Value| {
+            let request = json!({"messages": ask("Hi"), "cache_salt": salt}).to_string();
+            let headers = format!("{JSON}authorization: Bearer {key}\r\n");
+            let whole = server.request("POST", CHAT, &headers, request.as_bytes()).ok();
+            whole["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap() > 0
+        };
+        let found = [("one", Value::Null), ("two", Value::Null), ("one", Value::Null), ("one", json!("a"))];
+        let found = found.map(|(key, salt)| cached(key, salt));
+        assert_eq!(found, [false, shared, true, false], "{isolate}");
+    }
+}
+
+#[test]
+fn an_operator_sets_how_many_answers_and_alternatives_there_may_be() {
+    let options = Options { max_n: 2, max_logprobs: usize::MAX, ..options() };
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens("Hi<|return|>")]);
+    let server = Fixture::start(&options, backend, engine_options());
+    assert_eq!(server.complete(&json!({"prompt": "x", "n": 2})).status, 200);
+    let (status, _, param, message) = server.complete(&json!({"prompt": "x", "n": 3})).error();
+    assert_eq!((status, param.as_deref()), (400, Some("n")));
+    assert!(message.contains("[1, 2]"), "{message}");
+    let all = server.complete(&json!({"prompt": "x", "logprobs": -1, "max_tokens": 1})).ok();
+    let top = all["choices"][0]["logprobs"]["top_logprobs"][0].as_object().unwrap().len();
+    // Tokens with equal texts share a place.
+    assert!(top > 190_000, "{top}");
+    let (status, _, param, _) = server.complete(&json!({"prompt": "x", "logprobs": -2})).error();
+    assert_eq!((status, param.as_deref()), (400, Some("logprobs")));
 }

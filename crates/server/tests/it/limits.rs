@@ -72,3 +72,34 @@ fn idle_connections_do_not_hold_a_shutdown_up() {
     server.ended();
     assert_eq!(idle.read(&mut [0; 10]).unwrap(), 0);
 }
+
+#[test]
+fn bodies_share_a_bounded_memory() {
+    let server = server(&Options { max_body_bytes: 1000, ..options() });
+    let chat = "POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-type: application/json\r\n\
+                content-length: 1000\r\n\r\n";
+    let hold = || {
+        let mut stream = server.connect();
+        stream.write_all(format!("{chat}{}", " ".repeat(900)).as_bytes()).unwrap();
+        stream
+    };
+    // Seventeen of 900 bytes leave no room for another one.
+    let mut held: Vec<_> = (0..17).map(|_| hold()).collect();
+    let body = format!(r#"{{"prompt": "Hi", "max_tokens": 1{}}}"#, " ".repeat(900));
+    let ask = || server.request("POST", "/v1/completions", crate::fixture::JSON, body.as_bytes());
+    while ask().status != 503 {
+        // One that came while the other was read has been refused.
+        for stream in &mut held {
+            stream.set_nonblocking(true).unwrap();
+            if stream.read(&mut [0; 1]).is_ok() {
+                *stream = hold();
+            }
+        }
+    }
+    assert_eq!(ask().header("retry-after"), Some("1"));
+    assert_eq!(server.get("/health").status, 200);
+    drop(held);
+    while ask().status != 200 {
+        std::thread::yield_now();
+    }
+}
