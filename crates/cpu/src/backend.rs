@@ -688,7 +688,7 @@ impl Cpu {
                     logits
                         .chunks_exact(vocabulary)
                         .zip(next)
-                        .map(|(row, &next)| score(row, next, wanted.top)),
+                        .map(|(row, &next)| score(row, next, wanted.top, &[])),
                 );
             }
             if sequence.logits {

@@ -8,7 +8,7 @@ use bytemuck::Zeroable;
 use checkpoint::{Config, LayerKind, MatrixKind, VectorKind, Weights};
 use gptoss::{
     BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, Sampling, SequenceOutput,
-    SequencePlan, Traffic, sample, score,
+    SequencePlan, Traffic,
 };
 
 use crate::device::{Buffer, Device, Graph, KernelTime, Pinned};
@@ -20,11 +20,12 @@ use crate::params::{
     After, Attention, BF16, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, Product, Read, Router,
     RowOrder,
 };
+use crate::sampling::{Sampler, Wanted};
 
 /// Tokens computed at a time; a step of more is cut.
 const MAX_TOKENS: usize = 8192;
 /// Rows of logits that exist at a time: 256 rows of the 20b's vocabulary are 206 MB.
-const LOGIT_ROWS: usize = 256;
+pub(crate) const LOGIT_ROWS: usize = 256;
 /// The kernels' head size.
 const HEAD: usize = 64;
 /// The router's limit.
@@ -63,6 +64,7 @@ pub struct Cuda {
     blocks: (usize, usize),
     /// Decode steps by their number of tokens and splits of the full layers.
     graphs: HashMap<(usize, usize), Graph>,
+    sampler: Sampler,
     /// Without graphs, for a profile.
     eager: bool,
     /// Room for quantized activations, if matrices are packed for FP4 products.
@@ -156,6 +158,8 @@ impl Cuda {
         let frequencies = loader.floats(&rotary.frequencies)?;
         drop(loader);
         let arena = Arena::new(device, &config).map_err(|e| no_room(e, device, "activations"))?;
+        let sampler =
+            Sampler::new(device, config.vocab_size).map_err(|e| no_room(e, device, "activations"))?;
         let one = OneToken::new(device, &config, &layers, &unembedding)
             .map_err(|e| no_room(e, device, "activations"))?;
         device.synchronize()?;
@@ -174,6 +178,7 @@ impl Cuda {
             cache: Vec::new(),
             blocks: (0, 0),
             graphs: HashMap::new(),
+            sampler,
             eager: false,
             fp4: None,
         })
@@ -1050,7 +1055,7 @@ impl Cuda {
         unsafe { self.device.launch("largest", [LARGEST_BLOCKS as u32, n as u32, 1], 256, 0, &params) }
     }
 
-    /// Brings back what `output` made, and writes it where the plan wants it.
+    /// Draws, scores and brings back what is wanted of the logits that `output` made.
     fn collect(
         &mut self,
         batch: &Batch<'_>,
@@ -1060,27 +1065,40 @@ impl Cuda {
         let vocabulary = self.config.vocab_size;
         let arena = &mut self.arena;
         arena.largest.download(0, &mut arena.largest_host, outputs.len() * 4)?;
+        let outputs = &batch.outputs[outputs];
+        let mut wanted = Vec::new();
+        for (row, &(_, segment, token)) in outputs.iter().enumerate() {
+            let segment = &batch.segments[segment];
+            let sequence = batch.sequence(segment);
+            if sequence.logits {
+                arena.logits.download(row * vocabulary * 4, &mut arena.logits_host, vocabulary * 4)?;
+                self.device.synchronize()?;
+                results[segment.sequence].logits.extend_from_slice(arena.logits_host.slice::<f32>());
+            }
+            let score = sequence.score.as_ref().and_then(|score| Some((*score.next.get(token)?, score.top)));
+            wanted.extend(score.map(|(token, top)| Wanted::Score { row, token, top }));
+            if let Some(sampling) = sampling(sequence, token).filter(|sampling| !is_largest(sampling)) {
+                wanted.push(Wanted::Token { row, sampling, kept: score.is_some() });
+            }
+        }
+        let found = self.sampler.run(&wanted, &arena.logits, &arena.largest, &mut arena.logits_host)?;
         self.device.synchronize()?;
-        for (i, &(_, segment, token)) in batch.outputs[outputs].iter().enumerate() {
+        let mut found = found.into_iter();
+        for (row, &(_, segment, token)) in outputs.iter().enumerate() {
             let segment = &batch.segments[segment];
             let sequence = batch.sequence(segment);
             let result = &mut results[segment.sequence];
-            let scored = sequence.score.as_ref().and_then(|score| Some((*score.next.get(token)?, score.top)));
-            let sampling = sampling(sequence, token);
-            if scored.is_none() && !sequence.logits && sampling.is_some_and(is_largest) {
-                result.sampled.push(Sampled { token: arena.largest_host.slice::<u32>()[i], logprobs: None });
-                continue;
+            if sequence.score.as_ref().is_some_and(|score| token < score.next.len()) {
+                result.scores.extend(found.next().and_then(|sampled| sampled.logprobs));
             }
-            arena.logits.download(i * vocabulary * 4, &mut arena.logits_host, vocabulary * 4)?;
-            self.device.synchronize()?;
-            let logits = arena.logits_host.slice_mut::<f32>();
-            if let Some((next, top)) = scored {
-                result.scores.push(score(logits, next, top));
+            match sampling(sequence, token) {
+                Some(sampling) if is_largest(sampling) => {
+                    let token = arena.largest_host.slice::<u32>()[row];
+                    result.sampled.push(Sampled { token, logprobs: None });
+                }
+                Some(_) => result.sampled.extend(found.next()),
+                None => {}
             }
-            if sequence.logits {
-                result.logits.extend_from_slice(logits);
-            }
-            result.sampled.extend(sampling.map(|sampling| sample(logits, sampling)));
         }
         Ok(())
     }

@@ -74,6 +74,7 @@ const MODULES: &[Module] = &[
     (fatbin!("attention"), &["attend_split"], &[]),
     (fatbin!("attention_many"), &["attend_many"], &[]),
     (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "gather", "largest", "read"], &[]),
+    (fatbin!("sampling"), &["modify", "survey", "collect", "draw", "rank"], &[]),
     (fatbin!("quantize"), &["quantize"], &[]),
     (fatbin!("gemm_sm100"), &["fp4_gemm", "fp4_gemm_experts"], &[100, 103]),
     (fatbin!("gemm_sm120"), &["fp4_gemm", "fp4_gemm_experts"], &[120]),
@@ -429,6 +430,17 @@ impl Device {
         Ok(buffer)
     }
 
+    /// Copies `bytes` at `from` to the start of `to`, when the stream comes to it.
+    ///
+    /// # Safety
+    /// The range lies in a live allocation of this device.
+    pub(crate) unsafe fn download(&self, from: Address, to: &mut Pinned, bytes: usize) -> Result<(), Error> {
+        assert!(bytes <= to.bytes);
+        // SAFETY: the caller's promise; `to` is page-locked and read after the stream has been waited for.
+        let result = unsafe { (self.driver.download)(to.pointer.cast(), from, bytes, self.stream) };
+        self.driver.check(result, "copying from the GPU")
+    }
+
     /// Page-locked memory of the host, readable by the CPU at full speed.
     pub(crate) fn pinned(self: &Arc<Self>, bytes: usize) -> Result<Pinned, Error> {
         self.bind()?;
@@ -477,11 +489,9 @@ impl Buffer {
 
     /// Copies `bytes` at `offset` to the start of `to`, when the stream comes to it.
     pub(crate) fn download(&self, offset: usize, to: &mut Pinned, bytes: usize) -> Result<(), Error> {
-        assert!(offset + bytes <= self.bytes && bytes <= to.bytes);
-        let (device, from) = (&self.device, self.address + offset as u64);
-        // SAFETY: both ranges lie in their allocations; `to` is page-locked and read after the stream has been waited for.
-        let result = unsafe { (device.driver.download)(to.pointer.cast(), from, bytes, device.stream) };
-        device.driver.check(result, "copying from the GPU")
+        assert!(offset + bytes <= self.bytes);
+        // SAFETY: the range lies in this buffer.
+        unsafe { self.device.download(self.address + offset as u64, to, bytes) }
     }
 }
 

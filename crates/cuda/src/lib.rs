@@ -14,6 +14,7 @@ mod fp4_layout;
 mod one;
 mod packed;
 mod params;
+mod sampling;
 mod self_test;
 
 pub use backend::Cuda;

@@ -266,7 +266,7 @@ impl Backend for Reference {
             }
             if let Some(wanted) = &sequence.score {
                 for (x, &next) in x.chunks_exact(config.hidden_size).zip(&wanted.next) {
-                    output.scores.push(score(&self.logits(x)?, next, wanted.top));
+                    output.scores.push(score(&self.logits(x)?, next, wanted.top, &[]));
                 }
             }
             let first = x.len() - sequence.sample.len() * config.hidden_size;

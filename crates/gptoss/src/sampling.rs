@@ -48,9 +48,9 @@ fn forbid_others(logits: &mut [f32], mask: &[u32]) {
     }
 }
 
-/// The log-probability of `token` and of the `top` best under `logits`.
-pub fn score(logits: &[f32], token: u32, top: usize) -> TokenLogprobs {
-    Distribution::new(logits.to_vec()).logprobs(token, top, &[])
+/// The log-probability under `logits` of `token`, and of the `top` best or, if there are any, of `ids`.
+pub fn score(logits: &[f32], token: u32, top: usize, ids: &[u32]) -> TokenLogprobs {
+    Distribution::new(logits.to_vec()).logprobs(token, top, ids)
 }
 
 /// Logits, of which log-probabilities are asked.
@@ -200,8 +200,8 @@ fn pick(weights: &[f64], uniform: f64, mut ids: impl Iterator<Item = u32>) -> u3
     last
 }
 
-/// A number in [0, 1) from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-fn uniform(seed: u64, position: u64) -> f64 {
+/// The number in [0, 1) that draws a token, from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+pub fn uniform(seed: u64, position: u64) -> f64 {
     let [a, b, ..] =
         philox([position as u32, (position >> 32) as u32, 0, 0], [seed as u32, (seed >> 32) as u32]);
     let bits = (u64::from(a) << 32 | u64::from(b)) >> 11;
@@ -322,7 +322,7 @@ mod tests {
         assert_eq!(sampled.token, 1);
         let logprobs = sampled.logprobs.unwrap();
         assert_eq!((logprobs.rank, logprobs.top.len(), logprobs.top[0].0), (2, 2, 0));
-        let total: f32 = score(&logits, 0, 3).top.iter().map(|(_, l)| l.exp()).sum();
+        let total: f32 = score(&logits, 0, 3, &[]).top.iter().map(|(_, l)| l.exp()).sum();
         assert!((total - 1.0).abs() < 1e-6);
     }
 

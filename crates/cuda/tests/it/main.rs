@@ -3,16 +3,14 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 mod fp4;
+mod sampling;
 
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use checkpoint::{Checkpoint, Config, Format, MatrixId, Synthetic, Weights};
 use cuda::{Cuda, Device};
-use gptoss::{
-    BLOCK_TOKENS, Backend, Logprobs, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan, sample,
-    score,
-};
+use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Sampling, SequenceOutput, SequencePlan};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -337,41 +335,6 @@ fn a_batch_of_prompts_and_decodes() {
             }
             (0..8).for_each(|s| at[s] += counts[s]);
         }
-    }
-}
-
-#[test]
-fn samples_and_scores_are_those_of_the_logits() {
-    let Some(device) = device() else { return };
-    let mut cuda = load(&device, &*odd(Format::Nvfp4));
-    let text = tokens(40);
-    let samplings = [
-        Sampling::default(),
-        Sampling { temperature: 0.8, top_p: 0.9, seed: 3, position: 40, ..Sampling::default() },
-        Sampling {
-            bias: vec![(7, 100.0)],
-            logprobs: Some(Logprobs { top: 3, ..Logprobs::default() }),
-            ..Sampling::default()
-        },
-    ];
-    for sampling in samplings {
-        let plan = SequencePlan {
-            logits: true,
-            score: Some(Score { next: text[1..].to_vec(), top: 2 }),
-            sample: vec![sampling.clone(); 6],
-            ..sequence(&text, 0, 0)
-        };
-        let output = run(&mut cuda, vec![plan.clone()]).remove(0);
-        let rows: Vec<&[f32]> = output.logits.chunks_exact(331).collect();
-        assert_eq!(output.scores.len(), 39);
-        for (i, found) in output.scores.iter().enumerate() {
-            assert_eq!(*found, score(rows[i], text[i + 1], 2));
-        }
-        let expected: Vec<_> = rows[34..].iter().map(|row| sample(&mut row.to_vec(), &sampling)).collect();
-        assert_eq!(output.sampled, expected);
-        // Without logits the largest is looked for on the device.
-        let alone = SequencePlan { logits: false, score: None, ..plan };
-        assert_eq!(run(&mut cuda, vec![alone]).remove(0).sampled, expected);
     }
 }
 

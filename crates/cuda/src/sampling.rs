@@ -1,0 +1,446 @@
+//! Tokens and log-probabilities from logits on the device: what `sampling.cu` is asked for, row by row, and what it answers.
+
+use std::collections::HashSet;
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+use gptoss::{Error, Logprobs, Sampled, Sampling, TokenLogprobs, sample, score, uniform};
+
+use crate::backend::LOGIT_ROWS;
+use crate::device::{Buffer, Device, Pinned};
+use crate::driver::Address;
+use crate::params::{Job, Record, Samples};
+
+/// Jobs of a round: a token and its log-probabilities for each row of logits.
+const MAX_JOBS: usize = 2 * LOGIT_ROWS;
+/// Copies of rows that are changed while their raw logits are still needed; with more of them there is another round.
+const COPIES: usize = 16;
+/// Blocks that share a row.
+const SLICES: usize = 32;
+/// Bins of distances from the largest logit.
+const BINS: usize = 512;
+/// The most tokens of a row that are sorted on the device; what needs more goes to the host.
+const CAPACITY: usize = 4096;
+const THREADS: u32 = 256;
+const DRAWERS: u32 = 1024;
+/// `Kind` of sampling.cu.
+const DRAW: u32 = 0;
+const DRAW_PROCESSED: u32 = 1;
+const DISTRIBUTION: u32 = 2;
+/// No record.
+const NONE: u32 = u32::MAX;
+/// Words of a record.
+const RECORD: usize = size_of::<Record>() / 4;
+
+/// What is wanted of a row of logits.
+pub(crate) enum Wanted<'a> {
+    /// The log-probability of a token and of the best.
+    Score { row: usize, token: u32, top: usize },
+    /// A token drawn. `kept`: the row's raw logits are wanted, too.
+    Token { row: usize, sampling: &'a Sampling, kept: bool },
+}
+
+pub(crate) struct Sampler {
+    device: Arc<Device>,
+    vocabulary: usize,
+    best: Buffer,
+    sums: Buffer,
+    bins: Buffer,
+    progress: Buffer,
+    candidates: Buffer,
+    /// u32 `[MAX_JOBS]`, ids of the largest logits of changed rows
+    largest: Buffer,
+    /// f32 `[COPIES, vocabulary]`
+    copies: Buffer,
+    /// Jobs, then the words that they point to.
+    words: Buffer,
+    words_host: Pinned,
+    out: Buffer,
+    out_host: Pinned,
+}
+
+impl Sampler {
+    pub(crate) fn new(device: &Arc<Device>, vocabulary: usize) -> Result<Sampler, Error> {
+        let words = MAX_JOBS * size_of::<Job>();
+        Ok(Sampler {
+            device: Arc::clone(device),
+            vocabulary,
+            best: device.buffer(MAX_JOBS * SLICES * 8)?,
+            sums: device.buffer(MAX_JOBS * SLICES * 8)?,
+            bins: device.buffer(MAX_JOBS * BINS * 4)?,
+            progress: device.buffer(MAX_JOBS * 16)?,
+            candidates: device.buffer(MAX_JOBS * CAPACITY * 8)?,
+            largest: device.buffer(MAX_JOBS * 4)?,
+            copies: device.buffer(COPIES * vocabulary * 4)?,
+            words: device.buffer(words)?,
+            words_host: device.pinned(words)?,
+            out: device.buffer(MAX_JOBS * RECORD * 4)?,
+            out_host: device.pinned(MAX_JOBS * RECORD * 4)?,
+        })
+    }
+
+    /// One answer for each row that is wanted, in order; those of scores have the token that was given. Masks are waited for. `row` is
+    /// room for one row.
+    pub(crate) fn run(
+        &mut self,
+        wanted: &[Wanted<'_>],
+        logits: &Buffer,
+        largest: &Buffer,
+        row: &mut Pinned,
+    ) -> Result<Vec<Sampled>, Error> {
+        let (mut answers, mut rest) = (Vec::with_capacity(wanted.len()), wanted);
+        while !rest.is_empty() {
+            let (mut jobs, mut copies, mut count) = (0, 0, 0);
+            for wanted in rest {
+                jobs += 1 + usize::from(wanted.has_distribution());
+                copies += usize::from(wanted.is_copied());
+                if jobs > MAX_JOBS || copies > COPIES {
+                    break;
+                }
+                count += 1;
+            }
+            let (now, later) = rest.split_at(count);
+            self.round(now, logits, largest, row, &mut answers)?;
+            rest = later;
+        }
+        Ok(answers)
+    }
+
+    fn round(
+        &mut self,
+        wanted: &[Wanted<'_>],
+        logits: &Buffer,
+        largest: &Buffer,
+        row: &mut Pinned,
+        answers: &mut Vec<Sampled>,
+    ) -> Result<(), Error> {
+        let mut round = Round::default();
+        let row_bytes = (self.vocabulary * 4) as u64;
+        let mut copies = 0;
+        for wanted in wanted {
+            let &(Wanted::Score { row, .. } | Wanted::Token { row, .. }) = wanted;
+            let raw = Job {
+                logits: logits.address() + row as u64 * row_bytes,
+                source: logits.address() + row as u64 * row_bytes,
+                largest: largest.address() + 4 * row as u64,
+                temperature: 1.0,
+                top_p: 1.0,
+                token_from: NONE,
+                ..Zeroable::zeroed()
+            };
+            match *wanted {
+                Wanted::Score { token, top, .. } => {
+                    let job = Job { kind: DISTRIBUTION, token, top: top as u32, ..raw };
+                    round.push(job, &[]);
+                }
+                Wanted::Token { sampling, .. } => {
+                    let mut job = raw;
+                    if is_modified(sampling) {
+                        job.largest = self.largest.address() + 4 * round.jobs.len() as u64;
+                    }
+                    if wanted.is_copied() {
+                        job.logits = self.copies.address() + copies * row_bytes;
+                        copies += 1;
+                    }
+                    round.push_token(job, raw, sampling);
+                }
+            }
+        }
+        self.make_room(&round)?;
+        let base = self.words.address();
+        let words = self.words_host.slice_mut::<u8>();
+        let jobs_bytes = size_of_val(&round.jobs[..]);
+        round.point(base + jobs_bytes as u64);
+        words[..jobs_bytes].copy_from_slice(bytemuck::cast_slice(&round.jobs));
+        words[jobs_bytes..][..4 * round.words.len()].copy_from_slice(bytemuck::cast_slice(&round.words));
+        self.words.upload(0, &self.words_host, jobs_bytes + 4 * round.words.len())?;
+        self.launch(&round)?;
+        self.out.download(0, &mut self.out_host, 4 * round.out_words)?;
+        self.device.synchronize()?;
+        let mut jobs = round.jobs.iter();
+        for wanted in wanted {
+            let mut job = || jobs.next().expect("there is a job for whatever is wanted");
+            answers.push(match *wanted {
+                Wanted::Score { token, top, .. } => {
+                    Sampled { token, logprobs: Some(self.score(job(), token, top, &[], row)?) }
+                }
+                Wanted::Token { sampling, .. } => {
+                    let drawn = job();
+                    self.token(drawn, wanted.has_distribution().then(job), sampling, row)?
+                }
+            });
+        }
+        Ok(())
+    }
+
+    fn make_room(&mut self, round: &Round) -> Result<(), Error> {
+        let words = size_of_val(&round.jobs[..]) + 4 * round.words.len();
+        if words > self.words.bytes() {
+            self.words_host = self.device.pinned(words.next_power_of_two())?;
+            self.words = self.device.buffer(words.next_power_of_two())?;
+        }
+        let out = 4 * round.out_words;
+        if out > self.out.bytes() {
+            self.out_host = self.device.pinned(out.next_power_of_two())?;
+            self.out = self.device.buffer(out.next_power_of_two())?;
+        }
+        Ok(())
+    }
+
+    fn launch(&self, round: &Round) -> Result<(), Error> {
+        let params = Samples {
+            jobs: self.words.address(),
+            best: self.best.address(),
+            sums: self.sums.address(),
+            bins: self.bins.address(),
+            progress: self.progress.address(),
+            candidates: self.candidates.address(),
+            out: self.out.address(),
+            vocabulary: self.vocabulary as u32,
+            padding: 0,
+        };
+        let jobs = round.jobs.len() as u32;
+        let sliced = |name| {
+            // SAFETY: there are at most MAX_JOBS jobs; their rows, words and records lie in the buffers of this sampler and of
+            // the step; the plan was checked for ids beyond the vocabulary.
+            unsafe { self.device.launch(name, [SLICES as u32, jobs, 1], THREADS, 0, &params) }
+        };
+        if round.jobs.iter().any(is_changed) {
+            sliced("modify")?;
+        }
+        sliced("survey")?;
+        if round.jobs.iter().any(is_sorted) {
+            sliced("collect")?;
+        }
+        // SAFETY: as above; a block sorts up to CAPACITY places in shared memory.
+        unsafe { self.device.launch("draw", [jobs, 1, 1], DRAWERS, CAPACITY * 8, &params)? };
+        if round.jobs.iter().any(|job| job.kind == DISTRIBUTION) {
+            sliced("rank")?;
+        }
+        Ok(())
+    }
+
+    /// What was drawn; what did not go on the device is done on the host.
+    fn token(
+        &self,
+        drawn: &Job,
+        distribution: Option<&Job>,
+        sampling: &Sampling,
+        row: &mut Pinned,
+    ) -> Result<Sampled, Error> {
+        let wanted = sampling.logprobs.as_ref();
+        let processed = wanted.filter(|wanted| wanted.processed);
+        let again =
+            self.failed(drawn) || (processed.is_some() && distribution.is_some_and(|d| self.failed(d)));
+        let mut sampled = if again {
+            // Mask, biases and penalties are in the logits already.
+            let plain = Sampling { mask: None, bias: Vec::new(), penalties: None, ..sampling.clone() };
+            sample(self.logits(drawn.logits, row)?, &Sampling { logprobs: processed.cloned(), ..plain })
+        } else {
+            let token = self.record(drawn).token;
+            let of = distribution.filter(|_| processed.is_some()).unwrap_or(drawn);
+            let logprobs = processed.map(|wanted| self.logprobs(of, token, wanted.top, &wanted.ids));
+            Sampled { token, logprobs }
+        };
+        if let (Some(job), Some(wanted), None) = (distribution, wanted, processed) {
+            let token = sampled.token;
+            sampled.logprobs = Some(match self.failed(drawn) {
+                // The rank that was found is another token's.
+                true => score(self.logits(job.logits, row)?, token, wanted.top, &wanted.ids),
+                false => self.score(job, token, wanted.top, &wanted.ids, row)?,
+            });
+        }
+        Ok(sampled)
+    }
+
+    fn score(
+        &self,
+        job: &Job,
+        token: u32,
+        top: usize,
+        ids: &[u32],
+        row: &mut Pinned,
+    ) -> Result<TokenLogprobs, Error> {
+        match self.failed(job) {
+            true => Ok(score(self.logits(job.logits, row)?, token, top, ids)),
+            false => Ok(self.logprobs(job, token, top, ids)),
+        }
+    }
+
+    /// From the record of a job.
+    fn logprobs(&self, job: &Job, token: u32, top: usize, ids: &[u32]) -> TokenLogprobs {
+        let record = self.record(job);
+        let log_sum = f64::from(record.largest) + record.sum.ln();
+        let logprob = |value: f32| (f64::from(value) - log_sum) as f32;
+        let list = &self.out_host.slice::<u32>()[job.out as usize + RECORD..];
+        let value = |bits: &u32| logprob(f32::from_bits(*bits));
+        let top = match ids {
+            [] => {
+                let pairs = list[..2 * record.count as usize].chunks_exact(2);
+                let mut best: Vec<(u32, f32)> = pairs.map(|pair| (pair[0], value(&pair[1]))).collect();
+                let missing = top.min(self.vocabulary) - best.len();
+                if missing > 0 {
+                    // What cannot be drawn comes last, the lower id first.
+                    let found: HashSet<u32> = best.iter().map(|&(id, _)| id).collect();
+                    let others = (0..self.vocabulary as u32).filter(|id| !found.contains(id));
+                    best.extend(others.take(missing).map(|id| (id, f32::NEG_INFINITY)));
+                }
+                best
+            }
+            ids => ids.iter().zip(list).map(|(&id, bits)| (id, value(bits))).collect(),
+        };
+        TokenLogprobs { token, logprob: logprob(record.own), rank: 1 + record.above as usize, top }
+    }
+
+    fn record(&self, job: &Job) -> Record {
+        let words = &self.out_host.slice::<u32>()[job.out as usize..][..RECORD];
+        bytemuck::pod_read_unaligned(bytemuck::cast_slice(words))
+    }
+
+    fn failed(&self, job: &Job) -> bool {
+        self.record(job).failed != 0
+    }
+
+    /// A row of the device.
+    fn logits<'a>(&self, from: Address, row: &'a mut Pinned) -> Result<&'a mut [f32], Error> {
+        let bytes = self.vocabulary * 4;
+        // SAFETY: a job's row.
+        unsafe { self.device.download(from, row, bytes)? };
+        self.device.synchronize()?;
+        Ok(&mut row.slice_mut()[..self.vocabulary])
+    }
+}
+
+impl Wanted<'_> {
+    /// Whether there is a job for a distribution beside one that draws.
+    fn has_distribution(&self) -> bool {
+        match self {
+            Wanted::Score { .. } => false,
+            Wanted::Token { sampling, .. } => {
+                sampling.logprobs.as_ref().is_some_and(|wanted| !wanted.processed || !has_head(sampling))
+            }
+        }
+    }
+
+    /// Whether a row is changed, but its raw logits are needed after the draw.
+    fn is_copied(&self) -> bool {
+        match self {
+            Wanted::Score { .. } => false,
+            Wanted::Token { sampling, kept, .. } => {
+                let raw = |wanted: &Logprobs| !wanted.processed;
+                is_modified(sampling) && (*kept || sampling.logprobs.as_ref().is_some_and(raw))
+            }
+        }
+    }
+}
+
+/// Jobs and the words that they point to, by offset until the words have an address.
+#[derive(Default)]
+struct Round {
+    jobs: Vec<Job>,
+    words: Vec<u32>,
+    out_words: usize,
+}
+
+impl Round {
+    fn push(&mut self, mut job: Job, ids: &[u32]) -> u32 {
+        job.out = self.out_words as u32;
+        job.id_count = ids.len() as u32;
+        job.ids = self.append(ids);
+        // Beyond the capacity the job fails; an even number keeps records aligned.
+        let list = if ids.is_empty() { 2 * (job.top as usize).min(CAPACITY) } else { ids.len() };
+        self.out_words += RECORD + list.next_multiple_of(2);
+        self.jobs.push(job);
+        job.out
+    }
+
+    /// A job that draws, and one for the distribution where that is another.
+    fn push_token(&mut self, mut job: Job, raw: Job, sampling: &Sampling) {
+        if let Some(mask) = &sampling.mask {
+            let words = mask.wait();
+            (job.mask, job.mask_words) = (self.append(words), words.len() as u32);
+            // An empty mask forbids all, too.
+            if words.is_empty() {
+                (job.mask, job.mask_words) = (self.append(&[0]), 1);
+            }
+        }
+        let mut biases = sampling.bias.clone();
+        biases.sort_by_key(|&(token, _)| token);
+        job.bias_count = biases.len() as u32;
+        job.biases = self
+            .append(&biases.iter().flat_map(|&(token, bias)| [token, bias.to_bits()]).collect::<Vec<_>>());
+        if let Some(penalties) = &sampling.penalties {
+            let mut seen = penalties.seen.clone();
+            seen.sort_by_key(|&(token, _)| token);
+            job.seen_count = seen.len() as u32;
+            job.seen =
+                self.append(&seen.iter().flat_map(|&(token, count)| [token, count]).collect::<Vec<_>>());
+            (job.repetition, job.frequency, job.presence) =
+                (penalties.repetition, penalties.frequency, penalties.presence);
+        }
+        job.temperature = sampling.temperature.max(0.0);
+        if job.temperature > 0.0 {
+            job.top_k = sampling.top_k.min(u32::MAX as usize) as u32;
+            (job.top_p, job.min_p) = (sampling.top_p, sampling.min_p);
+        }
+        job.kind = DRAW;
+        job.uniform = uniform(sampling.seed, sampling.position);
+        let Some(wanted) = &sampling.logprobs else {
+            self.push(job, &[]);
+            return;
+        };
+        let top = wanted.top.min(u32::MAX as usize) as u32;
+        if wanted.processed && has_head(sampling) {
+            self.push(Job { kind: DRAW_PROCESSED, top, ..job }, &wanted.ids);
+            return;
+        }
+        let token_from = self.push(job, &[]);
+        let of = if wanted.processed {
+            let temperature = if job.temperature > 0.0 { job.temperature } else { 1.0 };
+            Job { logits: job.logits, largest: job.largest, temperature, min_p: job.min_p, ..raw }
+        } else {
+            raw
+        };
+        self.push(Job { kind: DISTRIBUTION, top, token_from, ..of }, &wanted.ids);
+    }
+
+    /// The offset in bytes of words that begin at an even one.
+    fn append(&mut self, words: &[u32]) -> Address {
+        self.words.resize(self.words.len().next_multiple_of(2), 0);
+        let at = 4 * self.words.len() as u64;
+        self.words.extend_from_slice(words);
+        at
+    }
+
+    /// Now that the words lie at `base`.
+    fn point(&mut self, base: Address) {
+        for job in &mut self.jobs {
+            job.mask = if job.mask_words > 0 { base + job.mask } else { 0 };
+            (job.biases, job.seen, job.ids) = (base + job.biases, base + job.seen, base + job.ids);
+        }
+    }
+}
+
+/// Whether the most probable tokens are wanted in their order: `Job::sorted` of sampling.cu.
+fn is_sorted(job: &Job) -> bool {
+    match job.kind {
+        DISTRIBUTION => job.top > 0 && job.id_count == 0,
+        _ => job.temperature > 0.0 && (job.top_k > 0 || (job.top_p > 0.0 && job.top_p < 1.0)),
+    }
+}
+
+/// `Job::modified` of sampling.cu.
+fn is_changed(job: &Job) -> bool {
+    job.mask != 0 || job.bias_count > 0 || job.seen_count > 0
+}
+
+fn is_modified(sampling: &Sampling) -> bool {
+    sampling.mask.is_some()
+        || !sampling.bias.is_empty()
+        || sampling.penalties.as_ref().is_some_and(|penalties| !penalties.seen.is_empty())
+}
+
+/// Whether the host's sampler sorts the most probable tokens.
+fn has_head(sampling: &Sampling) -> bool {
+    sampling.temperature > 0.0 && (sampling.top_k > 0 || (sampling.top_p > 0.0 && sampling.top_p < 1.0))
+}
