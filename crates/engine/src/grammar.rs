@@ -12,6 +12,8 @@ use llguidance::toktrie::{InferenceCapabilities, TokEnv, TokRxInfo, TokTrie, Tok
 use llguidance::{Matcher, ParserFactory};
 use serde_json::Value;
 
+use crate::gbnf;
+
 /// What a text must look like.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Form {
@@ -32,6 +34,8 @@ pub enum Form {
     Choice(Vec<String>),
     /// What a grammar in Lark's notation derives from `start`.
     Lark(String),
+    /// What a grammar in llama.cpp's notation derives from `root`.
+    Gbnf(String),
 }
 
 /// What may stand between the tokens of a JSON document.
@@ -353,6 +357,8 @@ fn lark_text(form: &Form) -> String {
             format!("start: {}", choices.join(" | "))
         }
         Form::Lark(text) => text.clone(),
+        // `check` has said what is wrong with one that is not.
+        Form::Gbnf(text) => gbnf::to_lark(text).unwrap_or_default(),
         Form::Text | Form::Json { .. } => "start: /(?s:.*)/".to_owned(),
     }
 }
@@ -392,6 +398,10 @@ fn check(form: &Form) -> Result<(), String> {
             }
             at_most(choices.len(), MAX_NODES, "choices")?;
             at_most(choices.iter().map(String::len).sum(), MAX_FORM_BYTES, "bytes")
+        }
+        Form::Gbnf(text) => {
+            at_most(text.len(), MAX_LARK_BYTES, "bytes")?;
+            at_most(brackets(&gbnf::to_lark(text)?), 4 * MAX_NESTING, "levels of brackets and repetitions")
         }
         Form::Lark(text) => {
             at_most(text.len(), MAX_LARK_BYTES, "bytes")?;

@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 
 mod engine;
+mod gbnf;
 mod grammar;
 pub mod kv;
 mod llm;

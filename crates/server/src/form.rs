@@ -60,14 +60,19 @@ fn response_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
         }
         "regex" => text_form(&object.required("pattern")?, Form::Regex)?,
         "grammar" => {
-            if let Some(syntax) = object.field("syntax")
-                && syntax.string()? != "lark"
-            {
-                let message =
-                    format!("{} must be lark, the only notation that is understood.", syntax.path());
-                return Err(syntax.error(message));
+            let field = object.required("grammar")?;
+            match object.field("syntax") {
+                None => grammar(&field)?,
+                Some(syntax) => match syntax.string()?.as_str() {
+                    "lark" => text_form(&field, Form::Lark)?,
+                    "gbnf" | "ebnf" => text_form(&field, Form::Gbnf)?,
+                    other => {
+                        let message =
+                            format!("{} must be lark, gbnf or ebnf, got {}.", syntax.path(), excerpt(other));
+                        return Err(syntax.error(message));
+                    }
+                },
             }
-            grammar(&object.required("grammar")?)?
         }
         other => {
             let message = format!(
@@ -161,12 +166,10 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
     }
 }
 
+/// A grammar whose notation shows in what defines a rule.
 fn grammar(field: &Field<'_>) -> Result<Wanted, ApiError> {
-    if field.string()?.contains("::=") {
-        let message = format!("{} must be in Lark's notation, with `:` and not `::=`.", field.path());
-        return Err(field.error(message));
-    }
-    text_form(field, Form::Lark)
+    let form = if field.string()?.contains("::=") { Form::Gbnf } else { Form::Lark };
+    text_form(field, form)
 }
 
 fn text_form(field: &Field<'_>, form: impl FnOnce(String) -> Form) -> Result<Wanted, ApiError> {

@@ -166,6 +166,68 @@ fn other_forms() {
 }
 
 #[test]
+fn grammars_in_llama_cpps_notation() {
+    let json = r##"
+        # A JSON document.
+        root   ::= object
+        value  ::= object | array | string | number | ("true" | "false" | "null") ws
+
+        object ::= "{" ws ( string ":" ws value ("," ws string ":" ws value)* )? "}" ws
+        array  ::= "[" ws (
+            value ("," ws value)*
+        )? "]" ws
+        string ::= "\"" ( [^"\\\x7F\x00-\x1F] | "\\" (["\\bfnrt] | "u" [0-9a-fA-F]{4}) )* "\"" ws
+        number ::= ("-"? ([0-9] | [1-9] [0-9]{0,15})) ("." [0-9]+)? ([eE] [-+]? [1-9] [0-9]{0,15})? ws
+        ws     ::= | " " | "\n" [ \t]{0,20}"##;
+    let sums = "root ::= (expr \"=\" term \"\\n\")+\nexpr ::= term ([-+*/] term)*\nterm ::= num | \"(\" expr \")\"\n\
+                num ::= [0-9]+ ";
+    for (grammar, good, bad) in [
+        (json, "{\"a b\": [1, -2.5e3, \"\\u00e9\\\"é👋\", {}], \"c\":null}", "{a: 1}"),
+        (sums, "(1+2)*30=90\n7=7\n", "1+=2\n"),
+        // Words that others begin with, in any order.
+        (r#"root ::= [a-z]+ "c1" | "abc" "d""#, "abcabcc1", "abc"),
+        (r#"root ::= [a-z]+ "c1" | "abc" "d""#, "abcd", "d"),
+        (
+            r#"root ::= x-y{2,3} z_1? .
+             x-y ::= "é" | [α-ω]
+             z_1 ::= "\x41\u00e9\U0001f44b""#,
+            "éωαAé👋\n",
+            "é",
+        ),
+        (r#"root ::= ("a" | ) ( ) "" "b"{2} "c"{0} "d"{1,}"#, "bbdd", "abbc"),
+        (r#"root ::= [^a\]\-]{3} [-x] [^]"#, "bcd-\n", "a]-"),
+    ] {
+        let form = Form::Gbnf(grammar.to_owned());
+        let final_of = |text: &str| format!("<|channel|>final<|message|>{text}<|return|>");
+        let (turn, reason, _) = chat(&final_of(good), &answering(form.clone()), at_most(80));
+        assert_eq!((turn.content.as_deref(), reason), (Some(good), FinishReason::Stop), "{grammar}");
+        let (turn, _, _) = chat(&final_of(bad), &answering(form), at_most(10));
+        assert_ne!(turn.content.as_deref(), Some(bad), "{grammar}");
+    }
+    for (grammar, expected) in [
+        ("", "there must be a rule root"),
+        ("root = \"a\"", "line 1: expected ::=, found \"= \\\"a\\\"\""),
+        ("root ::= \"a\"\nroot ::= \"b\"", "the rule root is there twice"),
+        ("root ::= \"a\" b", "there is no rule b"),
+        ("root ::= (\"a\"\n\n", "expected `)` at its end"),
+        ("root ::= \"a\n", "expected `\"` at its end"),
+        ("root ::= [a-", "expected `]` at its end"),
+        ("root ::= [z-a]", "the range from 'z' to 'a' is empty"),
+        ("root ::= []", "a class of no characters matches nothing"),
+        ("root ::= \"\\q\"", "line 1: expected one of"),
+        ("root ::= \"\\ud800\"", "line 1: expected the hexadecimal digits of a character"),
+        ("root ::= \"\\u12", "line 1: expected the hexadecimal digits of a character"),
+        ("root ::= \"a\"{x}", "line 1: expected a number, found \"x}\""),
+        ("root ::= \"a\"{3,2}", "{3,2} asks for nothing"),
+        ("root ::= \"a\"{99999999999}", "at most 10000 repetitions may be asked for"),
+        ("root ::= \"a\" ) \"b\"", "line 1: expected a rule's name, found \") \\\"b\\\"\""),
+    ] {
+        let error = grammars().text(&Form::Gbnf(grammar.to_owned())).unwrap_err().to_string();
+        assert!(error.contains(expected), "{grammar}: {error}");
+    }
+}
+
+#[test]
 fn whitespace_is_bounded() {
     let spaced = r#"<|channel|>final<|message|>{   "x":    1,    "y":"a"}<|return|>"#;
     let (turn, ..) = chat(spaced, &answering(point()), at_most(100));
@@ -287,6 +349,8 @@ fn hostile_forms() {
             Form::Lark(format!("start: {}a{}", "(".repeat(30_000), ")".repeat(30_000))),
         ),
         ("negations", Form::Lark(format!("start: {}/a/", "~".repeat(30_000)))),
+        ("brackets of llama.cpp", Form::Gbnf(format!("root ::= {}\"a\"", "(".repeat(30_000)))),
+        ("repetitions of repetitions", Form::Gbnf(format!("root ::= \"a\"{}", "*".repeat(30_000)))),
         ("special tokens", Form::Lark("start: <|return|>".to_owned())),
         ("token ids", Form::Lark("start: <[200002]>".to_owned())),
         ("a grammar within", Form::Lark("start: @nowhere".to_owned())),
@@ -301,6 +365,7 @@ fn hostile_forms() {
     for (what, form) in [
         ("a chain of references", schema(json!({"$ref": "#/$defs/d0", "$defs": chain}))),
         ("many properties", schema(wide(2000))),
+        ("many repetitions", Form::Gbnf("root ::= (((\"ab\"{9999}){9999}){9999}){9999}".to_owned())),
         ("a long array", schema(json!({"type": "array", "maxItems": 1_000_000_000u64}))),
         ("a long string", schema(json!({"type": "string", "maxLength": 1_000_000_000u64}))),
         ("a repeated repetition", Form::Regex("((a{1000}){1000}){1000}b".to_owned())),

@@ -114,9 +114,9 @@ fn chat_fields() {
         ("response_format", json!({"type": "regex", "pattern": "("}), "response_format.pattern", "regex"),
         (
             "response_format",
-            json!({"type": "grammar", "grammar": "root ::= \"a\"", "syntax": "gbnf"}),
+            json!({"type": "grammar", "grammar": "root ::= \"a\"", "syntax": "yacc"}),
             "response_format.syntax",
-            "lark",
+            "lark, gbnf or ebnf",
         ),
         ("structured_outputs", json!({}), "structured_outputs", "only use one kind"),
         (
@@ -127,7 +127,7 @@ fn chat_fields() {
         ),
         ("structured_outputs", json!({"regex": "\0"}), "structured_outputs.regex", "NUL"),
         ("structured_outputs", json!({"choice": []}), "structured_outputs.choice", "must have choices"),
-        ("structured_outputs", json!({"grammar": "root ::= x"}), "structured_outputs.grammar", "::="),
+        ("structured_outputs", json!({"grammar": "root ::= x"}), "structured_outputs.grammar", "no rule x"),
         (
             "structured_outputs",
             json!({"grammar": "start: <|end|>"}),

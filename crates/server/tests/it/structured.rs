@@ -48,6 +48,12 @@ fn answers_have_their_form() {
             "xxx",
             "y",
         ),
+        (json!({"response_format": {"type": "grammar", "grammar": "root ::= \"ab\"+"}}), "abab", "aa"),
+        (
+            json!({"response_format": {"type": "grammar", "grammar": "root ::= [x-z] \"!\"", "syntax": "ebnf"}}),
+            "y!",
+            "a!",
+        ),
         (json!({"structured_outputs": {"json": point()}}), good, r#"{"x": "a"}"#),
         (json!({"structured_outputs": {"json": point().to_string()}}), good, r#"{"x": "a"}"#),
         (json!({"structured_outputs": {"choice": ["red", "green"]}}), "green", "blue"),
