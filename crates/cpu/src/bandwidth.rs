@@ -9,13 +9,16 @@ use crate::kernels::{Isa, Kernels};
 use crate::packed::Buffer;
 use crate::pool::Pool;
 use crate::products::AHEAD;
-use crate::simd::Lanes;
+use crate::simd::{LANES, Lanes};
 
 /// Well beyond every cache.
 const BYTES: usize = 1 << 30;
 
 /// Bytes per task, about as many as those of a matrix product.
 const TASK: usize = 256 << 10;
+
+/// Bytes of sixteen words.
+const LINE: usize = 4 * LANES;
 
 /// Bytes per second that the pool reads from memory: the median of `passes` over a gibibyte.
 pub fn read_bandwidth(pool: &Pool, passes: usize) -> Result<f64, Error> {
@@ -47,39 +50,40 @@ pub(crate) fn read(pool: &Pool, kernels: &Kernels, memory: &[&[u8]], passes: usi
     speeds[speeds.len() / 2]
 }
 
-/// A sum of `bytes`, a multiple of 128 of them, that tells their order: words are summed up, and the sums again. They are asked
-/// for as far ahead as weights are.
+/// A sum of the whole lines of `bytes` that tells their order: words are summed up, and the sums again. They are asked for as
+/// far ahead as weights are.
 ///
 /// # Safety
 /// The CPU has the features of the lanes.
 #[inline(always)]
 pub(crate) unsafe fn checksum<L: Lanes>(bytes: &[u8]) -> u64 {
-    const WORDS: usize = 16;
-    let mut sums = [0u64; WORDS];
-    let mut totals = [0u64; WORDS];
-    let lines = bytes.as_ptr().cast::<[u64; WORDS]>();
-    for i in 0..bytes.len() / size_of::<[u64; WORDS]>() {
-        // SAFETY: within the slice; prefetching may go beyond.
-        let words = unsafe {
-            for line in 0..2 {
-                L::prefetch(lines.wrapping_add(i).cast::<u8>().wrapping_add(AHEAD + 64 * line));
-            }
-            lines.add(i).read_unaligned()
-        };
-        let mut w = 0;
-        while w < WORDS {
-            sums[w] = sums[w].wrapping_add(words[w]);
-            totals[w] = totals[w].wrapping_add(sums[w]);
-            w += 1;
+    let mut words = [0; 2 * LANES];
+    // SAFETY: within the slice and the array; prefetching may go beyond.
+    unsafe {
+        let (mut sums, mut totals) = (L::splat_ints(0), L::splat_ints(0));
+        let mut at = bytes.as_ptr();
+        for _ in 0..bytes.len() / LINE {
+            L::prefetch(at.wrapping_add(AHEAD));
+            sums = L::add_ints(sums, L::load_ints(at.cast()));
+            totals = L::add_ints(totals, sums);
+            at = at.add(LINE);
         }
+        L::store_ints(sums, words.as_mut_ptr());
+        L::store_ints(totals, words.as_mut_ptr().add(LANES));
     }
-    let mut all = 0u64;
+    let mut all = 0;
     let mut w = 0;
-    while w < WORDS {
-        all = (all ^ sums[w]).wrapping_mul(0x9e37_79b9_7f4a_7c15);
-        all = (all ^ all >> 29 ^ totals[w]).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        all ^= all >> 32;
+    while w < words.len() {
+        all = mix(all ^ u64::from(words[w] as u32));
         w += 1;
     }
     all
+}
+
+/// Spreads every bit over all others: the finalizer of MurmurHash3.
+#[inline(always)]
+pub(crate) fn mix(bits: u64) -> u64 {
+    let bits = (bits ^ bits >> 33).wrapping_mul(0xff51_afd7_ed55_8ccd);
+    let bits = (bits ^ bits >> 33).wrapping_mul(0xc4ce_b9fe_1a85_ec53);
+    bits ^ bits >> 33
 }

@@ -17,6 +17,7 @@ use checkpoint::{Identity, MatrixId, MatrixKind, Weights, matrices};
 use gptoss::Error;
 use memmap2::Mmap;
 
+use crate::bandwidth;
 use crate::kernels::Kernels;
 use crate::packed::{Buffer, Memory, PackedMatrix, Shape};
 use crate::pool::Pool;
@@ -264,9 +265,7 @@ impl Request<'_> {
             // SAFETY: the kernels were chosen for this CPU.
             let part = unsafe { (self.kernels.checksum)(tasks[task]) };
             // Depends on the place, and on no order of the tasks.
-            let mixed = (part ^ (task as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
-                .wrapping_mul(0xff51_afd7_ed55_8ccd);
-            sum.fetch_add(mixed ^ mixed >> 32, Ordering::Relaxed);
+            sum.fetch_add(bandwidth::mix(part ^ bandwidth::mix(task as u64)), Ordering::Relaxed);
         });
         sum.into_inner()
     }

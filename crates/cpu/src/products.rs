@@ -61,6 +61,79 @@ pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
 /// How far ahead weights are asked for: what memory delivers in its latency.
 pub(crate) const AHEAD: usize = 4096;
 
+/// How weights of one format meet the records of one kind.
+trait Format<L: Lanes> {
+    /// Bytes of the weights that are decoded at a time.
+    const BYTES: usize;
+    /// How often that is per record.
+    const STEPS: usize;
+    /// Words of a record.
+    const WORDS: usize;
+    type Decoded;
+
+    /// # Safety
+    /// As for a [`PanelKernel`]; `tile` is valid for the bytes.
+    unsafe fn decode(tile: *const u8) -> Self::Decoded;
+
+    /// The total plus the products with a record.
+    ///
+    /// # Safety
+    /// As for a [`PanelKernel`].
+    unsafe fn add(weights: &Self::Decoded, record: *const i32, step: usize, total: L) -> L;
+}
+
+/// See [`PanelKernel`].
+#[inline(always)]
+unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        let mut tile = panel.data;
+        let mut records = x.start.cast::<i32>();
+        if x.tokens == 1 {
+            // Its sums stay in registers: memory would take longer than the products.
+            let mut total = L::splat(0.0);
+            for _ in 0..panel.slabs {
+                for step in 0..F::STEPS {
+                    ask::<L>(tile, F::BYTES);
+                    total = F::add(&F::decode(tile), records, step, total);
+                    tile = tile.add(F::BYTES);
+                }
+                records = records.wrapping_add(x.stride);
+            }
+            total.store(sums.cast());
+            return;
+        }
+        for t in 0..x.tokens {
+            L::splat(0.0).store(sums.add(t).cast());
+        }
+        for _ in 0..panel.slabs {
+            for step in 0..F::STEPS {
+                ask::<L>(tile, F::BYTES);
+                let weights = F::decode(tile);
+                tile = tile.add(F::BYTES);
+                let mut record = records;
+                for t in 0..x.tokens {
+                    let total = sums.add(t).cast::<f32>();
+                    F::add(&weights, record, step, L::load(total)).store(total);
+                    record = record.wrapping_add(F::WORDS);
+                }
+            }
+            records = records.wrapping_add(x.stride);
+        }
+    }
+}
+
+/// Asks for what lies ahead.
+#[inline(always)]
+unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
+    let mut at = 0;
+    while at < bytes {
+        // SAFETY: the CPU has the features; the address need not be valid.
+        unsafe { L::prefetch(tile.wrapping_add(AHEAD + at)) };
+        at += 64;
+    }
+}
+
 /// E2M1 codes: the scales of the sixteen rows (16 bytes, E8M0, for MXFP4; 32, E4M3, for NVFP4), then 256 bytes of codes. In
 /// byte `64 k + 4 r + j` the low nibble is row `r`, column `8 k + j`, the high one column `8 k + 4 + j`.
 #[inline(always)]
@@ -69,35 +142,43 @@ pub(crate) unsafe fn e2m1<L: Lanes, const MX: bool, const LIMBS: usize>(
     x: Records<'_>,
     sums: *mut [f32; LANES],
 ) {
-    let scale_bytes = if MX { LANES } else { 2 * LANES };
     // SAFETY: the contract of `PanelKernel`.
-    unsafe {
-        clear::<L>(sums, x.tokens);
-        for slab in 0..panel.slabs {
-            let tile = panel.data.add(slab * (scale_bytes + CODE_BYTES));
-            for line in 0..5 {
-                L::prefetch(tile.wrapping_add(AHEAD + 64 * line));
-            }
+    unsafe { panel_sums::<L, E2m1<MX, LIMBS>>(panel, x, sums) }
+}
+
+struct E2m1<const MX: bool, const LIMBS: usize>;
+
+impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS> {
+    const BYTES: usize = if MX { LANES } else { 2 * LANES } + CODE_BYTES;
+    const STEPS: usize = 1;
+    const WORDS: usize = Words::<LIMBS>::COUNT;
+    /// The halves of the columns.
+    type Decoded = [([L::Bytes; 4], L); 2];
+
+    #[inline(always)]
+    unsafe fn decode(tile: *const u8) -> Self::Decoded {
+        // SAFETY: the contract.
+        unsafe {
             let scales = if MX { [L::e8m0(tile); 2] } else { [L::e4m3(tile), L::e4m3(tile.add(LANES))] };
-            let codes = tile.add(scale_bytes);
-            let weights = [e2m1_block::<L>(codes), e2m1_block::<L>(codes.add(128))];
-            let mut record = x.start.add(slab * x.stride).cast::<i32>();
-            for t in 0..x.tokens {
-                let first = e2m1_sums::<L, LIMBS>(&weights[0], record, 0);
-                let second = e2m1_sums::<L, LIMBS>(&weights[1], record, 1);
-                let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
-                let total = sums.add(t).cast::<f32>();
-                if MX && LIMBS < 3 {
-                    // The same bits as below in fewer steps: the sum has less than 24 bits, and scales are powers of two.
-                    let sum = L::from_ints(L::add_ints(first, second));
-                    sum.fma(scales[0].mul(scale), L::load(total)).store(total);
-                } else {
-                    let first = L::from_ints(first).mul(scales[0]);
-                    let sum = L::from_ints(second).fma(scales[1], first);
-                    sum.fma(scale, L::load(total)).store(total);
-                }
-                record = record.add(Words::<LIMBS>::COUNT);
+            let codes = tile.add(if MX { LANES } else { 2 * LANES });
+            [(e2m1_block::<L>(codes), scales[0]), (e2m1_block::<L>(codes.add(128)), scales[1])]
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add([first, second]: &Self::Decoded, record: *const i32, _step: usize, total: L) -> L {
+        // SAFETY: the contract.
+        unsafe {
+            let sums =
+                [e2m1_sums::<L, LIMBS>(&first.0, record, 0), e2m1_sums::<L, LIMBS>(&second.0, record, 1)];
+            let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
+            if MX && LIMBS < 3 {
+                // The same bits as below in fewer steps: the sum has less than 24 bits, and scales are powers of two.
+                let sum = L::from_ints(L::add_ints(sums[0], sums[1]));
+                return sum.fma(first.1.mul(scale), total);
             }
+            let sum = L::from_ints(sums[1]).fma(second.1, L::from_ints(sums[0]).mul(first.1));
+            sum.fma(scale, total)
         }
     }
 }
@@ -123,14 +204,17 @@ unsafe fn e2m1_sums<L: Lanes, const LIMBS: usize>(
     unsafe {
         let offset = L::splat_ints(record.add(Words::<LIMBS>::E2M1 + half).read());
         let record = record.add(4 * half);
-        if LIMBS == 1 {
-            return L::dot_e2m1(offset, weights, record);
+        // Limbs are chains of their own, so that one does not wait for another.
+        let mut sum = L::dot_e2m1(offset, weights, record);
+        if LIMBS > 1 {
+            let mut high = L::dot_e2m1(L::splat_ints(0), weights, record.add(8));
+            if LIMBS > 2 {
+                let highest = L::dot_e2m1(L::splat_ints(0), weights, record.add(16));
+                high = L::add_ints(high, L::shift_byte(highest));
+            }
+            sum = L::add_ints(sum, L::shift_byte(high));
         }
-        let mut sum = L::dot_e2m1(L::splat_ints(0), weights, record.add(8 * (LIMBS - 1)));
-        if LIMBS == 3 {
-            sum = L::dot_e2m1(L::shift_byte(sum), weights, record.add(8));
-        }
-        L::dot_e2m1(L::add_ints(L::shift_byte(sum), offset), weights, record)
+        sum
     }
 }
 
@@ -142,26 +226,34 @@ pub(crate) unsafe fn int8<L: Lanes, const LIMBS: usize>(
     sums: *mut [f32; LANES],
 ) {
     // SAFETY: the contract of `PanelKernel`.
-    unsafe {
-        clear::<L>(sums, x.tokens);
-        for slab in 0..panel.slabs {
-            let tile = panel.data.add(slab * LANES * COLUMNS);
-            for line in 0..8 {
-                L::prefetch(tile.wrapping_add(AHEAD + 64 * line));
+    unsafe { panel_sums::<L, Int8<LIMBS>>(panel, x, sums) }
+}
+
+struct Int8<const LIMBS: usize>;
+
+impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
+    const BYTES: usize = LANES * COLUMNS;
+    const STEPS: usize = 1;
+    const WORDS: usize = Words::<LIMBS>::COUNT;
+    type Decoded = [[L::Bytes; 4]; 2];
+
+    #[inline(always)]
+    unsafe fn decode(tile: *const u8) -> Self::Decoded {
+        // SAFETY: the contract.
+        unsafe { [int8_block::<L>(tile), int8_block::<L>(tile.add(256))] }
+    }
+
+    #[inline(always)]
+    unsafe fn add(weights: &Self::Decoded, record: *const i32, _step: usize, total: L) -> L {
+        // SAFETY: the contract.
+        unsafe {
+            let mut sum = int8_sums::<L, LIMBS>(weights, record, 0);
+            for l in 1..LIMBS {
+                let limb = int8_sums::<L, LIMBS>(weights, record, l);
+                sum = limb.fma(L::splat([256.0, 65_536.0][l - 1]), sum);
             }
-            let weights = [int8_block::<L>(tile), int8_block::<L>(tile.add(256))];
-            let mut record = x.start.add(slab * x.stride).cast::<i32>();
-            for t in 0..x.tokens {
-                let mut sum = int8_sums::<L, LIMBS>(&weights, record, 0);
-                for l in 1..LIMBS {
-                    let limb = int8_sums::<L, LIMBS>(&weights, record, l);
-                    sum = limb.fma(L::splat([256.0, 65_536.0][l - 1]), sum);
-                }
-                let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
-                let total = sums.add(t).cast::<f32>();
-                sum.fma(scale, L::load(total)).store(total);
-                record = record.add(Words::<LIMBS>::COUNT);
-            }
+            let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
+            sum.fma(scale, total)
         }
     }
 }
@@ -194,41 +286,47 @@ unsafe fn int8_sums<L: Lanes, const LIMBS: usize>(
 /// BF16 weights: element `32 k + 2 r + j` is row `r`, column `2 k + j`.
 #[inline(always)]
 pub(crate) unsafe fn bf16<L: Lanes>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
-    const HALF: usize = COLUMNS / 2;
     // SAFETY: the contract of `PanelKernel`.
-    unsafe {
-        clear::<L>(sums, x.tokens);
-        for half in 0..2 * panel.slabs {
-            let tile = panel.data.add(half * 2 * LANES * HALF);
-            for line in 0..8 {
-                L::prefetch(tile.wrapping_add(AHEAD + 64 * line));
-            }
+    unsafe { panel_sums::<L, Bf16>(panel, x, sums) }
+}
+
+struct Bf16;
+
+/// Columns of BF16 that fit the registers.
+const HALF: usize = COLUMNS / 2;
+
+impl<L: Lanes> Format<L> for Bf16 {
+    const BYTES: usize = 2 * LANES * HALF;
+    const STEPS: usize = COLUMNS / HALF;
+    const WORDS: usize = COLUMNS;
+    /// The even and the odd of two columns.
+    type Decoded = [[L; 2]; HALF / 2];
+
+    #[inline(always)]
+    unsafe fn decode(tile: *const u8) -> Self::Decoded {
+        // SAFETY: the contract.
+        unsafe {
             let mut pairs = [[L::splat(0.0); 2]; HALF / 2];
             for (k, pair) in pairs.iter_mut().enumerate() {
                 *pair = L::load_bf16(tile.add(64 * k).cast());
             }
-            let mut record = x.start.add(half / 2 * x.stride + half % 2 * HALF).cast::<f32>();
-            for t in 0..x.tokens {
-                // Four chains, for the latency of the multiply-add.
-                let mut chains = [L::splat(0.0); 4];
-                for i in 0..HALF {
-                    let (weight, x) = (pairs[i / 2][i % 2], L::splat(record.add(i).read()));
-                    chains[i % 4] = if i < 4 { weight.mul(x) } else { weight.fma(x, chains[i % 4]) };
-                }
-                let sum = chains[0].add(chains[1]).add(chains[2].add(chains[3]));
-                let total = sums.add(t).cast::<f32>();
-                L::load(total).add(sum).store(total);
-                record = record.add(COLUMNS);
-            }
+            pairs
         }
     }
-}
 
-#[inline(always)]
-unsafe fn clear<L: Lanes>(sums: *mut [f32; LANES], tokens: usize) {
-    for t in 0..tokens {
-        // SAFETY: valid for the tokens by the contract of `PanelKernel`.
-        unsafe { L::splat(0.0).store(sums.add(t).cast()) };
+    #[inline(always)]
+    unsafe fn add(pairs: &Self::Decoded, record: *const i32, step: usize, total: L) -> L {
+        // SAFETY: the contract.
+        unsafe {
+            let x = record.cast::<f32>().add(step * HALF);
+            // Four chains, for the latency of the multiply-add.
+            let mut chains = [L::splat(0.0); 4];
+            for i in 0..HALF {
+                let (weight, x) = (pairs[i / 2][i % 2], L::splat(x.add(i).read()));
+                chains[i % 4] = if i < 4 { weight.mul(x) } else { weight.fma(x, chains[i % 4]) };
+            }
+            total.add(chains[0].add(chains[1]).add(chains[2].add(chains[3])))
+        }
     }
 }
 

@@ -80,6 +80,8 @@ pub(crate) trait Lanes: Copy {
     /// Eight columns of E2M1 codes as [`E2M1_BYTES`]: the low nibbles are the first four columns.
     unsafe fn load_e2m1(from: *const u8) -> [Self::Bytes; 2];
     unsafe fn splat_ints(value: i32) -> Self::Ints;
+    unsafe fn load_ints(from: *const i32) -> Self::Ints;
+    unsafe fn store_ints(ints: Self::Ints, to: *mut i32);
     /// Adds the products of sixteen columns with sixteen signed bytes. The weights are at most 24.
     unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints;
     /// The same for weights of any size.
@@ -216,6 +218,16 @@ impl Lanes for Scalar {
     #[inline(always)]
     unsafe fn splat_ints(value: i32) -> Self::Ints {
         [value; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load_ints(from: *const i32) -> Self::Ints {
+        // SAFETY: valid for sixteen elements by the trait's contract.
+        unsafe { from.cast::<Self::Ints>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_ints(ints: Self::Ints, to: *mut i32) {
+        // SAFETY: as above.
+        unsafe { to.cast::<Self::Ints>().write_unaligned(ints) }
     }
     #[inline(always)]
     unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
@@ -395,6 +407,16 @@ mod x86 {
             unsafe { _mm512_set1_epi32(value) }
         }
         #[inline(always)]
+        unsafe fn load_ints(from: *const i32) -> Self::Ints {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_loadu_si512(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn store_ints(ints: Self::Ints, to: *mut i32) {
+            // SAFETY: the trait's contract.
+            unsafe { _mm512_storeu_si512(to.cast(), ints) }
+        }
+        #[inline(always)]
         unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
             // SAFETY: the same contract.
             unsafe { Self::dot(sum, weights, x) }
@@ -545,6 +567,19 @@ mod x86 {
         unsafe fn splat_ints(value: i32) -> Self::Ints {
             // SAFETY: the trait's contract.
             unsafe { (_mm256_set1_epi32(value), _mm256_set1_epi32(value)) }
+        }
+        #[inline(always)]
+        unsafe fn load_ints(from: *const i32) -> Self::Ints {
+            // SAFETY: the trait's contract.
+            unsafe { Self::load_bytes(from.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn store_ints(ints: Self::Ints, to: *mut i32) {
+            // SAFETY: the trait's contract.
+            unsafe {
+                _mm256_storeu_si256(to.cast(), ints.0);
+                _mm256_storeu_si256(to.add(8).cast(), ints.1);
+            }
         }
         #[inline(always)]
         unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
