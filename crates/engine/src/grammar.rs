@@ -13,6 +13,7 @@ use llguidance::{Matcher, ParserFactory};
 use serde_json::Value;
 
 use crate::gbnf;
+use crate::structure::{self, Structure};
 
 /// What a text must look like.
 #[derive(Debug, Clone, PartialEq)]
@@ -36,6 +37,8 @@ pub enum Form {
     Lark(String),
     /// What a grammar in llama.cpp's notation derives from `root`.
     Gbnf(String),
+    /// A text with structural tags.
+    Structure(Structure),
 }
 
 /// What may stand between the tokens of a JSON document.
@@ -170,11 +173,7 @@ impl Grammars {
     /// [`GrammarError::Answer`] if the form is not valid or beyond the limits, [`GrammarError::Busy`].
     pub fn text(&self, form: &Form) -> Result<Grammar, GrammarError> {
         check(form).map_err(GrammarError::Answer)?;
-        let grammar = match form {
-            Form::Json { schema, lenient, whitespace } => vec![json("text", schema, *lenient, whitespace)],
-            form => vec![lark("text", lark_text(form))],
-        };
-        self.compile(grammar)
+        self.compile(of_form("text", form))
     }
 
     /// A grammar of a turn.
@@ -316,16 +315,23 @@ fn part(name: &str, form: &Form, text: &mut String, parts: &mut Vec<GrammarWithL
     let _ = match form {
         Form::Text => writeln!(text, "{name}: TEXT"),
         form => {
-            parts.push(match form {
-                Form::Json { schema, lenient, whitespace } => json(name, schema, *lenient, whitespace),
-                form => lark(name, lark_text(form)),
-            });
+            parts.extend(of_form(name, form));
             writeln!(text, "{name}: @{name}")
         }
     };
 }
 
-fn lark(name: &str, text: String) -> GrammarWithLexer {
+/// The grammar of a form under this name, and those that it is made of.
+pub(crate) fn of_form(name: &str, form: &Form) -> Vec<GrammarWithLexer> {
+    match form {
+        Form::Json { schema, lenient, whitespace } => vec![json(name, schema, *lenient, whitespace)],
+        // `check` has said what is wrong with one that has none.
+        Form::Structure(structure) => structure::grammars(name, structure).unwrap_or_default(),
+        form => vec![lark(name, lark_text(form))],
+    }
+}
+
+pub(crate) fn lark(name: &str, text: String) -> GrammarWithLexer {
     GrammarWithLexer { name: Some(name.to_owned()), lark_grammar: Some(text), json_schema: None }
 }
 
@@ -359,17 +365,17 @@ fn lark_text(form: &Form) -> String {
         Form::Lark(text) => text.clone(),
         // `check` has said what is wrong with one that is not.
         Form::Gbnf(text) => gbnf::to_lark(text).unwrap_or_default(),
-        Form::Text | Form::Json { .. } => "start: /(?s:.*)/".to_owned(),
+        Form::Text | Form::Json { .. } | Form::Structure(_) => "start: /(?s:.*)/".to_owned(),
     }
 }
 
 /// A text as a literal of the notation, which are JSON's.
-fn quote(text: &str) -> String {
+pub(crate) fn quote(text: &str) -> String {
     Value::from(text).to_string()
 }
 
 /// Refuses what is large before any time is spent on it.
-fn check(form: &Form) -> Result<(), String> {
+pub(crate) fn check(form: &Form) -> Result<(), String> {
     let at_most = |found: usize, most: usize, what: &str| {
         if found <= most { Ok(()) } else { Err(format!("it must have at most {most} {what}, got {found}")) }
     };
@@ -398,6 +404,11 @@ fn check(form: &Form) -> Result<(), String> {
             }
             at_most(choices.len(), MAX_NODES, "choices")?;
             at_most(choices.iter().map(String::len).sum(), MAX_FORM_BYTES, "bytes")
+        }
+        Form::Structure(structure) => {
+            let grammars = structure::grammars("text", structure)?;
+            let text = |grammar: &GrammarWithLexer| grammar.lark_grammar.as_ref().map_or(0, String::len);
+            at_most(grammars.iter().map(text).sum(), 4 * MAX_FORM_BYTES, "bytes of grammar")
         }
         Form::Gbnf(text) => {
             at_most(text.len(), MAX_LARK_BYTES, "bytes")?;

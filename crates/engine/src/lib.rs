@@ -18,6 +18,7 @@ mod request;
 pub mod scheduler;
 mod scripted;
 mod speculation;
+mod structure;
 mod worker;
 
 pub use engine::{
@@ -29,3 +30,4 @@ pub use params::{InvalidParam, RepetitionDetection, SamplingParams};
 pub use request::{Event, Failure, FinishReason, OutputMode, Request, Sink, StopReason};
 pub use scripted::{ScriptError, Scripted, Step};
 pub use speculation::{Speculation, SpeculationCounts};
+pub use structure::{Structure, Tag};

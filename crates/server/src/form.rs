@@ -5,7 +5,8 @@ use harmony::ResponseFormat;
 use serde_json::{Value, json};
 
 use crate::error::ApiError;
-use crate::json::{Field, Object, excerpt};
+use crate::json::{self, Field, Object, excerpt};
+use crate::structural;
 
 /// Of a schema or grammar as text; the engine has limits of its own below.
 const MAX_BYTES: usize = 256 << 10;
@@ -47,7 +48,16 @@ pub(crate) fn refusal(error: &GrammarError, answer: &str, calls: &[String]) -> A
 
 /// `{"type": "json_schema", …}` and its siblings; `None` for plain text.
 fn response_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
-    let object = field.object(&["type", "json_schema", "pattern", "grammar", "syntax"])?;
+    let object = field.object(&[
+        "type",
+        "json_schema",
+        "pattern",
+        "grammar",
+        "syntax",
+        "structures",
+        "triggers",
+        "format",
+    ])?;
     let kind = object.required("type")?;
     let kind_name = kind.string()?;
     Ok(Some(match kind_name.as_str() {
@@ -74,9 +84,10 @@ fn response_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
                 },
             }
         }
+        "structural_tag" => structural_tag(&object, field.path())?,
         other => {
             let message = format!(
-                "{} must be one of text, json_object, json_schema, regex, grammar, got {}.",
+                "{} must be one of text, json_object, json_schema, regex, grammar, structural_tag, got {}.",
                 kind.path(),
                 excerpt(other)
             );
@@ -162,21 +173,36 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
             Ok(Wanted { form: Form::Choice(choices), shown: None, param: only.path().to_owned() })
         }
         Some("grammar") => grammar(only),
-        _ => Err(ApiError::unsupported("structured_outputs.structural_tag")),
+        // The last of them: an object, written as a string.
+        _ => {
+            let text = only.string()?;
+            let raw = json::document(text.as_bytes())
+                .map_err(|_| only.error(format!("{} is not valid JSON.", only.path())))?;
+            let object = Field::at(only.path(), raw).object(&structural::FIELDS)?;
+            structural_tag(&object, only.path())
+        }
     }
 }
 
-/// A grammar whose notation shows in what defines a rule.
+fn structural_tag(object: &Object<'_>, param: &str) -> Result<Wanted, ApiError> {
+    let form = Form::Structure(structural::read(object)?);
+    Ok(Wanted { form, shown: None, param: param.to_owned() })
+}
+
 fn grammar(field: &Field<'_>) -> Result<Wanted, ApiError> {
-    let form = if field.string()?.contains("::=") { Form::Gbnf } else { Form::Lark };
-    text_form(field, form)
+    text_form(field, grammar_form)
+}
+
+/// A grammar in the notation that shows in what defines a rule.
+pub(crate) fn grammar_form(text: String) -> Form {
+    if text.contains("::=") { Form::Gbnf(text) } else { Form::Lark(text) }
 }
 
 fn text_form(field: &Field<'_>, form: impl FnOnce(String) -> Form) -> Result<Wanted, ApiError> {
     Ok(Wanted { form: form(field.string()?), shown: None, param: field.path().to_owned() })
 }
 
-fn schema_value(field: &Field<'_>) -> Result<Value, ApiError> {
+pub(crate) fn schema_value(field: &Field<'_>) -> Result<Value, ApiError> {
     if !field.is_object() {
         return Err(field.error(format!("{} must be an object.", field.path())));
     }

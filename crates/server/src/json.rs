@@ -76,6 +76,11 @@ impl<'a> Field<'a> {
         Field { path: String::new(), raw }
     }
 
+    /// A document within another, found there.
+    pub(crate) fn at(path: &str, raw: &'a RawValue) -> Field<'a> {
+        Field { path: path.to_owned(), raw }
+    }
+
     pub(crate) fn path(&self) -> &str {
         &self.path
     }

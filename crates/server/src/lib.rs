@@ -42,6 +42,7 @@ mod server;
 mod small;
 mod socket;
 mod sse;
+mod structural;
 mod throughput;
 mod tls;
 mod turn;

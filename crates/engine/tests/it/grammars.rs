@@ -4,7 +4,7 @@ use std::sync::OnceLock;
 
 use engine::{
     Engine, EngineOptions, Event, Failure, FinishReason, Form, GrammarError, Grammars, OutputMode, Request,
-    SamplingParams, Scripted, TurnRules, Whitespace,
+    SamplingParams, Scripted, Structure, Tag, TurnRules, Whitespace,
 };
 use harmony::{Delta, Turn};
 use serde_json::{Value, json};
@@ -224,6 +224,81 @@ fn grammars_in_llama_cpps_notation() {
     ] {
         let error = grammars().text(&Form::Gbnf(grammar.to_owned())).unwrap_err().to_string();
         assert!(error.contains(expected), "{grammar}: {error}");
+    }
+}
+
+#[test]
+fn structural_tags() {
+    let tag = |begin: &str, content: Structure, end: &str| Tag {
+        begin: begin.to_owned(),
+        content,
+        end: end.to_owned(),
+    };
+    let form = |form: Form| Structure::Form(Box::new(form));
+    let triggered = |at_least_one, stop_after_first| Structure::Triggered {
+        triggers: vec!["<f=".to_owned(), "<think".to_owned()],
+        tags: vec![
+            tag("<f=a>", form(point()), "</f>"),
+            tag("<f=ab>", form(Form::Regex("[0-9]+".to_owned())), "</f>"),
+            tag("<think>", Structure::Any, "</think>"),
+        ],
+        at_least_one,
+        stop_after_first,
+    };
+    let separated = |at_least_one, stop_after_first| Structure::Separated {
+        tags: vec![
+            tag("<", form(Form::Gbnf("root ::= [a-z]+".to_owned())), ">"),
+            tag("!", Structure::Const("x".to_owned()), ""),
+        ],
+        separator: ", ".to_owned(),
+        at_least_one,
+        stop_after_first,
+    };
+    let or = Structure::Or(vec![Structure::Const("yes".to_owned()), Structure::Const("no".to_owned())]);
+    let sequence = Structure::Sequence(vec![or, Structure::Const(": ".to_owned()), Structure::Any]);
+    let one = r#"<f=a>{"x": 1, "y": "a"}</f>"#;
+    let several = format!("I < you. {one} and <f=ab>12</f> <f <thin <think>of <f=</think>!");
+    let rows: Vec<(Structure, String, &str)> = vec![
+        (triggered(false, false), "No tags, <b>only</b> text.".to_owned(), "<f=c>"),
+        (triggered(false, false), several.clone(), r#"<f=a>{"x": "no"}</f>"#),
+        (triggered(true, false), several, "No tag."),
+        (triggered(true, true), format!("So: {one}"), "None."),
+        (triggered(false, true), format!("So: {one}"), "<f=ab>x</f>"),
+        (triggered(false, true), "None.".to_owned(), "<f=a>"),
+        (separated(false, false), "<abc>, !x, <d>".to_owned(), "<abc><d>"),
+        (separated(true, true), "<abc>".to_owned(), "<abc>, <d>"),
+        (sequence, "no: because\nof <f=".to_owned(), "maybe"),
+        (Structure::Tag(Box::new(tag("[", Structure::Any, "]]"))), "[a]b]]".to_owned(), "[a]] b"),
+    ];
+    for (structure, good, bad) in rows {
+        let form = Form::Structure(structure);
+        let final_of = |text: &str| format!("<|channel|>final<|message|>{text}<|return|>");
+        let (turn, reason, _) = chat(&final_of(&good), &answering(form.clone()), at_most(80));
+        assert_eq!((turn.content.as_deref(), reason), (Some(&*good), FinishReason::Stop), "{form:?}");
+        let (turn, ..) = chat(&final_of(bad), &answering(form.clone()), at_most(20));
+        assert_ne!(turn.content.as_deref(), Some(bad), "{form:?}");
+        assert!(grammars().text(&form).is_ok());
+    }
+    let deep = (0..40).fold(Structure::Any, |inner, _| Structure::Sequence(vec![inner]));
+    for (structure, expected) in [
+        (Structure::Sequence(vec![Structure::Any, Structure::Any]), "any_text must be the last"),
+        (Structure::Or(Vec::new()), "something to choose from"),
+        (deep, "32 levels"),
+        (Structure::Or(vec![Structure::Const("x".to_owned()); 1001]), "1000 parts"),
+        (form(Form::Regex("(".to_owned())), "regex"),
+        (form(Form::Lark("start: <|return|>".to_owned())), "special tokens"),
+        (
+            Structure::Triggered {
+                triggers: vec!["<".to_owned()],
+                tags: vec![tag("[", Structure::Any, "]")],
+                at_least_one: false,
+                stop_after_first: false,
+            },
+            "begins with no trigger",
+        ),
+    ] {
+        let error = grammars().text(&Form::Structure(structure)).unwrap_err().to_string();
+        assert!(error.contains(expected), "{error}");
     }
 }
 

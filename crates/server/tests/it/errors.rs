@@ -110,7 +110,26 @@ fn chat_fields() {
             "response_format.json_schema.schema",
             "if",
         ),
-        ("response_format", json!({"type": "structural_tag"}), "response_format.type", "structural_tag"),
+        ("response_format", json!({"type": "structural_tag"}), "response_format.structures", "required"),
+        (
+            "response_format",
+            json!({"type": "structural_tag", "triggers": ["<"], "structures": [{"begin": "[", "schema": {}, "end": ""}]}),
+            "response_format",
+            "begins with no trigger",
+        ),
+        (
+            "response_format",
+            json!({"type": "structural_tag", "format": {"type": "sequence", "elements": [{"type": "const"}]}}),
+            "response_format.format.elements.0.type",
+            "const_string",
+        ),
+        (
+            "structured_outputs",
+            json!({"structural_tag": "{"}),
+            "structured_outputs.structural_tag",
+            "not valid JSON",
+        ),
+        ("response_format", json!({"type": "yaml"}), "response_format.type", "structural_tag"),
         ("response_format", json!({"type": "regex", "pattern": "("}), "response_format.pattern", "regex"),
         (
             "response_format",

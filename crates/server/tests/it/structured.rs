@@ -54,6 +54,33 @@ fn answers_have_their_form() {
             "y!",
             "a!",
         ),
+        (
+            json!({"response_format": {
+                "type": "structural_tag", "triggers": ["<p"],
+                "structures": [{"begin": "<point>", "schema": point(), "end": "</point>"}]
+            }}),
+            r#"It is <b>at</b> <point>{"x": 1, "y": "a"}</point>."#,
+            "<point>",
+        ),
+        (
+            json!({"structured_outputs": {"structural_tag": json!({"type": "structural_tag", "format": {
+                "type": "sequence", "elements": [
+                    {"type": "or", "elements": [
+                        {"type": "const_string", "value": "A"}, {"type": "regex", "pattern": "B+"},
+                        {"type": "grammar", "grammar": "root ::= \"C\""}
+                    ]},
+                    {"type": "tag", "begin": "[", "content": {"type": "any_text"}, "end": "]"},
+                    {"type": "tags_with_separator", "separator": ",", "tags": [
+                        {"begin": "<", "content": {"type": "json_schema", "json_schema": {"const": 7}}, "end": ">"}
+                    ]},
+                    {"type": "triggered_tags", "triggers": ["!"], "at_least_one": true, "stop_after_first": true, "tags": [
+                        {"begin": "!!", "content": {"type": "const_string", "value": "x"}, "end": ""}
+                    ]}
+                ]
+            }}).to_string()}}),
+            "BB[any]<7>,<7>so!!x",
+            "D",
+        ),
         (json!({"structured_outputs": {"json": point()}}), good, r#"{"x": "a"}"#),
         (json!({"structured_outputs": {"json": point().to_string()}}), good, r#"{"x": "a"}"#),
         (json!({"structured_outputs": {"choice": ["red", "green"]}}), "green", "blue"),
