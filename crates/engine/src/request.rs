@@ -90,6 +90,8 @@ pub enum Event {
         reasoning_tokens: usize,
         /// Times the parser mended malformed output, by kind (chats only).
         repairs: Vec<(&'static str, u64)>,
+        /// Times that the choice gave its blocks to an older one and started over.
+        preemptions: usize,
     },
     /// All choices ended.
     Done,

@@ -86,6 +86,8 @@ pub struct Scheduler {
     /// Held back until they are resumed.
     paused: BTreeMap<SequenceId, Waiting>,
     preemptions: u64,
+    /// Those that were preempted since somebody asked.
+    preempted: Vec<SequenceId>,
     prefix_queries: u64,
     prefix_hits: u64,
 }
@@ -123,6 +125,7 @@ impl Scheduler {
             running: BTreeMap::new(),
             paused: BTreeMap::new(),
             preemptions: 0,
+            preempted: Vec::new(),
             prefix_queries: 0,
             prefix_hits: 0,
         }
@@ -300,6 +303,11 @@ impl Scheduler {
         self.preemptions
     }
 
+    /// The sequences that were preempted since the last call.
+    pub fn take_preempted(&mut self) -> Vec<SequenceId> {
+        std::mem::take(&mut self.preempted)
+    }
+
     /// Tokens looked up in the prefix cache and found there by sequences that began, so far.
     pub fn prefix_counts(&self) -> (u64, u64) {
         (self.prefix_queries, self.prefix_hits)
@@ -388,6 +396,7 @@ impl Scheduler {
         if let Some(waiting) = self.suspend(id) {
             self.waiting.insert(id, waiting);
             self.preemptions += 1;
+            self.preempted.push(id);
         }
     }
 

@@ -100,6 +100,8 @@ struct Choice {
     /// Where it is in the format, if that is guarded.
     place: Option<Place>,
     guesser: Guesser,
+    /// Times that it gave its blocks to an older one.
+    preemptions: usize,
     /// What was not told yet.
     untold: Untold,
 }
@@ -272,6 +274,12 @@ impl Worker {
     /// Schedule, run, commit.
     fn step(&mut self) {
         let mut shares = self.scheduler.schedule();
+        for id in self.scheduler.take_preempted() {
+            let active = self.requests.get_mut(&id.request);
+            if let Some(choice) = active.and_then(|active| active.choices[id.choice].as_mut()) {
+                choice.preemptions += 1;
+            }
+        }
         self.guess(&mut shares);
         for share in &shares {
             if let Some(active) = self.requests.get_mut(&share.id.request) {
@@ -533,7 +541,7 @@ impl Worker {
     fn finish(&mut self, id: SequenceId, reason: FinishReason, stop: Option<StopReason>) {
         self.scheduler.remove(id);
         let Some(active) = self.requests.get_mut(&id.request) else { return };
-        let Some(Choice { output, .. }) = active.choices[id.choice].take() else { return };
+        let Some(Choice { output, preemptions, .. }) = active.choices[id.choice].take() else { return };
         let finished = Event::Finished {
             choice: id.choice,
             reason,
@@ -541,6 +549,7 @@ impl Worker {
             completion_tokens: output.generated(),
             reasoning_tokens: output.reasoning_tokens(),
             repairs: output.repairs(),
+            preemptions,
         };
         if !tell(&mut active.sink, finished) {
             self.retire(id.request);
@@ -666,6 +675,7 @@ impl Choice {
             constraint: None,
             place: rules.guard.as_ref().map(Guard::begin),
             guesser: Guesser::default(),
+            preemptions: 0,
             untold: Untold::default(),
         };
         if let OutputMode::Chat { begun, .. } = &rules.mode {

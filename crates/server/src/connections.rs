@@ -20,8 +20,9 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::Instant;
 
+use crate::error::ErrorStyle;
 use crate::listener::{Accepted, Listener};
-use crate::socket::{Begun, Impatient};
+use crate::socket::{Begun, Explaining, Impatient};
 use crate::tls::Tls;
 
 /// Of a request.
@@ -50,6 +51,7 @@ pub(crate) struct Settings {
     pub(crate) stall_timeout: Duration,
     /// Taken off the beginning of paths.
     pub(crate) root_path: String,
+    pub(crate) error_style: ErrorStyle,
     pub(crate) tls: Option<Arc<Tls>>,
 }
 
@@ -172,10 +174,10 @@ impl Http {
                 let _ = connection.await;
             }};
         }
-        let stream = TokioIo::new(stream);
         if two {
-            until_ended!(self.http2.serve_connection(stream, service));
+            until_ended!(self.http2.serve_connection(TokioIo::new(stream), service));
         } else {
+            let stream = TokioIo::new(Explaining::new(stream, self.settings.error_style));
             until_ended!(self.http1.serve_connection(stream, service));
         }
     }

@@ -44,6 +44,8 @@ pub(crate) enum ApiError {
     LongPath { max: usize },
     #[error("The request has more than {max} headers.")]
     ManyHeaders { max: usize },
+    #[error("The request's head is too large.")]
+    LargeHead,
     #[error("The request body must be of type application/json.")]
     MediaType,
     /// What the client demands excludes itself, or takes too much to follow.
@@ -113,7 +115,7 @@ impl ApiError {
             ApiError::Unauthorized => StatusCode::UNAUTHORIZED,
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::BodyTimeout | ApiError::SlowReader => StatusCode::REQUEST_TIMEOUT,
-            ApiError::LongPath { .. } | ApiError::ManyHeaders { .. } => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
+            ApiError::LongPath { .. } | ApiError::ManyHeaders { .. } | ApiError::LargeHead => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             ApiError::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             ApiError::Loading { .. }
             | ApiError::Unhealthy
@@ -136,6 +138,7 @@ impl ApiError {
             | ApiError::TooLarge { .. }
             | ApiError::LongPath { .. }
             | ApiError::ManyHeaders { .. }
+            | ApiError::LargeHead
             | ApiError::MediaType => "BadRequestError",
             ApiError::UnknownModel { .. } | ApiError::UnknownPath => "NotFoundError",
             ApiError::UnknownResponse { .. } => "invalid_request_error",

@@ -31,6 +31,7 @@ pub(crate) struct Metrics {
     max_tokens: Histogram,
     computed_tokens: Histogram,
     choices: Histogram,
+    preemptions: Histogram,
     cached_tokens: AtomicU64,
     disconnects: AtomicU64,
     restarts: AtomicU64,
@@ -93,6 +94,7 @@ const TOKENS: &[f64] = &[
     100000.0,
 ];
 const CHOICES: &[f64] = &[1.0, 2.0, 5.0, 10.0, 20.0];
+const PREEMPTIONS: &[f64] = &[1.0, 2.0, 3.0, 4.0, 5.0, 10.0, 20.0];
 const HTTP: &[f64] = &[0.1, 0.5, 1.0];
 const HTTP_FINE: &[f64] = &[
     0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0, 7.5, 10.0,
@@ -118,6 +120,7 @@ impl Metrics {
             max_tokens: Histogram::new(TOKENS),
             computed_tokens: Histogram::new(TOKENS),
             choices: Histogram::new(CHOICES),
+            preemptions: Histogram::new(PREEMPTIONS),
             cached_tokens: AtomicU64::new(0),
             disconnects: AtomicU64::new(0),
             restarts: AtomicU64::new(0),
@@ -298,6 +301,8 @@ impl Metrics {
         let bounds = STEP_TOKENS.map(|bound| bound as f64);
         text.counted(name, "", &bounds, &stats.step_tokens, stats.step_tokens_sum as f64);
         text.histogram("vllm:request_params_n", "Choices asked for.", &self.choices);
+        let name = "vllm:request_num_preemptions";
+        text.histogram(name, "Times that a choice started over.", &self.preemptions);
 
         text.begin("gptoss_harmony_repairs", "counter", "Malformed output that was mended, by kind.");
         for (kind, count) in &*self.repairs.lock().unwrap_or_else(PoisonError::into_inner) {
@@ -414,7 +419,8 @@ impl Observed {
                     metrics.between_tokens.observe(since(before));
                 }
             }
-            Event::Finished { reason, completion_tokens, repairs, .. } => {
+            Event::Finished { reason, completion_tokens, repairs, preemptions, .. } => {
+                metrics.preemptions.observe(*preemptions as f64);
                 let reason = match reason {
                     FinishReason::Stop | FinishReason::ToolCalls => 0,
                     FinishReason::Length => 1,

@@ -334,6 +334,7 @@ impl Server {
                 keep_alive: options.keep_alive,
                 stall_timeout: options.client_stall_timeout,
                 root_path: options.root_path.clone(),
+                error_style: options.error_style,
                 tls,
             },
             log_stats: options.log_stats,

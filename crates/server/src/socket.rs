@@ -1,4 +1,5 @@
-//! Layers over a socket: patience with clients that do not read, and a look at how they begin to speak.
+//! Layers over a socket: patience with clients that do not read, a look at how they begin to speak, and words for those that
+//! cannot be understood.
 
 use std::io;
 use std::pin::Pin;
@@ -7,6 +8,9 @@ use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
+
+use crate::error::{ApiError, ErrorStyle};
+use crate::identifier::identifier;
 
 /// A socket whose writes fail when its peer takes nothing for too long.
 pub(crate) struct Impatient<S> {
@@ -133,6 +137,103 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Begun<S> {
         slices: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.inner).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+/// A connection of HTTP/1.1 on which refusals that come from the protocol's library, which have no body, get the one that all
+/// others have.
+pub(crate) struct Explaining<S> {
+    inner: S,
+    style: ErrorStyle,
+    /// What is being written in place of a refusal.
+    answer: Vec<u8>,
+    /// The refusal's length.
+    replaced: usize,
+}
+
+impl<S> Explaining<S> {
+    pub(crate) fn new(inner: S, style: ErrorStyle) -> Explaining<S> {
+        Explaining { inner, style, answer: Vec::new(), replaced: 0 }
+    }
+
+    /// What to write in place of these bytes, if they are a refusal without a body.
+    fn explained(&self, bytes: &[u8]) -> Option<Vec<u8>> {
+        let status = bytes.strip_prefix(b"HTTP/1.1 ")?.get(..3)?;
+        let head = std::str::from_utf8(bytes).ok().filter(|_| status[0] == b'4')?.strip_suffix("\r\n\r\n")?;
+        let (mut line, headers) = head.split_once("\r\n")?;
+        if !headers.split("\r\n").any(|header| header.eq_ignore_ascii_case("content-length: 0")) {
+            return None;
+        }
+        let error = match status {
+            // The library tells long addresses from long headers; we do not.
+            b"431" | b"414" => {
+                line = "HTTP/1.1 431 Request Header Fields Too Large";
+                ApiError::LargeHead
+            }
+            _ => ApiError::body("The request is not valid HTTP."),
+        };
+        let body = serde_json::to_string(&error.wire(self.style)).ok()?;
+        let kept =
+            headers.split("\r\n").filter(|header| !header.to_ascii_lowercase().starts_with("content-length"));
+        let kept: String = kept.map(|header| format!("{header}\r\n")).collect();
+        let (length, id) = (body.len(), identifier());
+        let own =
+            format!("content-type: application/json\r\nx-request-id: {id}\r\ncontent-length: {length}\r\n");
+        Some(format!("{line}\r\n{kept}{own}\r\n{body}").into_bytes())
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Explaining<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_read(cx, buffer)
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Explaining<S> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        if self.answer.is_empty() {
+            match self.explained(bytes) {
+                Some(answer) => (self.answer, self.replaced) = (answer, bytes.len()),
+                None => return Pin::new(&mut self.inner).poll_write(cx, bytes),
+            }
+        }
+        let this = &mut *self;
+        while !this.answer.is_empty() {
+            let written = ready!(Pin::new(&mut this.inner).poll_write(cx, &this.answer))?;
+            this.answer.drain(..written);
+            if written == 0 {
+                return Poll::Ready(Ok(0));
+            }
+        }
+        Poll::Ready(Ok(this.replaced))
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        match slices {
+            // A head alone.
+            [head] => self.poll_write(cx, head),
+            _ => Pin::new(&mut self.inner).poll_write_vectored(cx, slices),
+        }
     }
 
     fn is_write_vectored(&self) -> bool {

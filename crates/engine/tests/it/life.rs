@@ -41,6 +41,7 @@ fn a_script_is_played_to_its_end() {
         completion_tokens: 5,
         reasoning_tokens: 0,
         repairs: Vec::new(),
+        preemptions: 0,
     };
     assert_eq!(events[events.len() - 2], finished);
 }
@@ -526,9 +527,14 @@ fn many_requests_in_little_memory_all_get_their_answer() {
             submit(&engine, text_request(&prompt(i), SamplingParams { n: 1 + i as usize % 3, ..unlimited() }))
         })
         .collect();
+    let mut told = 0;
     for (i, (_handle, events)) in requests.iter().enumerate() {
         let events: Vec<Event> = events.iter().collect();
         assert_eq!(events.last(), Some(&Event::Done), "{:?}", events.last());
+        told += events
+            .iter()
+            .map(|event| if let Event::Finished { preemptions, .. } = event { *preemptions } else { 0 })
+            .sum::<usize>();
         for choice in 0..1 + i % 3 {
             assert_eq!(tokens_of(&events, choice), script);
         }
@@ -537,6 +543,7 @@ fn many_requests_in_little_memory_all_get_their_answer() {
     engine.wait();
     let stats = engine.stats();
     assert!(stats.preemptions > 0);
+    assert_eq!(told as u64, stats.preemptions, "each is told with its choice");
     assert_eq!((stats.full_blocks_used, stats.sliding_blocks_used), (0, 0));
 }
 

@@ -21,7 +21,19 @@ fn status(server: &Fixture, head: &str) -> u16 {
     let _ = stream.read_to_end(&mut answer);
     assert_eq!(server.get("/health").status, 200);
     let answer = String::from_utf8_lossy(&answer).into_owned();
-    answer.split(' ').nth(1).unwrap_or_else(|| panic!("no status: {answer:?}")).parse().unwrap()
+    let status: u16 =
+        answer.split(' ').nth(1).unwrap_or_else(|| panic!("no status: {answer:?}")).parse().unwrap();
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    if status >= 400 {
+        // Of one shape, whoever refuses.
+        let body: serde_json::Value = serde_json::from_str(body).unwrap_or_else(|_| panic!("{answer}"));
+        assert_eq!(
+            (&body["error"]["code"], &body["error"]["type"]),
+            (&status.into(), &"BadRequestError".into())
+        );
+        assert!(head.to_ascii_lowercase().contains("\r\nx-request-id: "), "{head}");
+    }
+    status
 }
 
 #[test]
