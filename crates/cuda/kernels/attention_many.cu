@@ -10,10 +10,6 @@ constexpr int STAGES = 3, HALF = KEYS * HEAD * 2, STAGE = 2 * HALF; // bytes: ke
 // Scores are powers of two: 1 / sqrt(64), and the base.
 constexpr float SCALE = 0.125f * LOG2_E;
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -63,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
                 copy_async(to + value_place(page, d + i, half), p.values + at + (d + i) * BLOCK_TOKENS + half * 8);
             }
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
+        commit_copies();
     };
 #pragma unroll
     for (int i = 0; i < STAGES - 1; i++) bring(begin + i, block_of(begin + i));

@@ -68,18 +68,43 @@ __device__ __forceinline__ uint16_t activation(uint32_t format, float v) {
     return format == FP4 ? __half_as_ushort(Number<FP4>::from(v)) : __bfloat16_as_ushort(Number<BF16>::from(v));
 }
 
+// Addresses in shared memory, as instructions take them, and what is read and brought there.
+__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
+__device__ __forceinline__ uint4 load_shared(uint32_t from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// What is read once leaves the cache first.
+__device__ __forceinline__ uint64_t read_once() {
+    uint64_t policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint64_t policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
 // Where input `k` of 64 lies in a row of stacked activations: what a product of sixteen inputs takes lies side by side.
 __device__ __forceinline__ uint32_t product_position(uint32_t k) {
     uint32_t t = k / 16 % 4, j = k / 4 % 4, i = k % 4;
     return 16 * j + 8 * (i / 2) + 2 * t + i % 2;
 }
 
-// Where input `k` of a row of activations lies. Plain (`stack` is 0): row by row of `cols` inputs. Stacked: `stack` rows of the
-// first 64 inputs, of the next 64, and so on, each 128 bytes whose pieces of 16 are exchanged by the row's number modulo 8, as
-// warpgroup products read them in shared memory: the rows of a tile are one piece of memory.
+// Where input `k` of a row of activations lies. Plain (`stack` is 0): row by row of `cols` inputs. `ORDERED`: the same, but of every 64
+// inputs in the order of `product_position`. Stacked: `stack` rows of the first 64 inputs, of the next 64, and so on, each 128 bytes
+// whose pieces of 16 are exchanged by the row's number modulo 8, as warpgroup products read them in shared memory: the rows of a tile
+// are one piece of memory.
+constexpr uint32_t ORDERED = ~0u;
 __device__ __forceinline__ size_t activation_place(uint32_t stack, uint32_t cols, uint32_t row, uint32_t k) {
     if (stack == 0) return size_t(row) * cols + k;
     uint32_t position = product_position(k % TILE_COLS);
+    if (stack == ORDERED) return size_t(row) * cols + k / TILE_COLS * TILE_COLS + position;
     return (size_t(k / TILE_COLS) * stack + row) * TILE_COLS + ((position / 8 ^ row % 8) << 3 | position % 8);
 }
 
@@ -123,6 +148,15 @@ template <> struct Tile<BF16> {
     }
 };
 
+// A word holds eight codes, their bits spread so that each pair becomes two FP16 numbers, 2^-14 of the values, by few instructions. The
+// products move sign and rest by different numbers of bits; what else they make lies outside of the mask, and its carries end before it.
+__device__ __forceinline__ void codes(uint32_t word, uint32_t (&a)[4]) {
+    a[0] = word & 0x8e008e00u;
+    a[1] = word << 3 & 0x8e008e00u;
+    a[2] = (word & 0x40384038u) * (1u << 1 | 1u << 6) & 0x8e008e00u;
+    a[3] = (word & 0x20072007u) * (1u << 2 | 1u << 9) & 0x8e008e00u;
+}
+
 template <> struct Tile<FP4> {
     static constexpr int VECTORS = WARP;
     uint4 words;
@@ -140,13 +174,8 @@ template <> struct Tile<FP4> {
         s[0] = __byte_perm(scales, 0, 0x4040) << 7;
         s[1] = __byte_perm(scales, 0, 0x4141) << 7;
     }
-    // A word holds eight codes, their bits spread so that each pair becomes two FP16 numbers (2^-14 of the value) by a mask.
     __device__ __forceinline__ void fragment(int j, const uint32_t (&s)[2], uint32_t (&a)[4]) const {
-        uint32_t w = j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w;
-        a[0] = w & 0x8e008e00u;
-        a[1] = w << 3 & 0x8e008e00u;
-        a[2] = (w << 1 & 0x80008000u) | (w << 6 & 0x0e000e00u);
-        a[3] = (w << 2 & 0x80008000u) | (w << 9 & 0x0e000e00u);
+        codes(j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w, a);
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             __half2 v = __hmul2(reinterpret_cast<__half2&>(a[i]), reinterpret_cast<const __half2&>(s[i % 2]));
@@ -217,13 +246,28 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 
 // What block `rank` of the cluster has at the same place of its shared memory.
-__device__ __forceinline__ float read_of_cluster(const float* own, uint32_t rank) {
+__device__ __forceinline__ float4 read_of_cluster(const float4* own, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
-    uint32_t address = (uint32_t)__cvta_generic_to_shared(own);
-    float v;
-    asm volatile("{\n.reg .u32 a;\nmapa.shared::cluster.u32 a, %1, %2;\nld.shared::cluster.f32 %0, [a];\n}" : "=f"(v) : "r"(address), "r"(rank) : "memory");
+    float4 v;
+    asm volatile("{\n.reg .u32 a;\nmapa.shared::cluster.u32 a, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+                 : "r"(shared_address(own)), "r"(rank)
+                 : "memory");
     return v;
 #else
     return *own;
 #endif
+}
+
+// A barrier of all blocks, of which every launch must have as many, all at work at a time.
+__device__ __forceinline__ void grid_barrier(uint32_t* counter, uint32_t blocks) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        uint32_t target = atomicAdd(counter, 1) / blocks * blocks + blocks, seen;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
+        while (int(seen - target) < 0);
+        __threadfence();
+    }
+    __syncthreads();
 }

@@ -1,172 +1,341 @@
-// Products of the experts' four-bit weights with few tokens each, at the speed of the memory, on Hopper and later. A block takes a
-// contiguous part of all rows of all experts; each of its warps takes one row tile after the other through all inputs, alone: its
-// weights come to shared memory by bulk copies that run ahead, also across the ends of tiles and experts. The activations of as many
-// experts' tokens as there is room for lie in shared memory; nothing else is shared.
+// Both products of the experts' four-bit weights with few tokens each, at the speed of the memory, on Hopper and later. A block takes a
+// contiguous part of all rows of all experts, first of the first product, then, when all blocks have arrived, of the second. As many
+// tokens' activations as there is room for lie in its shared memory. Its warpgroups share what it has evenly, down to the single tile, and
+// each warp's weights come to shared memory by copies that run ahead, across the ends of rows, experts and products. (Bulk copies would do
+// the same, but take five times as many instructions.)
 #include "epilogue.cuh"
+#include "hopper.cuh"
+
+struct Part {
+    Matrix matrix;
+    Epilogue epilogue;
+    const uint16_t* input;     // ordered (see `activation_place`): [n, cols], in the second product [slots, cols]
+};
+static_assert(sizeof(Part) == 128);
 
 struct Few {
-    Matrix matrix;
-    const uint16_t* input;     // plain: [n, cols] for SWIGLU, else [slots, cols]
+    Part parts[2];
     const uint32_t* list;      // see `Routes`
-    Epilogue epilogue;
+    uint32_t* barrier;         // counts the blocks that arrived, for ever
     uint32_t n, experts, experts_per_token;
     uint32_t tokens;           // of a pass, at most: 8, 16 or 24
-    uint32_t rows;             // of activations for which there is room in shared memory, at least `tokens`
+    uint32_t room;             // bytes of activations that fit in shared memory, at least those of a pass
     uint32_t padding;
 };
-static_assert(sizeof(Few) == sizeof(Matrix) + sizeof(Epilogue) + 40);
+static_assert(sizeof(Few) == 296);
 
-constexpr int WARPS = 16;
-constexpr int CHUNK = 4, SLOTS = 2;                      // tiles of a bulk copy, and copies of a warp
+constexpr int GROUPS = 4, WARPS = 4 * GROUPS;            // warpgroups, which have 64 rows each at a time
+constexpr int UNIT = 4;                                  // row tiles of a warpgroup
+constexpr int CHUNK = 4, SLOTS = 2;                      // tiles that a warp brings together, and such chunks of a warp
 constexpr int TILE_BYTES = 512, SCALE_BYTES = 64, SLOT_BYTES = CHUNK * (TILE_BYTES + SCALE_BYTES);
-constexpr int PADDING = 16;                              // bytes between rows of activations, so that they lie in different banks
+constexpr int SUMS = 12;                                 // of a thread: 64 rows of 24 tokens
+constexpr int LINE = TILE_COLS * 2;                      // bytes of a row of activations of one column tile
+constexpr int MAX_EXPERTS = 256, MAX_PASSES = 16;        // MAX_PASSES: of a block in one product
 
 #if __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void init_barrier(uint32_t barrier) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-__device__ __forceinline__ uint4 load_shared(uint32_t from) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
-    return v;
-}
-
-// A pass: the row tiles of one expert with up to `tokens` of its slots. Passes are counted over the experts in their order.
+// All rows of an expert with some of its tokens. The rows are counted in units of a warpgroup, pass after pass.
 struct Pass {
-    uint32_t expert, first;
-    int n;
-    uint32_t row; // of its activations in shared memory
+    uint32_t expert, first;    // the first of its slots
+    int n;                     // its slots
+    uint32_t begin, end;       // its first unit, which may be another block's, and the end of what is this block's
+    uint32_t place;            // of its activations in shared memory: [column tiles][n, rounded up to eights][LINE]
 };
-constexpr int MAX_PASSES = 8; // whose activations are in shared memory together
+// Passes whose activations are in shared memory together.
+struct Phase {
+    uint32_t first, last;      // passes
+    uint32_t begin, end;       // units
+};
+struct Plan {
+    uint64_t left[GROUPS];     // barriers: this warpgroup has left its sums
+    Pass passes[2][MAX_PASSES];
+    Phase phases[2][MAX_PASSES];
+    uint32_t counts[2];        // of phases
+};
+// What Rust reserves beside the activations: weights, sums that warpgroups leave for one another, the plan.
+constexpr int HEAD_BYTES = SUMS * 128 * 4, PLAN_BYTES = 2048;
+static_assert(sizeof(Plan) <= PLAN_BYTES);
 
-// By each warp. The number of passes if `number` is not below it.
-__device__ __forceinline__ uint32_t find(Pass& pass, const Routes& routes, uint32_t tokens, uint32_t number) {
-    const uint32_t lane = threadIdx.x % WARP;
-    uint32_t before = 0;
-    for (uint32_t base = 0; base < routes.experts; base += WARP) {
-        const uint32_t count = base + lane < routes.experts ? routes.count(base + lane) : 0, passes = (count + tokens - 1) / tokens;
-        uint32_t end = passes;
+__device__ __forceinline__ uint32_t units_of(const Matrix& m) { return (m.rows + UNIT * TILE_ROWS - 1) / (UNIT * TILE_ROWS); }
+__device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
+
+// What this block does of a product. By one warp.
+__device__ __forceinline__ void make_plan(Plan& plan, const Few& p, const Routes& routes, uint32_t part) {
+    constexpr int EACH = MAX_EXPERTS / WARP;
+    const Matrix& m = p.parts[part].matrix;
+    const uint32_t lane = threadIdx.x % WARP, units = units_of(m);
+    uint32_t count[EACH], slot[EACH], number[EACH], total = 0;
 #pragma unroll
-        for (int i = 1; i < WARP; i *= 2) {
-            uint32_t other = __shfl_up_sync(~0u, end, i);
-            if (lane >= i) end += other;
-        }
-        end += before;
-        const uint32_t found = __ballot_sync(~0u, number < end);
-        if (found) {
-            const int from = __ffs(found) - 1;
-            pass.expert = base + from;
-            const uint32_t own = number - __shfl_sync(~0u, end - passes, from);
-            pass.n = min(__shfl_sync(~0u, count, from) - own * tokens, tokens);
-            pass.first = routes.first_slot(pass.expert) + own * tokens;
-            return 0;
-        }
-        before = __shfl_sync(~0u, end, WARP - 1);
+    for (int i = 0; i < EACH; i++) {
+        const uint32_t expert = i * WARP + lane;
+        count[i] = expert < routes.experts ? routes.count(expert) : 0;
+        slot[i] = expert < routes.experts ? routes.first_slot(expert) : 0;
     }
-    return before;
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        number[i] = total;
+        if (i * WARP >= routes.experts) continue;
+        const uint32_t passes = (count[i] + p.tokens - 1) / p.tokens;
+        uint32_t sum = passes;
+#pragma unroll
+        for (int j = 1; j < WARP; j *= 2) {
+            uint32_t other = __shfl_up_sync(~0u, sum, j);
+            if (lane >= j) sum += other;
+        }
+        number[i] = total + sum - passes;
+        total += __shfl_sync(~0u, sum, WARP - 1);
+    }
+    const uint32_t begin = uint64_t(total) * units * blockIdx.x / gridDim.x, end = uint64_t(total) * units * (blockIdx.x + 1) / gridDim.x;
+    const uint32_t first = begin / units, last = begin < end ? (end + units - 1) / units : first;
+    Pass* passes = plan.passes[part];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        const uint32_t over = min(number[i] + (count[i] + p.tokens - 1) / p.tokens, last);
+        for (uint32_t pass = max(number[i], first); pass < over; pass++) {
+            const uint32_t before = (pass - number[i]) * p.tokens;
+            passes[pass - first] = {i * WARP + lane, slot[i] + before, int(min(count[i] - before, p.tokens)), pass * units,
+                min((pass + 1) * units, end), 0};
+        }
+    }
+    __syncwarp();
+    if (lane) return;
+    uint32_t phases = 0, used = 0;
+    for (uint32_t i = 0; i < last - first; i++) {
+        const uint32_t bytes = eights(passes[i].n) * m.cols * 2;
+        if (i == 0 || used + bytes > p.room) {
+            plan.phases[part][phases++] = {i, 0, max(passes[i].begin, begin), 0};
+            used = 0;
+        }
+        passes[i].place = used;
+        used += bytes;
+        plan.phases[part][phases - 1].last = i + 1, plan.phases[part][phases - 1].end = passes[i].end;
+    }
+    plan.counts[part] = phases;
 }
 
-// What a warp's bulk copies have come to.
-struct Copies {
-    uint32_t slots, barriers; // addresses in shared memory
-    uint32_t unit, end;       // row tiles, counted over all passes
-    int column_tile, slot;
-    Pass pass;                // of `unit`
-    uint32_t row_tiles, column_tiles;
+// Where a warpgroup is in its share of a phase.
+struct Cursor {
+    const Plan* plan;
+    int part, phase, pass;
+    uint32_t unit;
+    int column, columns;       // column tile of the unit
+    int left;                  // column tiles of the share
+    __device__ __forceinline__ void start(const Few& p, int part, int phase) {
+        this->part = part, this->phase = phase;
+        columns = p.parts[part].matrix.cols / TILE_COLS;
+        const Phase& now = plan->phases[part][phase];
+        const int all = (now.end - now.begin) * columns, begin = begin_of(all, group());
+        left = begin_of(all, group() + 1) - begin;
+        unit = now.begin + begin / columns, column = begin % columns, pass = now.first;
+        if (left > 0) find_pass();
+    }
+    static __device__ __forceinline__ int group() { return threadIdx.x / 128; }
+    static __device__ __forceinline__ int begin_of(int all, int group) { return all * group / GROUPS; }
+    __device__ __forceinline__ const Pass& now() const { return plan->passes[part][pass]; }
+    __device__ __forceinline__ void find_pass() {
+        while (unit >= now().end) pass++;
+    }
+    __device__ __forceinline__ void move(int count) {
+        column += count, left -= count;
+        if (column < columns) return;
+        column = 0, unit++;
+        if (left > 0) find_pass();
+    }
+    __device__ __forceinline__ uint32_t row_tile() const { return (unit - now().begin) * UNIT + threadIdx.x / WARP % 4; }
+};
 
-    __device__ __forceinline__ void next(const Few& p, const Routes& routes) {
-        if (unit >= end) return;
-        const int count = min(CHUNK, (int)column_tiles - column_tile);
-        if (threadIdx.x % WARP == 0) {
-            const size_t tile = (size_t(pass.expert) * row_tiles + unit % row_tiles) * column_tiles + column_tile;
-            const uint32_t to = slots + slot * SLOT_BYTES, barrier = barriers + 8 * slot;
-            expect_bytes(barrier, count * (TILE_BYTES + SCALE_BYTES));
-            copy_bulk(to, p.matrix.weights + tile * (TILE_BYTES / 16), count * TILE_BYTES, barrier);
-            copy_bulk(to + CHUNK * TILE_BYTES, p.matrix.scales + tile * WARP, count * SCALE_BYTES, barrier);
+// A warp's weights, which the cursor `ahead` brings through all phases of both products.
+struct Weights {
+    Cursor ahead;
+    const uint8_t *weights, *scales; // of the cursor's row tile
+    uint64_t policy;
+    uint32_t slot, over;             // addresses in shared memory: the oldest chunk, and the end of all
+    // To the first phase from this one on of which this warpgroup has a share.
+    __device__ __forceinline__ void enter(const Few& p, int part, int phase) {
+        ahead.left = 0;
+        for (; part < 2; part++, phase = 0) {
+            for (; phase < int(ahead.plan->counts[part]); phase++) {
+                ahead.start(p, part, phase);
+                if (ahead.left == 0) continue;
+                locate(p);
+                return;
+            }
         }
-        if (++slot == SLOTS) slot = 0;
-        column_tile += CHUNK;
-        if (column_tile < (int)column_tiles) return;
-        column_tile = 0;
-        const uint32_t last = unit / row_tiles;
-        unit += WARPS;
-        if (unit < end && unit / row_tiles != last) find(pass, routes, p.tokens, unit / row_tiles);
+    }
+    __device__ __forceinline__ void locate(const Few& p) {
+        const Matrix& m = p.parts[ahead.part].matrix;
+        const uint32_t row_tiles = (m.rows + TILE_ROWS - 1) / TILE_ROWS;
+        // Warps without rows bring others'.
+        const size_t first = (size_t(ahead.now().expert) * row_tiles + min(ahead.row_tile(), row_tiles - 1)) * ahead.columns;
+        weights = (const uint8_t*)m.weights + first * TILE_BYTES + threadIdx.x % WARP * 16;
+        scales = (const uint8_t*)m.scales + first * SCALE_BYTES + threadIdx.x % WARP * 16;
+    }
+    // A chunk to the place of the oldest, which then is the next one. At the end come empty ones.
+    __device__ __forceinline__ void bring(const Few& p) {
+        if (ahead.left > 0) {
+            const int count = min(CHUNK, min(ahead.columns - ahead.column, ahead.left));
+            const uint32_t lane = threadIdx.x % WARP, to = slot + lane * 16;
+            const uint8_t *from = weights + ahead.column * TILE_BYTES, *from_scales = scales + ahead.column * SCALE_BYTES;
+            if (count == CHUNK) {
+#pragma unroll
+                for (int i = 0; i < CHUNK; i++) copy_async(to + i * TILE_BYTES, from + i * TILE_BYTES, policy);
+            } else {
+                for (int i = 0; i < count; i++) copy_async(to + i * TILE_BYTES, from + i * TILE_BYTES, policy);
+            }
+            if (lane * 16 < count * SCALE_BYTES) copy_async(to + CHUNK * TILE_BYTES, from_scales, policy);
+            ahead.move(count);
+            if (ahead.left == 0) enter(p, ahead.part, ahead.phase + 1);
+            else if (ahead.column == 0) locate(p);
+        }
+        commit_copies();
+        slot += SLOT_BYTES;
+        if (slot == over) slot -= SLOTS * SLOT_BYTES;
     }
 };
 
-// One row tile with 8 NT tokens.
-template <int NT>
-__device__ __forceinline__ void multiply_tile(
-    const Few& p, const Routes& routes, Copies& copies, int& slot, uint32_t& parity, const Pass& pass, uint32_t row_tile, uint32_t input, uint32_t stride) {
-    Affine affine;
-    affine.load(p.epilogue, p.matrix, pass.expert, row_tile, lane_row());
-    float sum[2][NT][4] = {};
-    const uint32_t lane = threadIdx.x % WARP;
-    // What no token has is computed with those of another, and not used.
-    uint32_t x[NT];
+// d[64 rows][N tokens] += a[64][64] b[64][N]; `b` as `Pass::place` says, `i` tiles further.
+template <int N> __device__ __forceinline__ void multiply_tile(float (&d)[SUMS], const uint32_t (&a)[4][4], uint32_t b, int i) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    begin_products();
 #pragma unroll
-    for (int c = 0; c < NT; c++) x[c] = input + (pass.row + min(lane_row() + 8 * c, pass.n - 1)) * stride + lane_quarter() * 32;
-    const int column_tiles = copies.column_tiles;
-    for (int k = 0; k < column_tiles; k += CHUNK) {
-        wait_barrier(copies.barriers + 8 * slot, parity);
-        const uint32_t from = copies.slots + slot * SLOT_BYTES;
+    for (int j = 0; j < 4; j++) multiply<FP4, N>(d, a[j], descriptor(descriptor_of(b), i * N * LINE + 32 * j));
+    commit_products();
+#else
+    const uint32_t g = lane_row();
+#pragma unroll
+    for (int c = 0; c < N / 8; c++) {
+        const uint32_t row = b + (i * N + 8 * c + g) * LINE + lane_quarter() * 4;
+        float sum[4] = {d[4 * c], d[4 * c + 1], d[4 * c + 2], d[4 * c + 3]};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t lower, upper;
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(lower) : "r"(row + ((2 * j ^ g) << 4)));
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(upper) : "r"(row + ((2 * j + 1 ^ g) << 4)));
+            Number<FP4>::multiply(sum, a[j], lower, upper);
+        }
+#pragma unroll
+        for (int i = 0; i < 4; i++) d[4 * c + i] = sum[i];
+    }
+#endif
+}
+
+__device__ __forceinline__ void wait_for_tile() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    wait_for_products<0>();
+#endif
+}
+
+// The sums over the next `count` column tiles.
+template <int N> __device__ __forceinline__ void multiply_tiles(float (&d)[SUMS], const Few& p, Weights& weights, uint32_t b, int count) {
+    uint32_t a[2][4][4];
+    auto decode = [&](int i, uint32_t (&a)[4][4]) {
+        decode_shared(weights.slot + i * TILE_BYTES, weights.slot + CHUNK * TILE_BYTES + i * SCALE_BYTES, a);
+    };
+    for (; count >= CHUNK; count -= CHUNK, b += CHUNK * N * LINE) {
+        wait_for_copies<SLOTS - 1>();
+        __syncwarp();
+        decode(0, a[0]);
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
-            if (k + i >= column_tiles) break;
-            Tile<FP4> tile;
-            tile.words = load_shared(from + i * TILE_BYTES + lane * 16);
-            uint16_t both;
-            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(both) : "r"(from + CHUNK * TILE_BYTES + i * SCALE_BYTES + lane * 2));
-            tile.scales = both;
-            uint4 b[NT][2];
-#pragma unroll
-            for (int c = 0; c < NT; c++) {
-                const uint32_t at = x[c] + (k + i) * (TILE_COLS * 2);
-                b[c][0] = load_shared(at), b[c][1] = load_shared(at + 16);
+            multiply_tile<N>(d, a[i % 2], b, i);
+            // While the tensor cores are at work.
+            if (i + 1 < CHUNK) {
+                decode(i + 1, a[(i + 1) % 2]);
+            } else {
+                __syncwarp();
+                weights.bring(p);
             }
-            uint32_t scale[2];
-            tile.scale(scale);
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                uint32_t a[4];
-                tile.fragment(j, scale, a);
-#pragma unroll
-                for (int c = 0; c < NT; c++) {
-                    const uint4& v = b[c][j / 2];
-                    // Two chains of sums: a product is ready only some thirty cycles after it began.
-                    Number<FP4>::multiply(sum[j % 2][c], a, j % 2 ? v.z : v.x, j % 2 ? v.w : v.y);
-                }
-            }
+            wait_for_tile();
         }
-        __syncwarp();
-        copies.next(p, routes);
-        if (++slot == SLOTS) slot = 0, parity ^= 1;
     }
-#pragma unroll
-    for (int c = 0; c < NT; c++) {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const int column = 8 * c + 2 * lane_quarter() + i;
-            if (column >= pass.n) continue;
-            finish(p.epilogue, p.matrix, affine, row_tile, lane_row(), pass.first + column, sum[0][c][i] + sum[1][c][i],
-                sum[0][c][2 + i] + sum[1][c][2 + i]);
+    if (count == 0) return;
+    wait_for_copies<SLOTS - 1>();
+    __syncwarp();
+#pragma unroll 1
+    for (int i = 0; i < count; i++) {
+        decode(i, a[0]);
+        multiply_tile<N>(d, a[0], b, 0);
+        wait_for_tile();
+        b += N * LINE;
+    }
+    __syncwarp();
+    weights.bring(p);
+}
+
+// The activations of a phase. By all threads.
+__device__ __forceinline__ void bring_inputs(const Few& p, const Routes& routes, const Plan& plan, int part, const Phase& phase, uint32_t to) {
+    const Part& now = p.parts[part];
+    const int pieces = now.matrix.cols / 8;
+    for (uint32_t i = phase.first; i < phase.last; i++) {
+        const Pass& pass = plan.passes[part][i];
+        const int stride = eights(pass.n) * LINE;
+        for (int row = threadIdx.x / WARP; row < pass.n; row += WARPS) {
+            const uint32_t slot = pass.first + row, from = part == 0 ? routes.pair(slot) / p.experts_per_token : slot;
+            const uint16_t* inputs = now.input + size_t(from) * now.matrix.cols;
+            for (int piece = threadIdx.x % WARP; piece < pieces; piece += WARP)
+                copy_async(to + pass.place + piece / 8 * stride + row * LINE + ((piece % 8 ^ row % 8) << 4), inputs + piece * 8);
         }
+    }
+    commit_copies();
+    wait_for_copies<0>();
+    // Tensor cores read what was written here.
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+
+// This warpgroup's share of a phase. Where a unit is shared, those that do not begin it leave their sums for the one that does: it is
+// the first thing that they do.
+__device__ __forceinline__ void multiply_phase(
+    const Few& p, Weights& weights, int part, int number, int phase, uint32_t inputs, float* heads, uint32_t left_barriers) {
+    Cursor at;
+    at.plan = weights.ahead.plan;
+    at.start(p, part, phase);
+    const int group = Cursor::group(), own = threadIdx.x % 128;
+    if (at.left == 0 || at.column == 0) arrive(left_barriers + 8 * group);
+    const Part& now = p.parts[part];
+    const uint32_t row_tiles = (now.matrix.rows + TILE_ROWS - 1) / TILE_ROWS;
+    while (at.left > 0) {
+        const Pass& pass = at.now();
+        const uint32_t row_tile = at.row_tile(), unit = at.unit;
+        const int n = pass.n, from = at.column, count = __reduce_or_sync(~0u, min(at.columns - from, at.left));
+        const uint32_t first = pass.first;
+        const bool mine = row_tile < row_tiles;
+        Affine affine = {0, 0, 0};
+        if (mine) affine.load(now.epilogue, now.matrix, pass.expert, row_tile, lane_row());
+        float d[SUMS] = {};
+        // The same in all lanes, and the compiler should know.
+        const uint32_t b = __reduce_or_sync(~0u, inputs + pass.place + from * eights(n) * LINE);
+        if (n <= 8) multiply_tiles<8>(d, p, weights, b, count);
+        else if (n <= 16) multiply_tiles<16>(d, p, weights, b, count);
+        else multiply_tiles<24>(d, p, weights, b, count);
+        at.move(count);
+        if (from > 0) {
+#pragma unroll
+            for (int i = 0; i < SUMS; i++) heads[(group * SUMS + i) * 128 + own] = d[i];
+            arrive(left_barriers + 8 * group);
+            continue;
+        }
+        if (count < at.columns) {
+            const Phase& whole = at.plan->phases[part][phase];
+            const int all = (whole.end - whole.begin) * at.columns, over = (unit + 1 - whole.begin) * at.columns;
+            for (int other = group + 1; other < GROUPS && Cursor::begin_of(all, other) < over; other++) {
+                if (Cursor::begin_of(all, other) == Cursor::begin_of(all, other + 1)) continue;
+                wait_barrier(left_barriers + 8 * other, number % 2);
+#pragma unroll
+                for (int i = 0; i < SUMS; i++) d[i] += heads[(other * SUMS + i) * 128 + own];
+            }
+        }
+        if (!mine) continue;
+        auto finish_as = [&](After kind) {
+            Epilogue e = now.epilogue;
+            e.kind = kind;
+#pragma unroll
+            for (int i = 0; i < SUMS / 2; i++) {
+                const int column = i / 2 * 8 + 2 * lane_quarter() + i % 2, at = i / 2 * 4 + i % 2;
+                if (column < n) finish(e, now.matrix, affine, row_tile, lane_row(), first + column, d[at], d[at + 2]);
+            }
+        };
+        if (part == 0) finish_as(SWIGLU);
+        else finish_as(STORE);
     }
 }
 
@@ -174,67 +343,35 @@ __device__ __forceinline__ void multiply_tile(
 
 extern "C" __global__ void __launch_bounds__(WARPS * WARP, 1) experts_few(const __grid_constant__ Few p) {
 #if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ __align__(8) uint64_t barriers[1 + WARPS * SLOTS];
-    __shared__ Pass passes[MAX_PASSES];
-    __shared__ uint32_t passes_count;
-    const Matrix& m = p.matrix;
-    const uint32_t warp = threadIdx.x / WARP, stride = m.cols * 2 + PADDING;
-    const uint32_t weights = shared_address(shared), input = weights + WARPS * SLOTS * SLOT_BYTES, arrived = shared_address(barriers);
-    Copies copies;
-    copies.slots = weights + warp * SLOTS * SLOT_BYTES, copies.barriers = arrived + 8 * (1 + warp * SLOTS);
-    if (threadIdx.x % WARP == 0) {
-        for (int i = 0; i < SLOTS; i++) init_barrier(copies.barriers + 8 * i);
-        if (warp == 0) init_barrier(arrived);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    extern __shared__ __align__(1024) uint8_t shared[]; // the activations, the weights, the heads of warpgroups 1 .., the plan
+    const uint32_t inputs = shared_address(shared), warp = threadIdx.x / WARP;
+    float* heads = (float*)(shared + p.room + WARPS * SLOTS * SLOT_BYTES) - HEAD_BYTES / 4;
+    Plan& plan = *(Plan*)(shared + p.room + WARPS * SLOTS * SLOT_BYTES + (GROUPS - 1) * HEAD_BYTES);
+    const uint32_t left_barriers = shared_address(plan.left);
+    Weights weights;
+    weights.ahead.plan = &plan;
+    weights.policy = read_once();
+    weights.slot = inputs + p.room + warp * SLOTS * SLOT_BYTES, weights.over = weights.slot + SLOTS * SLOT_BYTES;
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < GROUPS; i++) init_barrier(left_barriers + 8 * i, 128);
+        fence_barriers();
     }
-    __syncthreads();
     wait_for_previous();
     start_next();
     const Routes routes(p.list, p.experts, p.n * p.experts_per_token);
-    Pass pass;
-    const uint32_t row_tiles = (m.rows + TILE_ROWS - 1) / TILE_ROWS, units = find(pass, routes, p.tokens, ~0u) * row_tiles;
-    const uint32_t begin = uint64_t(units) * blockIdx.x / gridDim.x, end = uint64_t(units) * (blockIdx.x + 1) / gridDim.x;
-    if (begin >= end) return;
-    copies.unit = begin + warp, copies.end = end, copies.column_tile = 0, copies.slot = 0;
-    copies.row_tiles = row_tiles, copies.column_tiles = m.cols / TILE_COLS;
-    if (copies.unit < end) find(copies.pass, routes, p.tokens, copies.unit / row_tiles);
-#pragma unroll
-    for (int i = 0; i < SLOTS; i++) copies.next(p, routes);
-
-    int slot = 0;
-    uint32_t parity = 0, input_parity = 0, unit = begin + warp;
-    for (uint32_t number = begin / row_tiles, count; number * row_tiles < end; number += count) {
-        // The tokens of the next passes, when everybody is done with those of the ones before.
-        __syncthreads();
-        if (warp == 0) {
-            uint32_t rows = 0;
-            for (count = 0; count < MAX_PASSES && (number + count) * row_tiles < end; count++) {
-                find(pass, routes, p.tokens, number + count);
-                if (rows + pass.n > p.rows) break;
-                pass.row = rows;
-                rows += pass.n;
-                if (threadIdx.x == 0) passes[count] = pass;
-            }
-            if (threadIdx.x == 0) passes_count = count, expect_bytes(arrived, rows * m.cols * 2);
-            __syncwarp();
-            for (uint32_t i = 0; i < count; i++) {
-                const Pass& now = passes[i];
-                if (threadIdx.x >= now.n) continue;
-                const uint32_t at = now.first + threadIdx.x, row = p.epilogue.kind == SWIGLU ? routes.pair(at) / p.experts_per_token : at;
-                copy_bulk(input + (now.row + threadIdx.x) * stride, p.input + size_t(row) * m.cols, m.cols * 2, arrived);
-            }
-        }
-        __syncthreads();
-        count = passes_count;
-        wait_barrier(arrived, input_parity);
-        input_parity ^= 1;
-        for (; unit < min(end, (number + count) * row_tiles); unit += WARPS) {
-            pass = passes[unit / row_tiles - number];
-            const uint32_t row_tile = unit % row_tiles;
-            if (pass.n <= 8) multiply_tile<1>(p, routes, copies, slot, parity, pass, row_tile, input, stride);
-            else if (pass.n <= 16) multiply_tile<2>(p, routes, copies, slot, parity, pass, row_tile, input, stride);
-            else multiply_tile<3>(p, routes, copies, slot, parity, pass, row_tile, input, stride);
+    if (warp < 2) make_plan(plan, p, routes, warp);
+    __syncthreads();
+    weights.enter(p, 0, 0);
+    for (int i = 0; i < SLOTS; i++) weights.bring(p);
+    int number = 0;
+    for (int part = 0; part < 2; part++) {
+        if (part == 1) grid_barrier(p.barrier, gridDim.x);
+        for (int phase = 0; phase < int(plan.counts[part]); phase++, number++) {
+            // Everybody is done with the activations before.
+            __syncthreads();
+            bring_inputs(p, routes, plan, part, plan.phases[part][phase], inputs);
+            __syncthreads();
+            multiply_phase(p, weights, part, number, phase, inputs, heads, left_barriers);
         }
     }
 #endif

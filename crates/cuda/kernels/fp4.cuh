@@ -21,7 +21,6 @@ static_assert(sizeof(Fp4Gemm) == sizeof(Matrix) + sizeof(Epilogue) + 40);
 
 constexpr int ROW_BLOCK_TILES = layout::TILE_ROWS / TILE_ROWS; // tiles of the epilogue in a block
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
 
 // Copies 16 or 4 bytes, or writes zeros.
 template <int BYTES> __device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
@@ -29,8 +28,6 @@ template <int BYTES> __device__ __forceinline__ void copy_async(uint32_t to, con
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(inside ? 16 : 0) : "memory");
     else asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(inside ? 4 : 0) : "memory");
 }
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // A block's operands. `blockIdx.x`: 128 rows of the weights; `blockIdx.y`: 128 tokens, of experts one after the other.
 // `TILES` of 64 columns are a stage.

@@ -2,9 +2,8 @@
 // copies that run ahead (registers would not do: a warp has too few scoreboards to wait for the oldest of many loads), decodes
 // them to registers, and they enter the warpgroup's tensor core instruction as its first operand. Activations, stacked (see
 // `activation_place`), come to shared memory in one bulk copy per 64 inputs.
-#include "common.cuh"
-
 #include "epilogue.cuh"
+#include "hopper.cuh"
 
 struct Gemm {
     Matrix matrix;
@@ -22,92 +21,17 @@ static_assert(sizeof(Gemm) == sizeof(Matrix) + sizeof(Epilogue) + 40);
 constexpr int GROUPS = 2;                     // warpgroups of 64 rows
 constexpr int THREADS = GROUPS * 128;
 constexpr int ROW_TILES = GROUPS * 4;         // of a block
-constexpr int TOKENS = 128;                   // of a block, at most
 constexpr int MAX_CLUSTER = 8;                // blocks
 constexpr int LINE = TILE_COLS * 2;           // bytes of a row of activations in shared memory
 
 // Column tiles of weights that a warp brings at a time, and how many such chunks it has room for; stages of activations. All that
 // two blocks have room for beside each other.
-template <Format F> struct Sizes {
-    static constexpr int CHUNK = F == FP4 ? 4 : 1, SLOTS = F == FP4 ? 2 : 3;
-    static constexpr int STAGES = F == FP4 ? 4 : 3, LAG = F == FP4 ? 2 : 1, STAGE_BYTES = TOKENS * LINE;
+template <Format F, int TOKENS> struct Sizes {
+    static constexpr int CHUNK = F == FP4 ? 4 : 1, SLOTS = F == FP4 && TOKENS == 128 ? 2 : 3;
+    static constexpr int STAGES = TOKENS == 64 ? 6 : F == FP4 ? 4 : 3, STAGE_BYTES = TOKENS * LINE;
     static constexpr int SCALES = CHUNK * 16 * Tile<F>::VECTORS, SLOT_BYTES = SCALES + (F == FP4 ? CHUNK * 64 : 0);
     static constexpr int WEIGHTS = STAGES * STAGE_BYTES, BYTES = WEIGHTS + ROW_TILES * SLOTS * SLOT_BYTES;
 };
-
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-    uint32_t rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-__device__ __forceinline__ uint32_t cluster_size() {
-    uint32_t size;
-    asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-    return size;
-}
-
-__device__ __forceinline__ void init_barrier(uint32_t barrier, uint32_t arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void wait_barrier(uint32_t barrier, uint32_t parity) {
-    asm volatile(
-        "{\n.reg .pred done;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@!done bra again;\n}" ::"r"(barrier),
-        "r"(parity)
-        : "memory");
-}
-__device__ __forceinline__ void arrive(uint32_t barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-__device__ __forceinline__ void expect_bytes(uint32_t barrier, uint32_t bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-                 "r"(bytes), "r"(barrier)
-                 : "memory");
-}
-// Activations in shared memory: rows of 128 bytes, their 16-byte pieces exchanged by the row's number modulo 8.
-__device__ __forceinline__ uint64_t descriptor(uint32_t address) {
-    return uint64_t((address & 0x3ffff) >> 4) | 1ull << 16 | uint64_t(1024 >> 4) << 32 | 1ull << 62;
-}
-
-#define OUT0 "%0, %1, %2, %3, %4, %5, %6, %7"
-#define OUT1 OUT0 ", %8, %9, %10, %11, %12, %13, %14, %15"
-#define OUT2 OUT1 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define OUT3 OUT2 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define OUT4 OUT3 ", %32, %33, %34, %35, %36, %37, %38, %39"
-#define OUT5 OUT4 ", %40, %41, %42, %43, %44, %45, %46, %47"
-#define OUT6 OUT5 ", %48, %49, %50, %51, %52, %53, %54, %55"
-#define OUT7 OUT6 ", %56, %57, %58, %59, %60, %61, %62, %63"
-#define D8(i) "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define D16 D8(0)
-#define D32 D16, D8(8)
-#define D48 D32, D8(16)
-#define D64 D48, D8(24)
-#define D80 D64, D8(32)
-#define D96 D80, D8(40)
-#define D112 D96, D8(48)
-#define D128 D112, D8(56)
-#define WGMMA(N, TYPE, OUT, IN, D)                                                                                         \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" OUT "}, " IN ", 1, 1, 1, 0;"          \
-                 : D                                                                                                       \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define MULTIPLY(TYPE)                                                                                                     \
-    if constexpr (N == 16) WGMMA(16, TYPE, OUT0, "{%8, %9, %10, %11}, %12", D16);                                          \
-    if constexpr (N == 32) WGMMA(32, TYPE, OUT1, "{%16, %17, %18, %19}, %20", D32);                                        \
-    if constexpr (N == 48) WGMMA(48, TYPE, OUT2, "{%24, %25, %26, %27}, %28", D48);                                        \
-    if constexpr (N == 64) WGMMA(64, TYPE, OUT3, "{%32, %33, %34, %35}, %36", D64);                                        \
-    if constexpr (N == 80) WGMMA(80, TYPE, OUT4, "{%40, %41, %42, %43}, %44", D80);                                        \
-    if constexpr (N == 96) WGMMA(96, TYPE, OUT5, "{%48, %49, %50, %51}, %52", D96);                                        \
-    if constexpr (N == 112) WGMMA(112, TYPE, OUT6, "{%56, %57, %58, %59}, %60", D112);                                     \
-    if constexpr (N == 128) WGMMA(128, TYPE, OUT7, "{%64, %65, %66, %67}, %68", D128);
-
-// d[64 rows][N tokens] += a[64][16] b[16][N]
-template <Format F, int N, int D> __device__ __forceinline__ void multiply(float (&d)[D], const uint32_t (&a)[4], uint64_t b) {
-    if constexpr (F == BF16) { MULTIPLY("bf16") } else { MULTIPLY("f16") }
-}
 
 // What a block computes: 128 rows of one matrix for `n` rows of input from `first` on.
 struct Work {
@@ -115,24 +39,27 @@ struct Work {
     int n;
 };
 
-// The ring of activations in shared memory. Stages are filled by the first thread; one is filled again when everybody has been
-// done with it for some steps, so that it need not wait for the slower warpgroups.
+// The ring of activations in shared memory. A stage is filled by the first thread, and again by a thread of the warpgroup that is the
+// last to be done with it.
 template <class S> struct Ring {
     uint32_t stages, barriers; // addresses
+    uint32_t* done;            // by stage: warpgroups that are done with it
     const uint16_t* from;      // this block's rows of the first column tile
     uint32_t stack;
     int width;                 // tokens of a stage
     __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
-    __device__ __forceinline__ uint32_t empty(int stage) const { return barriers + 8 * (S::STAGES + stage); }
     __device__ __forceinline__ void init() const {
-        for (int i = 0; i < S::STAGES; i++) {
-            init_barrier(full(i), 1);
-            init_barrier(empty(i), GROUPS);
-        }
+        for (int i = 0; i < S::STAGES; i++) init_barrier(full(i), 1), done[i] = 0;
     }
     __device__ __forceinline__ void fill(int stage, int column_tile) const {
         expect_bytes(full(stage), width * LINE);
         copy_bulk(stages + stage * S::STAGE_BYTES, from + size_t(column_tile) * stack * TILE_COLS, width * LINE, full(stage));
+    }
+    // By one thread of each warpgroup, which is done with column tile `k`.
+    __device__ __forceinline__ void leave(int stage, int k, int end) const {
+        uint32_t before;
+        asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(done + stage)), "n"(GROUPS - 1) : "memory");
+        if (before == GROUPS - 1 && k + S::STAGES < end) fill(stage, k + S::STAGES);
     }
 };
 
@@ -145,7 +72,7 @@ template <Format F, class S> struct Weights {
     __device__ __forceinline__ void init() const {
         if (threadIdx.x % WARP == 0)
             for (int i = 0; i < S::SLOTS; i++) init_barrier(barriers + 8 * i, 1);
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        fence_barriers();
         __syncwarp();
     }
     __device__ __forceinline__ void start(const Matrix& m, size_t first_tile) {
@@ -164,38 +91,25 @@ template <Format F, class S> struct Weights {
     }
     // Tile `i` of a slot as the first operands of four products.
     __device__ __forceinline__ void decode(int slot, int i, uint32_t (&a)[4][4]) const {
-        const uint32_t from = slots + slot * S::SLOT_BYTES + i * 16 * Tile<F>::VECTORS + threadIdx.x % WARP * 16;
+        const uint32_t from = slots + slot * S::SLOT_BYTES + i * 16 * Tile<F>::VECTORS;
         if constexpr (F == BF16) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-                uint4 v = load_shared(from + j * 16 * WARP);
+                uint4 v = load_shared(from + (j * WARP + threadIdx.x % WARP) * 16);
                 a[j][0] = v.x, a[j][1] = v.y, a[j][2] = v.z, a[j][3] = v.w;
             }
         } else {
-            Tile<F> tile;
-            tile.words = load_shared(from);
-            uint16_t both;
-            asm volatile("ld.shared.u16 %0, [%1];" : "=h"(both) : "r"(slots + slot * S::SLOT_BYTES + S::SCALES + (i * WARP + threadIdx.x % WARP) * 2));
-            tile.scales = both;
-            uint32_t scale[2];
-            tile.scale(scale);
-#pragma unroll
-            for (int j = 0; j < 4; j++) tile.fragment(j, scale, a[j]);
+            decode_shared(from, slots + slot * S::SLOT_BYTES + S::SCALES + i * 64, a);
         }
-    }
-    static __device__ __forceinline__ uint4 load_shared(uint32_t from) {
-        uint4 v;
-        asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
-        return v;
     }
 };
 
 // One warpgroup's sums over all column tiles.
-template <Format F, int N, class S>
+template <Format F, int N, int TOKENS, class S>
 __device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F, S>& weights, const Ring<S>& ring) {
     const int begin = weights.begin, end = weights.end;
-    int stage = 0, again = 0; // of this step, and the one to fill again
-    uint32_t parity = 0, again_parity = 0;
+    int stage = 0;
+    uint32_t parity = 0;
     int slot = 0; // of the weights to be decoded next
     uint32_t slot_parity = 0;
     uint32_t a[2][4][4];
@@ -210,23 +124,15 @@ __device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F,
         if (++slot == S::SLOTS) slot = 0, slot_parity ^= 1;
     };
     auto step = [&](int k, int next, uint32_t (&now)[4][4], uint32_t (&then)[4][4]) {
-        if (k >= begin + S::LAG && k - S::LAG + S::STAGES < end) {
-            if (threadIdx.x == 0) {
-                wait_barrier(ring.empty(again), again_parity);
-                ring.fill(again, k - S::LAG + S::STAGES);
-            }
-            __syncwarp();
-            if (++again == S::STAGES) again = 0, again_parity ^= 1;
-        }
         wait_barrier(ring.full(stage), parity);
-        asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-        uint64_t b = descriptor(ring.stages + stage * S::STAGE_BYTES);
+        begin_products();
+        const uint32_t b = descriptor_of(ring.stages + stage * S::STAGE_BYTES);
 #pragma unroll
-        for (int j = 0; j < 4; j++) multiply<F, N>(d, now[j], b + 2 * j);
-        asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+        for (int j = 0; j < 4; j++) multiply<F, N>(d, now[j], descriptor(b, 32 * j));
+        commit_products();
         if (k + 1 < end) decode(k + 1, next, then);
-        asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-        if (threadIdx.x % 128 == 0) arrive(ring.empty(stage));
+        wait_for_products<0>();
+        if (threadIdx.x % 128 == 0) ring.leave(stage, k, end);
         if (++stage == S::STAGES) stage = 0, parity ^= 1;
     };
     decode(begin, 0, a[0]);
@@ -240,17 +146,11 @@ __device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F,
 
 // What a warpgroup without rows does: it takes part in the ring.
 template <class S> __device__ __forceinline__ void watch(int begin, int end, const Ring<S>& ring) {
-    int stage = 0, again = 0;
-    uint32_t parity = 0, again_parity = 0;
+    int stage = 0;
+    uint32_t parity = 0;
     for (int k = begin; k < end; k++) {
-        if (k >= begin + S::LAG && k - S::LAG + S::STAGES < end && threadIdx.x == 0) {
-            wait_barrier(ring.empty(again), again_parity);
-            ring.fill(again, k - S::LAG + S::STAGES);
-            if (++again == S::STAGES) again = 0, again_parity ^= 1;
-        }
-        __syncwarp();
         wait_barrier(ring.full(stage), parity);
-        if (threadIdx.x % 128 == 0) arrive(ring.empty(stage));
+        if (threadIdx.x % 128 == 0) ring.leave(stage, k, end);
         if (++stage == S::STAGES) stage = 0, parity ^= 1;
     }
 }
@@ -261,6 +161,7 @@ __device__ __forceinline__ void put_in_line(uint8_t* lines, int token, uint32_t 
 }
 
 // What follows the sums: `d` has rows g and g + 8 of this warp's row tile, two tokens of every eight.
+template <int TOKENS>
 __device__ __forceinline__ void finish_sums(
     const float (&d)[TOKENS / 2], const Gemm& p, const Work& work, int row_tile, int row_tiles, uint8_t* lines) {
     const Epilogue& e = p.epilogue;
@@ -347,7 +248,7 @@ __device__ __forceinline__ void finish_sums(
 }
 
 // The tile of tokens of number `tile`, of experts one after the other; false if there are fewer. By each warp.
-__device__ __forceinline__ bool find(Work& work, const Routes& routes, uint32_t tile) {
+template <int TOKENS> __device__ __forceinline__ bool find(Work& work, const Routes& routes, uint32_t tile) {
     const uint32_t lane = threadIdx.x % WARP;
     for (uint32_t base = 0; base < routes.experts; base += WARP) {
         const uint32_t count = base + lane < routes.experts ? routes.count(base + lane) : 0, tiles = (count + TOKENS - 1) / TOKENS;
@@ -376,20 +277,21 @@ __device__ __forceinline__ bool find(Work& work, const Routes& routes, uint32_t 
 
 // `blockIdx.x`: 128 rows; `blockIdx.z`: tokens. With `SPLIT` the blocks of a cluster (`blockIdx.y`) share the inputs and put their
 // sums together.
-template <Format F, bool EXPERTS, bool SPLIT> __device__ __forceinline__ void gemm(const Gemm& p) {
-    using S = Sizes<F>;
+template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinline__ void gemm(const Gemm& p) {
+    using S = Sizes<F, TOKENS>;
     extern __shared__ __align__(1024) uint8_t shared[];
-    __shared__ __align__(8) uint64_t barriers[2 * S::STAGES + ROW_TILES * S::SLOTS];
+    __shared__ __align__(8) uint64_t barriers[S::STAGES + ROW_TILES * S::SLOTS];
     uint8_t* base = shared + (1024 - shared_address(shared) % 1024) % 1024;
     const Matrix& m = p.matrix;
     const int column_tiles = m.cols / TILE_COLS, row_tiles = (m.rows + TILE_ROWS - 1) / TILE_ROWS;
     const int row_tile = blockIdx.x * ROW_TILES + threadIdx.x / WARP;
     // The same in all lanes, and the compiler should know.
     const bool mine = __shfl_sync(~0u, row_tile / 4 * 4 < row_tiles, 0);
-    Ring<S> ring = {shared_address(base), shared_address(barriers), nullptr, p.stack, 0};
+    __shared__ uint32_t done[S::STAGES];
+    Ring<S> ring = {shared_address(base), shared_address(barriers), done, nullptr, p.stack, 0};
     if (threadIdx.x == 0) ring.init();
     const int warp = threadIdx.x / WARP;
-    Weights<F, S> weights = {ring.stages + S::WEIGHTS + warp * S::SLOTS * S::SLOT_BYTES, ring.barriers + 8 * (2 * S::STAGES + warp * S::SLOTS)};
+    Weights<F, S> weights = {ring.stages + S::WEIGHTS + warp * S::SLOTS * S::SLOT_BYTES, ring.barriers + 8 * (S::STAGES + warp * S::SLOTS)};
     weights.init();
     Work work = {0, blockIdx.z * p.tile, 0};
     weights.begin = 0, weights.end = column_tiles;
@@ -402,7 +304,7 @@ template <Format F, bool EXPERTS, bool SPLIT> __device__ __forceinline__ void ge
     wait_for_previous();
     start_next();
     if constexpr (EXPERTS) {
-        if (!find(work, Routes(p.list, p.experts, p.n * p.experts_per_token), blockIdx.z)) return;
+        if (!find<TOKENS>(work, Routes(p.list, p.experts, p.n * p.experts_per_token), blockIdx.z)) return;
     } else {
         work.n = min(p.n - work.first, p.tile);
     }
@@ -416,10 +318,11 @@ template <Format F, bool EXPERTS, bool SPLIT> __device__ __forceinline__ void ge
     float d[TOKENS / 2] = {};
     if (!mine) watch(weights.begin, weights.end, ring);
 #define WIDTH(N)                                                                                                          \
-    if (mine && ring.width == N) consume<F, N>(d, weights, ring);
+    if constexpr (N <= TOKENS)                                                                                            \
+        if (mine && ring.width == N) consume<F, N, TOKENS>(d, weights, ring);
     WIDTH(16) WIDTH(32) WIDTH(48) WIDTH(64) WIDTH(80) WIDTH(96) WIDTH(112) WIDTH(128)
     if constexpr (!SPLIT) {
-        finish_sums(d, p, work, row_tile, row_tiles, base);
+        finish_sums<TOKENS>(d, p, work, row_tile, row_tiles, base);
     } else {
         // The sums of the blocks, in their order, each of which finishes some of the tokens.
         constexpr int STRIDE = ROW_TILES * TILE_ROWS + 4;
@@ -435,44 +338,68 @@ template <Format F, bool EXPERTS, bool SPLIT> __device__ __forceinline__ void ge
                 sums[(8 * j + 2 * t + i % 2) * STRIDE + threadIdx.x / WARP * TILE_ROWS + g + i / 2 * 8] = d[4 * j + i];
         }
         cluster_barrier();
-        const int finished = blockIdx.x * ROW_TILES + threadIdx.x / 8 % ROW_TILES, pair = threadIdx.x % 8;
+        // A thread finishes four pairs of rows at a time.
+        constexpr int PAIRS = 4, AT_ONCE = THREADS / (ROW_TILES * 8 / PAIRS);
+        const Epilogue& e = p.epilogue;
+        const int own = threadIdx.x / 2 % ROW_TILES, pair = threadIdx.x % 2 * PAIRS, finished = blockIdx.x * ROW_TILES + own;
         if (finished < row_tiles) {
-            Affine affine;
-            affine.load(p.epilogue, m, work.expert, finished, pair);
-            const int at_once = THREADS / (ROW_TILES * 8), ranks = cluster_size();
-            for (int column = cluster_rank() * at_once + threadIdx.x / (ROW_TILES * 8); column < work.n; column += ranks * at_once) {
-                const float* own = sums + column * STRIDE + threadIdx.x / 8 % ROW_TILES * TILE_ROWS + pair;
+            Affine affine[PAIRS];
+#pragma unroll
+            for (int i = 0; i < PAIRS; i++) affine[i].load(e, m, work.expert, finished, pair + i);
+            const int ranks = cluster_size();
+            for (int column = cluster_rank() * AT_ONCE + threadIdx.x / (2 * ROW_TILES); column < work.n; column += ranks * AT_ONCE) {
+                const uint32_t token = work.first + column;
                 // All reads in flight together: each comes from far.
-                const uint2 rows = stored_rows(p.epilogue, finished, pair);
-                float* out = p.epilogue.out + size_t(work.first + column) * m.rows;
-                const bool adds = p.epilogue.kind == RESIDUAL;
-                const float old_a = adds && rows.x < m.rows ? out[rows.x] : 0.f, old_b = adds && rows.y < m.rows ? out[rows.y] : 0.f;
-                float parts[2][MAX_CLUSTER], a = 0, b = 0;
+                Rotation rotations[PAIRS] = {};
+                float old[2][PAIRS] = {};
+                float* out = e.out + size_t(token) * m.rows;
+#pragma unroll
+                for (int i = 0; i < PAIRS; i++) {
+                    if (e.kind == QKV) rotations[i].load(e, finished, pair + i, token);
+                    const uint2 rows = stored_rows(e, finished, pair + i);
+                    if (e.kind == RESIDUAL && rows.x < m.rows) old[0][i] = out[rows.x];
+                    if (e.kind == RESIDUAL && rows.y < m.rows) old[1][i] = out[rows.y];
+                }
+                const float4* lower = (const float4*)(sums + column * STRIDE + own * TILE_ROWS + pair);
+                float4 parts[2][MAX_CLUSTER];
 #pragma unroll
                 for (int rank = 0; rank < MAX_CLUSTER; rank++) {
-                    parts[0][rank] = rank < ranks ? read_of_cluster(own, rank) : 0;
-                    parts[1][rank] = rank < ranks ? read_of_cluster(own + 8, rank) : 0;
+                    parts[0][rank] = rank < ranks ? read_of_cluster(lower, rank) : make_float4(0, 0, 0, 0);
+                    parts[1][rank] = rank < ranks ? read_of_cluster(lower + 2, rank) : make_float4(0, 0, 0, 0);
+                }
+                float sum[2][PAIRS] = {};
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+#pragma unroll
+                    for (int rank = 0; rank < MAX_CLUSTER; rank++) {
+                        const float4& part = parts[h][rank];
+                        sum[h][0] += part.x, sum[h][1] += part.y, sum[h][2] += part.z, sum[h][3] += part.w;
+                    }
                 }
 #pragma unroll
-                for (int rank = 0; rank < MAX_CLUSTER; rank++) a += parts[0][rank], b += parts[1][rank];
-                if (adds) {
-                    if (rows.x < m.rows) out[rows.x] = old_a + (a * affine.scale + affine.a);
-                    if (rows.y < m.rows) out[rows.y] = old_b + (b * affine.scale + affine.b);
-                } else {
-                    finish(p.epilogue, m, affine, finished, pair, work.first + column, a, b);
+                for (int i = 0; i < PAIRS; i++) {
+                    if (e.kind == RESIDUAL) {
+                        const uint2 rows = stored_rows(e, finished, pair + i);
+                        if (rows.x < m.rows) out[rows.x] = old[0][i] + (sum[0][i] * affine[i].scale + affine[i].a);
+                        if (rows.y < m.rows) out[rows.y] = old[1][i] + (sum[1][i] * affine[i].scale + affine[i].b);
+                    } else {
+                        finish(e, m, affine[i], finished, pair + i, token, sum[0][i], sum[1][i], rotations[i]);
+                    }
                 }
             }
         }
-        // A block stays until its sums are read.
-        cluster_barrier();
+        // A block stays until its sums are read; nobody waits for what was written.
+        asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
     }
 }
 
 #define KERNEL(NAME, ...)                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(const __grid_constant__ Gemm p) { __VA_ARGS__(p); }
-KERNEL(gemm_bf16, gemm<BF16, false, false>)
-KERNEL(gemm_fp4, gemm<FP4, false, false>)
-KERNEL(gemm_bf16_split, gemm<BF16, false, true>)
-KERNEL(gemm_fp4_split, gemm<FP4, false, true>)
-KERNEL(gemm_experts_bf16, gemm<BF16, true, false>)
-KERNEL(gemm_experts_fp4, gemm<FP4, true, false>)
+KERNEL(gemm_bf16, gemm<BF16, 128, false, false>)
+KERNEL(gemm_fp4, gemm<FP4, 128, false, false>)
+KERNEL(gemm_bf16_split, gemm<BF16, 128, false, true>)
+KERNEL(gemm_fp4_split, gemm<FP4, 128, false, true>)
+KERNEL(gemm_experts_bf16, gemm<BF16, 128, true, false>)
+KERNEL(gemm_experts_fp4, gemm<FP4, 128, true, false>)
+KERNEL(gemm_experts_bf16_few, gemm<BF16, 64, true, false>)
+KERNEL(gemm_experts_fp4_few, gemm<FP4, 64, true, false>)

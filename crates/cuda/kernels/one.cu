@@ -31,12 +31,6 @@ constexpr int EXPERT_WARPS = 22; // of a block of the experts
 constexpr int MAX_EXPERTS = 256, MAX_RANKS = 16;
 constexpr int SHARES = 4; // row tiles that a block of the experts may touch
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) { return (uint32_t)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ uint4 shared_vector(uint32_t address) {
-    uint4 v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    return v;
-}
 
 // Four inputs of a product, at `4 * at`.
 template <Format F> __device__ __forceinline__ void store_inputs(uint16_t* x, uint32_t at, float a, float b, float c, float d) {
@@ -50,14 +44,14 @@ template <> struct Sums<BF16> {
     struct Piece : Tile<BF16> {
         __device__ __forceinline__ void load_shared(uint32_t weights, uint32_t) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) words[j] = shared_vector(weights + j * 512 + threadIdx.x % WARP * 16);
+            for (int j = 0; j < 4; j++) words[j] = ::load_shared(weights + j * 512 + threadIdx.x % WARP * 16);
         }
     };
     float sum[2][4] = {};
     uint32_t x; // this lane's inputs of the next tile, in shared memory
     __device__ __forceinline__ Sums(const uint16_t* inputs) : x(shared_address(inputs) + lane_quarter() * 32) {}
     __device__ __forceinline__ void add(const Piece& tile) {
-        uint4 b[2] = {shared_vector(x), shared_vector(x + 16)};
+        uint4 b[2] = {load_shared(x), load_shared(x + 16)};
         x += TILE_COLS * 2;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -79,7 +73,7 @@ template <> struct Sums<FP4> {
         uint4 words;
         uint32_t scales; // of two blocks, each of row g and g + 8
         __device__ __forceinline__ void load_shared(uint32_t weights, uint32_t scales) {
-            words = shared_vector(weights + threadIdx.x % WARP * 16);
+            words = ::load_shared(weights + threadIdx.x % WARP * 16);
             asm volatile("ld.shared.u32 %0, [%1];" : "=r"(this->scales) : "r"(scales + lane_row() * 8 + lane_quarter() % 2 * 4) : "memory");
         }
     };
@@ -92,14 +86,13 @@ template <> struct Sums<FP4> {
         step = own ? TILE_COLS * 2 : 0;
     }
     __device__ __forceinline__ void add(const Piece& tile) {
-        uint4 b[2] = {shared_vector(x), shared_vector(x + 16)};
+        uint4 b[2] = {load_shared(x), load_shared(x + 16)};
         x += step;
         float d[4] = {};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
-            const uint32_t w = j == 0 ? tile.words.x : j == 1 ? tile.words.y : j == 2 ? tile.words.z : tile.words.w;
-            const uint32_t a[4] = {w & 0x8e008e00u, w << 3 & 0x8e008e00u, (w << 1 & 0x80008000u) | (w << 6 & 0x0e000e00u),
-                (w << 2 & 0x80008000u) | (w << 9 & 0x0e000e00u)};
+            uint32_t a[4];
+            codes(j == 0 ? tile.words.x : j == 1 ? tile.words.y : j == 2 ? tile.words.z : tile.words.w, a);
             Number<FP4>::multiply(d, a, j % 2 ? b[j / 2].z : b[j / 2].x, j % 2 ? b[j / 2].w : b[j / 2].y);
         }
         // A scale byte has five bits of exponent and three of mantissa: the middle of an FP16 number.
@@ -112,14 +105,6 @@ template <> struct Sums<FP4> {
     __device__ __forceinline__ float upper() const { return sum[1] + __shfl_xor_sync(~0u, sum[1], 1); }
 };
 
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-__device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint64_t policy) {
-    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "l"(policy) : "memory");
-}
-__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
 // Consecutive tiles of a row tile on their way to one warp through its own piece of shared memory, CHUNK at a time, SLOTS chunks
 // ahead. Each chunk is one group of copies; at the end come empty ones.
@@ -134,8 +119,7 @@ template <Format F, int CHUNK, int SLOTS> struct Flow {
     // `all` has BYTES * SLOTS for each warp.
     __device__ __forceinline__ Flow(uint8_t* all) {
         slot = shared = shared_address(all) + threadIdx.x / WARP * (BYTES * SLOTS);
-        // What is read once leaves the cache first.
-        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+        policy = read_once();
     }
     __device__ __forceinline__ void start(const Matrix& m, size_t tile, int count) {
         weights = (const uint8_t*)m.weights + tile * WEIGHTS + threadIdx.x % WARP * 16;
@@ -444,19 +428,6 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
 #pragma unroll 1
     for (uint32_t first = KEPT * EXPERTS; first < columns; first += EXPERTS)
         add(first + threadIdx.x / TILE_ROWS, router_weight(first + threadIdx.x / TILE_ROWS));
-}
-
-// A barrier of all blocks, of which every launch must have as many, all at work at a time.
-__device__ __forceinline__ void grid_barrier(uint32_t* counter, uint32_t blocks) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        uint32_t target = atomicAdd(counter, 1) / blocks * blocks + blocks, seen;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        while (int(seen - target) < 0);
-        __threadfence();
-    }
-    __syncthreads();
 }
 
 // The experts. `blockIdx.y`: a rank, `blockIdx.x`: `groups` row tiles of its first product. Then, all blocks having arrived, the

@@ -28,25 +28,36 @@ __device__ __forceinline__ uint32_t stored_row(uint32_t order, uint32_t tile, ui
     return tile * 16 + row;
 }
 
-// One thread per lane of each tile.
+// What a thread packs: one lane's share of a tile.
+struct Share {
+    size_t index, tile;
+    uint32_t column_tiles;
+    bool inside;
+    __device__ __forceinline__ Share(const Pack& p) {
+        column_tiles = (p.cols + TILE_COLS - 1) / TILE_COLS;
+        index = blockIdx.x * size_t(blockDim.x) + threadIdx.x, tile = index / WARP;
+        inside = tile < size_t((p.rows + TILE_ROWS - 1) / TILE_ROWS) * column_tiles;
+    }
+    // The stored row of row g or g + 8, and the first of its inputs.
+    __device__ __forceinline__ uint32_t row(const Pack& p, int upper) const {
+        return stored_row(p.order, tile / column_tiles, index % WARP / 4 + upper * 8);
+    }
+    __device__ __forceinline__ uint32_t input() const { return tile % column_tiles * TILE_COLS + 16 * (index % 4); }
+};
+
 extern "C" __global__ void pack_bf16(const __grid_constant__ Pack p) {
-    uint32_t column_tiles = (p.cols + TILE_COLS - 1) / TILE_COLS;
-    size_t tiles = size_t((p.rows + TILE_ROWS - 1) / TILE_ROWS) * column_tiles;
-    size_t index = blockIdx.x * size_t(blockDim.x) + threadIdx.x;
-    size_t tile = index / WARP;
-    if (tile >= tiles) return;
-    int g = index % WARP / 4, t = index % 4;
+    const Share share(p);
+    if (!share.inside) return;
     const uint16_t* values = (const uint16_t*)p.values;
     for (int j = 0; j < 4; j++) {
         uint32_t word[4];
         for (int a = 0; a < 4; a++) {
-            uint32_t row = stored_row(p.order, tile / column_tiles, g + a % 2 * 8);
-            uint32_t k = tile % column_tiles * TILE_COLS + 16 * t + 4 * j + a / 2 * 2;
+            uint32_t row = share.row(p, a % 2), k = share.input() + 4 * j + a / 2 * 2;
             bool inside = row < p.rows && k < p.cols;
             const uint16_t* v = values + size_t(row) * p.cols + k;
             word[a] = inside ? v[0] | uint32_t(v[1]) << 16 : 0;
         }
-        p.weights[tile * Tile<BF16>::VECTORS + j * WARP + index % WARP] = make_uint4(word[0], word[1], word[2], word[3]);
+        p.weights[share.tile * Tile<BF16>::VECTORS + j * WARP + share.index % WARP] = make_uint4(word[0], word[1], word[2], word[3]);
     }
 }
 
@@ -63,16 +74,12 @@ __device__ __forceinline__ uint32_t packed_scale(const Pack& p, uint32_t row, ui
 }
 
 extern "C" __global__ void pack_fp4(const __grid_constant__ Pack p) {
-    uint32_t column_tiles = (p.cols + TILE_COLS - 1) / TILE_COLS;
-    size_t tiles = size_t((p.rows + TILE_ROWS - 1) / TILE_ROWS) * column_tiles;
-    size_t index = blockIdx.x * size_t(blockDim.x) + threadIdx.x;
-    size_t tile = index / WARP;
-    if (tile >= tiles) return;
-    int g = index % WARP / 4, t = index % 4;
-    uint32_t k = tile % column_tiles * TILE_COLS + 16 * t;
+    const Share share(p);
+    if (!share.inside) return;
+    uint32_t k = share.input();
     uint32_t word[4] = {}, scales = 0;
     for (int upper = 0; upper < 2; upper++) {
-        uint32_t row = stored_row(p.order, tile / column_tiles, g + 8 * upper);
+        uint32_t row = share.row(p, upper);
         if (row >= p.rows || k >= p.cols) continue;
         const uint8_t* codes = (const uint8_t*)p.values + (size_t(row) * p.cols + k) / 2;
         scales |= packed_scale(p, row, k) << 8 * upper;
@@ -85,6 +92,6 @@ extern "C" __global__ void pack_fp4(const __grid_constant__ Pack p) {
             }
         }
     }
-    p.weights[index] = make_uint4(word[0], word[1], word[2], word[3]);
-    p.packed_scales[index] = scales;
+    p.weights[share.index] = make_uint4(word[0], word[1], word[2], word[3]);
+    p.packed_scales[share.index] = scales;
 }

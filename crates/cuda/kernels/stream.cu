@@ -111,7 +111,7 @@ struct Router {
     const float* norm_scale;         // [hidden]
     const __nv_bfloat16* weights;    // [experts, hidden]
     const float* bias;               // [experts]
-    uint16_t* out;                   // [n, cols], the normed stream
+    uint16_t* out;                   // [n, cols], the normed stream, plain or ordered
     float* logits;                   // [n, experts]
     uint32_t* routes;                // see `Routes`
     uint32_t* arrivals;              // [n + 1], zero before and after
@@ -119,21 +119,34 @@ struct Router {
     uint32_t format;
     float eps;
     uint32_t shares;                 // few tokens: blocks that share a token's experts
+    uint32_t stack;                  // of `out`: see `activation_place`
+    uint32_t padding;
 };
-static_assert(sizeof(Router) == 96);
+static_assert(sizeof(Router) == 104);
 
 constexpr int MAX_EXPERTS = 256;
 
-__device__ __forceinline__ void load_weights(Vector<PRODUCT_VALUES>& to, const Router& p, uint32_t expert) {
+// A thread's share of an expert's weights.
+struct RouterWeights {
+    uint2 pairs[PRODUCT_VALUES];
+    __device__ __forceinline__ void load(const Router& p, uint32_t expert) {
 #pragma unroll
-    for (int i = 0; i < PRODUCT_VALUES; i++) {
-        uint32_t at = i * blockDim.x + threadIdx.x;
-        bool inside = at < p.hidden / 4;
-        uint2 pairs = inside ? ((const uint2*)(p.weights + size_t(expert) * p.hidden))[at] : make_uint2(0, 0);
-        float2 lower = __bfloat1622float2((const __nv_bfloat162&)pairs.x), upper = __bfloat1622float2((const __nv_bfloat162&)pairs.y);
-        to.v[i] = make_float4(lower.x, lower.y, upper.x, upper.y);
+        for (int i = 0; i < PRODUCT_VALUES; i++) {
+            uint32_t at = i * blockDim.x + threadIdx.x;
+            pairs[i] = at < p.hidden / 4 && expert < p.experts ? ((const uint2*)(p.weights + size_t(expert) * p.hidden))[at] : make_uint2(0, 0);
+        }
     }
-}
+    __device__ __forceinline__ float times(const Vector<PRODUCT_VALUES>& x) const {
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < PRODUCT_VALUES; i++) {
+            const float4& a = x.v[i];
+            float2 lower = __bfloat1622float2((const __nv_bfloat162&)pairs[i].x), upper = __bfloat1622float2((const __nv_bfloat162&)pairs[i].y);
+            sum += a.x * lower.x + a.y * lower.y + a.z * upper.x + a.w * upper.y;
+        }
+        return sum;
+    }
+};
 
 // True in the last of `count` blocks to arrive.
 __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t count) {
@@ -265,30 +278,42 @@ __device__ __forceinline__ void sort_pairs(const Router& p, uint16_t* counts) {
 // Norm, router logits in f32, choice, grouping, for few tokens. `blockIdx.y`: token; `blockIdx.x`: a share of the experts.
 extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__ Router p) {
     extern __shared__ uint16_t counts[];
-    __shared__ float scratch[2][WARP];
-    Vector<PRODUCT_VALUES> scale, x, weights;
+    constexpr int WARPS = 8, TOGETHER = 4; // experts whose weights are on their way together
+    __shared__ float scratch[WARP], sums[2][TOGETHER][WARPS];
+    Vector<PRODUCT_VALUES> scale, x;
+    RouterWeights weights[TOGETHER];
     scale.load(p.norm_scale, p.hidden);
-    uint32_t expert = blockIdx.x;
-    load_weights(weights, p, expert);
+    auto load = [&](uint32_t expert) {
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) weights[i].load(p, expert + i * p.shares);
+    };
+    load(blockIdx.x);
     wait_for_previous();
     start_next();
     uint32_t token = blockIdx.y;
     x.load(p.residual + size_t(token) * p.hidden, p.hidden);
-    float inverse = rsqrtf(block_sum(x.square(), scratch[0]) / p.hidden + p.eps);
-    if (blockIdx.x == 0) x.store(p.out, 0, token, p.cols, p.format, scale, inverse);
+    float inverse = rsqrtf(block_sum(x.square(), scratch) / p.hidden + p.eps);
+    if (blockIdx.x == 0) x.store(p.out, p.stack, token, p.cols, p.format, scale, inverse);
     for (int i = 0; i < PRODUCT_VALUES; i++)
         x.v[i].x *= scale.v[i].x, x.v[i].y *= scale.v[i].y, x.v[i].z *= scale.v[i].z, x.v[i].w *= scale.v[i].w;
-    for (; expert < p.experts; expert += p.shares) {
-        float sum = 0;
+    int half = 0;
+    for (uint32_t expert = blockIdx.x; expert < p.experts; expert += TOGETHER * p.shares, half ^= 1) {
+        float sum[TOGETHER];
 #pragma unroll
-        for (int i = 0; i < PRODUCT_VALUES; i++) {
-            const float4 &a = x.v[i], &b = weights.v[i];
-            sum += a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w;
+        for (int i = 0; i < TOGETHER; i++) sum[i] = weights[i].times(x);
+        if (expert + TOGETHER * p.shares < p.experts) load(expert + TOGETHER * p.shares);
+#pragma unroll
+        for (int i = 0; i < TOGETHER; i++) {
+            sum[i] = warp_sum(sum[i]);
+            if (threadIdx.x % WARP == 0) sums[half][i][threadIdx.x / WARP] = sum[i];
         }
-        if (expert + p.shares < p.experts) load_weights(weights, p, expert + p.shares);
-        sum = block_sum(sum, scratch[1]);
-        if (threadIdx.x == 0) p.logits[size_t(token) * p.experts + expert] = sum * inverse + p.bias[expert];
         __syncthreads();
+        const uint32_t own = expert + threadIdx.x * p.shares;
+        if (threadIdx.x < TOGETHER && own < p.experts) {
+            float all = 0;
+            for (int w = 0; w < WARPS; w++) all += sums[half][threadIdx.x][w];
+            p.logits[size_t(token) * p.experts + own] = all * inverse + p.bias[own];
+        }
     }
     if (!last_to_arrive(p.arrivals + 1 + token, p.shares)) return;
     if (threadIdx.x < WARP) choose(p, token);
@@ -375,7 +400,8 @@ extern "C" __global__ void __launch_bounds__(512) router_many(const __grid_const
             const float4 scale = inside ? *(const float4*)(p.norm_scale + k) : make_float4(0, 0, 0, 0);
             const uint32_t lower = activation(p.format, x.x * inverse * scale.x) | activation(p.format, x.y * inverse * scale.y) << 16;
             const uint32_t upper = activation(p.format, x.z * inverse * scale.z) | activation(p.format, x.w * inverse * scale.w) << 16;
-            *(uint2*)(p.out + size_t(token) * p.cols + k) = make_uint2(lower, upper);
+            *(uint32_t*)(p.out + activation_place(p.stack, p.cols, token, k)) = lower;
+            *(uint32_t*)(p.out + activation_place(p.stack, p.cols, token, k + 2)) = upper;
         }
         __threadfence();
         __syncwarp();

@@ -17,8 +17,8 @@ use crate::fp4::{self, FP4_FROM, Fp4Matrix};
 use crate::one::OneToken;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
 use crate::params::{
-    After, Attention, BF16, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, Product, Read, Router,
-    RowOrder,
+    After, Attention, BF16, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, ORDERED, Part, Product,
+    Read, Router, RowOrder,
 };
 use crate::sampling::{Sampler, Wanted};
 
@@ -111,6 +111,8 @@ pub(crate) struct Arena {
     /// f32 `[tokens, experts]`
     router_logits: Buffer,
     routes: Buffer,
+    /// u32, counts the blocks of experts_few.cu
+    barrier: Buffer,
     /// 16-bit `[slots, intermediate]`, plain or stacked
     pub(crate) activated: Buffer,
     /// f32 `[slots, hidden]`
@@ -314,6 +316,7 @@ impl Arena {
             arrivals: device.buffer((MAX_PARTS + tokens + 1) * 4)?,
             router_logits: device.buffer(tokens * config.experts * 4)?,
             routes: device.buffer(route_words(config, tokens) * 4)?,
+            barrier: device.buffer(4)?,
             activated: device.buffer(slots * padded(config.intermediate_size) * 2)?,
             expert_outputs: device.buffer(slots * config.hidden_size * 4)?,
             logits: device.buffer(LOGIT_ROWS * config.vocab_size * 4)?,
@@ -805,45 +808,57 @@ impl Cuda {
         unsafe { self.device.launch(name, grid, 256, GEMM_SHARED, &params(tile)) }
     }
 
-    /// Rows of activations for which experts_few.cu has room beside the weights.
-    fn few_rows(&self, matrix: &PackedMatrix) -> usize {
-        self.device.shared_bytes().saturating_sub(FEW_SHARED + 1024) / (matrix.padded_cols() * 2 + 16)
+    /// Bytes of activations for which experts_few.cu has room, and with these the tokens of a pass through the experts of a layer.
+    fn few_sizes(&self, layer: &Layer) -> (usize, usize) {
+        let room = self.device.shared_bytes().saturating_sub(FEW_SHARED) / 1024 * 1024;
+        let cols = layer.gate_up.padded_cols().max(layer.down.padded_cols());
+        (room, (room / (2 * cols)).min(24) / 8 * 8)
     }
 
     /// Whether the experts of `n` tokens have few each, and take experts_few.cu.
     fn few_each(&self, layer: &Layer, n: usize) -> bool {
-        let fits = |m: &PackedMatrix| m.format() == FP4 && self.few_rows(m) >= 8;
+        let (experts, pairs) = (self.config.experts, n * self.config.experts_per_token);
+        let (_, tokens) = self.few_sizes(layer);
         self.device.capability() >= 90
             && n > 1
-            && n * self.config.experts_per_token <= 20 * self.config.experts
-            && fits(&layer.gate_up)
-            && fits(&layer.down)
+            && pairs <= 20 * experts
+            && layer.gate_up.format() == FP4
+            && layer.down.format() == FP4
+            && tokens > 0
+            && (pairs / tokens + experts) / self.device.multiprocessors() + 2 <= FEW_PASSES
     }
 
-    fn product_of_few_each(
+    fn experts_of_few_each(
         &self,
-        matrix: &PackedMatrix,
-        input: Address,
+        layer: &Layer,
         n: usize,
-        epilogue: Epilogue,
+        first: Epilogue,
+        second: Epilogue,
     ) -> Result<(), Error> {
-        let rows = self.few_rows(matrix);
-        let params = Few {
+        let (room, tokens) = self.few_sizes(layer);
+        let part = |matrix: &PackedMatrix, input: &Buffer, epilogue| Part {
             matrix: matrix.params(),
-            input,
-            list: self.arena.routes.address(),
             epilogue,
+            input: input.address(),
+        };
+        let params = Few {
+            parts: [
+                part(&layer.gate_up, &self.arena.normed, first),
+                part(&layer.down, &self.arena.activated, second),
+            ],
+            list: self.arena.routes.address(),
+            barrier: self.arena.barrier.address(),
             n: n as u32,
             experts: self.config.experts as u32,
             experts_per_token: self.config.experts_per_token as u32,
-            tokens: (rows.min(24) / 8 * 8) as u32,
-            rows: rows as u32,
+            tokens: tokens as u32,
+            room: room as u32,
             padding: 0,
         };
         let grid = [self.device.multiprocessors() as u32, 1, 1];
-        let shared = FEW_SHARED + rows * (matrix.padded_cols() * 2 + 16);
-        // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room.
-        unsafe { self.device.launch("experts_few", grid, 512, shared, &params) }
+        // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room. There are not more blocks than
+        // multiprocessors, so that all come to the barrier between the products, and every launch has as many.
+        unsafe { self.device.launch("experts_few", grid, 512, room + FEW_SHARED, &params) }
     }
 
     /// A product of the experts with the activations of their slots.
@@ -855,9 +870,17 @@ impl Cuda {
         epilogue: Epilogue,
     ) -> Result<(), Error> {
         let pairs = n * self.config.experts_per_token;
-        let name = if matrix.format() == FP4 { "gemm_experts_fp4" } else { "gemm_experts_bf16" };
+        // Where an expert has few tokens, weights are read further ahead.
+        let few = pairs / self.config.experts <= 48;
+        let tokens = if few { 64 } else { GEMM_TOKENS };
+        let name = match (matrix.format(), few) {
+            (BF16, true) => "gemm_experts_bf16_few",
+            (BF16, false) => "gemm_experts_bf16",
+            (_, true) => "gemm_experts_fp4_few",
+            (_, false) => "gemm_experts_fp4",
+        };
         // Each expert may have one tile that is not full.
-        let tiles = pairs / GEMM_TOKENS + self.config.experts.min(pairs);
+        let tiles = pairs / tokens + self.config.experts.min(pairs);
         let params = Gemm { stack: self.slot_stack(n), ..self.gemm_params(matrix, input, n, epilogue) };
         let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, 1, tiles as u32];
         // SAFETY: the slots are those of `n` tokens, for which the arena has room.
@@ -952,6 +975,8 @@ impl Cuda {
             format,
             eps: config.rms_norm_eps,
             shares: share,
+            stack: if self.few_each(layer, n) { ORDERED } else { 0 },
+            padding: 0,
         };
         let (name, grid) = match n {
             0..=ROUTER_FEW => ("router", [share, n as u32, 1]),
@@ -964,7 +989,7 @@ impl Cuda {
         let epilogue = Epilogue {
             out16: self.arena.activated.address(),
             out_cols: layer.down.padded_cols() as u32,
-            out_stack: if self.few_each(layer, n) { 0 } else { self.slot_stack(n) },
+            out_stack: if self.few_each(layer, n) { ORDERED } else { self.slot_stack(n) },
             out_format: layer.down.format(),
             ..self.epilogue(After::Swiglu)
         };
@@ -973,8 +998,7 @@ impl Cuda {
         let active = config.experts.min(pairs);
         let store = Epilogue { out: self.arena.expert_outputs.address(), ..self.epilogue(After::Store) };
         if self.few_each(layer, n) {
-            self.product_of_few_each(&layer.gate_up, self.arena.normed.address(), n, epilogue)?;
-            return self.product_of_few_each(&layer.down, self.arena.activated.address(), n, store);
+            return self.experts_of_few_each(layer, n, epilogue, store);
         }
         if let (Some((scratch, gate_up)), Some((_, down))) =
             (self.fp4(&layer.gate_up, n), self.fp4(&layer.down, n))
@@ -1132,8 +1156,11 @@ impl Cuda {
     }
 }
 
-/// Shared memory of experts_few.cu for weights: sixteen warps, two copies of four tiles each.
-const FEW_SHARED: usize = 16 * 2 * 4 * (512 + 64);
+/// Shared memory of experts_few.cu beside activations: weights, of sixteen warps two chunks of four tiles each; what three warpgroups leave
+/// for others; its plan.
+const FEW_SHARED: usize = 16 * 2 * 4 * (512 + 64) + 3 * 12 * 128 * 4 + 2048;
+/// Its passes of a block, at most.
+const FEW_PASSES: usize = 16;
 /// Up to so many tokens the router shares a token's experts among blocks.
 const ROUTER_FEW: usize = 160;
 /// 16-bit counters of the router's sorting threads.

@@ -67,6 +67,8 @@ const MODULES: &[Module] = &[
             "gemm_fp4_split",
             "gemm_experts_bf16",
             "gemm_experts_fp4",
+            "gemm_experts_bf16_few",
+            "gemm_experts_fp4_few",
         ],
         &[90],
     ),

@@ -9,6 +9,9 @@ pub(crate) const BF16: u32 = 0;
 /// `Format` of common.cuh.
 pub(crate) const FP4: u32 = 1;
 
+/// The order of activations in rows, as `activation_place` in common.cuh knows it.
+pub(crate) const ORDERED: u32 = u32::MAX;
+
 /// `RowOrder` of pack.cu.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
@@ -75,9 +78,13 @@ params! {
         n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, padding: u32,
     }
     /// experts_few.cu
-    Few, 160 {
-        matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
-        n: u32, experts: u32, experts_per_token: u32, tokens: u32, rows: u32, padding: u32,
+    Part, 128 {
+        matrix: Matrix, epilogue: Epilogue, input: Address,
+    }
+    /// experts_few.cu
+    Few, 296 {
+        parts: [Part; 2], list: Address, barrier: Address,
+        n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, padding: u32,
     }
     /// quantize.cu
     Quantize, 40 {
@@ -108,10 +115,10 @@ params! {
         hidden: u32, cols: u32, n: u32, experts_count: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32,
     }
     /// stream.cu
-    Router, 96 {
+    Router, 104 {
         residual: Address, norm_scale: Address, weights: Address, bias: Address, out: Address, logits: Address,
         routes: Address, arrivals: Address,
-        hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, eps: f32, shares: u32,
+        hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, eps: f32, shares: u32, stack: u32, padding: u32,
     }
     /// stream.cu
     Gather, 48 {
