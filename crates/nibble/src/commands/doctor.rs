@@ -1,11 +1,14 @@
 //! `nibble doctor`: what this machine has, which kernels are chosen, and whether each gives the right numbers.
 
-use cpu::Isa;
+use std::sync::Arc;
+
+use cpu::{Activations, Cpu, Isa, Options};
+use gptoss::{BLOCK_TOKENS, Backend, Plan, SequencePlan};
 use serde_json::json;
 
 use crate::args::Common;
 use crate::failure::{Failure, Result, Status};
-use crate::model::threads;
+use crate::model::{Model, threads};
 use crate::ui::{Ui, bold, dim, green};
 
 pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
@@ -14,6 +17,7 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     let pool = cpu::Pool::new(threads);
     let bandwidth = cpu::read_bandwidth(&pool, 5)?;
     let tests: Vec<_> = Isa::ALL.into_iter().flat_map(cpu::self_test).collect();
+    let coarser = coarser(threads)?;
     let gpu = gpu()?;
     let passed = tests.iter().all(|test| test.passed) && gpu.passed;
 
@@ -25,9 +29,13 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
                     "passed": t.passed})
             })
             .collect();
+        let coarser: Vec<_> = coarser
+            .iter()
+            .map(|(flags, error)| json!({"options": flags, "error": error}))
+            .collect();
         ui.document(&json!({
             "version": env!("CARGO_PKG_VERSION"), "machine": machine(), "threads": threads, "isa": best.name(),
-            "bandwidth_bytes_per_second": bandwidth, "kernels": rows, "gpu": gpu.json, "passed": passed,
+            "bandwidth_bytes_per_second": bandwidth, "kernels": rows, "coarser": coarser, "gpu": gpu.json, "passed": passed,
         }));
     } else {
         println!("{}  {}", bold("processor "), processor());
@@ -46,6 +54,10 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
             let equal = if test.equals_scalar { "yes" } else { "no" };
             println!("{:<15} {:<9} {:<9.1e} {equal:<4} {verdict}", test.kernel, test.isa.name(), test.error);
         }
+        println!("\n{}", bold("coarser numbers, if asked for                error of the small model's logits"));
+        for (flags, error) in &coarser {
+            println!("{flags:<45}{error:.1e}");
+        }
         gpu.lines.iter().for_each(|line| println!("{line}"));
     }
     if passed {
@@ -53,6 +65,46 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     } else {
         Err(Failure::new(Status::Machine, "a kernel gives wrong numbers on this machine"))
     }
+}
+
+/// What coarser weights and activations cost the small model on a short text: flags, and the relative RMS error of all logits.
+fn coarser(threads: usize) -> Result<Vec<(&'static str, f64)>> {
+    const TEXT: &str = "It was a bright cold day in April, and the clocks were striking thirteen. The old man went down \
+                        to the harbour as he had done every morning, looked at the boats, and counted them twice.";
+    let model = Model::built_in()?;
+    let tokens = model.tokenizer()?.encode(TEXT);
+    let weights = Arc::new(model.checkpoint);
+    let logits = |fast_weights, activations| -> Result<Vec<f32>> {
+        let options = Options { threads: Some(threads), fast_weights, activations, ..Options::default() };
+        let mut cpu = Cpu::load(weights.clone(), options, &mut |_, _| {})?;
+        let blocks = tokens.len().div_ceil(BLOCK_TOKENS);
+        cpu.allocate_kv(blocks, blocks)?;
+        let table: Vec<u32> = (0..blocks as u32).collect();
+        let sequence = SequencePlan {
+            tokens: tokens.clone(),
+            full_blocks: table.clone(),
+            sliding_blocks: table,
+            logits: true,
+            ..SequencePlan::default()
+        };
+        let outputs = cpu.step(&Plan { sequences: vec![sequence] })?;
+        Ok(outputs.into_iter().flat_map(|output| output.logits).collect())
+    };
+    let exact = logits(false, Activations::F32)?;
+    let energy: f64 = exact.iter().map(|&e| f64::from(e).powi(2)).sum();
+    [
+        ("--activations int16", false, Activations::Int16),
+        ("--activations int8", false, Activations::Int8),
+        ("--weights fast", true, Activations::F32),
+        ("--weights fast --activations int8", true, Activations::Int8),
+    ]
+    .into_iter()
+    .map(|(flags, fast, activations)| {
+        let found = logits(fast, activations)?;
+        let error: f64 = found.iter().zip(&exact).map(|(f, e)| f64::from(f - e).powi(2)).sum();
+        Ok((flags, (error / energy).sqrt()))
+    })
+    .collect()
 }
 
 /// What there is to say about the GPU.
