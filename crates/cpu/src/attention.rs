@@ -5,7 +5,60 @@
 //! span in which a query sees nothing changes nothing, so the result depends neither on how the prompt was cut nor on
 //! which queries share the pass, nor on whether spans are computed by one thread or by several.
 
+use std::mem::MaybeUninit;
+
+use half::bf16;
+
 use crate::simd::{LANES, Lanes};
+
+/// Keys or values of one head, from the first block's on.
+#[derive(Clone, Copy)]
+pub(crate) enum Stored<'a> {
+    F32(&'a [f32]),
+    Bf16(&'a [bf16]),
+}
+
+/// What keys and values are stored as.
+pub(crate) trait Element: Copy + bytemuck::Pod {
+    fn of(value: f32) -> Self;
+    fn value(self) -> f32;
+
+    /// # Safety
+    /// As for the lanes: sixteen elements are valid.
+    unsafe fn load<L: Lanes>(from: *const Self) -> L;
+}
+
+impl Element for f32 {
+    #[inline(always)]
+    fn of(value: f32) -> f32 {
+        value
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const f32) -> L {
+        // SAFETY: the same contract.
+        unsafe { L::load(from) }
+    }
+}
+
+impl Element for bf16 {
+    #[inline(always)]
+    fn of(value: f32) -> bf16 {
+        bf16::from_f32(value)
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const bf16) -> L {
+        // SAFETY: the same contract.
+        unsafe { L::widen_bf16(from.cast()) }
+    }
+}
 
 /// Queries that one call takes at most.
 pub(crate) const TILE: usize = 32;
@@ -33,9 +86,9 @@ pub(crate) struct Attend<'a> {
     /// Entries of a head.
     pub(crate) size: usize,
     /// Keys of block `b` for this head at `keys[b · stride ..]`: `[head size, 16]`.
-    pub(crate) keys: &'a [f32],
+    pub(crate) keys: Stored<'a>,
     /// Values of block `b` likewise: `[16, head size]`.
-    pub(crate) values: &'a [f32],
+    pub(crate) values: Stored<'a>,
     /// Elements between blocks.
     pub(crate) stride: usize,
     /// The sequence's block table.
@@ -112,6 +165,22 @@ pub(crate) unsafe fn merge<L: Lanes>(job: &Attend<'_>, found: &mut Found, other:
 
 /// What the queries find in one span.
 ///
+/// # Safety
+/// The CPU has the features of the lanes.
+#[inline(always)]
+pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, span: usize) -> Found {
+    // SAFETY: the same contract.
+    unsafe {
+        match (job.keys, job.values) {
+            (Stored::F32(keys), Stored::F32(values)) => attend_stored::<L, f32>(job, keys, values, span),
+            (Stored::Bf16(keys), Stored::Bf16(values)) => attend_stored::<L, bf16>(job, keys, values, span),
+            _ => unreachable!("keys and values are stored alike"),
+        }
+    }
+}
+
+/// The same for what keys and values are stored as.
+///
 /// Loops count instead of iterating over slices: what an iterator leaves outside of a function with more instructions than
 /// its own becomes a call.
 ///
@@ -119,13 +188,19 @@ pub(crate) unsafe fn merge<L: Lanes>(job: &Attend<'_>, found: &mut Found, other:
 /// The CPU has the features of the lanes.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "stated above")]
-pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, span: usize) -> Found {
+unsafe fn attend_stored<L: Lanes, T: Element>(
+    job: &Attend<'_>,
+    all_keys: &[T],
+    all_values: &[T],
+    span: usize,
+) -> Found {
     let (size, count) = (job.size, job.positions.len());
     assert!(count <= TILE && job.queries.len() == count * size, "a tile");
     let first = job.first(job.positions[0]).max(span * SPAN);
     let last = job.positions[count - 1].min(span * SPAN + SPAN - 1);
     let mut found = Found::nothing(job);
-    let mut scores = [[0.0f32; CHUNK * LANES]; TILE];
+    // Every score that is looked at was computed or set before: clearing all of them costs as much as short attention.
+    let mut scores = [[const { MaybeUninit::<f32>::uninit() }; CHUNK * LANES]; TILE];
     let mut sums = [[0.0f32; LANES]; TILE];
     let largest = &mut found.largest;
     let out = found.values.as_mut_ptr();
@@ -137,12 +212,12 @@ pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, span: usize) -> Found {
             let end = (chunk * CHUNK + CHUNK).min(last / LANES + 1);
             for block in start..end {
                 let column = (block - chunk * CHUNK) * LANES;
-                let keys = &job.keys[job.blocks[block] as usize * job.stride..][..size * LANES];
+                let keys = &all_keys[job.blocks[block] as usize * job.stride..][..size * LANES];
                 // Blocks lie anywhere, so the next one is asked for by hand.
                 let next = job.blocks[(block + 1).min(last / LANES)] as usize * job.stride;
-                let next = job.keys.as_ptr().wrapping_add(next);
+                let next = all_keys.as_ptr().wrapping_add(next);
                 for q in (0..count).step_by(SCORED) {
-                    block_scores::<L>(job, q, keys, next, &mut scores, column);
+                    block_scores::<L, T>(job, q, keys, next, &mut scores, column);
                 }
             }
             let (left, right) = ((start - chunk * CHUNK) * LANES, (end - chunk * CHUNK) * LANES);
@@ -151,7 +226,7 @@ pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, span: usize) -> Found {
                 let base = chunk * CHUNK * LANES;
                 let from = job.first(job.positions[q]).saturating_sub(base).clamp(left, right);
                 let to = (job.positions[q] + 1).saturating_sub(base).clamp(from, right);
-                let row = scores[q].as_mut_ptr();
+                let row = scores[q].as_mut_ptr().cast::<f32>();
                 for column in left..from {
                     *row.add(column) = f32::NEG_INFINITY;
                 }
@@ -189,21 +264,21 @@ pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, span: usize) -> Found {
             }
             for block in start..end {
                 let column = (block - chunk * CHUNK) * LANES;
-                let values = &job.values[job.blocks[block] as usize * job.stride..][..size * LANES];
+                let values = &all_values[job.blocks[block] as usize * job.stride..][..size * LANES];
                 // Positions that nobody has written stay out: what lies there may be anything.
                 let rows = LANES.min(last + 1 - block * LANES);
                 let next = job.blocks[(block + 1).min(last / LANES)] as usize * job.stride;
-                let next = job.values.as_ptr().wrapping_add(next);
-                for line in 0..size {
-                    L::prefetch(next.wrapping_add(line * LANES).cast());
+                let next = all_values.as_ptr().wrapping_add(next);
+                for line in 0..size * size_of::<T>() / size_of::<f32>() {
+                    L::prefetch(next.cast::<f32>().wrapping_add(line * LANES).cast());
                 }
                 let mut q = 0;
                 while q + WEIGHTED <= count {
-                    add_values::<L, WEIGHTED>(&scores, q, column, rows, values.as_ptr(), size, out);
+                    add_values::<L, T, WEIGHTED>(&scores, q, column, rows, values.as_ptr(), size, out);
                     q += WEIGHTED;
                 }
                 while q < count {
-                    add_values::<L, 1>(&scores, q, column, rows, values.as_ptr(), size, out);
+                    add_values::<L, T, 1>(&scores, q, column, rows, values.as_ptr(), size, out);
                     q += 1;
                 }
             }
@@ -221,12 +296,12 @@ pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, span: usize) -> Found {
 /// As for [`attend`]; `keys` has `size · 16` elements and `column` is that of a block.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "as in `attend`")]
-unsafe fn block_scores<L: Lanes>(
+unsafe fn block_scores<L: Lanes, T: Element>(
     job: &Attend<'_>,
     q: usize,
-    keys: &[f32],
-    next: *const f32,
-    scores: &mut [[f32; CHUNK * LANES]; TILE],
+    keys: &[T],
+    next: *const T,
+    scores: &mut [[MaybeUninit<f32>; CHUNK * LANES]; TILE],
     column: usize,
 ) {
     let count = job.positions.len();
@@ -239,13 +314,13 @@ unsafe fn block_scores<L: Lanes>(
         let mut sums = [L::splat(0.0); SCORED];
         for e in 0..job.size {
             L::prefetch(next.wrapping_add(e * LANES).cast());
-            let keys = L::load(keys.as_ptr().add(e * LANES));
+            let keys = T::load::<L>(keys.as_ptr().add(e * LANES));
             for i in 0..SCORED {
                 sums[i] = L::splat(*queries[i].add(e)).fma(keys, sums[i]);
             }
         }
         for i in 0..SCORED.min(TILE - q) {
-            sums[i].store(scores[q + i].as_mut_ptr().add(column));
+            sums[i].store(scores[q + i].as_mut_ptr().cast::<f32>().add(column));
         }
     }
 }
@@ -256,12 +331,12 @@ unsafe fn block_scores<L: Lanes>(
 /// As for [`attend`]; `values` is valid for `16 · size` elements and `out` for the queries.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "as in `attend`")]
-unsafe fn add_values<L: Lanes, const N: usize>(
-    scores: &[[f32; CHUNK * LANES]; TILE],
+unsafe fn add_values<L: Lanes, T: Element, const N: usize>(
+    scores: &[[MaybeUninit<f32>; CHUNK * LANES]; TILE],
     q: usize,
     column: usize,
     rows: usize,
-    values: *const f32,
+    values: *const T,
     size: usize,
     out: *mut f32,
 ) {
@@ -280,10 +355,10 @@ unsafe fn add_values<L: Lanes, const N: usize>(
                 let from = values.add(row * size + e);
                 let mut values = [L::splat(0.0); WIDE];
                 for i in 0..WIDE {
-                    values[i] = L::load(from.add(i * LANES));
+                    values[i] = T::load::<L>(from.add(i * LANES));
                 }
                 for n in 0..N {
-                    let p = L::splat(*scores[q + n].as_ptr().add(column + row));
+                    let p = L::splat(*scores[q + n].as_ptr().cast::<f32>().add(column + row));
                     for i in 0..WIDE {
                         sums[n][i] = p.fma(values[i], sums[n][i]);
                     }
@@ -299,7 +374,8 @@ unsafe fn add_values<L: Lanes, const N: usize>(
             for e in wide..size {
                 let out = out.add((q + n) * size + e);
                 for row in 0..rows {
-                    *out = scores[q + n][column + row].mul_add(*values.add(row * size + e), *out);
+                    let p = *scores[q + n].as_ptr().cast::<f32>().add(column + row);
+                    *out = p.mul_add((*values.add(row * size + e)).value(), *out);
                 }
             }
         }

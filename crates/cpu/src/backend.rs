@@ -10,7 +10,7 @@ use gptoss::{
     sample, score,
 };
 
-use crate::attention::{Attend, Found, TILE};
+use crate::attention::{Attend, Element, Found, Stored, TILE};
 use crate::bandwidth;
 use crate::kernels::{Isa, Kernels};
 use crate::packed::{Buffer, Job, Output, PackedMatrix, Then, multiply};
@@ -40,6 +40,8 @@ pub struct Options {
     pub fast_weights: bool,
     /// What weights of four or eight bits are multiplied with.
     pub activations: Activations,
+    /// Keeps keys and values in BF16, half the memory of f32.
+    pub bf16_cache: bool,
 }
 
 /// Time spent in one kind of phase.
@@ -99,8 +101,10 @@ struct LayerCache {
 
 impl LayerCache {
     /// Zeros; the pages are taken when they are first written.
-    fn new(len: usize) -> Result<LayerCache, Error> {
-        let bytes = len.checked_mul(size_of::<f32>()).ok_or(Error::Memory { needed: usize::MAX })?;
+    fn new(len: usize, bf16: bool) -> Result<LayerCache, Error> {
+        let bytes = len
+            .checked_mul(if bf16 { size_of::<half::bf16>() } else { size_of::<f32>() })
+            .ok_or(Error::Memory { needed: usize::MAX })?;
         Ok(LayerCache { keys: Buffer::new(bytes)?, values: Buffer::new(bytes)? })
     }
 }
@@ -220,7 +224,7 @@ impl Cpu {
         let embedding = keep_if_owned(weights.matrix(MatrixKind::Embedding.at(0), 0)?);
         progress(count, count);
         let rotary = Rotary::new(&config.rope, config.head_dim);
-        let cache = (0..count).map(|_| LayerCache::new(0)).collect::<Result<_, Error>>()?;
+        let cache = (0..count).map(|_| LayerCache::new(0, false)).collect::<Result<_, Error>>()?;
         Ok(Cpu {
             config,
             kernels,
@@ -421,7 +425,11 @@ impl Cpu {
         // Rotate, scale the queries (exact for a head size that is a power of four), store keys and values.
         let sliding = config.layer_kinds[index] == LayerKind::Sliding;
         let LayerCache { keys, values } = &mut self.cache[index];
-        let (key_out, value_out) = (Output::new(keys.floats_mut()), Output::new(values.floats_mut()));
+        let cache = if self.options.bf16_cache {
+            CacheOutput::Bf16(Output::new(keys.elements_mut()), Output::new(values.elements_mut()))
+        } else {
+            CacheOutput::F32(Output::new(keys.elements_mut()), Output::new(values.elements_mut()))
+        };
         let block_len = kv_width * BLOCK_TOKENS;
         let scale = 1.0 / (size as f32).sqrt();
         let half = size / 2;
@@ -446,15 +454,16 @@ impl Cpu {
                     }
                     let at = blocks[position / BLOCK_TOKENS] as usize * block_len;
                     let lane = position % BLOCK_TOKENS;
-                    let (keys, values) = qkv[q_width..].split_at(kv_width);
-                    for (e, &key) in keys.iter().enumerate() {
-                        // SAFETY: each position of each sequence is one task's, and no two share a block.
-                        unsafe { key_out.slice(at + e * BLOCK_TOKENS + lane, 1)[0] = key };
-                    }
-                    for (head, values) in values.chunks_exact(size).enumerate() {
-                        let to = at + (head * BLOCK_TOKENS + lane) * size;
-                        // SAFETY: as above.
-                        unsafe { value_out.slice(to, size).copy_from_slice(values) };
+                    // SAFETY: each position of each sequence is one task's, and no two share a block.
+                    unsafe {
+                        match &cache {
+                            CacheOutput::F32(keys, values) => {
+                                keep(keys, values, &qkv[q_width..], size, at, lane);
+                            }
+                            CacheOutput::Bf16(keys, values) => {
+                                keep(keys, values, &qkv[q_width..], size, at, lane);
+                            }
+                        }
                     }
                 }
             });
@@ -563,14 +572,21 @@ impl Cpu {
         let sliding = config.layer_kinds[index] == LayerKind::Sliding;
         let sequence = &plan.sequences[tables.rows[tile.rows.start].0];
         let first = tile.kv_head * config.head_dim * BLOCK_TOKENS;
+        let stored = |buffer: &'a Buffer| {
+            if self.options.bf16_cache {
+                Stored::Bf16(&buffer.elements()[first..])
+            } else {
+                Stored::F32(&buffer.elements()[first..])
+            }
+        };
         Attend {
             queries: &queries.values,
             sinks: &queries.sinks,
             positions: &queries.positions,
             window: if sliding { config.sliding_window } else { usize::MAX },
             size: config.head_dim,
-            keys: &cache.keys.floats()[first..],
-            values: &cache.values.floats()[first..],
+            keys: stored(&cache.keys),
+            values: stored(&cache.values),
             stride: config.kv_heads * config.head_dim * BLOCK_TOKENS,
             blocks: if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks },
         }
@@ -790,7 +806,12 @@ impl Backend for Cpu {
     }
 
     fn kv_layout(&self) -> KvLayout {
-        KvLayout::f32(&self.config)
+        let KvLayout { full_block_bytes, sliding_block_bytes } = KvLayout::f32(&self.config);
+        let part = if self.options.bf16_cache { 2 } else { 1 };
+        KvLayout {
+            full_block_bytes: full_block_bytes / part,
+            sliding_block_bytes: sliding_block_bytes / part,
+        }
     }
 
     fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
@@ -799,8 +820,8 @@ impl Backend for Cpu {
             let blocks = if *kind == LayerKind::Sliding { sliding_blocks } else { full_blocks };
             let len = blocks.checked_mul(width).ok_or(Error::Memory { needed: usize::MAX })?;
             // The old cache is given back first: two never exist at once.
-            *cache = LayerCache::new(0)?;
-            *cache = LayerCache::new(len)?;
+            *cache = LayerCache::new(0, false)?;
+            *cache = LayerCache::new(len, self.options.bf16_cache)?;
         }
         self.blocks = (full_blocks, sliding_blocks);
         Ok(())
@@ -826,6 +847,36 @@ impl Prepared<'_> {
     fn of(&self, kind: Kind) -> Records<'_> {
         let records = if kind == Kind::Float { self.float } else { self.limbs };
         records.expect("records were made for this matrix")
+    }
+}
+
+/// Where keys and values go.
+enum CacheOutput {
+    F32(Output<f32>, Output<f32>),
+    Bf16(Output<half::bf16>, Output<half::bf16>),
+}
+
+/// Stores the keys and values (`new`) of one position in lane `lane` of the block at `at`.
+///
+/// # Safety
+/// Nobody else stores this position meanwhile.
+unsafe fn keep<T: Element>(
+    keys: &Output<T>,
+    values: &Output<T>,
+    new: &[f32],
+    size: usize,
+    at: usize,
+    lane: usize,
+) {
+    let (new_keys, new_values) = new.split_at(new.len() / 2);
+    for (e, &key) in new_keys.iter().enumerate() {
+        // SAFETY: the contract.
+        unsafe { keys.slice(at + e * BLOCK_TOKENS + lane, 1)[0] = T::of(key) };
+    }
+    for (head, new) in new_values.chunks_exact(size).enumerate() {
+        // SAFETY: the contract.
+        let out = unsafe { values.slice(at + (head * BLOCK_TOKENS + lane) * size, size) };
+        out.iter_mut().zip(new).for_each(|(out, &new)| *out = T::of(new));
     }
 }
 

@@ -289,7 +289,7 @@ pub struct SelfTest {
 /// Runs every kernel family of `isa` on small cases against plain arithmetic. Empty if this CPU lacks it.
 pub fn self_test(isa: Isa) -> Vec<SelfTest> {
     let Some(kernels) = isa.kernels() else { return Vec::new() };
-    let families: [(&'static str, cases::Case); 13] = [
+    let families: [(&'static str, cases::Case); 14] = [
         ("nvfp4 × f32", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(3))),
         ("nvfp4 × int16", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(2))),
         ("nvfp4 × int8", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(1))),
@@ -300,7 +300,8 @@ pub fn self_test(isa: Isa) -> Vec<SelfTest> {
         ("int8 × int16", |k| cases::product(k, cases::Weights::Int8, Kind::Limbs(2))),
         ("int8 × int8", |k| cases::product(k, cases::Weights::Int8, Kind::Limbs(1))),
         ("bf16 × f32", |k| cases::product(k, cases::Weights::Bf16, Kind::Float)),
-        ("attention", cases::attention),
+        ("attention", |k| cases::attention(k, false)),
+        ("attention, bf16", |k| cases::attention(k, true)),
         ("rms norm", cases::norm),
         ("swiglu", cases::activation),
     ];
@@ -325,6 +326,7 @@ pub fn self_test(isa: Isa) -> Vec<SelfTest> {
 /// Small cases with an exact answer.
 mod cases {
     use super::*;
+    use crate::attention::Stored;
     use crate::products::CODE_BYTES;
     use crate::records::{COLUMNS, Layout};
 
@@ -462,7 +464,8 @@ mod cases {
         }
     }
 
-    pub(super) fn attention(kernels: &Kernels) -> Outcome {
+    /// With keys and values in f32, or in BF16.
+    pub(super) fn attention(kernels: &Kernels, bf16: bool) -> Outcome {
         let (mut found, mut expected) = (Vec::new(), Vec::new());
         // Head size, first position of the queries, queries per token, queries, window.
         for (size, position, heads, count, window) in [
@@ -478,7 +481,13 @@ mod cases {
             let blocks: Vec<u32> = (0..count_of_blocks).map(|b| (b + 2) % count_of_blocks).collect();
             let stride = size * LANES + 3;
             let all = stride * blocks.len();
-            let (keys, values) = (noise(all, 17), noise(all, 19));
+            let (mut keys, mut values) = (noise(all, 17), noise(all, 19));
+            let rounded = |x: &[f32]| x.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>();
+            let halves = (rounded(&keys), rounded(&values));
+            if bf16 {
+                keys = halves.0.iter().map(|x| x.to_f32()).collect();
+                values = halves.1.iter().map(|x| x.to_f32()).collect();
+            }
             let queries = noise(size * count, 23);
             let sinks = noise(count, 27).iter().map(|s| 3.0 * s).collect::<Vec<f32>>();
             let positions: Vec<usize> = (0..count).map(|q| position + q / heads).collect();
@@ -488,8 +497,8 @@ mod cases {
                 positions: &positions,
                 window,
                 size,
-                keys: &keys,
-                values: &values,
+                keys: if bf16 { Stored::Bf16(&halves.0) } else { Stored::F32(&keys) },
+                values: if bf16 { Stored::Bf16(&halves.1) } else { Stored::F32(&values) },
                 stride,
                 blocks: &blocks,
             };

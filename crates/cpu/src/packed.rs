@@ -295,25 +295,25 @@ pub(crate) enum Then {
 
 /// A slice that several tasks write, each to places of its own.
 #[derive(Clone, Copy)]
-pub(crate) struct Output {
-    start: *mut f32,
+pub(crate) struct Output<T = f32> {
+    start: *mut T,
     len: usize,
 }
 
 // SAFETY: tasks write disjoint elements: each (job, panel) is one task's, and the jobs of a phase have disjoint outputs.
-unsafe impl Sync for Output {}
+unsafe impl<T: Send> Sync for Output<T> {}
 // SAFETY: as above.
-unsafe impl Send for Output {}
+unsafe impl<T: Send> Send for Output<T> {}
 
-impl Output {
-    pub(crate) fn new(out: &mut [f32]) -> Output {
+impl<T> Output<T> {
+    pub(crate) fn new(out: &mut [T]) -> Output<T> {
         Output { start: out.as_mut_ptr(), len: out.len() }
     }
 
     /// # Safety
     /// No other task uses these elements in the same phase, and the slice is not used otherwise meanwhile.
     #[expect(clippy::mut_from_ref, reason = "the contract makes the tasks' parts disjoint")]
-    pub(crate) unsafe fn slice(&self, at: usize, len: usize) -> &mut [f32] {
+    pub(crate) unsafe fn slice(&self, at: usize, len: usize) -> &mut [T] {
         assert!(at + len <= self.len, "an output within its slice");
         // SAFETY: within the slice by the assertion; unaliased by the contract.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(at), len) }
@@ -534,13 +534,13 @@ impl Buffer {
         unsafe { std::slice::from_raw_parts(self.first(), self.len) }
     }
 
-    /// The bytes as f32.
-    pub(crate) fn floats(&self) -> &[f32] {
+    /// The bytes as elements.
+    pub(crate) fn elements<T: bytemuck::Pod>(&self) -> &[T] {
         bytemuck::cast_slice(self.as_slice())
     }
 
-    /// The bytes as f32.
-    pub(crate) fn floats_mut(&mut self) -> &mut [f32] {
+    /// The bytes as elements.
+    pub(crate) fn elements_mut<T: bytemuck::Pod>(&mut self) -> &mut [T] {
         bytemuck::cast_slice_mut(self.as_mut_slice())
     }
 

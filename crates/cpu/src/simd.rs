@@ -34,6 +34,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// The even and the odd of two columns of BF16: row `r` in elements `2 r` and `2 r + 1`.
     unsafe fn load_bf16(from: *const u16) -> [Self; 2];
+    /// Sixteen BF16.
+    unsafe fn widen_bf16(from: *const u16) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
@@ -143,6 +145,12 @@ impl Lanes for Scalar {
         // SAFETY: valid for 64 bytes by the trait's contract.
         let bits = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
         [Scalar(bits.map(|b| f32::from_bits(b << 16))), Scalar(bits.map(|b| f32::from_bits(b & 0xffff_0000)))]
+    }
+    #[inline(always)]
+    unsafe fn widen_bf16(from: *const u16) -> Self {
+        // SAFETY: valid for sixteen elements by the trait's contract.
+        let bits = unsafe { from.cast::<[u16; LANES]>().read_unaligned() };
+        Scalar(bits.map(|b| f32::from_bits(u32::from(b) << 16)))
     }
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
@@ -301,6 +309,14 @@ mod x86 {
                     Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))),
                     Avx512(_mm512_castsi512_ps(odd)),
                 ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn widen_bf16(from: *const u16) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
+                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
             }
         }
         #[inline(always)]
@@ -483,6 +499,18 @@ mod x86 {
                     Avx2(_mm256_castsi256_ps(even.0), _mm256_castsi256_ps(even.1)),
                     Avx2(_mm256_castsi256_ps(odd.0), _mm256_castsi256_ps(odd.1)),
                 ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn widen_bf16(from: *const u16) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let (a, b) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
+                let bits = (_mm256_cvtepu16_epi32(a), _mm256_cvtepu16_epi32(b));
+                Avx2(
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits.0)),
+                    _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits.1)),
+                )
             }
         }
         #[inline(always)]

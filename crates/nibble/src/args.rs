@@ -98,6 +98,9 @@ pub(crate) struct Run {
     /// self-test passes; the weights are in memory twice
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) activations: ActivationBits,
+    /// Type of the key/value cache. `auto` is f32 on a CPU and BF16 on a GPU
+    #[arg(long, value_name = "auto|bf16", default_value = "auto", value_parser = ["auto", "bf16"])]
+    pub(crate) kv_cache_dtype: String,
     /// Keeps the weights on disk as a CPU reads them: the file is made if it is not there or of other weights, and mapped at
     /// the next start, which takes under a second. It is as large as the loaded model
     #[arg(long, value_name = "FILE")]
@@ -112,6 +115,7 @@ impl Run {
             batch_invariant: false,
             weights: WeightBits::AsStored,
             activations: ActivationBits::F32,
+            kv_cache_dtype: "auto".to_owned(),
             packed_cache: None,
         }
     }
@@ -332,9 +336,6 @@ pub(crate) struct Capacity {
     /// They do, which is the default
     #[arg(long, hide = true, overrides_with = "no_enable_prefix_caching")]
     pub(crate) enable_prefix_caching: bool,
-    /// Type of the key/value cache
-    #[arg(long, value_name = "auto", default_value = "auto", value_parser = ["auto"])]
-    pub(crate) kv_cache_dtype: String,
     /// Devices that share the model
     #[arg(long, visible_alias = "tp", value_name = "N", default_value_t = 1)]
     pub(crate) tensor_parallel_size: usize,

@@ -44,6 +44,7 @@ pub(crate) fn watched_backend(
                 threads: Some(threads(common)),
                 isa: None,
                 fast_weights: run.weights == WeightBits::Fast,
+                bf16_cache: run.kv_cache_dtype == "bf16",
                 activations: match run.activations {
                     ActivationBits::F32 => cpu::Activations::F32,
                     ActivationBits::Int16 => cpu::Activations::Int16,

@@ -179,15 +179,16 @@ fn odd_shapes_agree_with_the_reference() {
 }
 
 #[test]
-fn coarser_activations_and_weights_stay_near() {
+fn coarser_activations_weights_and_caches_stay_near() {
     // Twice the error that each had when it was written: a wrong scale or limb is far beyond.
-    for (activations, fast_weights, bound) in [
-        (Activations::Int16, false, 6e-5),
-        (Activations::Int8, false, 1.3e-2),
-        (Activations::F32, true, 1.5e-2),
-        (Activations::Int8, true, 2.3e-2),
+    for (activations, fast_weights, bf16_cache, bound) in [
+        (Activations::Int16, false, false, 6e-5),
+        (Activations::Int8, false, false, 1.3e-2),
+        (Activations::F32, true, false, 1.5e-2),
+        (Activations::Int8, true, false, 2.3e-2),
+        (Activations::F32, false, true, 5e-3),
     ] {
-        let options = Options { activations, fast_weights, ..Options::default() };
+        let options = Options { activations, fast_weights, bf16_cache, ..Options::default() };
         let mut cpu = load(open("models/tiny-gpt-oss"), options);
         let case = &json("testdata/model/tiny-gpt-oss.json")["logits"]["long"];
         let plan = SequencePlan { logits: true, ..sequence(&ids(&case["ids"]), 0, 0) };
@@ -198,8 +199,9 @@ fn coarser_activations_and_weights_stay_near() {
             .copied()
             .collect();
         let error = relative(&found, &golden("testdata/model/tiny-gpt-oss.safetensors", "long.logits"));
-        assert!(error <= bound, "{activations:?}, fast {fast_weights}: {error:e}");
-        assert!(error >= bound / 10.0, "{activations:?}, fast {fast_weights} took another road: {error:e}");
+        let case = format!("{activations:?}, fast {fast_weights}, BF16 cache {bf16_cache}");
+        assert!(error <= bound, "{case}: {error:e}");
+        assert!(error >= bound / 10.0, "{case} took another road: {error:e}");
     }
 }
 
@@ -215,7 +217,13 @@ fn the_same_bits_on_every_instruction_set_and_thread_count() {
     ] {
         let plan = SequencePlan { logits: true, ..sequence(&tokens(40), 0, 0) };
         let logits = |isa, threads| {
-            let options = Options { isa: Some(isa), threads: Some(threads), fast_weights, activations };
+            let options = Options {
+                isa: Some(isa),
+                threads: Some(threads),
+                fast_weights,
+                activations,
+                bf16_cache: fast_weights,
+            };
             run(&mut load(odd(format), options), vec![plan.clone()]).remove(0).logits
         };
         let expected = logits(Isa::Scalar, 1);
@@ -236,7 +244,7 @@ fn the_same_bits_on_every_instruction_set_and_thread_count() {
 fn the_same_bits_whatever_the_chunks_and_the_company() {
     for activations in [Activations::F32, Activations::Int8] {
         let fast_weights = activations == Activations::Int8;
-        let options = Options { activations, fast_weights, ..Options::default() };
+        let options = Options { activations, fast_weights, bf16_cache: fast_weights, ..Options::default() };
         cuts_and_company(&mut load(odd(Format::Nvfp4), options));
     }
 }

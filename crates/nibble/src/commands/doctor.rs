@@ -29,10 +29,8 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
                     "passed": t.passed})
             })
             .collect();
-        let coarser: Vec<_> = coarser
-            .iter()
-            .map(|(flags, error)| json!({"options": flags, "error": error}))
-            .collect();
+        let coarser: Vec<_> =
+            coarser.iter().map(|(flags, error)| json!({"options": flags, "error": error})).collect();
         ui.document(&json!({
             "version": env!("CARGO_PKG_VERSION"), "machine": machine(), "threads": threads, "isa": best.name(),
             "bandwidth_bytes_per_second": bandwidth, "kernels": rows, "coarser": coarser, "gpu": gpu.json, "passed": passed,
@@ -54,7 +52,10 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
             let equal = if test.equals_scalar { "yes" } else { "no" };
             println!("{:<15} {:<9} {:<9.1e} {equal:<4} {verdict}", test.kernel, test.isa.name(), test.error);
         }
-        println!("\n{}", bold("coarser numbers, if asked for                error of the small model's logits"));
+        println!(
+            "\n{}",
+            bold("coarser numbers, if asked for                error of the small model's logits")
+        );
         for (flags, error) in &coarser {
             println!("{flags:<45}{error:.1e}");
         }
@@ -67,15 +68,16 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     }
 }
 
-/// What coarser weights and activations cost the small model on a short text: flags, and the relative RMS error of all logits.
+/// What coarser weights, caches and activations cost the small model on a short text: flags, and the relative RMS error of all logits.
 fn coarser(threads: usize) -> Result<Vec<(&'static str, f64)>> {
     const TEXT: &str = "It was a bright cold day in April, and the clocks were striking thirteen. The old man went down \
                         to the harbour as he had done every morning, looked at the boats, and counted them twice.";
     let model = Model::built_in()?;
     let tokens = model.tokenizer()?.encode(TEXT);
     let weights = Arc::new(model.checkpoint);
-    let logits = |fast_weights, activations| -> Result<Vec<f32>> {
-        let options = Options { threads: Some(threads), fast_weights, activations, ..Options::default() };
+    let logits = |fast_weights, bf16_cache, activations| -> Result<Vec<f32>> {
+        let threads = Some(threads);
+        let options = Options { threads, fast_weights, bf16_cache, activations, ..Options::default() };
         let mut cpu = Cpu::load(weights.clone(), options, &mut |_, _| {})?;
         let blocks = tokens.len().div_ceil(BLOCK_TOKENS);
         cpu.allocate_kv(blocks, blocks)?;
@@ -90,17 +92,18 @@ fn coarser(threads: usize) -> Result<Vec<(&'static str, f64)>> {
         let outputs = cpu.step(&Plan { sequences: vec![sequence] })?;
         Ok(outputs.into_iter().flat_map(|output| output.logits).collect())
     };
-    let exact = logits(false, Activations::F32)?;
+    let exact = logits(false, false, Activations::F32)?;
     let energy: f64 = exact.iter().map(|&e| f64::from(e).powi(2)).sum();
     [
-        ("--activations int16", false, Activations::Int16),
-        ("--activations int8", false, Activations::Int8),
-        ("--weights fast", true, Activations::F32),
-        ("--weights fast --activations int8", true, Activations::Int8),
+        ("--kv-cache-dtype bf16", false, true, Activations::F32),
+        ("--activations int16", false, false, Activations::Int16),
+        ("--activations int8", false, false, Activations::Int8),
+        ("--weights fast", true, false, Activations::F32),
+        ("--weights fast --activations int8", true, false, Activations::Int8),
     ]
     .into_iter()
-    .map(|(flags, fast, activations)| {
-        let found = logits(fast, activations)?;
+    .map(|(flags, fast, bf16, activations)| {
+        let found = logits(fast, bf16, activations)?;
         let error: f64 = found.iter().zip(&exact).map(|(f, e)| f64::from(f - e).powi(2)).sum();
         Ok((flags, (error / energy).sqrt()))
     })

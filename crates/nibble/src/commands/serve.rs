@@ -234,7 +234,7 @@ fn info(args: &Serve, common: &Common) -> Value {
         "seed": args.seed,
         "max_num_seqs": capacity.max_num_seqs,
         "max_num_batched_tokens": capacity.max_num_batched_tokens,
-        "kv_cache_dtype": capacity.kv_cache_dtype,
+        "kv_cache_dtype": run.kv_cache_dtype,
         "kv_cache_memory_bytes": capacity.kv_cache_memory_bytes,
         "prefix_caching": !capacity.no_enable_prefix_caching,
         "max_num_queued_reqs": limits.max_num_queued_reqs,

@@ -232,16 +232,19 @@ fn measurements() {
     assert_eq!(rows, expected.concat());
     let found = ok(&["doctor", "--json"]).json();
     assert!(found["passed"].as_bool().unwrap());
-    // What the tests of the kernels' crate find on another text, within a factor of three.
-    for (row, (options, usual)) in found["coarser"].as_array().unwrap().iter().zip([
-        ("--activations int16", 2.7e-5),
-        ("--activations int8", 6.4e-3),
-        ("--weights fast", 7.3e-3),
-        ("--weights fast --activations int8", 1.1e-2),
+    // The same bits on every machine; half and twice leave room for another order of sums.
+    let coarser = found["coarser"].as_array().unwrap();
+    assert_eq!(coarser.len(), 5);
+    for (row, (options, usual)) in coarser.iter().zip([
+        ("--kv-cache-dtype bf16", 4.6e-3),
+        ("--activations int16", 2.5e-5),
+        ("--activations int8", 7.3e-3),
+        ("--weights fast", 2.0e-2),
+        ("--weights fast --activations int8", 2.1e-2),
     ]) {
         assert_eq!(row["options"], options);
         let error = row["error"].as_f64().unwrap();
-        assert!(error < 3.0 * usual && error > usual / 3.0, "{options}: {error:e}");
+        assert!(error < 2.0 * usual && error > usual / 2.0, "{options}: {error:e}");
     }
 }
 
