@@ -246,11 +246,11 @@ __device__ __forceinline__ void cluster_barrier() {
 }
 
 // What block `rank` of the cluster has at the same place of its shared memory.
-__device__ __forceinline__ float4 read_of_cluster(const float4* own, uint32_t rank) {
+__device__ __forceinline__ float read_of_cluster(const float* own, uint32_t rank) {
 #if __CUDA_ARCH__ >= 900
-    float4 v;
-    asm volatile("{\n.reg .u32 a;\nmapa.shared::cluster.u32 a, %4, %5;\nld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a];\n}"
-                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+    float v;
+    asm volatile("{\n.reg .u32 a;\nmapa.shared::cluster.u32 a, %1, %2;\nld.shared::cluster.f32 %0, [a];\n}"
+                 : "=f"(v)
                  : "r"(shared_address(own)), "r"(rank)
                  : "memory");
     return v;

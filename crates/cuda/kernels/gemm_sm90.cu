@@ -338,53 +338,31 @@ template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinli
                 sums[(8 * j + 2 * t + i % 2) * STRIDE + threadIdx.x / WARP * TILE_ROWS + g + i / 2 * 8] = d[4 * j + i];
         }
         cluster_barrier();
-        // A thread finishes four pairs of rows at a time.
-        constexpr int PAIRS = 4, AT_ONCE = THREADS / (ROW_TILES * 8 / PAIRS);
-        const Epilogue& e = p.epilogue;
-        const int own = threadIdx.x / 2 % ROW_TILES, pair = threadIdx.x % 2 * PAIRS, finished = blockIdx.x * ROW_TILES + own;
+        const int finished = blockIdx.x * ROW_TILES + threadIdx.x / 8 % ROW_TILES, pair = threadIdx.x % 8;
         if (finished < row_tiles) {
-            Affine affine[PAIRS];
-#pragma unroll
-            for (int i = 0; i < PAIRS; i++) affine[i].load(e, m, work.expert, finished, pair + i);
-            const int ranks = cluster_size();
-            for (int column = cluster_rank() * AT_ONCE + threadIdx.x / (2 * ROW_TILES); column < work.n; column += ranks * AT_ONCE) {
-                const uint32_t token = work.first + column;
+            Affine affine;
+            affine.load(p.epilogue, m, work.expert, finished, pair);
+            const int at_once = THREADS / (ROW_TILES * 8), ranks = cluster_size();
+            for (int column = cluster_rank() * at_once + threadIdx.x / (ROW_TILES * 8); column < work.n; column += ranks * at_once) {
+                const float* own = sums + column * STRIDE + threadIdx.x / 8 % ROW_TILES * TILE_ROWS + pair;
                 // All reads in flight together: each comes from far.
-                Rotation rotations[PAIRS] = {};
-                float old[2][PAIRS] = {};
-                float* out = e.out + size_t(token) * m.rows;
-#pragma unroll
-                for (int i = 0; i < PAIRS; i++) {
-                    if (e.kind == QKV) rotations[i].load(e, finished, pair + i, token);
-                    const uint2 rows = stored_rows(e, finished, pair + i);
-                    if (e.kind == RESIDUAL && rows.x < m.rows) old[0][i] = out[rows.x];
-                    if (e.kind == RESIDUAL && rows.y < m.rows) old[1][i] = out[rows.y];
-                }
-                const float4* lower = (const float4*)(sums + column * STRIDE + own * TILE_ROWS + pair);
-                float4 parts[2][MAX_CLUSTER];
+                const uint2 rows = stored_rows(p.epilogue, finished, pair);
+                float* out = p.epilogue.out + size_t(work.first + column) * m.rows;
+                const bool adds = p.epilogue.kind == RESIDUAL;
+                const float old_a = adds && rows.x < m.rows ? out[rows.x] : 0.f, old_b = adds && rows.y < m.rows ? out[rows.y] : 0.f;
+                float parts[2][MAX_CLUSTER], a = 0, b = 0;
 #pragma unroll
                 for (int rank = 0; rank < MAX_CLUSTER; rank++) {
-                    parts[0][rank] = rank < ranks ? read_of_cluster(lower, rank) : make_float4(0, 0, 0, 0);
-                    parts[1][rank] = rank < ranks ? read_of_cluster(lower + 2, rank) : make_float4(0, 0, 0, 0);
-                }
-                float sum[2][PAIRS] = {};
-#pragma unroll
-                for (int h = 0; h < 2; h++) {
-#pragma unroll
-                    for (int rank = 0; rank < MAX_CLUSTER; rank++) {
-                        const float4& part = parts[h][rank];
-                        sum[h][0] += part.x, sum[h][1] += part.y, sum[h][2] += part.z, sum[h][3] += part.w;
-                    }
+                    parts[0][rank] = rank < ranks ? read_of_cluster(own, rank) : 0;
+                    parts[1][rank] = rank < ranks ? read_of_cluster(own + 8, rank) : 0;
                 }
 #pragma unroll
-                for (int i = 0; i < PAIRS; i++) {
-                    if (e.kind == RESIDUAL) {
-                        const uint2 rows = stored_rows(e, finished, pair + i);
-                        if (rows.x < m.rows) out[rows.x] = old[0][i] + (sum[0][i] * affine[i].scale + affine[i].a);
-                        if (rows.y < m.rows) out[rows.y] = old[1][i] + (sum[1][i] * affine[i].scale + affine[i].b);
-                    } else {
-                        finish(e, m, affine[i], finished, pair + i, token, sum[0][i], sum[1][i], rotations[i]);
-                    }
+                for (int rank = 0; rank < MAX_CLUSTER; rank++) a += parts[0][rank], b += parts[1][rank];
+                if (adds) {
+                    if (rows.x < m.rows) out[rows.x] = old_a + (a * affine.scale + affine.a);
+                    if (rows.y < m.rows) out[rows.y] = old_b + (b * affine.scale + affine.b);
+                } else {
+                    finish(p.epilogue, m, affine, finished, pair, work.first + column, a, b);
                 }
             }
         }

@@ -111,7 +111,7 @@ pub(crate) struct Arena {
     /// f32 `[tokens, experts]`
     router_logits: Buffer,
     routes: Buffer,
-    /// u32, counts the blocks of experts_few.cu
+    /// u32, counts the blocks of experts_few.cuh
     barrier: Buffer,
     /// 16-bit `[slots, intermediate]`, plain or stacked
     pub(crate) activated: Buffer,
@@ -808,17 +808,22 @@ impl Cuda {
         unsafe { self.device.launch(name, grid, 256, GEMM_SHARED, &params(tile)) }
     }
 
-    /// Bytes of activations for which experts_few.cu has room, and with these the tokens of a pass through the experts of a layer.
-    fn few_sizes(&self, layer: &Layer) -> (usize, usize) {
-        let room = self.device.shared_bytes().saturating_sub(FEW_SHARED) / 1024 * 1024;
+    /// The kernel of experts_few.cuh for `n` tokens, and how it goes through the experts of a layer.
+    fn few_kernel(&self, layer: &Layer, n: usize) -> FewKernel {
+        let few = n * self.config.experts_per_token <= 8 * self.config.experts;
+        let (name, groups, tokens) = if few { ("experts_few", 6, 16) } else { ("experts_some", 4, 24) };
+        // Of each warp two chunks of four tiles; what all warpgroups but one leave for others; the plan.
+        let beside = 4 * groups * 2 * 4 * (512 + 64) + (groups - 1) * (tokens / 2) * 128 * 4 + 2048;
+        let room = self.device.shared_bytes().saturating_sub(beside) / 1024 * 1024;
         let cols = layer.gate_up.padded_cols().max(layer.down.padded_cols());
-        (room, (room / (2 * cols)).min(24) / 8 * 8)
+        let tokens = (room / (2 * cols)).min(tokens) / 8 * 8;
+        FewKernel { name, threads: 128 * groups as u32, tokens, room, shared: room + beside }
     }
 
-    /// Whether the experts of `n` tokens have few each, and take experts_few.cu.
+    /// Whether the experts of `n` tokens have few each, and take experts_few.cuh.
     fn few_each(&self, layer: &Layer, n: usize) -> bool {
         let (experts, pairs) = (self.config.experts, n * self.config.experts_per_token);
-        let (_, tokens) = self.few_sizes(layer);
+        let tokens = self.few_kernel(layer, n).tokens;
         self.device.capability() >= 90
             && n > 1
             && pairs <= 20 * experts
@@ -835,7 +840,7 @@ impl Cuda {
         first: Epilogue,
         second: Epilogue,
     ) -> Result<(), Error> {
-        let (room, tokens) = self.few_sizes(layer);
+        let kernel = self.few_kernel(layer, n);
         let part = |matrix: &PackedMatrix, input: &Buffer, epilogue| Part {
             matrix: matrix.params(),
             epilogue,
@@ -851,14 +856,14 @@ impl Cuda {
             n: n as u32,
             experts: self.config.experts as u32,
             experts_per_token: self.config.experts_per_token as u32,
-            tokens: tokens as u32,
-            room: room as u32,
+            tokens: kernel.tokens as u32,
+            room: kernel.room as u32,
             padding: 0,
         };
         let grid = [self.device.multiprocessors() as u32, 1, 1];
         // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room. There are not more blocks than
         // multiprocessors, so that all come to the barrier between the products, and every launch has as many.
-        unsafe { self.device.launch("experts_few", grid, 512, room + FEW_SHARED, &params) }
+        unsafe { self.device.launch(kernel.name, grid, kernel.threads, kernel.shared, &params) }
     }
 
     /// A product of the experts with the activations of their slots.
@@ -1156,10 +1161,18 @@ impl Cuda {
     }
 }
 
-/// Shared memory of experts_few.cu beside activations: weights, of sixteen warps two chunks of four tiles each; what three warpgroups leave
-/// for others; its plan.
-const FEW_SHARED: usize = 16 * 2 * 4 * (512 + 64) + 3 * 12 * 128 * 4 + 2048;
-/// Its passes of a block, at most.
+/// A kernel of experts_few.cuh.
+struct FewKernel {
+    name: &'static str,
+    threads: u32,
+    /// Of a pass, at most.
+    tokens: usize,
+    /// Bytes of shared memory for activations, and of all.
+    room: usize,
+    shared: usize,
+}
+
+/// Passes of a block of experts_few.cuh, at most.
 const FEW_PASSES: usize = 16;
 /// Up to so many tokens the router shares a token's experts among blocks.
 const ROUTER_FEW: usize = 160;

@@ -73,6 +73,7 @@ const MODULES: &[Module] = &[
         &[90],
     ),
     (fatbin!("experts_few"), &["experts_few"], &[]),
+    (fatbin!("experts_some"), &["experts_some"], &[]),
     (fatbin!("attention"), &["attend_split"], &[]),
     (fatbin!("attention_many"), &["attend_many"], &[]),
     (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "gather", "largest", "read"], &[]),

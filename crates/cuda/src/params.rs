@@ -77,11 +77,11 @@ params! {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
         n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, padding: u32,
     }
-    /// experts_few.cu
+    /// experts_few.cuh
     Part, 128 {
         matrix: Matrix, epilogue: Epilogue, input: Address,
     }
-    /// experts_few.cu
+    /// experts_few.cuh
     Few, 296 {
         parts: [Part; 2], list: Address, barrier: Address,
         n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, padding: u32,
