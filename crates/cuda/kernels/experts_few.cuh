@@ -1,8 +1,8 @@
 // Both products of the experts' four-bit weights with few tokens each, at the speed of the memory, on Hopper and later. A block takes a
 // contiguous part of all rows of all experts, first of the first product, then, when all blocks have arrived, of the second. As many
 // tokens' activations as there is room for lie in its shared memory. Its warpgroups share what it has evenly, down to the single tile, and
-// each warp's weights come to shared memory by copies that run ahead, across the ends of rows, experts and products. (Bulk copies would do
-// the same, but take five times as many instructions.)
+// each warp's weights come to shared memory by copies that run ahead, across the ends of rows, experts and products. (Bulk copies do the
+// same with more instructions, of which there are too many here.)
 // Whoever includes this says how many warpgroups a block has, and how many tokens a pass: what registers and shared memory allow.
 #pragma once
 
