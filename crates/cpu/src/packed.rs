@@ -4,7 +4,7 @@
 //! The rows of gate and up, which alternate in a checkpoint, are in panels that alternate.
 
 use std::mem::MaybeUninit;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint::{Format, Matrix, MatrixId, MatrixKind, Values, Weights};
@@ -320,8 +320,9 @@ impl<T> Output<T> {
     }
 }
 
-/// Weight bytes per task: enough to make the hand-over cheap, little enough to balance two threads.
-const TASK_BYTES: usize = 192 << 10;
+/// Weight bytes per task, of few tokens. Each task begins without what would have been asked for ahead, so it is as long as the
+/// balance of the threads allows: an eighth of a thread's share, within these bounds.
+const TASK_BYTES: RangeInclusive<usize> = 192 << 10..=768 << 10;
 
 /// The same for batches, where a byte is more work; still enough panels to use activations again while they are near.
 const BATCH_TASK_BYTES: usize = 112 << 10;
@@ -338,11 +339,13 @@ const RECORD_BYTES: usize = 384 << 10;
 /// Runs products side by side as one phase.
 pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
     let mut tasks = Vec::new();
+    let share = jobs.iter().map(|job| job.matrix.matrix_bytes()).sum::<usize>() / pool.threads() / 8;
+    let few = share.clamp(*TASK_BYTES.start(), *TASK_BYTES.end());
     for (j, job) in jobs.iter().enumerate() {
         let matrix = job.matrix;
         assert_eq!(matrix.shape.slabs(), job.x.slabs, "records as wide as the matrix");
         let width = if matrix.shape.paired { 2 } else { 1 };
-        let bytes = if job.x.tokens > 8 { BATCH_TASK_BYTES } else { TASK_BYTES };
+        let bytes = if job.x.tokens > 8 { BATCH_TASK_BYTES } else { few };
         let units = matrix.shape.panels() / width;
         let step = (bytes / (width * matrix.shape.panel_bytes())).max(1);
         tasks.extend((0..units).step_by(step).map(|u| (j, u, (u + step).min(units))));
