@@ -463,7 +463,7 @@ pub(crate) struct Network {
     #[arg(long, default_value = "127.0.0.1", env = "VLLM_HOST_IP")]
     pub(crate) host: String,
     /// Port to listen on; 0 takes a free one and prints it
-    #[arg(long, default_value_t = 8000, env = "VLLM_PORT")]
+    #[arg(long, default_value_t = 8000, env = "VLLM_PORT", overrides_with = "port")]
     pub(crate) port: u16,
     /// A socket in the file system to listen on instead
     #[arg(long, value_name = "PATH")]

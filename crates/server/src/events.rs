@@ -51,7 +51,7 @@ pub(crate) struct Abort {
     pub(crate) everything: bool,
     /// Names of requests that an operator has no patience with.
     pub(crate) ids: Vec<String>,
-    /// Engines that were given up: what one of them was computing will never come.
+    /// Engines that are beyond repair: what one of them was computing will never come.
     pub(crate) engines: u64,
 }
 

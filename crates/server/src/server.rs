@@ -27,9 +27,6 @@ use crate::throughput;
 use crate::tls::{Tls, TlsOptions};
 use crate::watchdog;
 
-/// Between two attempts to load a model again.
-const LONGEST_PAUSE: Duration = Duration::from_secs(60);
-
 /// Longest wait for connections after what ran was aborted: they have only their last words to send.
 const ABORT_GRACE: Duration = Duration::from_secs(2);
 
@@ -357,8 +354,8 @@ impl Server {
     }
 
     /// Serves until `shutdown` comes, then takes nothing new and finishes what runs; what still runs after the timeout of
-    /// the options ends with an error.
-    pub async fn run(self, shutdown: impl Future<Output = ()>) {
+    /// the options ends with an error. Or until the engine cannot be replaced within this process; then what runs has failed.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> Ended {
         let state = self.state;
         let (down, draining) = watch::channel(false);
         let signal = async {
@@ -387,15 +384,30 @@ impl Server {
             state.abort.send_modify(|abort| abort.everything = true);
             tokio::time::sleep(ABORT_GRACE).await;
         };
+        let beyond_repair = async {
+            watchdog::watch(&state).await;
+            // The last words of those that failed.
+            state.abort.send_modify(|abort| abort.engines += 1);
+            tokio::time::sleep(ABORT_GRACE).await;
+        };
         tokio::select! {
-            () = served => {}
-            () = give_up => {}
-            () = refresh => {}
-            () = throughput::watch(&state, self.log_stats) => {}
-            () = watchdog::watch(&state) => {}
+            () = served => Ended::ShutDown,
+            () = give_up => Ended::ShutDown,
+            () = refresh => Ended::ShutDown,
+            () = throughput::watch(&state, self.log_stats) => Ended::ShutDown,
+            () = beyond_repair => Ended::BeyondRepair,
             never = signal => match never {},
         }
     }
+}
+
+/// Why a server has ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Ended {
+    /// It was to.
+    ShutDown,
+    /// Its device was lost or hangs, and only a new process can have it again.
+    BeyondRepair,
 }
 
 async fn wait(mut signal: watch::Receiver<bool>) {
@@ -409,6 +421,16 @@ enum Life {
     Awake(Engine),
     /// At the level that was asked for.
     Asleep(u8),
+}
+
+/// What became of an engine that does not work.
+pub(crate) enum Restart {
+    /// There is a new one.
+    Done,
+    /// There is none, nor will there be in this process.
+    Failed(String),
+    /// The server has no way to make one, or sleeps.
+    NotPossible,
 }
 
 /// What all requests share.
@@ -636,41 +658,32 @@ impl State {
         loaded.unwrap_or_else(|error| Err(error.to_string()))
     }
 
-    /// Makes a new engine in place of one that is lost or does not come back; until then requests are told to come back. Those
-    /// of an engine that hangs fail at once. False if this server cannot load its model again, or was put to sleep.
-    pub(crate) async fn restart(self: &Arc<State>, engine: Engine, hangs: bool) -> bool {
+    /// Makes a new engine in place of one that is lost or hangs; until then requests are told to come back. An engine that hangs
+    /// may hold its device, so there is nothing to try.
+    pub(crate) async fn restart(self: &Arc<State>, engine: Engine, hangs: bool) -> Restart {
         let Some(loader) = self.loader.lock().unwrap_or_else(PoisonError::into_inner).clone() else {
-            return false;
+            return Restart::NotPossible;
         };
         {
             let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
             if !matches!(*life, Life::Awake(_)) {
-                return false;
+                return Restart::NotPossible;
             }
             *life = Life::Loading;
         }
-        self.metrics.restarted();
         if hangs {
-            // In this order: what it took before fails, and then it takes nothing.
             engine.abandon();
-            self.abort.send_modify(|abort| abort.engines += 1);
-        } else {
-            // Two models are never in memory at once.
-            let ended = engine.clone();
-            let _ = tokio::task::spawn_blocking(move || ended.wait()).await;
+            return Restart::Failed("its step does not come back".to_owned());
         }
-        drop(engine);
-        let mut pause = Duration::from_secs(1);
-        loop {
-            match self.load(Arc::clone(&loader)).await {
-                Ok(engine) => {
-                    *self.life.write().unwrap_or_else(PoisonError::into_inner) = Life::Awake(engine);
-                    return true;
-                }
-                Err(error) => tracing::error!(%error, "the model could not be loaded again"),
+        // Two models are never in memory at once.
+        let _ = tokio::task::spawn_blocking(move || engine.wait()).await;
+        match self.load(loader).await {
+            Ok(engine) => {
+                *self.life.write().unwrap_or_else(PoisonError::into_inner) = Life::Awake(engine);
+                self.metrics.restarted();
+                Restart::Done
             }
-            tokio::time::sleep(pause).await;
-            pause = (2 * pause).min(LONGEST_PAUSE);
+            Err(error) => Restart::Failed(error),
         }
     }
 

@@ -1,12 +1,13 @@
-//! Looks whether the engine still works. One that has lost its device or hangs in a step is replaced by a new one, in this
-//! process, so that the server comes back by itself (`serving.md` 13.6).
+//! Looks whether the engine still works. One that has lost its device is replaced by a new one in this process if that can be, so
+//! that the server comes back by itself (`serving.md` 13.6). After an illegal access CUDA gives a process no context any more,
+//! whatever is reset: then, and after a step that hangs, the process must begin again.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use engine::Stats;
 
-use crate::server::State;
+use crate::server::{Restart, State};
 
 /// Between two looks, at most.
 const PERIOD: Duration = Duration::from_secs(1);
@@ -15,7 +16,7 @@ const PERIOD: Duration = Duration::from_secs(1);
 /// taken for a device that hangs, since a new engine would be no faster.
 const PATIENCE: u32 = 30;
 
-/// Looks again and again.
+/// Looks again and again, until there is an engine that cannot be replaced.
 pub(crate) async fn watch(state: &Arc<State>) {
     let patience = state.health_stall_timeout * PATIENCE;
     let mut timer = tokio::time::interval(PERIOD.min(patience / 2).max(Duration::from_millis(1)));
@@ -29,8 +30,13 @@ pub(crate) async fn watch(state: &Arc<State>) {
             continue;
         }
         let what = if hangs { "hangs in a step" } else { "is lost" };
-        if state.restart(engine, hangs).await {
-            tracing::warn!("the engine {what}: a new one serves now");
+        match state.restart(engine, hangs).await {
+            Restart::Done => tracing::warn!("the engine {what}: a new one serves now"),
+            Restart::Failed(error) => {
+                tracing::error!(%error, "the engine {what} and cannot be replaced in this process");
+                return;
+            }
+            Restart::NotPossible => {}
         }
     }
 }

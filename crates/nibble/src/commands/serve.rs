@@ -8,8 +8,8 @@ use checkpoint::GenerationConfig;
 use engine::{Engine, EngineOptions};
 use serde_json::{Value, json};
 use server::{
-    ClientCertificates, CorsOptions, ErrorStyle, Fingerprint, Handle, Options, SamplingDefaults, Server,
-    TlsOptions,
+    ClientCertificates, CorsOptions, Ended, ErrorStyle, Fingerprint, Handle, Options, SamplingDefaults,
+    Server, TlsOptions,
 };
 
 use crate::args::{AccessFlags, Answers, Common, Guessing, Limits, Logs, Network, Serve};
@@ -326,7 +326,7 @@ async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Commo
         server::Error::Tls(message) => Failure::input(message),
         error => Failure::machine(error.to_string()),
     })?;
-    let url = server.url();
+    let (url, port) = (server.url(), server.local_addr().map(|address| address.port()));
     if ui.json {
         ui.document(&json!({"url": url}));
     } else {
@@ -354,7 +354,31 @@ async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Commo
     tracing::info!("ready: {}, context {}", engine.device(), engine.max_model_len());
     handle.ready(engine);
     reload(&handle, args, common, ui);
-    serving.await.map_err(failed)
+    match serving.await.map_err(failed)? {
+        Ended::ShutDown => Ok(()),
+        Ended::BeyondRepair => Err(begin_again(port)),
+    }
+}
+
+/// Begins this process again, on the same port: the device gives nothing to it as it is. Returns only if that fails.
+fn begin_again(port: Option<u16>) -> Failure {
+    tracing::warn!("the server begins again");
+    #[cfg(unix)]
+    {
+        use std::os::unix::process::CommandExt as _;
+        let mut arguments = std::env::args_os();
+        let program = std::env::current_exe().ok().or_else(|| arguments.next().map(Into::into));
+        let mut command = std::process::Command::new(program.unwrap_or_default());
+        command.args(std::env::args_os().skip(1));
+        // Whatever port was free must be the same again; the last word counts.
+        port.into_iter().for_each(|port| drop(command.args(["--port", &port.to_string()])));
+        Failure::machine(format!("the server cannot begin again: {}", command.exec()))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = port;
+        Failure::machine("the device was lost, and only a new process can have it again")
+    }
 }
 
 /// How the model comes back after a sleep.

@@ -21,7 +21,7 @@ pub(crate) struct Fixture {
     pub(crate) handle: Handle,
     pub(crate) engine: Option<Engine>,
     shutdown: Option<tokio::sync::oneshot::Sender<()>>,
-    ended: tokio::task::JoinHandle<()>,
+    ended: tokio::task::JoinHandle<server::Ended>,
     pub(crate) runtime: tokio::runtime::Runtime,
 }
 
@@ -98,8 +98,8 @@ impl Fixture {
     }
 
     /// Waits until the server has ended.
-    pub(crate) fn ended(&mut self) {
-        self.runtime.block_on(&mut self.ended).unwrap();
+    pub(crate) fn ended(&mut self) -> server::Ended {
+        self.runtime.block_on(&mut self.ended).unwrap()
     }
 
     pub(crate) fn connect(&self) -> TcpStream {

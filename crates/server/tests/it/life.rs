@@ -200,14 +200,23 @@ fn a_lost_device_is_replaced() {
 }
 
 #[test]
-fn an_engine_that_hangs_is_replaced() {
+fn a_server_whose_engine_hangs_ends_so_that_another_process_can_begin() {
     let options = Options { health_stall_timeout: Duration::from_millis(1), ..options() };
-    let (server, steps) = replaceable(&options);
+    let (mut server, steps) = replaceable(&options);
     // The step is never allowed to go on.
     let (status, kind, ..) = server.chat(&hi()).error();
     assert_eq!((status, kind.as_str()), (503, UNAVAILABLE));
-    is_back(&server);
+    assert_eq!(server.ended(), server::Ended::BeyondRepair);
     drop(steps);
+}
+
+#[test]
+fn a_server_whose_device_does_not_come_back_ends_so_that_another_process_can_begin() {
+    let (mut server, steps) = replaceable(&options());
+    server.handle.reload_with(Box::new(|_| Err("an illegal memory access was encountered".to_owned())));
+    steps.send(Step::Lose("an illegal memory access was encountered".to_owned())).unwrap();
+    assert_eq!(server.chat(&hi()).error().0, 503);
+    assert_eq!(server.ended(), server::Ended::BeyondRepair);
 }
 
 #[test]
