@@ -5,7 +5,7 @@
 
 struct Attention {
     const uint16_t* queries;                 // [n, query heads, 64] in bf16
-    const uint16_t *keys, *values;           // [blocks, kv heads, 16, 64], [blocks, kv heads, 64, 16] in bf16
+    const void *keys, *values;               // [blocks, kv heads, 16, 64], [blocks, kv heads, 64, 16] in bf16 or E4M3
     const float* sinks;                      // [query heads]
     const uint32_t *positions, *sequences, *table_starts, *table;
     const uint32_t* tiles;                   // chunks: first token and number of tokens of each tile
@@ -15,14 +15,37 @@ struct Attention {
     uint32_t query_heads, kv_heads;
     uint32_t window;                         // 0: everything
     uint32_t out_format, out_stack;
-    uint32_t splits, padding[2];
+    uint32_t splits;
+    float key_scale, value_scale;            // E4M3: what a stored number is multiplied by
 };
 static_assert(sizeof(Attention) == 128);
 
 constexpr float NOTHING = -1e30f;
 constexpr float LOG2_E = 1.4426950408889634f;
 
-__device__ __forceinline__ uint32_t pack2(float a, float b) {
-    __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
-    return reinterpret_cast<uint32_t&>(v);
-}
+// Keys and values in BF16 are multiplied as they are; in E4M3 as FP16 numbers.
+template <CacheFormat C> struct Cached;
+template <> struct Cached<CACHE_BF16> {
+    using Product = Number<BF16>;
+    static __device__ __forceinline__ uint32_t pack(float a, float b) {
+        __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+        return reinterpret_cast<uint32_t&>(v);
+    }
+    // Two queries, which are in BF16.
+    static __device__ __forceinline__ uint32_t query(uint32_t v) { return v; }
+    static __device__ __forceinline__ float key_factor(const Attention&) { return 0.125f * LOG2_E; }
+    static __device__ __forceinline__ float value_factor(const Attention&) { return 1; }
+};
+template <> struct Cached<CACHE_E4M3> {
+    using Product = Number<FP4>;
+    static __device__ __forceinline__ uint32_t pack(float a, float b) {
+        __half2 v = __floats2half2_rn(a, b);
+        return reinterpret_cast<uint32_t&>(v);
+    }
+    static __device__ __forceinline__ uint32_t query(uint32_t v) {
+        const float2 pair = __bfloat1622float2(reinterpret_cast<__nv_bfloat162&>(v));
+        return __half_as_ushort(Product::from(pair.x)) | uint32_t(__half_as_ushort(Product::from(pair.y))) << 16;
+    }
+    static __device__ __forceinline__ float key_factor(const Attention& p) { return 0.125f * LOG2_E * E4M3_WIDENED * p.key_scale; }
+    static __device__ __forceinline__ float value_factor(const Attention& p) { return E4M3_WIDENED * p.value_scale; }
+};

@@ -7,9 +7,6 @@ constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int KEYS = 64, PAGES = KEYS / BLOCK_TOKENS;
 constexpr int STAGES = 3, HALF = KEYS * HEAD * 2, STAGE = 2 * HALF; // bytes: keys, then values
 
-// Scores are powers of two: 1 / sqrt(64), and the base.
-constexpr float SCALE = 0.125f * LOG2_E;
-
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -31,7 +28,8 @@ __device__ __forceinline__ uint32_t value_place(uint32_t page, uint32_t d, uint3
     return HALF + page * 2048 + d * 32 + ((piece ^ (d / 4 & 1)) << 4);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __grid_constant__ Attention p) {
+template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p) {
+    using Product = typename Cached<C>::Product;
     extern __shared__ __align__(128) uint8_t shared[];
     wait_for_previous();
     start_next();
@@ -49,21 +47,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
     const int d = threadIdx.x % 64 / 2 * 2, half = threadIdx.x % 2;
     // Pages beyond the last are not read: their keys are masked, but what is multiplied by zero must be a number.
     auto block_of = [&](int step) { return step < end ? table[min(step * PAGES + page, last_page)] : 0; };
+    // E4M3 comes through registers, a step ahead of the copy to shared memory, and is widened on the way.
+    uint2 fetched[4];
+    auto fetch = [&](int step, uint32_t block) {
+        if (step >= end) return;
+        const size_t at = (size_t(block) * p.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            fetched[i] = *(const uint2*)((const uint8_t*)p.keys + at + (key + i) * HEAD + piece * 8);
+            fetched[2 + i] = *(const uint2*)((const uint8_t*)p.values + at + (d + i) * BLOCK_TOKENS + half * 8);
+        }
+    };
+    auto put = [&](int step) {
+        if (step >= end) return;
+        const uint32_t to = stages + step % STAGES * STAGE;
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const uint2 a = widen_e4m3(fetched[i].x), b = widen_e4m3(fetched[i].y);
+            const uint32_t place = i < 2 ? key_place(page * BLOCK_TOKENS + key + i, piece) : value_place(page, d + i - 2, half);
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to + place), "r"(a.x), "r"(a.y), "r"(b.x), "r"(b.y)
+                         : "memory");
+        }
+    };
     auto bring = [&](int step, uint32_t block) {
         if (step < end) {
             const size_t at = (size_t(block) * p.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
             const uint32_t to = stages + step % STAGES * STAGE;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                copy_async(to + key_place(page * BLOCK_TOKENS + key + i, piece), p.keys + at + (key + i) * HEAD + piece * 8);
-                copy_async(to + value_place(page, d + i, half), p.values + at + (d + i) * BLOCK_TOKENS + half * 8);
+                copy_async(to + key_place(page * BLOCK_TOKENS + key + i, piece), (const uint16_t*)p.keys + at + (key + i) * HEAD + piece * 8);
+                copy_async(to + value_place(page, d + i, half), (const uint16_t*)p.values + at + (d + i) * BLOCK_TOKENS + half * 8);
             }
         }
         commit_copies();
     };
+    constexpr bool WIDENED = C == CACHE_E4M3;
+    const float factor = Cached<C>::key_factor(p);
 #pragma unroll
-    for (int i = 0; i < STAGES - 1; i++) bring(begin + i, block_of(begin + i));
+    for (int i = 0; i < STAGES - 1; i++) {
+        if (WIDENED) fetch(begin + i, block_of(begin + i)), put(begin + i);
+        else bring(begin + i, block_of(begin + i));
+    }
     uint32_t next_block = block_of(begin + STAGES - 1);
+    if (WIDENED) {
+        fetch(begin + STAGES - 1, next_block);
+        next_block = block_of(begin + STAGES);
+    }
 
     // Rows g and g + 8 of this warp, their queries and the keys that they see.
     uint32_t q[4][4] = {};
@@ -78,8 +107,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             if (!inside) continue;
-            q[j][h] = words[8 * j + lane_quarter()];
-            q[j][2 + h] = words[8 * j + 4 + lane_quarter()];
+            q[j][h] = Cached<C>::query(words[8 * j + lane_quarter()]);
+            q[j][2 + h] = Cached<C>::query(words[8 * j + 4 + lane_quarter()]);
         }
     }
     // What all rows of this warp see, and what any sees.
@@ -92,8 +121,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
     for (int step = begin; step < end; step++) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2) : "memory");
         __syncthreads();
-        bring(step + STAGES - 1, next_block);
-        next_block = block_of(step + STAGES);
+        if (WIDENED) {
+            put(step + STAGES - 1);
+            fetch(step + STAGES, next_block);
+            next_block = block_of(step + STAGES + 1);
+        } else {
+            bring(step + STAGES - 1, next_block);
+            next_block = block_of(step + STAGES);
+        }
         const int position = step * KEYS;
         if (idle || position > high || position + KEYS <= any_from) continue;
         const uint32_t stage = stages + step % STAGES * STAGE;
@@ -105,8 +140,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
                 // Four pieces of 8 keys: the inputs of two products.
                 uint32_t b[4];
                 load_matrices(b, stage + key_place(8 * i + lane % 8, 2 * j + lane / 8));
-                Number<BF16>::multiply(score[i], q[j], b[0], b[1]);
-                Number<BF16>::multiply(score[i], q[j + 1], b[2], b[3]);
+                Product::multiply(score[i], q[j], b[0], b[1]);
+                Product::multiply(score[i], q[j + 1], b[2], b[3]);
             }
         }
         const bool masked = position < all_from || position + KEYS - 1 > low;
@@ -128,14 +163,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
             }
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 1));
             largest = fmaxf(largest, __shfl_xor_sync(~0u, largest, 2));
-            const float shrink = power((max_score[h] - largest) * SCALE), less = largest * SCALE;
+            const float shrink = power((max_score[h] - largest) * factor), less = largest * factor;
             max_score[h] = largest;
             float total = 0;
 #pragma unroll
             for (int i = 0; i < 8; i++) {
-                const float a = power(score[i][2 * h] * SCALE - less), b = power(score[i][2 * h + 1] * SCALE - less);
+                const float a = power(score[i][2 * h] * factor - less), b = power(score[i][2 * h + 1] * factor - less);
                 total += a + b;
-                weight[i / 2][i % 2 * 2 + h] = pack2(a, b);
+                weight[i / 2][i % 2 * 2 + h] = Cached<C>::pack(a, b);
             }
             sum[h] = sum[h] * shrink + total;
 #pragma unroll
@@ -148,8 +183,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
                 // Sixteen dimensions: both halves of the page's keys for eight of them, then for the others.
                 uint32_t b[4];
                 load_matrices(b, stage + value_place(j, 8 * i + lane / 16 * 8 + lane % 8, lane / 8 % 2));
-                Number<BF16>::multiply(out[i], weight[j], b[0], b[1]);
-                Number<BF16>::multiply(out[i + 1], weight[j], b[2], b[3]);
+                Product::multiply(out[i], weight[j], b[0], b[1]);
+                Product::multiply(out[i + 1], weight[j], b[2], b[3]);
             }
         }
     }
@@ -160,8 +195,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
         const int row = lane_row() + 8 * h, token = warp * per_warp + row / group, head = kv * group + row % group;
         if (token >= count) continue;
         // The sink is one more logit of the denominator, without a value.
-        const float own = max_score[h] * SCALE, sink = p.sinks[head] * LOG2_E, largest = fmaxf(own, sink), shrink = exp2f(own - largest);
-        const float inverse = shrink / (sum[h] * shrink + exp2f(sink - largest));
+        const float own = max_score[h] * factor, sink = p.sinks[head] * LOG2_E, largest = fmaxf(own, sink), shrink = exp2f(own - largest);
+        const float inverse = shrink * Cached<C>::value_factor(p) / (sum[h] * shrink + exp2f(sink - largest));
 #pragma unroll
         for (int i = 0; i < 8; i++) {
             const uint32_t column = head * HEAD + 8 * i + 2 * lane_quarter();
@@ -172,3 +207,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __gri
         }
     }
 }
+
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __grid_constant__ Attention p) { many<CACHE_BF16>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many_e4m3(const __grid_constant__ Attention p) { many<CACHE_E4M3>(p); }

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 
 // Formats of a packed matrix; the same numbers as `Packing` in Rust.
 enum Format : uint32_t { BF16 = 0, FP4 = 1 };
@@ -89,6 +90,19 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint64
 }
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
+
+// How keys and values are stored; the same numbers as in Rust.
+enum CacheFormat : uint32_t { CACHE_BF16 = 0, CACHE_E4M3 = 1 };
+
+// The nearest E4M3 number, at most 448.
+__device__ __forceinline__ uint8_t e4m3(float v) { return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3); }
+
+// Four E4M3 numbers as FP16 ones, each 2^-8 of its value: exponents of both begin behind the sign, seven and fifteen from zero.
+__device__ __forceinline__ uint2 widen_e4m3(uint32_t v) {
+    const uint32_t low = __byte_perm(v, 0, 0x1404), high = __byte_perm(v, 0, 0x3424);
+    return make_uint2((low & 0x80008000u) | (low & 0x7f007f00u) >> 1, (high & 0x80008000u) | (high & 0x7f007f00u) >> 1);
+}
+constexpr float E4M3_WIDENED = 256;
 
 // Where input `k` of 64 lies in a row of stacked activations: what a product of sixteen inputs takes lies side by side.
 __device__ __forceinline__ uint32_t product_position(uint32_t k) {

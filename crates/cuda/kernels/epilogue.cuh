@@ -35,13 +35,14 @@ enum After : uint32_t { STORE = 0, RESIDUAL = 1, QKV = 2, SWIGLU = 3 };
 struct Epilogue {
     float* out;                    // STORE, RESIDUAL: [n, rows]
     uint16_t* out16;               // QKV: queries [n, query heads, 64] in bf16; SWIGLU: [slots, out_cols], see `activation_place`
-    uint16_t *keys, *values;       // QKV: [blocks, kv heads, 16, 64] and [blocks, kv heads, 64, 16] in bf16
+    void *keys, *values;           // QKV: [blocks, kv heads, 16, 64] and [blocks, kv heads, 64, 16], see `CacheFormat`
     const float* rotary;           // QKV: [n, 64], cosines and sines
     const uint32_t* slots;         // QKV: [n], where a token's keys go: block * 16 + place in the block
     uint32_t kind;
     uint32_t query_heads, kv_heads;
-    uint32_t out_cols, out_format, out_stack; // SWIGLU
-    float limit, alpha;
+    uint32_t out_cols, out_stack;  // SWIGLU
+    uint32_t out_format;           // SWIGLU: see `activation`; QKV: a `CacheFormat`
+    float limit, alpha;            // SWIGLU; QKV in E4M3: the scales of keys and of values
 };
 static_assert(sizeof(Epilogue) == 80);
 
@@ -116,11 +117,21 @@ __device__ __forceinline__ void finish(
         }
         uint32_t slot = rotation.slot, kv = (head - e.query_heads) % e.kv_heads;
         size_t at = (size_t(slot / BLOCK_TOKENS) * e.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
-        if (rotated) {
-            uint16_t* k = e.keys + at + slot % BLOCK_TOKENS * HEAD;
+        if (e.out_format == CACHE_E4M3) {
+            const float scale = rotated ? e.limit : e.alpha;
+            const uint8_t first8 = e4m3(a / scale), second8 = e4m3(b / scale);
+            if (rotated) {
+                uint8_t* k = (uint8_t*)e.keys + at + slot % BLOCK_TOKENS * HEAD;
+                k[first] = first8, k[second] = second8;
+            } else {
+                uint8_t* v = (uint8_t*)e.values + at + slot % BLOCK_TOKENS;
+                v[first * BLOCK_TOKENS] = first8, v[second * BLOCK_TOKENS] = second8;
+            }
+        } else if (rotated) {
+            uint16_t* k = (uint16_t*)e.keys + at + slot % BLOCK_TOKENS * HEAD;
             k[first] = first16, k[second] = second16;
         } else {
-            uint16_t* v = e.values + at + slot % BLOCK_TOKENS;
+            uint16_t* v = (uint16_t*)e.values + at + slot % BLOCK_TOKENS;
             v[first * BLOCK_TOKENS] = first16, v[second * BLOCK_TOKENS] = second16;
         }
     }

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
-use checkpoint::{Config, LayerKind, MatrixKind, VectorKind, Weights};
+use checkpoint::{Config, KvScales, LayerKind, MatrixKind, VectorKind, Weights};
 use gptoss::{
     BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, Sampling, SequenceOutput,
     SequencePlan, Traffic,
@@ -17,8 +17,8 @@ use crate::fp4::{self, FP4_FROM, Fp4Matrix};
 use crate::one::OneToken;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
 use crate::params::{
-    After, Attention, BF16, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, ORDERED, Part, Product,
-    Read, Router, RowOrder,
+    After, Attention, BF16, CacheFormat, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, ORDERED,
+    Part, Product, Read, Router, RowOrder,
 };
 use crate::sampling::{Sampler, Wanted};
 
@@ -40,12 +40,27 @@ const LARGEST_BLOCKS: usize = 64;
 const MAX_PARTS: usize = 4096;
 /// Blocks that share a token's keys, at most.
 const MAX_SPLITS: usize = 32;
+/// The same where it may not depend on the number of tokens.
+const INVARIANT_SPLITS: usize = 8;
+/// Blocks of a dense product that share the inputs, where that may not depend on the number of tokens.
+const INVARIANT_SHARES: usize = 4;
 /// Rows of queries that a part or a warp has.
 const QUERY_ROWS: usize = 16;
 /// Rows of queries of a block of attention_many.cu.
 const TILE_QUERIES: usize = 128;
 /// Device memory that is left to the driver, graphs and other programs.
 const RESERVE: usize = 512 << 20;
+
+/// How a model is run. `Default` is the fastest that is exact.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Options {
+    /// Kernel by kernel, without graphs.
+    pub eager: bool,
+    /// Keys and values.
+    pub cache: CacheFormat,
+    /// Single tokens and chunks each take one family of kernels and one order of summation, however many there are.
+    pub batch_invariant: bool,
+}
 
 /// gpt-oss on one GPU.
 pub struct Cuda {
@@ -65,8 +80,7 @@ pub struct Cuda {
     /// Decode steps by their number of tokens and splits of the full layers.
     graphs: HashMap<(usize, usize), Graph>,
     sampler: Sampler,
-    /// Without graphs, for a profile.
-    eager: bool,
+    pub(crate) options: Options,
     /// Room for quantized activations, if matrices are packed for FP4 products.
     fp4: Option<fp4::Scratch>,
 }
@@ -75,6 +89,8 @@ pub(crate) struct Layer {
     pub(crate) input_norm: Buffer,
     pub(crate) qkv: PackedMatrix,
     sinks: Buffer,
+    /// Of keys and values in E4M3.
+    kv_scales: KvScales,
     pub(crate) output: PackedMatrix,
     pub(crate) post_attention_norm: Buffer,
     pub(crate) router: Buffer,
@@ -83,7 +99,7 @@ pub(crate) struct Layer {
     pub(crate) down: PackedMatrix,
 }
 
-/// Keys `[blocks, kv heads, 16, 64]` and values `[blocks, kv heads, 64, 16]` of one layer, in BF16.
+/// Keys `[blocks, kv heads, 16, 64]` and values `[blocks, kv heads, 64, 16]` of one layer.
 struct LayerCache {
     keys: Buffer,
     values: Buffer,
@@ -139,6 +155,7 @@ impl Cuda {
     pub fn load(
         device: &Arc<Device>,
         weights: &dyn Weights,
+        options: Options,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Cuda, Error> {
         let config = weights.config().clone();
@@ -162,8 +179,11 @@ impl Cuda {
         let arena = Arena::new(device, &config).map_err(|e| no_room(e, device, "activations"))?;
         let sampler =
             Sampler::new(device, config.vocab_size).map_err(|e| no_room(e, device, "activations"))?;
-        let one = OneToken::new(device, &config, &layers, &unembedding)
-            .map_err(|e| no_room(e, device, "activations"))?;
+        let one = match options.batch_invariant {
+            true => None,
+            false => OneToken::new(device, &config, &layers, &unembedding)
+                .map_err(|e| no_room(e, device, "activations"))?,
+        };
         device.synchronize()?;
         progress(count, count);
         Ok(Cuda {
@@ -181,7 +201,7 @@ impl Cuda {
             blocks: (0, 0),
             graphs: HashMap::new(),
             sampler,
-            eager: false,
+            options,
             fp4: None,
         })
     }
@@ -237,6 +257,14 @@ impl Cuda {
         Ok(self.device.memory()?.0.saturating_sub(RESERVE))
     }
 
+    /// Bytes of a number of a key or a value.
+    fn number_bytes(&self) -> usize {
+        match self.options.cache {
+            CacheFormat::Bf16 => 2,
+            CacheFormat::E4m3 => 1,
+        }
+    }
+
     /// What a step reads.
     pub fn traffic(&self) -> Traffic {
         let dense = |l: &Layer| l.qkv.matrix_bytes() + l.output.matrix_bytes() + l.router.bytes();
@@ -256,9 +284,9 @@ impl Cuda {
     /// Runs one step kernel by kernel and times each.
     pub fn profile(&mut self, plan: &Plan) -> Result<Vec<KernelTime>, Error> {
         let device = Arc::clone(&self.device);
-        self.eager = true;
+        let eager = std::mem::replace(&mut self.options.eager, true);
         let times = device.profile(|| self.step(plan).map(drop));
-        self.eager = false;
+        self.options.eager = eager;
         times
     }
 
@@ -286,6 +314,7 @@ impl Layer {
                 part(MatrixKind::Key, RowOrder::Rotary, VectorKind::KeyBias),
                 part(MatrixKind::Value, RowOrder::Plain, VectorKind::ValueBias),
             ])?,
+            kv_scales: loader.kv_scales(layer)?,
             sinks: loader.vector(VectorKind::Sinks.at(layer))?,
             output: loader.matrix(&[part(MatrixKind::Output, RowOrder::Plain, VectorKind::OutputBias)])?,
             post_attention_norm: loader.vector(VectorKind::PostAttentionNorm.at(layer))?,
@@ -433,15 +462,20 @@ impl Backend for Cuda {
 
     fn describe(&self) -> String {
         let fp4 = if self.fp4.is_some() { ", FP4 products of many tokens" } else { "" };
-        format!("{}, 16-bit activations{fp4}, BF16 keys and values", self.device.name())
+        let cache = match self.options.cache {
+            CacheFormat::Bf16 => "BF16",
+            CacheFormat::E4m3 => "E4M3",
+        };
+        let graphs = if self.options.eager { ", no graphs" } else { "" };
+        format!("{}, 16-bit activations{fp4}, {cache} keys and values{graphs}", self.device.name())
     }
 
     fn kv_layout(&self) -> KvLayout {
         let layout = KvLayout::f32(&self.config);
-        // BF16 instead of f32.
+        let smaller = size_of::<f32>() / self.number_bytes();
         KvLayout {
-            full_block_bytes: layout.full_block_bytes / 2,
-            sliding_block_bytes: layout.sliding_block_bytes / 2,
+            full_block_bytes: layout.full_block_bytes / smaller,
+            sliding_block_bytes: layout.sliding_block_bytes / smaller,
         }
     }
 
@@ -455,7 +489,7 @@ impl Backend for Cuda {
         for kind in &self.config.layer_kinds {
             let blocks = if *kind == LayerKind::Sliding { sliding_blocks } else { full_blocks };
             let bytes = blocks
-                .checked_mul(self.config.kv_heads * BLOCK_TOKENS * HEAD * 2)
+                .checked_mul(self.config.kv_heads * BLOCK_TOKENS * HEAD * self.number_bytes())
                 .ok_or(Error::Memory { needed: usize::MAX })?;
             let buffer = || self.device.buffer(bytes);
             match (buffer(), buffer()) {
@@ -486,24 +520,41 @@ impl Backend for Cuda {
                 segments.push(Segment { sequence, range: at..at + count });
                 (at, tokens) = (at + count, tokens + count);
                 if tokens == MAX_TOKENS {
-                    self.run(&Batch::new(plan, std::mem::take(&mut segments)), &mut results)?;
+                    self.run_segments(plan, std::mem::take(&mut segments), &mut results)?;
                     tokens = 0;
                 }
             }
         }
         if tokens > 0 {
-            self.run(&Batch::new(plan, segments), &mut results)?;
+            self.run_segments(plan, segments, &mut results)?;
         }
         Ok(results)
     }
 }
 
 impl Cuda {
+    fn run_segments(
+        &mut self,
+        plan: &Plan,
+        segments: Vec<Segment>,
+        results: &mut [SequenceOutput],
+    ) -> Result<(), Error> {
+        if !self.options.batch_invariant {
+            return self.run(&Batch::new(plan, segments), results);
+        }
+        // Kernels are chosen by what is in a batch.
+        let (chunks, singles): (Vec<_>, Vec<_>) = segments.into_iter().partition(|s| s.range.len() > 1);
+        for segments in [singles, chunks].into_iter().filter(|segments| !segments.is_empty()) {
+            self.run(&Batch::new(plan, segments), results)?;
+        }
+        Ok(())
+    }
+
     fn run(&mut self, batch: &Batch<'_>, results: &mut [SequenceOutput]) -> Result<(), Error> {
         let shape = self.upload(batch)?;
         let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
         let decode = batch.singles == batch.segments.len() && batch.outputs.len() == batch.tokens;
-        if decode && !hidden && !self.eager && batch.tokens <= LOGIT_ROWS {
+        if decode && !hidden && !self.options.eager && batch.tokens <= LOGIT_ROWS {
             let key = (shape.tokens, shape.splits);
             if !self.graphs.contains_key(&key) {
                 let graph = self.device.capture(|| {
@@ -592,8 +643,12 @@ impl Cuda {
         self.arena.step.upload(0, &self.arena.step_host, total * 4)?;
         // A split has eight warps, and each at least two pages; more splits than fill the device do not help.
         let heads = batch.singles.max(1) * self.config.kv_heads;
-        let most =
-            (MAX_PARTS / heads).min(self.device.multiprocessors().div_ceil(heads)).clamp(1, MAX_SPLITS);
+        let most = match self.options.batch_invariant {
+            true => INVARIANT_SPLITS,
+            false => {
+                (MAX_PARTS / heads).min(self.device.multiprocessors().div_ceil(heads)).clamp(1, MAX_SPLITS)
+            }
+        };
         let splits = (pages / 16).clamp(1, most).next_power_of_two();
         let splits = if splits > most { splits / 2 } else { splits };
         Ok(Shape { words, tokens: batch.tokens, singles: batch.singles, tiles: tiles.len(), splits })
@@ -647,6 +702,9 @@ impl Cuda {
             values: cache.values.address(),
             rotary: self.arena.rotary.address(),
             slots: self.arena.slots.address() + if sliding { 4 * shape.tokens as u64 } else { 0 },
+            out_format: self.options.cache as u32,
+            limit: layer.kv_scales.key,
+            alpha: layer.kv_scales.value,
             ..self.epilogue(After::Qkv)
         };
         if let Some(one) = one {
@@ -737,7 +795,7 @@ impl Cuda {
         if self.many(n) {
             return self.product_of_many(matrix, input, n, epilogue);
         }
-        let columns = if n <= 8 { 8 } else { 16 };
+        let columns = if n <= 8 && !self.options.batch_invariant { 8 } else { 16 };
         let name = match (matrix.format(), columns) {
             (BF16, 8) => "product_bf16_8",
             (BF16, _) => "product_bf16_16",
@@ -755,12 +813,16 @@ impl Cuda {
 
     /// What FP4 products of this many tokens need, if the matrix takes them.
     fn fp4<'a>(&'a self, matrix: &'a PackedMatrix, n: usize) -> Option<(&'a fp4::Scratch, &'a Fp4Matrix)> {
-        if n > FP4_FROM { self.fp4.as_ref().zip(matrix.fp4.as_ref()) } else { None }
+        if n > FP4_FROM && !self.options.batch_invariant {
+            self.fp4.as_ref().zip(matrix.fp4.as_ref())
+        } else {
+            None
+        }
     }
 
     /// Whether products of this many tokens take gemm_sm90.cu, whose activations are stacked.
     fn many(&self, n: usize) -> bool {
-        self.device.capability() == 90 && n > FEW_TOKENS
+        self.device.capability() == 90 && (n > FEW_TOKENS || self.options.batch_invariant)
     }
 
     /// Rows of a stack of activations of `n` tokens, or 0 where they are plain.
@@ -788,9 +850,11 @@ impl Cuda {
             stack: self.stack(n),
             ..self.gemm_params(matrix, input, n, epilogue)
         };
-        if 2 * blocks * tiles <= fitting {
+        let (counted, most) =
+            if self.options.batch_invariant { (1, INVARIANT_SHARES) } else { (tiles, MAX_CLUSTER) };
+        if 2 * blocks * counted <= fitting {
             // Too few blocks for the device: several share the inputs.
-            let shares = (fitting / (blocks * tiles)).min(MAX_CLUSTER).min(matrix.padded_cols() / TILE_COLS);
+            let shares = (fitting / (blocks * counted)).min(most).min(matrix.padded_cols() / TILE_COLS);
             let name = if matrix.format() == FP4 { "gemm_fp4_split" } else { "gemm_bf16_split" };
             let tile = n.div_ceil(tiles).next_multiple_of(8);
             let grid = [blocks as u32, shares as u32, tiles as u32];
@@ -820,13 +884,17 @@ impl Cuda {
         FewKernel { name, threads: 128 * groups as u32, tokens, room, shared: room + beside }
     }
 
-    /// Whether the experts of `n` tokens have few each, and take experts_few.cuh.
-    fn few_each(&self, layer: &Layer, n: usize) -> bool {
+    /// Whether the experts have few tokens each, and take experts_few.cuh.
+    fn few_each(&self, layer: &Layer, shape: &Shape) -> bool {
+        let n = shape.tokens;
         let (experts, pairs) = (self.config.experts, n * self.config.experts_per_token);
         let tokens = self.few_kernel(layer, n).tokens;
+        let few = match self.options.batch_invariant {
+            true => shape.singles == n,
+            false => n > 1 && pairs <= 20 * experts,
+        };
         self.device.capability() >= 90
-            && n > 1
-            && pairs <= 20 * experts
+            && few
             && layer.gate_up.format() == FP4
             && layer.down.format() == FP4
             && tokens > 0
@@ -858,7 +926,7 @@ impl Cuda {
             experts_per_token: self.config.experts_per_token as u32,
             tokens: kernel.tokens as u32,
             room: kernel.room as u32,
-            padding: 0,
+            whole: u32::from(self.options.batch_invariant),
         };
         let grid = [self.device.multiprocessors() as u32, 1, 1];
         // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room. There are not more blocks than
@@ -931,13 +999,15 @@ impl Cuda {
             out_format: layer.output.format(),
             out_stack: self.stack(shape.tokens),
             splits: 1,
-            padding: [0; 2],
+            key_scale: layer.kv_scales.key,
+            value_scale: layer.kv_scales.value,
         };
+        let e4m3 = self.options.cache == CacheFormat::E4m3;
         if shape.tiles > 0 {
             // SAFETY: the tiles are of rows of this batch; the tables' blocks were checked with the plan.
             unsafe {
                 self.device.launch(
-                    "attend_many",
+                    if e4m3 { "attend_many_e4m3" } else { "attend_many" },
                     [shape.tiles as u32, kv_heads, 1],
                     256,
                     3 * 16384,
@@ -947,10 +1017,23 @@ impl Cuda {
         }
         if shape.singles > 0 {
             params.splits = if sliding { 1 } else { shape.splits as u32 };
-            // SAFETY: the first rows are the single tokens; `upload` bounds the parts.
-            unsafe {
-                let grid = [params.splits, kv_heads, shape.singles as u32];
-                self.device.launch("attend_split", grid, 256, 0, &params)?;
+            // As many at a time as there is room for parts; whole eights, in which the rows of a stack repeat.
+            let together = match params.splits {
+                1 => shape.singles,
+                splits => MAX_PARTS / (kv_heads * splits) as usize / 8 * 8,
+            };
+            let name = if e4m3 { "attend_split_e4m3" } else { "attend_split" };
+            let row = (2 * HEAD * self.config.query_heads) as u64;
+            let out_row = if params.out_stack > 0 { 2 * TILE_COLS as u64 } else { row };
+            let first = params;
+            for at in (0..shape.singles).step_by(together) {
+                params.queries = first.queries + at as u64 * row;
+                params.positions = first.positions + 4 * at as u64;
+                params.sequences = first.sequences + 4 * at as u64;
+                params.out = first.out + at as u64 * out_row;
+                let grid = [params.splits, kv_heads, together.min(shape.singles - at) as u32];
+                // SAFETY: the first rows are the single tokens; there is room for their parts.
+                unsafe { self.device.launch(name, grid, 256, 0, &params)? };
             }
         }
         Ok(())
@@ -961,6 +1044,7 @@ impl Cuda {
         let layer = &self.layers[index];
         let (n, config) = (shape.tokens, &self.config);
         let format = layer.gate_up.format();
+        let few_each = self.few_each(layer, shape);
         // Few tokens: the experts are shared among blocks. Many: a warp per token.
         let share = (2 * self.device.multiprocessors() / n).clamp(1, config.experts) as u32;
         let params = Router {
@@ -980,21 +1064,21 @@ impl Cuda {
             format,
             eps: config.rms_norm_eps,
             shares: share,
-            stack: if self.few_each(layer, n) { ORDERED } else { 0 },
+            stack: if few_each { ORDERED } else { 0 },
             padding: 0,
         };
-        let (name, grid) = match n {
-            0..=ROUTER_FEW => ("router", [share, n as u32, 1]),
-            _ => ("router_many", [n.div_ceil(16) as u32, 1, 1]),
+        let few = if self.options.batch_invariant { shape.singles == n } else { n <= ROUTER_FEW };
+        let (name, grid, threads) = match few {
+            true => ("router", [share, n as u32, 1], 256),
+            false => ("router_many", [n.div_ceil(16) as u32, 1, 1], 512),
         };
-        let threads = if n <= ROUTER_FEW { 256 } else { 512 };
         // SAFETY: the arena has MAX_TOKENS rows of each, and one counter more than that.
         unsafe { self.device.launch(name, grid, threads, 2 * ROUTER_COUNTS, &params)? };
 
         let epilogue = Epilogue {
             out16: self.arena.activated.address(),
             out_cols: layer.down.padded_cols() as u32,
-            out_stack: if self.few_each(layer, n) { ORDERED } else { self.slot_stack(n) },
+            out_stack: if few_each { ORDERED } else { self.slot_stack(n) },
             out_format: layer.down.format(),
             ..self.epilogue(After::Swiglu)
         };
@@ -1002,7 +1086,7 @@ impl Cuda {
         let pairs = n * config.experts_per_token;
         let active = config.experts.min(pairs);
         let store = Epilogue { out: self.arena.expert_outputs.address(), ..self.epilogue(After::Store) };
-        if self.few_each(layer, n) {
+        if few_each {
             return self.experts_of_few_each(layer, n, epilogue, store);
         }
         if let (Some((scratch, gate_up)), Some((_, down))) =
@@ -1037,7 +1121,7 @@ impl Cuda {
             self.product_of_experts(&layer.gate_up, self.arena.gathered.address(), n, epilogue)?;
             return self.product_of_experts(&layer.down, self.arena.activated.address(), n, store);
         }
-        let columns = if n <= 32 { 8 } else { 16 };
+        let columns = if n <= 32 && !self.options.batch_invariant { 8 } else { 16 };
         let name = |format| match (format, columns) {
             (BF16, 8) => "experts_bf16_8",
             (BF16, _) => "experts_bf16_16",

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::ptr::null_mut;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::NoUninit;
@@ -74,8 +75,8 @@ const MODULES: &[Module] = &[
     ),
     (fatbin!("experts_few"), &["experts_few"], &[]),
     (fatbin!("experts_some"), &["experts_some"], &[]),
-    (fatbin!("attention"), &["attend_split"], &[]),
-    (fatbin!("attention_many"), &["attend_many"], &[]),
+    (fatbin!("attention"), &["attend_split", "attend_split_e4m3"], &[]),
+    (fatbin!("attention_many"), &["attend_many", "attend_many_e4m3"], &[]),
     (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "gather", "largest", "read"], &[]),
     (fatbin!("sampling"), &["modify", "survey", "collect", "draw", "rank"], &[]),
     (fatbin!("quantize"), &["quantize"], &[]),
@@ -110,10 +111,13 @@ pub struct Device {
     pub(crate) stream: Handle,
     functions: HashMap<&'static str, Handle>,
     name: String,
+    ordinal: usize,
     /// Compute capability, 90 for Hopper.
     capability: u32,
     multiprocessors: usize,
     shared_bytes: usize,
+    /// Whether the last kernel on the stream has clusters.
+    clustered: AtomicBool,
     /// While a profile is taken: the kernels launched so far.
     timed: Mutex<Option<Vec<Timed>>>,
 }
@@ -182,9 +186,11 @@ impl Device {
             stream: null_mut(),
             functions: HashMap::new(),
             name,
+            ordinal,
             capability,
             multiprocessors: attribute(16)?,
             shared_bytes: attribute(97)?,
+            clustered: AtomicBool::new(false),
             timed: Mutex::new(None),
         };
         opened.bind()?;
@@ -197,6 +203,11 @@ impl Device {
             }
         }
         Ok(Arc::new(opened))
+    }
+
+    /// The same GPU with a stream of its own, for work beside that of this one.
+    pub fn beside(&self) -> Result<Arc<Device>, Error> {
+        Device::open(self.ordinal)
     }
 
     /// Device name as the driver gives it.
@@ -296,14 +307,17 @@ impl Device {
         params: &P,
     ) -> Result<(), Error> {
         let function = self.functions.get(name).expect("every kernel that is launched is listed");
-        let attributes = [LaunchAttribute::DEPENDENT, LaunchAttribute::cluster(cluster)];
+        let attributes = [LaunchAttribute::cluster(cluster), LaunchAttribute::DEPENDENT];
+        // What follows a cluster does not start before it is complete: kernels that started earlier and waited were seen to miss some of
+        // its writes on an H200.
+        let early = u32::from(!self.clustered.swap(cluster > 1, Ordering::Relaxed));
         let config = LaunchConfig {
             grid,
             block: [threads, 1, 1],
             shared_bytes: shared_bytes as u32,
             stream: self.stream,
             attributes: attributes.as_ptr(),
-            attribute_count: if self.capability < 90 { 0 } else { 1 + u32::from(cluster > 1) },
+            attribute_count: if self.capability < 90 { 0 } else { 1 + early },
         };
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         let mut timed = self.timed.lock().unwrap_or_else(PoisonError::into_inner);

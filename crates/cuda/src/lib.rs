@@ -1,7 +1,7 @@
 //! The NVIDIA backend: own kernels embedded as machine code, needing nothing at run time but the driver.
 //!
 //! The residual stream is f32. Products take 16-bit activations: BF16 with BF16 weights, FP16 with four-bit weights, which
-//! FP16 holds exactly together with their block scale; sums are f32. Keys and values are stored in BF16.
+//! FP16 holds exactly together with their block scale; sums are f32. Keys and values are stored in BF16, or in E4M3.
 
 mod backend;
 mod device;
@@ -17,7 +17,8 @@ mod params;
 mod sampling;
 mod self_test;
 
-pub use backend::Cuda;
+pub use backend::{Cuda, Options};
 pub use device::{Device, KernelTime, device_count};
 pub use fp4::{fp4_self_test, quantize_activations};
+pub use params::CacheFormat;
 pub use self_test::{SelfTest, self_test};

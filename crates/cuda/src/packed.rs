@@ -1,9 +1,10 @@
 //! Weights on the device: matrices as they are stored, streamed through page-locked memory, packed into tiles on arrival.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
-use checkpoint::{Format, Matrix, MatrixId, MatrixKind, Values, VectorId, Weights};
+use checkpoint::{Format, KvScales, Matrix, MatrixId, MatrixKind, Values, VectorId, Weights};
 use gptoss::Error;
 
 use crate::device::{Buffer, Device, Pinned};
@@ -18,6 +19,9 @@ pub(crate) const TILE_COLS: usize = 64;
 
 /// Bytes of one of the two staging areas.
 const STAGE: usize = 32 << 20;
+/// Threads that copy to a staging area, at most, and the least that each copies.
+const COPIERS: usize = 8;
+const COPY: usize = 1 << 20;
 /// Chunks are whole heads, so that rows that rotate together come together.
 const CHUNK_ROWS: usize = 64;
 
@@ -111,6 +115,19 @@ impl<'a> Loader<'a> {
         Ok(Loader { device: Arc::clone(device), weights, stages: [stage()?, stage()?], turn: 0 })
     }
 
+    /// The scales of a layer's keys and values in E4M3: 1 where the checkpoint has none.
+    pub(crate) fn kv_scales(&self, layer: usize) -> Result<KvScales, Error> {
+        let scales = self.weights.kv_scales(layer).unwrap_or(KvScales { key: 1.0, value: 1.0 });
+        let valid = |scale: f32| scale.is_finite() && scale > 0.0;
+        if valid(scales.key) && valid(scales.value) {
+            return Ok(scales);
+        }
+        Err(Error::Unsupported(format!(
+            "the scales of keys and values of layer {layer} must be above 0, found {} and {}",
+            scales.key, scales.value
+        )))
+    }
+
     /// A vector in f32.
     pub(crate) fn vector(&mut self, id: VectorId) -> Result<Buffer, Error> {
         self.floats(&self.weights.vector(id)?.to_f32())
@@ -186,31 +203,38 @@ impl<'a> Loader<'a> {
             fp4: None,
         };
         let mut tile_scale = vec![0.0; matrices * row_tiles];
-        let weights = self.weights;
-        // Made-up and quantized weights are computed when they are asked for: several at a time.
-        let together = std::thread::available_parallelism().map_or(1, |n| n.get().min(8));
+        // Weights that are transposed, quantized or made up when they are asked for: several at a time, and the next ones while
+        // these are packed.
+        let together = std::thread::available_parallelism().map_or(1, |n| n.get().min(16));
+        let mut pieces = Vec::new();
         for first in (0..matrices).step_by(together) {
             let mut tile = 0;
             for &(id, order, _) in parts {
-                let experts = first..matrices.min(first + together);
-                let asked: Vec<_> = std::thread::scope(|scope| {
-                    let ask = |expert| scope.spawn(move || weights.matrix(id, expert));
-                    let threads: Vec<_> = experts.clone().map(ask).collect();
-                    threads
-                        .into_iter()
-                        .map(|thread| thread.join().expect("reading weights does not panic"))
-                        .collect()
-                });
-                for (expert, matrix) in experts.clone().zip(asked) {
-                    let at = expert * row_tiles + tile;
-                    let scale = self.pack(id, &matrix?, order, &packed, at)?;
-                    let count = id.kind.shape(&config).1.div_ceil(TILE_ROWS);
-                    tile_scale[at..at + count].fill(scale);
-                    weights.release(id, expert);
-                }
+                pieces.push((id, order, tile, first..matrices.min(first + together)));
                 tile += id.kind.shape(&config).1.div_ceil(TILE_ROWS);
             }
         }
+        let weights = self.weights;
+        std::thread::scope(|scope| -> Result<(), Error> {
+            let ask = |(id, _, _, experts): &(MatrixId, RowOrder, usize, Range<usize>)| {
+                let id = *id;
+                let threads = experts.clone().map(|expert| scope.spawn(move || weights.matrix(id, expert)));
+                threads.collect::<Vec<_>>()
+            };
+            let mut next = pieces.first().map(ask);
+            for (i, (id, order, tile, experts)) in pieces.iter().enumerate() {
+                let asked = std::mem::replace(&mut next, pieces.get(i + 1).map(ask));
+                for (expert, thread) in experts.clone().zip(asked.into_iter().flatten()) {
+                    let matrix = thread.join().expect("reading weights does not panic")?;
+                    let at = expert * row_tiles + tile;
+                    let scale = self.pack(*id, &matrix, *order, &packed, at)?;
+                    let count = id.kind.shape(&config).1.div_ceil(TILE_ROWS);
+                    tile_scale[at..at + count].fill(scale);
+                    weights.release(*id, expert);
+                }
+            }
+            Ok(())
+        })?;
         if four_bits {
             packed.tile_scale = Some(self.floats(&tile_scale)?);
         }
@@ -258,8 +282,9 @@ impl<'a> Loader<'a> {
             self.turn ^= 1;
             self.device.wait(stage.free)?;
             let host = stage.host.slice_mut::<u8>();
-            host[..values.len()].copy_from_slice(values);
-            host[values.len()..values.len() + scales.len()].copy_from_slice(scales);
+            let (to_values, to_scales) = host.split_at_mut(values.len());
+            copy(to_values, values);
+            copy(&mut to_scales[..scales.len()], scales);
             stage.device.upload(0, &stage.host, values.len() + scales.len())?;
             let tile = (first_tile + first / TILE_ROWS) * column_tiles;
             let four_bits = to.format() == FP4;
@@ -296,7 +321,7 @@ impl<'a> Loader<'a> {
             let stage = &mut self.stages[self.turn];
             self.turn ^= 1;
             self.device.wait(stage.free)?;
-            stage.host.slice_mut()[..part.len()].copy_from_slice(part);
+            copy(&mut stage.host.slice_mut()[..part.len()], part);
             buffer.upload(offset + i * STAGE, &stage.host, part.len())?;
             self.device.record(stage.free)?;
         }
@@ -309,6 +334,20 @@ impl Drop for Loader<'_> {
         // The stages must outlive their copies; an error here shows again in the first step.
         let _ = self.device.synchronize();
     }
+}
+
+/// Copies with as many threads as that is worth: one fetches pages of a file much more slowly than the bus takes them.
+fn copy(to: &mut [u8], from: &[u8]) {
+    let most = std::thread::available_parallelism().map_or(1, usize::from).min(COPIERS);
+    let part = from.len().div_ceil(most).max(COPY);
+    if part >= from.len() {
+        return to.copy_from_slice(from);
+    }
+    std::thread::scope(|scope| {
+        for (to, from) in to.chunks_mut(part).zip(from.chunks(part)) {
+            scope.spawn(move || to.copy_from_slice(from));
+        }
+    });
 }
 
 /// The largest E8M0 byte, if no scale is smaller than its 2^-24th. Blocks of zeros do not count.

@@ -12,6 +12,17 @@ pub(crate) const FP4: u32 = 1;
 /// The order of activations in rows, as `activation_place` in common.cuh knows it.
 pub(crate) const ORDERED: u32 = u32::MAX;
 
+/// `CacheFormat` of common.cuh: the type of keys and values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+#[repr(u32)]
+pub enum CacheFormat {
+    /// 16 bits.
+    #[default]
+    Bf16 = 0,
+    /// Eight bits, with one scale each for the keys and the values of a layer: those of the checkpoint, or 1.
+    E4m3 = 1,
+}
+
 /// `RowOrder` of pack.cu.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
@@ -57,7 +68,7 @@ params! {
     Epilogue, 80 {
         out: Address, out16: Address, keys: Address, values: Address, rotary: Address,
         slots: Address,
-        kind: u32, query_heads: u32, kv_heads: u32, out_cols: u32, out_format: u32, out_stack: u32,
+        kind: u32, query_heads: u32, kv_heads: u32, out_cols: u32, out_stack: u32, out_format: u32,
         limit: f32, alpha: f32,
     }
     /// product.cu
@@ -84,7 +95,7 @@ params! {
     /// experts_few.cuh
     Few, 296 {
         parts: [Part; 2], list: Address, barrier: Address,
-        n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, padding: u32,
+        n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, whole: u32,
     }
     /// quantize.cu
     Quantize, 40 {
@@ -100,7 +111,7 @@ params! {
         queries: Address, keys: Address, values: Address, sinks: Address,
         positions: Address, sequences: Address, table_starts: Address, table: Address, tiles: Address,
         out: Address, partial: Address, arrivals: Address,
-        query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_stack: u32, splits: u32, padding: [u32; 2],
+        query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_stack: u32, splits: u32, key_scale: f32, value_scale: f32,
     }
     /// stream.cu
     Embed, 120 {

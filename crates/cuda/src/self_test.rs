@@ -5,15 +5,17 @@ use std::sync::Arc;
 use checkpoint::{Config, Format, MatrixId, Synthetic, Weights};
 use gptoss::{BLOCK_TOKENS, Backend, Error, Plan, Reference, SequencePlan};
 
-use crate::{Cuda, Device};
+use crate::{CacheFormat, Cuda, Device, Options};
 
 /// The largest relative error of logits that 16-bit activations explain.
 const LIMIT: f64 = 0.03;
+/// The same with keys and values of four significant bits.
+const LIMIT_E4M3: f64 = 0.08;
 
 /// What came out for one family of kernels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SelfTest {
-    /// What was run: `decode`, `few tokens`, `chunk`, `long chunk`.
+    /// What was run: `decode`, `few tokens`, `chunk`, `long chunk`, and two of them with keys and values in FP8.
     pub kernel: &'static str,
     /// Format of the experts.
     pub format: &'static str,
@@ -29,14 +31,22 @@ pub fn self_test(device: &Arc<Device>) -> Result<Vec<SelfTest>, Error> {
     for format in [Format::Nvfp4, Format::Mxfp4, Format::Bf16] {
         let weights: Arc<dyn Weights> = Arc::new(model(format));
         let mut reference = Reference::new(Arc::clone(&weights));
-        let mut cuda = Cuda::load(device, &*weights, &mut |_, _| {})?;
+        let mut cuda = Cuda::load(device, &*weights, Options::default(), &mut |_, _| {})?;
         let (blocks, tokens) = (TOKENS.div_ceil(BLOCK_TOKENS), tokens());
         reference.allocate_kv(blocks, blocks)?;
         let expected = run(&mut reference, &tokens, TOKENS)?;
-        for (kernel, chunk) in [("decode", 1), ("few tokens", 6), ("chunk", 40), ("long chunk", TOKENS)] {
+        for (kernel, chunk, cache, limit) in [
+            ("decode", 1, CacheFormat::Bf16, LIMIT),
+            ("few tokens", 6, CacheFormat::Bf16, LIMIT),
+            ("chunk", 40, CacheFormat::Bf16, LIMIT),
+            ("long chunk", TOKENS, CacheFormat::Bf16, LIMIT),
+            ("decode, FP8 cache", 1, CacheFormat::E4m3, LIMIT_E4M3),
+            ("chunk, FP8 cache", 40, CacheFormat::E4m3, LIMIT_E4M3),
+        ] {
+            cuda.options.cache = cache;
             cuda.allocate_kv(blocks, blocks)?;
             let error = relative(&run(&mut cuda, &tokens, chunk)?, &expected);
-            tests.push(SelfTest { kernel, format: format.name(), error, passed: error <= LIMIT });
+            tests.push(SelfTest { kernel, format: format.name(), error, passed: error <= limit });
         }
     }
     Ok(tests)

@@ -85,9 +85,17 @@ pub(crate) struct Run {
     /// rounds plain BF16; the other names are checked against the files
     #[arg(long, short = 'q', default_value = "auto", value_name = "auto|nvfp4|none|…")]
     pub(crate) quantization: String,
-    /// Tokens do not depend on the rest of the batch (always so on a CPU)
+    /// Tokens do not depend on the rest of the batch. Always so on a CPU; on a GPU it costs speed (BENCHMARKS.md), and neither
+    /// guesses nor the prefix cache are used
     #[arg(long)]
     pub(crate) batch_invariant: bool,
+    /// Type of the key/value cache. `auto` is f32 on a CPU and BF16 on a GPU; `fp8`, on a GPU, is E4M3 with the checkpoint's
+    /// scales, or 1 without
+    #[arg(long, value_enum, default_value = "auto")]
+    pub(crate) kv_cache_dtype: CacheType,
+    /// Runs a GPU's kernels one by one, without graphs
+    #[arg(long)]
+    pub(crate) enforce_eager: bool,
     /// What is not in four bits, on a CPU: as it is stored, or (`fast`) in eight bits with one scale per row; routers
     /// and the embedding stay
     #[arg(long, value_enum, default_value = "as-stored")]
@@ -98,9 +106,6 @@ pub(crate) struct Run {
     /// self-test passes; the weights are in memory twice
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) activations: ActivationBits,
-    /// Type of the key/value cache. `auto` is f32 on a CPU and BF16 on a GPU
-    #[arg(long, value_name = "auto|bf16", default_value = "auto", value_parser = ["auto", "bf16"])]
-    pub(crate) kv_cache_dtype: String,
     /// Keeps the weights on disk as a CPU reads them: the file is made if it is not there or of other weights, and mapped at
     /// the next start, which takes under a second. It is as large as the loaded model
     #[arg(long, value_name = "FILE")]
@@ -113,12 +118,22 @@ impl Run {
         Run {
             quantization: "auto".to_owned(),
             batch_invariant: false,
+            kv_cache_dtype: CacheType::Auto,
+            enforce_eager: false,
             weights: WeightBits::AsStored,
             activations: ActivationBits::F32,
-            kv_cache_dtype: "auto".to_owned(),
             packed_cache: None,
         }
     }
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum CacheType {
+    Auto,
+    #[value(alias = "bfloat16")]
+    Bf16,
+    #[value(alias = "fp8_e4m3")]
+    Fp8,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -51,17 +51,15 @@ pub(crate) fn start(
     let harmony = model.harmony()?;
     let generation = model.checkpoint.generation_config().clone();
     let backend = watched_backend(model.weights(run, common, ui)?, run, common, ui, watch)?;
-    if run.batch_invariant && !backend.batch_invariant() {
-        return Err(Failure::input(
-            "--batch-invariant: expected --device cpu, since products of few and of many tokens add up in different orders \
-             on a GPU",
-        ));
-    }
     let mut base = EngineOptions { max_num_batched_tokens: backend.step_tokens(), ..base.clone() };
     if let Some(bytes) = backend.cache_memory()? {
         base.kv_cache_bytes = bytes;
     }
-    let options = options(&backend, capacity, &generation, &base)?;
+    let mut options = options(&backend, capacity, &generation, &base)?;
+    if run.batch_invariant && !backend.cuts_are_exact() {
+        options.speculation = None;
+        options.prefix_caching = false;
+    }
     Ok(Running { engine: engine(backend, harmony, options)?, generation })
 }
 

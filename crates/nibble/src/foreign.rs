@@ -69,7 +69,6 @@ const FLAGS: &[(&str, Takes, Fate)] = &[
     ("prefix-caching-hash-algo", Value, Only(&["sha256"], "blocks are found by a cryptographic hash")),
     ("enable-chunked-prefill", Nothing, Ignored("prompts are always cut into chunks")),
     ("no-enable-chunked-prefill", Nothing, Ignored("prompts are always cut into chunks")),
-    ("enforce-eager", Nothing, Ignored(GRAPHS)),
     ("cudagraph-capture-sizes", Values, Ignored(GRAPHS)),
     ("max-cudagraph-capture-size", Value, Ignored(GRAPHS)),
     ("compilation-config", Value, Ignored(GRAPHS)),

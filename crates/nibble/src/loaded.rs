@@ -6,7 +6,7 @@ use checkpoint::{Config, Weights};
 use cpu::Cpu;
 use gptoss::{Backend, Error, KvLayout, Plan, SequenceOutput, Traffic};
 
-use crate::args::{ActivationBits, Common, Run, WeightBits};
+use crate::args::{ActivationBits, CacheType, Common, Run, WeightBits};
 use crate::failure::{Failure, Result};
 use crate::model::threads;
 use crate::ui::Ui;
@@ -40,11 +40,16 @@ pub(crate) fn watched_backend(
     };
     Ok(match device {
         Device::Cpu => {
+            if run.kv_cache_dtype == CacheType::Fp8 {
+                return Err(Failure::input(
+                    "--kv-cache-dtype: expected auto or bf16 on a CPU, found fp8",
+                ));
+            }
             let options = cpu::Options {
                 threads: Some(threads(common)),
                 isa: None,
                 fast_weights: run.weights == WeightBits::Fast,
-                bf16_cache: run.kv_cache_dtype == "bf16",
+                bf16_cache: run.kv_cache_dtype == CacheType::Bf16,
                 activations: match run.activations {
                     ActivationBits::F32 => cpu::Activations::F32,
                     ActivationBits::Int16 => cpu::Activations::Int16,
@@ -76,8 +81,21 @@ pub(crate) fn watched_backend(
             if run.packed_cache.is_some() {
                 return Err(Failure::input("--packed-cache: expected --device cpu, found a GPU"));
             }
-            check_kernels(&device)?;
-            let mut loaded = Box::new(cuda::Cuda::load(&device, &*weights, &mut progress)?);
+            let options = cuda::Options {
+                eager: run.enforce_eager,
+                cache: match run.kv_cache_dtype {
+                    CacheType::Auto | CacheType::Bf16 => cuda::CacheFormat::Bf16,
+                    CacheType::Fp8 => cuda::CacheFormat::E4m3,
+                },
+                batch_invariant: run.batch_invariant,
+            };
+            let (checked, loaded) = std::thread::scope(|scope| {
+                let checked = scope.spawn(|| check_kernels(&device));
+                let loaded = cuda::Cuda::load(&device, &*weights, options, &mut progress);
+                (checked.join(), loaded)
+            });
+            checked.map_err(|_| Failure::machine("the check of the kernels panicked"))??;
+            let mut loaded = Box::new(loaded?);
             if run.activations == ActivationBits::Nvfp4 {
                 drop(bar);
                 ui.note(format_args!("{}", use_fp4(&device, &mut loaded, &*weights)?));
@@ -135,8 +153,9 @@ fn device(name: &str) -> Result<Device> {
 
 /// Refuses a GPU that computes wrong numbers.
 #[cfg(feature = "cuda")]
-fn check_kernels(device: &Arc<cuda::Device>) -> Result<()> {
-    match cuda::self_test(device)?.into_iter().find(|test| !test.passed) {
+fn check_kernels(device: &cuda::Device) -> Result<()> {
+    let device = device.beside()?;
+    match cuda::self_test(&device)?.into_iter().find(|test| !test.passed) {
         None => Ok(()),
         Some(test) => Err(Failure::new(
             crate::failure::Status::Machine,
@@ -205,8 +224,8 @@ impl Loaded {
         })
     }
 
-    /// Whether a sequence's tokens do not depend on what else is in the batch.
-    pub(crate) fn batch_invariant(&self) -> bool {
+    /// Whether a token's keys and values have the same bits when it is computed alone and in a chunk.
+    pub(crate) fn cuts_are_exact(&self) -> bool {
         match self {
             Loaded::Cpu(_) => true,
             #[cfg(feature = "cuda")]

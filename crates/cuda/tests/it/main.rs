@@ -8,8 +8,10 @@ mod sampling;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use checkpoint::{Checkpoint, Config, Format, MatrixId, Synthetic, Weights};
-use cuda::{Cuda, Device};
+use checkpoint::{
+    Checkpoint, Config, Format, KvScales, Matrix, MatrixId, Synthetic, Vector, VectorId, Weights,
+};
+use cuda::{CacheFormat, Cuda, Device, Options};
 use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Sampling, SequenceOutput, SequencePlan};
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -53,7 +55,11 @@ fn device() -> Option<Arc<Device>> {
 const BLOCKS: usize = 140;
 
 fn load(device: &Arc<Device>, weights: &dyn Weights) -> Cuda {
-    let mut cuda = Cuda::load(device, weights, &mut |_, _| {}).unwrap();
+    load_with(device, weights, Options::default())
+}
+
+fn load_with(device: &Arc<Device>, weights: &dyn Weights, options: Options) -> Cuda {
+    let mut cuda = Cuda::load(device, weights, options, &mut |_, _| {}).unwrap();
     cuda.allocate_kv(BLOCKS, BLOCKS).unwrap();
     cuda
 }
@@ -338,6 +344,172 @@ fn a_batch_of_prompts_and_decodes() {
     }
 }
 
+/// Weights whose layers have scales of keys and values.
+struct Scaled(Arc<dyn Weights>, KvScales);
+
+impl Weights for Scaled {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.0.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
+        self.0.matrix(id, expert)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
+        self.0.vector(id)
+    }
+    fn kv_scales(&self, _layer: usize) -> Option<KvScales> {
+        Some(self.1)
+    }
+}
+
+#[test]
+fn keys_and_values_in_eight_bits() {
+    let Some(device) = device() else { return };
+    let text = tokens(400);
+    let mut reference = Reference::new(odd(Format::Nvfp4));
+    reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+    let expected = logits(&mut reference, &text, 400);
+    let options = Options { cache: CacheFormat::E4m3, ..Options::default() };
+    let error = |scales: KvScales, chunk: usize| {
+        let mut cuda = load_with(&device, &Scaled(odd(Format::Nvfp4), scales), options);
+        let error = relative(&logits(&mut cuda, &text, chunk), &expected);
+        eprintln!("{scales:?} in chunks of {chunk}: relative error {error:.2e}");
+        error
+    };
+    for chunk in [1, 3, 17, 64, 130, 400] {
+        assert!(error(KvScales { key: 1.0, value: 1.0 }, chunk) <= 8e-2);
+        assert!(error(KvScales { key: 0.25, value: 0.03125 }, chunk) <= 8e-2);
+    }
+}
+
+#[test]
+fn the_small_model_with_keys_and_values_in_eight_bits() {
+    let Some(device) = device() else { return };
+    let case = &json("testdata/model/tiny-gpt-oss.json")["logits"]["long"];
+    let weights = open("models/tiny-gpt-oss");
+    let options = Options { cache: CacheFormat::E4m3, ..Options::default() };
+    let compare = |scales: KvScales, chunk: usize| {
+        let expected = logits(&mut load(&device, &*weights), &ids(&case["ids"]), chunk);
+        let mut cuda = load_with(&device, &Scaled(Arc::clone(&weights), scales), options);
+        let found = logits(&mut cuda, &ids(&case["ids"]), chunk);
+        let agree = |(f, e): (&[f32], &[f32])| argmax(f) == argmax(e);
+        let rows = found.chunks_exact(4096).zip(expected.chunks_exact(4096));
+        let (count, agree) = (rows.len(), rows.filter(|&pair| agree(pair)).count());
+        let error = relative(&found, &expected);
+        eprintln!(
+            "{scales:?}, long in chunks of {chunk}: relative error {error:.2e}, {agree} of {count} agree"
+        );
+        (error, agree as f64 / count as f64)
+    };
+    for chunk in [1, 1000] {
+        for scales in [KvScales { key: 1.0, value: 1.0 }, KvScales { key: 0.1, value: 0.03125 }] {
+            let (error, agree) = compare(scales, chunk);
+            assert!(error <= 4e-2 && agree >= 0.93, "{error:e}, {agree}");
+        }
+        // Keys and values larger than 448 times their scale are cut.
+        assert!(compare(KvScales { key: 1e-4, value: 1.0 }, chunk).0 > 8e-2);
+        assert!(compare(KvScales { key: 1.0, value: 1e-4 }, chunk).0 > 8e-2);
+    }
+}
+
+#[test]
+fn a_batch_changes_no_bit_where_that_is_asked_for() {
+    let Some(device) = device() else { return };
+    let options = Options { batch_invariant: true, ..Options::default() };
+    let text = tokens(1210);
+    for format in [Format::Bf16, Format::Mxfp4, Format::Nvfp4] {
+        // Sequences of all lengths, each with blocks of its own; their tables begin anew when they run alone.
+        const SEQUENCES: usize = 40;
+        let prompt = |s: usize| [1200, 700].get(s).copied().unwrap_or(2 + s * 9 % 380);
+        let plan = |s: usize, from: usize, to: usize, first: usize| SequencePlan {
+            tokens: text[from..to].iter().map(|t| (t + s as u32) % 331).collect(),
+            position: from,
+            logits: true,
+            ..sequence(&text[..prompt(s) + 3], 0, first as u32)
+        };
+        let mut together = load_with(&device, &*odd(format), options);
+        together.allocate_kv(SEQUENCES * 80, SEQUENCES * 80).unwrap();
+        let mut found = vec![Vec::new(); SEQUENCES];
+        // Half of the prompts beside the first steps of the others; then all decode.
+        let steps: [&dyn Fn(usize) -> Option<(usize, usize)>; 5] = [
+            &|s| (s % 2 == 0).then_some((0, prompt(s))),
+            &|s| Some(if s % 2 == 0 { (prompt(s), prompt(s) + 1) } else { (0, prompt(s)) }),
+            &|s| (s % 2 == 1).then_some((prompt(s), prompt(s) + 1)),
+            &|s| Some((prompt(s) + 1, prompt(s) + 2)),
+            &|s| (s < 5).then_some((prompt(s) + 2, prompt(s) + 3)),
+        ];
+        for step in steps {
+            let part: Vec<usize> = (0..SEQUENCES).filter(|&s| step(s).is_some()).collect();
+            let plans = part.iter().map(|&s| {
+                let (from, to) = step(s).unwrap();
+                plan(s, from, to, s * 80)
+            });
+            let outputs = run(&mut together, plans.collect());
+            part.iter().zip(outputs).for_each(|(&s, output)| found[s].extend(output.logits));
+        }
+        let mut alone = load_with(&device, &*odd(format), options);
+        for (s, found) in found.iter().enumerate() {
+            let end = prompt(s) + if s < 5 { 3 } else { 2 };
+            let mut expected = run(&mut alone, vec![plan(s, 0, prompt(s), 0)]).remove(0).logits;
+            for at in prompt(s)..end {
+                expected.extend(run(&mut alone, vec![plan(s, at, at + 1, 0)]).remove(0).logits);
+            }
+            assert!(*found == expected, "{format:?}, sequence {s}");
+        }
+        // And they are right.
+        let mut reference = Reference::new(odd(format));
+        reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+        let expected = logits(&mut reference, &text[..400], 400);
+        for chunk in [1, 130] {
+            let found = logits(&mut alone, &text[..400], chunk);
+            check_logits(&found, &expected, 331, &format!("{format:?} in chunks of {chunk}, invariant"));
+        }
+    }
+}
+
+#[test]
+fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
+    let Some(device) = device() else { return };
+    let mut config = Config { vocab_size: 4096, ..Config::gpt_oss_20b() };
+    config.layer_kinds.truncate(2);
+    let pick = |id: MatrixId| if id.kind.is_expert() { Format::Nvfp4 } else { Format::Bf16 };
+    let weights = Synthetic::new(config, pick, 1);
+    let plan = |which: std::ops::Range<u32>| -> Vec<SequencePlan> {
+        let one = |s: u32| SequencePlan { hidden_after_layer: Some(1), ..sequence(&[s * 31 % 4096], 0, s) };
+        which.map(one).collect()
+    };
+    for batch_invariant in [false, true] {
+        let options = Options { batch_invariant, ..Options::default() };
+        let mut cuda = load_with(&device, &weights, options);
+        let alone: Vec<Vec<f32>> =
+            (0..128).map(|s| run(&mut cuda, plan(s..s + 1)).remove(0).hidden).collect();
+        for batch in [16, 24, 64, 128] {
+            let first = run(&mut cuda, plan(0..batch));
+            for _ in 0..20 {
+                assert!(run(&mut cuda, plan(0..batch)) == first, "another result in a batch of {batch}");
+            }
+            let rows = first.iter().zip(&alone);
+            match batch_invariant {
+                true => assert!(rows.clone().all(|(f, a)| f.hidden == *a), "batch of {batch}"),
+                false => {
+                    assert!(rows.clone().all(|(f, a)| relative(&f.hidden, a) < 1e-2), "batch of {batch}")
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn without_graphs_the_bits_are_the_same() {
+    let Some(device) = device() else { return };
+    let options = Options { eager: true, ..Options::default() };
+    let found = logits(&mut load_with(&device, &*odd(Format::Nvfp4), options), &tokens(40), 1);
+    assert!(found == logits(&mut load(&device, &*odd(Format::Nvfp4)), &tokens(40), 1));
+}
+
 #[test]
 fn what_does_not_fit_is_an_error() {
     let Some(device) = device() else { return };
@@ -351,7 +523,8 @@ fn what_does_not_fit_is_an_error() {
     let mut config = Config::gpt_oss_20b();
     (config.hidden_size, config.intermediate_size, config.vocab_size) = (64, 64, 64);
     config.head_dim = 24;
-    let error = Cuda::load(&device, &Synthetic::new(config, |_| Format::Bf16, 1), &mut |_, _| {});
+    let error =
+        Cuda::load(&device, &Synthetic::new(config, |_| Format::Bf16, 1), Options::default(), &mut |_, _| {});
     assert!(error.is_err_and(|e| e.to_string().contains("heads of 24")));
 }
 
@@ -359,7 +532,7 @@ fn what_does_not_fit_is_an_error() {
 fn the_self_test_passes() {
     let Some(device) = device() else { return };
     let tests = cuda::self_test(&device).unwrap();
-    assert_eq!(tests.len(), 12);
+    assert_eq!(tests.len(), 18);
     for test in tests {
         eprintln!("{test:?}");
         assert!(test.passed, "{test:?}");

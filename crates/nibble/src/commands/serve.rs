@@ -17,6 +17,7 @@ use crate::engine::{scripted, start};
 use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::model::{BUILT_IN, Model};
+use crate::modelopt::flag;
 use crate::ui::Ui;
 
 pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
@@ -234,7 +235,7 @@ fn info(args: &Serve, common: &Common) -> Value {
         "seed": args.seed,
         "max_num_seqs": capacity.max_num_seqs,
         "max_num_batched_tokens": capacity.max_num_batched_tokens,
-        "kv_cache_dtype": run.kv_cache_dtype,
+        "kv_cache_dtype": flag(&run.kv_cache_dtype),
         "kv_cache_memory_bytes": capacity.kv_cache_memory_bytes,
         "prefix_caching": !capacity.no_enable_prefix_caching,
         "max_num_queued_reqs": limits.max_num_queued_reqs,
