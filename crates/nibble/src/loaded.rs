@@ -41,9 +41,7 @@ pub(crate) fn watched_backend(
     Ok(match device {
         Device::Cpu => {
             if run.kv_cache_dtype == CacheType::Fp8 {
-                return Err(Failure::input(
-                    "--kv-cache-dtype: expected auto or bf16 on a CPU, found fp8",
-                ));
+                return Err(Failure::input("--kv-cache-dtype: expected auto or bf16 on a CPU, found fp8"));
             }
             let options = cpu::Options {
                 threads: Some(threads(common)),
