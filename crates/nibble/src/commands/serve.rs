@@ -372,7 +372,9 @@ fn begin_again(port: Option<u16>) -> Failure {
         let mut command = std::process::Command::new(program.unwrap_or_default());
         command.args(std::env::args_os().skip(1));
         // Whatever port was free must be the same again; the last word counts.
-        port.into_iter().for_each(|port| drop(command.args(["--port", &port.to_string()])));
+        if let Some(port) = port {
+            command.args(["--port", &port.to_string()]);
+        }
         Failure::machine(format!("the server cannot begin again: {}", command.exec()))
     }
     #[cfg(not(unix))]
