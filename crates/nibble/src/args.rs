@@ -441,6 +441,9 @@ pub(crate) struct Serve {
     /// The same as MODEL
     #[arg(long = "model", value_name = "MODEL")]
     pub(crate) model_flag: Option<String>,
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
     /// Flags from a file, by their names; the command line wins
     #[arg(long, value_name = "FILE.yaml")]
     pub(crate) config: Option<PathBuf>,

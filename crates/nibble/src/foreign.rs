@@ -44,7 +44,6 @@ const FLAGS: &[(&str, Takes, Fate)] = &[
     ("tokenizer", Value, Refused(FILES)),
     ("tokenizer-revision", Value, Refused(FILES)),
     ("tokenizer-mode", Value, Ignored("there is one tokenizer")),
-    ("revision", Value, Only(&["main"], "the hub's main revision is fetched")),
     ("download-dir", Value, Refused("HF_HOME says where the hub's cache is")),
     ("hf-token", Value, Refused("HF_TOKEN holds the token, which no command line should")),
     ("hf-overrides", Value, Refused("the model's config.json counts")),

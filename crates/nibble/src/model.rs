@@ -37,12 +37,21 @@ pub(crate) struct Model {
 impl Model {
     /// Opens a folder, fetches a hub name, or takes the built-in model.
     pub(crate) fn open(name: Option<&str>, ui: Ui) -> Result<Model> {
-        let Some(name) = name else { return Model::built_in() };
+        Model::open_revision(name, None, ui)
+    }
+
+    /// The same, with this revision of what is on the hub.
+    pub(crate) fn open_revision(name: Option<&str>, revision: Option<&str>, ui: Ui) -> Result<Model> {
+        let Some(name) = name.or_else(|| revision.map(|_| BUILT_IN)) else { return Model::built_in() };
         let path = Path::new(name);
-        let folder = if path.exists() {
+        let folder = if let Some(revision) = revision.filter(|_| path.exists() || !hub::is_hub_name(name)) {
+            return Err(Failure::input(format!(
+                "--revision {revision}: expected a hub name as MODEL, found {name}"
+            )));
+        } else if path.exists() {
             path.to_owned()
         } else if hub::is_hub_name(name) {
-            fetch(name, ui)?
+            fetch(name, revision, ui)?
         } else {
             return Err(Failure::input(format!(
                 "{name}: expected a model folder or a hub name, found no such folder"
@@ -160,10 +169,10 @@ pub(crate) fn threads(common: &Common) -> usize {
     common.threads.map_or_else(cpu::physical_cores, usize::from)
 }
 
-fn fetch(name: &str, ui: Ui) -> Result<std::path::PathBuf> {
+fn fetch(name: &str, revision: Option<&str>, ui: Ui) -> Result<std::path::PathBuf> {
     let mut bar = ui.progress("Fetching", 1);
     Hub::from_env()
-        .fetch(name, None, &mut |progress| {
+        .fetch(name, revision, &mut |progress| {
             bar.set_total(progress.total);
             bar.set(progress.done);
         })

@@ -285,7 +285,10 @@ impl Source {
             Some(("scripted", file)) => {
                 Ok(Source::Script(scripted(file, &args.capacity, &base(args, &args.limits))?))
             }
-            _ if args.engine == "auto" => Ok(Source::Model(Box::new(Model::open(name, ui)?))),
+            _ if args.engine == "auto" => {
+                let revision = args.revision.as_deref();
+                Ok(Source::Model(Box::new(Model::open_revision(name, revision, ui)?)))
+            }
             _ => {
                 let found = &args.engine;
                 Err(Failure::input(format!("--engine: expected auto or scripted:FILE, found {found}")))

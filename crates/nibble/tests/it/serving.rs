@@ -290,6 +290,7 @@ fn flags_of_others_are_listed_or_refused() {
         assert!(line.contains(flag), "{flag}: {line}");
     }
     assert_eq!(log.matches("ignored for compatibility").count(), 1);
+    let small = crate::small();
     for (args, named) in [
         (vec!["--middleware", "x.y"], "Python extensions"),
         (vec!["--distributed-executor-backend", "ray"], "Ray"),
@@ -304,6 +305,8 @@ fn flags_of_others_are_listed_or_refused() {
         (vec!["--override-generation-config", "{\"heat\": 1}"], "heat"),
         (vec!["--root-path", "x y"], "--root-path"),
         (vec!["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (vec!["--revision", "v1"], "--revision v1: expected a hub name"),
+        (vec![&small, "--revision", "v1"], "--revision v1: expected a hub name"),
         (vec!["--fingerprint-mode", "custom"], "--fingerprint-value"),
         (vec!["--max-model-len", "1M"], "--max-model-len"),
         (vec!["--host", "300.0.0.1"], ""),
@@ -333,6 +336,31 @@ fn a_file_of_flags_and_the_environment() {
     let status =
         |key: &str| server.request("GET", "/v1/models", &format!("Authorization: Bearer {key}\r\n"), b"").0;
     assert_eq!((status("one"), status("two"), status("three")), (200, 200, 401));
+}
+
+#[test]
+fn a_revision_of_a_model_on_the_hub() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("models--owner--name");
+    std::fs::create_dir_all(model.join("refs")).unwrap();
+    std::fs::create_dir_all(model.join("snapshots")).unwrap();
+    std::fs::write(model.join("refs/v2"), "abc").unwrap();
+    std::os::unix::fs::symlink(crate::small(), model.join("snapshots/abc")).unwrap();
+    let serve = |revision: &str| {
+        let mut command = nibble(&["serve", "owner/name", "--port", "0", "--revision", revision]);
+        command.env("HF_HUB_CACHE", folder.path()).env("HF_HUB_OFFLINE", "1");
+        command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+    };
+    let output = serve("v1").wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8(output.stderr).unwrap().contains("owner/name"));
+
+    let mut child = serve("v2");
+    let mut line = String::new();
+    BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let _ = child.kill();
+    let _ = child.wait();
+    assert!(line.starts_with("http://127.0.0.1:"), "{line}");
 }
 
 #[test]
