@@ -125,6 +125,9 @@ fn clients_that_go_away_free_their_sequences() {
     }
 }
 
+/// Tokens of an answer that nobody reads.
+const UNREAD: usize = 12_000;
+
 /// A client that does not read what it has asked for, and the server that has stopped computing it.
 fn unread(options: &Options) -> (Fixture, std::net::TcpStream) {
     let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens("word ")]);
@@ -132,9 +135,9 @@ fn unread(options: &Options) -> (Fixture, std::net::TcpStream) {
         EngineOptions { max_model_len: Some(100_000), kv_cache_bytes: 128 << 20, ..engine_options() };
     let server = Fixture::start(options, backend, engine_options);
     let mut request = hi();
-    // Large chunks fill what the connection holds sooner.
+    // Large chunks fill what the connection holds sooner: the system takes some four megabytes of them, three thousand or so.
     (request["logprobs"], request["top_logprobs"]) = (true.into(), 20.into());
-    request["max_tokens"] = 6000.into();
+    request["max_tokens"] = UNREAD.into();
     let mut connection = server.connect();
     connection.write_all(&message("POST", CHAT, JSON, request.to_string().as_bytes())).unwrap();
     (server, connection)
@@ -160,7 +163,7 @@ fn clients_that_do_not_read_are_waited_for_without_blocks() {
     let chunks = events[..events.len() - 1].iter().map(|event| parse_data(event));
     let entries =
         chunks.map(|chunk| chunk["choices"][0]["logprobs"]["content"].as_array().map_or(0, Vec::len));
-    assert_eq!(entries.sum::<usize>(), 6000);
+    assert_eq!(entries.sum::<usize>(), UNREAD);
 }
 
 #[test]
@@ -168,7 +171,7 @@ fn clients_that_do_not_read_are_given_up() {
     let options = Options { client_stall_timeout: Duration::from_millis(50), ..options() };
     let (server, connection) = unread(&options);
     server.until(|stats| stats.generated_tokens > 100 && stats.running + stats.waiting + stats.paused == 0);
-    assert!(server.stats().generated_tokens < 6000, "it was given up, not finished");
+    assert!(server.stats().generated_tokens < UNREAD as u64, "it was given up, not finished");
     // The answer ends without saying that it is complete.
     let mut rest = Vec::new();
     let _ = std::io::Read::read_to_end(&mut { connection }, &mut rest);
