@@ -1,4 +1,5 @@
-//! Ctrl-C: commands with something to leave in order ask for it; all others end at once.
+//! Signals. Ctrl-C: commands with something to leave in order ask for it; all others end at once. A closed pipe ends those that
+//! print, and none that serves.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -32,10 +33,33 @@ pub(crate) fn interrupted() -> bool {
 }
 
 /// A closed pipe ends the process silently, as it does other command-line programs, instead of a panic in `println!`.
-pub(crate) fn restore_broken_pipe() {
+pub(crate) fn end_on_broken_pipe() {
     #[cfg(unix)]
-    // SAFETY: called before any thread exists; the default action needs no handler.
+    // SAFETY: the default action needs no handler.
     unsafe {
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
     }
+}
+
+/// From here on a closed pipe is an error of its write and nothing else: a peer that goes away must not end a process with others.
+pub(crate) fn survive_broken_pipe() {
+    #[cfg(unix)]
+    // SAFETY: to ignore a signal needs no handler.
+    unsafe {
+        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
+    }
+}
+
+/// The same, while `work` runs.
+pub(crate) fn surviving_broken_pipe<T>(work: impl FnOnce() -> T) -> T {
+    #[cfg(unix)]
+    // SAFETY: to ignore a signal needs no handler.
+    let before = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    let result = work();
+    #[cfg(unix)]
+    // SAFETY: what the signal did before, which this program has set to its default or to nothing.
+    unsafe {
+        libc::signal(libc::SIGPIPE, before);
+    }
+    result
 }

@@ -24,7 +24,7 @@ use crate::failure::{Result, Status};
 use crate::ui::Ui;
 
 fn main() -> ExitCode {
-    interrupt::restore_broken_pipe();
+    interrupt::end_on_broken_pipe();
     interrupt::watch();
     match cli().and_then(run) {
         Ok(()) => ExitCode::SUCCESS,

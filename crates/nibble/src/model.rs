@@ -11,6 +11,7 @@ use tokenizer::Tokenizer;
 
 use crate::args::{Common, Run};
 use crate::failure::{Failure, Result};
+use crate::interrupt;
 use crate::ui::Ui;
 
 /// The name of the model inside the binary.
@@ -171,11 +172,11 @@ pub(crate) fn threads(common: &Common) -> usize {
 
 fn fetch(name: &str, revision: Option<&str>, ui: Ui) -> Result<std::path::PathBuf> {
     let mut bar = ui.progress("Fetching", 1);
-    Hub::from_env()
-        .fetch(name, revision, &mut |progress| {
-            bar.set_total(progress.total);
-            bar.set(progress.done);
-        })
+    let mut report = |progress: hub::Progress<'_>| {
+        bar.set_total(progress.total);
+        bar.set(progress.done);
+    };
+    interrupt::surviving_broken_pipe(|| Hub::from_env().fetch(name, revision, &mut report))
         .map_err(|error| hub_failure(&error))
 }
 

@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 
 use crate::args::BenchServe;
 use crate::failure::{Failure, Result};
+use crate::interrupt;
 use crate::ui::{Ui, bold, dim};
 
 /// Ids of prompts are below: every vocabulary in use is larger.
@@ -20,6 +21,7 @@ const ORDINARY_IDS: u64 = 3_000;
 const STACK: usize = 256 << 10;
 
 pub(crate) fn run(args: &BenchServe, ui: Ui) -> Result<()> {
+    interrupt::survive_broken_pipe();
     if args.num_prompts == 0 || args.concurrency == 0 || args.input_len == 0 || args.output_len == 0 {
         return Err(Failure::input("expected numbers and lengths of at least 1, found 0"));
     }

@@ -1,6 +1,6 @@
 //! `nibble serve`: the OpenAI-compatible server.
 
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -21,6 +21,7 @@ use crate::modelopt::flag;
 use crate::ui::Ui;
 
 pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
+    interrupt::survive_broken_pipe();
     log(&args.logs);
     let ignored = args.foreign.ignored()?;
     if !ignored.is_empty() {
@@ -334,7 +335,8 @@ async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Commo
     if ui.json {
         ui.document(&json!({"url": url}));
     } else {
-        println!("{url}");
+        // Nobody need read it.
+        let _ = writeln!(std::io::stdout(), "{url}");
     }
     let handle = server.handle();
     let loading = {

@@ -364,6 +364,19 @@ fn a_revision_of_a_model_on_the_hub() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn a_client_that_goes_away_ends_nobody_else() {
+    // A write to a connection that was reset raises SIGPIPE, whose default is the end of the process. The moment cannot be
+    // forced; whether the signal is ignored can be seen.
+    let server = Scripted::start(&[]);
+    assert_eq!(server.request("GET", "/health", "", b"").0, 200);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", server.child.id())).unwrap();
+    let ignored = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+    let ignored = u64::from_str_radix(ignored.trim(), 16).unwrap();
+    assert_eq!(ignored >> (libc::SIGPIPE - 1) & 1, 1, "{status}");
+}
+
+#[test]
 fn a_server_that_was_killed_is_there_again() {
     let folder = tempfile::tempdir().unwrap();
     let socket = folder.path().join("socket");
