@@ -106,8 +106,8 @@ pub(crate) struct Run {
     /// self-test passes; the weights are in memory twice
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) activations: ActivationBits,
-    /// Keeps the weights on disk as a CPU reads them: the file is made if it is not there or of other weights, and mapped at
-    /// the next start, which takes under a second. It is as large as the loaded model
+    /// Keeps the weights on disk as a CPU reads them: the file is made if it is not there or of other weights, and checked and
+    /// mapped at the next start. It is as large as the loaded model
     #[arg(long, value_name = "FILE")]
     pub(crate) packed_cache: Option<PathBuf>,
 }

@@ -302,13 +302,10 @@ impl InMaking {
 
 impl Drop for InMaking {
     fn drop(&mut self) {
-        let mut made = self.stored.made();
-        if made.conversation.is_none() {
-            made.conversation = Some(Vec::new());
-            drop(made);
+        if !self.stored.is_complete() {
+            // Whoever follows it is to see an end.
+            self.stored.made().conversation = Some(Vec::new());
             self.store.inner().remove(&self.id);
-        } else {
-            drop(made);
         }
         self.stored.news.send_replace(());
     }

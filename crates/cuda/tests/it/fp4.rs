@@ -1,12 +1,14 @@
 //! Activations in four bits: bit for bit on every generation; the products where there are any.
 
-use checkpoint::{Config, Format, Matrix, MatrixId, Synthetic, Vector, VectorId, Weights};
+use std::sync::Arc;
+
+use checkpoint::{Format, MatrixId, Synthetic};
 use cuda::{fp4_self_test, quantize_activations};
 use gptoss::{Backend, Reference};
 use half::bf16;
 use numerics::{e4m3, nvfp4};
 
-use super::{BLOCKS, device, golden, load, logits, odd_config, relative, tokens};
+use super::{BLOCKS, Scaled, device, golden, load, logits, odd_config, relative, tokens};
 
 /// What the device must give: codes and scales.
 fn quantized(values: &[bf16], input_scale: f32) -> (Vec<u8>, Vec<u8>) {
@@ -64,27 +66,6 @@ fn fp4_products_pass_their_self_test() {
     }
 }
 
-/// A model whose matrices have input scales.
-struct W4a4(Synthetic);
-
-impl Weights for W4a4 {
-    fn config(&self) -> &Config {
-        self.0.config()
-    }
-    fn format(&self, id: MatrixId) -> Format {
-        self.0.format(id)
-    }
-    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
-        self.0.matrix(id, expert)
-    }
-    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
-        self.0.vector(id)
-    }
-    fn input_scale(&self, _id: MatrixId) -> Option<f32> {
-        Some(8.0 / 2688.0)
-    }
-}
-
 #[test]
 fn a_w4a4_model_runs_in_fp4_where_it_can() {
     let Some(device) = device() else { return };
@@ -92,7 +73,8 @@ fn a_w4a4_model_runs_in_fp4_where_it_can() {
         true => Format::Nvfp4,
         false => Format::Bf16,
     };
-    let weights = W4a4(Synthetic::new(odd_config(), pick, 7));
+    let weights = Arc::new(Synthetic::new(odd_config(), pick, 7));
+    let weights = Scaled { weights, cache: None, input: Some(8.0 / 2688.0) };
     let mut cuda = load(&device, &weights);
     let (few, many) = (logits(&mut cuda, &tokens(200), 7), logits(&mut cuda, &tokens(200), 200));
     let matrices = cuda.use_fp4(&weights).unwrap();
@@ -104,7 +86,7 @@ fn a_w4a4_model_runs_in_fp4_where_it_can() {
     }
     // Three layers of four matrices; four bits differ from 16, but not much.
     assert_eq!(matrices, 12);
-    let mut reference = Reference::new(std::sync::Arc::new(weights));
+    let mut reference = Reference::new(Arc::new(weights));
     reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
     let error = relative(&found, &logits(&mut reference, &tokens(200), 200));
     eprintln!("relative error {error:.2e}");

@@ -344,25 +344,36 @@ fn a_batch_of_prompts_and_decodes() {
     }
 }
 
-/// Weights whose layers have scales of keys and values.
-struct Scaled(Arc<dyn Weights>, KvScales);
+/// Weights with scales that the checkpoint itself has not: of keys and values, of what enters a matrix.
+struct Scaled {
+    weights: Arc<dyn Weights>,
+    cache: Option<KvScales>,
+    input: Option<f32>,
+}
 
 impl Weights for Scaled {
     fn config(&self) -> &Config {
-        self.0.config()
+        self.weights.config()
     }
     fn format(&self, id: MatrixId) -> Format {
-        self.0.format(id)
+        self.weights.format(id)
     }
     fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
-        self.0.matrix(id, expert)
+        self.weights.matrix(id, expert)
     }
     fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
-        self.0.vector(id)
+        self.weights.vector(id)
     }
     fn kv_scales(&self, _layer: usize) -> Option<KvScales> {
-        Some(self.1)
+        self.cache
     }
+    fn input_scale(&self, _id: MatrixId) -> Option<f32> {
+        self.input
+    }
+}
+
+fn scaled(weights: Arc<dyn Weights>, cache: KvScales) -> Scaled {
+    Scaled { weights, cache: Some(cache), input: None }
 }
 
 #[test]
@@ -374,7 +385,7 @@ fn keys_and_values_in_eight_bits() {
     let expected = logits(&mut reference, &text, 400);
     let options = Options { cache: CacheFormat::E4m3, ..Options::default() };
     let error = |scales: KvScales, chunk: usize| {
-        let mut cuda = load_with(&device, &Scaled(odd(Format::Nvfp4), scales), options);
+        let mut cuda = load_with(&device, &scaled(odd(Format::Nvfp4), scales), options);
         let error = relative(&logits(&mut cuda, &text, chunk), &expected);
         eprintln!("{scales:?} in chunks of {chunk}: relative error {error:.2e}");
         error
@@ -393,7 +404,7 @@ fn the_small_model_with_keys_and_values_in_eight_bits() {
     let options = Options { cache: CacheFormat::E4m3, ..Options::default() };
     let compare = |scales: KvScales, chunk: usize| {
         let expected = logits(&mut load(&device, &*weights), &ids(&case["ids"]), chunk);
-        let mut cuda = load_with(&device, &Scaled(Arc::clone(&weights), scales), options);
+        let mut cuda = load_with(&device, &scaled(Arc::clone(&weights), scales), options);
         let found = logits(&mut cuda, &ids(&case["ids"]), chunk);
         let agree = |(f, e): (&[f32], &[f32])| argmax(f) == argmax(e);
         let rows = found.chunks_exact(4096).zip(expected.chunks_exact(4096));
