@@ -10,15 +10,17 @@ struct Attention {
     const uint32_t *positions, *sequences, *table_starts, *table;
     const uint32_t* tiles;                   // chunks: first token and number of tokens of each tile
     uint16_t* out;                           // [n, query heads * 64], see `activation_place`
-    float* partial;                          // splits: [n, kv heads, splits, 16, 64 + 2]
-    uint32_t* arrivals;                      // splits: [n, kv heads], zero before and after
+    float* partial;                          // splits: [n, heads of a warp, splits, 8, 64 + 2]
+    uint32_t* arrivals;                      // splits: [n, heads of a warp], zero before and after
     uint32_t query_heads, kv_heads;
     uint32_t window;                         // 0: everything
     uint32_t out_format, out_stack;
-    uint32_t splits;
+    uint32_t splits;                         // blocks that share the keys of a token and head
     float key_scale, value_scale;            // E4M3: what a stored number is multiplied by
+    uint32_t n;                              // single tokens
+    uint32_t warps;                          // of a block, that share them: a power of two; all eight where keys are split
 };
-static_assert(sizeof(Attention) == 128);
+static_assert(sizeof(Attention) == 136);
 
 constexpr float NOTHING = -1e30f;
 constexpr float LOG2_E = 1.4426950408889634f;

@@ -36,15 +36,19 @@ const MAX_RANKS: usize = 16;
 const MAX_HIDDEN: usize = 4096;
 /// Blocks that look for the largest logit of a row.
 const LARGEST_BLOCKS: usize = 64;
-/// Parts of attention that exist at a time: (token, key/value head, split).
+/// Warps of a block of attention.cu, each of which has up to as many query heads that share keys.
+const ATTENTION_WARPS: usize = 8;
+/// Its parts that exist at a time: (token, heads of a warp, split).
 const MAX_PARTS: usize = 4096;
+/// Its blocks that a multiprocessor has at a time.
+const ATTENTION_BLOCKS: usize = 2;
 /// Blocks that share a token's keys, at most.
 const MAX_SPLITS: usize = 32;
 /// The same where it may not depend on the number of tokens.
 const INVARIANT_SPLITS: usize = 8;
 /// Blocks of a dense product that share the inputs, where that may not depend on the number of tokens.
 const INVARIANT_SHARES: usize = 4;
-/// Rows of queries that a part or a warp has.
+/// Query heads per key/value head, at most: the rows that a warp of attention_many.cu has.
 const QUERY_ROWS: usize = 16;
 /// Rows of queries of a block of attention_many.cu.
 const TILE_QUERIES: usize = 128;
@@ -77,8 +81,8 @@ pub struct Cuda {
     one: Option<OneToken>,
     cache: Vec<LayerCache>,
     blocks: (usize, usize),
-    /// Decode steps by their number of tokens and splits of the full layers.
-    graphs: HashMap<(usize, usize), Graph>,
+    /// Decode steps by their number of tokens and how the full layers share their keys.
+    graphs: HashMap<(usize, Sharing), Graph>,
     sampler: Sampler,
     pub(crate) options: Options,
     /// Room for quantized activations, if matrices are packed for FP4 products.
@@ -341,7 +345,7 @@ impl Arena {
             gathered: device.buffer(slots * padded(config.hidden_size) * 2)?,
             queries: device.buffer(tokens * context * 2)?,
             context: device.buffer(rows * context * 2)?,
-            parts: device.buffer(MAX_PARTS * QUERY_ROWS * (HEAD + 2) * 4)?,
+            parts: device.buffer(MAX_PARTS * ATTENTION_WARPS * (HEAD + 2) * 4)?,
             arrivals: device.buffer((MAX_PARTS + tokens + 1) * 4)?,
             router_logits: device.buffer(tokens * config.experts * 4)?,
             routes: device.buffer(route_words(config, tokens) * 4)?,
@@ -417,7 +421,17 @@ struct Shape {
     tokens: usize,
     singles: usize,
     tiles: usize,
-    /// Blocks per (token, key/value head) in the full layers.
+    /// Of single tokens' keys in the full and in the sliding layers.
+    full: Sharing,
+    sliding: Sharing,
+}
+
+/// By how many the keys of a single token are shared, for as many query heads as a warp takes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+struct Sharing {
+    /// Of a block: a power of two.
+    warps: usize,
+    /// Blocks: one, unless each has all its warps for it.
     splits: usize,
 }
 
@@ -555,7 +569,7 @@ impl Cuda {
         let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
         let decode = batch.singles == batch.segments.len() && batch.outputs.len() == batch.tokens;
         if decode && !hidden && !self.options.eager && batch.tokens <= LOGIT_ROWS {
-            let key = (shape.tokens, shape.splits);
+            let key = (shape.tokens, shape.full);
             if !self.graphs.contains_key(&key) {
                 let graph = self.device.capture(|| {
                     self.embed(&shape)?;
@@ -609,7 +623,7 @@ impl Cuda {
             self.arena.step = self.device.buffer(bytes)?;
         }
         let host = self.arena.step_host.slice_mut::<u32>();
-        let (mut row, mut table, mut pages) = (0, words.tables, 1);
+        let (mut row, mut table, mut pages, mut total_pages) = (0, words.tables, 0, 0);
         for (s, segment) in batch.segments.iter().enumerate() {
             let sequence = batch.sequence(segment);
             for token in segment.range.clone() {
@@ -631,6 +645,7 @@ impl Cuda {
             host[words.sliding_starts + s] = sliding as u32;
             if s < batch.singles {
                 pages = pages.max(end);
+                total_pages += end;
             }
         }
         for (i, &(row, ..)) in batch.outputs.iter().enumerate() {
@@ -641,17 +656,36 @@ impl Cuda {
             host[words.tiles + 2 * i + 1] = count as u32;
         }
         self.arena.step.upload(0, &self.arena.step_host, total * 4)?;
-        // A split has eight warps, and each at least two pages; more splits than fill the device do not help.
-        let heads = batch.singles.max(1) * self.config.kv_heads;
-        let most = match self.options.batch_invariant {
-            true => INVARIANT_SPLITS,
-            false => {
-                (MAX_PARTS / heads).min(self.device.multiprocessors().div_ceil(heads)).clamp(1, MAX_SPLITS)
-            }
-        };
-        let splits = (pages / 16).clamp(1, most).next_power_of_two();
-        let splits = if splits > most { splits / 2 } else { splits };
-        Ok(Shape { words, tokens: batch.tokens, singles: batch.singles, tiles: tiles.len(), splits })
+        let (full, sliding) = self.sharing(batch.singles, total_pages, pages);
+        let (tokens, singles) = (batch.tokens, batch.singles);
+        Ok(Shape { words, tokens, singles, tiles: tiles.len(), full, sliding })
+    }
+
+    /// How the keys of `singles` tokens are shared in full and in sliding layers; `total` pages of all tokens, `most` of one.
+    fn sharing(&self, singles: usize, total: usize, most: usize) -> (Sharing, Sharing) {
+        // At most so many that each warp has two pages.
+        let power_below = |n: usize| 1 << n.max(1).ilog2();
+        let useful = power_below(most / (2 * ATTENTION_WARPS)).min(MAX_SPLITS);
+        if self.options.batch_invariant {
+            let all = |splits| Sharing { warps: ATTENTION_WARPS, splits };
+            return (all(useful.min(INVARIANT_SPLITS)), all(1));
+        }
+        let heads = self.attention_heads();
+        let fitting = ATTENTION_BLOCKS * ATTENTION_WARPS * self.device.multiprocessors();
+        let fill = power_below(fitting / (singles.max(1) * heads));
+        // Where one token has many more pages than others, it should not keep them waiting.
+        let mean = total * heads / fitting;
+        let sharers = fill.max(most.div_ceil((2 * mean).max(8)).next_power_of_two());
+        let room = power_below(MAX_PARTS / (8 * heads));
+        let splits = (sharers / ATTENTION_WARPS).clamp(1, useful.min(room));
+        let warps = |sharers: usize| sharers.min(ATTENTION_WARPS);
+        (Sharing { warps: warps(sharers), splits }, Sharing { warps: warps(fill), splits: 1 })
+    }
+
+    /// Groups of query heads that share keys, of which attention.cu gives each to a warp.
+    fn attention_heads(&self) -> usize {
+        let group = self.config.query_heads / self.config.kv_heads;
+        self.config.query_heads / group.min(ATTENTION_WARPS)
     }
 
     fn word(&self, at: usize) -> Address {
@@ -1001,6 +1035,8 @@ impl Cuda {
             splits: 1,
             key_scale: layer.kv_scales.key,
             value_scale: layer.kv_scales.value,
+            n: 0,
+            warps: 0,
         };
         let e4m3 = self.options.cache == CacheFormat::E4m3;
         if shape.tiles > 0 {
@@ -1016,11 +1052,13 @@ impl Cuda {
             };
         }
         if shape.singles > 0 {
-            params.splits = if sliding { 1 } else { shape.splits as u32 };
+            let Sharing { warps, splits } = if sliding { shape.sliding } else { shape.full };
+            (params.warps, params.splits) = (warps as u32, splits as u32);
+            let heads = self.attention_heads();
             // As many at a time as there is room for parts; whole eights, in which the rows of a stack repeat.
-            let together = match params.splits {
+            let together = match splits {
                 1 => shape.singles,
-                splits => MAX_PARTS / (kv_heads * splits) as usize / 8 * 8,
+                _ => MAX_PARTS / (heads * splits) / 8 * 8,
             };
             let name = if e4m3 { "attend_split_e4m3" } else { "attend_split" };
             let row = (2 * HEAD * self.config.query_heads) as u64;
@@ -1031,7 +1069,9 @@ impl Cuda {
                 params.positions = first.positions + 4 * at as u64;
                 params.sequences = first.sequences + 4 * at as u64;
                 params.out = first.out + at as u64 * out_row;
-                let grid = [params.splits, kv_heads, together.min(shape.singles - at) as u32];
+                let n = together.min(shape.singles - at);
+                params.n = n as u32;
+                let grid = [(n * heads).div_ceil(ATTENTION_WARPS / warps) as u32, params.splits, 1];
                 // SAFETY: the first rows are the single tokens; there is room for their parts.
                 unsafe { self.device.launch(name, grid, 256, 0, &params)? };
             }

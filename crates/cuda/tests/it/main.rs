@@ -344,6 +344,46 @@ fn a_batch_of_prompts_and_decodes() {
     }
 }
 
+#[test]
+fn tokens_of_any_depth_share_a_step() {
+    let Some(device) = device() else { return };
+    // Eight, one and sixteen query heads share a key.
+    for (query_heads, kv_heads) in [(64, 8), (8, 8), (32, 2)] {
+        let config = Config { query_heads, kv_heads, ..odd_config() };
+        let weights = Synthetic::new(config, |_| Format::Bf16, 7);
+        let text = tokens(2000);
+        for cache in [CacheFormat::Bf16, CacheFormat::E4m3] {
+            let mut cuda = load_with(&device, &weights, Options { cache, ..Options::default() });
+            cuda.allocate_kv(1600, 1600).unwrap();
+            // Few and many tokens at a time, of like depths and with one that is far deeper.
+            for (count, deep) in [(8, 500), (40, 60), (130, 60), (300, 60), (300, 2000)] {
+                let mut first = 0;
+                let plans: Vec<SequencePlan> = (0..count)
+                    .map(|s| {
+                        let len: usize = if s == 5 { deep } else { 1 + s * 7 % 60 };
+                        first += len.div_ceil(BLOCK_TOKENS) as u32;
+                        sequence(&text[..len], 0, first - len.div_ceil(BLOCK_TOKENS) as u32)
+                    })
+                    .collect();
+                plans.iter().for_each(|plan| drop(run(&mut cuda, vec![plan.clone()])));
+                let last = |plan: &SequencePlan| {
+                    let position = plan.tokens.len() - 1;
+                    let tokens = vec![plan.tokens[position]];
+                    SequencePlan { tokens, position, hidden_after_layer: Some(1), ..plan.clone() }
+                };
+                let plans: Vec<_> = plans.iter().map(last).collect();
+                let together = run(&mut cuda, plans.clone());
+                assert!(together == run(&mut cuda, plans.clone()), "the same step gives the same bits");
+                for (s, (plan, found)) in plans.into_iter().zip(&together).enumerate() {
+                    let alone = run(&mut cuda, vec![plan]).remove(0).hidden;
+                    let error = relative(&found.hidden, &alone);
+                    assert!(error < 1e-2, "{query_heads} heads, sequence {s} of {count}: {error:e}");
+                }
+            }
+        }
+    }
+}
+
 /// Weights with scales that the checkpoint itself has not: of keys and values, of what enters a matrix.
 struct Scaled {
     weights: Arc<dyn Weights>,
