@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
 
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
@@ -111,6 +111,7 @@ impl TensorFile {
     }
 
     /// Gives the memory of a range back to the system; it is read from the file again when it is next looked at.
+    #[cfg(unix)]
     pub(crate) fn release(&self, range: &Range<usize>) {
         if let Bytes::Map(map) = &self.bytes {
             // Whole pages inside the range only: the neighbours may be in use.
@@ -118,15 +119,19 @@ impl TensorFile {
             let start = range.start.next_multiple_of(PAGE);
             let end = range.end / PAGE * PAGE;
             if start < end {
+                let advice = memmap2::UncheckedAdvice::DontNeed;
                 // SAFETY: the map is read-only and of a file, so a dropped page comes back from that file with the
                 // same bytes, also under references that are still held.
-                let advised =
-                    unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, start, end - start) };
+                let advised = unsafe { map.unchecked_advise_range(advice, start, end - start) };
                 // A hint that the system declines changes nothing.
                 drop(advised);
             }
         }
     }
+
+    /// Only there to be called: this system takes no such advice.
+    #[cfg(not(unix))]
+    pub(crate) fn release(&self, _range: &Range<usize>) {}
 
     pub(crate) fn slice(&self, range: &Range<usize>) -> &[u8] {
         &self.bytes.as_slice()[range.clone()]

@@ -291,7 +291,7 @@ impl Matrix<'_> {
         let bad = |what: String| Err(Error::Scale { tensor: name.to_owned(), found: what });
         match &self.values {
             Values::Bf16(_) => Ok(()),
-            Values::Mxfp4 { scales, .. } => match scales.iter().position(|&s| s == e8m0::NAN) {
+            Values::Mxfp4 { scales, .. } => match first_at_least(scales, e8m0::NAN) {
                 Some(at) => bad(format!("NaN (byte 255) at block {at}")),
                 None => Ok(()),
             },
@@ -299,13 +299,19 @@ impl Matrix<'_> {
                 if !(global_scale.is_finite() && *global_scale > 0.0) {
                     return bad(format!("a global scale of {global_scale}"));
                 }
-                match scales.iter().position(|&s| s >= 0x7f) {
+                match first_at_least(scales, 0x7f) {
                     Some(at) => bad(format!("byte {:#04x} (NaN or negative) at block {at}", scales[at])),
                     None => Ok(()),
                 }
             }
         }
     }
+}
+
+/// The first byte that is not below the limit. Looking for the largest first is many times faster than byte after byte.
+fn first_at_least(bytes: &[u8], limit: u8) -> Option<usize> {
+    let largest = bytes.iter().fold(0, |largest, &byte| largest.max(byte));
+    if largest < limit { None } else { bytes.iter().position(|&byte| byte >= limit) }
 }
 
 /// A vector in the type it was stored in, so that nothing is lost when it is written again.

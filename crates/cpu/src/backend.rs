@@ -212,7 +212,7 @@ impl Cpu {
         };
         let matrix = |id: MatrixId| match &file {
             Some(file) => Ok(file.matrix(id)),
-            None => PackedMatrix::load(&*weights, id, fast, &pool),
+            None => PackedMatrix::load(&*weights, id, fast, &pool, kernels),
         };
         let mut layers = Vec::with_capacity(count);
         for layer in 0..count {

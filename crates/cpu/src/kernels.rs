@@ -2,6 +2,7 @@
 
 use crate::attention::{self, Attend, Found};
 use crate::bandwidth;
+use crate::panels;
 use crate::products::{self, Finish, Panel, PanelKernel, Records};
 use crate::records::{self, Kind};
 #[cfg(target_arch = "x86_64")]
@@ -39,6 +40,9 @@ pub(crate) struct Kernels {
     pub(crate) mxfp4: [PanelKernel; 3],
     pub(crate) int8: [PanelKernel; 3],
     pub(crate) bf16: PanelKernel,
+    pub(crate) pack_e2m1: unsafe fn(&panels::Rows<'_>, &panels::Rows<'_>, usize, &mut [u8]),
+    pub(crate) pack_bf16: unsafe fn(&panels::Rows<'_>, &mut [u8]),
+    pub(crate) pack_int8: unsafe fn(&panels::Rows<'_>, &mut [u8], &mut [f32; LANES]),
     pub(crate) finish: unsafe fn(&Finish<'_>),
     pub(crate) finish_swiglu: unsafe fn(&Finish<'_>, &Finish<'_>, f32, f32),
     pub(crate) quantize: [QuantizeKernel; 3],
@@ -127,6 +131,9 @@ macro_rules! instantiate {
                 mxfp4: [e2m1::<true, 1>, e2m1::<true, 2>, e2m1::<true, 3>],
                 int8: [int8::<1>, int8::<2>, int8::<3>],
                 bf16,
+                pack_e2m1,
+                pack_bf16,
+                pack_int8,
                 finish,
                 finish_swiglu,
                 quantize: [quantize::<1>, quantize::<2>, quantize::<3>],
@@ -157,6 +164,26 @@ macro_rules! instantiate {
             unsafe fn bf16(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
                 // SAFETY: as stated above.
                 unsafe { products::bf16::<$lanes>(panel, x, sums) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pack_e2m1(
+                codes: &panels::Rows<'_>,
+                scales: &panels::Rows<'_>,
+                blocks: usize,
+                out: &mut [u8],
+            ) {
+                // SAFETY: as stated above.
+                unsafe { panels::e2m1::<$lanes>(codes, scales, blocks, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pack_bf16(values: &panels::Rows<'_>, out: &mut [u8]) {
+                // SAFETY: as stated above.
+                unsafe { panels::bf16::<$lanes>(values, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pack_int8(values: &panels::Rows<'_>, out: &mut [u8], scales: &mut [f32; LANES]) {
+                // SAFETY: as stated above.
+                unsafe { panels::int8::<$lanes>(values, out, scales) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn finish(job: &Finish<'_>) {

@@ -10,6 +10,7 @@ mod dense;
 mod kernels;
 mod packed;
 mod packed_file;
+mod panels;
 mod pool;
 mod products;
 mod records;

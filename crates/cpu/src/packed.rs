@@ -12,10 +12,11 @@ use gptoss::Error;
 use memmap2::Mmap;
 
 use crate::kernels::Kernels;
+use crate::panels::Rows;
 use crate::pool::Pool;
 use crate::products::{CODE_BYTES, Finish, Panel, PanelKernel, Records};
-use crate::records::{Activations, COLUMNS, INT8_OFFSET, Kind};
-use crate::simd::{LANES, ROUND};
+use crate::records::{Activations, COLUMNS, Kind};
+use crate::simd::LANES;
 
 /// How weights are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -95,6 +96,7 @@ impl Shape {
         weights: &dyn Weights,
         id: MatrixId,
         pool: &Pool,
+        kernels: &Kernels,
         data: &mut [u8],
         scales: &mut [f32],
     ) -> Result<(), Error> {
@@ -103,23 +105,27 @@ impl Shape {
         assert_eq!((data.len(), scales.len()), (self.bytes(), self.scales()), "memory of the shape");
         let data_chunks = Chunks::new(data, self.panel_bytes());
         let scale_chunks = Chunks::new(scales, if packing == Packing::Int8 { LANES } else { 1 });
+        // Longer than any row.
+        let zeros = vec![0; 2 * cols];
         let pack = |matrix: &Matrix<'_>, expert: usize, panel: usize| {
-            let source = |r: usize| {
-                let row = source_row(paired, panel, r);
-                (row < rows).then_some(row)
-            };
             let index = expert * panels + panel;
-            // SAFETY: each panel of each matrix is packed once.
-            let data = unsafe { data_chunks.take(index) };
-            match &matrix.values {
-                Values::Bf16(values) if packing == Packing::Int8 => {
-                    // SAFETY: as above.
-                    let scales = unsafe { scale_chunks.take(index) };
-                    pack_int8(bytemuck::cast_slice(values), cols, source, data, scales);
+            let part = |bytes| panel_rows(bytes, rows, paired, panel, &zeros);
+            // SAFETY: the kernels were chosen for this CPU, and each panel of each matrix is packed once.
+            unsafe {
+                let data = data_chunks.take(index);
+                match &matrix.values {
+                    Values::Bf16(values) if packing == Packing::Int8 => {
+                        let scales = scale_chunks.take(index).try_into().expect("a panel's scales");
+                        (kernels.pack_int8)(&part(bytemuck::cast_slice(values)), data, scales);
+                    }
+                    Values::Bf16(values) => (kernels.pack_bf16)(&part(bytemuck::cast_slice(values)), data),
+                    Values::Mxfp4 { codes, scales } => {
+                        (kernels.pack_e2m1)(&part(codes), &part(scales), 1, data);
+                    }
+                    Values::Nvfp4 { codes, scales, .. } => {
+                        (kernels.pack_e2m1)(&part(codes), &part(scales), 2, data);
+                    }
                 }
-                Values::Bf16(values) => pack_bf16(bytemuck::cast_slice(values), cols, source, data),
-                Values::Mxfp4 { codes, scales } => pack_e2m1(codes, scales, 1, cols, source, data),
-                Values::Nvfp4 { codes, scales, .. } => pack_e2m1(codes, scales, 2, cols, source, data),
             }
         };
         let open = |expert: usize| -> Result<Matrix<'_>, Error> {
@@ -198,11 +204,12 @@ impl PackedMatrix {
         id: MatrixId,
         fast: bool,
         pool: &Pool,
+        kernels: &Kernels,
     ) -> Result<PackedMatrix, Error> {
         let shape = Shape::of(weights, id, fast);
         let mut data = Buffer::new(shape.bytes())?;
         let mut scales = vec![1.0; shape.scales()];
-        shape.pack(weights, id, pool, data.as_mut_slice(), &mut scales)?;
+        shape.pack(weights, id, pool, kernels, data.as_mut_slice(), &mut scales)?;
         Ok(PackedMatrix { shape, data: Memory::Own(data), scales })
     }
 
@@ -266,6 +273,17 @@ impl PackedMatrix {
 /// Which row of the checkpoint's matrix is row `r` of a panel.
 fn source_row(paired: bool, panel: usize, r: usize) -> usize {
     if paired { 2 * (panel / 2 * LANES + r) + panel % 2 } else { panel * LANES + r }
+}
+
+/// The rows of a panel, `rows` of them being `bytes`; `zeros` is for those that do not exist.
+fn panel_rows<'a>(bytes: &'a [u8], rows: usize, paired: bool, panel: usize, zeros: &'a [u8]) -> Rows<'a> {
+    let len = bytes.len() / rows;
+    let row = |r| {
+        let row = source_row(paired, panel, r);
+        if row < rows { &bytes[row * len..][..len] } else { &zeros[..len] }
+    };
+    let next = source_row(paired, panel + 1, 0) - source_row(paired, panel, 0);
+    Rows { rows: std::array::from_fn(row), ahead: next * len }
 }
 
 /// `x Wᵀ + bias` for some tokens and one matrix of a stack, and where it goes: token `t`, row `r` to
@@ -409,82 +427,6 @@ fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
                 // SAFETY: as above.
                 unsafe { (kernels.finish)(&finish) };
             }
-        }
-    }
-}
-
-/// Codes and scales, `blocks` scales per 32 columns.
-fn pack_e2m1(
-    codes: &[u8],
-    scales: &[u8],
-    blocks: usize,
-    cols: usize,
-    source: impl Fn(usize) -> Option<usize>,
-    out: &mut [u8],
-) {
-    let slab_bytes = blocks * LANES + CODE_BYTES;
-    let per_row = cols * blocks / COLUMNS;
-    // Moves the four nibbles of 16 bits to the low halves of four bytes.
-    let spread = |x: u32| {
-        let x = (x | x << 8) & 0x00ff_00ff;
-        (x | x << 4) & 0x0f0f_0f0f
-    };
-    for r in 0..LANES {
-        let Some(row) = source(r) else { continue };
-        let codes = codes[row * cols / 2..][..cols / 2].chunks(COLUMNS / 2);
-        let scales = scales[row * per_row..][..per_row].chunks(blocks);
-        for ((out, codes), scales) in out.chunks_exact_mut(slab_bytes).zip(codes).zip(scales) {
-            for (b, &scale) in scales.iter().enumerate() {
-                out[b * LANES + r] = scale;
-            }
-            for (k, bytes) in codes.as_chunks::<4>().0.iter().enumerate() {
-                let eight = u32::from_le_bytes(*bytes);
-                let packed = spread(eight & 0xffff) | spread(eight >> 16) << 4;
-                out[blocks * LANES + 64 * k + 4 * r..][..4].copy_from_slice(&packed.to_le_bytes());
-            }
-        }
-    }
-}
-
-fn pack_bf16(values: &[u16], cols: usize, source: impl Fn(usize) -> Option<usize>, out: &mut [u8]) {
-    for r in 0..LANES {
-        let Some(row) = source(r) else { continue };
-        let (pairs, last) = values[row * cols..][..cols].as_chunks::<2>();
-        let mut out = out.chunks_exact_mut(4 * LANES);
-        for (&[a, b], out) in pairs.iter().zip(&mut out) {
-            let pair = u32::from(a) | u32::from(b) << 16;
-            out[4 * r..][..4].copy_from_slice(&pair.to_le_bytes());
-        }
-        if let (&[last], Some(out)) = (last, out.next()) {
-            out[4 * r..][..2].copy_from_slice(&last.to_le_bytes());
-        }
-    }
-}
-
-fn pack_int8(
-    values: &[u16],
-    cols: usize,
-    source: impl Fn(usize) -> Option<usize>,
-    out: &mut [u8],
-    scales: &mut [f32],
-) {
-    // Columns and rows that do not exist are zeros too.
-    out.fill(INT8_OFFSET as u8);
-    let mut bytes = vec![INT8_OFFSET as u8; cols.next_multiple_of(4)];
-    for (r, scale) in scales.iter_mut().enumerate() {
-        let Some(row) = source(r) else { continue };
-        let values = &values[row * cols..][..cols];
-        let largest = values.iter().fold(0, |most, v| most.max(v & 0x7fff));
-        let largest = f32::from_bits(u32::from(largest) << 16);
-        *scale = largest / 127.0;
-        let inverse = if largest > 1e-30 { 127.0 / largest } else { 0.0 };
-        for (byte, &v) in bytes.iter_mut().zip(values) {
-            // Adding this leaves the nearest integer in the low bits, ties to even.
-            let rounded = f32::from_bits(u32::from(v) << 16) * inverse + ROUND;
-            *byte = (rounded.to_bits() as u8).wrapping_add(INT8_OFFSET as u8);
-        }
-        for (four, out) in bytes.as_chunks::<4>().0.iter().zip(out.chunks_exact_mut(4 * LANES)) {
-            out[4 * r..][..4].copy_from_slice(four);
         }
     }
 }

@@ -1,17 +1,23 @@
-//! Packed weights in a file: made once, mapped at the next start, which then reads every byte of it once, to check it.
+//! Packed weights in a file: made once, mapped at the next start.
 //!
 //! The file is what [`Shape::pack`] makes of each matrix, in the order of the model, in an order of bytes that every instruction
 //! set shares. Where a matrix lies follows from the shapes, so nothing in the file is believed but its values; a sum over all
 //! of them, the identity of the weights and the size must agree, or the file is made anew.
+//!
+//! The sum takes reading all of it. A file that was found good, and is on the disk, is stamped: a time is written into it
+//! and set as the time of its last writing. As long as the system tells that time, and that nothing about the file has changed
+//! since it was set, it is believed without the sum. So whatever writes to the file, replaces it, or sets its times leads to
+//! the sum. What the system does not see, a failing disk or a clock that was set back, is not seen here either; that is what
+//! holds for the files of the model.
 
 use std::collections::HashMap;
-use std::fs::{File, OpenOptions, TryLockError};
-use std::io::Read;
+use std::fs::{File, Metadata, OpenOptions, TryLockError};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime};
 
 use checkpoint::{Identity, MatrixId, MatrixKind, Weights, matrices};
 use gptoss::Error;
@@ -26,10 +32,13 @@ use crate::pool::Pool;
 const MAGIC: &[u8; 16] = b"nibble, packed\r\n";
 
 /// The version of the layout: of the packing in `packed.rs`, of the places below, and of the sum. Another one is made anew.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 
 /// Where the first matrix begins, and what every part is a multiple of.
 const ALIGN: usize = 4096;
+
+/// How long after the time of a stamp something about the file may have changed last: its name, which it gets after it.
+const STAMPING: Duration = Duration::from_secs(2);
 
 /// Bytes per task of the sum.
 const TASK: usize = 256 << 10;
@@ -188,23 +197,26 @@ impl Request<'_> {
             Err(error) => return Ok(bad(&error)),
         };
         let header = Header { identity, fast: self.fast, sum: 0 }.bytes();
-        let at_sum = Header::SUM;
+        let (at_sum, at_stamp) = (Header::SUM, Header::STAMP);
         if map[..MAGIC.len() + 8] != header[..MAGIC.len() + 8] {
             return Ok(Found::Bad("expected this version's layout, found another's".to_owned()));
         }
         if map[..at_sum.start] != header[..at_sum.start] {
             return Ok(Found::Bad("expected these weights, found others".to_owned()));
         }
-        if map[at_sum.clone()] != self.sum(&map).to_le_bytes()
-            || map[at_sum.end..ALIGN].iter().any(|&b| b != 0)
-        {
+        let stamp = map[at_stamp.clone()].try_into().expect("eight bytes");
+        if is_stamped(&metadata, u64::from_le_bytes(stamp)) {
+            return Ok(Found::Good(map));
+        }
+        if map[at_sum] != self.sum(&map).to_le_bytes() || map[at_stamp.end..ALIGN].iter().any(|&b| b != 0) {
             return Ok(Found::Bad("expected the sum of its bytes, found another".to_owned()));
         }
+        // Who may not write it sums up again next time.
+        drop(OpenOptions::new().write(true).open(self.path).and_then(|file| stamp_file(&file)));
         Ok(Found::Good(map))
     }
 
-    /// Packs matrix after matrix into a file beside it, which takes the name when it is complete. The system need not have
-    /// written it when this returns: what a crash leaves of it has another sum.
+    /// Packs matrix after matrix into a file beside it, which takes the name when it is complete and on the disk.
     fn make(
         &self,
         identity: Identity,
@@ -221,8 +233,12 @@ impl Request<'_> {
             Err(TryLockError::Error(error)) => return Err(error.into()),
         }
         // Whoever had the lock may have given the file its name meanwhile, and have it mapped.
-        if std::fs::metadata(&partial).ok().map(|m| m.ino()) != Some(file.metadata()?.ino()) {
-            return Err(Failed::File("another process has written it".to_owned()));
+        #[cfg(unix)]
+        {
+            use std::os::unix::fs::MetadataExt;
+            if std::fs::metadata(&partial).ok().map(|m| m.ino()) != Some(file.metadata()?.ino()) {
+                return Err(Failed::File("another process has written it".to_owned()));
+            }
         }
         let made = self.fill(&file, identity, places, progress);
         match &made {
@@ -235,7 +251,7 @@ impl Request<'_> {
 
     fn fill(
         &self,
-        file: &File,
+        mut file: &File,
         identity: Identity,
         places: &Places,
         progress: &mut dyn FnMut(usize, usize),
@@ -246,14 +262,18 @@ impl Request<'_> {
             let Place { shape, data, scales } = &places.of[id];
             let mut memory = Buffer::new(shape.bytes())?;
             let mut factors = vec![1.0f32; shape.scales()];
-            shape.pack(self.weights, *id, self.pool, memory.as_mut_slice(), &mut factors)?;
-            file.write_all_at(memory.as_slice(), data.start as u64)?;
-            file.write_all_at(bytemuck::cast_slice(&factors), scales.start as u64)?;
+            shape.pack(self.weights, *id, self.pool, self.kernels, memory.as_mut_slice(), &mut factors)?;
+            file.seek(SeekFrom::Start(data.start as u64))?;
+            file.write_all(memory.as_slice())?;
+            file.seek(SeekFrom::Start(scales.start as u64))?;
+            file.write_all(bytemuck::cast_slice(&factors))?;
         }
         file.set_len(places.len as u64)?;
         let map = map(file)?;
         let sum = self.sum(&map);
-        file.write_all_at(&Header { identity, fast: self.fast, sum }.bytes(), 0)?;
+        file.rewind()?;
+        file.write_all(&Header { identity, fast: self.fast, sum }.bytes())?;
+        stamp_file(file)?;
         Ok(map)
     }
 
@@ -282,6 +302,9 @@ impl Header {
     /// Where the sum is: behind the magic, the version, the identity and whether 16 bits were kept in eight.
     const SUM: Range<usize> = 64..72;
 
+    /// Where the stamp is, in nanoseconds since 1970; zero is none.
+    const STAMP: Range<usize> = 72..80;
+
     fn bytes(&self) -> [u8; Header::SUM.end] {
         let mut bytes = [0; Header::SUM.end];
         bytes[..16].copy_from_slice(MAGIC);
@@ -293,9 +316,34 @@ impl Header {
     }
 }
 
+/// Has a good file written to the disk and notes in it when that was.
+fn stamp_file(mut file: &File) -> std::io::Result<()> {
+    file.sync_data()?;
+    let now = SystemTime::now();
+    let Ok(since) = now.duration_since(SystemTime::UNIX_EPOCH) else { return Ok(()) };
+    file.seek(SeekFrom::Start(Header::STAMP.start as u64))?;
+    file.write_all(&(since.as_nanos() as u64).to_le_bytes())?;
+    file.set_modified(now)
+}
+
+/// Whether the file was last written, and last changed in any way that the system tells, when it was stamped.
+fn is_stamped(metadata: &Metadata, stamp: u64) -> bool {
+    let stamp = SystemTime::UNIX_EPOCH + Duration::from_nanos(stamp);
+    #[cfg(unix)]
+    let changed = {
+        use std::os::unix::fs::MetadataExt;
+        let seconds = Duration::from_secs(metadata.ctime().try_into().unwrap_or(0));
+        SystemTime::UNIX_EPOCH + seconds + Duration::from_nanos(metadata.ctime_nsec().try_into().unwrap_or(0))
+    };
+    #[cfg(not(unix))]
+    let changed = stamp;
+    metadata.modified().is_ok_and(|written| written == stamp) && changed <= stamp + STAMPING
+}
+
 fn map(file: &File) -> std::io::Result<Mmap> {
     // SAFETY: the map is read-only. It would change under our references only if another process wrote to the file, which
-    // nobody does: files are made under another name, locked, and replaced, never changed.
+    // nobody does: files are made under another name, locked, and replaced; what is changed later is the stamp, at which
+    // nobody looks again.
     let map = unsafe { Mmap::map(file) }?;
     // On large pages where the system has them for files. Advice only: a failure costs speed.
     #[cfg(target_os = "linux")]

@@ -92,6 +92,12 @@ pub(crate) trait Lanes: Copy {
     unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints;
     unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints;
     unsafe fn from_ints(ints: Self::Ints) -> Self;
+    /// Word `r` of vector `k` is word `k` of the 64 bytes at `rows[r]`.
+    unsafe fn transpose(rows: &[*const u8; LANES]) -> [Self::Ints; LANES];
+    /// Of each word of eight nibbles the first four become the low halves of its bytes, the others the high ones.
+    unsafe fn fold_nibbles(words: Self::Ints) -> Self::Ints;
+    /// The lowest bytes of all words, then the next ones: 64 bytes.
+    unsafe fn split_bytes(words: Self::Ints, to: *mut u8);
     /// Asks for the cache line at `at`, which need not be valid.
     unsafe fn prefetch(at: *const u8);
 
@@ -267,6 +273,28 @@ impl Lanes for Scalar {
         Scalar(ints.map(|i| i as f32))
     }
     #[inline(always)]
+    unsafe fn transpose(rows: &[*const u8; LANES]) -> [Self::Ints; LANES] {
+        // SAFETY: valid for 64 bytes by the trait's contract.
+        let rows = rows.map(|row| unsafe { row.cast::<Self::Ints>().read_unaligned() });
+        std::array::from_fn(|k| std::array::from_fn(|r| rows[r][k]))
+    }
+    #[inline(always)]
+    unsafe fn fold_nibbles(words: Self::Ints) -> Self::Ints {
+        // Moves the four nibbles of 16 bits to the low halves of four bytes.
+        let spread = |x: u32| {
+            let x = (x | x << 8) & 0x00ff_00ff;
+            (x | x << 4) & 0x0f0f_0f0f
+        };
+        words.map(|w| (spread(w as u32 & 0xffff) | spread(w as u32 >> 16) << 4) as i32)
+    }
+    #[inline(always)]
+    unsafe fn split_bytes(words: Self::Ints, to: *mut u8) {
+        let bytes: [[u8; LANES]; 4] =
+            std::array::from_fn(|b| std::array::from_fn(|l| words[l].to_le_bytes()[b]));
+        // SAFETY: valid for 64 bytes by the trait's contract.
+        unsafe { to.cast::<[[u8; LANES]; 4]>().write_unaligned(bytes) }
+    }
+    #[inline(always)]
     unsafe fn prefetch(_at: *const u8) {}
 }
 
@@ -279,7 +307,7 @@ mod x86 {
     // declares valid.
     use std::arch::x86_64::*;
 
-    use super::Lanes;
+    use super::{LANES, Lanes};
 
     /// Sixteen lanes in one register.
     #[derive(Clone, Copy)]
@@ -461,6 +489,65 @@ mod x86 {
         unsafe fn from_ints(ints: Self::Ints) -> Self {
             // SAFETY: the trait's contract.
             Avx512(unsafe { _mm512_cvtepi32_ps(ints) })
+        }
+        #[inline(always)]
+        unsafe fn transpose(rows: &[*const u8; LANES]) -> [Self::Ints; LANES] {
+            // SAFETY: the trait's contract. Words of four rows are brought together, then quarters of registers.
+            unsafe {
+                let mut quads = [_mm512_setzero_si512(); LANES];
+                let mut i = 0;
+                while i < LANES {
+                    let row = |r: usize| _mm512_loadu_si512(rows[i + r].cast());
+                    let (low, low2) =
+                        (_mm512_unpacklo_epi32(row(0), row(1)), _mm512_unpacklo_epi32(row(2), row(3)));
+                    let (high, high2) =
+                        (_mm512_unpackhi_epi32(row(0), row(1)), _mm512_unpackhi_epi32(row(2), row(3)));
+                    // Quarter `q` of `quads[i + w]` has word `4 q + w` of rows `i ..`.
+                    quads[i] = _mm512_unpacklo_epi64(low, low2);
+                    quads[i + 1] = _mm512_unpackhi_epi64(low, low2);
+                    quads[i + 2] = _mm512_unpacklo_epi64(high, high2);
+                    quads[i + 3] = _mm512_unpackhi_epi64(high, high2);
+                    i += 4;
+                }
+                let mut out = [_mm512_setzero_si512(); LANES];
+                let mut w = 0;
+                while w < 4 {
+                    let (a, b, c, d) = (quads[w], quads[4 + w], quads[8 + w], quads[12 + w]);
+                    let (ab, cd) = (_mm512_shuffle_i32x4::<0x44>(a, b), _mm512_shuffle_i32x4::<0x44>(c, d));
+                    let (ab2, cd2) = (_mm512_shuffle_i32x4::<0xee>(a, b), _mm512_shuffle_i32x4::<0xee>(c, d));
+                    out[w] = _mm512_shuffle_i32x4::<0x88>(ab, cd);
+                    out[4 + w] = _mm512_shuffle_i32x4::<0xdd>(ab, cd);
+                    out[8 + w] = _mm512_shuffle_i32x4::<0x88>(ab2, cd2);
+                    out[12 + w] = _mm512_shuffle_i32x4::<0xdd>(ab2, cd2);
+                    w += 1;
+                }
+                out
+            }
+        }
+        #[inline(always)]
+        unsafe fn fold_nibbles(words: Self::Ints) -> Self::Ints {
+            // SAFETY: the trait's contract. Each byte is eight bits from a place of its own in its 64.
+            unsafe {
+                let low = _mm512_set1_epi64(0x2c28_2420_0c08_0400);
+                let high = _mm512_set1_epi64(0x3834_302c_1814_100c);
+                let low = _mm512_multishift_epi64_epi8(low, words);
+                let high = _mm512_multishift_epi64_epi8(high, words);
+                // Where the mask has ones the first, otherwise the second.
+                _mm512_ternarylogic_epi32::<0xca>(_mm512_set1_epi8(0x0f), low, high)
+            }
+        }
+        #[inline(always)]
+        unsafe fn split_bytes(words: Self::Ints, to: *mut u8) {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let mut b = 0;
+                let mut rest = words;
+                while b < 4 {
+                    _mm_storeu_si128(to.add(16 * b).cast(), _mm512_cvtepi32_epi8(rest));
+                    rest = _mm512_srli_epi32::<8>(rest);
+                    b += 1;
+                }
+            }
         }
         #[inline(always)]
         unsafe fn prefetch(at: *const u8) {
@@ -658,9 +745,95 @@ mod x86 {
             unsafe { Avx2(_mm256_cvtepi32_ps(ints.0), _mm256_cvtepi32_ps(ints.1)) }
         }
         #[inline(always)]
+        unsafe fn transpose(rows: &[*const u8; LANES]) -> [Self::Ints; LANES] {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let mut out = [(_mm256_setzero_si256(), _mm256_setzero_si256()); LANES];
+                let mut half = 0;
+                while half < 2 {
+                    let low = transpose_8(rows[..8].as_ptr(), 32 * half);
+                    let high = transpose_8(rows[8..].as_ptr(), 32 * half);
+                    let mut k = 0;
+                    while k < 8 {
+                        out[8 * half + k] = (low[k], high[k]);
+                        k += 1;
+                    }
+                    half += 1;
+                }
+                out
+            }
+        }
+        #[inline(always)]
+        unsafe fn fold_nibbles(words: Self::Ints) -> Self::Ints {
+            // SAFETY: the trait's contract.
+            unsafe { (fold_nibbles_8(words.0), fold_nibbles_8(words.1)) }
+        }
+        #[inline(always)]
+        unsafe fn split_bytes(words: Self::Ints, to: *mut u8) {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let bytes = _mm_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0);
+                let bytes = _mm256_broadcastsi128_si256(bytes);
+                let (a, b) = (_mm256_shuffle_epi8(words.0, bytes), _mm256_shuffle_epi8(words.1, bytes));
+                let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+                let (a, b) = (_mm256_permutevar8x32_epi32(a, order), _mm256_permutevar8x32_epi32(b, order));
+                // Each 64 bits are eight rows of one kind.
+                let (even, odd) = (_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+                _mm_storeu_si128(to.cast(), _mm256_castsi256_si128(even));
+                _mm_storeu_si128(to.add(16).cast(), _mm256_castsi256_si128(odd));
+                _mm_storeu_si128(to.add(32).cast(), _mm256_extracti128_si256::<1>(even));
+                _mm_storeu_si128(to.add(48).cast(), _mm256_extracti128_si256::<1>(odd));
+            }
+        }
+        #[inline(always)]
         unsafe fn prefetch(at: *const u8) {
             // SAFETY: the trait's contract. A prefetch never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+    }
+
+    /// Word `r` of vector `k` is word `k` of the 32 bytes behind `at` at `rows[r]`.
+    #[inline(always)]
+    unsafe fn transpose_8(rows: *const *const u8, at: usize) -> [__m256i; 8] {
+        // SAFETY: only called from the implementation above, whose contract includes AVX2 and eight valid rows.
+        unsafe {
+            let row = |r: usize| _mm256_loadu_si256((*rows.add(r)).add(at).cast());
+            let mut quads = [_mm256_setzero_si256(); 8];
+            let mut i = 0;
+            while i < 8 {
+                let (a, b, c, d) = (row(i), row(i + 1), row(i + 2), row(i + 3));
+                let (low, low2) = (_mm256_unpacklo_epi32(a, b), _mm256_unpacklo_epi32(c, d));
+                let (high, high2) = (_mm256_unpackhi_epi32(a, b), _mm256_unpackhi_epi32(c, d));
+                quads[i] = _mm256_unpacklo_epi64(low, low2);
+                quads[i + 1] = _mm256_unpackhi_epi64(low, low2);
+                quads[i + 2] = _mm256_unpacklo_epi64(high, high2);
+                quads[i + 3] = _mm256_unpackhi_epi64(high, high2);
+                i += 4;
+            }
+            let mut out = [_mm256_setzero_si256(); 8];
+            let mut w = 0;
+            while w < 4 {
+                out[w] = _mm256_permute2x128_si256::<0x20>(quads[w], quads[4 + w]);
+                out[4 + w] = _mm256_permute2x128_si256::<0x31>(quads[w], quads[4 + w]);
+                w += 1;
+            }
+            out
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn fold_nibbles_8(words: __m256i) -> __m256i {
+        // SAFETY: as above.
+        unsafe {
+            let mask = _mm256_set1_epi8(15);
+            let (even, odd) =
+                (_mm256_and_si256(words, mask), _mm256_and_si256(_mm256_srli_epi16::<4>(words), mask));
+            // Nibbles 0 and 4, 2 and 6 in the low two bytes, 1 and 5, 3 and 7 likewise; they alternate in the result.
+            let even = _mm256_or_si256(even, _mm256_srli_epi32::<12>(even));
+            let odd = _mm256_or_si256(odd, _mm256_srli_epi32::<12>(odd));
+            let both = _mm256_blend_epi16::<0xaa>(even, _mm256_slli_epi32::<16>(odd));
+            let order = _mm_set_epi8(15, 13, 14, 12, 11, 9, 10, 8, 7, 5, 6, 4, 3, 1, 2, 0);
+            _mm256_shuffle_epi8(both, _mm256_broadcastsi128_si256(order))
         }
     }
 

@@ -1,8 +1,9 @@
 //! Packed weights in a file: the same bits from it, and nothing but the same bits whatever becomes of it.
 
-use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
+use std::time::{Duration, SystemTime};
 
 use checkpoint::{
     Checkpoint, Config, Error, Format, Identity, Matrix, MatrixId, MatrixKind, Synthetic, Vector, VectorId,
@@ -102,8 +103,8 @@ fn a_file_that_is_not_whole_or_of_others_is_made_anew() {
         .map(|cut| (format!("cut at {cut}"), good[..cut].to_vec()))
         .to_vec();
     files.push(("longer".to_owned(), [&good[..], &[0]].concat()));
-    // Version, identity, options, sum, the rest of the header, and values.
-    for at in [16, 23, 24, 55, 56, 57, 63, 64, 71, 72, 4095, 4096, 4097, len / 3, len / 2 + 1, len - 4096] {
+    // Version, identity, options, sum, the rest of the header but the stamp, and values.
+    for at in [16, 23, 24, 55, 56, 57, 63, 64, 71, 80, 4095, 4096, 4097, len / 3, len / 2 + 1, len - 4096] {
         let mut bytes = good.clone();
         bytes[at] ^= 0x10;
         files.push((format!("byte {at}"), bytes));
@@ -126,8 +127,67 @@ fn a_file_that_is_not_whole_or_of_others_is_made_anew() {
         let (found, notes) = kept(weights(MODEL), false, &path).unwrap();
         assert!(found == expected, "{what}");
         assert!(notes.len() == 1 && notes[0].contains("packed anew"), "{what}: {notes:?}");
-        assert!(std::fs::read(&path).unwrap() == good, "{what}");
+        assert!(same(&std::fs::read(&path).unwrap(), &good), "{what}");
         assert_eq!(kept(Arc::new(Sealed(weights(MODEL))), false, &path).unwrap().1, [""; 0], "{what}");
+    }
+}
+
+/// Whether two files are the same but for the stamp.
+fn same(a: &[u8], b: &[u8]) -> bool {
+    a[..STAMP.start] == b[..STAMP.start] && a[STAMP.end..] == b[STAMP.end..]
+}
+
+const STAMP: std::ops::Range<usize> = 72..80;
+
+/// Gives a file a time of writing, and a stamp of it.
+fn stamp(path: &Path, time: SystemTime) {
+    let file = std::fs::OpenOptions::new().write(true).open(path).unwrap();
+    let nanoseconds = time.duration_since(SystemTime::UNIX_EPOCH).unwrap().as_nanos() as u64;
+    file.write_all_at(&nanoseconds.to_le_bytes(), STAMP.start as u64).unwrap();
+    file.set_modified(time).unwrap();
+}
+
+#[test]
+fn a_file_is_read_whole_unless_it_is_as_it_was_stamped() {
+    let model = || weights("testdata/model/hf-mxfp4");
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("packed");
+    let expected = expected(model(), false);
+    kept(model(), false, &path).unwrap();
+    let good = std::fs::read(&path).unwrap();
+    let written = std::fs::metadata(&path).unwrap().modified().unwrap();
+    let stamped = |bytes: &[u8]| {
+        let stamp = u64::from_le_bytes(bytes[STAMP].try_into().unwrap());
+        SystemTime::UNIX_EPOCH + Duration::from_nanos(stamp)
+    };
+    assert_eq!(stamped(&good), written);
+
+    // A copy is good, and has a stamp of its own from its first use on, which the next start leaves.
+    let copy = folder.path().join("copy");
+    std::fs::write(&copy, &good).unwrap();
+    let mut stamps = Vec::new();
+    for _ in 0..2 {
+        assert_eq!(kept(model(), false, &copy).unwrap(), (expected.clone(), vec![]));
+        let found = std::fs::read(&copy).unwrap();
+        assert!(same(&found, &good));
+        assert_eq!(stamped(&found), std::fs::metadata(&copy).unwrap().modified().unwrap());
+        stamps.push(stamped(&found));
+    }
+    assert!(stamps[0] > written && stamps[0] == stamps[1], "{stamps:?}");
+
+    // Of another time; of the time that it tells, which was set later; and the latter as it was set.
+    let mut bad = good;
+    let last = bad.len() / 2;
+    bad[last] ^= 1;
+    let now = SystemTime::now();
+    for (time, believed) in [(None, false), (Some(now - Duration::from_secs(60)), false), (Some(now), true)] {
+        std::fs::write(&path, &bad).unwrap();
+        if let Some(time) = time {
+            stamp(&path, time);
+        }
+        let (found, notes) = kept(model(), false, &path).unwrap();
+        assert_eq!(notes.is_empty(), believed, "{time:?}: {notes:?}");
+        assert_eq!(found == expected, !believed, "{time:?}");
     }
 }
 
