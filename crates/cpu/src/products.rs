@@ -19,9 +19,9 @@ pub(crate) struct Panel {
 /// The records of some tokens.
 #[derive(Clone, Copy)]
 pub(crate) struct Records<'a> {
-    start: *const u32,
+    pub(crate) start: *const u32,
     /// Words between the records of one token.
-    stride: usize,
+    pub(crate) stride: usize,
     pub(crate) tokens: usize,
     pub(crate) kind: Kind,
     /// Groups of 32 columns.
@@ -125,7 +125,7 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
 
 /// Asks for what lies ahead.
 #[inline(always)]
-unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
+pub(crate) unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
     let mut at = 0;
     while at < bytes {
         // SAFETY: the CPU has the features; the address need not be valid.
@@ -159,7 +159,7 @@ impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS>
     unsafe fn decode(tile: *const u8) -> Self::Decoded {
         // SAFETY: the contract.
         unsafe {
-            let scales = if MX { [L::e8m0(tile); 2] } else { [L::e4m3(tile), L::e4m3(tile.add(LANES))] };
+            let scales = e2m1_scales::<L, MX>(tile);
             let codes = tile.add(if MX { LANES } else { 2 * LANES });
             [(e2m1_block::<L>(codes), scales[0]), (e2m1_block::<L>(codes.add(128)), scales[1])]
         }
@@ -173,14 +173,35 @@ impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS>
                 [e2m1_sums::<L, LIMBS>(&first.0, record, 0), e2m1_sums::<L, LIMBS>(&second.0, record, 1)];
             let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
             if MX && LIMBS < 3 {
-                // The same bits as below in fewer steps: the sum has less than 24 bits, and scales are powers of two.
-                let sum = L::from_ints(L::add_ints(sums[0], sums[1]));
-                return sum.fma(first.1.mul(scale), total);
+                return e2m1_whole(L::add_ints(sums[0], sums[1]), first.1, scale, total);
             }
-            let sum = L::from_ints(sums[1]).fma(second.1, L::from_ints(sums[0]).mul(first.1));
-            sum.fma(scale, total)
+            e2m1_halves(sums, [first.1, second.1], scale, total)
         }
     }
+}
+
+/// The scales of the halves of a slab.
+#[inline(always)]
+pub(crate) unsafe fn e2m1_scales<L: Lanes, const MX: bool>(slab: *const u8) -> [L; 2] {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe { if MX { [L::e8m0(slab); 2] } else { [L::e4m3(slab), L::e4m3(slab.add(LANES))] } }
+}
+
+/// The total plus the sums of a slab, times the scales of its halves and of the record.
+#[inline(always)]
+pub(crate) unsafe fn e2m1_halves<L: Lanes>(sums: [L::Ints; 2], scales: [L; 2], scale: L, total: L) -> L {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        let sum = L::from_ints(sums[1]).fma(scales[1], L::from_ints(sums[0]).mul(scales[0]));
+        sum.fma(scale, total)
+    }
+}
+
+/// The same where both scales are one power of two and the sum has less than 24 bits: the same bits in fewer steps.
+#[inline(always)]
+pub(crate) unsafe fn e2m1_whole<L: Lanes>(sum: L::Ints, block_scale: L, scale: L, total: L) -> L {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe { L::from_ints(sum).fma(block_scale.mul(scale), total) }
 }
 
 /// Sixteen columns of codes.
@@ -247,14 +268,30 @@ impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
     unsafe fn add(weights: &Self::Decoded, record: *const i32, _step: usize, total: L) -> L {
         // SAFETY: the contract.
         unsafe {
-            let mut sum = int8_sums::<L, LIMBS>(weights, record, 0);
-            for l in 1..LIMBS {
-                let limb = int8_sums::<L, LIMBS>(weights, record, l);
-                sum = limb.fma(L::splat([256.0, 65_536.0][l - 1]), sum);
+            let mut limbs = [L::splat_ints(0); LIMBS];
+            for l in 0..LIMBS {
+                limbs[l] = int8_sums::<L, LIMBS>(weights, record, l);
             }
             let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
-            sum.fma(scale, total)
+            int8_whole(limbs, scale, total)
         }
+    }
+}
+
+/// The total plus the sums of a slab with each limb, times the scale of the record.
+#[inline(always)]
+pub(crate) unsafe fn int8_whole<L: Lanes, const LIMBS: usize>(
+    limbs: [L::Ints; LIMBS],
+    scale: L,
+    total: L,
+) -> L {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        let mut sum = L::from_ints(limbs[0]);
+        for l in 1..LIMBS {
+            sum = L::from_ints(limbs[l]).fma(L::splat([256.0, 65_536.0][l - 1]), sum);
+        }
+        sum.fma(scale, total)
     }
 }
 
@@ -274,12 +311,12 @@ unsafe fn int8_sums<L: Lanes, const LIMBS: usize>(
     weights: &[[L::Bytes; 4]; 2],
     record: *const i32,
     limb: usize,
-) -> L {
+) -> L::Ints {
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
         let offset = L::splat_ints(record.add(Words::<LIMBS>::INT8 + limb).read());
         let sum = L::dot(offset, &weights[0], record.add(8 * limb));
-        L::from_ints(L::dot(sum, &weights[1], record.add(8 * limb + 4)))
+        L::dot(sum, &weights[1], record.add(8 * limb + 4))
     }
 }
 
