@@ -14,7 +14,7 @@ use memmap2::Mmap;
 use crate::kernels::Kernels;
 use crate::panels::Rows;
 use crate::pool::Pool;
-use crate::products::{CODE_BYTES, Finish, Panel, PanelKernel, Records};
+use crate::products::{CODE_BYTES, Finish, MOST_TOKENS, Panel, PanelKernel, Records};
 use crate::records::{Activations, COLUMNS, Kind};
 use crate::simd::LANES;
 
@@ -348,9 +348,6 @@ const BATCH_TASK_BYTES: usize = 112 << 10;
 /// Bytes of weights times tokens that one thread multiplies sooner than several are woken.
 const ALONE: usize = 64 << 10;
 
-/// Tokens whose sums are kept at a time: they stay in the first-level cache.
-const TOKEN_BLOCK: usize = 64;
-
 /// Bytes of records that are multiplied with all panels of a task before the next ones: they stay in the second-level cache.
 const RECORD_BYTES: usize = 384 << 10;
 
@@ -384,11 +381,11 @@ fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
     let matrix = job.matrix;
     let kernel = matrix.kernel(kernels, job.x.kind);
     let token_bytes = matrix.shape.slabs() * job.x.kind.words() * 4;
-    let block = (RECORD_BYTES / token_bytes.max(1)).clamp(1, TOKEN_BLOCK);
-    let mut sums = [[const { MaybeUninit::<[f32; LANES]>::uninit() }; TOKEN_BLOCK]; 2];
+    let block = (RECORD_BYTES / token_bytes.max(1)).clamp(1, MOST_TOKENS);
+    let mut sums = [[const { MaybeUninit::<[f32; LANES]>::uninit() }; MOST_TOKENS]; 2];
     for first in (0..job.x.tokens).step_by(block) {
         let x = job.x.part(first, (first + block).min(job.x.tokens));
-        let sums_of = |panel: usize, sums: &mut [MaybeUninit<[f32; LANES]>; TOKEN_BLOCK]| {
+        let sums_of = |panel: usize, sums: &mut [MaybeUninit<[f32; LANES]>; MOST_TOKENS]| {
             // SAFETY: the kernels were chosen for this CPU; the panel has as many slabs as the records, and there is room
             // for a block of tokens.
             unsafe { kernel(matrix.panel(job.expert, panel), x, sums.as_mut_ptr().cast()) };

@@ -4,6 +4,7 @@
 //! all tokens, whose sums lie in the first-level cache. Every sum has one order, whatever the number of tokens.
 
 use std::marker::PhantomData;
+use std::mem::MaybeUninit;
 
 use crate::records::{COLUMNS, Kind, Words};
 use crate::simd::{LANES, Lanes};
@@ -48,7 +49,10 @@ impl<'a> Records<'a> {
     }
 }
 
-/// The sums of a panel for each token, before the scales of rows or matrix: `sums[token][row]`.
+/// Tokens that a product takes at a time: their sums stay in the first-level cache.
+pub(crate) const MOST_TOKENS: usize = 64;
+
+/// The sums of a panel for each token, at most [`MOST_TOKENS`], before the scales of rows or matrix: `sums[token][row]`.
 ///
 /// # Safety
 /// The CPU has the table's instruction set; `panel` and the records, which are of the kernel's kind, are valid for its
@@ -143,7 +147,67 @@ pub(crate) unsafe fn e2m1<L: Lanes, const MX: bool, const LIMBS: usize>(
     sums: *mut [f32; LANES],
 ) {
     // SAFETY: the contract of `PanelKernel`.
-    unsafe { panel_sums::<L, E2m1<MX, LIMBS>>(panel, x, sums) }
+    unsafe {
+        if L::FEW_REGISTERS && x.tokens > 1 {
+            e2m1_by_halves::<L, MX, LIMBS>(panel, x, sums);
+        } else {
+            panel_sums::<L, E2m1<MX, LIMBS>>(panel, x, sums);
+        }
+    }
+}
+
+/// The same with one half of a slab in registers at a time, and what the first half gives in memory.
+#[inline(always)]
+unsafe fn e2m1_by_halves<L: Lanes, const MX: bool, const LIMBS: usize>(
+    panel: Panel,
+    x: Records<'_>,
+    sums: *mut [f32; LANES],
+) {
+    assert!(x.tokens <= MOST_TOKENS, "no more tokens than a product takes at a time");
+    let mut firsts = [const { MaybeUninit::<[f32; LANES]>::uninit() }; MOST_TOKENS];
+    let whole = MX && LIMBS < 3;
+    // SAFETY: the contract of `PanelKernel`; what is read of the first halves was written before.
+    unsafe {
+        for t in 0..x.tokens {
+            L::splat(0.0).store(sums.add(t).cast());
+        }
+        let mut slab = panel.data;
+        let mut records = x.start.cast::<i32>();
+        for _ in 0..panel.slabs {
+            ask::<L>(slab, <E2m1<MX, LIMBS> as Format<L>>::BYTES);
+            let scales = e2m1_scales::<L, MX>(slab);
+            let codes = slab.add(if MX { LANES } else { 2 * LANES });
+            let weights = e2m1_block::<L>(codes);
+            let mut record = records;
+            for first in &mut firsts[..x.tokens] {
+                let sum = e2m1_sums::<L, LIMBS>(&weights, record, 0);
+                if whole {
+                    L::store_ints(sum, first.as_mut_ptr().cast());
+                } else {
+                    L::from_ints(sum).mul(scales[0]).store(first.as_mut_ptr().cast());
+                }
+                record = record.wrapping_add(Words::<LIMBS>::COUNT);
+            }
+            let weights = e2m1_block::<L>(codes.add(128));
+            let mut record = records;
+            for (t, first) in firsts[..x.tokens].iter().enumerate() {
+                let sum = e2m1_sums::<L, LIMBS>(&weights, record, 1);
+                let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
+                let total = sums.add(t).cast::<f32>();
+                let new = if whole {
+                    let sum = L::add_ints(L::load_ints(first.as_ptr().cast()), sum);
+                    e2m1_whole(sum, scales[0], scale, L::load(total))
+                } else {
+                    let sum = L::from_ints(sum).fma(scales[1], L::load(first.as_ptr().cast()));
+                    sum.fma(scale, L::load(total))
+                };
+                new.store(total);
+                record = record.wrapping_add(Words::<LIMBS>::COUNT);
+            }
+            slab = slab.add(<E2m1<MX, LIMBS> as Format<L>>::BYTES);
+            records = records.wrapping_add(x.stride);
+        }
+    }
 }
 
 struct E2m1<const MX: bool, const LIMBS: usize>;
@@ -224,18 +288,7 @@ unsafe fn e2m1_sums<L: Lanes, const LIMBS: usize>(
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
         let offset = L::splat_ints(record.add(Words::<LIMBS>::E2M1 + half).read());
-        let record = record.add(4 * half);
-        // Limbs are chains of their own, so that one does not wait for another.
-        let mut sum = L::dot_e2m1(offset, weights, record);
-        if LIMBS > 1 {
-            let mut high = L::dot_e2m1(L::splat_ints(0), weights, record.add(8));
-            if LIMBS > 2 {
-                let highest = L::dot_e2m1(L::splat_ints(0), weights, record.add(16));
-                high = L::add_ints(high, L::shift_byte(highest));
-            }
-            sum = L::add_ints(sum, L::shift_byte(high));
-        }
-        sum
+        L::dot_e2m1::<LIMBS>(offset, weights, record.add(4 * half))
     }
 }
 

@@ -30,6 +30,9 @@ pub(crate) trait Lanes: Copy {
     /// Sixteen i32, one per row.
     type Ints: Copy;
 
+    /// Whether 32 columns of sixteen rows do not fit the registers.
+    const FEW_REGISTERS: bool = false;
+
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     /// The even and the odd of two columns of BF16: row `r` in elements `2 r` and `2 r + 1`.
@@ -96,9 +99,29 @@ pub(crate) trait Lanes: Copy {
     unsafe fn splat_ints(value: i32) -> Self::Ints;
     unsafe fn load_ints(from: *const i32) -> Self::Ints;
     unsafe fn store_ints(ints: Self::Ints, to: *mut i32);
-    /// Adds the products of sixteen columns with sixteen signed bytes. The weights are at most 24.
-    unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints;
-    /// The same for weights of any size.
+    /// Adds the products of sixteen columns, weights of at most 24, with sixteen numbers of several signed bytes, the next limbs of
+    /// which are eight words behind.
+    #[inline(always)]
+    unsafe fn dot_e2m1<const LIMBS: usize>(
+        offset: Self::Ints,
+        weights: &[Self::Bytes; 4],
+        x: *const i32,
+    ) -> Self::Ints {
+        // SAFETY: the same contract. Limbs are chains of their own, so that one does not wait for another.
+        unsafe {
+            let mut sum = Self::dot(offset, weights, x);
+            if LIMBS > 1 {
+                let mut high = Self::dot(Self::splat_ints(0), weights, x.add(8));
+                if LIMBS > 2 {
+                    let highest = Self::dot(Self::splat_ints(0), weights, x.add(16));
+                    high = Self::add_ints(high, Self::shift_byte(highest));
+                }
+                sum = Self::add_ints(sum, Self::shift_byte(high));
+            }
+            sum
+        }
+    }
+    /// Adds the products of sixteen columns with sixteen signed bytes.
     unsafe fn dot(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints;
     /// Times 256.
     unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints;
@@ -254,11 +277,6 @@ impl Lanes for Scalar {
     unsafe fn store_ints(ints: Self::Ints, to: *mut i32) {
         // SAFETY: as above.
         unsafe { to.cast::<Self::Ints>().write_unaligned(ints) }
-    }
-    #[inline(always)]
-    unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
-        // SAFETY: the same contract.
-        unsafe { Self::dot(sum, weights, x) }
     }
     #[inline(always)]
     unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
@@ -483,11 +501,6 @@ mod x86 {
             unsafe { _mm512_storeu_si512(to.cast(), ints) }
         }
         #[inline(always)]
-        unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
-            // SAFETY: the same contract.
-            unsafe { Self::dot(sum, weights, x) }
-        }
-        #[inline(always)]
         unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
             // SAFETY: the trait's contract.
             unsafe {
@@ -585,6 +598,8 @@ mod x86 {
     impl Lanes for Avx2 {
         type Bytes = (__m256i, __m256i);
         type Ints = (__m256i, __m256i);
+
+        const FEW_REGISTERS: bool = true;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
@@ -719,22 +734,34 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn dot_e2m1(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
-            // SAFETY: the trait's contract. Pairs of products are at most 24 · 128 · 2, and four of them fit 16 bits.
+        unsafe fn dot_e2m1<const LIMBS: usize>(
+            offset: Self::Ints,
+            weights: &[Self::Bytes; 4],
+            x: *const i32,
+        ) -> Self::Ints {
+            // SAFETY: the trait's contract.
             unsafe {
-                let mut pairs = (_mm256_setzero_si256(), _mm256_setzero_si256());
-                let mut i = 0;
-                while i < 4 {
-                    let x = _mm256_set1_epi32(x.add(i).read_unaligned());
-                    pairs.0 = _mm256_add_epi16(pairs.0, _mm256_maddubs_epi16(weights[i].0, x));
-                    pairs.1 = _mm256_add_epi16(pairs.1, _mm256_maddubs_epi16(weights[i].1, x));
-                    i += 1;
-                }
                 let one = _mm256_set1_epi16(1);
-                (
-                    _mm256_add_epi32(sum.0, _mm256_madd_epi16(pairs.0, one)),
-                    _mm256_add_epi32(sum.1, _mm256_madd_epi16(pairs.1, one)),
-                )
+                let byte = _mm256_set1_epi16(256);
+                let (a, b) = pairs(weights, x);
+                let mut sum = (
+                    _mm256_add_epi32(offset.0, _mm256_madd_epi16(a, one)),
+                    _mm256_add_epi32(offset.1, _mm256_madd_epi16(b, one)),
+                );
+                if LIMBS == 2 {
+                    let (a, b) = pairs(weights, x.add(8));
+                    sum.0 = _mm256_add_epi32(sum.0, _mm256_madd_epi16(a, byte));
+                    sum.1 = _mm256_add_epi32(sum.1, _mm256_madd_epi16(b, byte));
+                }
+                if LIMBS == 3 {
+                    let ((a, b), (c, d)) = (pairs(weights, x.add(8)), pairs(weights, x.add(16)));
+                    let high = Self::shift_byte((
+                        _mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(c, byte)),
+                        _mm256_add_epi32(_mm256_madd_epi16(b, one), _mm256_madd_epi16(d, byte)),
+                    ));
+                    sum = Self::add_ints(sum, high);
+                }
+                sum
             }
         }
         #[inline(always)]
@@ -866,6 +893,25 @@ mod x86 {
         unsafe {
             let bits = _mm256_slli_epi32::<23>(_mm256_castps_si256(v));
             _mm256_castsi256_ps(_mm256_add_epi32(bits, _mm256_set1_epi32(127 << 23)))
+        }
+    }
+
+    /// Sums of eight products in 16 bits: pairs are at most 24 · 128 · 2, and four of them fit.
+    #[inline(always)]
+    unsafe fn pairs(weights: &[(__m256i, __m256i); 4], x: *const i32) -> (__m256i, __m256i) {
+        // SAFETY: as above, and sixteen bytes are valid.
+        unsafe {
+            let first = _mm256_set1_epi32(x.read_unaligned());
+            let mut pairs =
+                (_mm256_maddubs_epi16(weights[0].0, first), _mm256_maddubs_epi16(weights[0].1, first));
+            let mut i = 1;
+            while i < 4 {
+                let x = _mm256_set1_epi32(x.add(i).read_unaligned());
+                pairs.0 = _mm256_add_epi16(pairs.0, _mm256_maddubs_epi16(weights[i].0, x));
+                pairs.1 = _mm256_add_epi16(pairs.1, _mm256_maddubs_epi16(weights[i].1, x));
+                i += 1;
+            }
+            pairs
         }
     }
 
