@@ -322,8 +322,10 @@ impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
         // SAFETY: the contract.
         unsafe {
             let mut limbs = [L::splat_ints(0); LIMBS];
-            for l in 0..LIMBS {
+            let mut l = 0;
+            while l < LIMBS {
                 limbs[l] = int8_sums::<L, LIMBS>(weights, record, l);
+                l += 1;
             }
             let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
             int8_whole(limbs, scale, total)

@@ -252,9 +252,11 @@ impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
         // SAFETY: the contract.
         unsafe {
             let mut limbs = [L::splat_ints(0); LIMBS];
-            for l in 0..LIMBS {
+            let mut l = 0;
+            while l < LIMBS {
                 let offset = record.add(Words::<LIMBS>::INT8 + l).cast::<i32>().read();
                 limbs[l] = L::add_ints(L::load_ints(sums.add(l * TILE)), L::splat_ints(offset));
+                l += 1;
             }
             let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
             products::int8_whole(limbs, scale, total)
