@@ -42,14 +42,27 @@ pub struct EngineOptions {
     pub eos_ids: Vec<u32>,
     /// Seed of requests without one. Default 0.
     pub seed: u64,
-    /// Requests go in the order of their priority, not of their arrival. Default false.
-    pub priorities: bool,
+    /// Who goes first. Default first come, first served.
+    pub policy: SchedulingPolicy,
     /// Guess tokens and verify several in one step. Changes no answer. `None` (the default): no.
     pub speculation: Option<Speculation>,
     /// Chats keep to Harmony's format where it is no text. Default false.
     pub harmony_guard: bool,
     /// Log-probabilities are those of the distribution that is drawn from, not the model's own. Default false.
     pub processed_logprobs: bool,
+}
+
+/// In which order requests are served.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum SchedulingPolicy {
+    /// First come, first served.
+    #[default]
+    Arrival,
+    /// By [`Request::priority`], then by arrival.
+    Priority,
+    /// Clients take turns: of those that wait, each client's next request goes before any client's one after next (start-time fair
+    /// queueing, Goyal, Vin and Cheng 1996, a request being the unit of service).
+    RoundRobin,
 }
 
 impl Default for EngineOptions {
@@ -65,7 +78,7 @@ impl Default for EngineOptions {
             prefix_caching: true,
             eos_ids: Vec::new(),
             seed: 0,
-            priorities: false,
+            policy: SchedulingPolicy::default(),
             speculation: None,
             harmony_guard: false,
             processed_logprobs: false,
@@ -258,7 +271,7 @@ struct Inner {
     harmony: Arc<Harmony>,
     grammars: Grammars,
     eos_ids: Vec<u32>,
-    priorities: bool,
+    policy: SchedulingPolicy,
     max_model_len: usize,
     max_queued_requests: usize,
     max_queued_tokens: usize,
@@ -379,7 +392,7 @@ impl Engine {
                 grammars: Grammars::new(Arc::clone(&harmony)),
                 harmony,
                 eos_ids,
-                priorities: options.priorities,
+                policy: options.policy,
                 max_model_len: capacity.max_model_len,
                 max_queued_requests,
                 max_queued_tokens,
@@ -420,8 +433,11 @@ impl Engine {
     pub fn validate(&self, mut request: Request) -> Result<Request, SubmitError> {
         let vocab_size = self.inner.config.vocab_size;
         request.params = request.params.validate(vocab_size)?;
-        if !self.inner.priorities {
+        if self.inner.policy != SchedulingPolicy::Priority {
             request.priority = 0;
+        }
+        if self.inner.policy != SchedulingPolicy::RoundRobin {
+            request.client = None;
         }
         if request.prompt.is_empty() {
             return Err(SubmitError::EmptyPrompt);
@@ -472,9 +488,9 @@ impl Engine {
         &self.inner.grammars
     }
 
-    /// Whether requests of a better priority go first.
-    pub fn priorities(&self) -> bool {
-        self.inner.priorities
+    /// Who goes first.
+    pub fn policy(&self) -> SchedulingPolicy {
+        self.inner.policy
     }
 
     /// The model's own stop tokens.

@@ -19,10 +19,12 @@ pub mod scheduler;
 mod scripted;
 mod speculation;
 mod structure;
+mod turns;
 mod worker;
 
 pub use engine::{
-    Engine, EngineOptions, Error, RequestHandle, STEP_SECONDS, STEP_TOKENS, Stats, SubmitError, Valve,
+    Engine, EngineOptions, Error, RequestHandle, STEP_SECONDS, STEP_TOKENS, SchedulingPolicy, Stats,
+    SubmitError, Valve,
 };
 pub use grammar::{Form, Grammar, GrammarError, Grammars, TurnRules, Whitespace};
 pub use llm::{CompletionOutput, Llm, Progress, Prompt, RequestOutput};

@@ -19,6 +19,8 @@ pub struct Request {
     pub grammar: Option<Grammar>,
     /// Requests of less go first. Default 0.
     pub priority: i64,
+    /// Whose it is, where clients take turns. Default `None`, which is one client like any other.
+    pub client: Option<[u8; 32]>,
     /// Only requests with the same salt share the computation of equal beginnings.
     pub cache_salt: Option<String>,
     /// The engine's guard of the format, if it has one, may be used. Default true; false for prompts that tell of tools which
@@ -29,7 +31,16 @@ pub struct Request {
 impl Request {
     /// A request without a grammar, of ordinary priority.
     pub fn new(prompt: Vec<u32>, params: SamplingParams, output: OutputMode) -> Request {
-        Request { prompt, params, output, grammar: None, priority: 0, cache_salt: None, guarded: true }
+        Request {
+            prompt,
+            params,
+            output,
+            grammar: None,
+            priority: 0,
+            client: None,
+            cache_salt: None,
+            guarded: true,
+        }
     }
 }
 

@@ -1,6 +1,6 @@
 //! Decides what the next step computes: schedule, run, commit. Nothing here knows a model, text or time.
 //!
-//! First come, first served, among sequences of equal priority. A step takes every decoding sequence, then chunks of prompts,
+//! First come, first served, among sequences of equal priority and turn. A step takes every decoding sequence, then chunks of prompts,
 //! first come first, until the token budget is spent; then new sequences as long as their blocks suffice. When a decoding
 //! sequence finds no block, the last in the order gives all of its blocks back and starts over later (its tokens are kept,
 //! their keys and values computed again); so it does when one of a better priority finds no place. A paused sequence gives its
@@ -22,6 +22,8 @@ use crate::kv::{Blocks, Table, Tokens};
 pub struct SequenceId {
     /// Less goes first.
     pub priority: i64,
+    /// Of equal priority, less goes first: see [`crate::SchedulingPolicy::RoundRobin`].
+    pub turn: u64,
     /// Serial number of the request.
     pub request: u64,
     /// Which of its answers.

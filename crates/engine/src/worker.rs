@@ -18,6 +18,7 @@ use crate::masks::{Constraint, Masks};
 use crate::output::{Output, Rules};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
 use crate::speculation::{Chance, Costs, Guesser, MAX_STEP_TOKENS};
+use crate::turns::Turns;
 use crate::{
     Event, Failure, FinishReason, OutputMode, Request, Sink, Speculation, SpeculationCounts, StopReason,
 };
@@ -32,6 +33,7 @@ pub(crate) struct Worker {
     vocab_size: usize,
     /// Where the chains of blocks of each salt start.
     salts: HashMap<String, u64>,
+    turns: Turns,
     costs: Costs,
     speculation: SpeculationCounts,
     prompt_tokens: u64,
@@ -69,7 +71,8 @@ pub(crate) struct Settings {
 struct Active {
     sink: Sink,
     rules: Arc<Rules>,
-    priority: i64,
+    /// Of its first choice.
+    id: SequenceId,
     prompt: Arc<[u32]>,
     /// Where its chain of blocks starts.
     root: u64,
@@ -132,6 +135,7 @@ impl Worker {
             masks,
             settings,
             salts: HashMap::new(),
+            turns: Turns::default(),
             costs: Costs::default(),
             speculation: SpeculationCounts::default(),
             prompt_tokens: 0,
@@ -196,14 +200,14 @@ impl Worker {
     fn turn_valve(&mut self, number: u64, open: bool) {
         let Some(active) = self.requests.get(&number) else { return };
         for choice in 0..active.choices.len() {
-            let id = SequenceId { priority: active.priority, request: number, choice };
+            let id = SequenceId { choice, ..active.id };
             if open { self.scheduler.resume(id) } else { self.scheduler.pause(id) }
         }
     }
 
     fn accept(&mut self, job: Job) {
         let Job { number, arrival, request, sink } = job;
-        let Request { prompt, params, output, grammar, priority, cache_salt, guarded } = request;
+        let Request { prompt, params, output, grammar, priority, client, cache_salt, guarded } = request;
         let mut stop_tokens = params.stop_token_ids.clone();
         if !params.ignore_eos {
             stop_tokens.extend(&self.settings.eos_ids);
@@ -216,7 +220,8 @@ impl Worker {
         // Scores need the prompt computed.
         let cache_limit = if scores.is_some() { 0 } else { prompt.len() };
         let sequence = NewSequence { tokens: Tokens::new(Arc::clone(&prompt)), root, cache_limit };
-        self.scheduler.add(SequenceId { priority, request: number, choice: 0 }, sequence);
+        let id = SequenceId { priority, turn: self.turns.next(client), request: number, choice: 0 };
+        self.scheduler.add(id, sequence);
         let seed = params.seed.map_or_else(|| scramble(self.settings.seed ^ scramble(number)), |s| s as u64);
         // Who forbids tokens may forbid all that the format allows.
         let free = params.allowed_token_ids.is_none() && params.bad_words.is_empty() && grammar.is_none();
@@ -242,7 +247,7 @@ impl Worker {
             Active {
                 sink,
                 rules,
-                priority,
+                id,
                 prompt,
                 root,
                 seed,
@@ -274,6 +279,9 @@ impl Worker {
     /// Schedule, run, commit.
     fn step(&mut self) {
         let mut shares = self.scheduler.schedule();
+        for share in shares.iter().filter(|share| share.begins) {
+            self.turns.begin(share.id.turn);
+        }
         for id in self.scheduler.take_preempted() {
             let active = self.requests.get_mut(&id.request);
             if let Some(choice) = active.and_then(|active| active.choices[id.choice].as_mut()) {
@@ -581,7 +589,7 @@ impl Worker {
     fn remove(&mut self, number: u64) -> Option<Active> {
         let active = self.requests.remove(&number)?;
         for choice in 0..active.choices.len() {
-            self.scheduler.remove(SequenceId { priority: active.priority, request: number, choice });
+            self.scheduler.remove(SequenceId { choice, ..active.id });
         }
         let mut mailbox = self.shared.mailbox();
         mailbox.open -= 1;
@@ -640,11 +648,11 @@ impl Drop for Worker {
         let incoming = std::mem::take(&mut mailbox.incoming);
         (mailbox.open, mailbox.queued_tokens) = (0, 0);
         drop(mailbox);
-        for (number, mut active) in std::mem::take(&mut self.requests) {
+        for mut active in std::mem::take(&mut self.requests).into_values() {
             tell(&mut active.sink, Event::Failed(failure.clone()));
             // After a panic the scheduler is not asked for anything.
             for choice in (0..active.choices.len()).filter(|_| !panicking) {
-                self.scheduler.remove(SequenceId { priority: active.priority, request: number, choice });
+                self.scheduler.remove(SequenceId { choice, ..active.id });
             }
         }
         for mut job in incoming {

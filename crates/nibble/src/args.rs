@@ -615,8 +615,9 @@ pub(crate) struct Answers {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Scheduling")]
 pub(crate) struct Scheduling {
-    /// Order of service: of arrival, or by the requests' `priority`
-    #[arg(long, value_name = "fcfs|priority", default_value = "fcfs", value_parser = ["fcfs", "priority"])]
+    /// Order of service: of arrival; by the requests' `priority`; or each API key in its turn, so that one with
+    /// many requests does not keep the others waiting
+    #[arg(long, value_name = "fcfs|priority|round-robin", default_value = "fcfs", value_parser = ["fcfs", "priority", "round-robin"])]
     pub(crate) scheduling_policy: String,
     /// Tokens of one prompt per step, at most; 0: as many as a step has
     #[arg(long, value_name = "N", default_value_t = 0)]

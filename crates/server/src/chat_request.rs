@@ -177,7 +177,8 @@ impl ChatRequest {
                 date: Some(context.date.to_owned()),
                 builtin_tools: kwargs.builtin_tools,
                 model_identity: kwargs.model_identity,
-                add_generation_prompt: true,
+                // Whoever continues a message says that no other is to begin.
+                add_generation_prompt: wire.add_generation_prompt || continued.is_some(),
             },
             params,
             choice,
@@ -210,6 +211,7 @@ struct Wire {
     thinking_token_budget: Option<i64>,
     wanted: Option<Wanted>,
     continue_final_message: bool,
+    add_generation_prompt: bool,
     echo: bool,
     return_prompt_text: bool,
     chat_template_kwargs: TemplateKwargs,
@@ -249,6 +251,7 @@ impl Wire {
             thinking_token_budget: object.int("thinking_token_budget")?,
             wanted: form::read(object)?,
             continue_final_message: object.bool("continue_final_message")?.unwrap_or(false),
+            add_generation_prompt: object.bool("add_generation_prompt")?.unwrap_or(true),
             echo: object.bool("echo")?.unwrap_or(false),
             return_prompt_text: object.bool("return_prompt_text")?.unwrap_or(false),
             chat_template_kwargs: TemplateKwargs::read(object)?,
@@ -545,11 +548,6 @@ pub(crate) fn reasoning_effort(effort: &str) -> Result<Effort, ApiError> {
 
 /// Fields of chats only that the engine cannot honour.
 fn refuse_unsupported(object: &Object<'_>) -> Result<(), ApiError> {
-    // Whoever continues a message says that no other is to begin.
-    let continues = object.bool("continue_final_message")? == Some(true);
-    if !continues && object.bool("add_generation_prompt")? == Some(false) {
-        return Err(ApiError::unsupported("add_generation_prompt"));
-    }
     if object.field("chat_template").is_some() {
         let message = "chat_template is not supported: the prompt format of this model is built in.";
         return Err(ApiError::invalid("chat_template", message));

@@ -8,7 +8,7 @@ use axum::Json;
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
 use axum::response::{IntoResponse, Response};
-use engine::{Engine, Event, Grammar, OutputMode, Request, SamplingParams, SubmitError};
+use engine::{Engine, Event, Grammar, OutputMode, Request, SamplingParams, SchedulingPolicy, SubmitError};
 use harmony::ChatPrompt;
 use serde_json::json;
 
@@ -50,6 +50,11 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
         blocking(&origin, move || {
             let date = state.date();
             let mut request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
+            if !request.prompt.add_generation_prompt && !request.turn.is_free() {
+                let message =
+                    "add_generation_prompt: false cannot be used with tools or a form of the answer.";
+                return Err(ApiError::invalid("add_generation_prompt", message));
+            }
             bound_text(request.text_bytes, &engine)?;
             let (at_once, continued) = (request.turn.answer_at_once, request.continued.as_ref());
             let truncation = truncation(&request.common, &request.params, &engine);
@@ -74,8 +79,8 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     let remark = grammar.as_ref().and_then(unenforced);
     let engine_request = Request {
         grammar,
-        // Calls of these are not guarded.
-        guarded: request.prompt.builtin_tools.is_empty(),
+        // Calls of these are not guarded, nor is what begins with a header's first word.
+        guarded: request.prompt.builtin_tools.is_empty() && request.prompt.add_generation_prompt,
         ..call.request(&request.common, &request.params, prompt.ids, output)
     };
 
@@ -143,8 +148,8 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
     let remark = grammar.as_ref().and_then(unenforced);
     let engine_request = Request {
         grammar,
-        // Calls of these are not guarded.
-        guarded: request.prompt.builtin_tools.is_empty(),
+        // Calls of these are not guarded, nor is what begins with a header's first word.
+        guarded: request.prompt.builtin_tools.is_empty() && request.prompt.add_generation_prompt,
         ..call.request(&request.common, &request.params, prompt.ids, output)
     };
     let mut response = if request.background {
@@ -201,7 +206,7 @@ fn fed(
     let mut ids = harmony.render_chat(prompt)?;
     state.metrics.tokenized(start.elapsed());
     let mut begun = Vec::new();
-    if answer_at_once || continued.is_some() {
+    if prompt.add_generation_prompt && (answer_at_once || continued.is_some()) {
         begun.extend(harmony.answer_header());
         begun.extend(continued.into_iter().flat_map(|text| harmony.tokenizer().encode(text)));
     }
@@ -212,8 +217,9 @@ fn fed(
         let fixed = ["system", "developer"].map(|role| harmony.tokenizer().encode(role));
         let is_fixed = |at: usize| fixed.iter().any(|role| ids[at + 1..].starts_with(role));
         let preamble = (0..ids.len()).find(|&at| Some(ids[at]) == start && !is_fixed(at)).unwrap_or(0);
-        // The last are `<|start|>assistant` and what begins the answer.
-        truncation.apply(&mut ids, preamble, 2 + begun.len(), start, max)?;
+        // The last are `<|start|>assistant`, where they are asked for, and what begins the answer.
+        let last = if prompt.add_generation_prompt { 2 + begun.len() } else { 0 };
+        truncation.apply(&mut ids, preamble, last, start, max)?;
     }
     check_length(ids.len(), engine)?;
     Ok(Fed { ids, begun })
@@ -409,6 +415,7 @@ impl<'a> Call<'a> {
         };
         Request {
             priority: self.priority.unwrap_or(common.priority),
+            client: self.owner,
             cache_salt: self.cache_salt(common),
             ..Request::new(prompt, SamplingParams { answer_reserve, ..params.clone() }, output)
         }
@@ -576,7 +583,7 @@ fn context<'a>(state: &'a State, engine: &Engine, date: &'a str) -> Context<'a> 
         },
         model_names: &state.model_names,
         date,
-        priorities: engine.priorities(),
+        priorities: engine.policy() == SchedulingPolicy::Priority,
     }
 }
 

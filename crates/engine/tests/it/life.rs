@@ -4,7 +4,8 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 
 use engine::{
-    EngineOptions, Error, Event, Failure, FinishReason, SamplingParams, Scripted, Step, SubmitError,
+    EngineOptions, Error, Event, Failure, FinishReason, Request, SamplingParams, SchedulingPolicy, Scripted,
+    Step, SubmitError,
 };
 
 use checkpoint::Config;
@@ -473,6 +474,32 @@ fn a_sink_may_own_the_last_handle() {
     drop(engine);
     assert_eq!(events.iter().last(), Some(Event::Done));
     drop(handle);
+}
+
+#[test]
+fn clients_take_turns_where_that_is_asked_for() {
+    // In what order requests of these clients, all there before the first step, are answered one at a time.
+    let order = |policy, clients: &[u8]| {
+        let (control, steps) = channel();
+        let script = tokens("Yes.<|return|>");
+        let backend = Scripted::new(Scripted::gpt_oss(), vec![script]).controlled_by(steps);
+        let engine = start(backend, EngineOptions { policy, max_num_seqs: 1, ..small(200) });
+        let (answered, order) = channel();
+        let submit = |(i, &client): (usize, &u8)| {
+            let answered = answered.clone();
+            let sink = move |event| !matches!(event, Event::Finished { .. }) || answered.send(i).is_ok();
+            let request = Request { client: Some([client; 32]), ..text_request(&[1, 2, 3], unlimited()) };
+            engine.submit(request, Box::new(sink)).unwrap()
+        };
+        let handles: Vec<_> = clients.iter().enumerate().map(submit).collect();
+        drop(control);
+        let order = order.iter().take(clients.len()).collect::<Vec<usize>>();
+        drop(handles);
+        order
+    };
+    let clients = [1, 1, 1, 1, 2, 2, 3];
+    assert_eq!(order(SchedulingPolicy::Arrival, &clients), [0, 1, 2, 3, 4, 5, 6]);
+    assert_eq!(order(SchedulingPolicy::RoundRobin, &clients), [0, 4, 6, 1, 5, 2, 3]);
 }
 
 #[test]

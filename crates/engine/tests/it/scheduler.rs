@@ -99,7 +99,7 @@ fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
     for step in 0.. {
         assert!(step < 100 + 20 * total, "the sequences do not come to an end");
         for (number, job) in jobs.iter().enumerate().filter(|(_, job)| job.at == step) {
-            let id = SequenceId { priority: job.priority, request: number as u64, choice: 0 };
+            let id = SequenceId { priority: job.priority, turn: 0, request: number as u64, choice: 0 };
             let root = if job.own_root { scheduler.new_identity() } else { SHARED };
             roots.insert(number, root);
             let tokens = Tokens::new(job.prompt.as_slice().into());
@@ -216,7 +216,7 @@ fn add(scheduler: &mut Scheduler, request: u64, prompt: &[u32]) -> SequenceId {
 }
 
 fn add_with(scheduler: &mut Scheduler, priority: i64, request: u64, prompt: &[u32]) -> SequenceId {
-    let id = SequenceId { priority, request, choice: 0 };
+    let id = SequenceId { priority, turn: 0, request, choice: 0 };
     scheduler
         .add(id, NewSequence { tokens: Tokens::new(prompt.into()), root: SHARED, cache_limit: usize::MAX });
     id
@@ -245,7 +245,7 @@ fn decodes_come_first_then_chunks_in_order_of_arrival() {
     assert_eq!(step(&mut scheduler), [(1, 10..11), (2, 10..29)]);
     // The last token of a prompt counts as a decode; the fourth waits for a place.
     assert_eq!(step(&mut scheduler), [(1, 11..12), (2, 29..30), (3, 0..5)]);
-    scheduler.remove(SequenceId { priority: 0, request: 1, choice: 0 });
+    scheduler.remove(SequenceId { priority: 0, turn: 0, request: 1, choice: 0 });
     assert_eq!(step(&mut scheduler), [(2, 30..31), (3, 5..6), (4, 0..5)]);
 }
 
@@ -266,7 +266,7 @@ fn a_better_priority_goes_first_and_takes_places() {
     add_with(&mut scheduler, 0, 2, &[2; 20]);
     add_with(&mut scheduler, 0, 3, &[3; 20]);
     assert_eq!(step(&mut scheduler), [(2, 0..20), (3, 0..20)]);
-    scheduler.remove(SequenceId { priority: 0, request: 2, choice: 0 });
+    scheduler.remove(SequenceId { priority: 0, turn: 0, request: 2, choice: 0 });
     assert_eq!(step(&mut scheduler), [(3, 20..21), (1, 0..20)]);
     // Equal ones wait, a better one does not.
     add_with(&mut scheduler, 1, 4, &[4; 20]);

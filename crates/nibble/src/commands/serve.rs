@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use checkpoint::GenerationConfig;
-use engine::{Engine, EngineOptions};
+use engine::{Engine, EngineOptions, SchedulingPolicy};
 use serde_json::{Value, json};
 use server::{
     ClientCertificates, CorsOptions, Ended, ErrorStyle, Fingerprint, Handle, Options, SamplingDefaults,
@@ -252,7 +252,11 @@ fn base(args: &Serve, limits: &Limits) -> EngineOptions {
     let scheduling = &args.scheduling;
     let mut options = EngineOptions {
         seed: args.seed,
-        priorities: scheduling.scheduling_policy == "priority",
+        policy: match scheduling.scheduling_policy.as_str() {
+            "priority" => SchedulingPolicy::Priority,
+            "round-robin" => SchedulingPolicy::RoundRobin,
+            _ => SchedulingPolicy::Arrival,
+        },
         long_prefill_token_threshold: scheduling.long_prefill_token_threshold,
         processed_logprobs: scheduling.logprobs_mode == "processed_logprobs",
         harmony_guard: !scheduling.no_harmony_guard,

@@ -183,7 +183,7 @@ fn chat_fields() {
         ("cache_salt", json!("x".repeat(129)), "cache_salt", "1 to 128"),
         ("documents", json!([]), "documents", "not supported yet"),
         ("continue_final_message", json!(true), "continue_final_message", "the last message"),
-        ("add_generation_prompt", json!(false), "add_generation_prompt", "not supported yet"),
+        ("add_generation_prompt", json!("no"), "add_generation_prompt", "boolean"),
         ("use_beam_search", json!(true), "use_beam_search", "not supported yet"),
         ("guided_json", json!({}), "guided_json", "structured_outputs"),
         ("guided_regex", json!("a"), "guided_regex", "structured_outputs"),

@@ -1,6 +1,6 @@
 //! What single fields of a request do.
 
-use engine::{EngineOptions, Scripted};
+use engine::{EngineOptions, SchedulingPolicy, Scripted};
 use serde_json::{Value, json};
 use server::Options;
 
@@ -151,7 +151,7 @@ fn prefixes_are_kept_apart_by_salt() {
 
 #[test]
 fn priorities_need_a_server_that_has_them() {
-    let engine_options = EngineOptions { priorities: true, ..engine_options() };
+    let engine_options = EngineOptions { policy: SchedulingPolicy::Priority, ..engine_options() };
     let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]);
     let server = Fixture::start(&options(), backend, engine_options);
     for request in
@@ -161,6 +161,29 @@ fn priorities_need_a_server_that_has_them() {
     }
     assert_eq!(server.complete(&json!({"prompt": "Hi", "priority": 2})).status, 200);
     assert_eq!(server.post("/v1/responses", &json!({"input": "Hi", "priority": 2})).status, 200);
+}
+
+#[test]
+fn a_prompt_may_end_with_its_last_message() {
+    // The model then writes the whole of the next one.
+    let server = Fixture::saying(&[&format!("<|start|>assistant{HELLO}")]);
+    let mut request =
+        json!({"messages": ask("Hi"), "add_generation_prompt": false, "return_token_ids": true});
+    let whole = server.chat(&request).ok();
+    assert_eq!(whole["choices"][0]["message"]["content"], "Hello there!");
+    assert_eq!(whole["choices"][0]["message"]["reasoning"], "Say hi.");
+    let prompt = whole["prompt_token_ids"].as_array().unwrap();
+    assert_eq!(prompt[prompt.len() - 1..], [json!(tokens("<|end|>")[0])]);
+    assert_eq!(server.post("/tokenize", &request).ok()["tokens"], whole["prompt_token_ids"]);
+    (request["stream"], request["return_token_ids"]) = (true.into(), false.into());
+    let streamed = join(&server.chunks(CHAT, &request));
+    assert_eq!((streamed.content.as_str(), streamed.reasoning.as_str()), ("Hello there!", "Say hi."));
+    request["tools"] = json!([tool("f")]);
+    request["tool_choice"] = "required".into();
+    assert_eq!(server.chat(&request).error().2.as_deref(), Some("add_generation_prompt"));
+    // Of a prompt alone it may be asked.
+    request["stream"] = false.into();
+    assert_eq!(server.post("/tokenize", &request).status, 200);
 }
 
 #[test]
