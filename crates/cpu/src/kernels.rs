@@ -479,7 +479,7 @@ mod cases {
         for (from, to) in [(0, COUNT), (2, 3)] {
             let mut sums = [[0.0; LANES]; COUNT];
             let x = layout.records(&words).part(from, to);
-            let panel = Panel { data: data.as_ptr(), slabs: SLABS };
+            let panel = Panel { data: data.as_ptr(), slabs: SLABS, count: 1 };
             // SAFETY: the table is that of an available instruction set; panel and records have five slabs.
             unsafe { kernel(panel, x, sums.as_mut_ptr()) };
             for t in from..to {

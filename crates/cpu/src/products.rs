@@ -9,12 +9,14 @@ use std::mem::MaybeUninit;
 use crate::records::{COLUMNS, Kind, Words};
 use crate::simd::{LANES, Lanes};
 
-/// Weights of sixteen rows.
+/// Weights of sixteen rows, or of two panels, one behind the other.
 #[derive(Clone, Copy)]
 pub(crate) struct Panel {
     pub(crate) data: *const u8,
     /// Groups of 32 columns.
     pub(crate) slabs: usize,
+    /// One or two panels.
+    pub(crate) count: usize,
 }
 
 /// The records of some tokens.
@@ -52,7 +54,8 @@ impl<'a> Records<'a> {
 /// Tokens that a product takes at a time: their sums stay in the first-level cache.
 pub(crate) const MOST_TOKENS: usize = 64;
 
-/// The sums of a panel for each token, at most [`MOST_TOKENS`], before the scales of rows or matrix: `sums[token][row]`.
+/// The sums of a panel for each token, at most [`MOST_TOKENS`], before the scales of rows or matrix: `sums[token][row]`. Those
+/// of a second panel lie [`MOST_TOKENS`] behind.
 ///
 /// # Safety
 /// The CPU has the table's instruction set; `panel` and the records, which are of the kernel's kind, are valid for its
@@ -71,6 +74,8 @@ trait Format<L: Lanes> {
     const BYTES: usize;
     /// How often that is per record.
     const STEPS: usize;
+    /// Whether what is decoded of two panels fits 32 registers, which is only looked at with one step.
+    const PAIRS: bool;
     /// Words of a record.
     const WORDS: usize;
     type Decoded;
@@ -91,36 +96,74 @@ trait Format<L: Lanes> {
 unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
-        let mut tile = panel.data;
-        let mut records = x.start.cast::<i32>();
-        if x.tokens == 1 {
-            // Its sums stay in registers: memory would take longer than the products.
-            let mut total = L::splat(0.0);
+        if F::PAIRS && !L::FEW_REGISTERS && x.tokens > 1 && panel.count == 2 {
+            pair_sums::<L, F>(panel, x, sums);
+            return;
+        }
+        for p in 0..panel.count {
+            let sums = sums.add(p * MOST_TOKENS);
+            let mut tile = panel.data.add(p * panel.slabs * F::STEPS * F::BYTES);
+            let mut records = x.start.cast::<i32>();
+            if x.tokens == 1 {
+                // Its sums stay in registers: memory would take longer than the products.
+                let mut total = L::splat(0.0);
+                for _ in 0..panel.slabs {
+                    for step in 0..F::STEPS {
+                        ask::<L>(tile, F::BYTES);
+                        total = F::add(&F::decode(tile), records, step, total);
+                        tile = tile.add(F::BYTES);
+                    }
+                    records = records.wrapping_add(x.stride);
+                }
+                total.store(sums.cast());
+                continue;
+            }
+            for t in 0..x.tokens {
+                L::splat(0.0).store(sums.add(t).cast());
+            }
             for _ in 0..panel.slabs {
                 for step in 0..F::STEPS {
                     ask::<L>(tile, F::BYTES);
-                    total = F::add(&F::decode(tile), records, step, total);
+                    let weights = F::decode(tile);
                     tile = tile.add(F::BYTES);
+                    let mut record = records;
+                    for t in 0..x.tokens {
+                        let total = sums.add(t).cast::<f32>();
+                        F::add(&weights, record, step, L::load(total)).store(total);
+                        record = record.wrapping_add(F::WORDS);
+                    }
                 }
                 records = records.wrapping_add(x.stride);
             }
-            total.store(sums.cast());
-            return;
         }
+    }
+}
+
+/// Two panels side by side: what is read of a record serves both.
+#[inline(always)]
+unsafe fn pair_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
         for t in 0..x.tokens {
             L::splat(0.0).store(sums.add(t).cast());
+            L::splat(0.0).store(sums.add(MOST_TOKENS + t).cast());
         }
+        let mut tile = panel.data;
+        let next = panel.slabs * F::BYTES;
+        let mut records = x.start.cast::<i32>();
         for _ in 0..panel.slabs {
-            for step in 0..F::STEPS {
-                ask::<L>(tile, F::BYTES);
-                let weights = F::decode(tile);
-                tile = tile.add(F::BYTES);
-                let mut record = records;
-                for t in 0..x.tokens {
-                    let total = sums.add(t).cast::<f32>();
-                    F::add(&weights, record, step, L::load(total)).store(total);
-                    record = record.wrapping_add(F::WORDS);
-                }
+            ask::<L>(tile, F::BYTES);
+            ask::<L>(tile.wrapping_add(next), F::BYTES);
+            let (first, second) = (F::decode(tile), F::decode(tile.add(next)));
+            tile = tile.add(F::BYTES);
+            let mut record = records;
+            for t in 0..x.tokens {
+                let (a, b) = (sums.add(t).cast::<f32>(), sums.add(MOST_TOKENS + t).cast::<f32>());
+                let [new_a, new_b] =
+                    [F::add(&first, record, 0, L::load(a)), F::add(&second, record, 0, L::load(b))];
+                new_a.store(a);
+                new_b.store(b);
+                record = record.wrapping_add(F::WORDS);
             }
             records = records.wrapping_add(x.stride);
         }
@@ -166,46 +209,50 @@ unsafe fn e2m1_by_halves<L: Lanes, const MX: bool, const LIMBS: usize>(
     assert!(x.tokens <= MOST_TOKENS, "no more tokens than a product takes at a time");
     let mut firsts = [const { MaybeUninit::<[f32; LANES]>::uninit() }; MOST_TOKENS];
     let whole = MX && LIMBS < 3;
-    // SAFETY: the contract of `PanelKernel`; what is read of the first halves was written before.
-    unsafe {
-        for t in 0..x.tokens {
-            L::splat(0.0).store(sums.add(t).cast());
-        }
-        let mut slab = panel.data;
-        let mut records = x.start.cast::<i32>();
-        for _ in 0..panel.slabs {
-            ask::<L>(slab, <E2m1<MX, LIMBS> as Format<L>>::BYTES);
-            let scales = e2m1_scales::<L, MX>(slab);
-            let codes = slab.add(if MX { LANES } else { 2 * LANES });
-            let weights = e2m1_block::<L>(codes);
-            let mut record = records;
-            for first in &mut firsts[..x.tokens] {
-                let sum = e2m1_sums::<L, LIMBS>(&weights, record, 0);
-                if whole {
-                    L::store_ints(sum, first.as_mut_ptr().cast());
-                } else {
-                    L::from_ints(sum).mul(scales[0]).store(first.as_mut_ptr().cast());
+    let bytes = <E2m1<MX, LIMBS> as Format<L>>::BYTES;
+    for p in 0..panel.count {
+        // SAFETY: the contract of `PanelKernel`; what is read of the first halves was written before.
+        unsafe {
+            let sums = sums.add(p * MOST_TOKENS);
+            for t in 0..x.tokens {
+                L::splat(0.0).store(sums.add(t).cast());
+            }
+            let mut slab = panel.data.add(p * panel.slabs * bytes);
+            let mut records = x.start.cast::<i32>();
+            for _ in 0..panel.slabs {
+                ask::<L>(slab, bytes);
+                let scales = e2m1_scales::<L, MX>(slab);
+                let codes = slab.add(if MX { LANES } else { 2 * LANES });
+                let weights = e2m1_block::<L>(codes);
+                let mut record = records;
+                for first in &mut firsts[..x.tokens] {
+                    let sum = e2m1_sums::<L, LIMBS>(&weights, record, 0);
+                    if whole {
+                        L::store_ints(sum, first.as_mut_ptr().cast());
+                    } else {
+                        L::from_ints(sum).mul(scales[0]).store(first.as_mut_ptr().cast());
+                    }
+                    record = record.wrapping_add(Words::<LIMBS>::COUNT);
                 }
-                record = record.wrapping_add(Words::<LIMBS>::COUNT);
+                let weights = e2m1_block::<L>(codes.add(128));
+                let mut record = records;
+                for (t, first) in firsts[..x.tokens].iter().enumerate() {
+                    let sum = e2m1_sums::<L, LIMBS>(&weights, record, 1);
+                    let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
+                    let total = sums.add(t).cast::<f32>();
+                    let new = if whole {
+                        let sum = L::add_ints(L::load_ints(first.as_ptr().cast()), sum);
+                        e2m1_whole(sum, scales[0], scale, L::load(total))
+                    } else {
+                        let sum = L::from_ints(sum).fma(scales[1], L::load(first.as_ptr().cast()));
+                        sum.fma(scale, L::load(total))
+                    };
+                    new.store(total);
+                    record = record.wrapping_add(Words::<LIMBS>::COUNT);
+                }
+                slab = slab.add(bytes);
+                records = records.wrapping_add(x.stride);
             }
-            let weights = e2m1_block::<L>(codes.add(128));
-            let mut record = records;
-            for (t, first) in firsts[..x.tokens].iter().enumerate() {
-                let sum = e2m1_sums::<L, LIMBS>(&weights, record, 1);
-                let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
-                let total = sums.add(t).cast::<f32>();
-                let new = if whole {
-                    let sum = L::add_ints(L::load_ints(first.as_ptr().cast()), sum);
-                    e2m1_whole(sum, scales[0], scale, L::load(total))
-                } else {
-                    let sum = L::from_ints(sum).fma(scales[1], L::load(first.as_ptr().cast()));
-                    sum.fma(scale, L::load(total))
-                };
-                new.store(total);
-                record = record.wrapping_add(Words::<LIMBS>::COUNT);
-            }
-            slab = slab.add(<E2m1<MX, LIMBS> as Format<L>>::BYTES);
-            records = records.wrapping_add(x.stride);
         }
     }
 }
@@ -215,6 +262,7 @@ struct E2m1<const MX: bool, const LIMBS: usize>;
 impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS> {
     const BYTES: usize = if MX { LANES } else { 2 * LANES } + CODE_BYTES;
     const STEPS: usize = 1;
+    const PAIRS: bool = true;
     const WORDS: usize = Words::<LIMBS>::COUNT;
     /// The halves of the columns.
     type Decoded = [([L::Bytes; 4], L); 2];
@@ -308,6 +356,7 @@ struct Int8<const LIMBS: usize>;
 impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
     const BYTES: usize = LANES * COLUMNS;
     const STEPS: usize = 1;
+    const PAIRS: bool = true;
     const WORDS: usize = Words::<LIMBS>::COUNT;
     type Decoded = [[L::Bytes; 4]; 2];
 
@@ -370,8 +419,9 @@ unsafe fn int8_sums<L: Lanes, const LIMBS: usize>(
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
         let offset = L::splat_ints(record.add(Words::<LIMBS>::INT8 + limb).read());
-        let sum = L::dot(offset, &weights[0], record.add(8 * limb));
-        L::dot(sum, &weights[1], record.add(8 * limb + 4))
+        // Two chains, so that fewer tokens must be in flight.
+        let first = L::dot(offset, &weights[0], record.add(8 * limb));
+        L::add_ints(first, L::dot(L::splat_ints(0), &weights[1], record.add(8 * limb + 4)))
     }
 }
 
@@ -390,6 +440,7 @@ const HALF: usize = COLUMNS / 2;
 impl<L: Lanes> Format<L> for Bf16 {
     const BYTES: usize = 2 * LANES * HALF;
     const STEPS: usize = COLUMNS / HALF;
+    const PAIRS: bool = false;
     const WORDS: usize = COLUMNS;
     /// The even and the odd of two columns.
     type Decoded = [[L; 2]; HALF / 2];
@@ -520,7 +571,7 @@ mod tests {
                 unsafe { layout.write(kernels, 0, &x, words.as_mut_ptr()) };
                 let run = |kernel: PanelKernel, data: &[u8]| {
                     let mut sums = [[0.0; LANES]; 1];
-                    let panel = Panel { data: data.as_ptr(), slabs: SLABS };
+                    let panel = Panel { data: data.as_ptr(), slabs: SLABS, count: 1 };
                     // SAFETY: the instruction set is available; panel and records have as many slabs.
                     unsafe { kernel(panel, layout.records(&words), sums.as_mut_ptr()) };
                     sums[0].map(f32::to_bits)
