@@ -8,8 +8,6 @@ use crate::records::{self, Kind};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{LANES, Lanes, Scalar};
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-use crate::tiles::{self, Amx};
 
 /// Rows of the left side of a [`DenseKernel`].
 pub(crate) const ROWS: usize = 8;
@@ -65,13 +63,11 @@ pub enum Isa {
     Avx2,
     /// AVX-512 with VNNI and VBMI: Ice Lake, Zen 4 and what came after.
     Avx512,
-    /// The same with AMX tiles of bytes, for products of many tokens: Sapphire Rapids and what came after.
-    Amx,
 }
 
 impl Isa {
     /// Every instruction set, the slowest first.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx];
+    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
 
     /// Whether this CPU has it.
     pub fn is_available(self) -> bool {
@@ -88,17 +84,14 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
                     && is_x86_feature_detected!("avx512vbmi")
             }
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Isa::Amx => Isa::Avx512.is_available() && Amx::is_available(),
-            #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+            #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
     }
 
-    /// The best one that this CPU has. Tiles are not, as long as vectors are faster.
+    /// The best one that this CPU has.
     pub fn best() -> Isa {
-        let all = [Isa::Avx512, Isa::Avx2];
-        all.into_iter().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
+        Isa::ALL.into_iter().rev().find(|isa| isa.is_available()).unwrap_or(Isa::Scalar)
     }
 
     /// The name for people.
@@ -107,7 +100,6 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "AVX2",
             Isa::Avx512 => "AVX-512",
-            Isa::Amx => "AVX-512 and AMX",
         }
     }
 
@@ -119,9 +111,7 @@ impl Isa {
             Isa::Avx2 => &avx2::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
-            #[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-            Isa::Amx => &amx::KERNELS,
-            #[cfg(not(all(target_arch = "x86_64", target_os = "linux")))]
+            #[cfg(not(target_arch = "x86_64"))]
             _ => return None,
         };
         self.is_available().then_some(kernels)
@@ -251,49 +241,6 @@ instantiate!(
     3,
     "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
 );
-
-/// The kernels for AVX-512 but for products of many tokens.
-#[cfg(all(target_arch = "x86_64", target_os = "linux"))]
-mod amx {
-    use super::*;
-
-    pub(super) const KERNELS: Kernels = Kernels {
-        isa: Isa::Amx,
-        nvfp4: [e2m1::<false, 1>, e2m1::<false, 2>, e2m1::<false, 3>],
-        mxfp4: [e2m1::<true, 1>, e2m1::<true, 2>, e2m1::<true, 3>],
-        int8: [int8::<1>, int8::<2>, int8::<3>],
-        ..avx512::KERNELS
-    };
-
-    #[target_feature(enable = "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-    unsafe fn e2m1<const MX: bool, const LIMBS: usize>(
-        panel: Panel,
-        x: Records<'_>,
-        sums: *mut [f32; LANES],
-    ) {
-        // SAFETY: the caller's obligations are handed on unchanged; the features that the lanes need are enabled here, and tiles
-        // are available where this table is.
-        unsafe {
-            if x.tokens < tiles::FEW {
-                products::e2m1::<Avx512, MX, LIMBS>(panel, x, sums);
-            } else {
-                tiles::e2m1::<Avx512, Amx, MX, LIMBS>(panel, x, sums);
-            }
-        }
-    }
-
-    #[target_feature(enable = "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
-    unsafe fn int8<const LIMBS: usize>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
-        // SAFETY: as above.
-        unsafe {
-            if x.tokens < tiles::FEW {
-                products::int8::<Avx512, LIMBS>(panel, x, sums);
-            } else {
-                tiles::int8::<Avx512, Amx, LIMBS>(panel, x, sums);
-            }
-        }
-    }
-}
 
 /// See [`DenseKernel`]; `R` rows times `V` vectors of columns at a time.
 #[inline(always)]
@@ -443,11 +390,11 @@ mod cases {
         noise(len, seed).into_iter().map(|v| ((v + 1.0) * 127.5) as u8).collect()
     }
 
-    /// A panel of five slabs and as many tokens as a tile has, and some more. The activations are what the records say, so the error is that of the sum.
+    /// A panel of five slabs and seven tokens. The activations are what the records say, so the error is that of the sum.
     pub(super) fn product(kernels: &Kernels, weights: Weights, kind: Kind) -> Outcome {
         const SLABS: usize = 5;
         const COLS: usize = SLABS * COLUMNS;
-        const COUNT: usize = 19;
+        const COUNT: usize = 7;
         let (data, weight) = panel(weights, SLABS);
         let layout = Layout { kind, tokens: COUNT, cols: COLS };
         let mut words = vec![0; layout.len()];
@@ -479,7 +426,7 @@ mod cases {
         for (from, to) in [(0, COUNT), (2, 3)] {
             let mut sums = [[0.0; LANES]; COUNT];
             let x = layout.records(&words).part(from, to);
-            let panel = Panel { data: data.as_ptr(), slabs: SLABS, count: 1 };
+            let panel = Panel { data: data.as_ptr(), slabs: SLABS };
             // SAFETY: the table is that of an available instruction set; panel and records have five slabs.
             unsafe { kernel(panel, x, sums.as_mut_ptr()) };
             for t in from..to {

@@ -15,7 +15,6 @@ mod pool;
 mod products;
 mod records;
 mod simd;
-mod tiles;
 
 pub use backend::{Cpu, Options, Timing};
 pub use bandwidth::read_bandwidth;

@@ -246,13 +246,11 @@ impl PackedMatrix {
         }
     }
 
-    /// One or two panels.
-    fn panels(&self, expert: usize, first: usize, count: usize) -> Panel {
-        let at = (expert * self.shape.panels() + first) * self.shape.panel_bytes();
+    fn panel(&self, expert: usize, panel: usize) -> Panel {
+        let at = (expert * self.shape.panels() + panel) * self.shape.panel_bytes();
         Panel {
-            data: self.data.as_slice()[at..][..count * self.shape.panel_bytes()].as_ptr(),
+            data: self.data.as_slice()[at..][..self.shape.panel_bytes()].as_ptr(),
             slabs: self.shape.slabs(),
-            count,
         }
     }
 
@@ -384,47 +382,47 @@ fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
     let kernel = matrix.kernel(kernels, job.x.kind);
     let token_bytes = matrix.shape.slabs() * job.x.kind.words() * 4;
     let block = (RECORD_BYTES / token_bytes.max(1)).clamp(1, MOST_TOKENS);
-    let mut sums = [const { MaybeUninit::<[f32; LANES]>::uninit() }; 2 * MOST_TOKENS];
-    let width = if matrix.shape.paired { 2 } else { 1 };
+    let mut sums = [[const { MaybeUninit::<[f32; LANES]>::uninit() }; MOST_TOKENS]; 2];
     for first in (0..job.x.tokens).step_by(block) {
         let x = job.x.part(first, (first + block).min(job.x.tokens));
-        // Two panels at a time, be they a pair or not.
-        for panel in (from * width..to * width).step_by(2) {
-            let count = (to * width - panel).min(2);
-            // SAFETY: the kernels were chosen for this CPU; the panels have as many slabs as the records, and there is room for a
-            // block of tokens of each.
-            unsafe { kernel(matrix.panels(job.expert, panel, count), x, sums.as_mut_ptr().cast()) };
-            let sums_of = |p: usize| -> &[[f32; LANES]] {
+        let sums_of = |panel: usize, sums: &mut [MaybeUninit<[f32; LANES]>; MOST_TOKENS]| {
+            // SAFETY: the kernels were chosen for this CPU; the panel has as many slabs as the records, and there is room
+            // for a block of tokens.
+            unsafe { kernel(matrix.panel(job.expert, panel), x, sums.as_mut_ptr().cast()) };
+        };
+        for unit in from..to {
+            let [a, b] = &mut sums;
+            let width = if matrix.shape.paired { 2 } else { 1 };
+            sums_of(unit * width, a);
+            let rows = LANES.min(matrix.shape.rows / width - unit * LANES);
+            let at = first * job.stride + job.offset + unit * LANES;
+            assert!(at + (x.tokens - 1) * job.stride + rows <= job.out.len, "an output within its slice");
+            let scale = matrix.scale(job.expert, unit * width);
+            let bias = matrix.bias(job.bias, unit * width);
+            let finish = Finish {
                 // SAFETY: the kernel has written the sums of these tokens.
-                unsafe { std::slice::from_raw_parts(sums[p * MOST_TOKENS..].as_ptr().cast(), x.tokens) }
-            };
-            let scales = [0, 1].map(|p| matrix.scale(job.expert, (panel + p).min(to * width - 1)));
-            let biases = [0, 1].map(|p| matrix.bias(job.bias, panel + p));
-            let finish = |p: usize, unit: usize| {
-                let rows = LANES.min(matrix.shape.rows / width - unit * LANES);
-                let at = first * job.stride + job.offset + unit * LANES;
-                assert!(at + (x.tokens - 1) * job.stride + rows <= job.out.len, "an output within its slice");
-                Finish {
-                    sums: sums_of(p),
-                    scale: &scales[p],
-                    bias: &biases[p],
-                    // SAFETY: within the slice by the assertion.
-                    out: unsafe { job.out.start.add(at) },
-                    stride: job.stride,
-                    rows,
-                    add: job.then == Then::Add,
-                }
+                sums: unsafe { std::slice::from_raw_parts(a.as_ptr().cast(), x.tokens) },
+                scale: &scale,
+                bias: &bias,
+                // SAFETY: within the slice by the assertion.
+                out: unsafe { job.out.start.add(at) },
+                stride: job.stride,
+                rows,
+                add: job.then == Then::Add,
             };
             if let Then::SwiGlu { limit, alpha } = job.then {
-                let (gates, ups) = (finish(0, panel / 2), finish(1, panel / 2));
-                assert_eq!(gates.rows, LANES, "an intermediate size that is a multiple of sixteen");
+                assert_eq!(rows, LANES, "an intermediate size that is a multiple of sixteen");
+                sums_of(unit * width + 1, b);
+                let scale = matrix.scale(job.expert, unit * width + 1);
+                let bias = matrix.bias(job.bias, unit * width + 1);
+                // SAFETY: the kernel has written the sums of these tokens.
+                let sums = unsafe { std::slice::from_raw_parts(b.as_ptr().cast(), x.tokens) };
+                let ups = Finish { sums, scale: &scale, bias: &bias, ..finish };
                 // SAFETY: the kernels were chosen for this CPU; this task alone has these rows, which are within the slice.
-                unsafe { (kernels.finish_swiglu)(&gates, &ups, limit, alpha) };
-                continue;
-            }
-            for p in 0..count {
+                unsafe { (kernels.finish_swiglu)(&finish, &ups, limit, alpha) };
+            } else {
                 // SAFETY: as above.
-                unsafe { (kernels.finish)(&finish(p, panel + p)) };
+                unsafe { (kernels.finish)(&finish) };
             }
         }
     }

@@ -9,22 +9,20 @@ use std::mem::MaybeUninit;
 use crate::records::{COLUMNS, Kind, Words};
 use crate::simd::{LANES, Lanes};
 
-/// Weights of sixteen rows, or of two panels, one behind the other.
+/// Weights of sixteen rows.
 #[derive(Clone, Copy)]
 pub(crate) struct Panel {
     pub(crate) data: *const u8,
     /// Groups of 32 columns.
     pub(crate) slabs: usize,
-    /// One or two panels.
-    pub(crate) count: usize,
 }
 
 /// The records of some tokens.
 #[derive(Clone, Copy)]
 pub(crate) struct Records<'a> {
-    pub(crate) start: *const u32,
+    start: *const u32,
     /// Words between the records of one token.
-    pub(crate) stride: usize,
+    stride: usize,
     pub(crate) tokens: usize,
     pub(crate) kind: Kind,
     /// Groups of 32 columns.
@@ -54,8 +52,7 @@ impl<'a> Records<'a> {
 /// Tokens that a product takes at a time: their sums stay in the first-level cache.
 pub(crate) const MOST_TOKENS: usize = 64;
 
-/// The sums of a panel for each token, at most [`MOST_TOKENS`], before the scales of rows or matrix: `sums[token][row]`. Those
-/// of a second panel lie [`MOST_TOKENS`] behind.
+/// The sums of a panel for each token, at most [`MOST_TOKENS`], before the scales of rows or matrix: `sums[token][row]`.
 ///
 /// # Safety
 /// The CPU has the table's instruction set; `panel` and the records, which are of the kernel's kind, are valid for its
@@ -74,8 +71,6 @@ trait Format<L: Lanes> {
     const BYTES: usize;
     /// How often that is per record.
     const STEPS: usize;
-    /// Whether what is decoded of two panels fits 32 registers, which is only looked at with one step.
-    const PAIRS: bool;
     /// Words of a record.
     const WORDS: usize;
     type Decoded;
@@ -96,74 +91,36 @@ trait Format<L: Lanes> {
 unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
-        if F::PAIRS && !L::FEW_REGISTERS && x.tokens > 1 && panel.count == 2 {
-            pair_sums::<L, F>(panel, x, sums);
-            return;
-        }
-        for p in 0..panel.count {
-            let sums = sums.add(p * MOST_TOKENS);
-            let mut tile = panel.data.add(p * panel.slabs * F::STEPS * F::BYTES);
-            let mut records = x.start.cast::<i32>();
-            if x.tokens == 1 {
-                // Its sums stay in registers: memory would take longer than the products.
-                let mut total = L::splat(0.0);
-                for _ in 0..panel.slabs {
-                    for step in 0..F::STEPS {
-                        ask::<L>(tile, F::BYTES);
-                        total = F::add(&F::decode(tile), records, step, total);
-                        tile = tile.add(F::BYTES);
-                    }
-                    records = records.wrapping_add(x.stride);
-                }
-                total.store(sums.cast());
-                continue;
-            }
-            for t in 0..x.tokens {
-                L::splat(0.0).store(sums.add(t).cast());
-            }
+        let mut tile = panel.data;
+        let mut records = x.start.cast::<i32>();
+        if x.tokens == 1 {
+            // Its sums stay in registers: memory would take longer than the products.
+            let mut total = L::splat(0.0);
             for _ in 0..panel.slabs {
                 for step in 0..F::STEPS {
                     ask::<L>(tile, F::BYTES);
-                    let weights = F::decode(tile);
+                    total = F::add(&F::decode(tile), records, step, total);
                     tile = tile.add(F::BYTES);
-                    let mut record = records;
-                    for t in 0..x.tokens {
-                        let total = sums.add(t).cast::<f32>();
-                        F::add(&weights, record, step, L::load(total)).store(total);
-                        record = record.wrapping_add(F::WORDS);
-                    }
                 }
                 records = records.wrapping_add(x.stride);
             }
+            total.store(sums.cast());
+            return;
         }
-    }
-}
-
-/// Two panels side by side: what is read of a record serves both.
-#[inline(always)]
-unsafe fn pair_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
-    // SAFETY: the contract of `PanelKernel`.
-    unsafe {
         for t in 0..x.tokens {
             L::splat(0.0).store(sums.add(t).cast());
-            L::splat(0.0).store(sums.add(MOST_TOKENS + t).cast());
         }
-        let mut tile = panel.data;
-        let next = panel.slabs * F::BYTES;
-        let mut records = x.start.cast::<i32>();
         for _ in 0..panel.slabs {
-            ask::<L>(tile, F::BYTES);
-            ask::<L>(tile.wrapping_add(next), F::BYTES);
-            let (first, second) = (F::decode(tile), F::decode(tile.add(next)));
-            tile = tile.add(F::BYTES);
-            let mut record = records;
-            for t in 0..x.tokens {
-                let (a, b) = (sums.add(t).cast::<f32>(), sums.add(MOST_TOKENS + t).cast::<f32>());
-                let [new_a, new_b] =
-                    [F::add(&first, record, 0, L::load(a)), F::add(&second, record, 0, L::load(b))];
-                new_a.store(a);
-                new_b.store(b);
-                record = record.wrapping_add(F::WORDS);
+            for step in 0..F::STEPS {
+                ask::<L>(tile, F::BYTES);
+                let weights = F::decode(tile);
+                tile = tile.add(F::BYTES);
+                let mut record = records;
+                for t in 0..x.tokens {
+                    let total = sums.add(t).cast::<f32>();
+                    F::add(&weights, record, step, L::load(total)).store(total);
+                    record = record.wrapping_add(F::WORDS);
+                }
             }
             records = records.wrapping_add(x.stride);
         }
@@ -172,7 +129,7 @@ unsafe fn pair_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums: 
 
 /// Asks for what lies ahead.
 #[inline(always)]
-pub(crate) unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
+unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
     let mut at = 0;
     while at < bytes {
         // SAFETY: the CPU has the features; the address need not be valid.
@@ -209,50 +166,46 @@ unsafe fn e2m1_by_halves<L: Lanes, const MX: bool, const LIMBS: usize>(
     assert!(x.tokens <= MOST_TOKENS, "no more tokens than a product takes at a time");
     let mut firsts = [const { MaybeUninit::<[f32; LANES]>::uninit() }; MOST_TOKENS];
     let whole = MX && LIMBS < 3;
-    let bytes = <E2m1<MX, LIMBS> as Format<L>>::BYTES;
-    for p in 0..panel.count {
-        // SAFETY: the contract of `PanelKernel`; what is read of the first halves was written before.
-        unsafe {
-            let sums = sums.add(p * MOST_TOKENS);
-            for t in 0..x.tokens {
-                L::splat(0.0).store(sums.add(t).cast());
-            }
-            let mut slab = panel.data.add(p * panel.slabs * bytes);
-            let mut records = x.start.cast::<i32>();
-            for _ in 0..panel.slabs {
-                ask::<L>(slab, bytes);
-                let scales = e2m1_scales::<L, MX>(slab);
-                let codes = slab.add(if MX { LANES } else { 2 * LANES });
-                let weights = e2m1_block::<L>(codes);
-                let mut record = records;
-                for first in &mut firsts[..x.tokens] {
-                    let sum = e2m1_sums::<L, LIMBS>(&weights, record, 0);
-                    if whole {
-                        L::store_ints(sum, first.as_mut_ptr().cast());
-                    } else {
-                        L::from_ints(sum).mul(scales[0]).store(first.as_mut_ptr().cast());
-                    }
-                    record = record.wrapping_add(Words::<LIMBS>::COUNT);
+    // SAFETY: the contract of `PanelKernel`; what is read of the first halves was written before.
+    unsafe {
+        for t in 0..x.tokens {
+            L::splat(0.0).store(sums.add(t).cast());
+        }
+        let mut slab = panel.data;
+        let mut records = x.start.cast::<i32>();
+        for _ in 0..panel.slabs {
+            ask::<L>(slab, <E2m1<MX, LIMBS> as Format<L>>::BYTES);
+            let scales = e2m1_scales::<L, MX>(slab);
+            let codes = slab.add(if MX { LANES } else { 2 * LANES });
+            let weights = e2m1_block::<L>(codes);
+            let mut record = records;
+            for first in &mut firsts[..x.tokens] {
+                let sum = e2m1_sums::<L, LIMBS>(&weights, record, 0);
+                if whole {
+                    L::store_ints(sum, first.as_mut_ptr().cast());
+                } else {
+                    L::from_ints(sum).mul(scales[0]).store(first.as_mut_ptr().cast());
                 }
-                let weights = e2m1_block::<L>(codes.add(128));
-                let mut record = records;
-                for (t, first) in firsts[..x.tokens].iter().enumerate() {
-                    let sum = e2m1_sums::<L, LIMBS>(&weights, record, 1);
-                    let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
-                    let total = sums.add(t).cast::<f32>();
-                    let new = if whole {
-                        let sum = L::add_ints(L::load_ints(first.as_ptr().cast()), sum);
-                        e2m1_whole(sum, scales[0], scale, L::load(total))
-                    } else {
-                        let sum = L::from_ints(sum).fma(scales[1], L::load(first.as_ptr().cast()));
-                        sum.fma(scale, L::load(total))
-                    };
-                    new.store(total);
-                    record = record.wrapping_add(Words::<LIMBS>::COUNT);
-                }
-                slab = slab.add(bytes);
-                records = records.wrapping_add(x.stride);
+                record = record.wrapping_add(Words::<LIMBS>::COUNT);
             }
+            let weights = e2m1_block::<L>(codes.add(128));
+            let mut record = records;
+            for (t, first) in firsts[..x.tokens].iter().enumerate() {
+                let sum = e2m1_sums::<L, LIMBS>(&weights, record, 1);
+                let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
+                let total = sums.add(t).cast::<f32>();
+                let new = if whole {
+                    let sum = L::add_ints(L::load_ints(first.as_ptr().cast()), sum);
+                    e2m1_whole(sum, scales[0], scale, L::load(total))
+                } else {
+                    let sum = L::from_ints(sum).fma(scales[1], L::load(first.as_ptr().cast()));
+                    sum.fma(scale, L::load(total))
+                };
+                new.store(total);
+                record = record.wrapping_add(Words::<LIMBS>::COUNT);
+            }
+            slab = slab.add(<E2m1<MX, LIMBS> as Format<L>>::BYTES);
+            records = records.wrapping_add(x.stride);
         }
     }
 }
@@ -262,7 +215,6 @@ struct E2m1<const MX: bool, const LIMBS: usize>;
 impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS> {
     const BYTES: usize = if MX { LANES } else { 2 * LANES } + CODE_BYTES;
     const STEPS: usize = 1;
-    const PAIRS: bool = true;
     const WORDS: usize = Words::<LIMBS>::COUNT;
     /// The halves of the columns.
     type Decoded = [([L::Bytes; 4], L); 2];
@@ -294,14 +246,14 @@ impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS>
 
 /// The scales of the halves of a slab.
 #[inline(always)]
-pub(crate) unsafe fn e2m1_scales<L: Lanes, const MX: bool>(slab: *const u8) -> [L; 2] {
+unsafe fn e2m1_scales<L: Lanes, const MX: bool>(slab: *const u8) -> [L; 2] {
     // SAFETY: the contract of `PanelKernel`.
     unsafe { if MX { [L::e8m0(slab); 2] } else { [L::e4m3(slab), L::e4m3(slab.add(LANES))] } }
 }
 
 /// The total plus the sums of a slab, times the scales of its halves and of the record.
 #[inline(always)]
-pub(crate) unsafe fn e2m1_halves<L: Lanes>(sums: [L::Ints; 2], scales: [L; 2], scale: L, total: L) -> L {
+unsafe fn e2m1_halves<L: Lanes>(sums: [L::Ints; 2], scales: [L; 2], scale: L, total: L) -> L {
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
         let sum = L::from_ints(sums[1]).fma(scales[1], L::from_ints(sums[0]).mul(scales[0]));
@@ -311,7 +263,7 @@ pub(crate) unsafe fn e2m1_halves<L: Lanes>(sums: [L::Ints; 2], scales: [L; 2], s
 
 /// The same where both scales are one power of two and the sum has less than 24 bits: the same bits in fewer steps.
 #[inline(always)]
-pub(crate) unsafe fn e2m1_whole<L: Lanes>(sum: L::Ints, block_scale: L, scale: L, total: L) -> L {
+unsafe fn e2m1_whole<L: Lanes>(sum: L::Ints, block_scale: L, scale: L, total: L) -> L {
     // SAFETY: the contract of `PanelKernel`.
     unsafe { L::from_ints(sum).fma(block_scale.mul(scale), total) }
 }
@@ -356,7 +308,6 @@ struct Int8<const LIMBS: usize>;
 impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
     const BYTES: usize = LANES * COLUMNS;
     const STEPS: usize = 1;
-    const PAIRS: bool = true;
     const WORDS: usize = Words::<LIMBS>::COUNT;
     type Decoded = [[L::Bytes; 4]; 2];
 
@@ -384,11 +335,7 @@ impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
 
 /// The total plus the sums of a slab with each limb, times the scale of the record.
 #[inline(always)]
-pub(crate) unsafe fn int8_whole<L: Lanes, const LIMBS: usize>(
-    limbs: [L::Ints; LIMBS],
-    scale: L,
-    total: L,
-) -> L {
+unsafe fn int8_whole<L: Lanes, const LIMBS: usize>(limbs: [L::Ints; LIMBS], scale: L, total: L) -> L {
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
         let mut sum = L::from_ints(limbs[0]);
@@ -419,7 +366,7 @@ unsafe fn int8_sums<L: Lanes, const LIMBS: usize>(
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
         let offset = L::splat_ints(record.add(Words::<LIMBS>::INT8 + limb).read());
-        // Two chains, so that fewer tokens must be in flight.
+        // Two chains: with one, more tokens would have to be in flight than the CPU keeps track of.
         let first = L::dot(offset, &weights[0], record.add(8 * limb));
         L::add_ints(first, L::dot(L::splat_ints(0), &weights[1], record.add(8 * limb + 4)))
     }
@@ -440,7 +387,6 @@ const HALF: usize = COLUMNS / 2;
 impl<L: Lanes> Format<L> for Bf16 {
     const BYTES: usize = 2 * LANES * HALF;
     const STEPS: usize = COLUMNS / HALF;
-    const PAIRS: bool = false;
     const WORDS: usize = COLUMNS;
     /// The even and the odd of two columns.
     type Decoded = [[L; 2]; HALF / 2];
@@ -571,7 +517,7 @@ mod tests {
                 unsafe { layout.write(kernels, 0, &x, words.as_mut_ptr()) };
                 let run = |kernel: PanelKernel, data: &[u8]| {
                     let mut sums = [[0.0; LANES]; 1];
-                    let panel = Panel { data: data.as_ptr(), slabs: SLABS, count: 1 };
+                    let panel = Panel { data: data.as_ptr(), slabs: SLABS };
                     // SAFETY: the instruction set is available; panel and records have as many slabs.
                     unsafe { kernel(panel, layout.records(&words), sums.as_mut_ptr()) };
                     sums[0].map(f32::to_bits)

@@ -84,18 +84,6 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_bytes(from: *const u8) -> Self::Bytes;
     /// Eight columns of E2M1 codes as [`E2M1_BYTES`]: the low nibbles are the first four columns.
     unsafe fn load_e2m1(from: *const u8) -> [Self::Bytes; 2];
-    /// The same as twice the signed values: 128 bytes.
-    #[inline(always)]
-    unsafe fn store_e2m1(from: *const u8, to: *mut u8) {
-        for i in 0..64 {
-            // SAFETY: the trait's contract.
-            unsafe {
-                let code = *from.add(i);
-                *to.add(i) = E2M1_BYTES[usize::from(code & 15)].wrapping_sub(E2M1_OFFSET as u8);
-                *to.add(64 + i) = E2M1_BYTES[usize::from(code >> 4)].wrapping_sub(E2M1_OFFSET as u8);
-            }
-        }
-    }
     unsafe fn splat_ints(value: i32) -> Self::Ints;
     unsafe fn load_ints(from: *const i32) -> Self::Ints;
     unsafe fn store_ints(ints: Self::Ints, to: *mut i32);
@@ -473,16 +461,6 @@ mod x86 {
                 let codes = _mm512_loadu_si512(from.cast());
                 let high = _mm512_srli_epi16::<4>(codes);
                 [_mm512_permutexvar_epi8(codes, table), _mm512_permutexvar_epi8(high, table)]
-            }
-        }
-        #[inline(always)]
-        unsafe fn store_e2m1(from: *const u8, to: *mut u8) {
-            // SAFETY: the trait's contract.
-            unsafe {
-                let offset = _mm512_set1_epi8(super::E2M1_OFFSET as i8);
-                let [low, high] = Self::load_e2m1(from);
-                _mm512_storeu_si512(to.cast(), _mm512_sub_epi8(low, offset));
-                _mm512_storeu_si512(to.add(64).cast(), _mm512_sub_epi8(high, offset));
             }
         }
         #[inline(always)]
