@@ -256,9 +256,12 @@ impl Cuda {
         Ok(count)
     }
 
-    /// Bytes of device memory that the key/value cache can have, now that the weights are loaded.
-    pub fn cache_memory(&self) -> Result<usize, Error> {
-        Ok(self.device.memory()?.0.saturating_sub(RESERVE))
+    /// Bytes of device memory that the key/value cache can have, now that the weights are loaded, if at most `share` of all memory
+    /// may be in use then.
+    pub fn cache_memory(&self, share: Option<f64>) -> Result<usize, Error> {
+        let (free, total) = self.device.memory()?;
+        let kept = share.map_or(0, |share| ((1.0 - share) * total as f64) as usize);
+        Ok(free.saturating_sub(kept.max(RESERVE)))
     }
 
     /// Bytes of a number of a key or a value.

@@ -342,6 +342,9 @@ pub(crate) struct Capacity {
     /// Tokens per step
     #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) max_num_batched_tokens: Option<u64>,
+    /// Share of a GPU's memory that may be in use with the key/value cache [default: all but half a GiB]
+    #[arg(long, value_name = "SHARE", value_parser = share)]
+    pub(crate) gpu_memory_utilization: Option<f64>,
     /// Bytes of the key/value cache [default: a share of what is free]
     #[arg(long, value_name = "BYTES", value_parser = positive)]
     pub(crate) kv_cache_memory_bytes: Option<u64>,
@@ -441,9 +444,8 @@ pub(crate) struct Serve {
     /// The same as MODEL
     #[arg(long = "model", value_name = "MODEL")]
     pub(crate) model_flag: Option<String>,
-    /// Branch, tag or commit of a model on the hub [default: main]
-    #[arg(long, value_name = "REVISION")]
-    pub(crate) revision: Option<String>,
+    #[command(flatten)]
+    pub(crate) hub: FromHub,
     /// Flags from a file, by their names; the command line wins
     #[arg(long, value_name = "FILE.yaml")]
     pub(crate) config: Option<PathBuf>,
@@ -523,7 +525,7 @@ pub(crate) struct Network {
 #[command(next_help_heading = "Access")]
 pub(crate) struct AccessFlags {
     /// Keys that clients must send one of
-    #[arg(long, value_name = "KEY", num_args = 1.., env = "VLLM_API_KEY", hide_env_values = true)]
+    #[arg(long, value_name = "KEY", num_args = 1.., env = "VLLM_API_KEY")]
     pub(crate) api_key: Vec<String>,
     /// More of them, one per line
     #[arg(long, value_name = "FILE")]
@@ -609,6 +611,36 @@ pub(crate) struct Answers {
     /// Date in the system message, as YYYY-MM-DD [default: today, UTC]
     #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE")]
     pub(crate) system_date: Option<String>,
+}
+
+/// Where a model on the hub comes from.
+#[derive(Debug, Default, Args)]
+pub(crate) struct FromHub {
+    /// Branch, tag or commit of a model on the hub [default: main]
+    #[arg(long, value_name = "REVISION")]
+    pub(crate) revision: Option<String>,
+    /// The hub's cache [default: HF_HUB_CACHE, or `hub` in HF_HOME]
+    #[arg(long, value_name = "DIR")]
+    pub(crate) download_dir: Option<PathBuf>,
+    /// The hub's token, which others on this machine can see on a command line [default: HF_TOKEN]
+    #[arg(long, value_name = "TOKEN")]
+    pub(crate) hf_token: Option<Secret>,
+}
+
+/// Text that no log shows.
+#[derive(Clone)]
+pub(crate) struct Secret(pub(crate) String);
+
+impl std::fmt::Debug for Secret {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("…")
+    }
+}
+
+impl From<&str> for Secret {
+    fn from(text: &str) -> Secret {
+        Secret(text.to_owned())
+    }
 }
 
 /// How requests share the engine, and what is drawn.
@@ -835,7 +867,7 @@ pub(crate) struct BenchServe {
     #[arg(long, value_name = "NAME")]
     pub(crate) model: Option<String>,
     /// Key to send
-    #[arg(long, value_name = "KEY", env = "OPENAI_API_KEY", hide_env_values = true)]
+    #[arg(long, value_name = "KEY", env = "OPENAI_API_KEY")]
     pub(crate) api_key: Option<String>,
     /// Requests to send
     #[arg(long, value_name = "N", default_value_t = 100)]
@@ -974,6 +1006,11 @@ fn count(text: &str) -> Result<u64, String> {
         return Err("expected a whole number of at least 0".to_owned());
     }
     Ok(value as u64)
+}
+
+fn share(text: &str) -> Result<f64, String> {
+    let share = text.parse().ok().filter(|share| *share > 0.0 && *share <= 1.0);
+    share.ok_or_else(|| "expected a number above 0, at most 1".to_owned())
 }
 
 fn positive(text: &str) -> Result<u64, String> {

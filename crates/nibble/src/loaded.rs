@@ -212,13 +212,15 @@ impl Loaded {
         })
     }
 
-    /// Bytes for the key/value cache, now that the weights are loaded; `None` if unknown.
-    pub(crate) fn cache_memory(&self) -> Result<Option<usize>> {
+    /// Bytes for the key/value cache, now that the weights are loaded; `None` if unknown. Of a GPU's memory at most `share` is
+    /// then in use.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "a CPU has no such share"))]
+    pub(crate) fn cache_memory(&self, share: Option<f64>) -> Result<Option<usize>> {
         Ok(match self {
             // A quarter of what is free: pages are only taken when they are used.
             Loaded::Cpu(_) => available_memory().map(|available| (available / 4).clamp(64 << 20, 64 << 30)),
             #[cfg(feature = "cuda")]
-            Loaded::Cuda(cuda) => Some(cuda.cache_memory()?),
+            Loaded::Cuda(cuda) => Some(cuda.cache_memory(share)?),
         })
     }
 

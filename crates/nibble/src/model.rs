@@ -9,7 +9,7 @@ use harmony::Harmony;
 use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
 use tokenizer::Tokenizer;
 
-use crate::args::{Common, Run};
+use crate::args::{Common, FromHub, Run};
 use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::ui::Ui;
@@ -38,11 +38,12 @@ pub(crate) struct Model {
 impl Model {
     /// Opens a folder, fetches a hub name, or takes the built-in model.
     pub(crate) fn open(name: Option<&str>, ui: Ui) -> Result<Model> {
-        Model::open_revision(name, None, ui)
+        Model::open_from(name, &FromHub::default(), ui)
     }
 
-    /// The same, with this revision of what is on the hub.
-    pub(crate) fn open_revision(name: Option<&str>, revision: Option<&str>, ui: Ui) -> Result<Model> {
+    /// The same, where what is on the hub comes from there.
+    pub(crate) fn open_from(name: Option<&str>, from: &FromHub, ui: Ui) -> Result<Model> {
+        let revision = from.revision.as_deref();
         let Some(name) = name.or_else(|| revision.map(|_| BUILT_IN)) else { return Model::built_in() };
         let path = Path::new(name);
         let folder = if let Some(revision) = revision.filter(|_| path.exists() || !hub::is_hub_name(name)) {
@@ -52,7 +53,7 @@ impl Model {
         } else if path.exists() {
             path.to_owned()
         } else if hub::is_hub_name(name) {
-            fetch(name, revision, ui)?
+            fetch(name, from, ui)?
         } else {
             return Err(Failure::input(format!(
                 "{name}: expected a model folder or a hub name, found no such folder"
@@ -170,13 +171,16 @@ pub(crate) fn threads(common: &Common) -> usize {
     common.threads.map_or_else(cpu::physical_cores, usize::from)
 }
 
-fn fetch(name: &str, revision: Option<&str>, ui: Ui) -> Result<std::path::PathBuf> {
+fn fetch(name: &str, from: &FromHub, ui: Ui) -> Result<std::path::PathBuf> {
+    let mut hub = Hub::from_env();
+    hub.cache = from.download_dir.clone().unwrap_or(hub.cache);
+    hub.token = from.hf_token.as_ref().map(|token| token.0.clone()).or(hub.token);
     let mut bar = ui.progress("Fetching", 1);
     let mut report = |progress: hub::Progress<'_>| {
         bar.set_total(progress.total);
         bar.set(progress.done);
     };
-    interrupt::surviving_broken_pipe(|| Hub::from_env().fetch(name, revision, &mut report))
+    interrupt::surviving_broken_pipe(|| hub.fetch(name, from.revision.as_deref(), &mut report))
         .map_err(|error| hub_failure(&error))
 }
 

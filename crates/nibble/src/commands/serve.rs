@@ -238,6 +238,7 @@ fn info(args: &Serve, common: &Common) -> Value {
         "max_num_batched_tokens": capacity.max_num_batched_tokens,
         "kv_cache_dtype": flag(&run.kv_cache_dtype),
         "kv_cache_memory_bytes": capacity.kv_cache_memory_bytes,
+        "gpu_memory_utilization": capacity.gpu_memory_utilization,
         "prefix_caching": !capacity.no_enable_prefix_caching,
         "max_num_queued_reqs": limits.max_num_queued_reqs,
         "max_num_queued_tokens": limits.max_num_queued_tokens,
@@ -290,10 +291,7 @@ impl Source {
             Some(("scripted", file)) => {
                 Ok(Source::Script(scripted(file, &args.capacity, &base(args, &args.limits))?))
             }
-            _ if args.engine == "auto" => {
-                let revision = args.revision.as_deref();
-                Ok(Source::Model(Box::new(Model::open_revision(name, revision, ui)?)))
-            }
+            _ if args.engine == "auto" => Ok(Source::Model(Box::new(Model::open_from(name, &args.hub, ui)?))),
             _ => {
                 let found = &args.engine;
                 Err(Failure::input(format!("--engine: expected auto or scripted:FILE, found {found}")))

@@ -274,6 +274,8 @@ fn flags_of_others_are_listed_or_refused() {
         "--no-enable-log-requests",
         "--gpu_memory_utilization",
         "0.9",
+        "--swap-space",
+        "4",
         "--no-enable-chunked-prefill",
     ]);
     let log = server.log();
@@ -284,7 +286,7 @@ fn flags_of_others_are_listed_or_refused() {
         "--pipeline-parallel-size",
         "--optimization-level",
         "--cudagraph-capture-sizes",
-        "--gpu-memory-utilization",
+        "--swap-space",
         "--no-enable-chunked-prefill",
     ] {
         assert!(line.contains(flag), "{flag}: {line}");
@@ -307,6 +309,7 @@ fn flags_of_others_are_listed_or_refused() {
         (vec!["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (vec!["--revision", "v1"], "--revision v1: expected a hub name"),
         (vec![&small, "--revision", "v1"], "--revision v1: expected a hub name"),
+        (vec!["--gpu-memory-utilization", "1.5"], "at most 1"),
         (vec!["--fingerprint-mode", "custom"], "--fingerprint-value"),
         (vec!["--max-model-len", "1M"], "--max-model-len"),
         (vec!["--host", "300.0.0.1"], ""),
@@ -347,8 +350,10 @@ fn a_revision_of_a_model_on_the_hub() {
     std::fs::write(model.join("refs/v2"), "abc").unwrap();
     std::os::unix::fs::symlink(crate::small(), model.join("snapshots/abc")).unwrap();
     let serve = |revision: &str| {
+        let cache = folder.path().to_str().unwrap();
         let mut command = nibble(&["serve", "owner/name", "--port", "0", "--revision", revision]);
-        command.env("HF_HUB_CACHE", folder.path()).env("HF_HUB_OFFLINE", "1");
+        command.args(["--download-dir", cache, "--hf-token", "secret"]);
+        command.env("HF_HUB_CACHE", "/nowhere").env("HF_HUB_OFFLINE", "1");
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     };
     let output = serve("v1").wait_with_output().unwrap();
