@@ -25,6 +25,11 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                  "r"(bytes), "r"(barrier)
                  : "memory");
 }
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier, uint64_t policy) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(to),
+                 "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
+                 : "memory");
+}
 
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;

@@ -2,6 +2,7 @@
 // few, norms and the choice of experts are the beginning of a product, everything else its end, and each kernel has its first weights
 // in shared memory before it waits, in blocks of which a multiprocessor holds two kernels'.
 #include "epilogue.cuh"
+#include "hopper.cuh"
 
 struct One {
     Matrix matrix, down;             // `down`: of the experts
@@ -14,7 +15,8 @@ struct One {
     const float* router_bias;        // [experts]
     float* parts;                    // [parts, columns]: what each part of the residual stream adds to the router's logits
     float* shares;                   // [blocks, SHARES, 16]: what each block of the experts adds to the residual stream
-    uint32_t* barrier;               // counts the blocks of the experts that arrived, for ever
+    uint32_t* exchange;              // [experts per token, cols of the second product]: what the first one found, see `both_products`
+    uint32_t* rounds;                // [blocks]: how often each block of the experts was at work
     unsigned long long* best;        // [blocks]: the largest logit of each block's rows
     uint32_t *arrivals, *largest;    // zero before and after; the id of the largest logit
     Epilogue epilogue;
@@ -24,7 +26,7 @@ struct One {
     uint32_t padding;
     float eps;
 };
-static_assert(sizeof(One) == 296);
+static_assert(sizeof(One) == 304);
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
 constexpr int EXPERT_WARPS = 22; // of a block of the experts
@@ -78,16 +80,12 @@ template <> struct Sums<FP4> {
         }
     };
     float sum[2] = {};
-    uint32_t x, step;
-    // Lanes without inputs read `zeros`, 32 bytes.
-    __device__ __forceinline__ Sums(const uint16_t* inputs, const uint16_t* zeros) {
-        bool own = lane_row() == lane_quarter();
-        x = own ? shared_address(inputs) + lane_quarter() * 32 : shared_address(zeros);
-        step = own ? TILE_COLS * 2 : 0;
-    }
+    uint4 b[2] = {}; // stay zeros in lanes without inputs
+    uint32_t x;
+    __device__ __forceinline__ Sums(const uint16_t* inputs) : x(shared_address(inputs) + lane_quarter() * 32) {}
     __device__ __forceinline__ void add(const Piece& tile) {
-        uint4 b[2] = {load_shared(x), load_shared(x + 16)};
-        x += step;
+        if (lane_row() == lane_quarter()) b[0] = load_shared(x), b[1] = load_shared(x + 16);
+        x += TILE_COLS * 2;
         float d[4] = {};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
@@ -107,45 +105,76 @@ template <> struct Sums<FP4> {
 
 
 // Consecutive tiles of a row tile on their way to one warp through its own piece of shared memory, CHUNK at a time, SLOTS chunks
-// ahead. Each chunk is one group of copies; at the end come empty ones.
+// ahead; after the last come those of the next row tile, if there is one. From Hopper on four-bit weights come by bulk copies, which do
+// not stand in the way of other loads. Else each chunk is one group of copies, and at the end come empty ones: BF16 has too few chunks
+// on their way for bulk copies, which take longer each.
 template <Format F, int CHUNK, int SLOTS> struct Flow {
     static constexpr int WEIGHTS = F == FP4 ? 512 : 2048, SCALES = F == FP4 ? 64 : 0; // bytes of a tile
-    static constexpr int BYTES = CHUNK * (WEIGHTS + SCALES);
-    const uint8_t *weights, *scales; // of the next chunk, this lane's part
-    int count, left;                 // tiles, and those of them to bring
-    uint32_t shared, slot;           // addresses in shared memory
+    static constexpr int BARRIER = CHUNK * (WEIGHTS + SCALES), BYTES = BARRIER + 16;  // of a slot: the place of its barrier, and all
+#if __CUDA_ARCH__ >= 900
+    static constexpr bool BULK = F == FP4;
+#else
+    static constexpr bool BULK = false;
+#endif
+    static constexpr int GROUPS = BULK ? 0 : SLOTS; // of copies that are on their way, at most
+    const uint8_t *weights, *scales; // of the next chunk
+    int left;                        // tiles that are not yet on their way
+    uint32_t shared, slot, parity;   // addresses in shared memory; which phase of its barrier the slot's chunk ends
     uint64_t policy;
 
     // `all` has BYTES * SLOTS for each warp.
-    __device__ __forceinline__ Flow(uint8_t* all) {
+    __device__ __forceinline__ Flow(uint8_t* all) : parity(0) {
         slot = shared = shared_address(all) + threadIdx.x / WARP * (BYTES * SLOTS);
         policy = read_once();
-    }
-    __device__ __forceinline__ void start(const Matrix& m, size_t tile, int count) {
-        weights = (const uint8_t*)m.weights + tile * WEIGHTS + threadIdx.x % WARP * 16;
-        scales = (const uint8_t*)m.scales + tile * SCALES + threadIdx.x % WARP * 16;
-        this->count = left = count, slot = shared;
-#pragma unroll
-        for (int i = 0; i < SLOTS; i++) bring(shared + i * BYTES);
-    }
-    __device__ __forceinline__ void bring(uint32_t to) {
-        const uint32_t lane = threadIdx.x % WARP * 16;
-#pragma unroll
-        for (int i = 0; i < CHUNK; i++) {
-            if (i >= left) break;
-#pragma unroll
-            for (int j = 0; j < WEIGHTS; j += 512) copy_async(to + i * WEIGHTS + j + lane, weights + i * WEIGHTS + j, policy);
-            if (F == FP4 && lane < 64) copy_async(to + CHUNK * WEIGHTS + i * SCALES + lane, scales + i * SCALES, policy);
+        if constexpr (BULK) {
+            if (threadIdx.x % WARP == 0)
+                for (int i = 0; i < SLOTS; i++) init_barrier(shared + i * BYTES + BARRIER, 1);
+            fence_barriers();
+            __syncwarp();
         }
-        commit_copies();
+    }
+    // The next tiles to bring.
+    __device__ __forceinline__ void locate(const Matrix& m, size_t tile, int count) {
+        weights = (const uint8_t*)m.weights + tile * WEIGHTS, scales = (const uint8_t*)m.scales + tile * SCALES, left = count;
+    }
+    // `next()` locates what follows.
+    template <class Next> __device__ __forceinline__ void start(Next next) {
+#pragma unroll 1
+        for (int i = 0; i < SLOTS; i++) bring(shared + i * BYTES, next);
+    }
+    template <class Next> __device__ __forceinline__ void bring(uint32_t to, Next next) {
+        if (left <= 0) next();
+        const uint32_t lane = threadIdx.x % WARP;
+        if constexpr (BULK) {
+            if (left > 0 && lane == 0) {
+                const int count = min(CHUNK, left);
+                expect_bytes(to + BARRIER, count * (WEIGHTS + SCALES));
+                copy_bulk(to, weights, count * WEIGHTS, to + BARRIER, policy);
+                copy_bulk(to + CHUNK * WEIGHTS, scales, count * SCALES, to + BARRIER, policy);
+            }
+        } else {
+#pragma unroll
+            for (int i = 0; i < CHUNK; i++) {
+                if (i >= left) break;
+#pragma unroll
+                for (int j = 0; j < WEIGHTS; j += 512)
+                    copy_async(to + i * WEIGHTS + j + lane * 16, weights + i * WEIGHTS + j + lane * 16, policy);
+                if (F == FP4 && lane < 4) copy_async(to + CHUNK * WEIGHTS + i * SCALES + lane * 16, scales + i * SCALES + lane * 16, policy);
+            }
+            commit_copies();
+        }
         left -= CHUNK, weights += CHUNK * WEIGHTS, scales += CHUNK * SCALES;
     }
-    // `sums` begin with the inputs of the first tile. They go to `to`.
-    __device__ __forceinline__ void multiply(Sums<F> sums, float* to, float factor) {
+    // The sums over the next `count` tiles go to `to`; `sums` begin with the inputs of the first.
+    template <class Next> __device__ __forceinline__ void multiply(int count, Sums<F> sums, float* to, float factor, Next next) {
 #pragma unroll 1
         for (int more = count; more > 0; more -= CHUNK) {
-            wait_for_copies<SLOTS - 1>();
-            __syncwarp();
+            if constexpr (BULK) {
+                wait_barrier(slot + BARRIER, parity);
+            } else {
+                wait_for_copies<SLOTS - 1>();
+                __syncwarp();
+            }
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) {
                 if (i >= more) break;
@@ -154,11 +183,20 @@ template <Format F, int CHUNK, int SLOTS> struct Flow {
                 sums.add(tile);
             }
             __syncwarp();
-            bring(slot);
-            slot = slot == shared + (SLOTS - 1) * BYTES ? shared : slot + BYTES;
+            bring(slot, next);
+            slot += BYTES;
+            if (slot == shared + SLOTS * BYTES) slot = shared, parity ^= 1;
         }
         float lower = sums.lower(), upper = sums.upper();
         if (lane_quarter() == 0) to[lane_row()] = lower * factor, to[lane_row() + 8] = upper * factor;
+    }
+    // Where nothing follows.
+    __device__ __forceinline__ void start(const Matrix& m, size_t tile, int count) {
+        locate(m, tile, count);
+        start([] {});
+    }
+    __device__ __forceinline__ void multiply(int count, Sums<F> sums, float* to, float factor) {
+        multiply(count, sums, to, factor, [] {});
     }
 };
 
@@ -170,23 +208,18 @@ __device__ __forceinline__ void bring_inputs(uint16_t* to, const uint16_t* from,
     __syncwarp();
 }
 
-template <Format F> __device__ __forceinline__ Sums<F> sums_of(const uint16_t* inputs, const uint16_t* zeros) {
-    if constexpr (F == FP4) return Sums<F>(inputs, zeros);
-    else return Sums<F>(inputs);
-}
-
 // Columns of `parts`: the experts, the squares of the residual stream, and zeros up to a multiple of four.
 __device__ __forceinline__ uint32_t part_columns(const One& p) { return (p.experts + 4) / 4 * 4; }
 
 // The choice of experts, by all threads of a block.
 struct Routing {
     static constexpr int THREADS = EXPERT_WARPS * WARP, LOADS = 3, STEPS = (MAX_EXPERTS + 4 + THREADS / 8 - 1) / (THREADS / 8);
-    float4 gathered[THREADS];
     float logits[MAX_EXPERTS + 4];
     uint32_t experts[MAX_RANKS];
     float weights[MAX_RANKS];
 
-    __device__ __forceinline__ void gather(const One& p) {
+    // `gathered` has a place for each thread.
+    static __device__ __forceinline__ void gather(const One& p, float4* gathered) {
         uint32_t columns = part_columns(p) / 4, column = threadIdx.x % columns, rows = THREADS / columns, row = threadIdx.x / columns;
         float4 sum = make_float4(0, 0, 0, 0);
         if (row < rows) {
@@ -210,7 +243,7 @@ struct Routing {
         for (int i = 0; i < STEPS; i++) bias[i] = p.router_bias[min(i * (THREADS / 8) + threadIdx.x / 8, p.experts - 1)];
     }
     // Eight threads have the sum of one column.
-    __device__ __forceinline__ float sum_of(uint32_t columns, uint32_t column) const {
+    static __device__ __forceinline__ float sum_of(const float4* gathered, uint32_t columns, uint32_t column) {
         uint32_t rows = THREADS / (columns / 4);
         const float* all = (const float*)gathered + column;
         float v = 0;
@@ -220,14 +253,14 @@ struct Routing {
         return v;
     }
     // After a barrier; another must follow. The result is one over the norm.
-    __device__ __forceinline__ float finish(const One& p, const float (&bias)[STEPS]) {
+    __device__ __forceinline__ float finish(const One& p, const float4* gathered, const float (&bias)[STEPS]) {
         uint32_t columns = part_columns(p);
-        float inverse = rsqrtf(sum_of(columns, p.experts) / p.hidden + p.eps);
+        float inverse = rsqrtf(sum_of(gathered, columns, p.experts) / p.hidden + p.eps);
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
             uint32_t e = i * (THREADS / 8) + threadIdx.x / 8, inside = min(e, p.experts - 1);
             if (e - threadIdx.x / 8 >= columns) break;
-            float v = sum_of(columns, inside) * inverse + bias[i];
+            float v = sum_of(gathered, columns, inside) * inverse + bias[i];
             // What fills up the last four comes after all.
             if (e < columns && threadIdx.x % 8 == 0) logits[e] = isnan(v) || e > inside ? -INFINITY : v;
         }
@@ -326,7 +359,7 @@ __device__ __forceinline__ int row_tiles_of(const Matrix& m) { return (m.rows + 
 // Query, key and value: the norm of the residual stream, which the first block also keeps. `blockIdx.x`: `groups` row tiles, whose
 // columns the warps share.
 template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(const One& p) {
-    extern __shared__ __align__(16) uint16_t x[]; // [cols], 16 zeros, the flows
+    extern __shared__ __align__(16) uint16_t x[]; // [cols], the flows
     __shared__ float partial[WARPS][TILE_ROWS];
     const Matrix& m = p.matrix;
     Epilogue e = p.epilogue;
@@ -336,7 +369,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
     const int row_tile = blockIdx.x * p.groups + warp / each;
     const bool busy = warp / each < p.groups && row_tile < row_tiles_of(m);
     const int begin = column_tiles * (warp % each) / each, end = column_tiles * (warp % each + 1) / each;
-    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols + 16));
+    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols));
     flow.start(m, busy ? size_t(row_tile) * column_tiles + begin : 0, busy ? end - begin : 0);
     // A thread finishes a pair of rows.
     const int group = threadIdx.x / 8, pair = threadIdx.x % 8, own_tile = blockIdx.x * p.groups + group;
@@ -346,7 +379,6 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
     Vector<Stream<THREADS>::VALUES> scale;
     scale.load(p.norm_scale, p.hidden);
     Stream<THREADS> stream(p);
-    if (threadIdx.x < 2) ((uint4*)(x + m.cols))[threadIdx.x] = make_uint4(0, 0, 0, 0);
 
     wait_for_previous();
     if (int(blockIdx.x * p.groups) >= row_tiles_of(m)) return;
@@ -355,7 +387,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
     if (finishes) rotation.load(e, own_tile, pair, 0);
     stream.template norm<F>(p, scale, x, blockIdx.x == 0);
     __syncthreads();
-    flow.multiply(sums_of<F>(x + begin * TILE_COLS, x + m.cols), partial[warp], 1);
+    flow.multiply(busy ? end - begin : 0, Sums<F>(x + begin * TILE_COLS), partial[warp], 1);
     __syncthreads();
     if (!finishes) return;
     float a = 0, b = 0;
@@ -367,16 +399,15 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
 // What attention found, projected and added to the residual stream, and what that adds to the router's logits. `blockIdx.x`: a row
 // tile.
 template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attended(const One& p) {
-    extern __shared__ __align__(16) uint16_t x[]; // [cols], 16 zeros, the flows
+    extern __shared__ __align__(16) uint16_t x[]; // [cols], the flows
     __shared__ float partial[WARPS][TILE_ROWS];
     __shared__ float added[TILE_ROWS], normed[TILE_ROWS];
     const Matrix& m = p.matrix;
     const int warp = threadIdx.x / WARP, column_tiles = m.cols / TILE_COLS, row_tile = blockIdx.x;
     const int begin = column_tiles * warp / WARPS, end = column_tiles * (warp + 1) / WARPS;
     start_next();
-    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols + 16));
+    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols));
     flow.start(m, size_t(row_tile) * column_tiles + begin, end - begin);
-    if (threadIdx.x < 2) ((uint4*)(x + m.cols))[threadIdx.x] = make_uint4(0, 0, 0, 0);
     __syncthreads();
     // Thread `16 row + w` puts together what warp w has of a row.
     const int own_row = threadIdx.x / WARPS, own = threadIdx.x % WARPS;
@@ -403,7 +434,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
     // Each warp brings the inputs of its own tiles.
     uint16_t* inputs = x + begin * TILE_COLS;
     bring_inputs(inputs, p.input + begin * TILE_COLS, end - begin);
-    flow.multiply(sums_of<F>(inputs, x + m.cols), partial[warp], factor);
+    flow.multiply(end - begin, Sums<F>(inputs), partial[warp], factor);
     __syncthreads();
     if (own_row < TILE_ROWS) {
         float v = partial[own][own_row] + bias + before;
@@ -430,79 +461,139 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
         add(first + threadIdx.x / TILE_ROWS, router_weight(first + threadIdx.x / TILE_ROWS));
 }
 
-// The experts. `blockIdx.y`: a rank, `blockIdx.x`: `groups` row tiles of its first product. Then, all blocks having arrived, the
-// second product, whose units, each rank of each row tile, are spread over all warps, several to a unit.
+// A number on its way to shared memory, or a zero where there is none.
+__device__ __forceinline__ void copy_word(float* to, const float* from, bool there) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
+}
+__device__ __forceinline__ uint4 load_relaxed(const uint32_t* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t v) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
+}
+
+// The experts. `blockIdx.y`: a rank, `blockIdx.x`: `groups` row tiles of its first product. Then the second product, whose units, each
+// rank of each row tile, are spread over all warps, several to a unit. Its weights follow those of the first without a break. What the
+// first one finds goes from block to block without a barrier: each word of `exchange` has an activation in its lower half, and in its
+// upper half the number of the round, which no word has that an earlier round left.
 template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_products(const One& p) {
-    constexpr int WARPS = EXPERT_WARPS, THREADS = WARPS * WARP, VALUES = (MAX_HIDDEN / 4 + THREADS - 1) / THREADS;
-    extern __shared__ __align__(16) uint8_t shared[]; // the flows, then the inputs: [cols], later the second product's
+    constexpr int WARPS = EXPERT_WARPS, THREADS = WARPS * WARP, VALUES = (MAX_HIDDEN / 4 + THREADS - 1) / THREADS, LOADS = 4;
+    // The flows; then what routing gathers, later the inputs: [cols], then the second product's, [ranks, cols].
+    extern __shared__ __align__(16) uint8_t shared[];
     __shared__ float partial[WARPS][TILE_ROWS];
     __shared__ __align__(16) Routing routing;
-    __shared__ __align__(16) uint16_t zeros[TILE_COLS / 4];
+    __shared__ uint32_t round;
     const Matrix &m = p.matrix, &down = p.down;
-    Epilogue e = p.epilogue;
-    e.kind = SWIGLU;
+    const Epilogue& e = p.epilogue;
     const int warp = threadIdx.x / WARP, each = WARPS / p.groups;
     float bias[Routing::STEPS];
     Routing::load_bias(p, bias);
     Flow<F, CHUNK, SLOTS> flow(shared);
-    uint16_t* x = (uint16_t*)(shared + WARPS * SLOTS * flow.BYTES);
-    if (threadIdx.x < TILE_COLS / 4) zeros[threadIdx.x] = 0;
+    uint8_t* after = shared + WARPS * SLOTS * flow.BYTES;
+    uint16_t* x = (uint16_t*)after;
+    // This warp's tiles of the second product.
+    const int ranks = p.experts_per_token, block = blockIdx.y * gridDim.x + blockIdx.x, per_unit = p.share_warps / ranks;
+    const int down_tiles = down.cols / TILE_COLS, down_unit = (block * WARPS + warp) / per_unit, part = (block * WARPS + warp) % per_unit;
+    const bool down_busy = down_unit / ranks < row_tiles_of(down);
+    const int down_begin = down_tiles * part / per_unit, down_count = down_busy ? down_tiles * (part + 1) / per_unit - down_begin : 0;
 
     wait_for_previous();
-    routing.gather(p);
+    Routing::gather(p, (float4*)after);
+    if (threadIdx.x == 0) round = __ldcg(p.rounds + block) + 1;
     Vector<VALUES> v;
     v.load(p.scaled, p.hidden);
     __syncthreads();
-    float inverse = routing.finish(p, bias);
+    float inverse = routing.finish(p, (const float4*)after, bias);
     __syncthreads();
     if (warp == 0) routing.choose(p);
     __syncthreads();
     const int group = threadIdx.x / 8, pair = threadIdx.x % 8, own_tile = blockIdx.x * p.groups + group;
     const bool finishes = group < p.groups && own_tile < row_tiles_of(m);
-    Affine affine;
+    // Scale and biases of a row tile of the first product come to where the logits were, which nobody needs any more.
+    float* affine = routing.logits + group * (TILE_ROWS + 1);
     {
+        bool first = true;
+        auto second = [&] {
+            if (!first) return;
+            first = false;
+            const int rank = down_unit % ranks, row_tile = down_busy ? down_unit / ranks : 0;
+            flow.locate(down, (size_t(routing.experts[rank]) * row_tiles_of(down) + row_tile) * down_tiles + down_begin, down_count);
+        };
         const uint32_t expert = routing.experts[blockIdx.y];
         const int column_tiles = m.cols / TILE_COLS, row_tile = blockIdx.x * p.groups + warp / each;
         const bool busy = warp / each < p.groups && row_tile < row_tiles_of(m);
-        const int begin = column_tiles * (warp % each) / each, end = column_tiles * (warp % each + 1) / each;
-        flow.start(m, busy ? (size_t(expert) * row_tiles_of(m) + row_tile) * column_tiles + begin : 0, busy ? end - begin : 0);
+        const int begin = column_tiles * (warp % each) / each, count = busy ? column_tiles * (warp % each + 1) / each - begin : 0;
+        if (finishes) {
+            const uint32_t row = own_tile * TILE_ROWS + 2 * pair;
+            const float *biases = m.bias + size_t(expert) * m.rows + row, *scale = m.tile_scale + size_t(expert) * row_tiles_of(m) + own_tile;
+            if (pair == 0) copy_word(affine + TILE_ROWS, scale, m.tile_scale);
+            copy_word(affine + 2 * pair, biases, m.bias && row < m.rows);
+            copy_word(affine + 2 * pair + 1, biases + 1, m.bias && row + 1 < m.rows);
+        }
+        commit_copies();
+        flow.locate(m, busy ? (size_t(expert) * row_tiles_of(m) + row_tile) * column_tiles + begin : 0, count);
+        flow.start(second);
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
             const uint32_t at = i * THREADS + threadIdx.x;
             const float4& a = v.v[i];
             if (at * 4 < m.cols) store_inputs<F>(x, at, a.x * inverse, a.y * inverse, a.z * inverse, a.w * inverse);
         }
-        if (finishes) affine.load(e, m, expert, own_tile, pair);
         __syncthreads();
-        flow.multiply(sums_of<F>(x + begin * TILE_COLS, zeros), partial[warp], 1);
+        flow.multiply(count, Sums<F>(x + begin * TILE_COLS), partial[warp], 1, second);
     }
     // Not earlier, so that the next kernel's weights come while this one waits for its blocks.
     start_next();
-
-    // This warp's tiles of the second product.
-    const int ranks = p.experts_per_token, block = blockIdx.y * gridDim.x + blockIdx.x, per_unit = p.share_warps / ranks;
-    const int number = block * WARPS + warp, unit = number / per_unit, part = number % per_unit;
-    const int column_tiles = down.cols / TILE_COLS, row_tile = unit / ranks, rank = unit % ranks;
-    const bool busy = row_tile < row_tiles_of(down);
-    const int begin = column_tiles * part / per_unit, end = busy ? column_tiles * (part + 1) / per_unit : begin;
-    const size_t tiles = size_t(routing.experts[rank]) * row_tiles_of(down) + (busy ? row_tile : 0);
-    flow.start(down, tiles * column_tiles + begin, end - begin);
+    if (finishes) wait_for_copies<flow.GROUPS>();
     __syncthreads();
-    if (finishes) {
+    if (const uint32_t unit = own_tile * 8 + pair; finishes && unit < down.cols) {
         float a = 0, b = 0;
 #pragma unroll 2
         for (int w = group * each; w < (group + 1) * each; w++) a += partial[w][pair], b += partial[w][pair + 8];
-        finish(e, m, affine, own_tile, pair, blockIdx.y, a, b, {});
+        const float scale = m.tile_scale ? affine[TILE_ROWS] : 1.f;
+        const float y = swiglu(a * scale + affine[2 * pair], b * scale + affine[2 * pair + 1], e.limit, e.alpha);
+        store_relaxed(p.exchange + blockIdx.y * down.cols + unit, activation(F, y) | round << 16);
     }
+    if (threadIdx.x == 0) p.rounds[block] = round;
     // What the rank counts for, and the bias where its first tile is.
-    const float weight = routing.weights[rank], factor = weight * (down.tile_scale ? down.tile_scale[tiles] : 1.f);
-    float offset = 0;
+    const int rank = down_unit % ranks, row_tile = down_unit / ranks;
+    const uint32_t expert = routing.experts[rank];
+    const float weight = routing.weights[rank];
+    float factor = weight, offset = 0;
+    if (down_busy && down.tile_scale) factor *= down.tile_scale[size_t(expert) * row_tiles_of(down) + row_tile];
     if (const int row = row_tile * TILE_ROWS + threadIdx.x % TILE_ROWS; part == 0 && down.bias && row < down.rows)
-        offset = weight * down.bias[size_t(routing.experts[rank]) * down.rows + row];
-    grid_barrier(p.barrier, gridDim.x * gridDim.y);
-    uint16_t* inputs = x + warp * ((column_tiles + per_unit - 1) / per_unit) * TILE_COLS;
-    bring_inputs(inputs, e.out16 + (rank * column_tiles + begin) * TILE_COLS, end - begin);
-    flow.multiply(sums_of<F>(inputs, zeros), partial[warp], factor);
+        offset = weight * down.bias[size_t(expert) * down.rows + row];
+    // Four activations at a time. Who waits for one has others on their way.
+    const uint32_t vectors = ranks * down.cols / 4, found = min(row_tiles_of(m) * TILE_ROWS / 2, int(down.cols));
+#pragma unroll 1
+    for (uint32_t first = threadIdx.x; first < vectors; first += LOADS * THREADS) {
+        uint4 words[LOADS];
+        uint32_t missing = 0, now = round;
+#pragma unroll
+        for (int i = 0; i < LOADS; i++) {
+            const uint32_t at = first + i * THREADS;
+            words[i] = make_uint4(0, 0, 0, 0);
+            if (at < vectors && at * 4 % down.cols < found) missing |= 1u << i;
+        }
+        while (missing) {
+#pragma unroll
+            for (int i = 0; i < LOADS; i++)
+                if (missing >> i & 1) words[i] = load_relaxed(p.exchange + (first + i * THREADS) * 4);
+#pragma unroll
+            for (int i = 0; i < LOADS; i++) {
+                const uint32_t wrong = (words[i].x >> 16 ^ now) | (words[i].y >> 16 ^ now) | (words[i].z >> 16 ^ now) | (words[i].w >> 16 ^ now);
+                if ((wrong & 0xffff) == 0) missing &= ~(1u << i);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < LOADS; i++)
+            if (const uint32_t at = first + i * THREADS; at < vectors)
+                ((uint2*)x)[at] = make_uint2(__byte_perm(words[i].x, words[i].y, 0x5410), __byte_perm(words[i].z, words[i].w, 0x5410));
+    }
+    __syncthreads();
+    flow.multiply(down_count, Sums<F>(x + (rank * down_tiles + down_begin) * TILE_COLS), partial[warp], factor);
     __syncwarp();
     if (threadIdx.x % WARP < TILE_ROWS) partial[warp][threadIdx.x % TILE_ROWS] += offset;
     __syncthreads();
@@ -536,20 +627,19 @@ template <Format F> __device__ __forceinline__ void last_norm(const One& p) {
 // The output layer, and the largest logit. `blockIdx.x`: as many row tiles as warps.
 template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output(const One& p) {
     constexpr int WARPS = NARROW;
-    extern __shared__ __align__(16) uint16_t x[]; // [cols], 16 zeros, the flows
+    extern __shared__ __align__(16) uint16_t x[]; // [cols], the flows
     __shared__ float partial[WARPS][TILE_ROWS];
     const Matrix& m = p.matrix;
     const int warp = threadIdx.x / WARP, row_tiles = row_tiles_of(m), column_tiles = m.cols / TILE_COLS;
     const int row_tile = min(int(blockIdx.x) * WARPS + warp, row_tiles - 1);
-    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols + 16));
+    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols));
     flow.start(m, size_t(row_tile) * column_tiles, column_tiles);
-    if (threadIdx.x < 2) ((uint4*)(x + m.cols))[threadIdx.x] = make_uint4(0, 0, 0, 0);
     const float factor = m.tile_scale ? m.tile_scale[row_tile] : 1.f;
     wait_for_previous();
     start_next();
     for (uint32_t i = threadIdx.x; i < m.cols / 8; i += WARPS * WARP) ((uint4*)x)[i] = ((const uint4*)p.input)[i];
     __syncthreads();
-    flow.multiply(sums_of<F>(x, x + m.cols), partial[warp], factor);
+    flow.multiply(column_tiles, Sums<F>(x), partial[warp], factor);
     __syncthreads();
     unsigned long long best = 0;
     const uint32_t row = blockIdx.x * WARPS * TILE_ROWS + threadIdx.x;
@@ -590,10 +680,10 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output
 
 #define KERNEL(NAME, REGISTERS, ...) \
     extern "C" __global__ void __maxnreg__(REGISTERS) NAME(const __grid_constant__ One p) { __VA_ARGS__(p); }
-KERNEL(one_qkv_bf16, 56, qkv<BF16, 1, 2>)
+KERNEL(one_qkv_bf16, 56, qkv<BF16, 1, 3>)
 KERNEL(one_qkv_fp4, 56, qkv<FP4, 3, 3>)
-KERNEL(one_attended_bf16, 64, attended<BF16, 1, 2>)
-KERNEL(one_attended_fp4, 64, attended<FP4, 4, 1>)
+KERNEL(one_attended_bf16, 56, attended<BF16, 1, 2>)
+KERNEL(one_attended_fp4, 56, attended<FP4, 4, 1>)
 KERNEL(one_experts_bf16, 48, both_products<BF16, 1, 2>)
 KERNEL(one_experts_fp4, 48, both_products<FP4, 3, 2>)
 KERNEL(one_norm_bf16, 64, last_norm<BF16>)

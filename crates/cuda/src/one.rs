@@ -16,14 +16,15 @@ use crate::params::{After, BF16, Epilogue, FP4, One};
 const WARPS: usize = 16;
 const EXPERT_WARPS: usize = 22;
 const NARROW: usize = 8;
+/// Row tiles of a block of the experts in its first product, at most: their scales and biases lie where the router's logits were.
+const GROUPS: usize = 15;
 /// Row tiles that a block of the experts may touch in its second product.
 const SHARES: usize = 4;
-/// Zeros after the inputs in shared memory.
-const ZEROS: usize = 32;
 
-/// Bytes of the tiles that a warp of `one.cu` has on their way.
-fn flow_bytes(format: u32, bf16: usize, fp4: usize) -> usize {
-    if format == FP4 { fp4 * (512 + 64) } else { bf16 * 2048 }
+/// Bytes of the slots of a warp's flow in `one.cu`, by format: the tiles of a chunk, and the slots.
+fn flow_bytes(format: u32, bf16: (usize, usize), fp4: (usize, usize)) -> usize {
+    let ((chunk, slots), tile) = if format == FP4 { (fp4, 512 + 64) } else { (bf16, 2048) };
+    slots * (chunk * tile + 16)
 }
 
 pub(crate) struct OneToken {
@@ -32,7 +33,8 @@ pub(crate) struct OneToken {
     scaled: Buffer,
     parts: Buffer,
     shares: Buffer,
-    barrier: Buffer,
+    exchange: Buffer,
+    rounds: Buffer,
     best: Buffer,
     /// Row tiles of a block of the product of query, key and value, and its blocks.
     qkv: (usize, usize),
@@ -71,7 +73,8 @@ impl OneToken {
             scaled: device.buffer(config.hidden_size * 4)?,
             parts: device.buffer(row_tiles * (config.experts + 4) * 4)?,
             shares: device.buffer(blocks * SHARES * 16 * 4)?,
-            barrier: device.buffer(4)?,
+            exchange: device.buffer(ranks * layer.down.padded_cols() * 4)?,
+            rounds: device.buffer(blocks * 4)?,
             best: device.buffer(unembedding.row_tiles().div_ceil(NARROW) * 8)?,
             qkv: (groups, blocks.max(qkv_tiles.div_ceil(groups))),
             experts: (expert_groups, per_rank),
@@ -80,7 +83,8 @@ impl OneToken {
         };
         // The kernels' own shared memory is below 16 KiB.
         let room = device.shared_bytes().saturating_sub(16 << 10);
-        let output = unembedding.padded_cols() * 2 + ZEROS + NARROW * flow_bytes(unembedding.format(), 4, 9);
+        let output =
+            unembedding.padded_cols() * 2 + NARROW * flow_bytes(unembedding.format(), (1, 4), (3, 3));
         let fits = |layer: &Layer| {
             layer.gate_up.format() == layer.down.format()
                 && one.qkv_shared(layer) <= room
@@ -89,22 +93,22 @@ impl OneToken {
         };
         let reach = (EXPERT_WARPS - 1).checked_div(share_warps).map_or(usize::MAX, |n| n + 2);
         let possible =
-            expert_groups <= EXPERT_WARPS && reach <= SHARES && output <= room && layers.iter().all(fits);
+            expert_groups <= GROUPS && reach <= SHARES && output <= room && layers.iter().all(fits);
         Ok(possible.then_some(one))
     }
 
     fn qkv_shared(&self, layer: &Layer) -> usize {
-        layer.qkv.padded_cols() * 2 + ZEROS + WARPS * flow_bytes(layer.qkv.format(), 2, 9)
+        layer.qkv.padded_cols() * 2 + WARPS * flow_bytes(layer.qkv.format(), (1, 3), (3, 3))
     }
 
     fn attended_shared(&self, layer: &Layer) -> usize {
-        layer.output.padded_cols() * 2 + ZEROS + WARPS * flow_bytes(layer.output.format(), 2, 4)
+        layer.output.padded_cols() * 2 + WARPS * flow_bytes(layer.output.format(), (1, 2), (4, 1))
     }
 
     fn experts_shared(&self, layer: &Layer) -> usize {
-        let tiles = (layer.down.padded_cols() / TILE_COLS).div_ceil((self.share_warps / self.ranks).max(1));
-        let inputs = (layer.gate_up.padded_cols() * 2).max(EXPERT_WARPS * tiles * TILE_COLS * 2);
-        EXPERT_WARPS * flow_bytes(layer.gate_up.format(), 2, 6) + inputs
+        let (first, second) = (layer.gate_up.padded_cols() * 2, self.ranks * layer.down.padded_cols() * 2);
+        let gathered = EXPERT_WARPS * 32 * 16;
+        EXPERT_WARPS * flow_bytes(layer.gate_up.format(), (1, 2), (3, 2)) + first.max(second).max(gathered)
     }
 
     fn params(&self, cuda: &Cuda, matrix: &PackedMatrix, epilogue: Epilogue) -> One {
@@ -121,7 +125,8 @@ impl OneToken {
             router_bias: 0,
             parts: self.parts.address(),
             shares: self.shares.address(),
-            barrier: self.barrier.address(),
+            exchange: self.exchange.address(),
+            rounds: self.rounds.address(),
             best: self.best.address(),
             arrivals: cuda.arena.arrivals.address(),
             largest: cuda.arena.largest.address(),
@@ -179,22 +184,16 @@ impl OneToken {
 
     /// The experts. What they add is left in `shares`.
     pub(crate) fn experts(&self, cuda: &Cuda, layer: &Layer) -> Result<(), Error> {
-        let epilogue = Epilogue {
-            out16: cuda.arena.activated.address(),
-            out_cols: layer.down.padded_cols() as u32,
-            out_format: layer.down.format(),
-            ..cuda.epilogue(After::Swiglu)
-        };
         let params = One {
             down: layer.down.params(),
             router_bias: layer.router_bias.address(),
             groups: self.experts.0 as u32,
-            ..self.params(cuda, &layer.gate_up, epilogue)
+            ..self.params(cuda, &layer.gate_up, cuda.epilogue(After::Swiglu))
         };
         let name = if layer.gate_up.format() == BF16 { "one_experts_bf16" } else { "one_experts_fp4" };
         let grid = [self.experts.1 as u32, self.ranks as u32, 1];
-        // SAFETY: the arena has room for a token's slots. There are not more blocks than multiprocessors, and each fits on one, so
-        // that all come to the barrier between the products.
+        // SAFETY: `exchange` has room for what the first product finds. There are not more blocks than multiprocessors, and each fits
+        // on one, so that all are at work when they wait for one another.
         unsafe {
             cuda.device.launch(name, grid, 32 * EXPERT_WARPS as u32, self.experts_shared(layer), &params)
         }
@@ -223,7 +222,7 @@ impl OneToken {
         let params = One { input, ..self.params(cuda, matrix, epilogue) };
         let name = if matrix.format() == BF16 { "one_output_bf16" } else { "one_output_fp4" };
         let grid = [matrix.row_tiles().div_ceil(NARROW) as u32, 1, 1];
-        let shared = matrix.padded_cols() * 2 + ZEROS + NARROW * flow_bytes(matrix.format(), 4, 9);
+        let shared = matrix.padded_cols() * 2 + NARROW * flow_bytes(matrix.format(), (1, 4), (3, 3));
         // SAFETY: the arena has a row of logits; `best` an entry for each block.
         unsafe { cuda.device.launch(name, grid, 32 * NARROW as u32, shared, &params) }
     }
