@@ -5,8 +5,9 @@
 mod fp4;
 mod sampling;
 
+use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use checkpoint::{
     Checkpoint, Config, Format, KvScales, Matrix, MatrixId, Synthetic, Vector, VectorId, Weights,
@@ -40,10 +41,27 @@ fn golden(path: &str, name: &str) -> Vec<f32> {
     bytemuck::allocation::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
 }
 
+/// The first GPU, for one test at a time: kernels whose blocks wait for one another must all have room.
+struct Gpu {
+    device: Arc<Device>,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Deref for Gpu {
+    type Target = Arc<Device>;
+    fn deref(&self) -> &Arc<Device> {
+        &self.device
+    }
+}
+
 /// The first GPU, or `None` after saying that a test is skipped.
-fn device() -> Option<Arc<Device>> {
+fn device() -> Option<Gpu> {
+    static TURN: Mutex<()> = Mutex::new(());
     match cuda::device_count() {
-        Ok(_) => Some(Device::open(0).unwrap()),
+        Ok(_) => {
+            let turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
+            Some(Gpu { device: Device::open(0).unwrap(), _turn: turn })
+        }
         Err(error) => {
             assert!(std::env::var_os("NIBBLE_REQUIRE_GPU").is_none(), "{error}");
             eprintln!("skipped: {error}");
