@@ -142,7 +142,8 @@ mod tests {
     fn rows_become_columns() {
         for (rows, cols) in [(1, 1), (16, 16), (8, 24), (17, 64), (64, 65), (130, 31), (96, 160)] {
             let bytes: Vec<u8> = (0..rows * cols).map(|i| (i * 7 % 251) as u8).collect();
-            let words: Vec<bf16> = (0..rows * cols).map(|i| bf16::from_bits(i as u16 * 31)).collect();
+            let words: Vec<bf16> =
+                (0..rows * cols).map(|i| bf16::from_bits((i as u16).wrapping_mul(31))).collect();
             let (mut turned, mut turned_words) = (vec![0; bytes.len()], vec![bf16::ZERO; words.len()]);
             transpose(&bytes, rows, cols, &mut turned);
             transpose(&words, rows, cols, &mut turned_words);
