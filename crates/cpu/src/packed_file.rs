@@ -7,8 +7,8 @@
 //! The sum takes reading all of it. A file that was found good, and is on the disk, is stamped: a time is written into it
 //! and set as the time of its last writing. As long as the system tells that time, and that nothing about the file has changed
 //! since it was set, it is believed without the sum. So whatever writes to the file, replaces it, or sets its times leads to
-//! the sum. What the system does not see, a failing disk or a clock that was set back, is not seen here either; that is what
-//! holds for the files of the model.
+//! the sum. What the system does not see, a failing disk or a clock that was set back, is not seen here either, nor is a write within
+//! two seconds of the stamp by somebody who then sets the time back; that is what holds for the files of the model.
 
 use std::collections::HashMap;
 use std::fs::{File, Metadata, OpenOptions, TryLockError};
