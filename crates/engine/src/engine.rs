@@ -203,6 +203,10 @@ pub struct Stats {
     pub full_blocks_used: usize,
     /// All blocks of the full layers.
     pub full_blocks: usize,
+    /// Bytes of the key/value cache.
+    pub cache_bytes: usize,
+    /// Bytes of the weights; 0 if unknown.
+    pub weight_bytes: usize,
     /// Blocks of the sliding layers that sequences hold.
     pub sliding_blocks_used: usize,
     /// All blocks of the sliding layers.
@@ -337,7 +341,8 @@ impl Engine {
         options: EngineOptions,
     ) -> Result<Engine, Error> {
         let config = backend.config().clone();
-        let capacity = Capacity::plan(&options, &config, backend.kv_layout())?;
+        let layout = backend.kv_layout();
+        let capacity = Capacity::plan(&options, &config, layout)?;
         backend.allocate_kv(capacity.full_blocks, capacity.sliding_blocks)?;
         let EngineOptions { mut eos_ids, max_queued_tokens, max_queued_requests, .. } = options;
         if eos_ids.is_empty() {
@@ -360,6 +365,9 @@ impl Engine {
             stats: Mutex::new(Stats {
                 full_blocks: capacity.full_blocks,
                 sliding_blocks: capacity.sliding_blocks,
+                cache_bytes: capacity.full_blocks * layout.full_block_bytes
+                    + capacity.sliding_blocks * layout.sliding_block_bytes,
+                weight_bytes: backend.weight_bytes(),
                 ..Stats::default()
             }),
         });

@@ -615,6 +615,8 @@ impl Worker {
             full_blocks,
             sliding_blocks_used,
             sliding_blocks,
+            cache_bytes: stats.cache_bytes,
+            weight_bytes: stats.weight_bytes,
             prompt_tokens: self.prompt_tokens,
             generated_tokens: self.generated_tokens,
             prefix_queries,

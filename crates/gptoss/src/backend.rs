@@ -21,6 +21,11 @@ pub trait Backend: Send {
     /// One line for people: device and kernels.
     fn describe(&self) -> String;
 
+    /// Bytes of the weights that steps read; 0 if unknown.
+    fn weight_bytes(&self) -> usize {
+        0
+    }
+
     /// What a block costs.
     fn kv_layout(&self) -> KvLayout;
 
@@ -75,6 +80,11 @@ pub struct Traffic {
 }
 
 impl Traffic {
+    /// All weights that steps read.
+    pub fn weight_bytes(&self) -> usize {
+        self.dense_bytes + self.layers * self.experts * self.expert_bytes
+    }
+
     /// Bytes read by a step that decodes one token for each of `batch` sequences with `depth` positions in the cache, if
     /// routing is uniform.
     pub fn step_bytes(&self, batch: usize, depth: usize) -> f64 {

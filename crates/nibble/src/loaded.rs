@@ -267,6 +267,10 @@ impl Backend for Loaded {
         self.backend().config()
     }
 
+    fn weight_bytes(&self) -> usize {
+        self.traffic().weight_bytes()
+    }
+
     fn describe(&self) -> String {
         self.backend().describe()
     }

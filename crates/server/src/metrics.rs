@@ -324,6 +324,11 @@ impl Metrics {
         for (phase, seconds) in &*self.startup.lock().unwrap_or_else(PoisonError::into_inner) {
             text.sample("gptoss_startup_seconds", &format!("phase=\"{phase}\""), *seconds);
         }
+        let name = "gptoss_device_memory_bytes";
+        text.begin(name, "gauge", "What the weights and the key/value cache take.");
+        for (kind, bytes) in [("weights", stats.weight_bytes), ("kv_cache", stats.cache_bytes)] {
+            text.sample(name, &format!("kind=\"{kind}\""), bytes as f64);
+        }
         let name = "gptoss_tokenizer_seconds";
         text.histogram(name, "From a request's text to its tokens.", &self.tokenizer);
         let name = "gptoss_grammar_compile_seconds";

@@ -91,6 +91,9 @@ fn metrics_have_the_names_that_dashboards_know() {
     assert_eq!(value("vllm:request_params_max_tokens_bucket", "le=\"5\""), 1.0);
     // Whoever has had the whole answer has not gone away.
     assert_eq!(value("gptoss_client_disconnects_total", ""), 0.0);
+    // A script has no weights; its cache is counted, though nobody reads it.
+    assert_eq!(value("gptoss_device_memory_bytes", "kind=\"weights\""), 0.0);
+    assert!(value("gptoss_device_memory_bytes", "kind=\"kv_cache\"") > 0.0);
     let http = "http_requests_total{method=\"POST\",status=\"2xx\",handler=\"/v1/chat/completions\"}";
     assert_eq!(after[http], 3.0);
     assert!(after.keys().all(|series| !series.contains("/metrics")));
