@@ -525,7 +525,7 @@ pub(crate) struct Network {
 #[command(next_help_heading = "Access")]
 pub(crate) struct AccessFlags {
     /// Keys that clients must send one of
-    #[arg(long, value_name = "KEY", num_args = 1.., env = "VLLM_API_KEY")]
+    #[arg(long, value_name = "KEY", num_args = 1.., env = "VLLM_API_KEY", hide_env_values = true)]
     pub(crate) api_key: Vec<String>,
     /// More of them, one per line
     #[arg(long, value_name = "FILE")]
@@ -624,23 +624,7 @@ pub(crate) struct FromHub {
     pub(crate) download_dir: Option<PathBuf>,
     /// The hub's token, which others on this machine can see on a command line [default: HF_TOKEN]
     #[arg(long, value_name = "TOKEN")]
-    pub(crate) hf_token: Option<Secret>,
-}
-
-/// Text that no log shows.
-#[derive(Clone)]
-pub(crate) struct Secret(pub(crate) String);
-
-impl std::fmt::Debug for Secret {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("…")
-    }
-}
-
-impl From<&str> for Secret {
-    fn from(text: &str) -> Secret {
-        Secret(text.to_owned())
-    }
+    pub(crate) hf_token: Option<String>,
 }
 
 /// How requests share the engine, and what is drawn.
@@ -867,7 +851,7 @@ pub(crate) struct BenchServe {
     #[arg(long, value_name = "NAME")]
     pub(crate) model: Option<String>,
     /// Key to send
-    #[arg(long, value_name = "KEY", env = "OPENAI_API_KEY")]
+    #[arg(long, value_name = "KEY", env = "OPENAI_API_KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
     /// Requests to send
     #[arg(long, value_name = "N", default_value_t = 100)]

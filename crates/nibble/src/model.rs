@@ -174,7 +174,7 @@ pub(crate) fn threads(common: &Common) -> usize {
 fn fetch(name: &str, from: &FromHub, ui: Ui) -> Result<std::path::PathBuf> {
     let mut hub = Hub::from_env();
     hub.cache = from.download_dir.clone().unwrap_or(hub.cache);
-    hub.token = from.hf_token.as_ref().map(|token| token.0.clone()).or(hub.token);
+    hub.token = from.hf_token.clone().or(hub.token);
     let mut bar = ui.progress("Fetching", 1);
     let mut report = |progress: hub::Progress<'_>| {
         bar.set_total(progress.total);

@@ -47,6 +47,17 @@ fn wrong_usage_is_refused_by_name() {
 }
 
 #[test]
+fn help_shows_no_key_of_the_environment() {
+    for (args, name) in
+        [(&["serve", "--help"][..], "VLLM_API_KEY"), (&["bench", "serve", "--help"], "OPENAI_API_KEY")]
+    {
+        let output = nibble(args).env(name, "sk-of-somebody").output().unwrap();
+        let help = String::from_utf8(output.stdout).unwrap();
+        assert!(help.contains(name) && !help.contains("sk-of-somebody"), "{help}");
+    }
+}
+
+#[test]
 fn help_has_examples_for_every_command() {
     let help = ok(&["--help"]).stdout;
     for command in [
