@@ -148,8 +148,8 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
     let remark = grammar.as_ref().and_then(unenforced);
     let engine_request = Request {
         grammar,
-        // Calls of these are not guarded, nor is what begins with a header's first word.
-        guarded: request.prompt.builtin_tools.is_empty() && request.prompt.add_generation_prompt,
+        // Calls of these are not guarded.
+        guarded: request.prompt.builtin_tools.is_empty(),
         ..call.request(&request.common, &request.params, prompt.ids, output)
     };
     let mut response = if request.background {
