@@ -118,6 +118,7 @@ __device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F,
         if (i == 0) wait_barrier(weights.barriers + 8 * slot, slot_parity);
         weights.decode(slot, i, a);
         if (i + 1 < S::CHUNK) return;
+        fence_reads();
         __syncwarp();
         if (threadIdx.x % WARP == 0) weights.fill(slot, k + 1 + (S::SLOTS - 1) * S::CHUNK);
         __syncwarp();

@@ -30,6 +30,9 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                  "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
                  : "memory");
 }
+// After a thread has read shared memory that a bulk copy will overwrite: loads that are still in a queue would otherwise find what the
+// copy, which does not stand in it, has brought.
+__device__ __forceinline__ void fence_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;

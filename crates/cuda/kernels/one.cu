@@ -182,6 +182,7 @@ template <Format F, int CHUNK, int SLOTS> struct Flow {
                 tile.load_shared(slot + i * WEIGHTS, slot + CHUNK * WEIGHTS + i * SCALES);
                 sums.add(tile);
             }
+            if constexpr (BULK) fence_reads();
             __syncwarp();
             bring(slot, next);
             slot += BYTES;

@@ -3,7 +3,6 @@
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_void};
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use bytemuck::NoUninit;
@@ -116,8 +115,6 @@ pub struct Device {
     capability: u32,
     multiprocessors: usize,
     shared_bytes: usize,
-    /// Whether the last kernel on the stream has clusters.
-    clustered: AtomicBool,
     /// While a profile is taken: the kernels launched so far.
     timed: Mutex<Option<Vec<Timed>>>,
 }
@@ -190,7 +187,6 @@ impl Device {
             capability,
             multiprocessors: attribute(16)?,
             shared_bytes: attribute(97)?,
-            clustered: AtomicBool::new(false),
             timed: Mutex::new(None),
         };
         opened.bind()?;
@@ -308,16 +304,13 @@ impl Device {
     ) -> Result<(), Error> {
         let function = self.functions.get(name).expect("every kernel that is launched is listed");
         let attributes = [LaunchAttribute::cluster(cluster), LaunchAttribute::DEPENDENT];
-        // What follows a cluster does not start before it is complete: kernels that started earlier and waited were seen to miss some of
-        // its writes on an H200.
-        let early = u32::from(!self.clustered.swap(cluster > 1, Ordering::Relaxed));
         let config = LaunchConfig {
             grid,
             block: [threads, 1, 1],
             shared_bytes: shared_bytes as u32,
             stream: self.stream,
             attributes: attributes.as_ptr(),
-            attribute_count: if self.capability < 90 { 0 } else { 1 + early },
+            attribute_count: if self.capability < 90 { 0 } else { attributes.len() as u32 },
         };
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         let mut timed = self.timed.lock().unwrap_or_else(PoisonError::into_inner);

@@ -572,6 +572,31 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
 }
 
 #[test]
+fn other_work_on_the_device_changes_no_bit() {
+    let Some(device) = device() else { return };
+    let mut config = Config { experts: 4, vocab_size: 4096, ..Config::gpt_oss_20b() };
+    config.layer_kinds.truncate(2);
+    let plan = |n: u32| -> Vec<SequencePlan> {
+        let one = |s: u32| SequencePlan { hidden_after_layer: Some(1), ..sequence(&[s * 31 % 4096], 0, s) };
+        (0..n).map(one).collect()
+    };
+    // BF16 experts, whose kernels have no barrier of all blocks: two of those would wait for one another's multiprocessors.
+    let weights = Synthetic::new(config, |_| Format::Bf16, 1);
+    std::thread::scope(|scope| {
+        for tokens in [64, 24] {
+            let (device, weights) = (device.beside().unwrap(), &weights);
+            scope.spawn(move || {
+                let mut cuda = load(&device, weights);
+                let first = run(&mut cuda, plan(tokens));
+                for _ in 0..300 {
+                    assert!(run(&mut cuda, plan(tokens)) == first, "another result for {tokens} tokens");
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn without_graphs_the_bits_are_the_same() {
     let Some(device) = device() else { return };
     let options = Options { eager: true, ..Options::default() };
