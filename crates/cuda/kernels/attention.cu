@@ -158,8 +158,8 @@ __device__ __forceinline__ int own_splits(const Attention& p, int position) {
 
 // Single tokens. A pair of a token and of query heads that share keys has `p.warps` warps of a block, or all of `splits` blocks; these
 // share its pages, and the last to arrive puts the parts together, in their order. A token with few pages has fewer parts: how many
-// depends, beside `p`, on nothing but its own position. The step's words, and the pages before a sequence's last, are older than the
-// step: they are read before the kernel waits.
+// depends, beside `p`, on nothing but its own position. The step's words are older than the step, and so are the pages before a token's
+// own, unless a sequence has several tokens: what is older is read before the kernel waits.
 template <CacheFormat C> __device__ __forceinline__ void split(const Attention& p) {
     static_assert(WARPS * WARP == 256 && MAX_SPLITS <= WARP && ROWS == WARPS);
     __shared__ float part[WARPS][ROWS][PART], factor[WARPS][ROWS], shares[ROWS][MAX_SPLITS];
@@ -180,12 +180,13 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
     Page<C> page = {};
     const int first = pages.first, last = pages.last;
     const uint32_t block = pages.next();
-    if (first < last) page.load(p, block, kv);
+    const bool ahead = p.ahead && first < last;
+    if (ahead) page.load(p, block, kv);
 
     wait_for_previous();
     Queries<C> q;
     q.load(p.queries + (size_t(token) * p.query_heads + head * rows) * HEAD, some ? rows : 0);
-    if (first == last) page.load(p, block, kv);
+    if (!ahead && first <= last) page.load(p, block, kv);
     State s;
     for (int i = first; i <= last; i += pages.step) {
         Page<C> next = page;

@@ -19,8 +19,10 @@ struct Attention {
     float key_scale, value_scale;            // E4M3: what a stored number is multiplied by
     uint32_t n;                              // single tokens
     uint32_t warps;                          // of a block, that share them: a power of two; all eight where keys are split
+    uint32_t ahead;                          // whether pages before a token's own are older than the step
+    uint32_t padding;
 };
-static_assert(sizeof(Attention) == 136);
+static_assert(sizeof(Attention) == 144);
 
 constexpr float NOTHING = -1e30f;
 constexpr float LOG2_E = 1.4426950408889634f;

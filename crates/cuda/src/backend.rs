@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
-use checkpoint::{Config, KvScales, LayerKind, MatrixKind, VectorKind, Weights};
+use checkpoint::{Config, Format, KvScales, LayerKind, MatrixId, MatrixKind, VectorKind, Weights, matrices};
 use gptoss::{
     BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, Sampling, SequenceOutput,
     SequencePlan, Traffic,
@@ -81,8 +81,8 @@ pub struct Cuda {
     one: Option<OneToken>,
     cache: Vec<LayerCache>,
     blocks: (usize, usize),
-    /// Decode steps by their number of tokens and how the full layers share their keys.
-    graphs: HashMap<(usize, Sharing), Graph>,
+    /// Decode steps by their number of tokens, how the full layers share their keys, and whether those are read ahead.
+    graphs: HashMap<(usize, Sharing, bool), Graph>,
     sampler: Sampler,
     pub(crate) options: Options,
     /// Room for quantized activations, if matrices are packed for FP4 products.
@@ -165,7 +165,15 @@ impl Cuda {
         let config = weights.config().clone();
         check_shape(&config)?;
         device.bind()?;
+        let arena = Arena::new(device, &config).map_err(|e| no_room(e, device, "activations"))?;
+        let sampler =
+            Sampler::new(device, config.vocab_size).map_err(|e| no_room(e, device, "activations"))?;
         let mut loader = Loader::new(device, weights)?;
+        // Said at once, not after minutes of loading.
+        let needed = least_bytes(weights) + RESERVE;
+        if needed > device.memory()?.0 {
+            return Err(no_room(Error::Memory { needed }, device, "the weights"));
+        }
         let count = config.layer_kinds.len();
         let mut layers = Vec::with_capacity(count);
         for layer in 0..count {
@@ -180,9 +188,6 @@ impl Cuda {
         let rotary = Rotary::new(&config.rope, config.head_dim);
         let frequencies = loader.floats(&rotary.frequencies)?;
         drop(loader);
-        let arena = Arena::new(device, &config).map_err(|e| no_room(e, device, "activations"))?;
-        let sampler =
-            Sampler::new(device, config.vocab_size).map_err(|e| no_room(e, device, "activations"))?;
         let one = match options.batch_invariant {
             true => None,
             false => OneToken::new(device, &config, &layers, &unembedding)
@@ -404,6 +409,8 @@ struct Segment {
     sequence: usize,
     /// Which of the plan's tokens.
     range: Range<usize>,
+    /// Computed as a single token, not as a chunk.
+    single: bool,
 }
 
 /// What is computed at a time: single tokens first, then chunks.
@@ -427,6 +434,8 @@ struct Shape {
     /// Of single tokens' keys in the full and in the sliding layers.
     full: Sharing,
     sliding: Sharing,
+    /// Whether each of them is of another sequence.
+    ahead: bool,
 }
 
 /// By how many the keys of a single token are shared, for as many query heads as a warp takes.
@@ -440,8 +449,8 @@ struct Sharing {
 
 impl<'a> Batch<'a> {
     fn new(plan: &'a Plan, mut segments: Vec<Segment>) -> Batch<'a> {
-        segments.sort_by_key(|segment| segment.range.len() > 1);
-        let singles = segments.iter().take_while(|segment| segment.range.len() == 1).count();
+        segments.sort_by_key(|segment| !segment.single);
+        let singles = segments.iter().take_while(|segment| segment.single).count();
         let (mut tokens, mut outputs) = (0, Vec::new());
         for (s, segment) in segments.iter().enumerate() {
             let sequence = &plan.sequences[segment.sequence];
@@ -531,10 +540,16 @@ impl Backend for Cuda {
         let mut results = vec![SequenceOutput::default(); plan.sequences.len()];
         let (mut segments, mut tokens) = (Vec::new(), 0);
         for (sequence, planned) in plan.sequences.iter().enumerate() {
+            let len = planned.tokens.len();
+            // Where a token's kernels may not depend on company, they depend on whether it is the prompt's.
+            let invariant = self.options.batch_invariant;
+            let prompt = if invariant { len - planned.generated } else { len };
             let mut at = 0;
-            while at < planned.tokens.len() {
-                let count = (planned.tokens.len() - at).min(MAX_TOKENS - tokens);
-                segments.push(Segment { sequence, range: at..at + count });
+            while at < len {
+                let end = if at < prompt { prompt } else { at + 1 };
+                let count = (end - at).min(MAX_TOKENS - tokens);
+                let single = if invariant { at >= prompt } else { count == 1 };
+                segments.push(Segment { sequence, range: at..at + count, single });
                 (at, tokens) = (at + count, tokens + count);
                 if tokens == MAX_TOKENS {
                     self.run_segments(plan, std::mem::take(&mut segments), &mut results)?;
@@ -560,8 +575,9 @@ impl Cuda {
             return self.run(&Batch::new(plan, segments), results);
         }
         // Kernels are chosen by what is in a batch.
-        let (chunks, singles): (Vec<_>, Vec<_>) = segments.into_iter().partition(|s| s.range.len() > 1);
-        for segments in [singles, chunks].into_iter().filter(|segments| !segments.is_empty()) {
+        let (singles, chunks): (Vec<_>, Vec<_>) = segments.into_iter().partition(|s| s.single);
+        // A sequence's prompt comes before its answer.
+        for segments in [chunks, singles].into_iter().filter(|segments| !segments.is_empty()) {
             self.run(&Batch::new(plan, segments), results)?;
         }
         Ok(())
@@ -572,7 +588,7 @@ impl Cuda {
         let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
         let decode = batch.singles == batch.segments.len() && batch.outputs.len() == batch.tokens;
         if decode && !hidden && !self.options.eager && batch.tokens <= LOGIT_ROWS {
-            let key = (shape.tokens, shape.full);
+            let key = (shape.tokens, shape.full, shape.ahead);
             if !self.graphs.contains_key(&key) {
                 let graph = self.device.capture(|| {
                     self.embed(&shape)?;
@@ -661,7 +677,8 @@ impl Cuda {
         self.arena.step.upload(0, &self.arena.step_host, total * 4)?;
         let (full, sliding) = self.sharing(batch.singles, total_pages, pages);
         let (tokens, singles) = (batch.tokens, batch.singles);
-        Ok(Shape { words, tokens, singles, tiles: tiles.len(), full, sliding })
+        let ahead = batch.segments[..singles].windows(2).all(|pair| pair[0].sequence != pair[1].sequence);
+        Ok(Shape { words, tokens, singles, tiles: tiles.len(), full, sliding, ahead })
     }
 
     /// How the keys of `singles` tokens are shared in full and in sliding layers; `total` pages of all tokens, `most` of one.
@@ -1040,6 +1057,8 @@ impl Cuda {
             value_scale: layer.kv_scales.value,
             n: 0,
             warps: 0,
+            ahead: u32::from(shape.ahead),
+            padding: 0,
         };
         let e4m3 = self.options.cache == CacheFormat::E4m3;
         if shape.tiles > 0 {
@@ -1377,11 +1396,22 @@ fn check_shape(config: &Config) -> Result<(), Error> {
     )
 }
 
+/// Bytes that the matrices of a model take on the device, without what fills up tiles.
+fn least_bytes(weights: &dyn Weights) -> usize {
+    let config = weights.config();
+    let bytes = |id: MatrixId| {
+        let (count, rows, cols) = id.kind.shape(config);
+        let sixteenths = if weights.format(id) == Format::Bf16 { 32 } else { 9 };
+        count * rows * cols / 16 * sixteenths
+    };
+    matrices(config).map(bytes).sum()
+}
+
 /// Says what did not fit, with the numbers of the device.
 fn no_room(error: Error, device: &Device, what: &str) -> Error {
     match (error, device.memory()) {
         (Error::Memory { needed }, Ok((free, total))) => Error::Unsupported(format!(
-            "{what} do not fit {}: {needed} bytes more were needed, {free} of {total} were free",
+            "{what} do not fit {}: {needed} bytes more are needed, {free} of {total} are free",
             device.name()
         )),
         (error, _) => error,

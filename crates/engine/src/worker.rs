@@ -432,6 +432,8 @@ impl Worker {
         let mut plan = self.scheduler.plan(share);
         let active = &self.requests[&share.id.request];
         let params = &active.rules.params;
+        let end = plan.position + plan.tokens.len();
+        plan.generated = end.saturating_sub(active.prompt.len()).min(plan.tokens.len());
         // Only the first choice runs before the request has begun, and never beyond the prompt.
         if let (Some(top), false) = (params.prompt_logprobs, active.started) {
             let end = (share.positions.end + 1).min(active.prompt.len());

@@ -109,6 +109,9 @@ pub struct SequencePlan {
     pub tokens: Vec<u32>,
     /// Position of the first of them. Keys and values before it are in the blocks.
     pub position: usize,
+    /// How many of them, the last ones, continue a prompt instead of being part of it. Where a backend computes single tokens
+    /// and chunks differently, it may go by this instead of by how the tokens happen to come.
+    pub generated: usize,
     /// Block `i` stores positions `16 i .. 16 i + 16` of the full layers; covers everything up to the last token.
     pub full_blocks: Vec<BlockId>,
     /// The same for the sliding layers. Entries of blocks that lie wholly before the window of the first token are
@@ -285,6 +288,9 @@ impl Plan {
             }
             if let Some(token) = sequence.tokens.iter().find(|&&t| t as usize >= config.vocab_size) {
                 return fail(format!("sequence {s}: token {token} is not below {}", config.vocab_size));
+            }
+            if sequence.generated > sequence.tokens.len() {
+                return fail(format!("sequence {s} has generated more tokens than there are"));
             }
             let end = sequence.position + sequence.tokens.len();
             if end > config.max_context {

@@ -56,8 +56,7 @@ pub(crate) fn start(
         base.kv_cache_bytes = bytes;
     }
     let mut options = options(&backend, capacity, &generation, &base)?;
-    if run.batch_invariant && !backend.cuts_are_exact() {
-        options.speculation = None;
+    if run.batch_invariant && !backend.answers_are_prompts() {
         options.prefix_caching = false;
     }
     Ok(Running { engine: engine(backend, harmony, options)?, generation })

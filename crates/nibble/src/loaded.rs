@@ -224,8 +224,8 @@ impl Loaded {
         })
     }
 
-    /// Whether a token's keys and values have the same bits when it is computed alone and in a chunk.
-    pub(crate) fn cuts_are_exact(&self) -> bool {
+    /// Whether a token's keys and values have the same bits in an answer and in a prompt.
+    pub(crate) fn answers_are_prompts(&self) -> bool {
         match self {
             Loaded::Cpu(_) => true,
             #[cfg(feature = "cuda")]

@@ -205,23 +205,26 @@ fn greedy_continuations_of_both_models() {
         let found = greedy(&mut cuda, &ids(&reference["sequences"][name]["ids"]), len);
         assert_eq!(found, expected[..len], "{name}");
     }
-    let prompts = json("testdata/model/tiny-gpt-oss.json")["prompts"].clone();
-    let prompts: Vec<(String, Value)> = match prompts {
+    let mut cuda = load(&device, &*open("models/tiny-gpt-oss"));
+    for (name, prompt, expected) in certain_continuations() {
+        assert_eq!(greedy(&mut cuda, &prompt, expected.len()), expected, "{name}");
+    }
+}
+
+/// The small model's prompts and greedy answers up to their end: name, prompt, answer.
+fn certain_continuations() -> Vec<(String, Vec<u32>, Vec<u32>)> {
+    let prompts: Vec<(String, Value)> = match json("testdata/model/tiny-gpt-oss.json")["prompts"].clone() {
         Value::Object(map) => map.into_iter().collect(),
         Value::Array(list) => list.into_iter().map(|p| (p["name"].to_string(), p)).collect(),
         other => panic!("{other}"),
     };
     assert_eq!(prompts.len(), 10);
-    let mut cuda = load(&device, &*open("models/tiny-gpt-oss"));
-    for (name, prompt) in prompts {
-        // One prompt comes to a choice within the noise of 16 bits.
-        if name.contains("story_high") {
-            continue;
-        }
-        let expected = ids(&prompt["greedy"]);
+    let case = |(name, prompt): (String, Value)| {
         let len = prompt["first_stop"].as_u64().map_or(0, |at| at as usize + 1);
-        assert_eq!(greedy(&mut cuda, &ids(&prompt["ids"]), len), expected[..len], "{name}");
-    }
+        (name, ids(&prompt["ids"]), ids(&prompt["greedy"])[..len].to_vec())
+    };
+    // One prompt comes to a choice within the noise of 16 bits.
+    prompts.into_iter().filter(|(name, _)| !name.contains("story_high")).map(case).collect()
 }
 
 fn greedy(cuda: &mut Cuda, prompt: &[u32], count: usize) -> Vec<u32> {
@@ -236,6 +239,43 @@ fn greedy(cuda: &mut Cuda, prompt: &[u32], count: usize) -> Vec<u32> {
         found.extend(&tokens);
     }
     found
+}
+
+#[test]
+fn guessed_tokens_are_verified_in_one_step() {
+    let Some(device) = device() else { return };
+    for batch_invariant in [false, true] {
+        let options = Options { batch_invariant, ..Options::default() };
+        let mut cuda = load_with(&device, &*open("models/tiny-gpt-oss"), options);
+        for (name, prompt, expected) in certain_continuations() {
+            let table = sequence(&vec![0; prompt.len() + expected.len()], 0, 1);
+            let mut verify = |tokens: Vec<u32>, position: usize, generated: usize| -> Vec<u32> {
+                let sample = vec![Sampling::default(); generated.max(1)];
+                let plan = SequencePlan { tokens, position, generated, sample, ..table.clone() };
+                run(&mut cuda, vec![plan]).remove(0).sampled.iter().map(|s| s.token).collect()
+            };
+            assert_eq!(verify(prompt.clone(), 0, 0), expected[..1]);
+            let mut known = 1;
+            while known < expected.len() {
+                // Up to five guesses, of which the last is wrong in every other step.
+                let mut tokens = expected[known - 1..expected.len().min(known + 5)].to_vec();
+                if tokens.len() > 1 && known % 2 == 0 {
+                    *tokens.last_mut().unwrap() ^= 1;
+                }
+                let right = tokens[1..].iter().zip(&expected[known..]).take_while(|(a, b)| a == b).count();
+                let count = tokens.len();
+                let sampled = verify(tokens, prompt.len() + known - 1, count);
+                assert_eq!(sampled.len(), count);
+                let known_after = expected.len().min(known + right + 1);
+                assert_eq!(
+                    sampled[..known_after - known],
+                    expected[known..known_after],
+                    "{name} after {known}"
+                );
+                known = known_after;
+            }
+        }
+    }
 }
 
 #[test]
@@ -496,6 +536,7 @@ fn a_batch_changes_no_bit_where_that_is_asked_for() {
         let plan = |s: usize, from: usize, to: usize, first: usize| SequencePlan {
             tokens: text[from..to].iter().map(|t| (t + s as u32) % 331).collect(),
             position: from,
+            generated: to - from.max(prompt(s)).min(to),
             logits: true,
             ..sequence(&text[..prompt(s) + 3], 0, first as u32)
         };
@@ -527,6 +568,11 @@ fn a_batch_changes_no_bit_where_that_is_asked_for() {
                 expected.extend(run(&mut alone, vec![plan(s, at, at + 1, 0)]).remove(0).logits);
             }
             assert!(*found == expected, "{format:?}, sequence {s}");
+            // Again after it was put aside, prompt and answer at once; and cut so that chunks of one token are left.
+            let cuts = if s < 5 { vec![0, 1, prompt(s) - 1, end] } else { vec![0, end] };
+            let pairs =
+                cuts.windows(2).map(|cut| run(&mut alone, vec![plan(s, cut[0], cut[1], 0)]).remove(0).logits);
+            assert!(pairs.flatten().eq(expected), "{format:?}, sequence {s} again");
         }
         // And they are right.
         let mut reference = Reference::new(odd(format));
@@ -620,6 +666,12 @@ fn what_does_not_fit_is_an_error() {
     let error =
         Cuda::load(&device, &Synthetic::new(config, |_| Format::Bf16, 1), Options::default(), &mut |_, _| {});
     assert!(error.is_err_and(|e| e.to_string().contains("heads of 24")));
+    // A terabyte of weights, of which none is made.
+    let mut config = Config::gpt_oss_20b();
+    config.layer_kinds = [config.layer_kinds[0]].repeat(600);
+    let error =
+        Cuda::load(&device, &Synthetic::new(config, |_| Format::Bf16, 1), Options::default(), &mut |_, _| {});
+    assert!(error.is_err_and(|e| e.to_string().contains("the weights do not fit")));
 }
 
 #[test]

@@ -207,6 +207,7 @@ fn plans_that_break_a_rule_are_refused() {
     for (plan, expected) in [
         (SequencePlan { tokens: vec![], ..good.clone() }, "no tokens"),
         (SequencePlan { tokens: vec![320], ..good.clone() }, "not below 320"),
+        (SequencePlan { generated: good.tokens.len() + 1, ..good.clone() }, "more tokens than there are"),
         (SequencePlan { position: 30, ..good.clone() }, "needs 3 blocks"),
         (SequencePlan { position: usize::MAX / 2, ..good.clone() }, "beyond the context"),
         (SequencePlan { full_blocks: vec![9], ..good.clone() }, "not allocated"),

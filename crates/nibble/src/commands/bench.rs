@@ -144,6 +144,7 @@ impl Test {
             SequencePlan {
                 tokens: (0..count).map(token).collect(),
                 position,
+                generated: if self.prompt { 0 } else { count },
                 full_blocks: table.clone(),
                 sliding_blocks: table,
                 sample: vec![Sampling::default()],
