@@ -62,7 +62,7 @@ pub struct Options {
     pub eager: bool,
     /// Keys and values.
     pub cache: CacheFormat,
-    /// Single tokens and chunks each take one family of kernels and one order of summation, however many there are.
+    /// Tokens of prompts and of answers each take one family of kernels and one order of summation, however many there are.
     pub batch_invariant: bool,
 }
 

@@ -85,8 +85,8 @@ pub(crate) struct Run {
     /// rounds plain BF16; the other names are checked against the files
     #[arg(long, short = 'q', default_value = "auto", value_name = "auto|nvfp4|none|…")]
     pub(crate) quantization: String,
-    /// Tokens do not depend on the rest of the batch. Always so on a CPU; on a GPU it costs speed (BENCHMARKS.md), and neither
-    /// guesses nor the prefix cache are used
+    /// Tokens do not depend on the rest of the batch. Always so on a CPU; on a GPU it costs speed (BENCHMARKS.md), and the prefix
+    /// cache is not used
     #[arg(long)]
     pub(crate) batch_invariant: bool,
     /// Type of the key/value cache. `auto` is f32 on a CPU and BF16 on a GPU; `fp8`, on a GPU, is E4M3 with the checkpoint's

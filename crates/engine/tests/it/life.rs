@@ -211,10 +211,11 @@ fn after_a_failed_step_requests_go_on_where_they_were() {
     }
 }
 
-/// Fails whenever a certain token is to be computed.
+/// Fails whenever a certain token is to be computed, and where it is not told right which tokens follow a prompt.
 struct Fragile(Scripted);
 
 const POISON: u32 = 1000;
+const PROMPT: usize = 20;
 
 impl Backend for Fragile {
     fn config(&self) -> &Config {
@@ -237,6 +238,10 @@ impl Backend for Fragile {
         if plan.sequences.iter().any(|s| s.tokens.contains(&POISON)) {
             return Err(gptoss::Error::Device("poisoned".to_owned()));
         }
+        for sequence in &plan.sequences {
+            let positions = sequence.position..sequence.position + sequence.tokens.len();
+            assert_eq!(sequence.generated, positions.filter(|&position| position >= PROMPT).count());
+        }
         self.0.step(plan)
     }
 }
@@ -251,7 +256,7 @@ fn only_the_request_that_breaks_the_device_fails() {
     let requests: Vec<_> = (1..10)
         .map(|i| {
             let seed = if i == 3 { 13 } else { 1000 + i64::from(i) };
-            submit(&engine, text_request(&[i; 20], SamplingParams { seed: Some(seed), ..unlimited() }))
+            submit(&engine, text_request(&[i; PROMPT], SamplingParams { seed: Some(seed), ..unlimited() }))
         })
         .collect();
     for (i, (_handle, events)) in requests.iter().enumerate() {
