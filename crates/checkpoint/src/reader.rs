@@ -295,9 +295,9 @@ impl Checkpoint {
         Cow::Owned(out)
     }
 
-    fn check(&self, stack: &Stack, matrix: &Matrix<'_>, expert: usize) -> Result<(), Error> {
+    fn check(&self, stack: &Stack, values: &Values<'_>, expert: usize) -> Result<(), Error> {
         if !stack.checked[expert].load(Ordering::Relaxed) {
-            matrix.check_scales(&stack.name)?;
+            values.check_scales(&stack.name)?;
             stack.checked[expert].store(true, Ordering::Relaxed);
         }
         Ok(())
@@ -337,9 +337,22 @@ impl Weights for Checkpoint {
                 unreachable!("the table names scales for every packed matrix")
             }
         };
-        let matrix = Matrix { rows: stack.rows, cols: stack.cols, values };
-        self.check(stack, &matrix, expert)?;
-        Ok(matrix)
+        self.check(stack, &values, expert)?;
+        Ok(Matrix { rows: stack.rows, cols: stack.cols, values })
+    }
+
+    fn by_inputs(&self, id: MatrixId, expert: usize) -> Result<Option<Values<'_>>, Error> {
+        let stack = self.stack(id);
+        let Some(scales) = stack.scales.as_ref().filter(|_| stack.transposed) else { return Ok(None) };
+        let part = |span| Cow::Borrowed(self.part(span, stack, expert));
+        let (codes, scales) = (part(&stack.values), part(scales));
+        let values = match stack.format {
+            Format::Bf16 => return Ok(None),
+            Format::Mxfp4 => Values::Mxfp4 { codes, scales },
+            Format::Nvfp4 => Values::Nvfp4 { codes, scales, global_scale: stack.global_scale(expert) },
+        };
+        self.check(stack, &values, expert)?;
+        Ok(Some(values))
     }
 
     fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
@@ -407,9 +420,13 @@ impl<C: Borrow<Checkpoint> + Send + Sync> Weights for Packed<C> {
         let mut codes = vec![0; values.len() / 2];
         nvfp4::recover_codes(values, &scales, global_scale, &mut codes);
         let values = Values::Nvfp4 { codes: Cow::Owned(codes), scales, global_scale };
-        let matrix = Matrix { rows: source.rows, cols: source.cols, values };
-        checkpoint.check(stack, &matrix, expert)?;
-        Ok(matrix)
+        checkpoint.check(stack, &values, expert)?;
+        Ok(Matrix { rows: source.rows, cols: source.cols, values })
+    }
+
+    fn by_inputs(&self, id: MatrixId, expert: usize) -> Result<Option<Values<'_>>, Error> {
+        let checkpoint = self.checkpoint();
+        if checkpoint.fake.contains_key(&id) { Ok(None) } else { checkpoint.by_inputs(id, expert) }
     }
 
     fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {

@@ -251,6 +251,27 @@ impl Values<'_> {
             Values::Nvfp4 { .. } => Format::Nvfp4,
         }
     }
+
+    /// Refuses scales that stand for NaN or infinity; `name` is the tensor's for the message.
+    pub fn check_scales(&self, name: &str) -> Result<(), Error> {
+        let bad = |what: String| Err(Error::Scale { tensor: name.to_owned(), found: what });
+        match self {
+            Values::Bf16(_) => Ok(()),
+            Values::Mxfp4 { scales, .. } => match first_at_least(scales, e8m0::NAN) {
+                Some(at) => bad(format!("NaN (byte 255) at block {at}")),
+                None => Ok(()),
+            },
+            Values::Nvfp4 { scales, global_scale, .. } => {
+                if !(global_scale.is_finite() && *global_scale > 0.0) {
+                    return bad(format!("a global scale of {global_scale}"));
+                }
+                match first_at_least(scales, 0x7f) {
+                    Some(at) => bad(format!("byte {:#04x} (NaN or negative) at block {at}", scales[at])),
+                    None => Ok(()),
+                }
+            }
+        }
+    }
 }
 
 impl Matrix<'_> {
@@ -284,27 +305,6 @@ impl Matrix<'_> {
             self.row(row, out);
         }
         out
-    }
-
-    /// Refuses scales that stand for NaN or infinity; `name` is the tensor's for the message.
-    pub fn check_scales(&self, name: &str) -> Result<(), Error> {
-        let bad = |what: String| Err(Error::Scale { tensor: name.to_owned(), found: what });
-        match &self.values {
-            Values::Bf16(_) => Ok(()),
-            Values::Mxfp4 { scales, .. } => match first_at_least(scales, e8m0::NAN) {
-                Some(at) => bad(format!("NaN (byte 255) at block {at}")),
-                None => Ok(()),
-            },
-            Values::Nvfp4 { scales, global_scale, .. } => {
-                if !(global_scale.is_finite() && *global_scale > 0.0) {
-                    return bad(format!("a global scale of {global_scale}"));
-                }
-                match first_at_least(scales, 0x7f) {
-                    Some(at) => bad(format!("byte {:#04x} (NaN or negative) at block {at}", scales[at])),
-                    None => Ok(()),
-                }
-            }
-        }
     }
 }
 
@@ -380,6 +380,12 @@ pub trait Weights: Send + Sync {
 
     /// One matrix; `expert` is 0 for what is not a stack.
     fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, Error>;
+
+    /// The values of a matrix in four bits as they lie, if that is input by input: codes `[cols / 2, rows]`, scales
+    /// `[cols / block, rows]`. [`Weights::matrix`] would turn them.
+    fn by_inputs(&self, _id: MatrixId, _expert: usize) -> Result<Option<Values<'_>>, Error> {
+        Ok(None)
+    }
 
     /// One vector.
     fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error>;

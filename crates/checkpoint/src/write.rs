@@ -670,7 +670,7 @@ impl Work {
                         ),
                     });
                 }
-                matrix.check_scales(&unit.name)?;
+                matrix.values.check_scales(&unit.name)?;
                 for part in &unit.parts {
                     self.matrix_part(weights, unit, part, id, item, &matrix)?;
                 }

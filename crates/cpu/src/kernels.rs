@@ -41,6 +41,7 @@ pub(crate) struct Kernels {
     pub(crate) int8: [PanelKernel; 3],
     pub(crate) bf16: PanelKernel,
     pub(crate) pack_e2m1: unsafe fn(&panels::Rows<'_>, &panels::Rows<'_>, usize, &mut [u8]),
+    pub(crate) pack_e2m1_by_inputs: unsafe fn(&panels::Inputs<'_>, &mut [u8]),
     pub(crate) pack_bf16: unsafe fn(&panels::Rows<'_>, &mut [u8]),
     pub(crate) pack_int8: unsafe fn(&panels::Rows<'_>, &mut [u8], &mut [f32; LANES]),
     pub(crate) finish: unsafe fn(&Finish<'_>),
@@ -132,6 +133,7 @@ macro_rules! instantiate {
                 int8: [int8::<1>, int8::<2>, int8::<3>],
                 bf16,
                 pack_e2m1,
+                pack_e2m1_by_inputs,
                 pack_bf16,
                 pack_int8,
                 finish,
@@ -174,6 +176,11 @@ macro_rules! instantiate {
             ) {
                 // SAFETY: as stated above.
                 unsafe { panels::e2m1::<$lanes>(codes, scales, blocks, out) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn pack_e2m1_by_inputs(inputs: &panels::Inputs<'_>, out: &mut [u8]) {
+                // SAFETY: as stated above.
+                unsafe { panels::e2m1_by_inputs::<$lanes>(inputs, out) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_bf16(values: &panels::Rows<'_>, out: &mut [u8]) {

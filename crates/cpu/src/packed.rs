@@ -7,12 +7,12 @@ use std::mem::MaybeUninit;
 use std::ops::{Range, RangeInclusive};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use checkpoint::{Format, Matrix, MatrixId, MatrixKind, Values, Weights};
+use checkpoint::{Format, MatrixId, MatrixKind, Values, Weights};
 use gptoss::Error;
 use memmap2::Mmap;
 
 use crate::kernels::Kernels;
-use crate::panels::Rows;
+use crate::panels::{Inputs, Rows};
 use crate::pool::Pool;
 use crate::products::{CODE_BYTES, Finish, MOST_TOKENS, Panel, PanelKernel, Records};
 use crate::records::{Activations, COLUMNS, Kind};
@@ -100,64 +100,103 @@ impl Shape {
         data: &mut [u8],
         scales: &mut [f32],
     ) -> Result<(), Error> {
-        let Shape { count, rows, cols, packing, paired } = *self;
-        let panels = self.panels();
         assert_eq!((data.len(), scales.len()), (self.bytes(), self.scales()), "memory of the shape");
-        let data_chunks = Chunks::new(data, self.panel_bytes());
-        let scale_chunks = Chunks::new(scales, if packing == Packing::Int8 { LANES } else { 1 });
         // Longer than any row.
-        let zeros = vec![0; 2 * cols];
-        let pack = |matrix: &Matrix<'_>, expert: usize, panel: usize| {
-            let index = expert * panels + panel;
-            let part = |bytes| panel_rows(bytes, rows, paired, panel, &zeros);
-            // SAFETY: the kernels were chosen for this CPU, and each panel of each matrix is packed once.
-            unsafe {
-                let data = data_chunks.take(index);
-                match &matrix.values {
-                    Values::Bf16(values) if packing == Packing::Int8 => {
-                        let scales = scale_chunks.take(index).try_into().expect("a panel's scales");
-                        (kernels.pack_int8)(&part(bytemuck::cast_slice(values)), data, scales);
-                    }
-                    Values::Bf16(values) => (kernels.pack_bf16)(&part(bytemuck::cast_slice(values)), data),
-                    Values::Mxfp4 { codes, scales } => {
-                        (kernels.pack_e2m1)(&part(codes), &part(scales), 1, data);
-                    }
-                    Values::Nvfp4 { codes, scales, .. } => {
-                        (kernels.pack_e2m1)(&part(codes), &part(scales), 2, data);
-                    }
-                }
+        let zeros = vec![0; 2 * self.cols];
+        let name = |expert| format!("{:?} of layer {}, matrix {expert}", id.kind, id.layer);
+        let int8 = self.packing == Packing::Int8;
+        if self.count == 1 {
+            let matrix = weights.matrix(id, 0)?;
+            matrix.values.check_scales(&name(0))?;
+            if !int8 {
+                scales[0] = factor(&matrix.values);
             }
-        };
-        let open = |expert: usize| -> Result<Matrix<'_>, Error> {
-            let matrix = weights.matrix(id, expert)?;
-            matrix.check_scales(&format!("{:?} of layer {}, matrix {expert}", id.kind, id.layer))?;
-            if packing != Packing::Int8 {
-                // SAFETY: each matrix is opened once.
-                let scale = unsafe { scale_chunks.take(expert) };
-                // Kernels sum up twice the values of E2M1 codes.
-                scale[0] = match matrix.values {
-                    Values::Nvfp4 { global_scale, .. } => 0.5 * global_scale,
-                    Values::Mxfp4 { .. } => 0.5,
-                    Values::Bf16(_) => 1.0,
-                };
-            }
-            Ok(matrix)
-        };
-        if count == 1 {
-            let matrix = open(0)?;
-            pool.run(panels, &|panel| pack(&matrix, 0, panel));
+            let data = Chunks::new(data, self.panel_bytes());
+            let scales = Chunks::new(scales, LANES);
+            pool.run(self.panels(), &|panel| {
+                // SAFETY: each panel is one task's.
+                let (data, scales) =
+                    unsafe { (data.take(panel), if int8 { scales.take(panel) } else { &mut [] }) };
+                self.pack_panel(kernels, &matrix.values, panel, &zeros, data, scales);
+            });
             weights.release(id, 0);
             return Ok(());
         }
-        let failed = Mutex::new(None);
-        pool.run(count, &|expert| match open(expert) {
-            Ok(matrix) => {
-                (0..panels).for_each(|panel| pack(&matrix, expert, panel));
-                weights.release(id, expert);
+        let data = Chunks::new(data, self.panels() * self.panel_bytes());
+        let scales = Chunks::new(scales, self.scales() / self.count);
+        let pack = |expert: usize| -> Result<(), Error> {
+            // SAFETY: each matrix is one task's.
+            let (data, scales) = unsafe { (data.take(expert), scales.take(expert)) };
+            if let Some(values) = weights.by_inputs(id, expert)? {
+                values.check_scales(&name(expert))?;
+                scales[0] = factor(&values);
+                let (codes, lines, blocks) = match &values {
+                    Values::Mxfp4 { codes, scales } => (codes, scales, 1),
+                    Values::Nvfp4 { codes, scales, .. } => (codes, scales, 2),
+                    Values::Bf16(_) => unreachable!("values in four bits"),
+                };
+                let inputs = Inputs { codes, scales: lines, rows: self.rows, blocks, paired: self.paired };
+                // SAFETY: the kernels were chosen for this CPU.
+                unsafe { (kernels.pack_e2m1_by_inputs)(&inputs, data) };
+            } else {
+                let matrix = weights.matrix(id, expert)?;
+                matrix.values.check_scales(&name(expert))?;
+                if !int8 {
+                    scales[0] = factor(&matrix.values);
+                }
+                for (panel, data) in data.chunks_exact_mut(self.panel_bytes()).enumerate() {
+                    let scales = if int8 { &mut scales[panel * LANES..][..LANES] } else { &mut [] };
+                    self.pack_panel(kernels, &matrix.values, panel, &zeros, data, scales);
+                }
             }
-            Err(error) => *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error),
+            weights.release(id, expert);
+            Ok(())
+        };
+        let failed = Mutex::new(None);
+        pool.run(self.count, &|expert| {
+            if let Err(error) = pack(expert) {
+                *failed.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+            }
         });
         failed.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
+    }
+
+    /// `scales` are those of the panel's rows for [`Packing::Int8`]; `zeros` is as long as a row.
+    fn pack_panel(
+        &self,
+        kernels: &Kernels,
+        values: &Values<'_>,
+        panel: usize,
+        zeros: &[u8],
+        data: &mut [u8],
+        scales: &mut [f32],
+    ) {
+        let part = |bytes| panel_rows(bytes, self.rows, self.paired, panel, zeros);
+        // SAFETY: the kernels were chosen for this CPU.
+        unsafe {
+            match values {
+                Values::Bf16(values) if self.packing == Packing::Int8 => {
+                    let scales = scales.try_into().expect("a panel's scales");
+                    (kernels.pack_int8)(&part(bytemuck::cast_slice(values)), data, scales);
+                }
+                Values::Bf16(values) => (kernels.pack_bf16)(&part(bytemuck::cast_slice(values)), data),
+                Values::Mxfp4 { codes, scales } => {
+                    (kernels.pack_e2m1)(&part(codes), &part(scales), 1, data);
+                }
+                Values::Nvfp4 { codes, scales, .. } => {
+                    (kernels.pack_e2m1)(&part(codes), &part(scales), 2, data);
+                }
+            }
+        }
+    }
+}
+
+/// What the sums of a matrix are multiplied with: kernels sum up twice the values of E2M1 codes.
+fn factor(values: &Values<'_>) -> f32 {
+    match values {
+        Values::Nvfp4 { global_scale, .. } => 0.5 * global_scale,
+        Values::Mxfp4 { .. } => 0.5,
+        Values::Bf16(_) => 1.0,
     }
 }
 

@@ -3,6 +3,8 @@
 //! Four bytes of a row are what a panel keeps together, so each kernel is a transposition of words with something done to
 //! them before or after. Panels begin as zeros: columns that do not exist stay that.
 
+use std::ops::Range;
+
 use crate::products::CODE_BYTES;
 use crate::records::{COLUMNS, INT8_OFFSET};
 use crate::simd::{LANES, Lanes, ROUND};
@@ -145,6 +147,139 @@ pub(crate) unsafe fn e2m1<L: Lanes>(codes: &Rows<'_>, scales: &Rows<'_>, blocks:
     }
 }
 
+/// E2M1 codes and their scales that lie input by input: a line has a byte of every row.
+#[derive(Clone, Copy)]
+pub(crate) struct Inputs<'a> {
+    /// Two columns per line.
+    pub(crate) codes: &'a [u8],
+    /// Of 32 columns so many lines as [`e2m1`] has `blocks`.
+    pub(crate) scales: &'a [u8],
+    pub(crate) rows: usize,
+    pub(crate) blocks: usize,
+    /// Whether rows alternate between two panels.
+    pub(crate) paired: bool,
+}
+
+/// Columns that are turned at a time, whose lines are read side by side: as many as make whole cache lines of a panel.
+const TURNED: usize = 4 * COLUMNS;
+
+/// How far ahead in each line bytes are asked for: lines are too many for the hardware to see where they go.
+const AHEAD: usize = 256;
+
+/// What [`TURNED`] columns are in a panel, until it is written past the caches.
+#[repr(align(64))]
+struct Part([u8; TURNED / COLUMNS * (2 * LANES + CODE_BYTES)]);
+
+/// All panels of a matrix that lies input by input.
+///
+/// # Safety
+/// As for [`e2m1`]. Panics if `out` is not as long as the panels, or if lines or pairs of panels are not whole.
+#[inline(always)]
+pub(crate) unsafe fn e2m1_by_inputs<L: Lanes>(inputs: &Inputs<'_>, out: &mut [u8]) {
+    let Inputs { codes, scales, rows, blocks, paired } = *inputs;
+    let width = if paired { 2 * LANES } else { LANES };
+    let (lines, scale_lines) = (codes.len() / rows, scales.len() / rows);
+    let slabs = lines.div_ceil(COLUMNS / 2);
+    let slab_bytes = blocks * LANES + CODE_BYTES;
+    let panel_bytes = slabs * slab_bytes;
+    assert!((codes.len(), scales.len()) == (lines * rows, scale_lines * rows), "whole lines");
+    assert!(lines.is_multiple_of(4) && blocks <= 2 && scale_lines <= slabs * blocks, "scales of the lines");
+    assert!(!paired || rows.is_multiple_of(width), "pairs of panels");
+    assert!(out.len() == rows.div_ceil(LANES) * panel_bytes, "panels of the rows");
+    let out = out.as_mut_ptr();
+    for slab in (0..slabs).step_by(TURNED / COLUMNS) {
+        let end = (slab + TURNED / COLUMNS).min(slabs);
+        let code_lines = slab * COLUMNS / 2..(end * COLUMNS / 2).min(lines);
+        let scale_lines = slab * blocks..(end * blocks).min(scale_lines);
+        for row in (0..rows).step_by(width) {
+            let mut parts = [const { Part([0; _]) }, const { Part([0; _]) }];
+            let [first, second] = &mut parts;
+            let (first, second) = (first.0.as_mut_ptr(), second.0.as_mut_ptr());
+            let mut rest = [[0; LANES]; 4];
+            // SAFETY: a line of codes or scales has bytes of all rows. Four lines of codes are a line of their slab, a line of
+            // scales is sixteen bytes of it; both are within the part, and the part within its panel.
+            unsafe {
+                let mut line = code_lines.start;
+                while line < code_lines.end {
+                    let from = four_lines::<L>(codes, rows, line..line + 4, row..row + width, &mut rest);
+                    let at = line / (COLUMNS / 2) - slab;
+                    let at = at * slab_bytes + blocks * LANES + line % (COLUMNS / 2) / 4 * CHUNK;
+                    if paired {
+                        let [even, odd] = L::weave_pairs(&from);
+                        L::store_ints(L::fold_nibbles(even), first.add(at).cast());
+                        L::store_ints(L::fold_nibbles(odd), second.add(at).cast());
+                    } else {
+                        L::store_ints(L::fold_nibbles(L::weave(&from)), first.add(at).cast());
+                    }
+                    line += 4;
+                }
+                let mut line = scale_lines.start;
+                while line < scale_lines.end {
+                    let count = (scale_lines.end - line).min(4);
+                    let from = four_lines::<L>(scales, rows, line..line + count, row..row + width, &mut rest);
+                    let mut bytes = [[0u8; LANES]; 8];
+                    if paired {
+                        let [even, odd] = L::weave_pairs(&from);
+                        L::split_bytes(even, bytes.as_mut_ptr().cast());
+                        L::split_bytes(odd, bytes[4..].as_mut_ptr().cast());
+                    } else {
+                        L::split_bytes(L::weave(&from), bytes.as_mut_ptr().cast());
+                    }
+                    let mut b = 0;
+                    while b < count {
+                        let at = ((line + b) / blocks - slab) * slab_bytes + (line + b) % blocks * LANES;
+                        first.add(at).cast::<[u8; LANES]>().write_unaligned(bytes[b]);
+                        second.add(at).cast::<[u8; LANES]>().write_unaligned(bytes[4 + b]);
+                        b += 1;
+                    }
+                    line += 4;
+                }
+                let len = (end - slab) * slab_bytes;
+                let to = out.add(row / LANES * panel_bytes + slab * slab_bytes);
+                L::stream(first, to, len);
+                if paired {
+                    L::stream(second, to.add(panel_bytes), len);
+                }
+            }
+        }
+    }
+    // SAFETY: the CPU has the features.
+    unsafe { L::end_of_stream() };
+}
+
+/// Where the bytes of some rows begin in four lines; where there are fewer lines, in the last of them again. What lies further on in
+/// the lines is asked for.
+///
+/// # Safety
+/// The CPU has the features of the lanes.
+#[inline(always)]
+unsafe fn four_lines<L: Lanes>(
+    bytes: &[u8],
+    rows: usize,
+    lines: Range<usize>,
+    part: Range<usize>,
+    rest: &mut [[u8; LANES]; 4],
+) -> [*const u8; 4] {
+    let mut starts = [bytes.as_ptr(); 4];
+    let mut b = 0;
+    while b < 4 {
+        let line = if lines.start + b < lines.end { lines.start + b } else { lines.end - 1 };
+        let at = line * rows + part.start;
+        starts[b] = starts[b].wrapping_add(at);
+        if part.start.is_multiple_of(CHUNK) {
+            // SAFETY: the CPU has the features; the address need not be valid.
+            unsafe { L::prefetch(starts[b].wrapping_add(AHEAD)) };
+        }
+        if part.end > rows {
+            // The last rows, which do not fill a panel: with zeros behind.
+            rest[b][..rows - part.start].copy_from_slice(&bytes[at..][..rows - part.start]);
+            starts[b] = rest[b].as_ptr();
+        }
+        b += 1;
+    }
+    starts
+}
+
 /// A panel of BF16.
 ///
 /// # Safety
@@ -234,6 +369,52 @@ mod tests {
                     let found = slab[at * blocks / COLUMNS * LANES + row];
                     assert_eq!(found, scale, "{:?}, {cols} columns", kernels.isa);
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn lines_of_inputs_make_the_same_panels() {
+        let shapes: [(usize, usize); 5] = [(32, 16), (48, 33), (96, 40), (160, 64), (2880, 16)];
+        for ((cols, some), blocks, paired) in shapes
+            .into_iter()
+            .flat_map(|shape| [(shape, 1, false), (shape, 2, false), (shape, 1, true), (shape, 2, true)])
+            .filter(|((cols, _), blocks, _)| (cols * blocks).is_multiple_of(COLUMNS))
+        {
+            let rows = if paired { 2 * LANES * some.div_ceil(16) } else { some };
+            let (width, per_row) = (cols / 2, cols * blocks / COLUMNS);
+            let (codes, scales) = (bytes(rows * width, 9), bytes(rows * per_row, 11));
+            let turned = |bytes: &[u8], len: usize| -> Vec<u8> {
+                (0..len).flat_map(|at| (0..rows).map(move |row| bytes[row * len + at])).collect()
+            };
+            let (by_width, by_scale) = (turned(&codes, width), turned(&scales, per_row));
+            let panels = rows.div_ceil(LANES);
+            let panel_bytes = cols.div_ceil(COLUMNS) * (blocks * LANES + CODE_BYTES);
+            for kernels in Isa::ALL.into_iter().filter_map(Isa::kernels) {
+                let (mut expected, mut found) =
+                    (vec![0; panels * panel_bytes], vec![0; panels * panel_bytes]);
+                let none = vec![0; width];
+                for (panel, out) in expected.chunks_exact_mut(panel_bytes).enumerate() {
+                    let part = |bytes, len| Rows {
+                        rows: std::array::from_fn(|r| {
+                            let row = if paired {
+                                2 * (panel / 2 * LANES + r) + panel % 2
+                            } else {
+                                panel * LANES + r
+                            };
+                            if row < rows { &<[u8]>::as_ref(bytes)[row * len..][..len] } else { &none[..len] }
+                        }),
+                        ahead: len,
+                    };
+                    // SAFETY: the instruction set is available.
+                    unsafe {
+                        (kernels.pack_e2m1)(&part(&codes, width), &part(&scales, per_row), blocks, out)
+                    };
+                }
+                let inputs = Inputs { codes: &by_width, scales: &by_scale, rows, blocks, paired };
+                // SAFETY: as above.
+                unsafe { (kernels.pack_e2m1_by_inputs)(&inputs, &mut found) };
+                assert!(found == expected, "{:?}, {rows} × {cols}, {blocks}, {paired}", kernels.isa);
             }
         }
     }

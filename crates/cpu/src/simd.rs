@@ -117,6 +117,19 @@ pub(crate) trait Lanes: Copy {
     unsafe fn from_ints(ints: Self::Ints) -> Self;
     /// Word `r` of vector `k` is word `k` of the 64 bytes at `rows[r]`.
     unsafe fn transpose(rows: &[*const u8; LANES]) -> [Self::Ints; LANES];
+    /// Word `r` has byte `r` of each of four lines of 16 bytes.
+    unsafe fn weave(lines: &[*const u8; 4]) -> Self::Ints;
+    /// The same of the bytes `2 r`, and of the bytes `2 r + 1`, of lines of 32 bytes.
+    unsafe fn weave_pairs(lines: &[*const u8; 4]) -> [Self::Ints; 2];
+    /// Copies bytes past the caches where both begin and end with a cache line. [`Lanes::end_of_stream`] must follow.
+    #[inline(always)]
+    unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
+        // SAFETY: both are valid for so many bytes by the trait's contract.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, len) }
+    }
+    /// Makes other threads see what was streamed before what is written now.
+    #[inline(always)]
+    unsafe fn end_of_stream() {}
     /// Of each word of eight nibbles the first four become the low halves of its bytes, the others the high ones.
     unsafe fn fold_nibbles(words: Self::Ints) -> Self::Ints;
     /// The lowest bytes of all words, then the next ones: 64 bytes.
@@ -295,6 +308,20 @@ impl Lanes for Scalar {
         // SAFETY: valid for 64 bytes by the trait's contract.
         let rows = rows.map(|row| unsafe { row.cast::<Self::Ints>().read_unaligned() });
         std::array::from_fn(|k| std::array::from_fn(|r| rows[r][k]))
+    }
+    #[inline(always)]
+    unsafe fn weave(lines: &[*const u8; 4]) -> Self::Ints {
+        // SAFETY: valid for 16 bytes by the trait's contract.
+        let lines = lines.map(|line| unsafe { line.cast::<[u8; LANES]>().read_unaligned() });
+        std::array::from_fn(|r| i32::from_le_bytes(lines.map(|line| line[r])))
+    }
+    #[inline(always)]
+    unsafe fn weave_pairs(lines: &[*const u8; 4]) -> [Self::Ints; 2] {
+        // SAFETY: valid for 32 bytes by the trait's contract.
+        let lines = lines.map(|line| unsafe { line.cast::<[[u8; 2]; LANES]>().read_unaligned() });
+        std::array::from_fn(|half| {
+            std::array::from_fn(|r| i32::from_le_bytes(lines.map(|line| line[r][half])))
+        })
     }
     #[inline(always)]
     unsafe fn fold_nibbles(words: Self::Ints) -> Self::Ints {
@@ -535,6 +562,53 @@ mod x86 {
                     w += 1;
                 }
                 out
+            }
+        }
+        #[inline(always)]
+        unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
+            // SAFETY: the trait's contract; stores are aligned.
+            unsafe {
+                if !to.addr().is_multiple_of(64) || !len.is_multiple_of(64) {
+                    return std::ptr::copy_nonoverlapping(from, to, len);
+                }
+                let mut at = 0;
+                while at < len {
+                    _mm512_stream_si512(to.add(at).cast(), _mm512_loadu_si512(from.add(at).cast()));
+                    at += 64;
+                }
+            }
+        }
+        #[inline(always)]
+        unsafe fn end_of_stream() {
+            // SAFETY: every x86-64 has it.
+            unsafe { _mm_sfence() }
+        }
+        #[inline(always)]
+        unsafe fn weave(lines: &[*const u8; 4]) -> Self::Ints {
+            // SAFETY: the trait's contract. Byte `b` of word `r` is byte `16 b + r` of the four lines.
+            unsafe {
+                let line = |b: usize| _mm_loadu_si128(lines[b].cast());
+                let bytes = _mm512_castsi128_si512(line(0));
+                let bytes = _mm512_inserti32x4::<1>(bytes, line(1));
+                let bytes = _mm512_inserti32x4::<2>(bytes, line(2));
+                let bytes = _mm512_inserti32x4::<3>(bytes, line(3));
+                let words = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                let places = _mm512_mullo_epi32(words, _mm512_set1_epi32(0x0101_0101));
+                _mm512_permutexvar_epi8(_mm512_add_epi8(places, _mm512_set1_epi32(0x3020_1000)), bytes)
+            }
+        }
+        #[inline(always)]
+        unsafe fn weave_pairs(lines: &[*const u8; 4]) -> [Self::Ints; 2] {
+            // SAFETY: the trait's contract. Byte `b` of word `r` is byte `32 b + 2 r` of the four lines, or the one behind.
+            unsafe {
+                let line = |b: usize| _mm256_loadu_si256(lines[b].cast());
+                let low = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(line(0)), line(1));
+                let high = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(line(2)), line(3));
+                let words = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+                let places = _mm512_mullo_epi32(words, _mm512_set1_epi32(0x0101_0101));
+                let even = _mm512_add_epi8(places, _mm512_set1_epi32(0x6040_2000));
+                let odd = _mm512_add_epi8(even, _mm512_set1_epi8(1));
+                [_mm512_permutex2var_epi8(low, even, high), _mm512_permutex2var_epi8(low, odd, high)]
             }
         }
         #[inline(always)]
@@ -791,6 +865,50 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
+            // SAFETY: the trait's contract; stores are aligned.
+            unsafe {
+                if !to.addr().is_multiple_of(64) || !len.is_multiple_of(64) {
+                    return std::ptr::copy_nonoverlapping(from, to, len);
+                }
+                let mut at = 0;
+                while at < len {
+                    _mm256_stream_si256(to.add(at).cast(), _mm256_loadu_si256(from.add(at).cast()));
+                    at += 32;
+                }
+            }
+        }
+        #[inline(always)]
+        unsafe fn end_of_stream() {
+            // SAFETY: every x86-64 has it.
+            unsafe { _mm_sfence() }
+        }
+        #[inline(always)]
+        unsafe fn weave(lines: &[*const u8; 4]) -> Self::Ints {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let line = |b: usize| _mm_loadu_si128(lines[b].cast());
+                weave_16([line(0), line(1), line(2), line(3)])
+            }
+        }
+        #[inline(always)]
+        unsafe fn weave_pairs(lines: &[*const u8; 4]) -> [Self::Ints; 2] {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let mask = _mm_set1_epi16(0xff);
+                let (mut even, mut odd) = ([_mm_setzero_si128(); 4], [_mm_setzero_si128(); 4]);
+                let mut b = 0;
+                while b < 4 {
+                    let low = _mm_loadu_si128(lines[b].cast());
+                    let high = _mm_loadu_si128(lines[b].add(LANES).cast());
+                    even[b] = _mm_packus_epi16(_mm_and_si128(low, mask), _mm_and_si128(high, mask));
+                    odd[b] = _mm_packus_epi16(_mm_srli_epi16::<8>(low), _mm_srli_epi16::<8>(high));
+                    b += 1;
+                }
+                [weave_16(even), weave_16(odd)]
+            }
+        }
+        #[inline(always)]
         unsafe fn fold_nibbles(words: Self::Ints) -> Self::Ints {
             // SAFETY: the trait's contract.
             unsafe { (fold_nibbles_8(words.0), fold_nibbles_8(words.1)) }
@@ -845,6 +963,21 @@ mod x86 {
                 w += 1;
             }
             out
+        }
+    }
+
+    /// Word `r` has byte `r` of each line.
+    #[inline(always)]
+    unsafe fn weave_16(lines: [__m128i; 4]) -> (__m256i, __m256i) {
+        // SAFETY: only called from the implementation above, whose contract includes AVX2.
+        unsafe {
+            let [a, b, c, d] = lines;
+            let (low, low2) = (_mm_unpacklo_epi8(a, b), _mm_unpacklo_epi8(c, d));
+            let (high, high2) = (_mm_unpackhi_epi8(a, b), _mm_unpackhi_epi8(c, d));
+            (
+                _mm256_set_m128i(_mm_unpackhi_epi16(low, low2), _mm_unpacklo_epi16(low, low2)),
+                _mm256_set_m128i(_mm_unpackhi_epi16(high, high2), _mm_unpacklo_epi16(high, high2)),
+            )
         }
     }
 

@@ -429,7 +429,9 @@ impl Plan {
             Method::Cast => {
                 for expert in 0..count {
                     let matrix = source.matrix(id, expert)?;
-                    matrix.check_scales(&format!("{:?} of layer {}, matrix {expert}", id.kind, id.layer))?;
+                    matrix
+                        .values
+                        .check_scales(&format!("{:?} of layer {}, matrix {expert}", id.kind, id.layer))?;
                     if let Values::Mxfp4 { scales, .. } = &matrix.values {
                         plan.max_scales.push(nvfp4::cast_max_scale(scales));
                     }
@@ -521,7 +523,7 @@ fn check_shape(source: &dyn Weights, id: MatrixId, method: Method) -> Result<(),
 
 /// The largest magnitude of a matrix; an error if a value is not finite.
 fn amax(matrix: &Matrix<'_>, id: MatrixId, pool: &Pool) -> Result<f32, Error> {
-    matrix.check_scales(&format!("{:?} of layer {}", id.kind, id.layer))?;
+    matrix.values.check_scales(&format!("{:?} of layer {}", id.kind, id.layer))?;
     let parts: Vec<Mutex<f32>> = (0..matrix.rows.div_ceil(ROWS_PER_TASK)).map(|_| Mutex::new(0.0)).collect();
     pool.run(parts.len(), &|task| {
         let mut values = vec![0.0; matrix.cols];

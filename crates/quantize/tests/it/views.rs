@@ -52,7 +52,7 @@ fn searched_scales_lower_the_error_and_leave_the_cast_alone() {
         let view = view(open("testdata/tiny-gpt-oss-bf16"), nvfp4(Recipe::Linear, algorithm));
         for id in checkpoint::matrices(view.config()) {
             for expert in 0..id.kind.shape(view.config()).0 {
-                view.matrix(id, expert).unwrap().check_scales("searched").unwrap();
+                view.matrix(id, expert).unwrap().values.check_scales("searched").unwrap();
             }
         }
         view.report().iter().map(|t| t.totals.squared_error).sum::<f64>()
@@ -334,7 +334,7 @@ fn odd_shapes_and_many_experts_are_calibrated_for_w4a4() {
         assert!(found.input_scale(id).unwrap() > 0.0, "{id:?}");
         for expert in 0..id.kind.shape(&config).0 {
             let matrix = found.matrix(id, expert).unwrap();
-            matrix.check_scales("calibrated").unwrap();
+            matrix.values.check_scales("calibrated").unwrap();
             assert!(matrix.to_f32().iter().all(|v| v.is_finite()), "{id:?} {expert}");
         }
     }
