@@ -1,9 +1,12 @@
 //! Whole models: the tolerances of `testdata/model/README.md` for f32, and equality where equality is promised.
 
+use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use checkpoint::{Checkpoint, Config, Format, MatrixId, Synthetic, Weights};
+use checkpoint::{
+    Checkpoint, Config, Format, Layout, MatrixId, MatrixKind, Synthetic, Target, Weights, write,
+};
 use cpu::{Activations, Cpu, Isa, Options};
 use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan};
 use safetensors::SafeTensors;
@@ -175,6 +178,26 @@ fn odd_shapes_agree_with_the_reference() {
         let found = run(&mut load(odd(format), Options::default()), vec![plan]).remove(0).logits;
         let error = relative(&found, &expected);
         assert!(error <= 1e-5, "{format:?}: {error:e}");
+    }
+}
+
+#[test]
+fn experts_that_lie_input_by_input_give_the_same_bits() {
+    let source = Checkpoint::open(&root("testdata/model/hf-mxfp4")).unwrap();
+    let pick = |id: MatrixId| if id.kind.is_expert() { Format::Nvfp4 } else { Format::Bf16 };
+    let made_up = Arc::new(Synthetic::new(source.config().clone(), pick, 3));
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("turned");
+    let target = Target::new(source.config_json().clone(), Layout::ModelOpt);
+    write(&*made_up, &target, &out, &mut |_| ControlFlow::Continue(())).unwrap();
+    let turned = Arc::new(Checkpoint::open(&out).unwrap());
+    assert!(turned.by_inputs(MatrixKind::GateUp.at(0), 0).unwrap().is_some());
+    for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+        let options = Options { isa: Some(isa), ..Options::default() };
+        let plan = SequencePlan { logits: true, ..sequence(&tokens(20), 0, 2) };
+        let expected = run(&mut load(made_up.clone(), options), vec![plan.clone()]).remove(0).logits;
+        let found = run(&mut load(turned.clone(), options), vec![plan]).remove(0).logits;
+        assert_eq!(found, expected, "{isa:?}");
     }
 }
 
