@@ -2,32 +2,7 @@
 #pragma once
 
 #include "common.cuh"
-
-// Where each (token, rank) pair goes: one array of 32-bit words that the router writes. Pairs in the order of their expert, then
-// of their number `token * experts per token + rank`, have slots; an expert's slots begin at a multiple of eight.
-struct Routes {
-    const uint32_t* words;
-    uint32_t experts, pairs;
-    __device__ __forceinline__ Routes(const uint32_t* words, uint32_t experts, uint32_t pairs)
-        : words(words), experts(experts), pairs(pairs) {}
-    static constexpr uint32_t ACTIVE = 1;
-    __device__ __forceinline__ uint32_t firsts_at() const { return ACTIVE + experts; }
-    __device__ __forceinline__ uint32_t counts_at() const { return firsts_at() + experts + 1; }
-    __device__ __forceinline__ uint32_t slots_at() const { return counts_at() + experts; }
-    __device__ __forceinline__ uint32_t pairs_at(uint32_t array) const { return slots_at() + pairs + 7 * experts + array * pairs; }
-    // Experts with at least one token, ascending.
-    __device__ __forceinline__ uint32_t active_count() const { return words[0]; }
-    __device__ __forceinline__ uint32_t active(uint32_t i) const { return words[ACTIVE + i]; }
-    // The first slot of an expert, or with `experts` the end of all.
-    __device__ __forceinline__ uint32_t first_slot(uint32_t expert) const { return words[firsts_at() + expert]; }
-    __device__ __forceinline__ uint32_t count(uint32_t expert) const { return words[counts_at() + expert]; }
-    // `NO_PAIR` for a slot that only fills up the eight.
-    __device__ __forceinline__ uint32_t pair(uint32_t slot) const { return words[slots_at() + slot]; }
-    __device__ __forceinline__ uint32_t slot_of_pair(uint32_t pair) const { return words[pairs_at(0) + pair]; }
-    __device__ __forceinline__ uint32_t expert_of_pair(uint32_t pair) const { return words[pairs_at(1) + pair]; }
-    __device__ __forceinline__ float weight_of_pair(uint32_t pair) const { return __uint_as_float(words[pairs_at(2) + pair]); }
-};
-constexpr uint32_t NO_PAIR = ~0u;
+#include "routes.cuh"
 
 // The same numbers as `After` in Rust.
 enum After : uint32_t { STORE = 0, RESIDUAL = 1, QKV = 2, SWIGLU = 3 };

@@ -18,14 +18,15 @@ static_assert(sizeof(Part) == 128);
 
 struct Few {
     Part parts[2];
-    const uint32_t* list;      // see `Routes`
+    uint32_t* list;            // see `Routes`
+    const float* logits;       // the router's, [n, experts], or null where the list is made already
     uint32_t* barrier;         // counts the blocks that arrived, for ever
     uint32_t n, experts, experts_per_token;
     uint32_t tokens;           // of a pass, at most: a multiple of eight, not above TOKENS
     uint32_t room;             // bytes of activations that fit in shared memory, at least those of a pass
     uint32_t whole;            // a unit is one warpgroup's, so that its sums have one order whatever else there is
 };
-static_assert(sizeof(Few) == 296);
+static_assert(sizeof(Few) == 304);
 
 constexpr int WARPS = 4 * GROUPS;                        // a warpgroup has 64 rows at a time
 constexpr int UNIT = 4;                                  // row tiles of a warpgroup
@@ -33,7 +34,7 @@ constexpr int CHUNK = 4, SLOTS = 2;                      // tiles that a warp br
 constexpr int TILE_BYTES = 512, SCALE_BYTES = 64, SLOT_BYTES = CHUNK * (TILE_BYTES + SCALE_BYTES);
 constexpr int SUMS = TOKENS / 2;                         // of a thread: 64 rows of the tokens of a pass
 constexpr int LINE = TILE_COLS * 2;                      // bytes of a row of activations of one column tile
-constexpr int MAX_EXPERTS = 256, MAX_PASSES = 16;        // MAX_PASSES: of a block in one product
+constexpr int MAX_PASSES = 16;                           // of a block in one product
 
 #if __CUDA_ARCH__ >= 900
 
@@ -42,7 +43,7 @@ struct Pass {
     uint32_t expert, first;    // the first of its slots
     int n;                     // its slots
     uint32_t begin, end;       // its first unit, which may be another block's, and the end of what is this block's
-    uint32_t place;            // of its activations in shared memory: [column tiles][n, rounded up to eights][LINE]
+    uint32_t place;            // of its activations in shared memory: [column tiles][`rows_of(n)`][LINE]
 };
 // Passes whose activations are in shared memory together.
 struct Phase {
@@ -60,7 +61,50 @@ constexpr int HEAD_BYTES = SUMS * 128 * 4, PLAN_BYTES = 2048;
 static_assert(sizeof(Plan) <= PLAN_BYTES);
 
 __device__ __forceinline__ uint32_t units_of(const Matrix& m) { return (m.rows + UNIT * TILE_ROWS - 1) / (UNIT * TILE_ROWS); }
-__device__ __forceinline__ int eights(int n) { return (n + 7) / 8 * 8; }
+// Rows of a pass's activations in shared memory: the tensor cores read whole eights of them, where there are more than a warp loads.
+__device__ __forceinline__ int rows_of(int n) { return n <= 8 ? n : (n + 7) / 8 * 8; }
+
+// The routes of at most 64 tokens. Each block makes them, in its own shared memory, which takes less time than waiting for one that does.
+struct OwnRoutes {
+    uint64_t* tokens; // [experts], of each the tokens that chose it; zeros at first
+    uint32_t* words;
+    // By all threads; a barrier must follow.
+    __device__ __forceinline__ void choose_experts(const Few& p, const Routes& routes) const {
+        for (uint32_t token = threadIdx.x / WARP; token < p.n; token += WARPS) {
+            choose(words, routes, p.logits, token, p.experts_per_token);
+            __syncwarp();
+            if (const uint32_t rank = threadIdx.x % WARP; rank < p.experts_per_token)
+                atomicOr((unsigned long long*)tokens + routes.expert_of_pair(token * p.experts_per_token + rank), 1ull << token);
+        }
+    }
+    // By one warp; a barrier must follow.
+    __device__ __forceinline__ void place_experts(const Routes& routes) const {
+        const uint32_t lane = threadIdx.x % WARP;
+        uint32_t end = 0;
+        for (uint32_t base = 0; base < routes.experts; base += WARP) {
+            const uint32_t expert = base + lane, count = expert < routes.experts ? __popcll(tokens[expert]) : 0, room = (count + 7) / 8 * 8;
+            uint32_t sum = room;
+#pragma unroll
+            for (int i = 1; i < WARP; i *= 2) {
+                uint32_t other = __shfl_up_sync(~0u, sum, i);
+                if (lane >= i) sum += other;
+            }
+            if (expert < routes.experts) words[routes.counts_at() + expert] = count, words[routes.firsts_at() + expert] = end + sum - room;
+            end += __shfl_sync(~0u, sum, WARP - 1);
+        }
+    }
+    // By these threads; the first block leaves in memory what the next norm needs.
+    __device__ __forceinline__ void place_pairs(const Few& p, const Routes& routes, uint32_t thread, uint32_t threads) const {
+        for (uint32_t pair = thread; pair < routes.pairs; pair += threads) {
+            const uint32_t expert = routes.expert_of_pair(pair), token = pair / p.experts_per_token;
+            const uint32_t slot = routes.first_slot(expert) + __popcll(tokens[expert] & ((1ull << token) - 1));
+            words[routes.slots_at() + slot] = pair;
+            if (blockIdx.x > 0) continue;
+            p.list[routes.pairs_at(0) + pair] = slot;
+            p.list[routes.pairs_at(2) + pair] = words[routes.pairs_at(2) + pair];
+        }
+    }
+};
 
 // What this block does of a product. By one warp.
 __device__ __forceinline__ void make_plan(Plan& plan, const Few& p, const Routes& routes, uint32_t part) {
@@ -88,7 +132,7 @@ __device__ __forceinline__ void make_plan(Plan& plan, const Few& p, const Routes
         number[i] = total + sum - passes;
         total += __shfl_sync(~0u, sum, WARP - 1);
     }
-    const uint32_t begin = uint64_t(total) * units * blockIdx.x / gridDim.x, end = uint64_t(total) * units * (blockIdx.x + 1) / gridDim.x;
+    const uint32_t begin = total * units * blockIdx.x / gridDim.x, end = total * units * (blockIdx.x + 1) / gridDim.x;
     const uint32_t first = begin / units, last = begin < end ? (end + units - 1) / units : first;
     Pass* passes = plan.passes[part];
 #pragma unroll
@@ -104,7 +148,7 @@ __device__ __forceinline__ void make_plan(Plan& plan, const Few& p, const Routes
     if (lane) return;
     uint32_t phases = 0, used = 0;
     for (uint32_t i = 0; i < last - first; i++) {
-        const uint32_t bytes = eights(passes[i].n) * m.cols * 2;
+        const uint32_t bytes = (rows_of(passes[i].n) * m.cols * 2 + 1023) / 1024 * 1024;
         if (i == 0 || used + bytes > p.room) {
             plan.phases[part][phases++] = {i, 0, max(passes[i].begin, begin), 0};
             used = 0;
@@ -198,59 +242,85 @@ struct Weights {
     }
 };
 
-// d[64 rows][N tokens] += a[64][64] b[64][N]; `b` as `Pass::place` says, `i` tiles further.
-template <int N> __device__ __forceinline__ void multiply_tile(float (&d)[SUMS], const uint32_t (&a)[4][4], uint32_t b, int i) {
+// Where a lane's row of the eight by eight matrices is that it loads for `multiply_alone`, from the beginning of the activations.
+__device__ __forceinline__ uint32_t matrix_row(int n) {
+    const uint32_t row = min(threadIdx.x % 8, n - 1), matrix = threadIdx.x % WARP / 8;
+    return row * LINE + ((matrix ^ row) << 4);
+}
+
+// This warp's row tile alone: d[16 rows][N tokens] += a[16][64] b[64][N]. `words`, `scales`: the tile; `b`: see `matrix_row`.
+template <int N> __device__ __forceinline__ void multiply_alone(float (&d)[SUMS], uint32_t words, uint32_t scales, uint32_t b) {
+    const Tile<FP4> tile = load_tile(words, scales);
+    uint32_t x[2][N / 8][4], scale[2];
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+#pragma unroll
+        for (int c = 0; c < N / 8; c++) load_matrices(x[h][c], (b ^ 64 * h) + c * 8 * LINE);
+    }
+    tile.scale(scale);
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        uint32_t a[4];
+        tile.fragment(j, scale, a);
+#pragma unroll
+        for (int c = 0; c < N / 8; c++)
+            Number<FP4>::multiply((float(&)[4])d[4 * c], a, x[j / 2][c][j % 2 * 2], x[j / 2][c][j % 2 * 2 + 1]);
+    }
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
+// The row tiles of a warpgroup together: d[64 rows][N tokens] += a[64][64] b[64][N]; `b` as `Pass::place` says, `i` tiles further.
+template <int N> __device__ __forceinline__ void multiply_together(float (&d)[SUMS], const uint32_t (&a)[4][4], uint32_t b, int i) {
     begin_products();
 #pragma unroll
     for (int j = 0; j < 4; j++) multiply<FP4, N>(d, a[j], descriptor(descriptor_of(b), i * N * LINE + 32 * j));
     commit_products();
+}
+constexpr bool TOGETHER = true;
 #else
-    const uint32_t g = lane_row();
+template <int N> __device__ __forceinline__ void multiply_together(float (&)[SUMS], const uint32_t (&)[4][4], uint32_t, int) {}
+constexpr bool TOGETHER = false;
+#endif
+
+// The sums over the next `count` column tiles, of up to N tokens. Up to eight a warp multiplies alone, which takes fewer instructions; of
+// more, shared memory would be too slow for what each warp had to load.
+template <int N> __device__ __forceinline__ void multiply_tiles(float (&d)[SUMS], const Few& p, Weights& weights, uint32_t b, int n, int count) {
+    auto words = [&](int i) { return weights.slot + i * TILE_BYTES; };
+    auto scales = [&](int i) { return weights.slot + CHUNK * TILE_BYTES + i * SCALE_BYTES; };
+    if constexpr (N == 8 || !TOGETHER) {
+        const int step = rows_of(n) * LINE;
+        b += matrix_row(n);
+        for (; count > 0; count -= CHUNK) {
+            wait_for_copies<SLOTS - 1>();
+            __syncwarp();
 #pragma unroll
-    for (int c = 0; c < N / 8; c++) {
-        const uint32_t row = b + (i * N + 8 * c + g) * LINE + lane_quarter() * 4;
-        float sum[4] = {d[4 * c], d[4 * c + 1], d[4 * c + 2], d[4 * c + 3]};
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t lower, upper;
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(lower) : "r"(row + ((2 * j ^ g) << 4)));
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(upper) : "r"(row + ((2 * j + 1 ^ g) << 4)));
-            Number<FP4>::multiply(sum, a[j], lower, upper);
+            for (int i = 0; i < CHUNK; i++, b += step) {
+                if (i >= count) break;
+                multiply_alone<N>(d, words(i), scales(i), b);
+            }
+            __syncwarp();
+            weights.bring(p);
         }
-#pragma unroll
-        for (int i = 0; i < 4; i++) d[4 * c + i] = sum[i];
+        return;
     }
-#endif
-}
-
-__device__ __forceinline__ void wait_for_tile() {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-    wait_for_products<0>();
-#endif
-}
-
-// The sums over the next `count` column tiles.
-template <int N> __device__ __forceinline__ void multiply_tiles(float (&d)[SUMS], const Few& p, Weights& weights, uint32_t b, int count) {
+    // The same in all lanes, and the compiler should know.
+    b = __reduce_or_sync(~0u, b), count = __reduce_or_sync(~0u, count);
     uint32_t a[2][4][4];
-    auto decode = [&](int i, uint32_t (&a)[4][4]) {
-        decode_shared(weights.slot + i * TILE_BYTES, weights.slot + CHUNK * TILE_BYTES + i * SCALE_BYTES, a);
-    };
     for (; count >= CHUNK; count -= CHUNK, b += CHUNK * N * LINE) {
         wait_for_copies<SLOTS - 1>();
         __syncwarp();
-        decode(0, a[0]);
+        decode_shared(words(0), scales(0), a[0]);
 #pragma unroll
         for (int i = 0; i < CHUNK; i++) {
-            multiply_tile<N>(d, a[i % 2], b, i);
+            multiply_together<N>(d, a[i % 2], b, i);
             // While the tensor cores are at work.
             if (i + 1 < CHUNK) {
-                decode(i + 1, a[(i + 1) % 2]);
+                decode_shared(words(i + 1), scales(i + 1), a[(i + 1) % 2]);
             } else {
                 __syncwarp();
                 weights.bring(p);
             }
-            wait_for_tile();
+            wait_for_products<0>();
         }
     }
     if (count == 0) return;
@@ -258,22 +328,22 @@ template <int N> __device__ __forceinline__ void multiply_tiles(float (&d)[SUMS]
     __syncwarp();
 #pragma unroll 1
     for (int i = 0; i < count; i++) {
-        decode(i, a[0]);
-        multiply_tile<N>(d, a[0], b, 0);
-        wait_for_tile();
+        decode_shared(words(i), scales(i), a[0]);
+        multiply_together<N>(d, a[0], b, 0);
+        wait_for_products<0>();
         b += N * LINE;
     }
     __syncwarp();
     weights.bring(p);
 }
 
-// The activations of a phase. By all threads.
+// The activations of a phase, on their way to shared memory as one group of copies. By all threads.
 __device__ __forceinline__ void bring_inputs(const Few& p, const Routes& routes, const Plan& plan, int part, const Phase& phase, uint32_t to) {
     const Part& now = p.parts[part];
     const int pieces = now.matrix.cols / 8;
     for (uint32_t i = phase.first; i < phase.last; i++) {
         const Pass& pass = plan.passes[part][i];
-        const int stride = eights(pass.n) * LINE;
+        const int stride = rows_of(pass.n) * LINE;
         for (int row = threadIdx.x / WARP; row < pass.n; row += WARPS) {
             const uint32_t slot = pass.first + row, from = part == 0 ? routes.pair(slot) / p.experts_per_token : slot;
             const uint16_t* inputs = now.input + size_t(from) * now.matrix.cols;
@@ -282,7 +352,10 @@ __device__ __forceinline__ void bring_inputs(const Few& p, const Routes& routes,
         }
     }
     commit_copies();
-    wait_for_copies<0>();
+}
+// When they have come.
+template <int N> __device__ __forceinline__ void wait_for_inputs() {
+    wait_for_copies<N>();
     // Tensor cores read what was written here.
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
@@ -301,17 +374,16 @@ __device__ __forceinline__ void multiply_phase(
     while (at.left > 0) {
         const Pass& pass = at.now();
         const uint32_t row_tile = at.row_tile(), unit = at.unit;
-        const int n = pass.n, from = at.column, count = __reduce_or_sync(~0u, min(at.columns - from, at.left));
+        const int n = pass.n, from = at.column, count = min(at.columns - from, at.left);
         const uint32_t first = pass.first;
         const bool mine = row_tile < row_tiles;
         Affine affine = {0, 0, 0};
         if (mine) affine.load(now.epilogue, now.matrix, pass.expert, row_tile, lane_row());
         float d[SUMS] = {};
-        // The same in all lanes, and the compiler should know.
-        const uint32_t b = __reduce_or_sync(~0u, inputs + pass.place + from * eights(n) * LINE);
-        if (n <= 8) multiply_tiles<8>(d, p, weights, b, count);
-        else if (TOKENS == 16 || n <= 16) multiply_tiles<16>(d, p, weights, b, count);
-        else multiply_tiles<24>(d, p, weights, b, count);
+        const uint32_t b = inputs + pass.place + from * rows_of(n) * LINE;
+        if (n <= 8) multiply_tiles<8>(d, p, weights, b, n, count);
+        else if (TOKENS == 16 || n <= 16) multiply_tiles<16>(d, p, weights, b, n, count);
+        else multiply_tiles<24>(d, p, weights, b, n, count);
         at.move(count);
         if (from > 0) {
 #pragma unroll
@@ -361,20 +433,41 @@ __device__ __forceinline__ void experts(const Few& p) {
         for (int i = 0; i < GROUPS; i++) init_barrier(left_barriers + 8 * i, 128);
         fence_barriers();
     }
+    OwnRoutes own;
+    own.tokens = (uint64_t*)((uint8_t*)&plan + PLAN_BYTES), own.words = (uint32_t*)(own.tokens + p.experts);
+    const Routes routes(p.logits ? own.words : p.list, p.experts, p.n * p.experts_per_token);
+    if (p.logits)
+        for (uint32_t i = threadIdx.x; i < p.experts; i += WARPS * WARP) own.tokens[i] = 0;
+    __syncthreads();
     wait_for_previous();
     start_next();
-    const Routes routes(p.list, p.experts, p.n * p.experts_per_token);
+    if (p.logits) {
+        own.choose_experts(p, routes);
+        __syncthreads();
+        if (warp == 0) own.place_experts(routes);
+        __syncthreads();
+    }
     if (warp < 2) make_plan(plan, p, routes, warp);
+    else if (p.logits) own.place_pairs(p, routes, threadIdx.x - 2 * WARP, (WARPS - 2) * WARP);
     __syncthreads();
+    // The first activations before the weights, behind which they would have to wait.
+    bool brought = plan.counts[0] > 0;
+    if (brought) bring_inputs(p, routes, plan, 0, plan.phases[0][0], inputs);
     weights.enter(p, 0, 0);
     for (int i = 0; i < SLOTS; i++) weights.bring(p);
     int number = 0;
     for (int part = 0; part < 2; part++) {
         if (part == 1) grid_barrier(p.barrier, gridDim.x);
         for (int phase = 0; phase < int(plan.counts[part]); phase++, number++) {
-            // Everybody is done with the activations before.
-            __syncthreads();
-            bring_inputs(p, routes, plan, part, plan.phases[part][phase], inputs);
+            if (brought) {
+                wait_for_inputs<SLOTS>();
+            } else {
+                // Everybody is done with the activations before.
+                __syncthreads();
+                bring_inputs(p, routes, plan, part, plan.phases[part][phase], inputs);
+                wait_for_inputs<0>();
+            }
+            brought = false;
             __syncthreads();
             multiply_phase(p, weights, part, number, phase, inputs, heads, left_barriers);
         }

@@ -30,7 +30,7 @@ static_assert(sizeof(One) == 304);
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
 constexpr int EXPERT_WARPS = 22; // of a block of the experts
-constexpr int MAX_EXPERTS = 256, MAX_RANKS = 16;
+constexpr int MAX_RANKS = 16;
 constexpr int SHARES = 4; // row tiles that a block of the experts may touch
 
 

@@ -76,9 +76,9 @@ static_assert(sizeof(Norm) == 80);
 extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant__ Norm p) {
     __shared__ float scratch[WARP];
     Vector<PRODUCT_VALUES> scale, x;
+    start_next();
     if (p.out) scale.load(p.scale, p.hidden);
     wait_for_previous();
-    start_next();
     uint32_t row = p.rows ? p.rows[blockIdx.x] : blockIdx.x;
     float* residual = p.residual + size_t(row) * p.hidden;
     x.load(residual, p.hidden);
@@ -113,7 +113,7 @@ struct Router {
     const float* bias;               // [experts]
     uint16_t* out;                   // [n, cols], the normed stream, plain or ordered
     float* logits;                   // [n, experts]
-    uint32_t* routes;                // see `Routes`
+    uint32_t* routes;                // see `Routes`; null where the logits are all
     uint32_t* arrivals;              // [n + 1], zero before and after
     uint32_t hidden, cols, n, experts, experts_per_token;
     uint32_t format;
@@ -123,8 +123,6 @@ struct Router {
     uint32_t padding;
 };
 static_assert(sizeof(Router) == 104);
-
-constexpr int MAX_EXPERTS = 256;
 
 // A thread's share of an expert's weights.
 struct RouterWeights {
@@ -164,45 +162,7 @@ __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t count
     return last;
 }
 
-// The largest `ranks` logits of a token, value descending, the lower index first on a tie; softmax over them. One warp.
-__device__ __forceinline__ void choose(const Router& p, uint32_t token) {
-    int lane = threadIdx.x % WARP;
-    constexpr int EACH = MAX_EXPERTS / WARP;
-    float v[EACH];
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        uint32_t e = i * WARP + lane;
-        float logit = e < p.experts ? __ldcg(p.logits + size_t(token) * p.experts + e) : -INFINITY;
-        v[i] = isnan(logit) ? -INFINITY : logit;
-    }
-    uint32_t used = 0, pairs = p.n * p.experts_per_token;
-    Routes routes(p.routes, p.experts, pairs);
-    uint32_t* expert_of = p.routes + routes.pairs_at(1) + token * p.experts_per_token;
-    float* weight_of = (float*)p.routes + routes.pairs_at(2) + token * p.experts_per_token;
-    float largest = 0, sum = 0, own = 0;
-    for (uint32_t rank = 0; rank < p.experts_per_token; rank++) {
-        float best = -INFINITY;
-        uint32_t at = ~0u;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            uint32_t e = i * WARP + lane;
-            if (e < p.experts && !(used >> i & 1) && (at == ~0u || v[i] > best)) best = v[i], at = e;
-        }
-#pragma unroll
-        for (int i = WARP / 2; i; i /= 2) {
-            float other = __shfl_xor_sync(~0u, best, i);
-            uint32_t other_at = __shfl_xor_sync(~0u, at, i);
-            if (other_at != ~0u && (at == ~0u || other > best || (other == best && other_at < at))) best = other, at = other_at;
-        }
-        if (at % WARP == lane) used |= 1u << at / WARP;
-        if (rank == 0) largest = best;
-        float weight = best == largest ? 1.f : expf(best - largest);
-        sum += weight;
-        if (rank == lane) own = weight;
-        if (lane == 0) expert_of[rank] = at;
-    }
-    if (lane < p.experts_per_token) weight_of[lane] = own / sum;
-}
+__device__ __forceinline__ Routes routes_of(const Router& p) { return Routes(p.routes, p.experts, p.n * p.experts_per_token); }
 
 // Threads that sort, each with a contiguous part of the pairs, and their counters.
 constexpr int MAX_SORTERS = 512, MAX_COUNTS = 16384;
@@ -212,7 +172,7 @@ __device__ __forceinline__ void sort_pairs(const Router& p, uint16_t* counts) {
     __shared__ uint32_t first[MAX_EXPERTS + 1];
     const uint32_t sorters = min(min(MAX_SORTERS, blockDim.x), MAX_COUNTS / p.experts / WARP * WARP);
     uint32_t pairs = p.n * p.experts_per_token, each = (pairs + sorters - 1) / sorters, lane = threadIdx.x % WARP;
-    Routes routes(p.routes, p.experts, pairs);
+    const Routes routes = routes_of(p);
     uint32_t *slots = p.routes + routes.slots_at(), *slot_of = p.routes + routes.pairs_at(0);
     const uint32_t* expert_of = p.routes + routes.pairs_at(1);
     uint32_t begin = min(threadIdx.x * each, pairs), end = min(begin + each, pairs);
@@ -315,8 +275,8 @@ extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__
             p.logits[size_t(token) * p.experts + own] = all * inverse + p.bias[own];
         }
     }
-    if (!last_to_arrive(p.arrivals + 1 + token, p.shares)) return;
-    if (threadIdx.x < WARP) choose(p, token);
+    if (!p.routes || !last_to_arrive(p.arrivals + 1 + token, p.shares)) return;
+    if (threadIdx.x < WARP) choose(p.routes, routes_of(p), p.logits, token, p.experts_per_token);
     if (!last_to_arrive(p.arrivals, p.n)) return;
     sort_pairs(p, counts);
 }
@@ -405,7 +365,7 @@ extern "C" __global__ void __launch_bounds__(512) router_many(const __grid_const
         }
         __threadfence();
         __syncwarp();
-        choose(p, token);
+        choose(p.routes, routes_of(p), p.logits, token, p.experts_per_token);
     }
     if (!last_to_arrive(p.arrivals, gridDim.x)) return;
     sort_pairs(p, counts);

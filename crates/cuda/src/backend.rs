@@ -17,8 +17,8 @@ use crate::fp4::{self, FP4_FROM, Fp4Matrix};
 use crate::one::OneToken;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
 use crate::params::{
-    After, Attention, BF16, CacheFormat, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm, ORDERED,
-    Part, Product, Read, Router, RowOrder,
+    After, Attention, BF16, CacheFormat, Dense, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm,
+    ORDERED, Part, Product, Read, Router, RowOrder,
 };
 use crate::sampling::{Sampler, Wanted};
 
@@ -744,8 +744,7 @@ impl Cuda {
         let layer = &self.layers[index];
         let one = self.one.as_ref().filter(|_| shape.tokens == 1);
         if one.is_none() {
-            let format = layer.qkv.format();
-            self.norm(shape, pending, Some((&layer.input_norm, format)))?;
+            self.norm(shape, pending, Some((&layer.input_norm, &layer.qkv)))?;
         }
         let sliding = self.config.layer_kinds[index] == LayerKind::Sliding;
         let cache = &self.cache[index];
@@ -787,16 +786,21 @@ impl Cuda {
         }
     }
 
-    /// Adds what is pending, then norms all rows for a product of this format, if one is given.
-    fn norm(&self, shape: &Shape, pending: bool, scale: Option<(&Buffer, u32)>) -> Result<(), Error> {
+    /// Adds what is pending, then norms all rows, by this scale for products with this matrix, if they are given.
+    fn norm(
+        &self,
+        shape: &Shape,
+        pending: bool,
+        scale: Option<(&Buffer, &PackedMatrix)>,
+    ) -> Result<(), Error> {
         if let Some(one) = self.one.as_ref().filter(|_| shape.tokens == 1) {
             return one.norm(self, pending);
         }
         let out = scale.map_or(0, |_| self.arena.normed.address());
         let params = Norm {
             scale: scale.map_or(0, |(scale, _)| scale.address()),
-            format: scale.map_or(0, |(_, format)| format),
-            stack: self.stack(shape.tokens),
+            format: scale.map_or(0, |(_, matrix)| matrix.format()),
+            stack: scale.map_or(0, |(_, matrix)| self.stack(matrix, shape.tokens)),
             ..self.norm_params(shape, pending, out)
         };
         // SAFETY: the arena has MAX_TOKENS rows of each; the routes are of the same tokens.
@@ -846,6 +850,17 @@ impl Cuda {
         if let Some((scratch, fp4)) = self.fp4(matrix, n) {
             return fp4::multiply(&self.device, scratch, fp4, matrix.params(), (input, n), None, epilogue);
         }
+        if self.few(matrix, n) {
+            let name = match n {
+                ..=8 => "product_few_8",
+                9..=16 => "product_few_16",
+                _ => "product_few_32",
+            };
+            let params = Dense { matrix: matrix.params(), input, epilogue, n: n as u32, padding: 0 };
+            let grid = [self.device.multiprocessors().min(matrix.row_tiles()) as u32, 1, 1];
+            // SAFETY: input and outputs have `n` rows in the arena or the cache; blocks and tables were checked with the plan.
+            return unsafe { self.device.launch(name, grid, 32 * DENSE_WARPS, DENSE_SHARED, &params) };
+        }
         if self.many(n) {
             return self.product_of_many(matrix, input, n, epilogue);
         }
@@ -874,14 +889,23 @@ impl Cuda {
         }
     }
 
+    /// Whether products with this matrix, which is dense, take product_few_sm90.cu.
+    fn few(&self, matrix: &PackedMatrix, n: usize) -> bool {
+        self.device.capability() == 90
+            && !self.options.batch_invariant
+            && n <= DENSE_TOKENS
+            && matrix.format() == BF16
+            && matrix.row_tiles() <= DENSE_ROW_TILES * self.device.multiprocessors()
+    }
+
     /// Whether products of this many tokens take gemm_sm90.cu, whose activations are stacked.
     fn many(&self, n: usize) -> bool {
         self.device.capability() == 90 && (n > FEW_TOKENS || self.options.batch_invariant)
     }
 
-    /// Rows of a stack of activations of `n` tokens, or 0 where they are plain.
-    fn stack(&self, n: usize) -> u32 {
-        if self.many(n) { stack_rows(n) as u32 } else { 0 }
+    /// Rows of a stack of activations of `n` tokens for products with this matrix, or 0 where they are plain.
+    fn stack(&self, matrix: &PackedMatrix, n: usize) -> u32 {
+        if self.many(n) && !self.few(matrix, n) { stack_rows(n) as u32 } else { 0 }
     }
 
     /// The same for the activations of slots.
@@ -901,7 +925,7 @@ impl Cuda {
         let tiles = n.div_ceil(GEMM_TOKENS);
         let params = |tile: usize| Gemm {
             tile: tile as u32,
-            stack: self.stack(n),
+            stack: self.stack(matrix, n),
             ..self.gemm_params(matrix, input, n, epilogue)
         };
         let (counted, most) =
@@ -930,12 +954,19 @@ impl Cuda {
     fn few_kernel(&self, layer: &Layer, n: usize) -> FewKernel {
         let few = n * self.config.experts_per_token <= 8 * self.config.experts;
         let (name, groups, tokens) = if few { ("experts_few", 6, 16) } else { ("experts_some", 4, 24) };
-        // Of each warp two chunks of four tiles; what all warpgroups but one leave for others; the plan.
-        let beside = 4 * groups * 2 * 4 * (512 + 64) + (groups - 1) * (tokens / 2) * 128 * 4 + 2048;
+        // Of each warp two chunks of four tiles; what all warpgroups but one leave for others; the plan; the routes.
+        let weights = 4 * groups * 2 * 4 * (512 + 64);
+        let beside = weights + (groups - 1) * (tokens / 2) * 128 * 4 + 2048 + self.own_routes(n);
         let room = self.device.shared_bytes().saturating_sub(beside) / 1024 * 1024;
         let cols = layer.gate_up.padded_cols().max(layer.down.padded_cols());
         let tokens = (room / (2 * cols)).min(tokens) / 8 * 8;
         FewKernel { name, threads: 128 * groups as u32, tokens, room, shared: room + beside }
+    }
+
+    /// Bytes of shared memory for the routes of `n` tokens that blocks of experts_few.cuh make themselves; 0 if the router makes them.
+    fn own_routes(&self, n: usize) -> usize {
+        let bytes = (8 * self.config.experts + 4 * route_words(&self.config, n)).next_multiple_of(16);
+        if n <= OWN_ROUTES_TOKENS && bytes <= OWN_ROUTES_BYTES { bytes } else { 0 }
     }
 
     /// Whether the experts have few tokens each, and take experts_few.cuh.
@@ -974,6 +1005,7 @@ impl Cuda {
                 part(&layer.down, &self.arena.activated, second),
             ],
             list: self.arena.routes.address(),
+            logits: if self.own_routes(n) > 0 { self.arena.router_logits.address() } else { 0 },
             barrier: self.arena.barrier.address(),
             n: n as u32,
             experts: self.config.experts as u32,
@@ -1051,7 +1083,7 @@ impl Cuda {
             kv_heads,
             window: if sliding { self.config.sliding_window as u32 } else { 0 },
             out_format: layer.output.format(),
-            out_stack: self.stack(shape.tokens),
+            out_stack: self.stack(&layer.output, shape.tokens),
             splits: 1,
             key_scale: layer.kv_scales.key,
             value_scale: layer.kv_scales.value,
@@ -1116,7 +1148,7 @@ impl Cuda {
             bias: layer.router_bias.address(),
             out: self.arena.normed.address(),
             logits: self.arena.router_logits.address(),
-            routes: self.arena.routes.address(),
+            routes: if few_each && self.own_routes(n) > 0 { 0 } else { self.arena.routes.address() },
             arrivals: self.arena.arrivals.address() + 4 * MAX_PARTS as u64,
             hidden: config.hidden_size as u32,
             cols: layer.gate_up.padded_cols() as u32,
@@ -1134,8 +1166,9 @@ impl Cuda {
             true => ("router", [share, n as u32, 1], 256),
             false => ("router_many", [n.div_ceil(16) as u32, 1, 1], 512),
         };
+        let counts = if params.routes > 0 { 2 * ROUTER_COUNTS } else { 0 };
         // SAFETY: the arena has MAX_TOKENS rows of each, and one counter more than that.
-        unsafe { self.device.launch(name, grid, threads, 2 * ROUTER_COUNTS, &params)? };
+        unsafe { self.device.launch(name, grid, threads, counts, &params)? };
 
         let epilogue = Epilogue {
             out16: self.arena.activated.address(),
@@ -1211,7 +1244,7 @@ impl Cuda {
             rows: self.word(shape.words.outputs + outputs.start),
             scale: self.final_norm.address(),
             format: self.unembedding.format(),
-            stack: self.stack(n),
+            stack: self.stack(&self.unembedding, n),
             ..self.norm_params(shape, pending, self.arena.normed.address())
         };
         // SAFETY: the list names rows of this batch, each once.
@@ -1320,10 +1353,19 @@ struct FewKernel {
 
 /// Passes of a block of experts_few.cuh, at most.
 const FEW_PASSES: usize = 16;
+/// Tokens whose routes the blocks of experts_few.cuh make themselves, at most: bits of a word.
+const OWN_ROUTES_TOKENS: usize = 64;
+/// Their bytes, at most: more would leave too little room for activations.
+const OWN_ROUTES_BYTES: usize = 7 << 10;
 /// Up to so many tokens the router shares a token's experts among blocks.
 const ROUTER_FEW: usize = 160;
 /// 16-bit counters of the router's sorting threads.
 const ROUTER_COUNTS: usize = 16384;
+/// product_few_sm90.cu: tokens and row tiles of a block, at most, its warps, and the shared memory of their rings.
+const DENSE_TOKENS: usize = 32;
+const DENSE_ROW_TILES: usize = 3;
+const DENSE_WARPS: u32 = 12;
+const DENSE_SHARED: usize = DENSE_WARPS as usize * 8 * 2048;
 /// Up to so many tokens have kernels of their own.
 const FEW_TOKENS: usize = 8;
 /// Tokens of a block of gemm_sm90.cu, at most.

@@ -72,6 +72,7 @@ const MODULES: &[Module] = &[
         ],
         &[90],
     ),
+    (fatbin!("product_few_sm90"), &["product_few_8", "product_few_16", "product_few_32"], &[90]),
     (fatbin!("experts_few"), &["experts_few"], &[]),
     (fatbin!("experts_some"), &["experts_some"], &[]),
     (fatbin!("attention"), &["attend_split", "attend_split_e4m3"], &[]),

@@ -76,6 +76,10 @@ params! {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
         n: u32, experts: u32, experts_per_token: u32, padding: u32,
     }
+    /// product_few_sm90.cu
+    Dense, 136 {
+        matrix: Matrix, input: Address, epilogue: Epilogue, n: u32, padding: u32,
+    }
     /// one.cu
     One, 304 {
         matrix: Matrix, down: Matrix, norm_scale: Address, input: Address, residual: Address, whole: Address, scaled: Address,
@@ -93,8 +97,8 @@ params! {
         matrix: Matrix, epilogue: Epilogue, input: Address,
     }
     /// experts_few.cuh
-    Few, 296 {
-        parts: [Part; 2], list: Address, barrier: Address,
+    Few, 304 {
+        parts: [Part; 2], list: Address, logits: Address, barrier: Address,
         n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, whole: u32,
     }
     /// quantize.cu

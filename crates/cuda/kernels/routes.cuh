@@ -1,0 +1,72 @@
+// Which experts a token has, and where its activations go.
+#pragma once
+
+#include "common.cuh"
+
+constexpr int MAX_EXPERTS = 256;
+
+// Where each (token, rank) pair goes: one array of 32-bit words. Pairs in the order of their expert, then
+// of their number `token * experts per token + rank`, have slots; an expert's slots begin at a multiple of eight.
+struct Routes {
+    const uint32_t* words;
+    uint32_t experts, pairs;
+    __device__ __forceinline__ Routes(const uint32_t* words, uint32_t experts, uint32_t pairs)
+        : words(words), experts(experts), pairs(pairs) {}
+    static constexpr uint32_t ACTIVE = 1;
+    __device__ __forceinline__ uint32_t firsts_at() const { return ACTIVE + experts; }
+    __device__ __forceinline__ uint32_t counts_at() const { return firsts_at() + experts + 1; }
+    __device__ __forceinline__ uint32_t slots_at() const { return counts_at() + experts; }
+    __device__ __forceinline__ uint32_t pairs_at(uint32_t array) const { return slots_at() + pairs + 7 * experts + array * pairs; }
+    // Experts with at least one token, ascending.
+    __device__ __forceinline__ uint32_t active_count() const { return words[0]; }
+    __device__ __forceinline__ uint32_t active(uint32_t i) const { return words[ACTIVE + i]; }
+    // The first slot of an expert, or with `experts` the end of all.
+    __device__ __forceinline__ uint32_t first_slot(uint32_t expert) const { return words[firsts_at() + expert]; }
+    __device__ __forceinline__ uint32_t count(uint32_t expert) const { return words[counts_at() + expert]; }
+    // `NO_PAIR` for a slot that only fills up the eight.
+    __device__ __forceinline__ uint32_t pair(uint32_t slot) const { return words[slots_at() + slot]; }
+    __device__ __forceinline__ uint32_t slot_of_pair(uint32_t pair) const { return words[pairs_at(0) + pair]; }
+    __device__ __forceinline__ uint32_t expert_of_pair(uint32_t pair) const { return words[pairs_at(1) + pair]; }
+    __device__ __forceinline__ float weight_of_pair(uint32_t pair) const { return __uint_as_float(words[pairs_at(2) + pair]); }
+};
+constexpr uint32_t NO_PAIR = ~0u;
+
+// The experts of a token: those with the largest logits, descending, the lower index first on a tie, weighted by the softmax over them.
+// One warp; `words` are the routes.
+__device__ __forceinline__ void choose(uint32_t* words, const Routes& routes, const float* logits, uint32_t token, uint32_t experts_per_token) {
+    constexpr int EACH = MAX_EXPERTS / WARP;
+    const uint32_t lane = threadIdx.x % WARP, experts = routes.experts;
+    // As integers of the same order, none zero; zero is what counts no more.
+    uint32_t keys[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; i++) {
+        if (i * WARP >= experts) break;
+        const uint32_t e = i * WARP + lane;
+        const float v = e < experts ? __ldcg(logits + size_t(token) * experts + e) : 0.f;
+        const uint32_t bits = __float_as_uint(isnan(v) ? -INFINITY : v == 0.f ? 0.f : v);
+        keys[i] = e < experts ? bits >> 31 ? ~bits : bits | 0x80000000u : 0;
+    }
+    uint32_t* expert_of = words + routes.pairs_at(1) + token * experts_per_token;
+    float* weight_of = (float*)words + routes.pairs_at(2) + token * experts_per_token;
+    float largest = 0, sum = 0, own = 0;
+    for (uint32_t rank = 0; rank < experts_per_token; rank++) {
+        uint32_t best = 0, at = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            if (i * WARP >= experts) break;
+            if (keys[i] > best) best = keys[i], at = i * WARP + lane;
+        }
+        const uint32_t key = __reduce_max_sync(~0u, best);
+        at = __reduce_min_sync(~0u, best == key ? at : ~0u);
+#pragma unroll
+        for (int i = 0; i < EACH; i++)
+            if (at == i * WARP + lane) keys[i] = 0;
+        const float logit = __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
+        if (rank == 0) largest = logit;
+        const float weight = logit == largest ? 1.f : expf(logit - largest);
+        sum += weight;
+        if (rank == lane) own = weight;
+        if (lane == 0) expert_of[rank] = at;
+    }
+    if (lane < experts_per_token) weight_of[lane] = own / sum;
+}
