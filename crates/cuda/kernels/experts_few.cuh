@@ -3,7 +3,8 @@
 // tokens' activations as there is room for lie in its shared memory. Its warpgroups share what it has evenly, down to the single tile, and
 // each warp's weights come to shared memory by copies that run ahead, across the ends of rows, experts and products. (Bulk copies do the
 // same with more instructions, of which there are too many here.)
-// Whoever includes this says how many warpgroups a block has, and how many tokens a pass: what registers and shared memory allow.
+// Whoever includes this says how many warpgroups a block has, and how many tokens a pass: what registers and shared memory allow; and up to
+// how many tokens (ALONE) a warp multiplies without the others of its warpgroup.
 #pragma once
 
 #include "epilogue.cuh"
@@ -61,7 +62,9 @@ constexpr int HEAD_BYTES = SUMS * 128 * 4, PLAN_BYTES = 2048;
 static_assert(sizeof(Plan) <= PLAN_BYTES);
 
 __device__ __forceinline__ uint32_t units_of(const Matrix& m) { return (m.rows + UNIT * TILE_ROWS - 1) / (UNIT * TILE_ROWS); }
-// Rows of a pass's activations in shared memory: the tensor cores read whole eights of them, where there are more than a warp loads.
+// What a unit of an expert with so many tokens costs, in quarters of what one with few does.
+__device__ __forceinline__ uint32_t cost_of(uint32_t tokens) { return tokens <= 8 ? 4 : 5; }
+// Rows of a pass's activations in shared memory: from eight on whole eights are read.
 __device__ __forceinline__ int rows_of(int n) { return n <= 8 ? n : (n + 7) / 8 * 8; }
 
 // The routes of at most 64 tokens. Each block makes them, in its own shared memory, which takes less time than waiting for one that does.
@@ -111,7 +114,9 @@ __device__ __forceinline__ void make_plan(Plan& plan, const Few& p, const Routes
     constexpr int EACH = MAX_EXPERTS / WARP;
     const Matrix& m = p.parts[part].matrix;
     const uint32_t lane = threadIdx.x % WARP, units = units_of(m);
-    uint32_t count[EACH], slot[EACH], number[EACH], total = 0;
+    // `number`, `cost`: of the passes of all experts before; `total`: of all, passes in the lower half, cost in the upper.
+    uint32_t count[EACH], slot[EACH], number[EACH], cost[EACH], total = 0;
+    auto passes_of = [&](uint32_t count) { return (count + p.tokens - 1) / p.tokens; };
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         const uint32_t expert = i * WARP + lane;
@@ -120,24 +125,36 @@ __device__ __forceinline__ void make_plan(Plan& plan, const Few& p, const Routes
     }
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        number[i] = total;
+        number[i] = cost[i] = 0;
         if (i * WARP >= routes.experts) continue;
-        const uint32_t passes = (count[i] + p.tokens - 1) / p.tokens;
-        uint32_t sum = passes;
+        const uint32_t own = passes_of(count[i]) * (1 | cost_of(count[i]) << 16);
+        uint32_t sum = own;
 #pragma unroll
         for (int j = 1; j < WARP; j *= 2) {
             uint32_t other = __shfl_up_sync(~0u, sum, j);
             if (lane >= j) sum += other;
         }
-        number[i] = total + sum - passes;
+        const uint32_t before = total + sum - own;
+        number[i] = before & 0xffff, cost[i] = before >> 16;
         total += __shfl_sync(~0u, sum, WARP - 1);
     }
-    const uint32_t begin = total * units * blockIdx.x / gridDim.x, end = total * units * (blockIdx.x + 1) / gridDim.x;
+    // The units of all passes, one after the other, that begin before the block's share of all cost does.
+    auto units_before = [&](uint32_t block) {
+        const uint32_t share = (total >> 16) * units * block / gridDim.x;
+        uint32_t sum = 0;
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const uint32_t one = cost_of(count[i]), from = cost[i] * units;
+            if (i * WARP < routes.experts && share > from) sum += min((share - from + one - 1) / one, passes_of(count[i]) * units);
+        }
+        return __reduce_add_sync(~0u, sum);
+    };
+    const uint32_t begin = units_before(blockIdx.x), end = units_before(blockIdx.x + 1);
     const uint32_t first = begin / units, last = begin < end ? (end + units - 1) / units : first;
     Pass* passes = plan.passes[part];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
-        const uint32_t over = min(number[i] + (count[i] + p.tokens - 1) / p.tokens, last);
+        const uint32_t over = min(number[i] + passes_of(count[i]), last);
         for (uint32_t pass = max(number[i], first); pass < over; pass++) {
             const uint32_t before = (pass - number[i]) * p.tokens;
             passes[pass - first] = {i * WARP + lane, slot[i] + before, int(min(count[i] - before, p.tokens)), pass * units,
@@ -282,12 +299,12 @@ template <int N> __device__ __forceinline__ void multiply_together(float (&)[SUM
 constexpr bool TOGETHER = false;
 #endif
 
-// The sums over the next `count` column tiles, of up to N tokens. Up to eight a warp multiplies alone, which takes fewer instructions; of
-// more, shared memory would be too slow for what each warp had to load.
+// The sums over the next `count` column tiles, of up to N tokens. Few of them a warp multiplies alone, which takes fewer instructions; with
+// many, shared memory is too slow for what each warp loads.
 template <int N> __device__ __forceinline__ void multiply_tiles(float (&d)[SUMS], const Few& p, Weights& weights, uint32_t b, int n, int count) {
     auto words = [&](int i) { return weights.slot + i * TILE_BYTES; };
     auto scales = [&](int i) { return weights.slot + CHUNK * TILE_BYTES + i * SCALE_BYTES; };
-    if constexpr (N == 8 || !TOGETHER) {
+    if constexpr (N <= ALONE || !TOGETHER) {
         const int step = rows_of(n) * LINE;
         b += matrix_row(n);
         for (; count > 0; count -= CHUNK) {

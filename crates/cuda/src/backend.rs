@@ -983,7 +983,8 @@ impl Cuda {
             && layer.gate_up.format() == FP4
             && layer.down.format() == FP4
             && tokens > 0
-            && (pairs / tokens + experts) / self.device.multiprocessors() + 2 <= FEW_PASSES
+            // A block may have a quarter more of those that cost least.
+            && (pairs / tokens + experts) * 5 / (4 * self.device.multiprocessors()) + 2 <= FEW_PASSES
     }
 
     fn experts_of_few_each(
