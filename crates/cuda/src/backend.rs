@@ -46,6 +46,8 @@ const ATTENTION_BLOCKS: usize = 2;
 const MAX_SPLITS: usize = 32;
 /// The same where it may not depend on the number of tokens.
 const INVARIANT_SPLITS: usize = 8;
+/// Single tokens computed at a time there: of many more, experts would take other kernels.
+const INVARIANT_SINGLES: usize = 1024;
 /// Blocks of a dense product that share the inputs, where that may not depend on the number of tokens.
 const INVARIANT_SHARES: usize = 4;
 /// Query heads per key/value head, at most: the rows that a warp of attention_many.cu has.
@@ -577,8 +579,9 @@ impl Cuda {
         // Kernels are chosen by what is in a batch.
         let (singles, chunks): (Vec<_>, Vec<_>) = segments.into_iter().partition(|s| s.single);
         // A sequence's prompt comes before its answer.
-        for segments in [chunks, singles].into_iter().filter(|segments| !segments.is_empty()) {
-            self.run(&Batch::new(plan, segments), results)?;
+        let chunks = [&chunks[..]].into_iter().filter(|chunks| !chunks.is_empty());
+        for segments in chunks.chain(singles.chunks(INVARIANT_SINGLES)) {
+            self.run(&Batch::new(plan, segments.to_vec()), results)?;
         }
         Ok(())
     }
