@@ -66,6 +66,10 @@ pub(crate) const TILE: usize = 32;
 /// Blocks per chunk: 128 positions, as wide as gpt-oss's window.
 const CHUNK: usize = 8;
 
+/// Blocks from that which is computed to that which is asked for. It goes to the second-level cache: of reads into the first there
+/// can be so few at a time that arithmetic would wait for them.
+const AHEAD: usize = 2;
+
 /// Positions per span: what is worth a task of its own.
 pub(crate) const SPAN: usize = 16 * CHUNK * LANES;
 
@@ -213,8 +217,8 @@ unsafe fn attend_stored<L: Lanes, T: Element>(
             for block in start..end {
                 let column = (block - chunk * CHUNK) * LANES;
                 let keys = &all_keys[job.blocks[block] as usize * job.stride..][..size * LANES];
-                // Blocks lie anywhere, so the next one is asked for by hand.
-                let next = job.blocks[(block + 1).min(last / LANES)] as usize * job.stride;
+                // Blocks lie anywhere, so the one after the next is asked for by hand.
+                let next = job.blocks[(block + AHEAD).min(last / LANES)] as usize * job.stride;
                 let next = all_keys.as_ptr().wrapping_add(next);
                 for q in (0..count).step_by(SCORED) {
                     block_scores::<L, T>(job, q, keys, next, &mut scores, column);
@@ -262,25 +266,26 @@ unsafe fn attend_stored<L: Lanes, T: Element>(
                 }
                 sum.store(sums[q].as_mut_ptr());
             }
+            let mut blocks =
+                [Block { values: all_values.as_ptr(), rows: 0, next: all_values.as_ptr() }; CHUNK];
             for block in start..end {
-                let column = (block - chunk * CHUNK) * LANES;
                 let values = &all_values[job.blocks[block] as usize * job.stride..][..size * LANES];
-                // Positions that nobody has written stay out: what lies there may be anything.
-                let rows = LANES.min(last + 1 - block * LANES);
-                let next = job.blocks[(block + 1).min(last / LANES)] as usize * job.stride;
-                let next = all_values.as_ptr().wrapping_add(next);
-                for line in 0..size * size_of::<T>() / size_of::<f32>() {
-                    L::prefetch(next.cast::<f32>().wrapping_add(line * LANES).cast());
-                }
-                let mut q = 0;
-                while q + WEIGHTED <= count {
-                    add_values::<L, T, WEIGHTED>(&scores, q, column, rows, values.as_ptr(), size, out);
-                    q += WEIGHTED;
-                }
-                while q < count {
-                    add_values::<L, T, 1>(&scores, q, column, rows, values.as_ptr(), size, out);
-                    q += 1;
-                }
+                let next = job.blocks[(block + AHEAD).min(last / LANES)] as usize * job.stride;
+                blocks[block - chunk * CHUNK] = Block {
+                    values: values.as_ptr(),
+                    // Positions that nobody has written stay out: what lies there may be anything.
+                    rows: LANES.min(last + 1 - block * LANES),
+                    next: all_values.as_ptr().wrapping_add(next),
+                };
+            }
+            let mut q = 0;
+            while q + WEIGHTED <= count {
+                add_values::<L, T, WEIGHTED>(&scores, q, &blocks, size, out);
+                q += WEIGHTED;
+            }
+            while q < count {
+                add_values::<L, T, 1>(&scores, q, &blocks, size, out);
+                q += 1;
             }
         }
         for q in 0..count {
@@ -313,7 +318,7 @@ unsafe fn block_scores<L: Lanes, T: Element>(
         }
         let mut sums = [L::splat(0.0); SCORED];
         for e in 0..job.size {
-            L::prefetch(next.wrapping_add(e * LANES).cast());
+            L::prefetch_second(next.wrapping_add(e * LANES).cast());
             let keys = T::load::<L>(keys.as_ptr().add(e * LANES));
             for i in 0..SCORED {
                 sums[i] = L::splat(*queries[i].add(e)).fma(keys, sums[i]);
@@ -325,18 +330,26 @@ unsafe fn block_scores<L: Lanes, T: Element>(
     }
 }
 
-/// Adds to the results of `N` queries from `q` on the values of a block's first `rows` positions, weighted.
+/// Values of a block.
+#[derive(Clone, Copy)]
+struct Block<T> {
+    values: *const T,
+    /// How many of its positions count.
+    rows: usize,
+    /// Where those are that are asked for meanwhile.
+    next: *const T,
+}
+
+/// Adds to the results of `N` queries from `q` on the values of a chunk, weighted. The sums stay in registers for all of its blocks.
 ///
 /// # Safety
-/// As for [`attend`]; `values` is valid for `16 · size` elements and `out` for the queries.
+/// As for [`attend`]; the values of each block that has rows are valid for `16 · size` elements, and `out` for the queries.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "as in `attend`")]
 unsafe fn add_values<L: Lanes, T: Element, const N: usize>(
     scores: &[[MaybeUninit<f32>; CHUNK * LANES]; TILE],
     q: usize,
-    column: usize,
-    rows: usize,
-    values: *const T,
+    blocks: &[Block<T>; CHUNK],
     size: usize,
     out: *mut f32,
 ) {
@@ -351,16 +364,21 @@ unsafe fn add_values<L: Lanes, T: Element, const N: usize>(
                     sums[n][i] = L::load(out.add((q + n) * size + e + i * LANES));
                 }
             }
-            for row in 0..rows {
-                let from = values.add(row * size + e);
-                let mut values = [L::splat(0.0); WIDE];
-                for i in 0..WIDE {
-                    values[i] = T::load::<L>(from.add(i * LANES));
-                }
-                for n in 0..N {
-                    let p = L::splat(*scores[q + n].as_ptr().cast::<f32>().add(column + row));
+            for b in 0..CHUNK {
+                for row in 0..blocks[b].rows {
+                    let at = row * size + e;
+                    let mut values = [L::splat(0.0); WIDE];
                     for i in 0..WIDE {
-                        sums[n][i] = p.fma(values[i], sums[n][i]);
+                        if q == 0 {
+                            L::prefetch_second(blocks[b].next.wrapping_add(at + i * LANES).cast());
+                        }
+                        values[i] = T::load::<L>(blocks[b].values.add(at + i * LANES));
+                    }
+                    for n in 0..N {
+                        let p = L::splat(*scores[q + n].as_ptr().cast::<f32>().add(b * LANES + row));
+                        for i in 0..WIDE {
+                            sums[n][i] = p.fma(values[i], sums[n][i]);
+                        }
                     }
                 }
             }
@@ -373,9 +391,11 @@ unsafe fn add_values<L: Lanes, T: Element, const N: usize>(
         for n in 0..N {
             for e in wide..size {
                 let out = out.add((q + n) * size + e);
-                for row in 0..rows {
-                    let p = *scores[q + n].as_ptr().cast::<f32>().add(column + row);
-                    *out = p.mul_add((*values.add(row * size + e)).value(), *out);
+                for b in 0..CHUNK {
+                    for row in 0..blocks[b].rows {
+                        let p = *scores[q + n].as_ptr().cast::<f32>().add(b * LANES + row);
+                        *out = p.mul_add((*blocks[b].values.add(row * size + e)).value(), *out);
+                    }
                 }
             }
         }

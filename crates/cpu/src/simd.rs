@@ -136,6 +136,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn split_bytes(words: Self::Ints, to: *mut u8);
     /// Asks for the cache line at `at`, which need not be valid.
     unsafe fn prefetch(at: *const u8);
+    /// The same into the second-level cache only.
+    unsafe fn prefetch_second(at: *const u8);
 
     /// e^self to about one unit in the last place, for arguments up to 88; below -87 the result stays at e^-87.
     #[inline(always)]
@@ -341,6 +343,8 @@ impl Lanes for Scalar {
     }
     #[inline(always)]
     unsafe fn prefetch(_at: *const u8) {}
+    #[inline(always)]
+    unsafe fn prefetch_second(_at: *const u8) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -641,6 +645,11 @@ mod x86 {
             // SAFETY: the trait's contract. A prefetch never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
+        #[inline(always)]
+        unsafe fn prefetch_second(at: *const u8) {
+            // SAFETY: the trait's contract. A prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        }
     }
 
     /// Sixteen lanes in two registers.
@@ -934,6 +943,11 @@ mod x86 {
         unsafe fn prefetch(at: *const u8) {
             // SAFETY: the trait's contract. A prefetch never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn prefetch_second(at: *const u8) {
+            // SAFETY: the trait's contract. A prefetch never faults.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
         }
     }
 
