@@ -272,16 +272,3 @@ __device__ __forceinline__ float read_of_cluster(const float* own, uint32_t rank
     return *own;
 #endif
 }
-
-// A barrier of all blocks, of which every launch must have as many, all at work at a time.
-__device__ __forceinline__ void grid_barrier(uint32_t* counter, uint32_t blocks) {
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        uint32_t target = atomicAdd(counter, 1) / blocks * blocks + blocks, seen;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-        while (int(seen - target) < 0);
-        __threadfence();
-    }
-    __syncthreads();
-}

@@ -1,8 +1,8 @@
 // Both products of the experts' four-bit weights with few tokens each, at the speed of the memory, on Hopper and later. A block takes a
-// contiguous part of all rows of all experts, first of the first product, then, when all blocks have arrived, of the second. As many
-// tokens' activations as there is room for lie in its shared memory. Its warpgroups share what it has evenly, down to the single tile, and
-// each warp's weights come to shared memory by copies that run ahead, across the ends of rows, experts and products. (Bulk copies do the
-// same with more instructions, of which there are too many here.)
+// contiguous part of all rows of all experts, first of the first product, then, when the blocks with the same experts are done with theirs,
+// of the second. As many tokens' activations as there is room for lie in its shared memory. Its warpgroups share what it has evenly, down to
+// the single tile, and each warp's weights come to shared memory by copies that run ahead, across the ends of rows, experts and products.
+// (Bulk copies do the same with more instructions, of which there are too many here.)
 // Whoever includes this says how many warpgroups a block has, and how many tokens a pass: what registers and shared memory allow; and up to
 // how many tokens (ALONE) a warp multiplies without the others of its warpgroup.
 #pragma once
@@ -21,7 +21,7 @@ struct Few {
     Part parts[2];
     uint32_t* list;            // see `Routes`
     const float* logits;       // the router's, [n, experts], or null where the list is made already
-    uint32_t* barrier;         // counts the blocks that arrived, for ever
+    uint32_t* rounds;          // [blocks]: how often each block was done with its first product
     uint32_t n, experts, experts_per_token;
     uint32_t tokens;           // of a pass, at most: a multiple of eight, not above TOKENS
     uint32_t room;             // bytes of activations that fit in shared memory, at least those of a pass
@@ -56,6 +56,8 @@ struct Plan {
     Pass passes[2][MAX_PASSES];
     Phase phases[2][MAX_PASSES];
     uint32_t counts[2];        // of phases
+    uint32_t makers[2];        // the first and the last of the blocks that make what this one needs for its second product
+    uint32_t round;            // of this launch
 };
 // What Rust reserves beside the activations: weights, sums that warpgroups leave for one another, the plan.
 constexpr int HEAD_BYTES = SUMS * 128 * 4, PLAN_BYTES = 2048;
@@ -109,60 +111,73 @@ struct OwnRoutes {
     }
 };
 
+// The passes of the experts in the order of their numbers, a lane per expert.
+struct Passes {
+    uint32_t count, own;       // slots of the lane's expert; its passes in the lower half, their cost, by the unit, in the upper
+    uint32_t before;           // the same for all experts before
+    __device__ __forceinline__ Passes(const Few& p, const Routes& routes, uint32_t base) {
+        const uint32_t expert = base + threadIdx.x % WARP;
+        count = expert < routes.experts ? routes.count(expert) : 0;
+        own = (count + p.tokens - 1) / p.tokens * (1 | cost_of(count) << 16);
+    }
+    // `sum`: of the experts before `base`, and of those before the next ones afterwards.
+    __device__ __forceinline__ void add(uint32_t& sum) {
+        uint32_t end = own;
+#pragma unroll
+        for (int i = 1; i < WARP; i *= 2) {
+            uint32_t other = __shfl_up_sync(~0u, end, i);
+            if (threadIdx.x % WARP >= i) end += other;
+        }
+        before = sum + end - own;
+        sum += __shfl_sync(~0u, end, WARP - 1);
+    }
+};
+
 // What this block does of a product. By one warp.
 __device__ __forceinline__ void make_plan(Plan& plan, const Few& p, const Routes& routes, uint32_t part) {
-    constexpr int EACH = MAX_EXPERTS / WARP;
     const Matrix& m = p.parts[part].matrix;
-    const uint32_t lane = threadIdx.x % WARP, units = units_of(m);
-    // `number`, `cost`: of the passes of all experts before; `total`: of all, passes in the lower half, cost in the upper.
-    uint32_t count[EACH], slot[EACH], number[EACH], cost[EACH], total = 0;
-    auto passes_of = [&](uint32_t count) { return (count + p.tokens - 1) / p.tokens; };
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const uint32_t expert = i * WARP + lane;
-        count[i] = expert < routes.experts ? routes.count(expert) : 0;
-        slot[i] = expert < routes.experts ? routes.first_slot(expert) : 0;
+    const uint32_t lane = threadIdx.x % WARP, units = units_of(m), blocks = gridDim.x;
+    uint32_t all = 0;
+#pragma unroll 1
+    for (uint32_t base = 0; base < routes.experts; base += WARP) all += Passes(p, routes, base).own >> 16;
+    all = __reduce_add_sync(~0u, all);
+    // The units of all passes, one after the other, that begin before the block's share of all cost does, and before that share ends.
+    uint32_t begin = 0, end = 0, sum = 0;
+#pragma unroll 1
+    for (uint32_t base = 0; base < routes.experts; base += WARP) {
+        Passes now(p, routes, base);
+        now.add(sum);
+        const uint32_t one = cost_of(now.count), from = (now.before >> 16) * units;
+        auto units_before = [&](uint32_t block) {
+            const uint32_t share = all * units * block / blocks;
+            return share > from ? min((share - from + one - 1) / one, (now.own & 0xffff) * units) : 0;
+        };
+        begin += units_before(blockIdx.x), end += units_before(blockIdx.x + 1);
     }
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        number[i] = cost[i] = 0;
-        if (i * WARP >= routes.experts) continue;
-        const uint32_t own = passes_of(count[i]) * (1 | cost_of(count[i]) << 16);
-        uint32_t sum = own;
-#pragma unroll
-        for (int j = 1; j < WARP; j *= 2) {
-            uint32_t other = __shfl_up_sync(~0u, sum, j);
-            if (lane >= j) sum += other;
-        }
-        const uint32_t before = total + sum - own;
-        number[i] = before & 0xffff, cost[i] = before >> 16;
-        total += __shfl_sync(~0u, sum, WARP - 1);
-    }
-    // The units of all passes, one after the other, that begin before the block's share of all cost does.
-    auto units_before = [&](uint32_t block) {
-        const uint32_t share = (total >> 16) * units * block / gridDim.x;
-        uint32_t sum = 0;
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const uint32_t one = cost_of(count[i]), from = cost[i] * units;
-            if (i * WARP < routes.experts && share > from) sum += min((share - from + one - 1) / one, passes_of(count[i]) * units);
-        }
-        return __reduce_add_sync(~0u, sum);
-    };
-    const uint32_t begin = units_before(blockIdx.x), end = units_before(blockIdx.x + 1);
+    begin = __reduce_add_sync(~0u, begin), end = __reduce_add_sync(~0u, end);
     const uint32_t first = begin / units, last = begin < end ? (end + units - 1) / units : first;
     Pass* passes = plan.passes[part];
-#pragma unroll
-    for (int i = 0; i < EACH; i++) {
-        const uint32_t over = min(number[i] + passes_of(count[i]), last);
-        for (uint32_t pass = max(number[i], first); pass < over; pass++) {
-            const uint32_t before = (pass - number[i]) * p.tokens;
-            passes[pass - first] = {i * WARP + lane, slot[i] + before, int(min(count[i] - before, p.tokens)), pass * units,
+    // Where the passes from the first to the last begin and end among all cost.
+    uint32_t cost_begin = 0, cost_end = 0;
+    sum = 0;
+#pragma unroll 1
+    for (uint32_t base = 0; base < routes.experts; base += WARP) {
+        Passes now(p, routes, base);
+        now.add(sum);
+        const uint32_t number = now.before & 0xffff, over = min(number + (now.own & 0xffff), last);
+        for (uint32_t pass = max(number, first); pass < over; pass++) {
+            const uint32_t before = pass - number, slots = before * p.tokens, cost = (now.before >> 16) + before * cost_of(now.count);
+            passes[pass - first] = {base + lane, routes.first_slot(base + lane) + slots, int(min(now.count - slots, p.tokens)), pass * units,
                 min((pass + 1) * units, end), 0};
+            if (pass == first) cost_begin = cost;
+            if (pass + 1 == last) cost_end = cost + cost_of(now.count);
         }
     }
+    cost_begin = __reduce_max_sync(~0u, cost_begin), cost_end = __reduce_max_sync(~0u, cost_end);
     __syncwarp();
     if (lane) return;
+    // Of the first product blocks share the same experts in the same way.
+    if (part == 1) plan.makers[0] = cost_begin * blocks / max(all, 1), plan.makers[1] = min(cost_end * blocks / max(all, 1), blocks - 1);
     uint32_t phases = 0, used = 0;
     for (uint32_t i = 0; i < last - first; i++) {
         const uint32_t bytes = (rows_of(passes[i].n) * m.cols * 2 + 1023) / 1024 * 1024;
@@ -377,6 +392,23 @@ template <int N> __device__ __forceinline__ void wait_for_inputs() {
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
+// Says that this block is done with the first product, and waits for those whose results it needs. They must all be at work at a time, and
+// every launch have as many.
+__device__ __forceinline__ void wait_for_makers(const Few& p, const Plan& plan) {
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        __threadfence();
+        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p.rounds + blockIdx.x), "r"(plan.round) : "memory");
+    }
+    for (uint32_t block = plan.makers[0] + threadIdx.x; block <= plan.makers[1]; block += WARPS * WARP) {
+        uint32_t seen;
+        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p.rounds + block) : "memory");
+        while (int(seen - plan.round) < 0);
+        __threadfence();
+    }
+    __syncthreads();
+}
+
 // This warpgroup's share of a phase. Where a unit is shared, those that do not begin it leave their sums for the one that does: it is
 // the first thing that they do.
 __device__ __forceinline__ void multiply_phase(
@@ -458,6 +490,7 @@ __device__ __forceinline__ void experts(const Few& p) {
     __syncthreads();
     wait_for_previous();
     start_next();
+    if (threadIdx.x == 0) plan.round = __ldcg(p.rounds + blockIdx.x) + 1;
     if (p.logits) {
         own.choose_experts(p, routes);
         __syncthreads();
@@ -474,7 +507,7 @@ __device__ __forceinline__ void experts(const Few& p) {
     for (int i = 0; i < SLOTS; i++) weights.bring(p);
     int number = 0;
     for (int part = 0; part < 2; part++) {
-        if (part == 1) grid_barrier(p.barrier, gridDim.x);
+        if (part == 1) wait_for_makers(p, plan);
         for (int phase = 0; phase < int(plan.counts[part]); phase++, number++) {
             if (brought) {
                 wait_for_inputs<SLOTS>();

@@ -133,8 +133,8 @@ pub(crate) struct Arena {
     /// f32 `[tokens, experts]`
     router_logits: Buffer,
     routes: Buffer,
-    /// u32, counts the blocks of experts_few.cuh
-    barrier: Buffer,
+    /// u32 of each block of experts_few.cuh
+    rounds: Buffer,
     /// 16-bit `[slots, intermediate]`, plain or stacked
     pub(crate) activated: Buffer,
     /// f32 `[slots, hidden]`
@@ -359,7 +359,7 @@ impl Arena {
             arrivals: device.buffer((MAX_PARTS + tokens + 1) * 4)?,
             router_logits: device.buffer(tokens * config.experts * 4)?,
             routes: device.buffer(route_words(config, tokens) * 4)?,
-            barrier: device.buffer(4)?,
+            rounds: device.buffer(4 * device.multiprocessors())?,
             activated: device.buffer(slots * padded(config.intermediate_size) * 2)?,
             expert_outputs: device.buffer(slots * config.hidden_size * 4)?,
             logits: device.buffer(LOGIT_ROWS * config.vocab_size * 4)?,
@@ -1010,7 +1010,7 @@ impl Cuda {
             ],
             list: self.arena.routes.address(),
             logits: if self.own_routes(n) > 0 { self.arena.router_logits.address() } else { 0 },
-            barrier: self.arena.barrier.address(),
+            rounds: self.arena.rounds.address(),
             n: n as u32,
             experts: self.config.experts as u32,
             experts_per_token: self.config.experts_per_token as u32,
@@ -1020,7 +1020,7 @@ impl Cuda {
         };
         let grid = [self.device.multiprocessors() as u32, 1, 1];
         // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room. There are not more blocks than
-        // multiprocessors, so that all come to the barrier between the products, and every launch has as many.
+        // multiprocessors, so that all are at work when they wait for one another, and every launch has as many.
         unsafe { self.device.launch(kernel.name, grid, kernel.threads, kernel.shared, &params) }
     }
 

@@ -98,7 +98,7 @@ params! {
     }
     /// experts_few.cuh
     Few, 304 {
-        parts: [Part; 2], list: Address, logits: Address, barrier: Address,
+        parts: [Part; 2], list: Address, logits: Address, rounds: Address,
         n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, whole: u32,
     }
     /// quantize.cu
