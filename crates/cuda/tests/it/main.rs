@@ -626,7 +626,7 @@ fn other_work_on_the_device_changes_no_bit() {
         let one = |s: u32| SequencePlan { hidden_after_layer: Some(1), ..sequence(&[s * 31 % 4096], 0, s) };
         (0..n).map(one).collect()
     };
-    // BF16 experts, whose kernels have no barrier of all blocks: two of those would wait for one another's multiprocessors.
+    // BF16 experts, whose blocks wait for no others of their kernel: those of two models would wait for one another's multiprocessors.
     let weights = Synthetic::new(config, |_| Format::Bf16, 1);
     std::thread::scope(|scope| {
         for tokens in [64, 24] {
