@@ -107,23 +107,26 @@ template <int N> __device__ __forceinline__ void wait_for_products() { asm volat
 #define D48 D40, EIGHT(40)
 #define D56 D48, EIGHT(48)
 #define D64 D56, EIGHT(56)
-#define WGMMA(N, TYPE, OUT, IN, D)                                                                                         \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" OUT "}, " IN ", 1, 1, 1, 0;"          \
+#define WGMMA(N, TYPE, ADD, OUT, IN, D)                                                                                    \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE " {" OUT "}, " IN ", " ADD ", 1, 1, 0;"    \
                  : D                                                                                                       \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b))
-#define MULTIPLY(TYPE)                                                                                                     \
-    if constexpr (N == 8) WGMMA(8, TYPE, OUT4, "{%4, %5, %6, %7}, %8", D4);                                                \
-    if constexpr (N == 16) WGMMA(16, TYPE, OUT8, "{%8, %9, %10, %11}, %12", D8);                                           \
-    if constexpr (N == 24) WGMMA(24, TYPE, OUT12, "{%12, %13, %14, %15}, %16", D12);                                       \
-    if constexpr (N == 32) WGMMA(32, TYPE, OUT16, "{%16, %17, %18, %19}, %20", D16);                                       \
-    if constexpr (N == 48) WGMMA(48, TYPE, OUT24, "{%24, %25, %26, %27}, %28", D24);                                       \
-    if constexpr (N == 64) WGMMA(64, TYPE, OUT32, "{%32, %33, %34, %35}, %36", D32);                                       \
-    if constexpr (N == 80) WGMMA(80, TYPE, OUT40, "{%40, %41, %42, %43}, %44", D40);                                       \
-    if constexpr (N == 96) WGMMA(96, TYPE, OUT48, "{%48, %49, %50, %51}, %52", D48);                                       \
-    if constexpr (N == 112) WGMMA(112, TYPE, OUT56, "{%56, %57, %58, %59}, %60", D56);                                     \
-    if constexpr (N == 128) WGMMA(128, TYPE, OUT64, "{%64, %65, %66, %67}, %68", D64);
+#define MULTIPLY(TYPE, ADD)                                                                                                \
+    if constexpr (N == 8) WGMMA(8, TYPE, ADD, OUT4, "{%4, %5, %6, %7}, %8", D4);                                           \
+    if constexpr (N == 16) WGMMA(16, TYPE, ADD, OUT8, "{%8, %9, %10, %11}, %12", D8);                                      \
+    if constexpr (N == 24) WGMMA(24, TYPE, ADD, OUT12, "{%12, %13, %14, %15}, %16", D12);                                  \
+    if constexpr (N == 32) WGMMA(32, TYPE, ADD, OUT16, "{%16, %17, %18, %19}, %20", D16);                                  \
+    if constexpr (N == 48) WGMMA(48, TYPE, ADD, OUT24, "{%24, %25, %26, %27}, %28", D24);                                  \
+    if constexpr (N == 64) WGMMA(64, TYPE, ADD, OUT32, "{%32, %33, %34, %35}, %36", D32);                                  \
+    if constexpr (N == 80) WGMMA(80, TYPE, ADD, OUT40, "{%40, %41, %42, %43}, %44", D40);                                  \
+    if constexpr (N == 96) WGMMA(96, TYPE, ADD, OUT48, "{%48, %49, %50, %51}, %52", D48);                                  \
+    if constexpr (N == 112) WGMMA(112, TYPE, ADD, OUT56, "{%56, %57, %58, %59}, %60", D56);                                \
+    if constexpr (N == 128) WGMMA(128, TYPE, ADD, OUT64, "{%64, %65, %66, %67}, %68", D64);
 
-// d[64 rows][N tokens] += a[64][16] b[16][N]
-template <Format F, int N, int D> __device__ __forceinline__ void multiply(float (&d)[D], const uint32_t (&a)[4], uint64_t b) {
-    if constexpr (F == BF16) { MULTIPLY("bf16") } else { MULTIPLY("f16") }
+// d[64 rows][N tokens] += a[64][16] b[16][N], or without `ADD` =.
+template <Format F, int N, bool ADD = true, int D> __device__ __forceinline__ void multiply(float (&d)[D], const uint32_t (&a)[4], uint64_t b) {
+    if constexpr (F == BF16 && ADD) { MULTIPLY("bf16", "1") }
+    if constexpr (F == BF16 && !ADD) { MULTIPLY("bf16", "0") }
+    if constexpr (F == FP4 && ADD) { MULTIPLY("f16", "1") }
+    if constexpr (F == FP4 && !ADD) { MULTIPLY("f16", "0") }
 }

@@ -54,6 +54,9 @@ const INVARIANT_SHARES: usize = 4;
 const QUERY_ROWS: usize = 16;
 /// Rows of queries of a block of attention_many.cu.
 const TILE_QUERIES: usize = 128;
+/// Shared memory of attention_many_sm90.cu: `RAW` and room to align it to 1024 bytes; with E4M3 three stages more.
+const PROMPTS_SHARED: usize = 81_920 + 1024;
+const PROMPTS_SHARED_E4M3: usize = PROMPTS_SHARED + 3 * 8192;
 /// Device memory that is left to the driver, graphs and other programs.
 const RESERVE: usize = 512 << 20;
 
@@ -1098,16 +1101,14 @@ impl Cuda {
         };
         let e4m3 = self.options.cache == CacheFormat::E4m3;
         if shape.tiles > 0 {
-            // SAFETY: the tiles are of rows of this batch; the tables' blocks were checked with the plan.
-            unsafe {
-                self.device.launch(
-                    if e4m3 { "attend_many_e4m3" } else { "attend_many" },
-                    [shape.tiles as u32, kv_heads, 1],
-                    256,
-                    3 * 16384,
-                    &params,
-                )?
+            let (name, shared) = match (self.device.capability(), e4m3) {
+                (90, false) => ("attend_prompts", PROMPTS_SHARED),
+                (90, true) => ("attend_prompts_e4m3", PROMPTS_SHARED_E4M3),
+                (_, false) => ("attend_many", 3 * 16384),
+                (_, true) => ("attend_many_e4m3", 3 * 16384),
             };
+            // SAFETY: the tiles are of rows of this batch; the tables' blocks were checked with the plan.
+            unsafe { self.device.launch(name, [shape.tiles as u32, kv_heads, 1], 256, shared, &params)? };
         }
         if shape.singles > 0 {
             let Sharing { warps, splits } = if sliding { shape.sliding } else { shape.full };

@@ -77,6 +77,7 @@ const MODULES: &[Module] = &[
     (fatbin!("experts_some"), &["experts_some"], &[]),
     (fatbin!("attention"), &["attend_split", "attend_split_e4m3"], &[]),
     (fatbin!("attention_many"), &["attend_many", "attend_many_e4m3"], &[]),
+    (fatbin!("attention_many_sm90"), &["attend_prompts", "attend_prompts_e4m3"], &[90]),
     (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "gather", "largest", "read"], &[]),
     (fatbin!("sampling"), &["modify", "survey", "collect", "draw", "rank"], &[]),
     (fatbin!("quantize"), &["quantize"], &[]),
