@@ -124,6 +124,7 @@ __device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F,
         __syncwarp();
         if (++slot == S::SLOTS) slot = 0, slot_parity ^= 1;
     };
+    // The products of a column tile begin before those of the one before it are done: the tensor cores never wait for a warpgroup.
     auto step = [&](int k, int next, uint32_t (&now)[4][4], uint32_t (&then)[4][4]) {
         wait_barrier(ring.full(stage), parity);
         begin_products();
@@ -131,9 +132,9 @@ __device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F,
 #pragma unroll
         for (int j = 0; j < 4; j++) multiply<F, N>(d, now[j], descriptor(b, 32 * j));
         commit_products();
+        wait_for_products<1>();
+        if (threadIdx.x % 128 == 0 && k > begin) ring.leave(stage == 0 ? S::STAGES - 1 : stage - 1, k - 1, end);
         if (k + 1 < end) decode(k + 1, next, then);
-        wait_for_products<0>();
-        if (threadIdx.x % 128 == 0) ring.leave(stage, k, end);
         if (++stage == S::STAGES) stage = 0, parity ^= 1;
     };
     decode(begin, 0, a[0]);
@@ -143,6 +144,7 @@ __device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F,
         for (int i = 0; i < UNROLL; i++)
             if (k + i < end) step(k + i, (i + 1) % S::CHUNK, a[i % 2], a[(i + 1) % 2]);
     }
+    wait_for_products<0>();
 }
 
 // What a warpgroup without rows does: it takes part in the ring.
