@@ -2,27 +2,9 @@
 // copies that run ahead (registers would not do: a warp has too few scoreboards to wait for the oldest of many loads), decodes
 // them to registers, and they enter the warpgroup's tensor core instruction as its first operand. Activations, stacked (see
 // `activation_place`), come to shared memory in one bulk copy per 64 inputs.
-#include "epilogue.cuh"
-#include "hopper.cuh"
+#include "gemm_sm90.cuh"
 
-struct Gemm {
-    Matrix matrix;
-    const uint16_t* input;     // stacked
-    const uint32_t* list;      // experts: see `Routes`
-    Epilogue epilogue;
-    uint32_t n;                // tokens
-    uint32_t stack;            // of the input
-    uint32_t tile;             // dense: tokens of a tile, a multiple of eight
-    uint32_t experts, experts_per_token;
-    uint32_t padding;
-};
-static_assert(sizeof(Gemm) == sizeof(Matrix) + sizeof(Epilogue) + 40);
-
-constexpr int GROUPS = 2;                     // warpgroups of 64 rows
-constexpr int THREADS = GROUPS * 128;
-constexpr int ROW_TILES = GROUPS * 4;         // of a block
-constexpr int MAX_CLUSTER = 8;                // blocks
-constexpr int LINE = TILE_COLS * 2;           // bytes of a row of activations in shared memory
+constexpr int MAX_CLUSTER = 8; // blocks
 
 // Column tiles of weights that a warp brings at a time, and how many such chunks it has room for; stages of activations. All that
 // two blocks have room for beside each other.
@@ -31,12 +13,6 @@ template <Format F, int TOKENS> struct Sizes {
     static constexpr int STAGES = TOKENS == 64 ? 6 : F == FP4 ? 4 : 3, STAGE_BYTES = TOKENS * LINE;
     static constexpr int SCALES = CHUNK * 16 * Tile<F>::VECTORS, SLOT_BYTES = SCALES + (F == FP4 ? CHUNK * 64 : 0);
     static constexpr int WEIGHTS = STAGES * STAGE_BYTES, BYTES = WEIGHTS + ROW_TILES * SLOTS * SLOT_BYTES;
-};
-
-// What a block computes: 128 rows of one matrix for `n` rows of input from `first` on.
-struct Work {
-    uint32_t expert, first;
-    int n;
 };
 
 // The ring of activations in shared memory. A stage is filled by the first thread, and again by a thread of the warpgroup that is the
@@ -158,126 +134,6 @@ template <class S> __device__ __forceinline__ void watch(int begin, int end, con
     }
 }
 
-// A line of 64 values in shared memory for each token, then each in 128 contiguous bytes of memory.
-__device__ __forceinline__ void put_in_line(uint8_t* lines, int token, uint32_t position, uint16_t v) {
-    *(uint16_t*)(lines + token * LINE + ((position / 8 ^ token % 8) * 8 + position % 8) * 2) = v;
-}
-
-// What follows the sums: `d` has rows g and g + 8 of this warp's row tile, two tokens of every eight.
-template <int TOKENS>
-__device__ __forceinline__ void finish_sums(
-    const float (&d)[TOKENS / 2], const Gemm& p, const Work& work, int row_tile, int row_tiles, uint8_t* lines) {
-    const Epilogue& e = p.epilogue;
-    const int g = lane_row(), t = lane_quarter(), group = threadIdx.x / 128;
-    const bool mine = row_tile < row_tiles;
-    Affine affine = {0, 0, 0};
-    if (mine) affine.load(e, p.matrix, work.expert, row_tile, g);
-    const uint32_t head = row_tile / 4;
-    const bool query = e.kind == QKV && head < e.query_heads;
-    if (e.kind == SWIGLU || e.kind == QKV) {
-        // All stages have been read, and nothing more arrives in them.
-        __syncthreads();
-        if (e.kind == QKV) lines += group * TOKENS * LINE;
-    }
-    // Each pair of rows of each token.
-    auto each = [&](auto what) {
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j++) {
-            if (8 * j >= work.n) break;
-#pragma unroll
-            for (int i = 0; i < 2; i++) what(8 * j + 2 * t + i, d[4 * j + i], d[4 * j + 2 + i]);
-        }
-    };
-    if (e.kind == SWIGLU) {
-        const uint32_t position = product_position(row_tile % 8 * 8 + g);
-        each([&](int column, float a, float b) {
-            float y = swiglu(a * affine.scale + affine.a, b * affine.scale + affine.b, e.limit, e.alpha);
-            put_in_line(lines, column, position, activation(e.out_format, mine ? y : 0.f));
-        });
-    } else if (query) {
-        const uint32_t place = row_tile % 4 * 8 + g;
-        each([&](int column, float a, float b) {
-            if (column >= work.n) return;
-            const float* rotary = e.rotary + (work.first + column) * HEAD + place;
-            const float cos = __ldg(rotary), sin = __ldg(rotary + HEAD / 2);
-            const float x = a * affine.scale + affine.a, y = b * affine.scale + affine.b;
-            put_in_line(lines, column, place, activation(BF16, x * cos - y * sin));
-            put_in_line(lines, column, place + HEAD / 2, activation(BF16, y * cos + x * sin));
-        });
-    } else if (mine && e.kind == RESIDUAL) {
-        // Sixteen tokens' values on their way together.
-        const uint2 rows = stored_rows(e, row_tile, g);
-#pragma unroll
-        for (int j = 0; j < TOKENS / 8; j += 2) {
-            if (8 * j >= work.n) break;
-            float old[2][4];
-            auto visit = [&](auto what) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int column = 8 * (j + i / 2) + 2 * t + i % 2;
-                    if (column < work.n) what(i, e.out + size_t(work.first + column) * p.matrix.rows);
-                }
-            };
-            visit([&](int i, float* out) {
-                old[0][i] = rows.x < p.matrix.rows ? out[rows.x] : 0.f, old[1][i] = rows.y < p.matrix.rows ? out[rows.y] : 0.f;
-            });
-            visit([&](int i, float* out) {
-                const int at = 4 * (j + i / 2) + i % 2;
-                if (rows.x < p.matrix.rows) out[rows.x] = old[0][i] + (d[at] * affine.scale + affine.a);
-                if (rows.y < p.matrix.rows) out[rows.y] = old[1][i] + (d[at + 2] * affine.scale + affine.b);
-            });
-        }
-    } else if (mine) {
-        each([&](int column, float a, float b) {
-            if (column < work.n) finish(e, p.matrix, affine, row_tile, g, work.first + column, a, b);
-        });
-    }
-    if (e.kind != SWIGLU && e.kind != QKV) return;
-    __syncthreads();
-    // One line per token of the block, or of the warpgroup.
-    if (e.kind == QKV && !query) return;
-    const int threads = e.kind == QKV ? 128 : THREADS;
-    const uint32_t column_tile = row_tile / 8;
-    if (e.kind == SWIGLU && column_tile * TILE_COLS >= e.out_cols) return;
-    for (int at = threadIdx.x % threads; at < work.n * 8; at += threads) {
-        const int token = at / 8, piece = at % 8;
-        const uint32_t row = work.first + token;
-        // In a stack the pieces lie as they do here: the first row is a multiple of eight.
-        const uint4 v = *(const uint4*)(lines + token * LINE + (e.kind == QKV ? piece ^ token % 8 : piece) * 16);
-        uint16_t* to = e.kind == QKV ? e.out16 + (size_t(row) * e.query_heads + head) * HEAD
-                                     : e.out16 + (size_t(column_tile) * e.out_stack + row) * TILE_COLS;
-        *(uint4*)(to + piece * 8) = v;
-    }
-}
-
-// The tile of tokens of number `tile`, of experts one after the other; false if there are fewer. By each warp.
-template <int TOKENS> __device__ __forceinline__ bool find(Work& work, const Routes& routes, uint32_t tile) {
-    const uint32_t lane = threadIdx.x % WARP;
-    for (uint32_t base = 0; base < routes.experts; base += WARP) {
-        const uint32_t count = base + lane < routes.experts ? routes.count(base + lane) : 0, tiles = (count + TOKENS - 1) / TOKENS;
-        uint32_t end = tiles;
-#pragma unroll
-        for (int i = 1; i < WARP; i *= 2) {
-            uint32_t other = __shfl_up_sync(~0u, end, i);
-            if (lane >= i) end += other;
-        }
-        const uint32_t found = __ballot_sync(~0u, tile < end);
-        if (found) {
-            const int from = __ffs(found) - 1;
-            work.expert = base + from;
-            const int all = __shfl_sync(~0u, count, from), own_tiles = __shfl_sync(~0u, tiles, from);
-            const int own = tile - (__shfl_sync(~0u, end, from) - own_tiles);
-            // Tiles of equal size, so that none is nearly empty.
-            const int size = (all + 8 * own_tiles - 1) / (8 * own_tiles) * 8;
-            work.first = routes.first_slot(work.expert) + own * size;
-            work.n = min(all - own * size, size);
-            return work.n > 0;
-        }
-        tile -= __shfl_sync(~0u, end, WARP - 1);
-    }
-    return false;
-}
-
 // `blockIdx.x`: 128 rows; `blockIdx.z`: tokens. With `SPLIT` the blocks of a cluster (`blockIdx.y`) share the inputs and put their
 // sums together.
 template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinline__ void gemm(const Gemm& p) {
@@ -376,11 +232,7 @@ template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinli
 
 #define KERNEL(NAME, ...)                                                                             \
     extern "C" __global__ void __launch_bounds__(THREADS, 2) NAME(const __grid_constant__ Gemm p) { __VA_ARGS__(p); }
-KERNEL(gemm_bf16, gemm<BF16, 128, false, false>)
-KERNEL(gemm_fp4, gemm<FP4, 128, false, false>)
 KERNEL(gemm_bf16_split, gemm<BF16, 128, false, true>)
 KERNEL(gemm_fp4_split, gemm<FP4, 128, false, true>)
-KERNEL(gemm_experts_bf16, gemm<BF16, 128, true, false>)
-KERNEL(gemm_experts_fp4, gemm<FP4, 128, true, false>)
 KERNEL(gemm_experts_bf16_few, gemm<BF16, 64, true, false>)
 KERNEL(gemm_experts_fp4_few, gemm<FP4, 64, true, false>)

@@ -64,13 +64,13 @@ __device__ __forceinline__ Tile<FP4> load_tile(uint32_t words, uint32_t scales) 
 }
 
 // The same as the first operands of four products.
-__device__ __forceinline__ void decode_shared(uint32_t words, uint32_t scales, uint32_t (&a)[4][4]) {
-    const Tile<FP4> tile = load_tile(words, scales);
+__device__ __forceinline__ void decode(const Tile<FP4>& tile, uint32_t (&a)[4][4]) {
     uint32_t scale[2];
     tile.scale(scale);
 #pragma unroll
     for (int j = 0; j < 4; j++) tile.fragment(j, scale, a[j]);
 }
+__device__ __forceinline__ void decode_shared(uint32_t words, uint32_t scales, uint32_t (&a)[4][4]) { decode(load_tile(words, scales), a); }
 
 // The second operand in shared memory: rows of 128 bytes, their 16-byte pieces exchanged by the row's number modulo 8. The lower half of
 // its descriptor counts in 16 bytes, so that an offset is added to it.

@@ -953,7 +953,7 @@ impl Cuda {
         let name = if matrix.format() == FP4 { "gemm_fp4" } else { "gemm_bf16" };
         let grid = [blocks as u32, 1, n.div_ceil(tile) as u32];
         // SAFETY: as above.
-        unsafe { self.device.launch(name, grid, 256, GEMM_SHARED, &params(tile)) }
+        unsafe { self.device.launch(name, grid, 256, gemm_many_shared(matrix.format()), &params(tile)) }
     }
 
     /// The kernel of experts_few.cuh for `n` tokens, and how it goes through the experts of a layer.
@@ -1049,8 +1049,9 @@ impl Cuda {
         let tiles = pairs / tokens + self.config.experts.min(pairs);
         let params = Gemm { stack: self.slot_stack(n), ..self.gemm_params(matrix, input, n, epilogue) };
         let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, 1, tiles as u32];
+        let shared = if few { GEMM_SHARED } else { gemm_many_shared(matrix.format()) };
         // SAFETY: the slots are those of `n` tokens, for which the arena has room.
-        unsafe { self.device.launch(name, grid, 256, GEMM_SHARED, &params) }
+        unsafe { self.device.launch(name, grid, 256, shared, &params) }
     }
 
     fn gemm_params(&self, matrix: &PackedMatrix, input: Address, n: usize, epilogue: Epilogue) -> Gemm {
@@ -1373,16 +1374,21 @@ const DENSE_WARPS: u32 = 12;
 const DENSE_SHARED: usize = DENSE_WARPS as usize * 8 * 2048;
 /// Up to so many tokens have kernels of their own.
 const FEW_TOKENS: usize = 8;
-/// Tokens of a block of gemm_sm90.cu, at most.
+/// Tokens of a block of gemm_many_sm90.cu, and of gemm_sm90.cu, at most.
 const GEMM_TOKENS: usize = 128;
-/// Row tiles of a block of gemm_sm90.cu.
+/// Row tiles of a block of either.
 const GEMM_ROW_TILES: usize = 8;
-/// Its shared memory, at most: `Sizes::BYTES`, and room to align them to 1024 bytes.
+/// Shared memory of gemm_sm90.cu, at most: `Sizes::BYTES`, and room to align them to 1024 bytes.
 const GEMM_SHARED: usize = 104_448 + 1024;
 /// Blocks of a cluster, at most.
 const MAX_CLUSTER: usize = 8;
 /// Threads of a block of the product kernels.
 const PRODUCT_THREADS: u32 = 256;
+
+/// Shared memory of a block of gemm_many_sm90.cu: its `Sizes::BYTES`.
+fn gemm_many_shared(format: u32) -> usize {
+    if format == FP4 { 102_592 } else { 114_944 }
+}
 
 /// Rows of a stack of activations of which `rows` are used: whole eights, and a tile more that is read but not used.
 fn stack_rows(rows: usize) -> usize {
