@@ -53,3 +53,21 @@ template <> struct Cached<CACHE_E4M3> {
     static __device__ __forceinline__ float key_factor(const Attention& p) { return 0.125f * LOG2_E * E4M3_WIDENED * p.key_scale; }
     static __device__ __forceinline__ float value_factor(const Attention& p) { return E4M3_WIDENED * p.value_scale; }
 };
+
+// Attention of prompts takes 64 keys at a time, and has them in shared memory: keys, then values.
+constexpr int KEYS = 64, PAGES = KEYS / BLOCK_TOKENS;
+constexpr int HALF = KEYS * HEAD * 2, STAGE = 2 * HALF; // bytes
+
+// Where a piece of 16 bytes lies there: such that eight rows of one column of pieces are in different banks, as products of a warpgroup
+// expect it. Keys: [key][8 pieces of dimensions]; values: [page][dimension][2 pieces of keys].
+__device__ __forceinline__ uint32_t key_place(uint32_t key, uint32_t piece) { return key * 128 + ((piece ^ key % 8) << 4); }
+__device__ __forceinline__ uint32_t value_place(uint32_t page, uint32_t d, uint32_t piece) {
+    return HALF + page * 2048 + d * 32 + ((piece ^ (d / 4 & 1)) << 4);
+}
+
+// 2^v, to some units of f32: weights are rounded to 16 bits.
+__device__ __forceinline__ float power(float v) {
+    float p;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(v));
+    return p;
+}

@@ -4,28 +4,13 @@
 #include "attention.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
-constexpr int KEYS = 64, PAGES = KEYS / BLOCK_TOKENS;
-constexpr int STAGES = 3, HALF = KEYS * HEAD * 2, STAGE = 2 * HALF; // bytes: keys, then values
+constexpr int STAGES = 3;
 
 __device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t from) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
                  : "r"(from)
                  : "memory");
-}
-
-// 2^v, to some units of f32: weights are rounded to BF16.
-__device__ __forceinline__ float power(float v) {
-    float p;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(v));
-    return p;
-}
-
-// Where a piece of 16 bytes lies: such that eight rows of one column of pieces are in different banks.
-// Keys: [key][8 pieces of dimensions]; values: [page][dimension][2 pieces of keys].
-__device__ __forceinline__ uint32_t key_place(uint32_t key, uint32_t piece) { return key * 128 + ((piece ^ key % 8) << 4); }
-__device__ __forceinline__ uint32_t value_place(uint32_t page, uint32_t d, uint32_t piece) {
-    return HALF + page * 2048 + d * 32 + ((piece ^ (d / 4 & 1)) << 4);
 }
 
 template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p) {

@@ -6,29 +6,15 @@
 #include "hopper.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
-constexpr int KEYS = 64, PAGES = KEYS / BLOCK_TOKENS;
-constexpr int HALF = KEYS * HEAD * 2, STAGE = 2 * HALF; // bytes: keys, then values
 constexpr int STAGES = 4, AHEAD = STAGES - 1;
 constexpr int LINES = STAGES * STAGE;                   // where a row's output is put together, 128 bytes
 constexpr int RAW = LINES + WARPS * 16 * 128;           // E4M3: as they are in the cache
 constexpr int RAW_STAGE = STAGE / 2;
+static_assert(RAW == 81920 && AHEAD * RAW_STAGE == 3 * 8192, "what the launch gives");
 
-// Where a piece of 16 bytes lies, as products read them. Keys: [key][8 pieces of dimensions]; values: [page][dimension][2 pieces of
-// keys].
-__device__ __forceinline__ uint32_t key_place(uint32_t key, uint32_t piece) { return key * 128 + ((piece ^ key % 8) << 4); }
-__device__ __forceinline__ uint32_t value_place(uint32_t page, uint32_t d, uint32_t piece) {
-    return HALF + page * 2048 + d * 32 + ((piece ^ (d / 4 & 1)) << 4);
-}
 // The values of a page: rows of 32 bytes, eight of them in 256.
 __device__ __forceinline__ uint64_t values_descriptor(uint32_t address) {
     return uint64_t(256 >> 4 | 3u << 30) << 32 | descriptor_of(address);
-}
-
-// 2^v, to some units of f32: weights are rounded to 16 bits.
-__device__ __forceinline__ float power(float v) {
-    float p;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(p) : "f"(v));
-    return p;
 }
 
 // What a thread brings of 64 keys: of keys one piece of eight dimensions of two keys, of values one piece of eight keys of two

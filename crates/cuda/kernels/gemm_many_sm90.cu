@@ -16,6 +16,7 @@ template <Format F> struct Sizes {
     static constexpr int WEIGHTS = STAGES * STAGE_BYTES, BARRIERS = WEIGHTS + ROW_TILES * SLOTS * SLOT_BYTES;
     static constexpr int BYTES = BARRIERS + (2 * STAGES + ROW_TILES * SLOTS) * 8;
 };
+static_assert(Sizes<FP4>::BYTES == 102592 && Sizes<BF16>::BYTES == 114944, "what the launch gives");
 
 // The activations of a block. A stage is full when its bytes have arrived, and empty again when a thread of each warpgroup has said so.
 template <Format F> struct Activations {

@@ -1,4 +1,5 @@
-// Products of packed weights with many tokens on Hopper. Each warp brings the tiles of its own rows to shared memory by bulk
+// Products of packed weights on Hopper where gemm_many_sm90.cu has too few blocks, so that several share the inputs, or where an expert
+// has few tokens, so that weights are read further ahead. Each warp brings the tiles of its own rows to shared memory by bulk
 // copies that run ahead (registers would not do: a warp has too few scoreboards to wait for the oldest of many loads), decodes
 // them to registers, and they enter the warpgroup's tensor core instruction as its first operand. Activations, stacked (see
 // `activation_place`), come to shared memory in one bulk copy per 64 inputs.

@@ -60,20 +60,11 @@ const MODULES: &[Module] = &[
     ),
     (
         fatbin!("gemm_sm90"),
-        &[
-            "gemm_bf16_split",
-            "gemm_fp4_split",
-            "gemm_experts_bf16_few",
-            "gemm_experts_fp4_few",
-        ],
+        &["gemm_bf16_split", "gemm_fp4_split", "gemm_experts_bf16_few", "gemm_experts_fp4_few"],
         &[90],
     ),
     (fatbin!("product_few_sm90"), &["product_few_8", "product_few_16", "product_few_32"], &[90]),
-    (
-        fatbin!("gemm_many_sm90"),
-        &["gemm_bf16", "gemm_fp4", "gemm_experts_bf16", "gemm_experts_fp4"],
-        &[90],
-    ),
+    (fatbin!("gemm_many_sm90"), &["gemm_bf16", "gemm_fp4", "gemm_experts_bf16", "gemm_experts_fp4"], &[90]),
     (fatbin!("experts_few"), &["experts_few"], &[]),
     (fatbin!("experts_some"), &["experts_some"], &[]),
     (fatbin!("attention"), &["attend_split", "attend_split_e4m3"], &[]),
