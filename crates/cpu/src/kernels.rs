@@ -75,7 +75,11 @@ impl Isa {
         match self {
             Isa::Scalar => true,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma"),
+            Isa::Avx2 => {
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+            }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 is_x86_feature_detected!("avx512f")
@@ -238,7 +242,7 @@ macro_rules! instantiate {
 
 instantiate!(scalar, Isa::Scalar, Scalar, 2, 1);
 #[cfg(target_arch = "x86_64")]
-instantiate!(avx2, Isa::Avx2, Avx2, 4, 1, "avx,avx2,fma");
+instantiate!(avx2, Isa::Avx2, Avx2, 4, 1, "avx,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512,

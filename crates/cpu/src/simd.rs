@@ -13,8 +13,8 @@ pub(crate) const E2M1_OFFSET: i32 = 12;
 /// Twice the value of each E2M1 code plus [`E2M1_OFFSET`].
 const E2M1_BYTES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
-/// 2^120: between the exponent biases of E4M3 and f32.
-const E4M3_BIAS: f32 = f32::from_bits((127 + 120) << 23);
+/// 2^8: between the exponent biases of E4M3 and of f16.
+const E4M3_BIAS: f32 = 256.0;
 
 /// Adding this to a small f32 leaves its nearest integer in the low mantissa bits.
 pub(crate) const ROUND: f32 = 12_582_912.0;
@@ -75,8 +75,8 @@ pub(crate) trait Lanes: Copy {
         lanes[0]
     }
 
-    /// Non-negative E4M3 bytes: the bits moved to the place of an f32's, times the difference of the biases. Exact for
-    /// the subnormal bytes too.
+    /// Non-negative E4M3 bytes: the bits moved to the place of an f16's, times the difference of the biases. Exact for
+    /// the subnormal bytes too, and no f32 is subnormal on the way, with which some CPUs multiply a hundred times slower.
     unsafe fn e4m3(from: *const u8) -> Self;
     /// E8M0 bytes. 2^-127, byte 0, is the only one below the normal range.
     unsafe fn e8m0(from: *const u8) -> Self;
@@ -248,7 +248,7 @@ impl Lanes for Scalar {
     unsafe fn e4m3(from: *const u8) -> Self {
         // SAFETY: valid for sixteen bytes by the trait's contract.
         let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
-        Scalar(bytes.map(|byte| f32::from_bits(u32::from(byte) << 20) * E4M3_BIAS))
+        Scalar(bytes.map(|byte| half::f16::from_bits(u16::from(byte) << 7).to_f32() * E4M3_BIAS))
     }
     #[inline(always)]
     unsafe fn e8m0(from: *const u8) -> Self {
@@ -466,8 +466,8 @@ mod x86 {
         unsafe fn e4m3(from: *const u8) -> Self {
             // SAFETY: the trait's contract.
             unsafe {
-                let bits = _mm512_slli_epi32::<20>(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())));
-                Avx512(_mm512_mul_ps(_mm512_castsi512_ps(bits), _mm512_set1_ps(super::E4M3_BIAS)))
+                let bits = _mm256_slli_epi16::<7>(_mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast())));
+                Avx512(_mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(super::E4M3_BIAS)))
             }
         }
         #[inline(always)]
@@ -1044,8 +1044,8 @@ mod x86 {
     unsafe fn e4m3_8(from: *const u8) -> __m256 {
         // SAFETY: as above, and eight bytes are valid.
         unsafe {
-            let bits = _mm256_slli_epi32::<20>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(from.cast())));
-            _mm256_mul_ps(_mm256_castsi256_ps(bits), _mm256_set1_ps(super::E4M3_BIAS))
+            let bits = _mm_slli_epi16::<7>(_mm_cvtepu8_epi16(_mm_loadl_epi64(from.cast())));
+            _mm256_mul_ps(_mm256_cvtph_ps(bits), _mm256_set1_ps(super::E4M3_BIAS))
         }
     }
 
@@ -1085,6 +1085,44 @@ mod x86 {
             let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
             let v = _mm_add_ps(v, _mm_movehl_ps(v, v));
             _mm_cvtss_f32(_mm_add_ss(v, _mm_shuffle_ps::<1>(v, v)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::kernels::Isa;
+
+    #[test]
+    fn every_scale_has_its_value() {
+        fn check<L: Lanes>(isa: Isa) {
+            if !isa.is_available() {
+                return;
+            }
+            for first in (0..=240).step_by(LANES) {
+                let bytes: [u8; LANES] = std::array::from_fn(|i| first + i as u8);
+                let (mut e4m3, mut e8m0) = ([0.0; LANES], [0.0; LANES]);
+                // SAFETY: the instruction set is available; the arrays have sixteen elements.
+                unsafe {
+                    L::e4m3(bytes.as_ptr()).store(e4m3.as_mut_ptr());
+                    L::e8m0(bytes.as_ptr()).store(e8m0.as_mut_ptr());
+                }
+                for (i, byte) in bytes.into_iter().enumerate() {
+                    if byte < 0x7f {
+                        assert_eq!(e4m3[i], numerics::e4m3::decode(byte), "{isa:?}, {byte}");
+                    }
+                    if byte < numerics::e8m0::NAN {
+                        assert_eq!(e8m0[i], numerics::e8m0::decode(byte), "{isa:?}, {byte}");
+                    }
+                }
+            }
+        }
+        check::<Scalar>(Isa::Scalar);
+        #[cfg(target_arch = "x86_64")]
+        {
+            check::<Avx2>(Isa::Avx2);
+            check::<Avx512>(Isa::Avx512);
         }
     }
 }
