@@ -167,21 +167,29 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
     start_next();
     const int group = p.query_heads / p.kv_heads, rows = min(group, ROWS), heads = p.query_heads / rows;
     const int split = blockIdx.y, warps = p.warps, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
+    const int shift = __ffs(warps) - 1; // `warps` is a power of two
     // Of this warp; where a block has several pairs, the last may have none.
-    const int first_pair = blockIdx.x * (WARPS / warps), pair = first_pair + warp / warps;
+    const int first_pair = blockIdx.x * (WARPS >> shift), pair = first_pair + (warp >> shift);
     const bool some = pair < int(p.n) * heads;
     const int token = some ? pair / heads : 0, head = pair % heads, kv = head * rows / group;
     const int end = p.positions[token], begin = p.window ? max(0, end + 1 - (int)p.window) : 0;
     // The same for all pairs of a block, of which there are several only where nothing is split.
     const int splits = own_splits(p, end);
     if (split >= splits) return;
-    Pages pages = {p.table + (int)p.table_starts[p.sequences[token]], begin / BLOCK_TOKENS + split * warps + warp % warps,
+    Pages pages = {p.table + (int)p.table_starts[p.sequences[token]], begin / BLOCK_TOKENS + split * warps + (warp & (warps - 1)),
         some ? end / BLOCK_TOKENS : -1, splits * warps, 0, 0};
     Page<C> page = {};
     const int first = pages.first, last = pages.last;
     const uint32_t block = pages.next();
     const bool ahead = p.ahead && first < last;
     if (ahead) page.load(p, block, kv);
+    // What each warp's part counts for in the whole of a row is found by a thread per row and warp; what each block's part counts for, by a
+    // warp per row. The row's sink, one more logit of the denominator without a value, comes from far: it is loaded before the wait.
+    const int weighed = threadIdx.x >> shift & (ROWS - 1), from = (threadIdx.x / ROWS & ~(warps - 1)) + (threadIdx.x & (warps - 1));
+    const int sink_head = splits == 1 ? (first_pair + (from >> shift)) % heads * rows + weighed : head * rows + warp;
+    const bool sinks = splits == 1 ? weighed < rows && from < WARPS : warp < rows;
+    const float sink = sinks ? p.sinks[sink_head] * LOG2_E : NOTHING;
+    int store_token = first_pair / heads, store_head = first_pair % heads;
 
     wait_for_previous();
     Queries<C> q;
@@ -210,42 +218,38 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
     }
     __syncthreads();
 
-    // The sink is one more logit of the denominator, without a value.
-    auto sink_of = [&](int head, int row) { return p.sinks[head * rows + row] * LOG2_E; };
     auto mine_of = [&](int split) { return p.partial + (size_t(pair) * p.splits + split) * ROWS * PART; };
-    // What each warp's part counts for in the whole of a row: a thread per row and warp.
     if (threadIdx.x < ROWS * WARPS) {
-        const int from = threadIdx.x / (ROWS * warps) * warps + threadIdx.x % warps, row = threadIdx.x / warps % ROWS;
-        const int head = (first_pair + from / warps) % heads;
-        const float own = part[from][row][HEAD];
-        const float sink = splits == 1 && row < rows ? sink_of(head, row) : NOTHING;
-        float max = fmaxf(own, sink);
+        const float own = part[from][weighed][HEAD], own_sink = splits == 1 ? sink : NOTHING;
+        float max = fmaxf(own, own_sink);
         for (int i = 1; i < warps; i *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-        float shrink = exp2f(own - max), sum = shrink * part[from][row][HEAD + 1];
+        float shrink = exp2f(own - max), sum = shrink * part[from][weighed][HEAD + 1];
         for (int i = 1; i < warps; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-        if (splits > 1) mine_of(split)[row * PART + HEAD] = max, mine_of(split)[row * PART + HEAD + 1] = sum;
-        else shrink /= sum + exp2f(sink - max);
-        factor[from][row] = shrink;
+        if (splits > 1) mine_of(split)[weighed * PART + HEAD] = max, mine_of(split)[weighed * PART + HEAD + 1] = sum;
+        else shrink /= sum + exp2f(own_sink - max);
+        factor[from][weighed] = shrink;
     }
     __syncthreads();
     // Two dimensions of a row by each thread.
-    auto store = [&](int pair, int row, int d, float2 v) {
+    auto store = [&](int row, int d, float2 v) {
         const uint32_t low = activation(p.out_format, v.x), high = activation(p.out_format, v.y);
-        const uint32_t column = pair % heads * rows * HEAD + row * HEAD + d;
-        *(uint32_t*)(p.out + activation_place(p.out_stack, p.query_heads * HEAD, pair / heads, column)) = low | high << 16;
+        const uint32_t column = (store_head * rows + row) * HEAD + d;
+        *(uint32_t*)(p.out + activation_place(p.out_stack, p.query_heads * HEAD, store_token, column)) = low | high << 16;
     };
     const int row_of = threadIdx.x / (HEAD / 2), d = threadIdx.x % (HEAD / 2) * 2;
-    for (int i = 0; i < WARPS / warps; i++) {
+    for (int i = 0; i < WARPS >> shift; i++) {
         if (row_of >= rows || first_pair + i >= int(p.n) * heads) break;
         float2 out = make_float2(0, 0);
         for (int w = i * warps; w < (i + 1) * warps; w++) {
             const float2 v = *(const float2*)(part[w][row_of] + d);
             out.x += factor[w][row_of] * v.x, out.y += factor[w][row_of] * v.y;
         }
-        if (splits == 1) store(first_pair + i, row_of, d, out);
+        if (splits == 1) store(row_of, d, out);
         else *(float2*)(mine_of(split) + row_of * PART + d) = out;
+        if (++store_head == heads) store_head = 0, store_token++;
     }
     if (splits == 1) return;
+    store_token = token, store_head = head;
     __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) arrived = atomicAdd(p.arrivals + pair, 1);
@@ -257,7 +261,7 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
     if (warp < rows) {
         const float* own_part = mine_of(lane) + warp * PART;
         const bool inside = lane < splits;
-        const float own = inside ? __ldcg(own_part + HEAD) : NOTHING, sink = sink_of(head, warp);
+        const float own = inside ? __ldcg(own_part + HEAD) : NOTHING;
         float max = fmaxf(own, sink);
 #pragma unroll
         for (int i = WARP / 2; i; i /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
@@ -272,7 +276,7 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
         const float2 v = __ldcg((const float2*)(mine_of(k) + row_of * PART + d));
         out.x += shares[row_of][k] * v.x, out.y += shares[row_of][k] * v.y;
     }
-    store(pair, row_of, d, out);
+    store(row_of, d, out);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) attend_split(const __grid_constant__ Attention p) { split<CACHE_BF16>(p); }

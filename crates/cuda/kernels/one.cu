@@ -683,7 +683,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output
     extern "C" __global__ void __maxnreg__(REGISTERS) NAME(const __grid_constant__ One p) { __VA_ARGS__(p); }
 KERNEL(one_qkv_bf16, 56, qkv<BF16, 1, 3>)
 KERNEL(one_qkv_fp4, 56, qkv<FP4, 3, 3>)
-KERNEL(one_attended_bf16, 56, attended<BF16, 1, 2>)
+KERNEL(one_attended_bf16, 56, attended<BF16, 1, 3>)
 KERNEL(one_attended_fp4, 56, attended<FP4, 4, 1>)
 KERNEL(one_experts_bf16, 48, both_products<BF16, 1, 2>)
 KERNEL(one_experts_fp4, 48, both_products<FP4, 3, 2>)

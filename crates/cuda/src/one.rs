@@ -102,7 +102,7 @@ impl OneToken {
     }
 
     fn attended_shared(&self, layer: &Layer) -> usize {
-        layer.output.padded_cols() * 2 + WARPS * flow_bytes(layer.output.format(), (1, 2), (4, 1))
+        layer.output.padded_cols() * 2 + WARPS * flow_bytes(layer.output.format(), (1, 3), (4, 1))
     }
 
     fn experts_shared(&self, layer: &Layer) -> usize {
