@@ -52,7 +52,8 @@ pub fn perplexity(
         progress(done);
         for (position, chunk) in chunks(window) {
             let score = Some(Score { next: successors(window, position, chunk.len()), top: 0 });
-            let output = step(backend, SequencePlan { score, ..sequence(chunk, position) })?;
+            let output =
+                step(backend, SequencePlan { score, ..SequencePlan::in_blocks(chunk, position, 0) })?;
             sum -= output.scores.iter().map(|s| f64::from(s.logprob)).sum::<f64>();
             tokens += output.scores.len();
         }
@@ -83,7 +84,7 @@ pub fn divergence(
     for (done, window) in windows.iter().enumerate() {
         progress(done);
         for (position, chunk) in chunks(window) {
-            let plan = SequencePlan { logits: true, ..sequence(chunk, position) };
+            let plan = SequencePlan { logits: true, ..SequencePlan::in_blocks(chunk, position, 0) };
             let found = step(model, plan.clone())?.logits;
             let expected = step(reference, plan)?.logits;
             let rows = found.chunks_exact(vocabulary).zip(expected.chunks_exact(vocabulary));
@@ -132,17 +133,6 @@ fn chunks(window: &[u32]) -> impl Iterator<Item = (usize, &[u32])> {
 /// The tokens that follow those of a chunk; one fewer at the end of the window.
 fn successors(window: &[u32], position: usize, len: usize) -> Vec<u32> {
     window[position + 1..(position + 1 + len).min(window.len())].to_vec()
-}
-
-fn sequence(chunk: &[u32], position: usize) -> SequencePlan {
-    let blocks: Vec<u32> = (0..(position + chunk.len()).div_ceil(BLOCK_TOKENS) as u32).collect();
-    SequencePlan {
-        tokens: chunk.to_vec(),
-        position,
-        full_blocks: blocks.clone(),
-        sliding_blocks: blocks,
-        ..SequencePlan::default()
-    }
 }
 
 fn step(backend: &mut dyn Backend, sequence: SequencePlan) -> Result<SequenceOutput, Error> {

@@ -128,6 +128,21 @@ pub struct SequencePlan {
     pub hidden_after_layer: Option<usize>,
 }
 
+impl SequencePlan {
+    /// Tokens from `position` on of a sequence that has, of both kinds, the blocks from `first` on to itself.
+    pub fn in_blocks(tokens: &[u32], position: usize, first: BlockId) -> SequencePlan {
+        let count = (position + tokens.len()).div_ceil(BLOCK_TOKENS) as BlockId;
+        let blocks: Vec<BlockId> = (first..first + count).collect();
+        SequencePlan {
+            tokens: tokens.to_vec(),
+            position,
+            full_blocks: blocks.clone(),
+            sliding_blocks: blocks,
+            ..SequencePlan::default()
+        }
+    }
+}
+
 /// How the next token is drawn. `Default` is greedy.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Sampling {

@@ -136,19 +136,15 @@ impl Test {
         let blocks = (self.depth + self.tokens + warm_up).div_ceil(BLOCK_TOKENS) as u32;
         let vocabulary = model.config().vocab_size as u32;
         let sequence = |s: usize| {
-            let table: Vec<u32> = (0..blocks).map(|b| s as u32 * blocks + b).collect();
             let token = |i: usize| {
                 let mixed = (position + i) as u32 ^ (s as u32) << 16 ^ seed << 24;
                 mixed.wrapping_mul(0x9e37_79b9) % vocabulary
             };
+            let tokens: Vec<u32> = (0..count).map(token).collect();
             SequencePlan {
-                tokens: (0..count).map(token).collect(),
-                position,
                 generated: if self.prompt { 0 } else { count },
-                full_blocks: table.clone(),
-                sliding_blocks: table,
                 sample: vec![Sampling::default()],
-                ..SequencePlan::default()
+                ..SequencePlan::in_blocks(&tokens, position, s as u32 * blocks)
             }
         };
         Plan { sequences: (0..self.batch).map(sequence).collect() }

@@ -81,14 +81,7 @@ fn coarser(threads: usize) -> Result<Vec<(&'static str, f64)>> {
         let mut cpu = Cpu::load(weights.clone(), options, &mut |_, _| {})?;
         let blocks = tokens.len().div_ceil(BLOCK_TOKENS);
         cpu.allocate_kv(blocks, blocks)?;
-        let table: Vec<u32> = (0..blocks as u32).collect();
-        let sequence = SequencePlan {
-            tokens: tokens.clone(),
-            full_blocks: table.clone(),
-            sliding_blocks: table,
-            logits: true,
-            ..SequencePlan::default()
-        };
+        let sequence = SequencePlan { logits: true, ..SequencePlan::in_blocks(&tokens, 0, 0) };
         let outputs = cpu.step(&Plan { sequences: vec![sequence] })?;
         Ok(outputs.into_iter().flat_map(|output| output.logits).collect())
     };

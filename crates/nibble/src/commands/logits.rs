@@ -24,17 +24,12 @@ pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
     let mut backend = backend(weights, &args.run, common, ui)?;
     let blocks = args.ids.len().div_ceil(BLOCK_TOKENS);
     backend.allocate_kv(blocks, blocks)?;
-    let table: Vec<u32> = (0..blocks as u32).collect();
     let (mut logits, mut hidden) = (Vec::new(), Vec::new());
     for (i, tokens) in args.ids.chunks(CHUNK).enumerate() {
         let sequence = SequencePlan {
-            tokens: tokens.to_vec(),
-            position: i * CHUNK,
-            full_blocks: table.clone(),
-            sliding_blocks: table.clone(),
             logits: true,
             hidden_after_layer: args.layer,
-            ..SequencePlan::default()
+            ..SequencePlan::in_blocks(tokens, i * CHUNK, 0)
         };
         for output in backend.step(&Plan { sequences: vec![sequence] })? {
             logits.extend(output.logits);
