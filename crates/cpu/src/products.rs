@@ -98,7 +98,7 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
             let mut total = L::splat(0.0);
             for _ in 0..panel.slabs {
                 for step in 0..F::STEPS {
-                    ask::<L>(tile, F::BYTES);
+                    ask::<L, false>(tile, F::BYTES);
                     total = F::add(&F::decode(tile), records, step, total);
                     tile = tile.add(F::BYTES);
                 }
@@ -112,7 +112,7 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
         }
         for _ in 0..panel.slabs {
             for step in 0..F::STEPS {
-                ask::<L>(tile, F::BYTES);
+                ask::<L, true>(tile, F::BYTES);
                 let weights = F::decode(tile);
                 tile = tile.add(F::BYTES);
                 let mut record = records;
@@ -127,13 +127,15 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
     }
 }
 
-/// Asks for what lies ahead.
+/// Asks for what lies ahead. If it is multiplied with several tokens, it goes to the second-level cache: of reads into the first there
+/// can be so few at a time that the products would wait for them.
 #[inline(always)]
-unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
+unsafe fn ask<L: Lanes, const SEVERAL: bool>(tile: *const u8, bytes: usize) {
     let mut at = 0;
     while at < bytes {
+        let ahead = tile.wrapping_add(AHEAD + at);
         // SAFETY: the CPU has the features; the address need not be valid.
-        unsafe { L::prefetch(tile.wrapping_add(AHEAD + at)) };
+        unsafe { if SEVERAL { L::prefetch_second(ahead) } else { L::prefetch(ahead) } };
         at += 64;
     }
 }
@@ -174,7 +176,7 @@ unsafe fn e2m1_by_halves<L: Lanes, const MX: bool, const LIMBS: usize>(
         let mut slab = panel.data;
         let mut records = x.start.cast::<i32>();
         for _ in 0..panel.slabs {
-            ask::<L>(slab, <E2m1<MX, LIMBS> as Format<L>>::BYTES);
+            ask::<L, true>(slab, <E2m1<MX, LIMBS> as Format<L>>::BYTES);
             let scales = e2m1_scales::<L, MX>(slab);
             let codes = slab.add(if MX { LANES } else { 2 * LANES });
             let weights = e2m1_block::<L>(codes);
