@@ -124,8 +124,10 @@ __device__ __forceinline__ void consume(float (&d)[TOKENS / 2], const Weights<F,
     wait_for_products<0>();
 }
 
-// What a warpgroup without rows does: it takes part in the ring.
+// What a warpgroup without rows does: its first warp takes part in the ring. The others could fall behind by as many columns as
+// there are stages, twice, and then wait for a parity that comes no more.
 template <class S> __device__ __forceinline__ void watch(int begin, int end, const Ring<S>& ring) {
+    if (threadIdx.x % 128 >= WARP) return;
     int stage = 0;
     uint32_t parity = 0;
     for (int k = begin; k < end; k++) {
