@@ -127,14 +127,16 @@ fn use_fp4(device: &Arc<cuda::Device>, cuda: &mut cuda::Cuda, weights: &dyn Weig
     })
 }
 
-enum Device {
+/// Where to run.
+pub(crate) enum Device {
     Cpu,
     #[cfg(feature = "cuda")]
     Cuda(Arc<cuda::Device>),
 }
 
+/// What `--device` names.
 #[cfg(feature = "cuda")]
-fn device(name: &str) -> Result<Device> {
+pub(crate) fn device(name: &str) -> Result<Device> {
     let ordinal = match name.split_once(':') {
         Some(("cuda", ordinal)) => ordinal.parse().ok(),
         _ => (name == "cuda").then_some(0),
@@ -169,8 +171,9 @@ fn check_kernels(device: &cuda::Device) -> Result<()> {
     }
 }
 
+/// What `--device` names.
 #[cfg(not(feature = "cuda"))]
-fn device(name: &str) -> Result<Device> {
+pub(crate) fn device(name: &str) -> Result<Device> {
     match name {
         "auto" | "cpu" => Ok(Device::Cpu),
         _ => Err(Failure::input(format!("--device: expected auto or cpu in this build, found {name}"))),

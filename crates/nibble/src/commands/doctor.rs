@@ -8,17 +8,20 @@ use serde_json::json;
 
 use crate::args::Common;
 use crate::failure::{Failure, Result, Status};
+#[cfg(feature = "cuda")]
+use crate::loaded::Device;
+use crate::loaded::device;
 use crate::model::{Model, threads};
 use crate::ui::{Ui, bold, dim, green};
 
 pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
+    let gpu = gpu(&common.device)?;
     let threads = threads(common);
     let best = Isa::best();
     let pool = cpu::Pool::new(threads);
     let bandwidth = cpu::read_bandwidth(&pool, 5)?;
     let tests: Vec<_> = Isa::ALL.into_iter().flat_map(cpu::self_test).collect();
     let coarser = coarser(threads)?;
-    let gpu = gpu()?;
     let passed = tests.iter().all(|test| test.passed) && gpu.passed;
 
     if ui.json {
@@ -112,18 +115,21 @@ struct Gpu {
 }
 
 #[cfg(not(feature = "cuda"))]
-fn gpu() -> Result<Gpu> {
+fn gpu(name: &str) -> Result<Gpu> {
+    device(name)?;
     let summary = "none: this build runs on CPUs".to_owned();
     Ok(Gpu { summary, lines: Vec::new(), json: serde_json::Value::Null, passed: true })
 }
 
 #[cfg(feature = "cuda")]
-fn gpu() -> Result<Gpu> {
-    if let Err(error) = cuda::device_count() {
-        let json = serde_json::Value::Null;
-        return Ok(Gpu { summary: format!("none: {error}"), lines: Vec::new(), json, passed: true });
-    }
-    let device = cuda::Device::open(0)?;
+fn gpu(name: &str) -> Result<Gpu> {
+    let Device::Cuda(device) = device(name)? else {
+        let summary = match cuda::device_count() {
+            Ok(_) => "left out, as --device cpu asks for".to_owned(),
+            Err(error) => format!("none: {error}"),
+        };
+        return Ok(Gpu { summary, lines: Vec::new(), json: serde_json::Value::Null, passed: true });
+    };
     let tests = cuda::self_test(&device)?;
     let (free, total) = device.memory()?;
     let capability = format!("{}.{}", device.capability() / 10, device.capability() % 10);

@@ -26,6 +26,7 @@ fn wrong_usage_is_refused_by_name() {
         (vec!["generate", "-p", "x", "--quantization", "modelopt"], "modelopt"),
         (vec!["generate", "-p", "x", "--tensor-parallel-size", "2"], "--tensor-parallel-size"),
         (vec!["generate", "-p", "x", "--device", "cuda"], "--device"),
+        (vec!["doctor", "--device", "cuda"], "--device"),
         (vec!["generate", "-p", ""], "prompt"),
         (vec!["generate", "--prompts", "no-such-file"], "no-such-file"),
         (vec!["eval", &small, "perplexity"], "--text"),
