@@ -121,15 +121,25 @@ pub(crate) trait Lanes: Copy {
     unsafe fn weave(lines: &[*const u8; 4]) -> Self::Ints;
     /// The same of the bytes `2 r`, and of the bytes `2 r + 1`, of lines of 32 bytes.
     unsafe fn weave_pairs(lines: &[*const u8; 4]) -> [Self::Ints; 2];
-    /// Copies bytes past the caches where both begin and end with a cache line. [`Lanes::end_of_stream`] must follow.
+    /// Copies bytes, past the caches where the target begins and ends with a cache line. [`Lanes::end_of_stream`] must follow.
     #[inline(always)]
     unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
         // SAFETY: both are valid for so many bytes by the trait's contract.
-        unsafe { std::ptr::copy_nonoverlapping(from, to, len) }
+        unsafe {
+            if !to.addr().is_multiple_of(64) || !len.is_multiple_of(64) {
+                return std::ptr::copy_nonoverlapping(from, to, len);
+            }
+            let mut at = 0;
+            while at < len {
+                Self::stream_line(from.add(at), to.add(at));
+                at += 64;
+            }
+        }
     }
+    /// A cache line of [`Lanes::stream`]; `to` is aligned to it.
+    unsafe fn stream_line(from: *const u8, to: *mut u8);
     /// Makes other threads see what was streamed before what is written now.
-    #[inline(always)]
-    unsafe fn end_of_stream() {}
+    unsafe fn end_of_stream();
     /// Of each word of eight nibbles the first four become the low halves of its bytes, the others the high ones.
     unsafe fn fold_nibbles(words: Self::Ints) -> Self::Ints;
     /// The lowest bytes of all words, then the next ones: 64 bytes.
@@ -311,6 +321,13 @@ impl Lanes for Scalar {
         let rows = rows.map(|row| unsafe { row.cast::<Self::Ints>().read_unaligned() });
         std::array::from_fn(|k| std::array::from_fn(|r| rows[r][k]))
     }
+    #[inline(always)]
+    unsafe fn stream_line(from: *const u8, to: *mut u8) {
+        // SAFETY: both are valid for a line by the trait's contract.
+        unsafe { std::ptr::copy_nonoverlapping(from, to, 64) }
+    }
+    #[inline(always)]
+    unsafe fn end_of_stream() {}
     #[inline(always)]
     unsafe fn weave(lines: &[*const u8; 4]) -> Self::Ints {
         // SAFETY: valid for 16 bytes by the trait's contract.
@@ -569,18 +586,9 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
-            // SAFETY: the trait's contract; stores are aligned.
-            unsafe {
-                if !to.addr().is_multiple_of(64) || !len.is_multiple_of(64) {
-                    return std::ptr::copy_nonoverlapping(from, to, len);
-                }
-                let mut at = 0;
-                while at < len {
-                    _mm512_stream_si512(to.add(at).cast(), _mm512_loadu_si512(from.add(at).cast()));
-                    at += 64;
-                }
-            }
+        unsafe fn stream_line(from: *const u8, to: *mut u8) {
+            // SAFETY: the trait's contract; the store is aligned.
+            unsafe { _mm512_stream_si512(to.cast(), _mm512_loadu_si512(from.cast())) }
         }
         #[inline(always)]
         unsafe fn end_of_stream() {
@@ -874,17 +882,11 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn stream(from: *const u8, to: *mut u8, len: usize) {
-            // SAFETY: the trait's contract; stores are aligned.
+        unsafe fn stream_line(from: *const u8, to: *mut u8) {
+            // SAFETY: the trait's contract; the stores are aligned.
             unsafe {
-                if !to.addr().is_multiple_of(64) || !len.is_multiple_of(64) {
-                    return std::ptr::copy_nonoverlapping(from, to, len);
-                }
-                let mut at = 0;
-                while at < len {
-                    _mm256_stream_si256(to.add(at).cast(), _mm256_loadu_si256(from.add(at).cast()));
-                    at += 32;
-                }
+                _mm256_stream_si256(to.cast(), _mm256_loadu_si256(from.cast()));
+                _mm256_stream_si256(to.add(32).cast(), _mm256_loadu_si256(from.add(32).cast()));
             }
         }
         #[inline(always)]
