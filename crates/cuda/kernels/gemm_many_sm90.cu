@@ -136,16 +136,18 @@ __device__ __forceinline__ void multiply_all(float (&d)[TOKENS / 2], const Weigh
     wait_for_products<0>();
 }
 
-// `blockIdx.x`: 128 rows; `blockIdx.z`: tokens.
+// `blockIdx.x`: 128 rows; `blockIdx.z`: tokens; or the other way round.
 template <Format F, bool EXPERTS> __device__ __forceinline__ void gemm(const Gemm& p) {
     using S = Sizes<F>;
     extern __shared__ __align__(1024) uint8_t shared[];
     const Matrix& m = p.matrix;
     const int column_tiles = m.cols / TILE_COLS, row_tiles = (m.rows + TILE_ROWS - 1) / TILE_ROWS;
     // The same in all lanes, and the compiler should know.
-    const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0), row_tile = blockIdx.x * ROW_TILES + warp;
+    const bool tokens_first = !EXPERTS && p.tokens_first;
+    const uint32_t rows_at = tokens_first ? blockIdx.z : blockIdx.x, tokens_at = tokens_first ? blockIdx.x : blockIdx.z;
+    const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0), row_tile = rows_at * ROW_TILES + warp;
     const bool mine = row_tile / 4 * 4 < row_tiles;
-    const int groups = min(GROUPS, (row_tiles - int(blockIdx.x) * ROW_TILES + 3) / 4);
+    const int groups = min(GROUPS, (row_tiles - int(rows_at) * ROW_TILES + 3) / 4);
     Activations<F> activations = {shared_address(shared), nullptr, p.stack, groups, 0};
     if (threadIdx.x == 0) activations.init();
     Weights<F> weights = {activations.base + S::WEIGHTS + warp * S::SLOTS * S::SLOT_BYTES,
@@ -155,9 +157,9 @@ template <Format F, bool EXPERTS> __device__ __forceinline__ void gemm(const Gem
     if (!EXPERTS && mine) weights.start(first_tile);
     wait_for_previous();
     start_next();
-    Work work = {0, blockIdx.z * p.tile, 0};
+    Work work = {0, tokens_at * p.tile, 0};
     if constexpr (EXPERTS) {
-        if (!find<TOKENS>(work, Routes(p.list, p.experts, p.n * p.experts_per_token), blockIdx.z)) return;
+        if (!find<TOKENS>(work, Routes(p.list, p.experts, p.n * p.experts_per_token), tokens_at)) return;
         if (mine) weights.start(work.expert * row_tiles * column_tiles + first_tile);
     } else {
         work.n = min(p.n - work.first, p.tile);

@@ -14,7 +14,7 @@ struct Gemm {
     uint32_t stack;            // of the input
     uint32_t tile;             // dense: tokens of a tile, a multiple of eight
     uint32_t experts, experts_per_token;
-    uint32_t padding;
+    uint32_t tokens_first;     // gemm_many_sm90.cu, dense: blocks with the same rows follow one another
 };
 static_assert(sizeof(Gemm) == sizeof(Matrix) + sizeof(Epilogue) + 40);
 

@@ -118,7 +118,7 @@ struct Router {
     uint32_t hidden, cols, n, experts, experts_per_token;
     uint32_t format;
     float eps;
-    uint32_t shares;                 // few tokens: blocks that share a token's experts
+    uint32_t shares;                 // few tokens: blocks that share a token's experts; many: experts that a block has at a time
     uint32_t stack;                  // of `out`: see `activation_place`
     uint32_t padding;
 };
@@ -164,43 +164,29 @@ __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t count
 
 __device__ __forceinline__ Routes routes_of(const Router& p) { return Routes(p.routes, p.experts, p.n * p.experts_per_token); }
 
-// Threads that sort, each with a contiguous part of the pairs, and their counters.
-constexpr int MAX_SORTERS = 512, MAX_COUNTS = 16384;
-
-// Sorts all pairs by expert, stably. One block; `counts`: [experts][sorters].
-__device__ __forceinline__ void sort_pairs(const Router& p, uint16_t* counts) {
+// Sorts all pairs by expert, stably. One block, whose warps have a contiguous part of the pairs each; `counts`: [warps][experts].
+__device__ __forceinline__ void sort_pairs(const Router& p, uint32_t* counts) {
     __shared__ uint32_t first[MAX_EXPERTS + 1];
-    const uint32_t sorters = min(min(MAX_SORTERS, blockDim.x), MAX_COUNTS / p.experts / WARP * WARP);
-    uint32_t pairs = p.n * p.experts_per_token, each = (pairs + sorters - 1) / sorters, lane = threadIdx.x % WARP;
+    const uint32_t pairs = p.n * p.experts_per_token, lane = threadIdx.x % WARP, warps = blockDim.x / WARP;
+    const uint32_t each = (pairs + warps * WARP - 1) / (warps * WARP) * WARP;
     const Routes routes = routes_of(p);
-    uint32_t *slots = p.routes + routes.slots_at(), *slot_of = p.routes + routes.pairs_at(0);
+    uint32_t *slots = p.routes + routes.slots_at(), *slot_of = p.routes + routes.pairs_at(0), *own = counts + threadIdx.x / WARP * p.experts;
     const uint32_t* expert_of = p.routes + routes.pairs_at(1);
-    uint32_t begin = min(threadIdx.x * each, pairs), end = min(begin + each, pairs);
-    if (threadIdx.x < sorters) {
-        for (uint32_t e = 0; e < p.experts; e++) counts[e * sorters + threadIdx.x] = 0;
-#pragma unroll 8
-        for (uint32_t i = begin; i < end; i++) counts[__ldcg(expert_of + i) * sorters + threadIdx.x]++;
-    }
+    const uint32_t begin = min(threadIdx.x / WARP * each, pairs), end = min(begin + each, pairs);
+    for (uint32_t e = lane; e < p.experts; e += WARP) own[e] = 0;
+    __syncwarp();
+#pragma unroll 4
+    for (uint32_t i = begin + lane; i < end; i += WARP) atomicAdd(own + __ldcg(expert_of + i), 1);
     __syncthreads();
-    // The pairs of an expert that earlier threads have, and the expert's number of pairs.
-    for (uint32_t e = threadIdx.x / WARP; e < p.experts; e += blockDim.x / WARP) {
-        const int EACH = sorters / WARP;
-        uint16_t* own = counts + e * sorters + lane * EACH;
-        uint32_t before = 0, total = 0;
-        for (int i = 0; i < EACH; i++) total += own[i];
-        uint32_t sum = total;
-#pragma unroll
-        for (int i = 1; i < WARP; i *= 2) {
-            uint32_t other = __shfl_up_sync(~0u, sum, i);
-            if (lane >= i) sum += other;
+    // The pairs of an expert that earlier warps have, and the expert's number of pairs.
+    for (uint32_t e = threadIdx.x; e < p.experts; e += blockDim.x) {
+        uint32_t sum = 0;
+        for (uint32_t w = 0; w < warps; w++) {
+            const uint32_t count = counts[w * p.experts + e];
+            counts[w * p.experts + e] = sum;
+            sum += count;
         }
-        before = sum - total;
-        for (int i = 0; i < EACH; i++) {
-            uint32_t count = own[i];
-            own[i] = before;
-            before += count;
-        }
-        if (lane == WARP - 1) first[e + 1] = sum;
+        first[e + 1] = sum;
     }
     __syncthreads();
     if (threadIdx.x < WARP) {
@@ -226,18 +212,21 @@ __device__ __forceinline__ void sort_pairs(const Router& p, uint16_t* counts) {
         if (e == p.experts) break;
         for (uint32_t slot = first[e] + p.routes[routes.counts_at() + e]; slot < first[e + 1]; slot++) slots[slot] = NO_PAIR;
     }
-    if (threadIdx.x >= sorters) return;
-#pragma unroll 8
-    for (uint32_t i = begin; i < end; i++) {
-        uint32_t e = __ldcg(expert_of + i), slot = first[e] + counts[e * sorters + threadIdx.x]++;
-        slots[slot] = i;
-        slot_of[i] = slot;
+#pragma unroll 2
+    for (uint32_t i = begin; i < end; i += WARP) {
+        const bool inside = i + lane < end;
+        const uint32_t e = inside ? __ldcg(expert_of + i + lane) : ~0u, same = __match_any_sync(~0u, e);
+        const uint32_t before = inside ? own[e] : 0, rank = __popc(same & ((1u << lane) - 1)), slot = first[min(e, p.experts)] + before + rank;
+        __syncwarp();
+        if (inside && rank == 0) own[e] = before + __popc(same);
+        __syncwarp();
+        if (inside) slots[slot] = i + lane, slot_of[i + lane] = slot;
     }
 }
 
 // Norm, router logits in f32, choice, grouping, for few tokens. `blockIdx.y`: token; `blockIdx.x`: a share of the experts.
 extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__ Router p) {
-    extern __shared__ uint16_t counts[];
+    extern __shared__ uint32_t counts[];
     constexpr int WARPS = 8, TOGETHER = 4; // experts whose weights are on their way together
     __shared__ float scratch[WARP], sums[2][TOGETHER][WARPS];
     Vector<PRODUCT_VALUES> scale, x;
@@ -291,84 +280,108 @@ __device__ __forceinline__ void split(float a, float b, uint32_t (&parts)[3]) {
     }
 }
 
-// The same for many tokens, sixteen per block: their products with 32 experts at a time on tensor cores, the inputs shared among
-// the warps.
-extern "C" __global__ void __launch_bounds__(512) router_many(const __grid_constant__ Router p) {
-    extern __shared__ uint16_t counts[];
-    constexpr int WARPS = 16, TOKENS = 16, EXPERTS = 32;
-    __shared__ float sums[WARPS][TOKENS][EXPERTS + 1], squares[WARPS][TOKENS];
+// The same for many tokens, eight at a time: their products with the experts on tensor cores, the inputs shared among the warps, which
+// hold the tokens in registers until the norm is known. Scales and weights lie in shared memory, those of `shares` experts at a time:
+// where that is all of them, once and for all.
+extern "C" __global__ void __launch_bounds__(512, 1) router_many(const __grid_constant__ Router p) {
+    constexpr int WARPS = 16, TOKENS = 8, EXPERTS = 32, STEP = 16, STEPS = MAX_HIDDEN / STEP / WARPS;
+    extern __shared__ __align__(16) float scales[]; // [hidden], then the weights; in the end the counts of `sort_pairs`
+    __shared__ float sums[WARPS][EXPERTS][TOKENS + 1], squares[WARPS][TOKENS];
+    const uint32_t warp = threadIdx.x / WARP, g = lane_row(), t = lane_quarter(), own = warp * STEP + 4 * t;
+    // Neighbouring rows lie in different banks.
+    const uint32_t line = p.hidden * 2 + 32;
+    uint8_t* weights = (uint8_t*)(scales + p.hidden);
+    auto bring_weights = [&](uint32_t group) {
+        const uint32_t pieces = p.hidden / 8, to = shared_address(weights);
+        for (uint32_t row = warp; row < min(p.shares, p.experts - group); row += WARPS)
+            for (uint32_t i = threadIdx.x % WARP; i < pieces; i += WARP)
+                copy_async(to + row * line + i * 16, p.weights + size_t(group + row) * p.hidden + i * 8);
+        commit_copies();
+    };
+    for (uint32_t i = threadIdx.x; i < p.hidden / 4; i += blockDim.x) copy_async(shared_address(scales + 4 * i), p.norm_scale + 4 * i);
+    bring_weights(0);
+    uint32_t here = 0; // the group whose weights are here
     wait_for_previous();
     start_next();
-    const uint32_t first = blockIdx.x * TOKENS, warp = threadIdx.x / WARP, g = lane_row(), t = lane_quarter();
-    const float *rows[2], *scales = p.norm_scale + 4 * t;
+    for (uint32_t first = blockIdx.x * TOKENS; first < p.n; first += gridDim.x * TOKENS) {
+        // A lane has four neighbouring inputs: two where a product has its first eight, two where it has the others.
+        float4 x[STEPS];
+        const float* row = p.residual + size_t(min(first + g, p.n - 1)) * p.hidden;
 #pragma unroll
-    for (int h = 0; h < 2; h++) rows[h] = p.residual + size_t(min(first + g + 8 * h, p.n - 1)) * p.hidden + 4 * t;
-    float inverse = 0;
-    for (uint32_t group = 0; group < p.experts; group += EXPERTS) {
-        const __nv_bfloat16* weights[EXPERTS / 8];
+        for (int i = 0; i < STEPS; i++) {
+            const uint32_t k = own + i * WARPS * STEP;
+            x[i] = k < p.hidden ? *(const float4*)(row + k) : make_float4(0, 0, 0, 0);
+        }
+        auto scale_of = [&](uint32_t k) { return *(const float4*)(scales + k); };
+        float square = 0;
 #pragma unroll
-        for (int i = 0; i < EXPERTS / 8; i++) weights[i] = p.weights + size_t(min(group + 8 * i + g, p.experts - 1)) * p.hidden + 4 * t;
-        float sum[EXPERTS / 8][4] = {}, square[2] = {};
-#pragma unroll 2
-        for (uint32_t k = warp * 16; k < p.hidden; k += WARPS * 16) {
-            uint2 w[EXPERTS / 8];
+        for (int i = 0; i < STEPS; i++) square += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w;
+        square += __shfl_xor_sync(~0u, square, 1);
+        square += __shfl_xor_sync(~0u, square, 2);
+        if (t == 0) squares[warp][g] = square;
+        for (uint32_t group = 0; group < p.experts; group += p.shares) {
+            if (group != here) {
+                __syncthreads();
+                bring_weights(group);
+                here = group;
+            }
+            wait_for_copies<0>();
+            __syncthreads();
+            float sum[EXPERTS / 16][4] = {};
 #pragma unroll
-            for (int i = 0; i < EXPERTS / 8; i++) w[i] = *(const uint2*)(weights[i] + k);
-            const float4 scale = *(const float4*)(scales + k);
-            // A lane has four neighbouring inputs: two where a product has its first eight, two where it has the others.
-            uint32_t a[4][3];
+            for (int i = 0; i < STEPS; i++) {
+                const uint32_t k = own + i * WARPS * STEP;
+                if (k >= p.hidden) break;
+                const float4 scale = scale_of(k);
+                uint32_t lower[3], upper[3];
+                split(x[i].x * scale.x, x[i].y * scale.y, lower);
+                split(x[i].z * scale.z, x[i].w * scale.w, upper);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float4 x = *(const float4*)(rows[h] + k);
-                square[h] += x.x * x.x + x.y * x.y + x.z * x.z + x.w * x.w;
-                split(x.x * scale.x, x.y * scale.y, a[h]);
-                split(x.z * scale.z, x.w * scale.w, a[2 + h]);
+                for (int j = 0; j < EXPERTS / 16; j++) {
+                    if (16 * j >= p.shares) break;
+                    const uint8_t* from = weights + (16 * j + g) * line + k * 2;
+                    const uint2 w = *(const uint2*)from, w8 = *(const uint2*)(from + 8 * line);
+                    const uint32_t a[4] = {w.x, w8.x, w.y, w8.y};
+#pragma unroll
+                    for (int part = 2; part >= 0; part--) Number<BF16>::multiply(sum[j], a, lower[part], upper[part]);
+                }
             }
 #pragma unroll
-            for (int part = 2; part >= 0; part--) {
-                const uint32_t now[4] = {a[0][part], a[1][part], a[2][part], a[3][part]};
+            for (int j = 0; j < EXPERTS / 16; j++) {
 #pragma unroll
-                for (int i = 0; i < EXPERTS / 8; i++) Number<BF16>::multiply(sum[i], now, w[i].x, w[i].y);
+                for (int i = 0; i < 4; i++) sums[warp][16 * j + g + i / 2 * 8][2 * t + i % 2] = sum[j][i];
+            }
+            __syncthreads();
+            const uint32_t at = threadIdx.x % EXPERTS, expert = group + at, local = threadIdx.x / EXPERTS, token = first + local;
+            if (local < TOKENS && token < p.n && at < p.shares && expert < p.experts) {
+                float logit = 0, all = 0;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) logit += sums[w][at][local], all += squares[w][local];
+                p.logits[size_t(token) * p.experts + expert] = logit * rsqrtf(all / p.hidden + p.eps) + p.bias[expert];
             }
         }
+        if (first + g < p.n) {
+            float all = 0;
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-            square[h] += __shfl_xor_sync(~0u, square[h], 1);
-            square[h] += __shfl_xor_sync(~0u, square[h], 2);
-            if (t == 0) squares[warp][g + 8 * h] = square[h];
+            for (int w = 0; w < WARPS; w++) all += squares[w][g];
+            const float inverse = rsqrtf(all / p.hidden + p.eps);
 #pragma unroll
-            for (int i = 0; i < EXPERTS / 8; i++)
-                sums[warp][g + 8 * h][8 * i + 2 * t] = sum[i][2 * h], sums[warp][g + 8 * h][8 * i + 2 * t + 1] = sum[i][2 * h + 1];
-        }
-        __syncthreads();
-        // Each thread has one token, `warp`, and one expert.
-        const uint32_t expert = group + threadIdx.x % WARP, token = first + warp;
-        float logit = 0, all = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) logit += sums[w][warp][threadIdx.x % WARP], all += squares[w][warp];
-        inverse = rsqrtf(all / p.hidden + p.eps);
-        if (token < p.n && expert < p.experts) p.logits[size_t(token) * p.experts + expert] = logit * inverse + p.bias[expert];
-        __syncthreads();
-    }
-    const uint32_t token = first + warp;
-    if (token < p.n) {
-        const float* residual = p.residual + size_t(token) * p.hidden;
-#pragma unroll 4
-        for (uint32_t k = threadIdx.x % WARP * 4; k < p.cols; k += WARP * 4) {
-            const bool inside = k < p.hidden;
-            const float4 x = inside ? *(const float4*)(residual + k) : make_float4(0, 0, 0, 0);
-            const float4 scale = inside ? *(const float4*)(p.norm_scale + k) : make_float4(0, 0, 0, 0);
-            const uint32_t lower = activation(p.format, x.x * inverse * scale.x) | activation(p.format, x.y * inverse * scale.y) << 16;
-            const uint32_t upper = activation(p.format, x.z * inverse * scale.z) | activation(p.format, x.w * inverse * scale.w) << 16;
-            *(uint32_t*)(p.out + activation_place(p.stack, p.cols, token, k)) = lower;
-            *(uint32_t*)(p.out + activation_place(p.stack, p.cols, token, k + 2)) = upper;
+            for (int i = 0; i < STEPS; i++) {
+                const uint32_t k = own + i * WARPS * STEP;
+                if (k >= p.cols) break;
+                const float4 scale = k < p.hidden ? scale_of(k) : make_float4(0, 0, 0, 0);
+                *(uint32_t*)(p.out + activation_place(p.stack, p.cols, first + g, k))
+                    = activation(p.format, x[i].x * inverse * scale.x) | activation(p.format, x[i].y * inverse * scale.y) << 16;
+                *(uint32_t*)(p.out + activation_place(p.stack, p.cols, first + g, k + 2))
+                    = activation(p.format, x[i].z * inverse * scale.z) | activation(p.format, x[i].w * inverse * scale.w) << 16;
+            }
         }
         __threadfence();
-        __syncwarp();
-        choose(p.routes, routes_of(p), p.logits, token, p.experts_per_token);
+        __syncthreads();
+        if (warp < TOKENS && first + warp < p.n) choose(p.routes, routes_of(p), p.logits, first + warp, p.experts_per_token);
     }
     if (!last_to_arrive(p.arrivals, gridDim.x)) return;
-    sort_pairs(p, counts);
+    sort_pairs(p, (uint32_t*)scales);
 }
 
 struct Gather {
@@ -430,9 +443,17 @@ extern "C" __global__ void __launch_bounds__(256) largest(const __grid_constant_
     wait_for_previous();
     start_next();
     const float* logits = p.logits + size_t(blockIdx.y) * p.vocabulary;
+    constexpr int TOGETHER = 8; // reads
     uint64_t best = 0;
-    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < p.vocabulary; i += gridDim.x * blockDim.x)
-        best = max(best, ranked(logits[i], i));
+    const uint32_t step = gridDim.x * blockDim.x;
+    for (uint32_t i = blockIdx.x * blockDim.x + threadIdx.x; i < p.vocabulary; i += TOGETHER * step) {
+        float v[TOGETHER];
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++) v[j] = i + j * step < p.vocabulary ? logits[i + j * step] : -INFINITY;
+#pragma unroll
+        for (int j = 0; j < TOGETHER; j++)
+            if (i + j * step < p.vocabulary) best = max(best, ranked(v[j], i + j * step));
+    }
     best = block_largest(best);
     uint64_t* partial = p.partial + blockIdx.y * gridDim.x;
     if (threadIdx.x == 0) partial[blockIdx.x] = best;

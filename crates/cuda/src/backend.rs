@@ -34,7 +34,7 @@ const MAX_EXPERTS: usize = 256;
 const MAX_RANKS: usize = 16;
 /// What a block of a norm holds in registers.
 const MAX_HIDDEN: usize = 4096;
-/// Blocks that look for the largest logit of a row.
+/// Blocks that look for the largest logit of a row, at most.
 const LARGEST_BLOCKS: usize = 64;
 /// Warps of a block of attention.cu, each of which has up to as many query heads that share keys.
 const ATTENTION_WARPS: usize = 8;
@@ -951,9 +951,14 @@ impl Cuda {
         let cost = |tile: usize| (blocks * n.div_ceil(tile)).div_ceil(fitting) * (tile + 32);
         let tile = (3..=8).rev().map(|i| 16 * i).min_by_key(|&tile| cost(tile)).unwrap_or(GEMM_TOKENS);
         let name = if matrix.format() == FP4 { "gemm_fp4" } else { "gemm_bf16" };
-        let grid = [blocks as u32, 1, n.div_ceil(tile) as u32];
+        let tiles = n.div_ceil(tile);
+        // What does not fit the cache is read once.
+        let tokens_first = matrix.matrix_bytes() > GEMM_CACHED;
+        let params = Gemm { tokens_first: u32::from(tokens_first), ..params(tile) };
+        let (rows, tokens) = (blocks as u32, tiles as u32);
+        let grid = if tokens_first { [tokens, 1, rows] } else { [rows, 1, tokens] };
         // SAFETY: as above.
-        unsafe { self.device.launch(name, grid, 256, gemm_many_shared(matrix.format()), &params(tile)) }
+        unsafe { self.device.launch(name, grid, 256, gemm_many_shared(matrix.format()), &params) }
     }
 
     /// The kernel of experts_few.cuh for `n` tokens, and how it goes through the experts of a layer.
@@ -1065,7 +1070,7 @@ impl Cuda {
             tile: 0,
             experts: self.config.experts as u32,
             experts_per_token: self.config.experts_per_token as u32,
-            padding: 0,
+            tokens_first: 0,
         }
     }
 
@@ -1168,13 +1173,25 @@ impl Cuda {
             padding: 0,
         };
         let few = if self.options.batch_invariant { shape.singles == n } else { n <= ROUTER_FEW };
-        let (name, grid, threads) = match few {
-            true => ("router", [share, n as u32, 1], 256),
-            false => ("router_many", [n.div_ceil(16) as u32, 1, 1], 512),
-        };
-        let counts = if params.routes > 0 { 2 * ROUTER_COUNTS } else { 0 };
-        // SAFETY: the arena has MAX_TOKENS rows of each, and one counter more than that.
-        unsafe { self.device.launch(name, grid, threads, counts, &params)? };
+        // The norm's scales and, if there is room, the weights of 32 experts, with 32 bytes beside each.
+        let bytes = |experts: usize| config.hidden_size * 4 + experts * (config.hidden_size * 2 + 32);
+        let room = self.device.shared_bytes() - ROUTER_STATIC;
+        // Where the blocks of the experts make their routes, none are sorted.
+        let counts = if params.routes > 0 { ROUTER_COUNTS } else { 0 };
+        match [32, 16].into_iter().find(|&experts| bytes(experts) <= room).filter(|_| !few) {
+            None => {
+                let grid = [share, n as u32, 1];
+                // SAFETY: the arena has MAX_TOKENS rows of each, and one counter more than that.
+                unsafe { self.device.launch("router", grid, 256, counts, &params)? };
+            }
+            Some(together) => {
+                let params = Router { shares: together as u32, ..params };
+                let blocks = n.div_ceil(ROUTER_TOKENS).min(self.device.multiprocessors());
+                let shared = bytes(together).max(ROUTER_COUNTS);
+                // SAFETY: as above.
+                unsafe { self.device.launch("router_many", [blocks as u32, 1, 1], 512, shared, &params)? };
+            }
+        }
 
         let epilogue = Epilogue {
             out16: self.arena.activated.address(),
@@ -1265,8 +1282,9 @@ impl Cuda {
             vocabulary: self.config.vocab_size as u32,
             padding: 0,
         };
+        let blocks = (2048 / n).clamp(8, LARGEST_BLOCKS);
         // SAFETY: at most LOGIT_ROWS rows, for which the arena has room.
-        unsafe { self.device.launch("largest", [LARGEST_BLOCKS as u32, n as u32, 1], 256, 0, &params) }
+        unsafe { self.device.launch("largest", [blocks as u32, n as u32, 1], 256, 0, &params) }
     }
 
     /// Draws, scores and brings back what is wanted of the logits that `output` made.
@@ -1365,8 +1383,11 @@ const OWN_ROUTES_TOKENS: usize = 64;
 const OWN_ROUTES_BYTES: usize = 7 << 10;
 /// Up to so many tokens the router shares a token's experts among blocks.
 const ROUTER_FEW: usize = 160;
-/// 16-bit counters of the router's sorting threads.
-const ROUTER_COUNTS: usize = 16384;
+/// Bytes of counters of the router's sorting warps: sixteen of all experts.
+const ROUTER_COUNTS: usize = 16 * MAX_EXPERTS * 4;
+/// Tokens that a block of `router_many` takes at a time, and its own shared memory.
+const ROUTER_TOKENS: usize = 8;
+const ROUTER_STATIC: usize = 21 << 10;
 /// product_few_sm90.cu: tokens and row tiles of a block, at most, its warps, and the shared memory of their rings.
 const DENSE_TOKENS: usize = 32;
 const DENSE_ROW_TILES: usize = 3;
@@ -1380,6 +1401,8 @@ const GEMM_TOKENS: usize = 128;
 const GEMM_ROW_TILES: usize = 8;
 /// Shared memory of gemm_sm90.cu, at most: `Sizes::BYTES`, and room to align them to 1024 bytes.
 const GEMM_SHARED: usize = 104_448 + 1024;
+/// Bytes of weights that stay in the cache from one tile of tokens to the next.
+const GEMM_CACHED: usize = 32 << 20;
 /// Blocks of a cluster, at most.
 const MAX_CLUSTER: usize = 8;
 /// Threads of a block of the product kernels.

@@ -90,7 +90,7 @@ params! {
     /// gemm_sm90.cu
     Gemm, 160 {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
-        n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, padding: u32,
+        n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, tokens_first: u32,
     }
     /// experts_few.cuh
     Part, 128 {
