@@ -7,15 +7,8 @@
 // how many tokens (ALONE) a warp multiplies without the others of its warpgroup.
 #pragma once
 
-#include "epilogue.cuh"
+#include "experts.cuh"
 #include "hopper.cuh"
-
-struct Part {
-    Matrix matrix;
-    Epilogue epilogue;
-    const uint16_t* input;     // ordered (see `activation_place`): [n, cols], in the second product [slots, cols]
-};
-static_assert(sizeof(Part) == 128);
 
 struct Few {
     Part parts[2];

@@ -89,9 +89,12 @@ template <int N> __device__ __forceinline__ void wait_for_products() { asm volat
 #define OUT8 OUT4 ", %4, %5, %6, %7"
 #define OUT12 OUT8 ", %8, %9, %10, %11"
 #define OUT16 OUT12 ", %12, %13, %14, %15"
-#define OUT24 OUT16 ", %16, %17, %18, %19, %20, %21, %22, %23"
-#define OUT32 OUT24 ", %24, %25, %26, %27, %28, %29, %30, %31"
-#define OUT40 OUT32 ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define OUT20 OUT16 ", %16, %17, %18, %19"
+#define OUT24 OUT20 ", %20, %21, %22, %23"
+#define OUT28 OUT24 ", %24, %25, %26, %27"
+#define OUT32 OUT28 ", %28, %29, %30, %31"
+#define OUT36 OUT32 ", %32, %33, %34, %35"
+#define OUT40 OUT36 ", %36, %37, %38, %39"
 #define OUT48 OUT40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define OUT56 OUT48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define OUT64 OUT56 ", %56, %57, %58, %59, %60, %61, %62, %63"
@@ -101,8 +104,11 @@ template <int N> __device__ __forceinline__ void wait_for_products() { asm volat
 #define D8 EIGHT(0)
 #define D12 D8, FOUR(8)
 #define D16 D8, EIGHT(8)
+#define D20 D16, FOUR(16)
 #define D24 D16, EIGHT(16)
+#define D28 D24, FOUR(24)
 #define D32 D24, EIGHT(24)
+#define D36 D32, FOUR(32)
 #define D40 D32, EIGHT(32)
 #define D48 D40, EIGHT(40)
 #define D56 D48, EIGHT(48)
@@ -116,8 +122,11 @@ template <int N> __device__ __forceinline__ void wait_for_products() { asm volat
     if constexpr (N == 16) WGMMA(16, TYPE, ADD, OUT8, "{%8, %9, %10, %11}, %12", D8);                                      \
     if constexpr (N == 24) WGMMA(24, TYPE, ADD, OUT12, "{%12, %13, %14, %15}, %16", D12);                                  \
     if constexpr (N == 32) WGMMA(32, TYPE, ADD, OUT16, "{%16, %17, %18, %19}, %20", D16);                                  \
+    if constexpr (N == 40) WGMMA(40, TYPE, ADD, OUT20, "{%20, %21, %22, %23}, %24", D20);                                  \
     if constexpr (N == 48) WGMMA(48, TYPE, ADD, OUT24, "{%24, %25, %26, %27}, %28", D24);                                  \
+    if constexpr (N == 56) WGMMA(56, TYPE, ADD, OUT28, "{%28, %29, %30, %31}, %32", D28);                                  \
     if constexpr (N == 64) WGMMA(64, TYPE, ADD, OUT32, "{%32, %33, %34, %35}, %36", D32);                                  \
+    if constexpr (N == 72) WGMMA(72, TYPE, ADD, OUT36, "{%36, %37, %38, %39}, %40", D36);                                  \
     if constexpr (N == 80) WGMMA(80, TYPE, ADD, OUT40, "{%40, %41, %42, %43}, %44", D40);                                  \
     if constexpr (N == 96) WGMMA(96, TYPE, ADD, OUT48, "{%48, %49, %50, %51}, %52", D48);                                  \
     if constexpr (N == 112) WGMMA(112, TYPE, ADD, OUT56, "{%56, %57, %58, %59}, %60", D56);                                \

@@ -385,7 +385,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) router_many(const __grid_co
 }
 
 struct Gather {
-    const uint16_t* input;   // [n, cols]
+    const uint16_t* input;   // [n, cols], ordered
     const uint32_t* routes;
     uint16_t* out;           // stacked, a row per slot
     uint32_t cols, n, experts, experts_per_token;
@@ -403,13 +403,18 @@ extern "C" __global__ void __launch_bounds__(256) gather(const __grid_constant__
     if (slot >= routes.first_slot(p.experts)) return;
     uint32_t pair = routes.pair(slot);
     if (pair == NO_PAIR) return;
-    const uint32_t* row = (const uint32_t*)(p.input + size_t(pair / p.experts_per_token) * p.cols);
-    for (uint32_t piece = threadIdx.x % WARP; piece < p.cols / 8; piece += WARP) {
-        // What `product_position` puts here: four pairs of inputs, sixteen apart.
-        uint32_t j = piece % 8 / 2, half = piece % 2;
-        const uint32_t* from = row + piece / 8 * (TILE_COLS / 2) + 2 * j + half;
-        uint4 v = make_uint4(from[0], from[8], from[16], from[24]);
-        *(uint4*)(p.out + (size_t(piece / 8) * p.stack + slot) * TILE_COLS + ((piece % 8 ^ slot % 8) << 3)) = v;
+    const uint4* row = (const uint4*)(p.input + size_t(pair / p.experts_per_token) * p.cols);
+    constexpr uint32_t TOGETHER = 4; // pieces on their way
+    for (uint32_t first = threadIdx.x % WARP; first < p.cols / 8; first += TOGETHER * WARP) {
+        uint4 v[TOGETHER];
+#pragma unroll
+        for (uint32_t i = 0; i < TOGETHER; i++)
+            if (first + i * WARP < p.cols / 8) v[i] = row[first + i * WARP];
+#pragma unroll
+        for (uint32_t i = 0; i < TOGETHER; i++) {
+            const uint32_t piece = first + i * WARP;
+            if (piece < p.cols / 8) *(uint4*)(p.out + (size_t(piece / 8) * p.stack + slot) * TILE_COLS + ((piece % 8 ^ slot % 8) << 3)) = v[i];
+        }
     }
 }
 

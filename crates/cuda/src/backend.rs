@@ -18,7 +18,7 @@ use crate::one::OneToken;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
 use crate::params::{
     After, Attention, BF16, CacheFormat, Dense, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm,
-    ORDERED, Part, Product, Read, Router, RowOrder,
+    ORDERED, Part, Product, Read, Router, RowOrder, Streamed,
 };
 use crate::sampling::{Sampler, Wanted};
 
@@ -138,6 +138,8 @@ pub(crate) struct Arena {
     routes: Buffer,
     /// u32 of each block of experts_few.cuh
     rounds: Buffer,
+    /// u32, counts the blocks of experts_streamed_sm90.cu
+    barrier: Buffer,
     /// 16-bit `[slots, intermediate]`, plain or stacked
     pub(crate) activated: Buffer,
     /// f32 `[slots, hidden]`
@@ -363,6 +365,7 @@ impl Arena {
             router_logits: device.buffer(tokens * config.experts * 4)?,
             routes: device.buffer(route_words(config, tokens) * 4)?,
             rounds: device.buffer(4 * device.multiprocessors())?,
+            barrier: device.buffer(4)?,
             activated: device.buffer(slots * padded(config.intermediate_size) * 2)?,
             expert_outputs: device.buffer(slots * config.hidden_size * 4)?,
             logits: device.buffer(LOGIT_ROWS * config.vocab_size * 4)?,
@@ -1006,16 +1009,8 @@ impl Cuda {
         second: Epilogue,
     ) -> Result<(), Error> {
         let kernel = self.few_kernel(layer, n);
-        let part = |matrix: &PackedMatrix, input: &Buffer, epilogue| Part {
-            matrix: matrix.params(),
-            epilogue,
-            input: input.address(),
-        };
         let params = Few {
-            parts: [
-                part(&layer.gate_up, &self.arena.normed, first),
-                part(&layer.down, &self.arena.activated, second),
-            ],
+            parts: self.parts(layer, &self.arena.normed, first, second),
             list: self.arena.routes.address(),
             logits: if self.own_routes(n) > 0 { self.arena.router_logits.address() } else { 0 },
             rounds: self.arena.rounds.address(),
@@ -1030,6 +1025,62 @@ impl Cuda {
         // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room. There are not more blocks than
         // multiprocessors, so that all are at work when they wait for one another, and every launch has as many.
         unsafe { self.device.launch(kernel.name, grid, kernel.threads, kernel.shared, &params) }
+    }
+
+    /// Both products of the experts, for the kernels that take them at once.
+    fn parts(&self, layer: &Layer, input: &Buffer, first: Epilogue, second: Epilogue) -> [Part; 2] {
+        let part = |matrix: &PackedMatrix, input: &Buffer, epilogue| Part {
+            matrix: matrix.params(),
+            epilogue,
+            input: input.address(),
+        };
+        [part(&layer.gate_up, input, first), part(&layer.down, &self.arena.activated, second)]
+    }
+
+    /// Whether the experts have some tokens each, and take experts_streamed_sm90.cu.
+    fn some_each(&self, layer: &Layer, n: usize) -> bool {
+        let (experts, pairs) = (self.config.experts, n * self.config.experts_per_token);
+        // Each expert may have one part that is not full. A block has units of the same cost as others, down to that of eight tokens.
+        let parts = pairs / STREAMED_TOKENS + experts;
+        let units = layer.gate_up.row_tiles().div_ceil(STREAMED_ROW_TILES);
+        let most = 2 * parts * units / self.device.multiprocessors() + 2;
+        self.device.capability() == 90
+            && !self.options.batch_invariant
+            && pairs <= STREAMED_EACH * experts
+            && layer.gate_up.format() == FP4
+            && layer.down.format() == FP4
+            && most / 3 + most / units + 4 <= STREAMED_PASSES
+    }
+
+    /// Both products of the experts with the activations of their slots.
+    fn experts_of_some_each(
+        &self,
+        layer: &Layer,
+        n: usize,
+        first: Epilogue,
+        second: Epilogue,
+    ) -> Result<(), Error> {
+        let params = Streamed {
+            parts: self.parts(layer, &self.arena.gathered, first, second),
+            list: self.arena.routes.address(),
+            barrier: self.arena.barrier.address(),
+            n: n as u32,
+            experts: self.config.experts as u32,
+            experts_per_token: self.config.experts_per_token as u32,
+            stack: self.slot_stack(n),
+        };
+        let grid = [self.device.multiprocessors() as u32, 1, 1];
+        // SAFETY: the slots are those of `n` tokens, for which the arena has room. There are not more blocks than
+        // multiprocessors, so that all come to the barrier between the products, and every launch has as many.
+        unsafe {
+            self.device.launch(
+                "experts_streamed",
+                grid,
+                STREAMED_THREADS,
+                self.device.shared_bytes(),
+                &params,
+            )
+        }
     }
 
     /// A product of the experts with the activations of their slots.
@@ -1169,7 +1220,7 @@ impl Cuda {
             format,
             eps: config.rms_norm_eps,
             shares: share,
-            stack: if few_each { ORDERED } else { 0 },
+            stack: if few_each || self.many(n) { ORDERED } else { 0 },
             padding: 0,
         };
         let few = if self.options.batch_invariant { shape.singles == n } else { n <= ROUTER_FEW };
@@ -1236,6 +1287,9 @@ impl Cuda {
             let blocks = max_slots(config, n).div_ceil(8) as u32;
             // SAFETY: the router's list names rows of these tokens; the arena has room for all slots.
             unsafe { self.device.launch("gather", [blocks, 1, 1], 256, 0, &params)? };
+            if self.some_each(layer, n) {
+                return self.experts_of_some_each(layer, n, epilogue, store);
+            }
             self.product_of_experts(&layer.gate_up, self.arena.gathered.address(), n, epilogue)?;
             return self.product_of_experts(&layer.down, self.arena.activated.address(), n, store);
         }
@@ -1381,6 +1435,13 @@ const FEW_PASSES: usize = 16;
 const OWN_ROUTES_TOKENS: usize = 64;
 /// Their bytes, at most: more would leave too little room for activations.
 const OWN_ROUTES_BYTES: usize = 7 << 10;
+/// Of experts_streamed_sm90.cu: tokens of a pass, threads of a block, its passes, at most, and row tiles of a unit.
+const STREAMED_TOKENS: usize = 64;
+const STREAMED_THREADS: u32 = 512;
+const STREAMED_PASSES: usize = 64;
+const STREAMED_ROW_TILES: usize = 8;
+/// Up to so many tokens per expert, on average, it is the fastest.
+const STREAMED_EACH: usize = 56;
 /// Up to so many tokens the router shares a token's experts among blocks.
 const ROUTER_FEW: usize = 160;
 /// Bytes of counters of the router's sorting warps: sixteen of all experts.

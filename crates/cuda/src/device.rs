@@ -67,6 +67,7 @@ const MODULES: &[Module] = &[
     (fatbin!("gemm_many_sm90"), &["gemm_bf16", "gemm_fp4", "gemm_experts_bf16", "gemm_experts_fp4"], &[90]),
     (fatbin!("experts_few"), &["experts_few"], &[]),
     (fatbin!("experts_some"), &["experts_some"], &[]),
+    (fatbin!("experts_streamed_sm90"), &["experts_streamed"], &[90]),
     (fatbin!("attention"), &["attend_split", "attend_split_e4m3"], &[]),
     (fatbin!("attention_many"), &["attend_many", "attend_many_e4m3"], &[]),
     (fatbin!("attention_many_sm90"), &["attend_prompts", "attend_prompts_e4m3"], &[90]),

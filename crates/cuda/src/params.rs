@@ -92,7 +92,7 @@ params! {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
         n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, tokens_first: u32,
     }
-    /// experts_few.cuh
+    /// experts.cuh
     Part, 128 {
         matrix: Matrix, epilogue: Epilogue, input: Address,
     }
@@ -100,6 +100,10 @@ params! {
     Few, 304 {
         parts: [Part; 2], list: Address, logits: Address, rounds: Address,
         n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, whole: u32,
+    }
+    /// experts_streamed_sm90.cu
+    Streamed, 288 {
+        parts: [Part; 2], list: Address, barrier: Address, n: u32, experts: u32, experts_per_token: u32, stack: u32,
     }
     /// quantize.cu
     Quantize, 40 {

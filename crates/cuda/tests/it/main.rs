@@ -599,9 +599,10 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
     for batch_invariant in [false, true] {
         let options = Options { batch_invariant, ..Options::default() };
         let mut cuda = load_with(&device, &weights, options);
+        cuda.allocate_kv(400, 400).unwrap();
         let alone: Vec<Vec<f32>> =
             (0..128).map(|s| run(&mut cuda, plan(s..s + 1)).remove(0).hidden).collect();
-        for batch in [16, 24, 64, 128] {
+        for batch in [16, 24, 64, 128, 256, 400] {
             let first = run(&mut cuda, plan(0..batch));
             for _ in 0..20 {
                 assert!(run(&mut cuda, plan(0..batch)) == first, "another result in a batch of {batch}");
@@ -609,8 +610,13 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
             let rows = first.iter().zip(&alone);
             match batch_invariant {
                 true => assert!(rows.clone().all(|(f, a)| f.hidden == *a), "batch of {batch}"),
+                // Of kernels that add in another order one token in hundreds may take another expert.
                 false => {
-                    assert!(rows.clone().all(|(f, a)| relative(&f.hidden, a) < 1e-2), "batch of {batch}")
+                    let close = rows.filter(|(f, a)| relative(&f.hidden, a) < 1e-2).count();
+                    assert!(
+                        close >= if batch > 128 { 120 } else { batch as usize },
+                        "batch of {batch}: {close}"
+                    )
                 }
             }
         }
