@@ -1,8 +1,8 @@
 // Both products of the experts' four-bit weights with some tokens each, on Hopper. As in experts_few.cuh a block takes a contiguous part
 // of all rows of all experts, first of the first product, then, when all blocks have arrived, of the second. But all tokens of an expert
 // take part in its products at once, so that each weight is decoded once, and they are too many for their activations to lie in shared
-// memory: those come 64 inputs at a time, brought by a warp of their own, for all warpgroups, each of which has 128 rows. Each warp brings
-// its own weights by bulk copies that run ahead, across the ends of passes and products.
+// memory: those come some column tiles at a time for all warpgroups, each of which has 128 rows. What comes is brought by warps of their
+// own, by bulk copies that run ahead, the weights across the ends of passes and products.
 #include "experts.cuh"
 #include "hopper.cuh"
 
@@ -16,18 +16,18 @@ struct Streamed {
 static_assert(sizeof(Streamed) == 288);
 
 constexpr int GROUPS = 3, WARPS = 4 * GROUPS;            // that multiply
-constexpr int THREADS = (GROUPS + 1) * 128;              // a thread of one more warpgroup brings the activations
+constexpr int THREADS = (GROUPS + 1) * 128;              // one warp more for each warpgroup's weights, and one for the activations
 // Registers of a thread: what the block begins with is divided anew, and there is no more to be had.
 constexpr int REGISTERS = 65536 / THREADS, MULTIPLYING = 160, BRINGING = 32;
 static_assert(GROUPS * MULTIPLYING + BRINGING <= (GROUPS + 1) * REGISTERS);
 constexpr int EACH = 2, UNIT = 4 * EACH;                 // row tiles of a warp and of a warpgroup in a pass
-constexpr int TOKENS = 64, SUMS = TOKENS / 2;            // of a pass; of a thread: 64 rows of its tokens
+constexpr int TOKENS = 72, SUMS = TOKENS / 2;            // of a pass; of a thread: 64 rows of its tokens
 constexpr int CHUNK = 3;                                 // column tiles that come together
 constexpr int TILE_BYTES = 512, SCALE_BYTES = 64;
-constexpr int SCALES = EACH * CHUNK * TILE_BYTES, SLOT_BYTES = SCALES + EACH * CHUNK * SCALE_BYTES;
+constexpr int SCALES = UNIT * CHUNK * TILE_BYTES, SLOT_BYTES = SCALES + UNIT * CHUNK * SCALE_BYTES;
 constexpr int LINE = TILE_COLS * 2;                      // bytes of a row of activations of one column tile
 constexpr int STAGE_BYTES = CHUNK * TOKENS * LINE;
-constexpr int SLOTS = 3, STAGES = 4;                     // chunks of a warp's weights, and of activations
+constexpr int SLOTS = 3, STAGES = 3;                     // chunks of a warpgroup's weights, and of activations
 constexpr int MAX_PASSES = 64;                           // of a block in one product
 constexpr int COST = 96;                                 // of a unit beside that of its tokens
 
@@ -39,9 +39,9 @@ struct Pass {
 };
 struct Shared {
     uint8_t stages[STAGES][STAGE_BYTES];         // [column tiles][tokens, rounded up to eights][LINE]
-    uint8_t slots[WARPS][SLOTS][SLOT_BYTES];     // [row tiles][column tiles]: codes, then scales
+    uint8_t slots[GROUPS][SLOTS][SLOT_BYTES];    // [row tiles][column tiles]: codes, then scales
     uint64_t full[STAGES], empty[STAGES];        // barriers
-    uint64_t arrived[WARPS][SLOTS];
+    uint64_t arrived[GROUPS][SLOTS], left[GROUPS][SLOTS];
     uint64_t multiplied;                         // the first product
     Pass passes[2][MAX_PASSES];
     uint32_t counts[2];                          // of passes
@@ -119,70 +119,58 @@ template <int LENGTH> struct Turn {
     }
 };
 
-// A warp's row tile of number `i` in a pass: two of which the first product's outputs become neighbours in the second's inputs.
-__device__ __forceinline__ uint32_t row_tile_of(const Pass& pass, int i) {
-    const uint32_t warp = threadIdx.x / WARP % 4;
-    return (pass.unit + threadIdx.x / 128) * UNIT + warp / 2 * 4 + warp % 2 + 2 * i;
-}
+// A warp's row tile of number `i` in its unit: two of which the first product's outputs become neighbours in the second's inputs.
+__device__ __forceinline__ uint32_t row_tile_of(int i) { return threadIdx.x / (2 * WARP) % 2 * 4 + threadIdx.x / WARP % 2 + 2 * i; }
+// The same in the matrix.
+__device__ __forceinline__ uint32_t row_tile_of(const Pass& pass, int i) { return (pass.unit + threadIdx.x / 128) * UNIT + row_tile_of(i); }
 
-// A warp's weights.
+// A warpgroup's ring of weights, as its warps see it.
 struct Weights {
-    const Streamed& p;
-    const Shared& shared;
-    uint32_t slots, arrived;   // addresses
-    Turn<SLOTS> now;           // the chunk that is multiplied
-    int product, pass, column; // of the next chunk to be brought
-    size_t tile;               // the first of its first row tile
-    uint32_t further;          // tiles from there to its second row tile
-    uint64_t policy;
-    // Goes on to the next pass of this warpgroup, from `product` and `pass` on.
-    __device__ __forceinline__ void enter() {
-        column = 0;
-        for (; product < 2; product++, pass = 0) {
-            for (; pass < int(shared.counts[product]); pass++) {
-                const Pass& next = shared.passes[product][pass];
-                if (threadIdx.x / 128 >= next.count) continue;
-                const Matrix& m = p.parts[product].matrix;
-                // Where there are no more rows come others.
-                const uint32_t row_tile = row_tile_of(next, 0), last = row_tiles_of(m) - 1, columns = m.cols / TILE_COLS;
-                tile = size_t(next.expert * (last + 1) + min(row_tile, last)) * columns;
-                further = (min(row_tile_of(next, 1), last) - min(row_tile, last)) * columns;
-                return;
-            }
-        }
-    }
-    // A chunk to slot `slot`.
-    __device__ __forceinline__ void bring(int slot) {
-        if (product == 2) return;
-        const Matrix& m = p.parts[product].matrix;
-        const int columns = m.cols / TILE_COLS, count = min(CHUNK, columns - column);
-        if (threadIdx.x % WARP == 0) {
-            const uint32_t to = slots + slot * SLOT_BYTES, barrier = arrived + 8 * slot;
-            expect_bytes(barrier, count * EACH * (TILE_BYTES + SCALE_BYTES));
-#pragma unroll
-            for (int i = 0; i < EACH; i++) {
-                const size_t from = tile + i * further + column;
-                copy_bulk(to + i * CHUNK * TILE_BYTES, (const uint8_t*)m.weights + from * TILE_BYTES, count * TILE_BYTES, barrier, policy);
-                copy_bulk(to + SCALES + i * CHUNK * SCALE_BYTES, (const uint8_t*)m.scales + from * SCALE_BYTES, count * SCALE_BYTES, barrier, policy);
-            }
-        }
-        column += CHUNK;
-        if (column >= columns) pass++, enter();
-    }
+    uint32_t slots, arrived, left; // addresses
+    Turn<SLOTS> now;               // the chunk that is multiplied
     __device__ __forceinline__ void wait() const { wait_barrier(arrived + 8 * now.at, now.parity); }
     // A tile of the chunk, as it is.
     __device__ __forceinline__ Tile<FP4> load(int row_tile, int i) const {
-        const uint32_t slot = slots + now.at * SLOT_BYTES, tile = row_tile * CHUNK + i;
+        const uint32_t slot = slots + now.at * SLOT_BYTES, tile = row_tile_of(row_tile) * CHUNK + i;
         return load_tile(slot + tile * TILE_BYTES, slot + SCALES + tile * SCALE_BYTES);
     }
     // When all of a chunk is loaded.
-    __device__ __forceinline__ void next() {
+    __device__ __forceinline__ void leave() {
         fence_reads();
         __syncwarp();
-        bring(now.at);
+        if (threadIdx.x % WARP == 0) arrive(left + 8 * now.at);
         now.next();
     }
 };
+
+// All weights of a warpgroup. By one thread.
+__device__ __forceinline__ void bring_weights(const Streamed& p, Shared& shared, uint32_t group) {
+    const uint64_t policy = read_once();
+    Turn<SLOTS> now;
+    for (int product = 0; product < 2; product++) {
+        const Matrix& m = p.parts[product].matrix;
+        const int columns = m.cols / TILE_COLS;
+        const uint32_t row_tiles = row_tiles_of(m);
+        for (uint32_t i = 0; i < shared.counts[product]; i++) {
+            const Pass& pass = shared.passes[product][i];
+            if (group >= pass.count) continue;
+            const uint32_t expert = pass.expert * row_tiles, first = (pass.unit + group) * UNIT;
+            for (int column = 0; column < columns; column += CHUNK, now.next()) {
+                const uint32_t full = shared_address(&shared.arrived[group][now.at]), to = shared_address(shared.slots[group][now.at]);
+                const int count = min(CHUNK, columns - column);
+                wait_barrier(shared_address(&shared.left[group][now.at]), now.parity ^ 1);
+                expect_bytes(full, UNIT * count * (TILE_BYTES + SCALE_BYTES));
+#pragma unroll
+                for (int r = 0; r < UNIT; r++) {
+                    // Where there are no more rows come others.
+                    const size_t from = size_t(expert + min(first + r, row_tiles - 1)) * columns + column;
+                    copy_bulk(to + r * CHUNK * TILE_BYTES, (const uint8_t*)m.weights + from * TILE_BYTES, count * TILE_BYTES, full, policy);
+                    copy_bulk(to + SCALES + r * CHUNK * SCALE_BYTES, (const uint8_t*)m.scales + from * SCALE_BYTES, count * SCALE_BYTES, full, policy);
+                }
+            }
+        }
+    }
+}
 
 // The ring of activations, as those see it who take them.
 struct Inputs {
@@ -203,21 +191,25 @@ template <int N> __device__ __forceinline__ void multiply_pass(float (&d)[EACH][
     begin();
     inputs.wait();
     for (; columns > 0; columns -= CHUNK) {
-        const int tiles = EACH * min(columns, CHUNK);
+        // The compiler may not know that there are whole pairs: where a branch follows the products, all of them begin before anything is
+        // decoded, and all is decoded before they are waited for.
+        int tiles;
+        asm volatile("mov.b32 %0, %1;" : "=r"(tiles) : "r"(EACH * min(columns, CHUNK)));
         const uint32_t b = descriptor_of(inputs.stages + inputs.now.at * STAGE_BYTES);
 #pragma unroll
         for (int i = 0; i < EACH * CHUNK; i++) {
             if (i >= tiles) continue;
+            const bool more = i + 1 < EACH * CHUNK && i + 1 < tiles;
             Tile<FP4> next;
-            if (i + 1 < tiles) next = weights.load((i + 1) % EACH, (i + 1) / EACH);
+            if (more) next = weights.load((i + 1) % EACH, (i + 1) / EACH);
             begin_products();
 #pragma unroll
             for (int j = 0; j < 4; j++) multiply<FP4, N>(d[i % EACH], a[i % 2][j], descriptor(b, i / EACH * N * LINE + 32 * j));
             commit_products();
-            if (i + 1 < tiles) {
+            if (more) {
                 decode(next, a[(i + 1) % 2]);
             } else if (i + 1 == EACH * CHUNK && columns > CHUNK) {
-                weights.next();
+                weights.leave();
                 weights.wait();
                 begin();
             }
@@ -226,7 +218,7 @@ template <int N> __device__ __forceinline__ void multiply_pass(float (&d)[EACH][
         inputs.leave();
         if (columns > CHUNK) inputs.wait();
     }
-    weights.next();
+    weights.leave();
 }
 
 // What follows the first product: of each lane's outputs its neighbour's are beside, so that they exchange tokens.
@@ -293,7 +285,7 @@ __device__ __forceinline__ void take_pass(const Streamed& p, Weights& weights, I
     weights.now.at = __shfl_sync(~0u, weights.now.at, 0), weights.now.parity = __shfl_sync(~0u, weights.now.parity, 0);
     switch ((pass.n + 7) / 8) {
 #define WIDTH(N) case N / 8: multiply_pass<N>(d, weights, inputs, columns); break;
-        WIDTH(8) WIDTH(16) WIDTH(24) WIDTH(32) WIDTH(40) WIDTH(48) WIDTH(56) WIDTH(64)
+        WIDTH(8) WIDTH(16) WIDTH(24) WIDTH(32) WIDTH(40) WIDTH(48) WIDTH(56) WIDTH(64) WIDTH(72)
     }
     if (product == 0) finish_first(d, part.epilogue, affine, pass);
     else finish_second(d, part.epilogue, affine, pass, part.matrix.rows);
@@ -350,7 +342,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) experts_streamed(const 
         init_barrier(shared_address(&shared.full[threadIdx.x]), 1);
         init_barrier(shared_address(&shared.empty[threadIdx.x]), GROUPS);
     }
-    if (threadIdx.x < WARPS * SLOTS) init_barrier(shared_address(&shared.arrived[0][threadIdx.x]), 1);
+    if (threadIdx.x < GROUPS * SLOTS) {
+        init_barrier(shared_address(&shared.arrived[0][threadIdx.x]), 1);
+        init_barrier(shared_address(&shared.left[0][threadIdx.x]), 4);
+    }
     if (threadIdx.x == 0) init_barrier(shared_address(&shared.multiplied), WARPS);
     fence_barriers();
     wait_for_previous();
@@ -360,14 +355,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) experts_streamed(const 
     __syncthreads();
     if (warp >= WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BRINGING));
-        if (threadIdx.x == WARPS * WARP) bring_inputs(p, shared);
+        if (threadIdx.x % WARP) return;
+        if (warp < WARPS + GROUPS) bring_weights(p, shared, warp - WARPS);
+        else bring_inputs(p, shared);
         return;
     }
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING));
-    Weights weights = {p, shared, shared_address(shared.slots[warp]), shared_address(shared.arrived[warp])};
-    weights.product = weights.pass = 0, weights.policy = read_once();
-    weights.enter();
-    for (int i = 0; i < SLOTS; i++) weights.bring(i);
+    Weights weights = {shared_address(shared.slots[warp / 4]), shared_address(shared.arrived[warp / 4]), shared_address(shared.left[warp / 4])};
     Inputs inputs = {shared_address(shared.stages), shared_address(shared.full), shared_address(shared.empty)};
     for (int product = 0; product < 2; product++) {
         for (uint32_t i = 0; i < shared.counts[product]; i++) {

@@ -1436,12 +1436,12 @@ const OWN_ROUTES_TOKENS: usize = 64;
 /// Their bytes, at most: more would leave too little room for activations.
 const OWN_ROUTES_BYTES: usize = 7 << 10;
 /// Of experts_streamed_sm90.cu: tokens of a pass, threads of a block, its passes, at most, and row tiles of a unit.
-const STREAMED_TOKENS: usize = 64;
+const STREAMED_TOKENS: usize = 72;
 const STREAMED_THREADS: u32 = 512;
 const STREAMED_PASSES: usize = 64;
 const STREAMED_ROW_TILES: usize = 8;
 /// Up to so many tokens per expert, on average, it is the fastest.
-const STREAMED_EACH: usize = 56;
+const STREAMED_EACH: usize = 128;
 /// Up to so many tokens the router shares a token's experts among blocks.
 const ROUTER_FEW: usize = 160;
 /// Bytes of counters of the router's sorting warps: sixteen of all experts.
