@@ -1441,7 +1441,7 @@ const STREAMED_THREADS: u32 = 512;
 const STREAMED_PASSES: usize = 64;
 const STREAMED_ROW_TILES: usize = 8;
 /// Up to so many tokens per expert, on average, it is the fastest.
-const STREAMED_EACH: usize = 128;
+const STREAMED_EACH: usize = 64;
 /// Up to so many tokens the router shares a token's experts among blocks.
 const ROUTER_FEW: usize = 160;
 /// Bytes of counters of the router's sorting warps: sixteen of all experts.
