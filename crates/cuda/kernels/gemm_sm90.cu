@@ -204,27 +204,44 @@ template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinli
         if (finished < row_tiles) {
             Affine affine;
             affine.load(p.epilogue, m, work.expert, finished, pair);
-            const int at_once = THREADS / (ROW_TILES * 8), ranks = cluster_size();
-            for (int column = cluster_rank() * at_once + threadIdx.x / (ROW_TILES * 8); column < work.n; column += ranks * at_once) {
-                const float* own = sums + column * STRIDE + threadIdx.x / 8 % ROW_TILES * TILE_ROWS + pair;
-                // All reads in flight together: each comes from far.
-                const uint2 rows = stored_rows(p.epilogue, finished, pair);
-                float* out = p.epilogue.out + size_t(work.first + column) * m.rows;
-                const bool adds = p.epilogue.kind == RESIDUAL;
-                const float old_a = adds && rows.x < m.rows ? out[rows.x] : 0.f, old_b = adds && rows.y < m.rows ? out[rows.y] : 0.f;
-                float parts[2][MAX_CLUSTER], a = 0, b = 0;
+            const Epilogue& e = p.epilogue;
+            const int at_once = THREADS / (ROW_TILES * 8), ranks = cluster_size(), step = ranks * at_once;
+            const uint2 rows = stored_rows(e, finished, pair);
+            // All reads of several tokens in flight together: each comes from far.
+            constexpr int TOGETHER = 4;
+            float parts[TOGETHER][2][MAX_CLUSTER];
+            float2 old[TOGETHER];
+            Rotation rotations[TOGETHER];
+            for (int first = cluster_rank() * at_once + threadIdx.x / (ROW_TILES * 8); first < work.n; first += TOGETHER * step) {
 #pragma unroll
-                for (int rank = 0; rank < MAX_CLUSTER; rank++) {
-                    parts[0][rank] = rank < ranks ? read_of_cluster(own, rank) : 0;
-                    parts[1][rank] = rank < ranks ? read_of_cluster(own + 8, rank) : 0;
+                for (int i = 0; i < TOGETHER; i++) {
+                    const int column = first + i * step;
+                    if (column >= work.n) break;
+                    const float* own = sums + column * STRIDE + threadIdx.x / 8 % ROW_TILES * TILE_ROWS + pair;
+#pragma unroll
+                    for (int rank = 0; rank < MAX_CLUSTER; rank++) {
+                        parts[i][0][rank] = rank < ranks ? read_of_cluster(own, rank) : 0;
+                        parts[i][1][rank] = rank < ranks ? read_of_cluster(own + 8, rank) : 0;
+                    }
+                    if (e.kind == QKV) rotations[i].load(e, finished, pair, work.first + column);
+                    if (e.kind != RESIDUAL) continue;
+                    const float* out = e.out + size_t(work.first + column) * m.rows;
+                    old[i] = make_float2(rows.x < m.rows ? out[rows.x] : 0.f, rows.y < m.rows ? out[rows.y] : 0.f);
                 }
 #pragma unroll
-                for (int rank = 0; rank < MAX_CLUSTER; rank++) a += parts[0][rank], b += parts[1][rank];
-                if (adds) {
-                    if (rows.x < m.rows) out[rows.x] = old_a + (a * affine.scale + affine.a);
-                    if (rows.y < m.rows) out[rows.y] = old_b + (b * affine.scale + affine.b);
-                } else {
-                    finish(p.epilogue, m, affine, finished, pair, work.first + column, a, b);
+                for (int i = 0; i < TOGETHER; i++) {
+                    const int column = first + i * step;
+                    if (column >= work.n) break;
+                    float a = 0, b = 0;
+#pragma unroll
+                    for (int rank = 0; rank < MAX_CLUSTER; rank++) a += parts[i][0][rank], b += parts[i][1][rank];
+                    if (e.kind == RESIDUAL) {
+                        float* out = e.out + size_t(work.first + column) * m.rows;
+                        if (rows.x < m.rows) out[rows.x] = old[i].x + (a * affine.scale + affine.a);
+                        if (rows.y < m.rows) out[rows.y] = old[i].y + (b * affine.scale + affine.b);
+                    } else {
+                        finish(e, m, affine, finished, pair, work.first + column, a, b, rotations[i]);
+                    }
                 }
             }
         }
