@@ -34,6 +34,14 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
 // copy, which does not stand in it, has brought.
 __device__ __forceinline__ void fence_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// True in one thread of a warp, all of which are here. The compiler knows this, which it does not of a comparison of the lane: what only
+// that thread does, it does without a loop over the threads that might.
+__device__ __forceinline__ bool elected() {
+    uint32_t it;
+    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(it));
+    return it;
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
     uint32_t rank;
     asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));

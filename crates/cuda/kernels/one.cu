@@ -13,7 +13,7 @@ struct One {
     float* scaled;                   // [hidden]: the residual stream times the scale of the norm before the experts
     const __nv_bfloat16* router;     // [experts, hidden]
     const float* router_bias;        // [experts]
-    float* parts;                    // [parts, columns]: what each part of the residual stream adds to the router's logits
+    float* router_parts;             // [experts + 1, parts]: what each part of the residual stream adds to the router's logits, see `parts_row`
     float* shares;                   // [blocks, SHARES, 16]: what each block of the experts adds to the residual stream
     uint32_t* exchange;              // [experts per token, cols of the second product]: what the first one found, see `both_products`
     uint32_t* rounds;                // [blocks]: how often each block of the experts was at work
@@ -144,15 +144,15 @@ template <Format F, int CHUNK, int SLOTS> struct Flow {
     }
     template <class Next> __device__ __forceinline__ void bring(uint32_t to, Next next) {
         if (left <= 0) next();
-        const uint32_t lane = threadIdx.x % WARP;
         if constexpr (BULK) {
-            if (left > 0 && lane == 0) {
+            if (elected() && left > 0) {
                 const int count = min(CHUNK, left);
                 expect_bytes(to + BARRIER, count * (WEIGHTS + SCALES));
                 copy_bulk(to, weights, count * WEIGHTS, to + BARRIER, policy);
                 copy_bulk(to + CHUNK * WEIGHTS, scales, count * SCALES, to + BARRIER, policy);
             }
         } else {
+            const uint32_t lane = threadIdx.x % WARP;
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) {
                 if (i >= left) break;
@@ -209,141 +209,146 @@ __device__ __forceinline__ void bring_inputs(uint16_t* to, const uint16_t* from,
     __syncwarp();
 }
 
-// Columns of `parts`: the experts, the squares of the residual stream, and zeros up to a multiple of four.
-__device__ __forceinline__ uint32_t part_columns(const One& p) { return (p.experts + 4) / 4 * 4; }
+// What one expert has in `router_parts`; a row more is of the squares of the residual stream. The numbers that fill up a row are zeros.
+__device__ __forceinline__ uint32_t parts_row(const One& p) { return (p.part_count + 3) / 4 * 4; }
 
-// The choice of experts, by all threads of a block.
+// The choice of experts, by all threads of a block. Between its steps are barriers.
 struct Routing {
-    static constexpr int THREADS = EXPERT_WARPS * WARP, LOADS = 3, STEPS = (MAX_EXPERTS + 4 + THREADS / 8 - 1) / (THREADS / 8);
-    float logits[MAX_EXPERTS + 4];
+    static constexpr int WARPS = EXPERT_WARPS, ROWS = 2, VECTORS = MAX_HIDDEN / TILE_ROWS / 4 / WARP, EIGHTS = WARPS * WARP / 8;
+    // Sums over the parts: of the experts, then of the squares.
+    __align__(16) float sums[MAX_EXPERTS + 4];
+    __align__(16) float bias[MAX_EXPERTS + 4];
     uint32_t experts[MAX_RANKS];
-    float weights[MAX_RANKS];
+    float logits[MAX_RANKS], weights[MAX_RANKS]; // of those experts
 
-    // `gathered` has a place for each thread.
-    static __device__ __forceinline__ void gather(const One& p, float4* gathered) {
-        uint32_t columns = part_columns(p) / 4, column = threadIdx.x % columns, rows = THREADS / columns, row = threadIdx.x / columns;
-        float4 sum = make_float4(0, 0, 0, 0);
-        if (row < rows) {
-            const float4* parts = (const float4*)p.parts + column;
-            for (uint32_t first = row; first < p.part_count; first += LOADS * rows) {
-                float4 v[LOADS];
-#pragma unroll
-                for (int i = 0; i < LOADS; i++) {
-                    uint32_t part = first + i * rows;
-                    v[i] = part < p.part_count ? __ldcg(parts + size_t(part) * columns) : make_float4(0, 0, 0, 0);
-                }
-#pragma unroll
-                for (int i = 0; i < LOADS; i++) sum.x += v[i].x, sum.y += v[i].y, sum.z += v[i].z, sum.w += v[i].w;
-            }
-        }
-        gathered[threadIdx.x] = sum;
-    }
     // Before the wait.
-    static __device__ __forceinline__ void load_bias(const One& p, float (&bias)[STEPS]) {
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) bias[i] = p.router_bias[min(i * (THREADS / 8) + threadIdx.x / 8, p.experts - 1)];
+    __device__ __forceinline__ void load_bias(const One& p) {
+        for (uint32_t e = threadIdx.x; e < p.experts; e += WARPS * WARP) bias[e] = p.router_bias[e];
     }
-    // Eight threads have the sum of one column.
-    static __device__ __forceinline__ float sum_of(const float4* gathered, uint32_t columns, uint32_t column) {
-        uint32_t rows = THREADS / (columns / 4);
-        const float* all = (const float*)gathered + column;
-        float v = 0;
-        for (uint32_t row = threadIdx.x % 8; row < rows; row += 8) v += all[row * columns];
-#pragma unroll
-        for (int i = 4; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
-        return v;
-    }
-    // After a barrier; another must follow. The result is one over the norm.
-    __device__ __forceinline__ float finish(const One& p, const float4* gathered, const float (&bias)[STEPS]) {
-        uint32_t columns = part_columns(p);
-        float inverse = rsqrtf(sum_of(gathered, columns, p.experts) / p.hidden + p.eps);
-#pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            uint32_t e = i * (THREADS / 8) + threadIdx.x / 8, inside = min(e, p.experts - 1);
-            if (e - threadIdx.x / 8 >= columns) break;
-            float v = sum_of(gathered, columns, inside) * inverse + bias[i];
-            // What fills up the last four comes after all.
-            if (e < columns && threadIdx.x % 8 == 0) logits[e] = isnan(v) || e > inside ? -INFINITY : v;
-        }
-        return inverse;
-    }
-    // After another barrier, by one warp; a third must follow. The experts by value, descending, the lower index first on a tie,
-    // and the softmax over those that are taken.
-    __device__ __forceinline__ void choose(const One& p) {
-        uint32_t lane = threadIdx.x % WARP;
+    // A warp has some rows.
+    __device__ __forceinline__ void sum(const One& p) {
+        const uint32_t vectors = parts_row(p) / 4, lane = threadIdx.x % WARP;
 #pragma unroll 1
-        for (uint32_t e = lane; e < p.experts; e += WARP) {
-            float v = logits[e];
-            uint32_t before = 0;
-#pragma unroll 2
-            for (uint32_t other = 0; other < p.experts; other += 4) {
-                float4 w = *(const float4*)(logits + other);
-                before += w.x > v || (w.x == v && other < e);
-                before += w.y > v || (w.y == v && other + 1 < e);
-                before += w.z > v || (w.z == v && other + 2 < e);
-                before += w.w > v || (w.w == v && other + 3 < e);
-            }
-            if (before < p.experts_per_token) experts[before] = e, weights[before] = v;
+        for (uint32_t first = threadIdx.x / WARP; first <= p.experts; first += ROWS * WARPS) {
+            const float4* row = (const float4*)p.router_parts + first * vectors;
+            float4 v[ROWS][VECTORS];
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
+#pragma unroll
+                for (int j = 0; j < VECTORS; j++) {
+                    const bool there = first + i * WARPS <= p.experts && j * WARP + lane < vectors;
+                    v[i][j] = there ? __ldcg(row + i * WARPS * vectors + j * WARP + lane) : make_float4(0, 0, 0, 0);
+                }
+            float all[ROWS] = {};
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
+#pragma unroll
+                for (int j = 0; j < VECTORS; j++) all[i] += (v[i][j].x + v[i][j].y) + (v[i][j].z + v[i][j].w);
+#pragma unroll
+            for (int i = 0; i < ROWS; i++) all[i] = warp_sum(all[i]);
+#pragma unroll
+            for (int i = 0; i < ROWS; i++)
+                if (lane == 0 && first + i * WARPS <= p.experts) sums[first + i * WARPS] = all[i];
         }
-        __syncwarp();
-        float share = 0, largest = weights[0];
-        // Of infinities each counts as much as any other.
-        if (lane < p.experts_per_token) share = weights[lane] == largest ? 1.f : expf(weights[lane] - largest);
-        float sum = warp_sum(share);
-        if (lane < p.experts_per_token) weights[lane] = share / sum;
+    }
+    // One over the norm.
+    __device__ __forceinline__ float inverse(const One& p) const { return rsqrtf(sums[p.experts] / p.hidden + p.eps); }
+    // The experts by value, descending, the lower index first on a tie. Eight threads count what comes before an expert.
+    __device__ __forceinline__ void choose(const One& p, float inverse) {
+        auto logit = [&](float sum, float bias) {
+            const float v = sum * inverse + bias;
+            return isnan(v) ? -INFINITY : v;
+        };
+#pragma unroll 1
+        for (uint32_t first = threadIdx.x / WARP * 4; first < p.experts; first += EIGHTS) {
+            const uint32_t e = first + threadIdx.x % WARP / 8, inside = min(e, p.experts - 1);
+            const float own = logit(sums[inside], bias[inside]);
+            uint32_t before = 0;
+#pragma unroll 1
+            for (uint32_t other = threadIdx.x % 8 * 4; other < p.experts; other += 32) {
+                const float4 s = *(const float4*)(sums + other), b = *(const float4*)(bias + other);
+                auto count = [&](float v, uint32_t i) { before += i < p.experts && (v > own || (v == own && i < e)); };
+                count(logit(s.x, b.x), other), count(logit(s.y, b.y), other + 1);
+                count(logit(s.z, b.z), other + 2), count(logit(s.w, b.w), other + 3);
+            }
+#pragma unroll
+            for (int i = 4; i; i /= 2) before += __shfl_xor_sync(~0u, before, i);
+            if (e < p.experts && threadIdx.x % 8 == 0 && before < p.experts_per_token) experts[before] = e, logits[before] = own;
+        }
+    }
+    // What a rank counts for: the softmax over those that are taken. Of infinities each counts as much as any other.
+    __device__ __forceinline__ void weigh(const One& p, uint32_t rank) {
+        auto share = [&](float v) { return v == logits[0] ? 1.f : expf(v - logits[0]); };
+        float sum = 0;
+#pragma unroll 1
+        for (uint32_t i = 0; i < p.experts_per_token; i++) sum += share(logits[i]);
+        weights[rank] = share(logits[rank]) / sum;
     }
 };
 
 // The residual stream, with what the blocks of the experts add to it, in their order.
 template <int THREADS> struct Stream {
-    static constexpr int VALUES = MAX_HIDDEN / 4 / THREADS;
-    int first[VALUES], last[VALUES]; // blocks that share a row tile
+    static constexpr int VALUES = MAX_HIDDEN / 4 / THREADS, NEAR = 2;
+    int at[VALUES][NEAR]; // where in `shares` the first blocks of a row tile have theirs; negative: there is none
     float4 v[VALUES];
+    static __device__ __forceinline__ int first_block(const One& p, int row_tile) { return row_tile * int(p.share_warps) / EXPERT_WARPS; }
+    // Of the 4 values from `4 * i` on, in `block`.
+    static __device__ __forceinline__ int place(const One& p, int i, int block) {
+        const int row_tile = i / (TILE_ROWS / 4), last = (int((row_tile + 1) * p.share_warps) - 1) / EXPERT_WARPS;
+        if (i >= int(p.hidden / 4) || block > last || p.share_warps == 0) return -1;
+        return (block * SHARES + row_tile - block * EXPERT_WARPS / int(p.share_warps)) * (TILE_ROWS / 4) + i % (TILE_ROWS / 4);
+    }
     // Before the wait.
     __device__ __forceinline__ Stream(const One& p) {
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
-            int row_tile = (i * THREADS + threadIdx.x) / (TILE_ROWS / 4);
-            first[i] = row_tile * int(p.share_warps) / EXPERT_WARPS;
-            last[i] = p.share_warps ? int((row_tile + 1) * p.share_warps - 1) / EXPERT_WARPS : -1;
+            const int own = i * THREADS + threadIdx.x;
+#pragma unroll
+            for (int j = 0; j < NEAR; j++) at[i][j] = place(p, own, first_block(p, own / (TILE_ROWS / 4)) + j);
         }
-    }
-    __device__ __forceinline__ const float4* share(const One& p, int at, int block) const {
-        int place = at / (TILE_ROWS / 4) - block * EXPERT_WARPS / int(p.share_warps);
-        return (const float4*)p.shares + (block * SHARES + place) * (TILE_ROWS / 4) + at % (TILE_ROWS / 4);
     }
     __device__ __forceinline__ void load(const One& p) {
-        float4 own[VALUES], next[VALUES];
+        const float4* shares = (const float4*)p.shares;
+        float4 more[VALUES][NEAR];
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
-            int at = i * THREADS + threadIdx.x;
-            bool inside = at < int(p.hidden / 4);
-            v[i] = own[i] = next[i] = make_float4(0, 0, 0, 0);
-            if (inside) v[i] = ((const float4*)p.residual)[at];
-            if (inside && first[i] <= last[i]) own[i] = *share(p, at, first[i]);
-            if (inside && first[i] < last[i]) next[i] = *share(p, at, first[i] + 1);
+            const uint32_t own = i * THREADS + threadIdx.x;
+            v[i] = own < p.hidden / 4 ? ((const float4*)p.residual)[own] : make_float4(0, 0, 0, 0);
+#pragma unroll
+            for (int j = 0; j < NEAR; j++) more[i][j] = at[i][j] >= 0 ? shares[at[i][j]] : make_float4(0, 0, 0, 0);
         }
+        auto add = [](float4& to, const float4& b) { to.x += b.x, to.y += b.y, to.z += b.z, to.w += b.w; };
 #pragma unroll
-        for (int i = 0; i < VALUES; i++) {
-            int at = i * THREADS + threadIdx.x;
-            v[i].x += own[i].x + next[i].x, v[i].y += own[i].y + next[i].y, v[i].z += own[i].z + next[i].z, v[i].w += own[i].w + next[i].w;
+        for (int i = 0; i < VALUES; i++)
+#pragma unroll
+            for (int j = 0; j < NEAR; j++) add(v[i], more[i][j]);
+        if (p.share_warps <= EXPERT_WARPS + 1) return;
+        // Row tiles of more blocks.
 #pragma unroll 1
-            for (int b = first[i] + 2; b <= last[i] && at < int(p.hidden / 4); b++) {
-                float4 more = *share(p, at, b);
-                v[i].x += more.x, v[i].y += more.y, v[i].z += more.z, v[i].w += more.w;
+        for (int i = 0; i < VALUES; i++) {
+            const int own = i * THREADS + threadIdx.x;
+#pragma unroll 1
+            for (int block = first_block(p, own / (TILE_ROWS / 4)) + NEAR, from; (from = place(p, own, block)) >= 0; block++) {
+                const float4 b = shares[from];
+#pragma unroll
+                for (int k = 0; k < VALUES; k++)
+                    if (k == i) add(v[k], b);
             }
         }
     }
-    __device__ __forceinline__ float square() const {
-        float sum = 0;
-#pragma unroll
-        for (int i = 0; i < VALUES; i++) sum += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
-        return sum;
-    }
     // The norm, to `x`; the stream itself, to `whole` if `keep`.
     template <Format F> __device__ __forceinline__ void norm(const One& p, const Vector<VALUES>& scale, uint16_t* x, bool keep) const {
-        __shared__ float scratch[WARP];
-        const float inverse = rsqrtf(block_sum(square(), scratch) / p.hidden + p.eps);
+        __shared__ __align__(16) float squares[THREADS / WARP];
+        float square = 0;
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) square += v[i].x * v[i].x + v[i].y * v[i].y + v[i].z * v[i].z + v[i].w * v[i].w;
+        square = warp_sum(square);
+        if (threadIdx.x % WARP == 0) squares[threadIdx.x / WARP] = square;
+        __syncthreads();
+        square = 0;
+#pragma unroll
+        for (int i = 0; i < THREADS / WARP; i++) square += squares[i];
+        const float inverse = rsqrtf(square / p.hidden + p.eps);
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
             const uint32_t at = i * THREADS + threadIdx.x;
@@ -365,7 +370,6 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
     const Matrix& m = p.matrix;
     Epilogue e = p.epilogue;
     e.kind = QKV;
-    start_next();
     const int warp = threadIdx.x / WARP, each = WARPS / p.groups, column_tiles = m.cols / TILE_COLS;
     const int row_tile = blockIdx.x * p.groups + warp / each;
     const bool busy = warp / each < p.groups && row_tile < row_tiles_of(m);
@@ -388,6 +392,8 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
     if (finishes) rotation.load(e, own_tile, pair, 0);
     stream.template norm<F>(p, scale, x, blockIdx.x == 0);
     __syncthreads();
+    // Not earlier: the residual stream would wait behind the weights of the projection of attention.
+    start_next();
     flow.multiply(busy ? end - begin : 0, Sums<F>(x + begin * TILE_COLS), partial[warp], 1);
     __syncthreads();
     if (!finishes) return;
@@ -448,17 +454,16 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
     }
     __syncthreads();
     const float square = added[threadIdx.x % TILE_ROWS] * added[threadIdx.x % TILE_ROWS], v = normed[threadIdx.x % TILE_ROWS];
-    const uint32_t columns = part_columns(p);
     auto add = [&](uint32_t e, float weight) {
         float logit = e == p.experts ? square : v * weight;
 #pragma unroll
         for (int i = TILE_ROWS / 2; i; i /= 2) logit += __shfl_xor_sync(~0u, logit, i);
-        if (threadIdx.x % TILE_ROWS == 0 && e < columns) p.parts[size_t(row_tile) * columns + e] = logit;
+        if (threadIdx.x % TILE_ROWS == 0 && e <= p.experts) p.router_parts[e * parts_row(p) + row_tile] = logit;
     };
 #pragma unroll
     for (int i = 0; i < KEPT; i++) add(i * EXPERTS + threadIdx.x / TILE_ROWS, router_weights[i]);
 #pragma unroll 1
-    for (uint32_t first = KEPT * EXPERTS; first < columns; first += EXPERTS)
+    for (uint32_t first = KEPT * EXPERTS; first <= p.experts; first += EXPERTS)
         add(first + threadIdx.x / TILE_ROWS, router_weight(first + threadIdx.x / TILE_ROWS));
 }
 
@@ -481,7 +486,7 @@ __device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t v) {
 // upper half the number of the round, which no word has that an earlier round left.
 template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_products(const One& p) {
     constexpr int WARPS = EXPERT_WARPS, THREADS = WARPS * WARP, VALUES = (MAX_HIDDEN / 4 + THREADS - 1) / THREADS, LOADS = 4;
-    // The flows; then what routing gathers, later the inputs: [cols], then the second product's, [ranks, cols].
+    // The flows; then the inputs: [cols], later the second product's, [ranks, cols].
     extern __shared__ __align__(16) uint8_t shared[];
     __shared__ float partial[WARPS][TILE_ROWS];
     __shared__ __align__(16) Routing routing;
@@ -489,11 +494,9 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     const Matrix &m = p.matrix, &down = p.down;
     const Epilogue& e = p.epilogue;
     const int warp = threadIdx.x / WARP, each = WARPS / p.groups;
-    float bias[Routing::STEPS];
-    Routing::load_bias(p, bias);
+    routing.load_bias(p);
     Flow<F, CHUNK, SLOTS> flow(shared);
-    uint8_t* after = shared + WARPS * SLOTS * flow.BYTES;
-    uint16_t* x = (uint16_t*)after;
+    uint16_t* x = (uint16_t*)(shared + WARPS * SLOTS * flow.BYTES);
     // This warp's tiles of the second product.
     const int ranks = p.experts_per_token, block = blockIdx.y * gridDim.x + blockIdx.x, per_unit = p.share_warps / ranks;
     const int down_tiles = down.cols / TILE_COLS, down_unit = (block * WARPS + warp) / per_unit, part = (block * WARPS + warp) % per_unit;
@@ -501,19 +504,20 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     const int down_begin = down_tiles * part / per_unit, down_count = down_busy ? down_tiles * (part + 1) / per_unit - down_begin : 0;
 
     wait_for_previous();
-    Routing::gather(p, (float4*)after);
-    if (threadIdx.x == 0) round = __ldcg(p.rounds + block) + 1;
     Vector<VALUES> v;
     v.load(p.scaled, p.hidden);
+    const uint32_t last_round = threadIdx.x == 0 ? __ldcg(p.rounds + block) : 0;
+    routing.sum(p);
+    if (threadIdx.x == 0) round = last_round + 1;
     __syncthreads();
-    float inverse = routing.finish(p, (const float4*)after, bias);
+    const float inverse = routing.inverse(p);
+    routing.choose(p, inverse);
     __syncthreads();
-    if (warp == 0) routing.choose(p);
-    __syncthreads();
+    if (threadIdx.x < ranks) routing.weigh(p, threadIdx.x);
     const int group = threadIdx.x / 8, pair = threadIdx.x % 8, own_tile = blockIdx.x * p.groups + group;
     const bool finishes = group < p.groups && own_tile < row_tiles_of(m);
-    // Scale and biases of a row tile of the first product come to where the logits were, which nobody needs any more.
-    float* affine = routing.logits + group * (TILE_ROWS + 1);
+    // Scale and biases of a row tile of the first product come to where the sums were, which nobody needs any more.
+    float* affine = routing.sums + group * (TILE_ROWS + 1);
     {
         bool first = true;
         auto second = [&] {
@@ -545,8 +549,6 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
         __syncthreads();
         flow.multiply(count, Sums<F>(x + begin * TILE_COLS), partial[warp], 1, second);
     }
-    // Not earlier, so that the next kernel's weights come while this one waits for its blocks.
-    start_next();
     if (finishes) wait_for_copies<flow.GROUPS>();
     __syncthreads();
     if (const uint32_t unit = own_tile * 8 + pair; finishes && unit < down.cols) {
@@ -594,6 +596,8 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
                 ((uint2*)x)[at] = make_uint2(__byte_perm(words[i].x, words[i].y, 0x5410), __byte_perm(words[i].z, words[i].w, 0x5410));
     }
     __syncthreads();
+    // Not earlier: the activations would wait behind the next kernel's weights.
+    start_next();
     flow.multiply(down_count, Sums<F>(x + (rank * down_tiles + down_begin) * TILE_COLS), partial[warp], factor);
     __syncwarp();
     if (threadIdx.x % WARP < TILE_ROWS) partial[warp][threadIdx.x % TILE_ROWS] += offset;
@@ -625,29 +629,39 @@ template <Format F> __device__ __forceinline__ void last_norm(const One& p) {
     stream.template norm<F>(p, scale, (uint16_t*)p.input, true);
 }
 
-// The output layer, and the largest logit. `blockIdx.x`: as many row tiles as warps.
+// The output layer, and the largest logit. Each warp has a row tile, then another.
 template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output(const One& p) {
     constexpr int WARPS = NARROW;
     extern __shared__ __align__(16) uint16_t x[]; // [cols], the flows
     __shared__ float partial[WARPS][TILE_ROWS];
     const Matrix& m = p.matrix;
-    const int warp = threadIdx.x / WARP, row_tiles = row_tiles_of(m), column_tiles = m.cols / TILE_COLS;
-    const int row_tile = min(int(blockIdx.x) * WARPS + warp, row_tiles - 1);
+    const int warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, row_tiles = row_tiles_of(m), column_tiles = m.cols / TILE_COLS;
+    const int first = blockIdx.x * WARPS + warp, step = gridDim.x * WARPS;
     Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols));
-    flow.start(m, size_t(row_tile) * column_tiles, column_tiles);
-    const float factor = m.tile_scale ? m.tile_scale[row_tile] : 1.f;
+    int located = first;
+    auto next = [&] {
+        if (located < row_tiles) flow.locate(m, size_t(located) * column_tiles, column_tiles);
+        located += step;
+    };
+    flow.left = 0;
+    flow.start(next);
     wait_for_previous();
     start_next();
     for (uint32_t i = threadIdx.x; i < m.cols / 8; i += WARPS * WARP) ((uint4*)x)[i] = ((const uint4*)p.input)[i];
     __syncthreads();
-    flow.multiply(column_tiles, Sums<F>(x), partial[warp], factor);
-    __syncthreads();
     unsigned long long best = 0;
-    const uint32_t row = blockIdx.x * WARPS * TILE_ROWS + threadIdx.x;
-    if (threadIdx.x < WARPS * TILE_ROWS && row < m.rows) {
-        float v = partial[threadIdx.x / TILE_ROWS][threadIdx.x % TILE_ROWS];
-        p.epilogue.out[row] = v;
-        best = ranked(v, row);
+#pragma unroll 1
+    for (int row_tile = first; row_tile < row_tiles; row_tile += step) {
+        const float factor = m.tile_scale ? m.tile_scale[row_tile] : 1.f;
+        flow.multiply(column_tiles, Sums<F>(x), partial[warp], factor, next);
+        __syncwarp();
+        const uint32_t row = row_tile * TILE_ROWS + lane;
+        if (lane < TILE_ROWS && row < m.rows) {
+            const float v = partial[warp][lane];
+            p.epilogue.out[row] = v;
+            best = max(best, ranked(v, row));
+        }
+        __syncwarp();
     }
     {
         // The last block to arrive puts the blocks' results together.

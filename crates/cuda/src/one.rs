@@ -21,6 +21,9 @@ const GROUPS: usize = 15;
 /// Row tiles that a block of the experts may touch in its second product.
 const SHARES: usize = 4;
 
+/// Blocks of the output layer that a multiprocessor has registers for.
+const OUTPUT_BLOCKS: usize = 4;
+
 /// Bytes of the slots of a warp's flow in `one.cu`, by format: the tiles of a chunk, and the slots.
 fn flow_bytes(format: u32, bf16: (usize, usize), fp4: (usize, usize)) -> usize {
     let ((chunk, slots), tile) = if format == FP4 { (fp4, 512 + 64) } else { (bf16, 2048) };
@@ -31,7 +34,7 @@ pub(crate) struct OneToken {
     /// f32 `[hidden]`, see one.cu
     whole: Buffer,
     scaled: Buffer,
-    parts: Buffer,
+    router_parts: Buffer,
     shares: Buffer,
     exchange: Buffer,
     rounds: Buffer,
@@ -71,7 +74,7 @@ impl OneToken {
         let one = OneToken {
             whole: device.buffer(config.hidden_size * 4)?,
             scaled: device.buffer(config.hidden_size * 4)?,
-            parts: device.buffer(row_tiles * (config.experts + 4) * 4)?,
+            router_parts: device.buffer(row_tiles.next_multiple_of(4) * (config.experts + 1) * 4)?,
             shares: device.buffer(blocks * SHARES * 16 * 4)?,
             exchange: device.buffer(ranks * layer.down.padded_cols() * 4)?,
             rounds: device.buffer(blocks * 4)?,
@@ -83,8 +86,7 @@ impl OneToken {
         };
         // The kernels' own shared memory is below 16 KiB.
         let room = device.shared_bytes().saturating_sub(16 << 10);
-        let output =
-            unembedding.padded_cols() * 2 + NARROW * flow_bytes(unembedding.format(), (1, 4), (3, 3));
+        let output = output_shared(unembedding);
         let fits = |layer: &Layer| {
             layer.gate_up.format() == layer.down.format()
                 && one.qkv_shared(layer) <= room
@@ -107,8 +109,7 @@ impl OneToken {
 
     fn experts_shared(&self, layer: &Layer) -> usize {
         let (first, second) = (layer.gate_up.padded_cols() * 2, self.ranks * layer.down.padded_cols() * 2);
-        let gathered = EXPERT_WARPS * 32 * 16;
-        EXPERT_WARPS * flow_bytes(layer.gate_up.format(), (1, 2), (3, 2)) + first.max(second).max(gathered)
+        EXPERT_WARPS * flow_bytes(layer.gate_up.format(), (1, 2), (3, 2)) + first.max(second)
     }
 
     fn params(&self, cuda: &Cuda, matrix: &PackedMatrix, epilogue: Epilogue) -> One {
@@ -123,7 +124,7 @@ impl OneToken {
             scaled: self.scaled.address(),
             router: 0,
             router_bias: 0,
-            parts: self.parts.address(),
+            router_parts: self.router_parts.address(),
             shares: self.shares.address(),
             exchange: self.exchange.address(),
             rounds: self.rounds.address(),
@@ -221,9 +222,18 @@ impl OneToken {
         let epilogue = Epilogue { out: cuda.arena.logits.address(), ..cuda.epilogue(After::Store) };
         let params = One { input, ..self.params(cuda, matrix, epilogue) };
         let name = if matrix.format() == BF16 { "one_output_bf16" } else { "one_output_fp4" };
-        let grid = [matrix.row_tiles().div_ceil(NARROW) as u32, 1, 1];
-        let shared = matrix.padded_cols() * 2 + NARROW * flow_bytes(matrix.format(), (1, 4), (3, 3));
+        let shared = output_shared(matrix);
+        // In BF16 all blocks are at work at a time, and none begins with nothing on its way.
+        let each = (cuda.device.shared_bytes() / (shared + (2 << 10))).clamp(1, OUTPUT_BLOCKS);
+        let blocks = match matrix.row_tiles().div_ceil(NARROW) {
+            all if matrix.format() == BF16 => all.min(each * cuda.device.multiprocessors()),
+            all => all,
+        };
         // SAFETY: the arena has a row of logits; `best` an entry for each block.
-        unsafe { cuda.device.launch(name, grid, 32 * NARROW as u32, shared, &params) }
+        unsafe { cuda.device.launch(name, [blocks as u32, 1, 1], 32 * NARROW as u32, shared, &params) }
     }
+}
+
+fn output_shared(matrix: &PackedMatrix) -> usize {
+    matrix.padded_cols() * 2 + NARROW * flow_bytes(matrix.format(), (1, 4), (3, 3))
 }

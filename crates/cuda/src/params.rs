@@ -83,7 +83,7 @@ params! {
     /// one.cu
     One, 304 {
         matrix: Matrix, down: Matrix, norm_scale: Address, input: Address, residual: Address, whole: Address, scaled: Address,
-        router: Address, router_bias: Address, parts: Address, shares: Address, exchange: Address, rounds: Address,
+        router: Address, router_bias: Address, router_parts: Address, shares: Address, exchange: Address, rounds: Address,
         best: Address, arrivals: Address, largest: Address, epilogue: Epilogue,
         hidden: u32, part_count: u32, experts: u32, experts_per_token: u32, groups: u32, share_warps: u32, padding: u32, eps: f32,
     }
