@@ -156,6 +156,11 @@ template <> struct Tile<BF16> {
 #pragma unroll
         for (int j = 0; j < 4; j++) words[j] = __ldg(from.weights + more * VECTORS + j * WARP);
     }
+    // The same, of what two products take, when this tile's products `2 pair` and `2 pair + 1` have their fragments.
+    __device__ __forceinline__ void follow(const Pointer<BF16>& from, int more, int pair) {
+#pragma unroll
+        for (int j = 2 * pair; j < 2 * pair + 2; j++) words[j] = __ldg(from.weights + more * VECTORS + j * WARP);
+    }
     __device__ __forceinline__ void scale(uint32_t (&)[2]) const {}
     __device__ __forceinline__ void fragment(int j, const uint32_t (&)[2], uint32_t (&a)[4]) const {
         a[0] = words[j].x, a[1] = words[j].y, a[2] = words[j].z, a[3] = words[j].w;
@@ -182,6 +187,10 @@ template <> struct Tile<FP4> {
     __device__ __forceinline__ void load_again(const Pointer<FP4>& from, int more) {
         words = __ldg(from.weights + more * VECTORS);
         scales = __ldg(from.scales + more * WARP);
+    }
+    // All at once, after the last products.
+    __device__ __forceinline__ void follow(const Pointer<FP4>& from, int more, int pair) {
+        if (pair == 1) load_again(from, more);
     }
     // A scale byte has five bits of exponent and three of mantissa: the middle of an FP16 number.
     __device__ __forceinline__ void scale(uint32_t (&s)[2]) const {

@@ -23,12 +23,6 @@ constexpr int THREADS = GROUPS * 128;          // that multiply
 constexpr int ROW_TILES = GROUPS * 4;         // of a block
 constexpr int LINE = TILE_COLS * 2;           // bytes of a row of activations in shared memory
 
-// What a block computes: 128 rows of one matrix for `n` rows of input from `first` on.
-struct Work {
-    uint32_t expert, first;
-    int n;
-};
-
 // A barrier of the threads that multiply.
 __device__ __forceinline__ void multipliers_barrier() { asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory"); }
 
@@ -122,32 +116,4 @@ __device__ __forceinline__ void finish_sums(
                                      : e.out16 + (size_t(column_tile) * e.out_stack + row) * TILE_COLS;
         *(uint4*)(to + piece * 8) = v;
     }
-}
-
-// The tile of tokens of number `tile`, of experts one after the other; false if there are fewer. By each warp.
-template <int TOKENS> __device__ __forceinline__ bool find(Work& work, const Routes& routes, uint32_t tile) {
-    const uint32_t lane = threadIdx.x % WARP;
-    for (uint32_t base = 0; base < routes.experts; base += WARP) {
-        const uint32_t count = base + lane < routes.experts ? routes.count(base + lane) : 0, tiles = (count + TOKENS - 1) / TOKENS;
-        uint32_t end = tiles;
-#pragma unroll
-        for (int i = 1; i < WARP; i *= 2) {
-            uint32_t other = __shfl_up_sync(~0u, end, i);
-            if (lane >= i) end += other;
-        }
-        const uint32_t found = __ballot_sync(~0u, tile < end);
-        if (found) {
-            const int from = __ffs(found) - 1;
-            work.expert = base + from;
-            const int all = __shfl_sync(~0u, count, from), own_tiles = __shfl_sync(~0u, tiles, from);
-            const int own = tile - (__shfl_sync(~0u, end, from) - own_tiles);
-            // Tiles of equal size, so that none is nearly empty.
-            const int size = (all + 8 * own_tiles - 1) / (8 * own_tiles) * 8;
-            work.first = routes.first_slot(work.expert) + own * size;
-            work.n = min(all - own * size, size);
-            return work.n > 0;
-        }
-        tile -= __shfl_sync(~0u, end, WARP - 1);
-    }
-    return false;
 }

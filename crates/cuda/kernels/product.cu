@@ -1,19 +1,6 @@
 // Products of packed weights with few columns, at the speed of the memory: each weight is read once, decoded in registers
 // and multiplied on tensor cores with up to 16 tokens. The work after is part of the kernel.
-#include "common.cuh"
-
-#include "epilogue.cuh"
-
-struct Product {
-    Matrix matrix;
-    const void* input;         // [n, cols] 16-bit
-    const uint32_t* list;      // experts: see `Routes`
-    Epilogue epilogue;
-    uint32_t n;                // tokens
-    uint32_t experts, experts_per_token;
-    uint32_t padding;
-};
-static_assert(sizeof(Product) == sizeof(Matrix) + sizeof(Epilogue) + 32);
+#include "product.cuh"
 
 // Warps of a block, which share the inputs of a row of tiles.
 constexpr int WARPS = 8;

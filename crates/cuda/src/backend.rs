@@ -15,7 +15,7 @@ use crate::device::{Buffer, Device, Graph, KernelTime, Pinned};
 use crate::driver::Address;
 use crate::fp4::{self, FP4_FROM, Fp4Matrix};
 use crate::one::OneToken;
-use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
+use crate::packed::{Loader, PackedMatrix, TILE_COLS, TILE_ROWS, Table};
 use crate::params::{
     After, Attention, BF16, CacheFormat, Dense, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm,
     ORDERED, Part, Product, Read, Router, RowOrder, Streamed,
@@ -873,6 +873,11 @@ impl Cuda {
         if self.many(n) {
             return self.product_of_many(matrix, input, n, epilogue);
         }
+        if n > DENSE_FEW && !self.options.batch_invariant {
+            let tiles = n.div_ceil(128) * matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
+            let tokens = if tiles < self.device.multiprocessors() { 64 } else { 128 };
+            return self.product_anywhere(matrix, input, n, (0, 1, tokens), epilogue);
+        }
         let columns = if n <= 8 && !self.options.batch_invariant { 8 } else { 16 };
         let name = match (matrix.format(), columns) {
             (BF16, 8) => "product_bf16_8",
@@ -887,6 +892,33 @@ impl Cuda {
         let grid = [blocks as u32, n.div_ceil(columns) as u32, 1];
         // SAFETY: input and outputs have `n` rows in the arena or the cache; blocks and tables were checked with the plan.
         unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
+    }
+
+    /// A product of many tokens where there is no wgmma: of `n` tokens with `list`, `matrices` and the most tokens of a block; dense, the
+    /// list is null.
+    fn product_anywhere(
+        &self,
+        matrix: &PackedMatrix,
+        input: Address,
+        n: usize,
+        (list, matrices, tokens): (Address, usize, usize),
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        let (name, tokens) = match (matrix.format(), tokens) {
+            (BF16, _) => ("gemm_many_bf16_64", 64),
+            (_, 64) => ("gemm_many_fp4_64", 64),
+            _ => ("gemm_many_fp4_128", 128),
+        };
+        let params = Product { list, ..self.product_params(matrix, input, n, epilogue) };
+        let rows = if list == 0 { n } else { n * self.config.experts_per_token };
+        // Each matrix may have one tile that is not full.
+        let tiles = (rows / tokens + matrices.min(rows)).min(rows);
+        let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, tiles as u32, 1];
+        // Three stages of activations, or 64 tokens' sums.
+        let shared = (3 * tokens * TILE_COLS * 2).max(64 * (GEMM_ROW_TILES * TILE_ROWS + 4) * 4);
+        // SAFETY: input and outputs have `n` rows, or as many slots as the router's list names, in the arena or the cache; blocks and
+        // tables were checked with the plan.
+        unsafe { self.device.launch(name, grid, 256, shared, &params) }
     }
 
     /// What FP4 products of this many tokens need, if the matrix takes them.
@@ -1293,6 +1325,16 @@ impl Cuda {
             self.product_of_experts(&layer.gate_up, self.arena.gathered.address(), n, epilogue)?;
             return self.product_of_experts(&layer.down, self.arena.activated.address(), n, store);
         }
+        if pairs > EXPERTS_FEW * config.experts && !self.options.batch_invariant {
+            let groups = (
+                self.arena.routes.address(),
+                config.experts,
+                if pairs > 48 * config.experts { 128 } else { 64 },
+            );
+            let (normed, activated) = (self.arena.normed.address(), self.arena.activated.address());
+            self.product_anywhere(&layer.gate_up, normed, n, groups, epilogue)?;
+            return self.product_anywhere(&layer.down, activated, n, groups, store);
+        }
         let columns = if n <= 32 && !self.options.batch_invariant { 8 } else { 16 };
         let name = |format| match (format, columns) {
             (BF16, 8) => "experts_bf16_8",
@@ -1456,6 +1498,9 @@ const DENSE_WARPS: u32 = 12;
 const DENSE_SHARED: usize = DENSE_WARPS as usize * 8 * 2048;
 /// Up to so many tokens have kernels of their own.
 const FEW_TOKENS: usize = 8;
+/// Where there is no wgmma: tokens of a dense product, and of an expert, from which on gemm_many.cu is faster than product.cu.
+const DENSE_FEW: usize = 32;
+const EXPERTS_FEW: usize = 8;
 /// Tokens of a block of gemm_many_sm90.cu, and of gemm_sm90.cu, at most.
 const GEMM_TOKENS: usize = 128;
 /// Row tiles of a block of either.

@@ -65,6 +65,7 @@ const MODULES: &[Module] = &[
     ),
     (fatbin!("product_few_sm90"), &["product_few_8", "product_few_16", "product_few_32"], &[90]),
     (fatbin!("gemm_many_sm90"), &["gemm_bf16", "gemm_fp4", "gemm_experts_bf16", "gemm_experts_fp4"], &[90]),
+    (fatbin!("gemm_many"), &["gemm_many_bf16_64", "gemm_many_fp4_64", "gemm_many_fp4_128"], &[]),
     (fatbin!("experts_few"), &["experts_few"], &[]),
     (fatbin!("experts_some"), &["experts_some"], &[]),
     (fatbin!("experts_streamed_sm90"), &["experts_streamed"], &[90]),
@@ -136,6 +137,11 @@ unsafe impl Sync for Device {}
 impl Device {
     /// Opens the device of this number and loads the kernels.
     pub fn open(ordinal: usize) -> Result<Arc<Device>, Error> {
+        Device::open_with(ordinal, u32::MAX)
+    }
+
+    /// Opens it with the kernels of compute capability `most`, if its own is later.
+    fn open_with(ordinal: usize, most: u32) -> Result<Arc<Device>, Error> {
         let count = device_count()?;
         if ordinal >= count {
             return Err(Error::Unsupported(format!(
@@ -158,7 +164,7 @@ impl Device {
         let result = unsafe { (driver.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) };
         driver.check(result, "asking the GPU for its name")?;
         let name = name.split(|&b| b == 0).next().unwrap_or_default();
-        let capability = (attribute(75)? * 10 + attribute(76)?) as u32;
+        let capability = most.min((attribute(75)? * 10 + attribute(76)?) as u32);
         let name = String::from_utf8_lossy(name).into_owned();
         if capability < 80 {
             return Err(Error::Unsupported(format!(
@@ -198,7 +204,13 @@ impl Device {
 
     /// The same GPU with a stream of its own, for work beside that of this one.
     pub fn beside(&self) -> Result<Arc<Device>, Error> {
-        Device::open(self.ordinal)
+        Device::open_with(self.ordinal, self.capability)
+    }
+
+    /// The same GPU as if it were of an older generation, 80 being compute capability 8.0: with the kernels of that one, which run on
+    /// later ones too. So every generation's choice of kernels can be tested on a later GPU.
+    pub fn as_generation(&self, capability: u32) -> Result<Arc<Device>, Error> {
+        Device::open_with(self.ordinal, capability)
     }
 
     /// Device name as the driver gives it.
@@ -206,7 +218,7 @@ impl Device {
         &self.name
     }
 
-    /// Compute capability: 90 for 9.0.
+    /// Compute capability whose kernels it takes: 90 for 9.0.
     pub fn capability(&self) -> u32 {
         self.capability
     }

@@ -71,7 +71,7 @@ params! {
         kind: u32, query_heads: u32, kv_heads: u32, out_cols: u32, out_stack: u32, out_format: u32,
         limit: f32, alpha: f32,
     }
-    /// product.cu
+    /// product.cuh
     Product, 152 {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
         n: u32, experts: u32, experts_per_token: u32, padding: u32,
