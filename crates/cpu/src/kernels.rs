@@ -421,7 +421,7 @@ mod cases {
             match kind {
                 Kind::Float => f64::from(f32::from_bits(record[at])),
                 Kind::Limbs(limbs) => {
-                    let byte = |l: usize| record[8 * l + at / 4].to_le_bytes()[at % 4] as i8;
+                    let byte = |l: usize| record[8 * l + records::word(at)].to_le_bytes()[at % 4] as i8;
                     let whole: i64 = (0..limbs).map(|l| i64::from(byte(l)) << (8 * l)).sum();
                     whole as f64 * f64::from(f32::from_bits(record[8 * limbs + 2]))
                 }
@@ -478,11 +478,13 @@ mod cases {
                 let scale_bytes = if mx { LANES } else { 2 * LANES };
                 let slab_bytes = scale_bytes + CODE_BYTES;
                 let mut data = bytes(slabs * slab_bytes, 7);
-                // All E4M3 bytes from the subnormals to large ones, or exponents around 0.
-                for slab in data.chunks_exact_mut(slab_bytes) {
+                // E4M3 bytes from the subnormals to large ones, in every second slab from an eighth on; or exponents around 0.
+                for (s, slab) in data.chunks_exact_mut(slab_bytes).enumerate() {
+                    let e4m3 = if s % 2 == 0 { 0..0x60 } else { 0x20..0x70 };
+                    let range = if mx { 120..130 } else { e4m3 };
                     slab[..scale_bytes]
                         .iter_mut()
-                        .for_each(|b| *b = if mx { 120 + *b % 10 } else { *b % 0x60 });
+                        .for_each(|b| *b = range.start + *b % (range.end - range.start));
                 }
                 let copy = data.clone();
                 let weight = move |row: usize, col: usize| {

@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 
 use crate::records::{COLUMNS, Kind, Words};
-use crate::simd::{LANES, Lanes};
+use crate::simd::{LANES, Lanes, Scalar};
 
 /// Weights of sixteen rows.
 #[derive(Clone, Copy)]
@@ -66,13 +66,15 @@ pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
 pub(crate) const AHEAD: usize = 4096;
 
 /// How weights of one format meet the records of one kind.
-trait Format<L: Lanes> {
+pub(crate) trait Format<L: Lanes> {
     /// Bytes of the weights that are decoded at a time.
     const BYTES: usize;
     /// How often that is per record.
     const STEPS: usize;
     /// Words of a record.
     const WORDS: usize;
+    /// What the totals are multiplied with at the end, a power of two.
+    const UNIT: f32 = 1.0;
     type Decoded;
 
     /// # Safety
@@ -84,6 +86,15 @@ trait Format<L: Lanes> {
     /// # Safety
     /// As for a [`PanelKernel`].
     unsafe fn add(weights: &Self::Decoded, record: *const i32, step: usize, total: L) -> L;
+}
+
+/// How NVFP4 meets several tokens of one limb with these lanes.
+pub(crate) trait Nvfp4ByInt8: Lanes {
+    type Format: Format<Self>;
+}
+
+impl Nvfp4ByInt8 for Scalar {
+    type Format = E2m1<false, 1>;
 }
 
 /// See [`PanelKernel`].
@@ -103,6 +114,9 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
                     tile = tile.add(F::BYTES);
                 }
                 records = records.wrapping_add(x.stride);
+            }
+            if F::UNIT != 1.0 {
+                total = total.mul(L::splat(F::UNIT));
             }
             total.store(sums.cast());
             return;
@@ -124,6 +138,12 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
             }
             records = records.wrapping_add(x.stride);
         }
+        if F::UNIT != 1.0 {
+            for t in 0..x.tokens {
+                let total = sums.add(t).cast::<f32>();
+                L::load(total).mul(L::splat(F::UNIT)).store(total);
+            }
+        }
     }
 }
 
@@ -143,7 +163,7 @@ unsafe fn ask<L: Lanes, const SEVERAL: bool>(tile: *const u8, bytes: usize) {
 /// E2M1 codes: the scales of the sixteen rows (16 bytes, E8M0, for MXFP4; 32, E4M3, for NVFP4), then 256 bytes of codes. In
 /// byte `64 k + 4 r + j` the low nibble is row `r`, column `8 k + j`, the high one column `8 k + 4 + j`.
 #[inline(always)]
-pub(crate) unsafe fn e2m1<L: Lanes, const MX: bool, const LIMBS: usize>(
+pub(crate) unsafe fn e2m1<L: Nvfp4ByInt8, const MX: bool, const LIMBS: usize>(
     panel: Panel,
     x: Records<'_>,
     sums: *mut [f32; LANES],
@@ -152,6 +172,8 @@ pub(crate) unsafe fn e2m1<L: Lanes, const MX: bool, const LIMBS: usize>(
     unsafe {
         if L::FEW_REGISTERS && x.tokens > 1 {
             e2m1_by_halves::<L, MX, LIMBS>(panel, x, sums);
+        } else if !MX && LIMBS == 1 && x.tokens > 1 {
+            panel_sums::<L, L::Format>(panel, x, sums);
         } else {
             panel_sums::<L, E2m1<MX, LIMBS>>(panel, x, sums);
         }
@@ -212,7 +234,7 @@ unsafe fn e2m1_by_halves<L: Lanes, const MX: bool, const LIMBS: usize>(
     }
 }
 
-struct E2m1<const MX: bool, const LIMBS: usize>;
+pub(crate) struct E2m1<const MX: bool, const LIMBS: usize>;
 
 impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS> {
     const BYTES: usize = if MX { LANES } else { 2 * LANES } + CODE_BYTES;
@@ -242,6 +264,86 @@ impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS>
                 return e2m1_whole(L::add_ints(sums[0], sums[1]), first.1, scale, total);
             }
             e2m1_halves(sums, [first.1, second.1], scale, total)
+        }
+    }
+}
+
+/// NVFP4 by one limb where sums of sixteen columns can be multiplied as integers of 16 bits: with scales as integers too both halves
+/// of a slab become one sum in one step. Nothing is rounded before that sum is, so the bits are those of [`E2m1`].
+#[cfg(target_arch = "x86_64")]
+mod whole {
+    use super::*;
+    use crate::simd::{Avx2, Avx512};
+
+    impl Nvfp4ByInt8 for Avx2 {
+        type Format = E2m1<false, 1>;
+    }
+
+    impl Nvfp4ByInt8 for Avx512 {
+        type Format = Whole;
+    }
+
+    pub(crate) struct Whole;
+
+    /// Scales of the halves of a slab, in units of [`Whole`].
+    #[derive(Clone, Copy)]
+    pub(crate) enum Scales {
+        Whole(<Avx512 as Lanes>::Ints),
+        /// One of them is less than a unit, or between two.
+        Float([Avx512; 2]),
+    }
+
+    impl Format<Avx512> for Whole {
+        const BYTES: usize = <E2m1<false, 1> as Format<Avx512>>::BYTES;
+        const STEPS: usize = 1;
+        const WORDS: usize = Words::<1>::COUNT;
+        const UNIT: f32 = 1.0 / 64.0;
+        /// Weights of four columns of each half, in turn.
+        type Decoded = ([[<Avx512 as Lanes>::Bytes; 2]; 4], Scales);
+
+        #[inline(always)]
+        unsafe fn decode(tile: *const u8) -> Self::Decoded {
+            // SAFETY: the contract.
+            unsafe {
+                let codes = tile.add(2 * LANES);
+                let (first, second) = (e2m1_block::<Avx512>(codes), e2m1_block::<Avx512>(codes.add(128)));
+                let mut weights = [[first[0]; 2]; 4];
+                for j in 0..4 {
+                    weights[j] = Avx512::alternate(first[j], second[j]);
+                }
+                let scales = match Avx512::whole_scales(tile) {
+                    Some(scales) => Scales::Whole(scales),
+                    None => {
+                        let [first, second] = e2m1_scales::<Avx512, false>(tile);
+                        let units = Avx512::splat(1.0 / Self::UNIT);
+                        Scales::Float([first.mul(units), second.mul(units)])
+                    }
+                };
+                (weights, scales)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn add(
+            (weights, scales): &Self::Decoded,
+            record: *const i32,
+            _step: usize,
+            total: Avx512,
+        ) -> Avx512 {
+            // SAFETY: the contract.
+            unsafe {
+                let sums = Avx512::dot_halves(record.add(Words::<1>::E2M1), weights, record);
+                let scale = Avx512::splat(record.add(Words::<1>::SCALE).cast::<f32>().read());
+                match *scales {
+                    Scales::Whole(scales) => {
+                        Avx512::from_ints(Avx512::join_halves(sums, scales)).fma(scale, total)
+                    }
+                    Scales::Float(scales) => {
+                        let half = |factors| Avx512::join_halves(sums, Avx512::splat_ints(factors));
+                        e2m1_halves([half(1), half(1 << 16)], scales, scale, total)
+                    }
+                }
+            }
         }
     }
 }
@@ -290,7 +392,7 @@ unsafe fn e2m1_sums<L: Lanes, const LIMBS: usize>(
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
         let offset = L::splat_ints(record.add(Words::<LIMBS>::E2M1 + half).read());
-        L::dot_e2m1::<LIMBS>(offset, weights, record.add(4 * half))
+        L::dot_e2m1::<LIMBS>(offset, weights, record.add(half))
     }
 }
 
@@ -370,7 +472,7 @@ unsafe fn int8_sums<L: Lanes, const LIMBS: usize>(
         let offset = L::splat_ints(record.add(Words::<LIMBS>::INT8 + limb).read());
         // Two chains: with one, more tokens would have to be in flight than the CPU keeps track of.
         let first = L::dot(offset, &weights[0], record.add(8 * limb));
-        L::add_ints(first, L::dot(L::splat_ints(0), &weights[1], record.add(8 * limb + 4)))
+        L::add_ints(first, L::dot(L::splat_ints(0), &weights[1], record.add(8 * limb + 1)))
     }
 }
 
@@ -512,20 +614,50 @@ mod tests {
         let x: Vec<f32> = (0..SLABS * COLUMNS).map(|_| f32::from(random()) - 100.3).collect();
         for isa in Isa::ALL {
             let Some(kernels) = isa.kernels() else { continue };
-            for limbs in 1..=3 {
-                let layout = Layout { kind: Kind::Limbs(limbs), tokens: 1, cols: x.len() };
+            for (limbs, tokens) in [(1, 1), (1, 2), (2, 1), (3, 1)] {
+                let layout = Layout { kind: Kind::Limbs(limbs), tokens, cols: x.len() };
                 let mut words = vec![0; layout.len()];
-                // SAFETY: the words are those of the layout.
-                unsafe { layout.write(kernels, 0, &x, words.as_mut_ptr()) };
-                let run = |kernel: PanelKernel, data: &[u8]| {
-                    let mut sums = [[0.0; LANES]; 1];
-                    let panel = Panel { data: data.as_ptr(), slabs: SLABS };
-                    // SAFETY: the instruction set is available; panel and records have as many slabs.
-                    unsafe { kernel(panel, layout.records(&words), sums.as_mut_ptr()) };
-                    sums[0].map(f32::to_bits)
-                };
+                for t in 0..tokens {
+                    // SAFETY: the words are those of the layout.
+                    unsafe { layout.write(kernels, t, &x, words.as_mut_ptr()) };
+                }
+                let run = |kernel: PanelKernel, data: &[u8]| sums(kernel, data, layout.records(&words));
                 let expected = run(kernels.mxfp4[limbs - 1], &mxfp4);
                 assert_eq!(run(kernels.nvfp4[limbs - 1], &nvfp4), expected, "{isa:?}, {limbs} limbs");
+            }
+        }
+    }
+
+    /// The bits of the sums of a panel.
+    fn sums(kernel: PanelKernel, data: &[u8], x: Records<'_>) -> Vec<[u32; LANES]> {
+        let mut sums = vec![[0.0; LANES]; x.tokens];
+        let panel = Panel { data: data.as_ptr(), slabs: x.slabs };
+        // SAFETY: the instruction set is available; panel and records have as many slabs.
+        unsafe { kernel(panel, x, sums.as_mut_ptr()) };
+        sums.into_iter().map(|sums| sums.map(f32::to_bits)).collect()
+    }
+
+    /// Weights of 6 · 448 and activations of 127 units add up exactly, whatever the signs.
+    #[test]
+    fn the_largest_sums_fit() {
+        const TOKENS: usize = 4;
+        for isa in Isa::ALL {
+            let Some(kernels) = isa.kernels() else { continue };
+            let layout = Layout { kind: Kind::Limbs(1), tokens: TOKENS, cols: COLUMNS };
+            let mut words = vec![0; layout.len()];
+            for t in 0..TOKENS {
+                let x: [f32; COLUMNS] =
+                    std::array::from_fn(|i| if t >> (i / 16) & 1 == 0 { 127.0 } else { -127.0 });
+                // SAFETY: the words are those of the layout.
+                unsafe { layout.write(kernels, t, &x, words.as_mut_ptr()) };
+            }
+            for code in [0x77, 0xff] {
+                let mut panel = vec![0x7e; 2 * LANES];
+                panel.resize(2 * LANES + CODE_BYTES, code);
+                // Of twice the weights.
+                let half = 16.0 * 127.0 * 448.0 * if code == 0x77 { 12.0f32 } else { -12.0 };
+                let expected = [2.0 * half, 0.0, 0.0, -2.0 * half].map(|sum| [sum.to_bits(); LANES]);
+                assert_eq!(sums(kernels.nvfp4[0], &panel, layout.records(&words)), expected, "{isa:?}");
             }
         }
     }

@@ -56,7 +56,8 @@ pub(crate) enum Kind {
     Limbs(usize),
 }
 
-/// Where things are in a record of limbs, counted in words of 32 bits. Limb `l`, the lowest being 0, begins at word `8 l`.
+/// Where things are in a record of limbs, counted in words of 32 bits. Limb `l`, the lowest being 0, begins at word `8 l`. Its words
+/// are of the first and of the second half of the columns in turn: see [`word`].
 pub(crate) struct Words<const LIMBS: usize>;
 
 impl<const LIMBS: usize> Words<LIMBS> {
@@ -68,6 +69,11 @@ impl<const LIMBS: usize> Words<LIMBS> {
     pub(crate) const INT8: usize = 8 * LIMBS + 3;
     /// Their number.
     pub(crate) const COUNT: usize = 9 * LIMBS + 3;
+}
+
+/// In which word of a limb column `column` is.
+pub(crate) const fn word(column: usize) -> usize {
+    column / 4 % 4 * 2 + column / (COLUMNS / 2)
 }
 
 impl Kind {
@@ -186,9 +192,10 @@ unsafe fn record<const LIMBS: usize>(x: &[f32; COLUMNS], out: *mut u32) {
             let mut sum = 0;
             let mut bytes = [0i8; COLUMNS];
             for i in 0..COLUMNS {
-                bytes[i] = whole[i] as i8;
-                sum += i32::from(bytes[i]);
-                whole[i] = whole[i].wrapping_sub(i32::from(bytes[i])) >> 8;
+                let byte = whole[i] as i8;
+                bytes[4 * word(i) + i % 4] = byte;
+                sum += i32::from(byte);
+                whole[i] = whole[i].wrapping_sub(i32::from(byte)) >> 8;
             }
             out.add(8 * limb).cast::<[i8; COLUMNS]>().write_unaligned(bytes);
             out.add(Words::<LIMBS>::INT8 + limb).write((-INT8_OFFSET * sum) as u32);
@@ -213,7 +220,7 @@ mod tests {
         // SAFETY: the longest record has thirty words.
         unsafe { record::<LIMBS>(x, words.as_mut_ptr()) };
         let scale = f64::from(f32::from_bits(words[Words::<LIMBS>::SCALE]));
-        let byte = |limb: usize, i: usize| i64::from(words[8 * limb + i / 4].to_le_bytes()[i % 4] as i8);
+        let byte = |limb: usize, i: usize| i64::from(words[8 * limb + word(i)].to_le_bytes()[i % 4] as i8);
         let mut halves = [0i64; 2];
         for (i, &x) in x.iter().enumerate() {
             let whole: i64 = (0..LIMBS).map(|limb| byte(limb, i) << (8 * limb)).sum();

@@ -109,7 +109,7 @@ pub(crate) trait Lanes: Copy {
             sum
         }
     }
-    /// Adds the products of sixteen columns with sixteen signed bytes.
+    /// Adds the products of sixteen columns with sixteen signed bytes, four in every second word from `x` on.
     unsafe fn dot(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints;
     /// Times 256.
     unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints;
@@ -294,7 +294,7 @@ impl Lanes for Scalar {
     #[inline(always)]
     unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
         // SAFETY: valid for sixteen bytes by the trait's contract.
-        let x = unsafe { x.cast::<[[i8; 4]; 4]>().read_unaligned() };
+        let x: [[i8; 4]; 4] = std::array::from_fn(|i| unsafe { x.add(2 * i).cast::<[i8; 4]>().read() });
         for (weights, x) in weights.iter().zip(x) {
             for (sum, weights) in sum.iter_mut().zip(weights.as_chunks::<4>().0) {
                 let products = weights.iter().zip(x).map(|(&w, x)| i32::from(w) * i32::from(x));
@@ -531,7 +531,7 @@ mod x86 {
             // SAFETY: the trait's contract.
             unsafe {
                 for (i, &weights) in weights.iter().enumerate() {
-                    sum = _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.add(i).read_unaligned()));
+                    sum = _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.add(2 * i).read()));
                 }
             }
             sum
@@ -657,6 +657,80 @@ mod x86 {
         unsafe fn prefetch_second(at: *const u8) {
             // SAFETY: the trait's contract. A prefetch never faults.
             unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
+        }
+    }
+
+    /// The columns of a slab by activations of one limb: sums of sixteen columns fit 16 bits, so that those of two halves become one
+    /// sum with one instruction, each times a factor.
+    impl Avx512 {
+        /// Words of `first` and `second` in turn, of each four rows two in each register.
+        ///
+        /// # Safety
+        /// As for [`Lanes`].
+        #[inline(always)]
+        pub(crate) unsafe fn alternate(first: __m512i, second: __m512i) -> [__m512i; 2] {
+            // SAFETY: the contract.
+            unsafe { [_mm512_unpacklo_epi32(first, second), _mm512_unpackhi_epi32(first, second)] }
+        }
+
+        /// For each row the sums of both halves, in 16 bits. `weights` are those of [`Avx512::alternate`] for four columns of each
+        /// half; `x` has the words of the halves in turn, `offsets` what the sums begin with.
+        ///
+        /// # Safety
+        /// As for [`Lanes`]; eight words are valid from `x` on, two from `offsets` on.
+        #[inline(always)]
+        pub(crate) unsafe fn dot_halves(
+            offsets: *const i32,
+            weights: &[[__m512i; 2]; 4],
+            x: *const i32,
+        ) -> __m512i {
+            // SAFETY: the contract.
+            unsafe {
+                let pair = |words: *const i32| _mm512_set1_epi64(words.cast::<i64>().read_unaligned());
+                let mut sums = [pair(offsets); 2];
+                for (j, weights) in weights.iter().enumerate() {
+                    let x = pair(x.add(2 * j));
+                    sums[0] = _mm512_dpbusd_epi32(sums[0], weights[0], x);
+                    sums[1] = _mm512_dpbusd_epi32(sums[1], weights[1], x);
+                }
+                _mm512_packs_epi32(sums[0], sums[1])
+            }
+        }
+
+        /// The sums of [`Avx512::dot_halves`], each times its factor.
+        ///
+        /// # Safety
+        /// As for [`Lanes`].
+        #[inline(always)]
+        pub(crate) unsafe fn join_halves(sums: __m512i, factors: __m512i) -> __m512i {
+            // SAFETY: the contract.
+            unsafe { _mm512_madd_epi16(sums, factors) }
+        }
+
+        /// The E4M3 scales of the halves of a slab in units of 2^-6, for [`Avx512::join_halves`]. `None` if one of them is none of
+        /// those units, that is below an eighth.
+        ///
+        /// # Safety
+        /// As for [`Lanes`]; 32 bytes are valid.
+        #[inline(always)]
+        pub(crate) unsafe fn whole_scales(scales: *const u8) -> Option<__m512i> {
+            // SAFETY: the contract. A byte is eight times the exponent plus the fraction; the subnormal ones are those of exponent
+            // one without its eight. All are whole in units of 2^-9, where they have 18 bits.
+            unsafe {
+                let one = _mm512_set1_epi32(1);
+                let part = |from: *const u8| {
+                    let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
+                    let exponent = _mm512_max_epi32(_mm512_srli_epi32::<3>(bytes), one);
+                    let power = _mm512_sub_epi32(exponent, one);
+                    _mm512_sllv_epi32(_mm512_sub_epi32(bytes, _mm512_slli_epi32::<3>(power)), power)
+                };
+                let (first, second) = (part(scales), part(scales.add(LANES)));
+                if _mm512_test_epi32_mask(_mm512_or_si512(first, second), _mm512_set1_epi32(7)) != 0 {
+                    return None;
+                }
+                let second = _mm512_slli_epi32::<13>(second);
+                Some(_mm512_or_si512(_mm512_srli_epi32::<3>(first), second))
+            }
         }
     }
 
@@ -840,7 +914,7 @@ mod x86 {
                 let mut sum = sum;
                 let mut i = 0;
                 while i < 4 {
-                    let x = _mm256_set1_epi32(x.add(i).read_unaligned());
+                    let x = _mm256_set1_epi32(x.add(2 * i).read());
                     sum = (dot8(sum.0, weights[i].0, x), dot8(sum.1, weights[i].1, x));
                     i += 1;
                 }
@@ -1026,14 +1100,14 @@ mod x86 {
     /// Sums of eight products in 16 bits: pairs are at most 24 · 128 · 2, and four of them fit.
     #[inline(always)]
     unsafe fn pairs(weights: &[(__m256i, __m256i); 4], x: *const i32) -> (__m256i, __m256i) {
-        // SAFETY: as above, and sixteen bytes are valid.
+        // SAFETY: as above, and every second of eight words is valid.
         unsafe {
-            let first = _mm256_set1_epi32(x.read_unaligned());
+            let first = _mm256_set1_epi32(x.read());
             let mut pairs =
                 (_mm256_maddubs_epi16(weights[0].0, first), _mm256_maddubs_epi16(weights[0].1, first));
             let mut i = 1;
             while i < 4 {
-                let x = _mm256_set1_epi32(x.add(i).read_unaligned());
+                let x = _mm256_set1_epi32(x.add(2 * i).read());
                 pairs.0 = _mm256_add_epi16(pairs.0, _mm256_maddubs_epi16(weights[i].0, x));
                 pairs.1 = _mm256_add_epi16(pairs.1, _mm256_maddubs_epi16(weights[i].1, x));
                 i += 1;
