@@ -305,12 +305,7 @@ mod whole {
         unsafe fn decode(tile: *const u8) -> Self::Decoded {
             // SAFETY: the contract.
             unsafe {
-                let codes = tile.add(2 * LANES);
-                let (first, second) = (e2m1_block::<Avx512>(codes), e2m1_block::<Avx512>(codes.add(128)));
-                let mut weights = [[first[0]; 2]; 4];
-                for j in 0..4 {
-                    weights[j] = Avx512::alternate(first[j], second[j]);
-                }
+                let weights = Avx512::load_e2m1_halves(tile.add(2 * LANES));
                 let scales = match Avx512::whole_scales(tile) {
                     Some(scales) => Scales::Whole(scales),
                     None => {

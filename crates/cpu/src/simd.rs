@@ -502,14 +502,8 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn load_e2m1(from: *const u8) -> [Self::Bytes; 2] {
-            // SAFETY: the trait's contract. The permutation looks at the low six bits of a byte and the table repeats
-            // every sixteen, so what is above a code need not be cleared.
-            unsafe {
-                let table = _mm512_broadcast_i32x4(_mm_loadu_si128(super::E2M1_BYTES.as_ptr().cast()));
-                let codes = _mm512_loadu_si512(from.cast());
-                let high = _mm512_srli_epi16::<4>(codes);
-                [_mm512_permutexvar_epi8(codes, table), _mm512_permutexvar_epi8(high, table)]
-            }
+            // SAFETY: the trait's contract.
+            unsafe { e2m1(_mm512_loadu_si512(from.cast())) }
         }
         #[inline(always)]
         unsafe fn splat_ints(value: i32) -> Self::Ints {
@@ -663,18 +657,29 @@ mod x86 {
     /// The columns of a slab by activations of one limb: sums of sixteen columns fit 16 bits, so that those of two halves become one
     /// sum with one instruction, each times a factor.
     impl Avx512 {
-        /// Words of `first` and `second` in turn, of each four rows two in each register.
+        /// Weights of four columns of each half, in turn, of each four rows two in each register, for [`Avx512::dot_halves`]:
+        /// `codes` are those of a slab.
         ///
         /// # Safety
-        /// As for [`Lanes`].
+        /// As for [`Lanes`]; 256 bytes are valid.
         #[inline(always)]
-        pub(crate) unsafe fn alternate(first: __m512i, second: __m512i) -> [__m512i; 2] {
+        pub(crate) unsafe fn load_e2m1_halves(codes: *const u8) -> [[__m512i; 2]; 4] {
             // SAFETY: the contract.
-            unsafe { [_mm512_unpacklo_epi32(first, second), _mm512_unpackhi_epi32(first, second)] }
+            unsafe {
+                let mut weights = [[_mm512_setzero_si512(); 2]; 4];
+                for k in 0..2 {
+                    let first = _mm512_loadu_si512(codes.add(64 * k).cast());
+                    let second = _mm512_loadu_si512(codes.add(128 + 64 * k).cast());
+                    let a = e2m1(_mm512_unpacklo_epi32(first, second));
+                    let b = e2m1(_mm512_unpackhi_epi32(first, second));
+                    (weights[2 * k], weights[2 * k + 1]) = ([a[0], b[0]], [a[1], b[1]]);
+                }
+                weights
+            }
         }
 
-        /// For each row the sums of both halves, in 16 bits. `weights` are those of [`Avx512::alternate`] for four columns of each
-        /// half; `x` has the words of the halves in turn, `offsets` what the sums begin with.
+        /// For each row the sums of both halves, in 16 bits. `weights` are those of [`Avx512::load_e2m1_halves`];
+        /// `x` has the words of the halves in turn, `offsets` what the sums begin with.
         ///
         /// # Safety
         /// As for [`Lanes`]; eight words are valid from `x` on, two from `offsets` on.
@@ -715,22 +720,37 @@ mod x86 {
         #[inline(always)]
         pub(crate) unsafe fn whole_scales(scales: *const u8) -> Option<__m512i> {
             // SAFETY: the contract. A byte is eight times the exponent plus the fraction; the subnormal ones are those of exponent
-            // one without its eight. All are whole in units of 2^-9, where they have 18 bits.
+            // one without its eight. A unit is an eight of exponent four.
             unsafe {
-                let one = _mm512_set1_epi32(1);
-                let part = |from: *const u8| {
-                    let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast()));
-                    let exponent = _mm512_max_epi32(_mm512_srli_epi32::<3>(bytes), one);
-                    let power = _mm512_sub_epi32(exponent, one);
-                    _mm512_sllv_epi32(_mm512_sub_epi32(bytes, _mm512_slli_epi32::<3>(power)), power)
-                };
-                let (first, second) = (part(scales), part(scales.add(LANES)));
-                if _mm512_test_epi32_mask(_mm512_or_si512(first, second), _mm512_set1_epi32(7)) != 0 {
+                let (one, four) = (_mm512_set1_epi16(1), _mm512_set1_epi16(4));
+                let bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(scales.cast()));
+                let exponent = _mm512_max_epi16(_mm512_srli_epi16::<3>(bytes), one);
+                let eights = _mm512_slli_epi16::<3>(_mm512_sub_epi16(exponent, one));
+                let mantissa = _mm512_sub_epi16(bytes, eights);
+                let down = _mm512_subs_epu16(four, exponent);
+                let whole = _mm512_srlv_epi16(mantissa, down);
+                if _mm512_cmpneq_epi16_mask(_mm512_sllv_epi16(whole, down), mantissa) != 0 {
                     return None;
                 }
-                let second = _mm512_slli_epi32::<13>(second);
-                Some(_mm512_or_si512(_mm512_srli_epi32::<3>(first), second))
+                let whole = _mm512_sllv_epi16(whole, _mm512_subs_epu16(exponent, four));
+                // Those of both halves of a row side by side.
+                let rows = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+                let places = _mm512_mullo_epi32(rows, _mm512_set1_epi32(0x1_0001));
+                let places = _mm512_add_epi16(places, _mm512_set1_epi32(0x10_0000));
+                Some(_mm512_permutexvar_epi16(places, whole))
             }
+        }
+    }
+
+    /// Codes, two per byte, as [`super::E2M1_BYTES`]: those of the low halves, then those of the high ones.
+    #[inline(always)]
+    unsafe fn e2m1(codes: __m512i) -> [__m512i; 2] {
+        // SAFETY: only called from the implementations above, whose contract includes VBMI. The permutation looks at the low six bits
+        // of a byte and the table repeats every sixteen, so what is above a code need not be cleared.
+        unsafe {
+            let table = _mm512_broadcast_i32x4(_mm_loadu_si128(super::E2M1_BYTES.as_ptr().cast()));
+            let high = _mm512_srli_epi16::<4>(codes);
+            [_mm512_permutexvar_epi8(codes, table), _mm512_permutexvar_epi8(high, table)]
         }
     }
 
