@@ -480,6 +480,19 @@ __device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 
+// What a warp has of one of the products of the experts: some columns of a row tile.
+struct Part {
+    int rank, row_tile, part;
+    int begin, count; // column tiles; none if there is no such row tile
+    int tile;         // the first, among those of an expert
+    __device__ __forceinline__ void set(const Matrix& m, int rank, int row_tile, int part, int parts) {
+        const int tiles = m.cols / TILE_COLS;
+        this->rank = rank, this->row_tile = row_tile, this->part = part, begin = tiles * part / parts;
+        count = row_tile < row_tiles_of(m) ? tiles * (part + 1) / parts - begin : 0;
+        tile = row_tile * tiles + begin;
+    }
+};
+
 // The experts. `blockIdx.y`: a rank, `blockIdx.x`: `groups` row tiles of its first product. Then the second product, whose units, each
 // rank of each row tile, are spread over all warps, several to a unit. Its weights follow those of the first without a break. What the
 // first one finds goes from block to block without a barrier: each word of `exchange` has an activation in its lower half, and in its
@@ -491,17 +504,20 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     __shared__ float partial[WARPS][TILE_ROWS];
     __shared__ __align__(16) Routing routing;
     __shared__ uint32_t round;
+    __shared__ Part work[WARPS][2];
     const Matrix &m = p.matrix, &down = p.down;
     const Epilogue& e = p.epilogue;
     const int warp = threadIdx.x / WARP, each = WARPS / p.groups;
+    const int ranks = p.experts_per_token, block = blockIdx.y * gridDim.x + blockIdx.x;
     routing.load_bias(p);
     Flow<F, CHUNK, SLOTS> flow(shared);
     uint16_t* x = (uint16_t*)(shared + WARPS * SLOTS * flow.BYTES);
-    // This warp's tiles of the second product.
-    const int ranks = p.experts_per_token, block = blockIdx.y * gridDim.x + blockIdx.x, per_unit = p.share_warps / ranks;
-    const int down_tiles = down.cols / TILE_COLS, down_unit = (block * WARPS + warp) / per_unit, part = (block * WARPS + warp) % per_unit;
-    const bool down_busy = down_unit / ranks < row_tiles_of(down);
-    const int down_begin = down_tiles * part / per_unit, down_count = down_busy ? down_tiles * (part + 1) / per_unit - down_begin : 0;
+    // What a warp has to do is found before the wait, since divisions take long, and lies here, since registers are few.
+    if (threadIdx.x % WARP == 0) {
+        const int group = warp / each, per_unit = p.share_warps / ranks, unit = (block * WARPS + warp) / per_unit;
+        work[warp][0].set(m, blockIdx.y, group < p.groups ? blockIdx.x * p.groups + group : row_tiles_of(m), warp % each, each);
+        work[warp][1].set(down, unit % ranks, unit / ranks, (block * WARPS + warp) % per_unit, per_unit);
+    }
 
     wait_for_previous();
     Vector<VALUES> v;
@@ -513,23 +529,22 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     const float inverse = routing.inverse(p);
     routing.choose(p, inverse);
     __syncthreads();
-    if (threadIdx.x < ranks) routing.weigh(p, threadIdx.x);
     const int group = threadIdx.x / 8, pair = threadIdx.x % 8, own_tile = blockIdx.x * p.groups + group;
     const bool finishes = group < p.groups && own_tile < row_tiles_of(m);
     // Scale and biases of a row tile of the first product come to where the sums were, which nobody needs any more.
     float* affine = routing.sums + group * (TILE_ROWS + 1);
+    // To the tiles of a part.
+    auto locate = [&](const Matrix& of, const Part& part) {
+        const size_t tiles = of.cols / TILE_COLS * row_tiles_of(of);
+        flow.locate(of, routing.experts[part.rank] * tiles + part.tile, part.count);
+    };
     {
         bool first = true;
         auto second = [&] {
-            if (!first) return;
+            if (first) locate(down, work[warp][1]);
             first = false;
-            const int rank = down_unit % ranks, row_tile = down_busy ? down_unit / ranks : 0;
-            flow.locate(down, (size_t(routing.experts[rank]) * row_tiles_of(down) + row_tile) * down_tiles + down_begin, down_count);
         };
         const uint32_t expert = routing.experts[blockIdx.y];
-        const int column_tiles = m.cols / TILE_COLS, row_tile = blockIdx.x * p.groups + warp / each;
-        const bool busy = warp / each < p.groups && row_tile < row_tiles_of(m);
-        const int begin = column_tiles * (warp % each) / each, count = busy ? column_tiles * (warp % each + 1) / each - begin : 0;
         if (finishes) {
             const uint32_t row = own_tile * TILE_ROWS + 2 * pair;
             const float *biases = m.bias + size_t(expert) * m.rows + row, *scale = m.tile_scale + size_t(expert) * row_tiles_of(m) + own_tile;
@@ -538,8 +553,9 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
             copy_word(affine + 2 * pair + 1, biases + 1, m.bias && row + 1 < m.rows);
         }
         commit_copies();
-        flow.locate(m, busy ? (size_t(expert) * row_tiles_of(m) + row_tile) * column_tiles + begin : 0, count);
+        locate(m, work[warp][0]);
         flow.start(second);
+        if (threadIdx.x < ranks) routing.weigh(p, threadIdx.x);
 #pragma unroll
         for (int i = 0; i < VALUES; i++) {
             const uint32_t at = i * THREADS + threadIdx.x;
@@ -547,7 +563,8 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
             if (at * 4 < m.cols) store_inputs<F>(x, at, a.x * inverse, a.y * inverse, a.z * inverse, a.w * inverse);
         }
         __syncthreads();
-        flow.multiply(count, Sums<F>(x + begin * TILE_COLS), partial[warp], 1, second);
+        const Part& own = work[warp][0];
+        flow.multiply(own.count, Sums<F>(x + own.begin * TILE_COLS), partial[warp], 1, second);
     }
     if (finishes) wait_for_copies<flow.GROUPS>();
     __syncthreads();
@@ -560,13 +577,13 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
         store_relaxed(p.exchange + blockIdx.y * down.cols + unit, activation(F, y) | round << 16);
     }
     if (threadIdx.x == 0) p.rounds[block] = round;
-    // What the rank counts for, and the bias where its first tile is.
-    const int rank = down_unit % ranks, row_tile = down_unit / ranks;
-    const uint32_t expert = routing.experts[rank];
-    const float weight = routing.weights[rank];
+    // What the rank counts for, and the bias in the first part of a row tile.
+    const Part& own = work[warp][1];
+    const uint32_t expert = routing.experts[own.rank];
+    const float weight = routing.weights[own.rank];
     float factor = weight, offset = 0;
-    if (down_busy && down.tile_scale) factor *= down.tile_scale[size_t(expert) * row_tiles_of(down) + row_tile];
-    if (const int row = row_tile * TILE_ROWS + threadIdx.x % TILE_ROWS; part == 0 && down.bias && row < down.rows)
+    if (own.count && down.tile_scale) factor *= down.tile_scale[size_t(expert) * row_tiles_of(down) + own.row_tile];
+    if (const int row = own.row_tile * TILE_ROWS + threadIdx.x % TILE_ROWS; own.part == 0 && down.bias && row < down.rows)
         offset = weight * down.bias[size_t(expert) * down.rows + row];
     // Four activations at a time. Who waits for one has others on their way.
     const uint32_t vectors = ranks * down.cols / 4, found = min(row_tiles_of(m) * TILE_ROWS / 2, int(down.cols));
@@ -578,7 +595,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
         for (int i = 0; i < LOADS; i++) {
             const uint32_t at = first + i * THREADS;
             words[i] = make_uint4(0, 0, 0, 0);
-            if (at < vectors && at * 4 % down.cols < found) missing |= 1u << i;
+            if (at < vectors && (found == down.cols || at * 4 % down.cols < found)) missing |= 1u << i;
         }
         while (missing) {
 #pragma unroll
@@ -598,15 +615,15 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     __syncthreads();
     // Not earlier: the activations would wait behind the next kernel's weights.
     start_next();
-    flow.multiply(down_count, Sums<F>(x + (rank * down_tiles + down_begin) * TILE_COLS), partial[warp], factor);
+    flow.multiply(own.count, Sums<F>(x + own.rank * down.cols + own.begin * TILE_COLS), partial[warp], factor);
     __syncwarp();
     if (threadIdx.x % WARP < TILE_ROWS) partial[warp][threadIdx.x % TILE_ROWS] += offset;
     __syncthreads();
     // Row tile after row tile that this block has warps of.
-    const int place = threadIdx.x / TILE_ROWS, own = block * WARPS / int(p.share_warps) + place;
+    const int place = threadIdx.x / TILE_ROWS, tile = block * WARPS / int(p.share_warps) + place;
     if (place >= SHARES) return;
     float sum = 0;
-    const int first = max(own * int(p.share_warps) - block * WARPS, 0), last = min((own + 1) * int(p.share_warps) - block * WARPS, WARPS);
+    const int first = max(tile * int(p.share_warps) - block * WARPS, 0), last = min((tile + 1) * int(p.share_warps) - block * WARPS, WARPS);
 #pragma unroll 4
     for (int w = first; w < last; w++) sum += partial[w][threadIdx.x % TILE_ROWS];
     p.shares[(block * SHARES + place) * TILE_ROWS + threadIdx.x % TILE_ROWS] = sum;
