@@ -876,7 +876,7 @@ impl Cuda {
         if n > DENSE_FEW && !self.options.batch_invariant {
             let tiles = n.div_ceil(128) * matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
             let tokens = if tiles < self.device.multiprocessors() { 64 } else { 128 };
-            return self.product_anywhere(matrix, input, n, (0, 1, tokens), epilogue);
+            return self.product_anywhere(matrix, input, n, (0, tokens), epilogue);
         }
         let columns = if n <= 8 && !self.options.batch_invariant { 8 } else { 16 };
         let name = match (matrix.format(), columns) {
@@ -894,14 +894,14 @@ impl Cuda {
         unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
     }
 
-    /// A product of many tokens where there is no wgmma: of `n` tokens with `list`, `matrices` and the most tokens of a block; dense, the
-    /// list is null.
+    /// A product of many tokens where there is no wgmma, at most `tokens` in a block: of the experts in the router's `list`, or dense, where
+    /// it is null.
     fn product_anywhere(
         &self,
         matrix: &PackedMatrix,
         input: Address,
         n: usize,
-        (list, matrices, tokens): (Address, usize, usize),
+        (list, tokens): (Address, usize),
         epilogue: Epilogue,
     ) -> Result<(), Error> {
         let (name, tokens) = match (matrix.format(), tokens) {
@@ -910,9 +910,11 @@ impl Cuda {
             _ => ("gemm_many_fp4_128", 128),
         };
         let params = Product { list, ..self.product_params(matrix, input, n, epilogue) };
-        let rows = if list == 0 { n } else { n * self.config.experts_per_token };
-        // Each matrix may have one tile that is not full.
-        let tiles = (rows / tokens + matrices.min(rows)).min(rows);
+        // Each expert may have one tile that is not full.
+        let tiles = match (list, n * self.config.experts_per_token) {
+            (0, _) => n.div_ceil(tokens),
+            (_, pairs) => pairs / tokens + self.config.experts.min(pairs),
+        };
         let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, tiles as u32, 1];
         // Three stages of activations, or 64 tokens' sums.
         let shared = (3 * tokens * TILE_COLS * 2).max(64 * (GEMM_ROW_TILES * TILE_ROWS + 4) * 4);
@@ -1326,11 +1328,8 @@ impl Cuda {
             return self.product_of_experts(&layer.down, self.arena.activated.address(), n, store);
         }
         if pairs > EXPERTS_FEW * config.experts && !self.options.batch_invariant {
-            let groups = (
-                self.arena.routes.address(),
-                config.experts,
-                if pairs > 48 * config.experts { 128 } else { 64 },
-            );
+            let tokens = if pairs > 48 * config.experts { 128 } else { 64 };
+            let groups = (self.arena.routes.address(), tokens);
             let (normed, activated) = (self.arena.normed.address(), self.arena.activated.address());
             self.product_anywhere(&layer.gate_up, normed, n, groups, epilogue)?;
             return self.product_anywhere(&layer.down, activated, n, groups, store);
