@@ -1,8 +1,8 @@
-// Both products of the experts' four-bit weights with some tokens each, on Hopper. As in experts_few.cuh a block takes a contiguous part
-// of all rows of all experts, first of the first product, then, when all blocks have arrived, of the second. But all tokens of an expert
-// take part in its products at once, so that each weight is decoded once, and they are too many for their activations to lie in shared
-// memory: those come some column tiles at a time for all warpgroups, each of which has 128 rows. What comes is brought by warps of their
-// own, by bulk copies that run ahead, the weights across the ends of passes and products.
+// Both products of the experts' four-bit weights with some tokens each, on Hopper: a block takes some rows of some experts, first of the first
+// product, then, when all blocks have arrived, of the second. Other than in experts_few.cuh all tokens of an expert take part in its products
+// at once, so that each weight is decoded once, and they are too many for their activations to lie in shared memory: those come some column
+// tiles at a time for all warpgroups, each of which has 128 rows. What comes is brought by warps of their own, by bulk copies that run ahead,
+// the weights across the ends of passes and products.
 #include "experts.cuh"
 #include "hopper.cuh"
 
@@ -29,9 +29,8 @@ constexpr int LINE = TILE_COLS * 2;                      // bytes of a row of ac
 constexpr int STAGE_BYTES = CHUNK * TOKENS * LINE;
 constexpr int SLOTS = 3, STAGES = 3;                     // chunks of a warpgroup's weights, and of activations
 constexpr int MAX_PASSES = 64;                           // of a block in one product
-constexpr int COST = 96;                                 // of a unit beside that of its tokens
 
-// Up to GROUPS units of an expert, with some of its tokens.
+// GROUPS units of an expert, or the rest of them, with some of its tokens.
 struct Pass {
     uint32_t expert, first;    // the first of its slots
     int n;                     // its slots
@@ -52,59 +51,46 @@ static_assert(sizeof(Shared) + 1024 <= 227 * 1024 && STAGE_BYTES % 1024 == 0);
 __device__ __forceinline__ uint32_t row_tiles_of(const Matrix& m) { return (m.rows + TILE_ROWS - 1) / TILE_ROWS; }
 __device__ __forceinline__ uint32_t units_of(const Matrix& m) { return (row_tiles_of(m) + UNIT - 1) / UNIT; }
 
-// What this block does of a product. By one warp. An expert's tokens are cut into parts of equal size, this block's units of a part into
-// passes of equal size. All blocks have units of about the same cost.
+// What this block does of a product. By one warp. An expert's tokens are cut into parts of equal size, each of which needs several passes. A
+// pass takes about as long as others with as many tokens: they are dealt to the blocks one by one, to and fro, those with the most first.
 __device__ __forceinline__ void make_plan(Shared& shared, const Streamed& p, const Routes& routes, uint32_t product) {
     constexpr int ALL = MAX_EXPERTS / WARP;
-    const uint32_t lane = threadIdx.x % WARP, units = units_of(p.parts[product].matrix);
-    uint32_t count[ALL], slot[ALL], start[ALL], cost[ALL], total = 0; // cost: of a unit; start: the cost of all units before
+    const uint32_t lane = threadIdx.x % WARP, units = units_of(p.parts[product].matrix), pieces = (units + GROUPS - 1) / GROUPS;
+    uint32_t count[ALL], slot[ALL], size[ALL], own[ALL], start[ALL], total = 0; // size: of a part; own: passes; start: passes dealt before
 #pragma unroll
     for (int i = 0; i < ALL; i++) {
         const uint32_t expert = i * WARP + lane;
         count[i] = expert < routes.experts ? routes.count(expert) : 0;
         slot[i] = expert < routes.experts ? routes.first_slot(expert) : 0;
+        const uint32_t parts = (count[i] + TOKENS - 1) / TOKENS;
+        size[i] = parts ? (count[i] + 8 * parts - 1) / (8 * parts) * 8 : 0;
+        own[i] = parts * pieces;
     }
-    auto parts = [](uint32_t count) { return (count + TOKENS - 1) / TOKENS; };
-    auto part_size = [&](uint32_t count) { return (count + 8 * parts(count) - 1) / (8 * parts(count)) * 8; };
+    for (uint32_t tokens = TOKENS; tokens > 0; tokens -= 8) {
 #pragma unroll
-    for (int i = 0; i < ALL; i++) {
-        start[i] = total, cost[i] = 0;
-        if (i * WARP >= routes.experts) continue;
-        cost[i] = count[i] ? COST + part_size(count[i]) : 0;
-        uint32_t own = cost[i] * parts(count[i]) * units, sum = own;
+        for (int i = 0; i < ALL; i++) {
+            if (i * WARP >= routes.experts || !__any_sync(~0u, size[i] == tokens)) continue;
+            uint32_t sum = size[i] == tokens ? own[i] : 0;
 #pragma unroll
-        for (int j = 1; j < WARP; j *= 2) {
-            const uint32_t other = __shfl_up_sync(~0u, sum, j);
-            if (lane >= j) sum += other;
-        }
-        start[i] = total + sum - own;
-        total += __shfl_sync(~0u, sum, WARP - 1);
-    }
-    const uint32_t begin = uint64_t(total) * blockIdx.x / gridDim.x, end = uint64_t(total) * (blockIdx.x + 1) / gridDim.x;
-    uint32_t passes = 0;
-#pragma unroll
-    for (int i = 0; i < ALL; i++) {
-        if (i * WARP >= routes.experts) continue;
-        // A unit is the block's in whose share it begins.
-        auto before = [&](uint32_t end) { return cost[i] && end > start[i] ? min((end - start[i] + cost[i] - 1) / cost[i], parts(count[i]) * units) : 0; };
-        const uint32_t own_begin = before(begin), own_end = before(end);
-        for (uint32_t some = __ballot_sync(~0u, own_begin < own_end); some; some &= some - 1) {
-            const int from = __ffs(some) - 1;
-            const uint32_t all = __shfl_sync(~0u, count[i], from), first = __shfl_sync(~0u, slot[i], from), size = part_size(all);
-            uint32_t unit = __shfl_sync(~0u, own_begin, from);
-            const uint32_t over = __shfl_sync(~0u, own_end, from);
-            while (unit < over) {
-                const uint32_t part = unit / units, here = min((part + 1) * units, over) - unit, pieces = (here + GROUPS - 1) / GROUPS;
-                if (part * size < all) {
-                    for (uint32_t j = lane; j < pieces; j += WARP) {
-                        const uint32_t at = here * j / pieces;
-                        shared.passes[product][passes + j] = {i * WARP + uint32_t(from), first + part * size, int(min(all - part * size, size)),
-                            unit % units + at, here * (j + 1) / pieces - at};
-                    }
-                    passes += pieces;
-                }
-                unit += here;
+            for (int j = 1; j < WARP; j *= 2) {
+                const uint32_t other = __shfl_up_sync(~0u, sum, j);
+                if (lane >= j) sum += other;
             }
+            if (size[i] == tokens) start[i] = total + sum - own[i];
+            total += __shfl_sync(~0u, sum, WARP - 1);
+        }
+    }
+    uint32_t passes = 0;
+    for (;; passes++) {
+        const uint32_t number = passes * gridDim.x + (passes % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+        if (number >= total) break;
+#pragma unroll
+        for (int i = 0; i < ALL; i++) {
+            if (size[i] == 0 || number - start[i] >= own[i]) continue;
+            uint32_t first = 0, unit = (number - start[i]) * GROUPS;
+            for (; unit >= pieces * GROUPS; unit -= pieces * GROUPS) first += size[i];
+            shared.passes[product][passes]
+                = {i * WARP + lane, slot[i] + first, int(min(count[i] - first, size[i])), unit, min(units - unit, uint32_t(GROUPS))};
         }
     }
     if (lane == 0) shared.counts[product] = passes;
@@ -131,8 +117,9 @@ struct Weights {
     __device__ __forceinline__ void wait() const { wait_barrier(arrived + 8 * now.at, now.parity); }
     // A tile of the chunk, as it is.
     __device__ __forceinline__ Tile<FP4> load(int row_tile, int i) const {
-        const uint32_t slot = slots + now.at * SLOT_BYTES, tile = row_tile_of(row_tile) * CHUNK + i;
-        return load_tile(slot + tile * TILE_BYTES, slot + SCALES + tile * SCALE_BYTES);
+        const uint32_t slot = slots + now.at * SLOT_BYTES, tile = row_tile_of(0) * CHUNK, further = row_tile_of(row_tile) - row_tile_of(0);
+        return load_tile(slot + tile * TILE_BYTES + (further * CHUNK + i) * TILE_BYTES,
+                         slot + SCALES + tile * SCALE_BYTES + (further * CHUNK + i) * SCALE_BYTES);
     }
     // When all of a chunk is loaded.
     __device__ __forceinline__ void leave() {
@@ -183,32 +170,28 @@ struct Inputs {
     }
 };
 
-// A warpgroup's sums of a pass. The next tile is decoded while the products of the one before are at work.
-template <int N> __device__ __forceinline__ void multiply_pass(float (&d)[EACH][SUMS], Weights& weights, Inputs& inputs, int columns) {
+// A warpgroup's sums of a pass. The next tile is decoded while the products of the one before are at work: where a branch follows these, all
+// of them begin before anything is decoded, and all is decoded before they are waited for. The compiler may not know that `some` is true.
+template <int N> __device__ __forceinline__ void multiply_pass(float (&d)[EACH][SUMS], Weights& weights, Inputs& inputs, int columns, bool some) {
     uint32_t a[2][4][4];
     auto begin = [&] { decode(weights.load(0, 0), a[0]); };
     weights.wait();
     begin();
     inputs.wait();
     for (; columns > 0; columns -= CHUNK) {
-        // The compiler may not know that there are whole pairs: where a branch follows the products, all of them begin before anything is
-        // decoded, and all is decoded before they are waited for.
-        int tiles;
-        asm volatile("mov.b32 %0, %1;" : "=r"(tiles) : "r"(EACH * min(columns, CHUNK)));
         const uint32_t b = descriptor_of(inputs.stages + inputs.now.at * STAGE_BYTES);
 #pragma unroll
         for (int i = 0; i < EACH * CHUNK; i++) {
-            if (i >= tiles) continue;
-            const bool more = i + 1 < EACH * CHUNK && i + 1 < tiles;
+            if (i % EACH == 0 && i / EACH >= columns) break;
             Tile<FP4> next;
-            if (more) next = weights.load((i + 1) % EACH, (i + 1) / EACH);
+            if (i + 1 < EACH * CHUNK) next = weights.load((i + 1) % EACH, (i + 1) / EACH);
             begin_products();
 #pragma unroll
             for (int j = 0; j < 4; j++) multiply<FP4, N>(d[i % EACH], a[i % 2][j], descriptor(b, i / EACH * N * LINE + 32 * j));
             commit_products();
-            if (more) {
-                decode(next, a[(i + 1) % 2]);
-            } else if (i + 1 == EACH * CHUNK && columns > CHUNK) {
+            if (i + 1 < EACH * CHUNK) {
+                if (some) decode(next, a[(i + 1) % 2]);
+            } else if (columns > CHUNK) {
                 weights.leave();
                 weights.wait();
                 begin();
@@ -284,7 +267,7 @@ __device__ __forceinline__ void take_pass(const Streamed& p, Weights& weights, I
     inputs.now.at = __shfl_sync(~0u, inputs.now.at, 0), inputs.now.parity = __shfl_sync(~0u, inputs.now.parity, 0);
     weights.now.at = __shfl_sync(~0u, weights.now.at, 0), weights.now.parity = __shfl_sync(~0u, weights.now.parity, 0);
     switch ((pass.n + 7) / 8) {
-#define WIDTH(N) case N / 8: multiply_pass<N>(d, weights, inputs, columns); break;
+#define WIDTH(N) case N / 8: multiply_pass<N>(d, weights, inputs, columns, pass.n > 0); break;
         WIDTH(8) WIDTH(16) WIDTH(24) WIDTH(32) WIDTH(40) WIDTH(48) WIDTH(56) WIDTH(64) WIDTH(72)
     }
     if (product == 0) finish_first(d, part.epilogue, affine, pass);

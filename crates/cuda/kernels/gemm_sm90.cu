@@ -5,7 +5,7 @@
 // `activation_place`), come to shared memory in one bulk copy per 64 inputs.
 #include "gemm_sm90.cuh"
 
-constexpr int MAX_CLUSTER = 8; // blocks
+constexpr int MAX_CLUSTER = 4; // blocks
 
 // Column tiles of weights that a warp brings at a time, and how many such chunks it has room for; stages of activations. All that
 // two blocks have room for beside each other.

@@ -48,8 +48,6 @@ const MAX_SPLITS: usize = 32;
 const INVARIANT_SPLITS: usize = 8;
 /// Single tokens computed at a time there: of many more, experts would take other kernels.
 const INVARIANT_SINGLES: usize = 1024;
-/// Blocks of a dense product that share the inputs, where that may not depend on the number of tokens.
-const INVARIANT_SHARES: usize = 4;
 /// Query heads per key/value head, at most: the rows that a warp of attention_many.cu has.
 const QUERY_ROWS: usize = 16;
 /// Rows of queries of a block of attention_many.cu.
@@ -971,11 +969,11 @@ impl Cuda {
             stack: self.stack(matrix, n),
             ..self.gemm_params(matrix, input, n, epilogue)
         };
-        let (counted, most) =
-            if self.options.batch_invariant { (1, INVARIANT_SHARES) } else { (tiles, MAX_CLUSTER) };
+        let counted = if self.options.batch_invariant { 1 } else { tiles };
         if 2 * blocks * counted <= fitting {
             // Too few blocks for the device: several share the inputs.
-            let shares = (fitting / (blocks * counted)).min(most).min(matrix.padded_cols() / TILE_COLS);
+            let shares = fitting / (blocks * counted);
+            let shares = shares.min(MAX_CLUSTER).min(matrix.padded_cols() / TILE_COLS);
             let name = if matrix.format() == FP4 { "gemm_fp4_split" } else { "gemm_bf16_split" };
             let tile = n.div_ceil(tiles).next_multiple_of(8);
             let grid = [blocks as u32, shares as u32, tiles as u32];
@@ -1024,7 +1022,7 @@ impl Cuda {
         let tokens = self.few_kernel(layer, n).tokens;
         let few = match self.options.batch_invariant {
             true => shape.singles == n,
-            false => n > 1 && pairs <= 20 * experts,
+            false => n > 1 && pairs <= 20 * experts && !self.some_each(layer, n),
         };
         self.device.capability() >= 90
             && few
@@ -1074,16 +1072,16 @@ impl Cuda {
     /// Whether the experts have some tokens each, and take experts_streamed_sm90.cu.
     fn some_each(&self, layer: &Layer, n: usize) -> bool {
         let (experts, pairs) = (self.config.experts, n * self.config.experts_per_token);
-        // Each expert may have one part that is not full. A block has units of the same cost as others, down to that of eight tokens.
+        // Each expert may have one part that is not full.
         let parts = pairs / STREAMED_TOKENS + experts;
-        let units = layer.gate_up.row_tiles().div_ceil(STREAMED_ROW_TILES);
-        let most = 2 * parts * units / self.device.multiprocessors() + 2;
+        let passes = parts * layer.gate_up.row_tiles().div_ceil(STREAMED_ROW_TILES);
         self.device.capability() == 90
             && !self.options.batch_invariant
+            && pairs > STREAMED_FROM * experts
             && pairs <= STREAMED_EACH * experts
             && layer.gate_up.format() == FP4
             && layer.down.format() == FP4
-            && most / 3 + most / units + 4 <= STREAMED_PASSES
+            && passes.div_ceil(self.device.multiprocessors()) <= STREAMED_PASSES
     }
 
     /// Both products of the experts with the activations of their slots.
@@ -1476,12 +1474,13 @@ const FEW_PASSES: usize = 16;
 const OWN_ROUTES_TOKENS: usize = 64;
 /// Their bytes, at most: more would leave too little room for activations.
 const OWN_ROUTES_BYTES: usize = 7 << 10;
-/// Of experts_streamed_sm90.cu: tokens of a pass, threads of a block, its passes, at most, and row tiles of a unit.
+/// Of experts_streamed_sm90.cu: tokens of a pass, threads of a block, its passes, at most, and row tiles of a pass.
 const STREAMED_TOKENS: usize = 72;
 const STREAMED_THREADS: u32 = 512;
 const STREAMED_PASSES: usize = 64;
-const STREAMED_ROW_TILES: usize = 8;
-/// Up to so many tokens per expert, on average, it is the fastest.
+const STREAMED_ROW_TILES: usize = 24;
+/// From more than so many tokens per expert to so many, on average, it is the fastest.
+const STREAMED_FROM: usize = 8;
 const STREAMED_EACH: usize = 64;
 /// Up to so many tokens the router shares a token's experts among blocks.
 const ROUTER_FEW: usize = 160;
@@ -1508,8 +1507,8 @@ const GEMM_ROW_TILES: usize = 8;
 const GEMM_SHARED: usize = 104_448 + 1024;
 /// Bytes of weights that stay in the cache from one tile of tokens to the next.
 const GEMM_CACHED: usize = 32 << 20;
-/// Blocks of a cluster, at most.
-const MAX_CLUSTER: usize = 8;
+/// Blocks of a cluster, at most: larger ones are slower.
+const MAX_CLUSTER: usize = 4;
 /// Threads of a block of the product kernels.
 const PRODUCT_THREADS: u32 = 256;
 
