@@ -1074,7 +1074,8 @@ impl Cuda {
         let (experts, pairs) = (self.config.experts, n * self.config.experts_per_token);
         // Each expert may have one part that is not full.
         let parts = pairs / STREAMED_TOKENS + experts;
-        let passes = parts * layer.gate_up.row_tiles().div_ceil(STREAMED_ROW_TILES);
+        let row_tiles = layer.gate_up.row_tiles().max(layer.down.row_tiles());
+        let passes = parts * row_tiles.div_ceil(STREAMED_ROW_TILES);
         self.device.capability() == 90
             && !self.options.batch_invariant
             && pairs > STREAMED_FROM * experts
