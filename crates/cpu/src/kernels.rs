@@ -478,10 +478,12 @@ mod cases {
                 let scale_bytes = if mx { LANES } else { 2 * LANES };
                 let slab_bytes = scale_bytes + CODE_BYTES;
                 let mut data = bytes(slabs * slab_bytes, 7);
-                // E4M3 bytes from the subnormals to large ones, in every second slab from an eighth on; or exponents around 0.
+                // E4M3 bytes from the subnormals to large ones, in every second slab from an eighth on; or exponents around 0,
+                // in every second slab those that shift.
                 for (s, slab) in data.chunks_exact_mut(slab_bytes).enumerate() {
                     let e4m3 = if s % 2 == 0 { 0..0x60 } else { 0x20..0x70 };
-                    let range = if mx { 120..130 } else { e4m3 };
+                    let e8m0 = if s % 2 == 0 { 120..130 } else { 127..143 };
+                    let range = if mx { e8m0 } else { e4m3 };
                     slab[..scale_bytes]
                         .iter_mut()
                         .for_each(|b| *b = range.start + *b % (range.end - range.start));

@@ -16,7 +16,7 @@ use crate::panels::{Inputs, Rows};
 use crate::pool::Pool;
 use crate::products::{CODE_BYTES, Finish, MOST_TOKENS, Panel, PanelKernel, Records};
 use crate::records::{Activations, COLUMNS, Kind};
-use crate::simd::LANES;
+use crate::simd::{LANES, MOST_SHIFT};
 
 /// How weights are kept.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -106,10 +106,11 @@ impl Shape {
         let name = |expert| format!("{:?} of layer {}, matrix {expert}", id.kind, id.layer);
         let int8 = self.packing == Packing::Int8;
         if self.count == 1 {
-            let matrix = weights.matrix(id, 0)?;
-            matrix.values.check_scales(&name(0))?;
+            let values = weights.matrix(id, 0)?.values;
+            values.check_scales(&name(0))?;
+            let (values, factor) = with_factor(values);
             if !int8 {
-                scales[0] = factor(&matrix.values);
+                scales[0] = factor;
             }
             let data = Chunks::new(data, self.panel_bytes());
             let scales = Chunks::new(scales, LANES);
@@ -117,7 +118,7 @@ impl Shape {
                 // SAFETY: each panel is one task's.
                 let (data, scales) =
                     unsafe { (data.take(panel), if int8 { scales.take(panel) } else { &mut [] }) };
-                self.pack_panel(kernels, &matrix.values, panel, &zeros, data, scales);
+                self.pack_panel(kernels, &values, panel, &zeros, data, scales);
             });
             weights.release(id, 0);
             return Ok(());
@@ -129,7 +130,8 @@ impl Shape {
             let (data, scales) = unsafe { (data.take(expert), scales.take(expert)) };
             if let Some(values) = weights.by_inputs(id, expert)? {
                 values.check_scales(&name(expert))?;
-                scales[0] = factor(&values);
+                let (values, factor) = with_factor(values);
+                scales[0] = factor;
                 let (codes, lines, blocks) = match &values {
                     Values::Mxfp4 { codes, scales } => (codes, scales, 1),
                     Values::Nvfp4 { codes, scales, .. } => (codes, scales, 2),
@@ -139,14 +141,15 @@ impl Shape {
                 // SAFETY: the kernels were chosen for this CPU.
                 unsafe { (kernels.pack_e2m1_by_inputs)(&inputs, data) };
             } else {
-                let matrix = weights.matrix(id, expert)?;
-                matrix.values.check_scales(&name(expert))?;
+                let values = weights.matrix(id, expert)?.values;
+                values.check_scales(&name(expert))?;
+                let (values, factor) = with_factor(values);
                 if !int8 {
-                    scales[0] = factor(&matrix.values);
+                    scales[0] = factor;
                 }
                 for (panel, data) in data.chunks_exact_mut(self.panel_bytes()).enumerate() {
                     let scales = if int8 { &mut scales[panel * LANES..][..LANES] } else { &mut [] };
-                    self.pack_panel(kernels, &matrix.values, panel, &zeros, data, scales);
+                    self.pack_panel(kernels, &values, panel, &zeros, data, scales);
                 }
             }
             weights.release(id, expert);
@@ -191,12 +194,22 @@ impl Shape {
     }
 }
 
-/// What the sums of a matrix are multiplied with: kernels sum up twice the values of E2M1 codes.
-fn factor(values: &Values<'_>) -> f32 {
+/// What is packed, and what its sums are multiplied with: kernels sum up twice the values of E2M1 codes. The scales of MXFP4 are
+/// moved by a power of two so that the largest shifts a sum as far as kernels can, unless one of them would not be exact then.
+fn with_factor(values: Values<'_>) -> (Values<'_>, f32) {
     match values {
-        Values::Nvfp4 { global_scale, .. } => 0.5 * global_scale,
-        Values::Mxfp4 { .. } => 0.5,
-        Values::Bf16(_) => 1.0,
+        Values::Nvfp4 { global_scale, .. } => (values, 0.5 * global_scale),
+        Values::Mxfp4 { codes, scales } => {
+            let (least, most) = scales.iter().fold((u8::MAX, 0), |(a, b), &s| (a.min(s), b.max(s)));
+            // Byte 127 is 1.
+            let by = 127 + i32::from(MOST_SHIFT) - i32::from(most);
+            if by.abs() > 100 || i32::from(least) + by < 1 {
+                return (Values::Mxfp4 { codes, scales }, 0.5);
+            }
+            let moved = scales.iter().map(|s| s.wrapping_add(by as u8)).collect::<Vec<u8>>();
+            (Values::Mxfp4 { codes, scales: moved.into() }, numerics::e8m0::decode((126 - by) as u8))
+        }
+        Values::Bf16(_) => (values, 1.0),
     }
 }
 
@@ -562,5 +575,35 @@ impl<'a, T> Chunks<'a, T> {
         assert!(index < self.count, "a chunk within the slice");
         // SAFETY: within the slice by the assertion; unaliased by the contract.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(index * self.size), self.size) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Of MXFP4 a scale times the factor is what it was, and the largest is moved to where it shifts most, if that is exact.
+    #[test]
+    fn moved_scales_and_their_factor_keep_the_values() {
+        for (bytes, moved) in [
+            (vec![119, 120, 100], true),
+            (vec![250, 200], false),
+            (vec![142, 1], true),
+            (vec![230, 140], true),
+            (vec![60, 0], true),
+            (vec![200, 3], false),
+            (vec![0], false),
+        ] {
+            let values =
+                Values::Mxfp4 { codes: vec![0; 16 * bytes.len()].into(), scales: bytes.clone().into() };
+            let (Values::Mxfp4 { scales, .. }, factor) = with_factor(values) else {
+                panic!("another format")
+            };
+            assert_eq!(scales.iter().max() == Some(&(127 + MOST_SHIFT)), moved, "{bytes:?}");
+            for (&before, &after) in bytes.iter().zip(&*scales) {
+                let (before, after) = (numerics::e8m0::decode(before), numerics::e8m0::decode(after));
+                assert_eq!(f64::from(after) * f64::from(factor), 0.5 * f64::from(before), "{bytes:?}");
+            }
+        }
     }
 }

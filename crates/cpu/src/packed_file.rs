@@ -32,7 +32,7 @@ use crate::pool::Pool;
 const MAGIC: &[u8; 16] = b"nibble, packed\r\n";
 
 /// The version of the layout: of the packing in `packed.rs`, of the places below, and of the sum. Another one is made anew.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 
 /// Where the first matrix begins, and what every part is a multiple of.
 const ALIGN: usize = 4096;

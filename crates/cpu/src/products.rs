@@ -88,13 +88,15 @@ pub(crate) trait Format<L: Lanes> {
     unsafe fn add(weights: &Self::Decoded, record: *const i32, step: usize, total: L) -> L;
 }
 
-/// How NVFP4 meets several tokens of one limb with these lanes.
-pub(crate) trait Nvfp4ByInt8: Lanes {
-    type Format: Format<Self>;
+/// How E2M1 codes meet several tokens of one limb with these lanes.
+pub(crate) trait ByInt8: Lanes {
+    type Nvfp4: Format<Self>;
+    type Mxfp4: Format<Self>;
 }
 
-impl Nvfp4ByInt8 for Scalar {
-    type Format = E2m1<false, 1>;
+impl ByInt8 for Scalar {
+    type Nvfp4 = E2m1<false, 1>;
+    type Mxfp4 = E2m1<true, 1>;
 }
 
 /// See [`PanelKernel`].
@@ -163,7 +165,7 @@ unsafe fn ask<L: Lanes, const SEVERAL: bool>(tile: *const u8, bytes: usize) {
 /// E2M1 codes: the scales of the sixteen rows (16 bytes, E8M0, for MXFP4; 32, E4M3, for NVFP4), then 256 bytes of codes. In
 /// byte `64 k + 4 r + j` the low nibble is row `r`, column `8 k + j`, the high one column `8 k + 4 + j`.
 #[inline(always)]
-pub(crate) unsafe fn e2m1<L: Nvfp4ByInt8, const MX: bool, const LIMBS: usize>(
+pub(crate) unsafe fn e2m1<L: ByInt8, const MX: bool, const LIMBS: usize>(
     panel: Panel,
     x: Records<'_>,
     sums: *mut [f32; LANES],
@@ -172,8 +174,10 @@ pub(crate) unsafe fn e2m1<L: Nvfp4ByInt8, const MX: bool, const LIMBS: usize>(
     unsafe {
         if L::FEW_REGISTERS && x.tokens > 1 {
             e2m1_by_halves::<L, MX, LIMBS>(panel, x, sums);
-        } else if !MX && LIMBS == 1 && x.tokens > 1 {
-            panel_sums::<L, L::Format>(panel, x, sums);
+        } else if LIMBS == 1 && x.tokens > 1 && MX {
+            panel_sums::<L, L::Mxfp4>(panel, x, sums);
+        } else if LIMBS == 1 && x.tokens > 1 {
+            panel_sums::<L, L::Nvfp4>(panel, x, sums);
         } else {
             panel_sums::<L, E2m1<MX, LIMBS>>(panel, x, sums);
         }
@@ -275,12 +279,14 @@ mod whole {
     use super::*;
     use crate::simd::{Avx2, Avx512};
 
-    impl Nvfp4ByInt8 for Avx2 {
-        type Format = E2m1<false, 1>;
+    impl ByInt8 for Avx2 {
+        type Nvfp4 = E2m1<false, 1>;
+        type Mxfp4 = E2m1<true, 1>;
     }
 
-    impl Nvfp4ByInt8 for Avx512 {
-        type Format = Whole;
+    impl ByInt8 for Avx512 {
+        type Nvfp4 = Whole;
+        type Mxfp4 = Shifted;
     }
 
     pub(crate) struct Whole;
@@ -337,6 +343,57 @@ mod whole {
                         let half = |factors| Avx512::join_halves(sums, Avx512::splat_ints(factors));
                         e2m1_halves([half(1), half(1 << 16)], scales, scale, total)
                     }
+                }
+            }
+        }
+    }
+
+    /// MXFP4 by one limb: a scale that is a small power of two shifts the sum, which saves a product.
+    pub(crate) struct Shifted;
+
+    /// The scales of a slab.
+    #[derive(Clone, Copy)]
+    pub(crate) enum Powers {
+        Shift(<Avx512 as Lanes>::Ints),
+        /// One of them is a fraction, or too large.
+        Float(Avx512),
+    }
+
+    impl Format<Avx512> for Shifted {
+        const BYTES: usize = <E2m1<true, 1> as Format<Avx512>>::BYTES;
+        const STEPS: usize = 1;
+        const WORDS: usize = Words::<1>::COUNT;
+        type Decoded = ([[<Avx512 as Lanes>::Bytes; 4]; 2], Powers);
+
+        #[inline(always)]
+        unsafe fn decode(tile: *const u8) -> Self::Decoded {
+            // SAFETY: the contract.
+            unsafe {
+                let codes = tile.add(LANES);
+                let weights = [e2m1_block::<Avx512>(codes), e2m1_block::<Avx512>(codes.add(128))];
+                let scales = match Avx512::shifts(tile) {
+                    Some(shifts) => Powers::Shift(shifts),
+                    None => Powers::Float(Avx512::e8m0(tile)),
+                };
+                (weights, scales)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn add(
+            ([first, second], scales): &Self::Decoded,
+            record: *const i32,
+            _step: usize,
+            total: Avx512,
+        ) -> Avx512 {
+            // SAFETY: the contract.
+            unsafe {
+                let first = e2m1_sums::<Avx512, 1>(first, record, 0);
+                let sum = Avx512::add_ints(first, e2m1_sums::<Avx512, 1>(second, record, 1));
+                let scale = Avx512::splat(record.add(Words::<1>::SCALE).cast::<f32>().read());
+                match *scales {
+                    Powers::Shift(by) => Avx512::from_ints(Avx512::shift(sum, by)).fma(scale, total),
+                    Powers::Float(power) => e2m1_whole(sum, power, scale, total),
                 }
             }
         }
@@ -586,6 +643,7 @@ mod tests {
     use super::*;
     use crate::kernels::Isa;
     use crate::records::Layout;
+    use crate::simd::MOST_SHIFT;
 
     /// A cast keeps every product: NVFP4 with the scales of MXFP4 gives its bits.
     #[test]
@@ -632,7 +690,7 @@ mod tests {
         sums.into_iter().map(|sums| sums.map(f32::to_bits)).collect()
     }
 
-    /// Weights of 6 · 448 and activations of 127 units add up exactly, whatever the signs.
+    /// The largest weights, 6 · 448 and 6 · 2^15, and activations of 127 units add up exactly, whatever the signs.
     #[test]
     fn the_largest_sums_fit() {
         const TOKENS: usize = 4;
@@ -647,12 +705,16 @@ mod tests {
                 unsafe { layout.write(kernels, t, &x, words.as_mut_ptr()) };
             }
             for code in [0x77, 0xff] {
-                let mut panel = vec![0x7e; 2 * LANES];
-                panel.resize(2 * LANES + CODE_BYTES, code);
-                // Of twice the weights.
-                let half = 16.0 * 127.0 * 448.0 * if code == 0x77 { 12.0f32 } else { -12.0 };
-                let expected = [2.0 * half, 0.0, 0.0, -2.0 * half].map(|sum| [sum.to_bits(); LANES]);
-                assert_eq!(sums(kernels.nvfp4[0], &panel, layout.records(&words)), expected, "{isa:?}");
+                for (kernel, scales, scale) in [
+                    (kernels.nvfp4[0], vec![0x7e; 2 * LANES], 448.0),
+                    (kernels.mxfp4[0], vec![127 + MOST_SHIFT; LANES], 32_768.0),
+                ] {
+                    let panel = [scales, vec![code; CODE_BYTES]].concat();
+                    // Of twice the weights.
+                    let all = 32.0 * 127.0 * scale * if code == 0x77 { 12.0f32 } else { -12.0 };
+                    let expected = [all, 0.0, 0.0, -all].map(|sum| [sum.to_bits(); LANES]);
+                    assert_eq!(sums(kernel, &panel, layout.records(&words)), expected, "{isa:?}, {scale}");
+                }
             }
         }
     }

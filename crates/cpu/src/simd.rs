@@ -13,6 +13,9 @@ pub(crate) const E2M1_OFFSET: i32 = 12;
 /// Twice the value of each E2M1 code plus [`E2M1_OFFSET`].
 const E2M1_BYTES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
+/// By how much a sum of 32 columns of weights of at most 12 and activations of at most 127 can be shifted in 32 bits.
+pub(crate) const MOST_SHIFT: u8 = 15;
+
 /// 2^8: between the exponent biases of E4M3 and of f16.
 const E4M3_BIAS: f32 = 256.0;
 
@@ -739,6 +742,29 @@ mod x86 {
                 let places = _mm512_add_epi16(places, _mm512_set1_epi32(0x10_0000));
                 Some(_mm512_permutexvar_epi16(places, whole))
             }
+        }
+
+        /// How far E8M0 scales shift a sum of 32 columns. `None` if one of them is a fraction, or shifts it beyond 31 bits.
+        ///
+        /// # Safety
+        /// As for [`Lanes`]; sixteen bytes are valid.
+        #[inline(always)]
+        pub(crate) unsafe fn shifts(scales: *const u8) -> Option<__m512i> {
+            // SAFETY: the contract.
+            unsafe {
+                let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(scales.cast()));
+                let shifts = _mm512_sub_epi32(bytes, _mm512_set1_epi32(127));
+                let wrong = _mm512_cmpgt_epu32_mask(shifts, _mm512_set1_epi32(super::MOST_SHIFT as i32));
+                (wrong == 0).then_some(shifts)
+            }
+        }
+
+        /// # Safety
+        /// As for [`Lanes`].
+        #[inline(always)]
+        pub(crate) unsafe fn shift(ints: __m512i, by: __m512i) -> __m512i {
+            // SAFETY: the contract.
+            unsafe { _mm512_sllv_epi32(ints, by) }
         }
     }
 
