@@ -139,15 +139,16 @@ impl Layout {
 /// Every `stride` words from `out` on there is room for a record, `count` times; `x` is not longer than `32 · count`.
 #[inline(always)]
 pub(crate) unsafe fn quantize<const LIMBS: usize>(x: &[f32], count: usize, out: *mut u32, stride: usize) {
-    for s in 0..count {
-        let mut block = [0.0f32; COLUMNS];
-        let (from, to) = ((s * COLUMNS).min(x.len()), (s * COLUMNS + COLUMNS).min(x.len()));
-        // SAFETY: within `x`, at most 32 values; the rest is the contract.
-        unsafe {
-            if to - from == COLUMNS {
-                block = x.as_ptr().add(from).cast::<[f32; COLUMNS]>().read_unaligned();
-            } else {
-                std::ptr::copy_nonoverlapping(x.as_ptr().add(from), block.as_mut_ptr(), to - from);
+    let whole = x.len() / COLUMNS;
+    // SAFETY: within `x`; the rest is the contract.
+    unsafe {
+        for s in 0..whole {
+            record::<LIMBS>(&*x.as_ptr().add(s * COLUMNS).cast::<[f32; COLUMNS]>(), out.add(s * stride));
+        }
+        for s in whole..count {
+            let mut block = [0.0f32; COLUMNS];
+            for i in s * COLUMNS..x.len() {
+                block[i - s * COLUMNS] = x[i];
             }
             record::<LIMBS>(&block, out.add(s * stride));
         }
@@ -175,29 +176,37 @@ unsafe fn record<const LIMBS: usize>(x: &[f32; COLUMNS], out: *mut u32) {
     let inverse = if largest > 1e-30 { most / largest } else { 0.0 };
     let scale = largest / most;
     let mut whole = [0i32; COLUMNS];
-    let mut halves = [0i32; 2];
+    let (mut first, mut both) = (0i32, 0i32);
     for i in 0..COLUMNS {
-        whole[i] = (x[i] * inverse).round_ties_even() as i32;
+        let value = (x[i] * inverse).round_ties_even();
+        // What is not finite is zero here, and reaches the scale. The usual conversion to integers would not become vectors.
+        let value = if value.abs() <= 8_388_608.0 { value } else { 0.0 };
+        // SAFETY: the value fits.
+        whole[i] = unsafe { value.to_int_unchecked() };
     }
     for i in 0..COLUMNS / 2 {
-        halves[0] = halves[0].wrapping_add(whole[i]);
-        halves[1] = halves[1].wrapping_add(whole[COLUMNS / 2 + i]);
+        first = first.wrapping_add(whole[i]);
+    }
+    for i in 0..COLUMNS {
+        both = both.wrapping_add(whole[i]);
     }
     // SAFETY: all within the record.
     unsafe {
-        out.add(Words::<LIMBS>::E2M1).write(halves[0].wrapping_mul(-E2M1_OFFSET) as u32);
-        out.add(Words::<LIMBS>::E2M1 + 1).write(halves[1].wrapping_mul(-E2M1_OFFSET) as u32);
+        out.add(Words::<LIMBS>::E2M1).write(first.wrapping_mul(-E2M1_OFFSET) as u32);
+        out.add(Words::<LIMBS>::E2M1 + 1).write(both.wrapping_sub(first).wrapping_mul(-E2M1_OFFSET) as u32);
         out.add(Words::<LIMBS>::SCALE).write(scale.to_bits());
         for limb in 0..LIMBS {
             let mut sum = 0;
-            let mut bytes = [0i8; COLUMNS];
+            let mut bytes = [[0i8; 4]; COLUMNS / 4];
             for i in 0..COLUMNS {
                 let byte = whole[i] as i8;
-                bytes[4 * word(i) + i % 4] = byte;
+                bytes[i / 4][i % 4] = byte;
                 sum += i32::from(byte);
                 whole[i] = whole[i].wrapping_sub(i32::from(byte)) >> 8;
             }
-            out.add(8 * limb).cast::<[i8; COLUMNS]>().write_unaligned(bytes);
+            for i in 0..COLUMNS / 4 {
+                out.add(8 * limb + word(4 * i)).cast::<[i8; 4]>().write(bytes[i]);
+            }
             out.add(Words::<LIMBS>::INT8 + limb).write((-INT8_OFFSET * sum) as u32);
         }
     }
