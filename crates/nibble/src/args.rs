@@ -444,6 +444,9 @@ pub(crate) struct Serve {
     /// The same as MODEL
     #[arg(long = "model", value_name = "MODEL")]
     pub(crate) model_flag: Option<String>,
+    /// A tokenizer.json, or a folder with one [default: the model's]
+    #[arg(long, value_name = "FILE|DIR")]
+    pub(crate) tokenizer: Option<PathBuf>,
     #[command(flatten)]
     pub(crate) hub: FromHub,
     /// Flags from a file, by their names; the command line wins

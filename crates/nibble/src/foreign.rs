@@ -32,7 +32,6 @@ const PYTHON: &str = "Python extensions are not supported";
 const LORA: &str = "adapters are not supported in this version";
 const GRAPHS: &str = "kernels are compiled and graphs captured as the device needs";
 const NODES: &str = "one machine serves a model; put several behind a gateway";
-const FILES: &str = "the model's files come from MODEL";
 
 const FLAGS: &[(&str, Takes, Fate)] = &[
     ("trust-remote-code", Nothing, Ignored("no code of a model's repository is ever run")),
@@ -41,8 +40,7 @@ const FLAGS: &[(&str, Takes, Fate)] = &[
         Value,
         Only(&["auto", "bfloat16", "float16", "float32"], "the device's kernels fix the type of activations"),
     ),
-    ("tokenizer", Value, Refused(FILES)),
-    ("tokenizer-revision", Value, Refused(FILES)),
+    ("tokenizer-revision", Value, Refused("a tokenizer is the model's, or a file of this machine")),
     ("tokenizer-mode", Value, Ignored("there is one tokenizer")),
     ("hf-overrides", Value, Refused("the model's config.json counts")),
     ("load-format", Value, Only(&["auto", "safetensors"], "models are safetensors")),

@@ -1,6 +1,6 @@
 //! From a MODEL on the command line to weights and a tokenizer.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use checkpoint::hub::{self, Hub};
@@ -33,6 +33,8 @@ pub(crate) struct Model {
     pub(crate) name: String,
     pub(crate) checkpoint: Checkpoint,
     built_in: bool,
+    /// A tokenizer.json, or a folder with one, in place of its own.
+    pub(crate) other_tokenizer: Option<PathBuf>,
 }
 
 impl Model {
@@ -62,30 +64,30 @@ impl Model {
         };
         let checkpoint = Checkpoint::open(&folder)?;
         checkpoint.warnings().iter().for_each(|warning| ui.note(format_args!("note: {warning}")));
-        Ok(Model { name: name.to_owned(), checkpoint, built_in: false })
+        Ok(Model { name: name.to_owned(), checkpoint, built_in: false, other_tokenizer: None })
     }
 
     pub(crate) fn built_in() -> Result<Model> {
         let checkpoint = Checkpoint::from_bytes(BUILT_IN_CONFIG, BUILT_IN_GENERATION, &BUILT_IN_WEIGHTS.0)?;
-        Ok(Model { name: BUILT_IN.to_owned(), checkpoint, built_in: true })
+        Ok(Model { name: BUILT_IN.to_owned(), checkpoint, built_in: true, other_tokenizer: None })
     }
 
-    /// The model's own tokenizer; `o200k_harmony` if it has none but the right vocabulary.
+    /// The model's own tokenizer, if no other is asked for; `o200k_harmony` if it has none but the right vocabulary.
     pub(crate) fn tokenizer(&self) -> Result<Arc<Tokenizer>> {
-        if self.built_in {
+        if self.built_in && self.other_tokenizer.is_none() {
             return Ok(Arc::new(Tokenizer::from_json(BUILT_IN_TOKENIZER.as_bytes())?));
         }
-        let directory = self.checkpoint.directory();
-        let path = directory.join("tokenizer.json");
+        let source = self.other_tokenizer.as_deref().unwrap_or(self.checkpoint.directory());
+        let path = if source.is_file() { source.to_owned() } else { source.join("tokenizer.json") };
         let vocabulary = self.checkpoint.config().vocab_size;
         let tokenizer = if path.exists() {
             Arc::new(Tokenizer::from_file(&path)?)
         } else {
             let built_in = Tokenizer::o200k_harmony();
-            if vocabulary != built_in.vocab_size() {
+            if self.other_tokenizer.is_some() || vocabulary != built_in.vocab_size() {
                 return Err(Failure::input(format!(
                     "{}: expected a tokenizer.json for a vocabulary of {vocabulary} tokens, found none",
-                    directory.display()
+                    source.display()
                 )));
             }
             built_in
@@ -171,7 +173,7 @@ pub(crate) fn threads(common: &Common) -> usize {
     common.threads.map_or_else(cpu::physical_cores, usize::from)
 }
 
-fn fetch(name: &str, from: &FromHub, ui: Ui) -> Result<std::path::PathBuf> {
+fn fetch(name: &str, from: &FromHub, ui: Ui) -> Result<PathBuf> {
     let mut hub = Hub::from_env();
     hub.cache = from.download_dir.clone().unwrap_or(hub.cache);
     hub.token = from.hf_token.clone().or(hub.token);

@@ -291,7 +291,11 @@ impl Source {
             Some(("scripted", file)) => {
                 Ok(Source::Script(scripted(file, &args.capacity, &base(args, &args.limits))?))
             }
-            _ if args.engine == "auto" => Ok(Source::Model(Box::new(Model::open_from(name, &args.hub, ui)?))),
+            _ if args.engine == "auto" => {
+                let mut model = Model::open_from(name, &args.hub, ui)?;
+                model.other_tokenizer.clone_from(&args.tokenizer);
+                Ok(Source::Model(Box::new(model)))
+            }
             _ => {
                 let found = &args.engine;
                 Err(Failure::input(format!("--engine: expected auto or scripted:FILE, found {found}")))

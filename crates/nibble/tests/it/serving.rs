@@ -25,9 +25,14 @@ impl Scripted {
         let folder = tempfile::tempdir().unwrap();
         let script = folder.path().join("script.json");
         std::fs::write(&script, json!({"default": {"tokens": [24_912, 2_375]}}).to_string()).unwrap();
-        let log = std::fs::File::create(folder.path().join("log")).unwrap();
         let engine = format!("scripted:{}", script.display());
-        let all = [&["serve", "--port", "0", "--engine", &engine], args].concat();
+        Scripted::run(folder, &[&["--engine", &engine], args].concat())
+    }
+
+    /// Any server.
+    fn run(folder: tempfile::TempDir, args: &[&str]) -> Scripted {
+        let log = std::fs::File::create(folder.path().join("log")).unwrap();
+        let all = [&["serve", "--port", "0"], args].concat();
         let mut child = nibble(&all).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
@@ -307,6 +312,8 @@ fn flags_of_others_are_listed_or_refused() {
         (vec!["--override-generation-config", "{\"heat\": 1}"], "heat"),
         (vec!["--root-path", "x y"], "--root-path"),
         (vec!["--config", "/nowhere.yaml"], "/nowhere.yaml"),
+        (vec!["--tokenizer", "/nowhere"], "/nowhere: expected a tokenizer.json"),
+        (vec!["--tokenizer-revision", "v1"], "--tokenizer-revision"),
         (vec!["--revision", "v1"], "--revision v1: expected a hub name"),
         (vec![&small, "--revision", "v1"], "--revision v1: expected a hub name"),
         (vec!["--gpu-memory-utilization", "1.5"], "at most 1"),
@@ -317,6 +324,32 @@ fn flags_of_others_are_listed_or_refused() {
         let all = [&["serve", "--port", "0"], &args[..]].concat();
         let status = if named.is_empty() { 3 } else { 2 };
         fails(&all, status, named);
+    }
+}
+
+#[test]
+fn the_tokenizer_of_another_folder() {
+    let (folder, small) = (tempfile::tempdir().unwrap(), crate::small());
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for file in ["config.json", "generation_config.json", "model.safetensors"] {
+        std::os::unix::fs::symlink(std::path::Path::new(&small).join(file), model.join(file)).unwrap();
+    }
+    let model = model.to_str().unwrap().to_owned();
+    fails(&["serve", "--port", "0", &model], 2, "expected a tokenizer.json for a vocabulary of 4096 tokens");
+    fails(&["serve", "--port", "0", &model, "--tokenizer", &model], 2, "expected a tokenizer.json");
+    let file = format!("{small}/tokenizer.json");
+    let expected = crate::ok(&["tokens", "encode", "--text", "hello", "--model", &small]).json();
+    for tokenizer in [small, file] {
+        let server = Scripted::run(
+            tempfile::tempdir().unwrap(),
+            &[&model, "--tokenizer", &tokenizer, "--device", "cpu"],
+        );
+        let (status, body) =
+            server.post("/tokenize", &json!({"prompt": "hello", "add_special_tokens": false}));
+        assert_eq!(status, 200, "{body}");
+        let tokens: Value = serde_json::from_str(&body).unwrap();
+        assert_eq!(tokens["tokens"], expected["ids"]);
     }
 }
 
