@@ -272,8 +272,8 @@ impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS>
     }
 }
 
-/// NVFP4 by one limb where sums of sixteen columns can be multiplied as integers of 16 bits: with scales as integers too both halves
-/// of a slab become one sum in one step. Nothing is rounded before that sum is, so the bits are those of [`E2m1`].
+/// E2M1 codes by one limb with scales that are integers too. Nothing is rounded before the sum of a slab is, so the bits are those of
+/// [`E2m1`].
 #[cfg(target_arch = "x86_64")]
 mod whole {
     use super::*;
@@ -289,6 +289,7 @@ mod whole {
         type Mxfp4 = Shifted;
     }
 
+    /// NVFP4: sums of sixteen columns fit 16 bits, so that one instruction multiplies those of both halves and adds them.
     pub(crate) struct Whole;
 
     /// Scales of the halves of a slab, in units of [`Whole`].
@@ -348,7 +349,7 @@ mod whole {
         }
     }
 
-    /// MXFP4 by one limb: a scale that is a small power of two shifts the sum, which saves a product.
+    /// MXFP4: a scale that is a small power of two shifts the sum, which saves a product.
     pub(crate) struct Shifted;
 
     /// The scales of a slab.
