@@ -657,8 +657,7 @@ mod x86 {
         }
     }
 
-    /// The columns of a slab by activations of one limb: sums of sixteen columns fit 16 bits, so that those of two halves become one
-    /// sum with one instruction, each times a factor.
+    /// Products of E2M1 codes with activations of one limb, whose sums have room for scales as integers.
     impl Avx512 {
         /// Weights of four columns of each half, in turn, of each four rows two in each register, for [`Avx512::dot_halves`]:
         /// `codes` are those of a slab.
@@ -715,15 +714,15 @@ mod x86 {
             unsafe { _mm512_madd_epi16(sums, factors) }
         }
 
-        /// The E4M3 scales of the halves of a slab in units of 2^-6, for [`Avx512::join_halves`]. `None` if one of them is none of
-        /// those units, that is below an eighth.
+        /// The E4M3 scales of the halves of a slab in units of 2^-6, for [`Avx512::join_halves`]. `None` if one of them is not
+        /// whole units, which only those below an eighth can be.
         ///
         /// # Safety
         /// As for [`Lanes`]; 32 bytes are valid.
         #[inline(always)]
         pub(crate) unsafe fn whole_scales(scales: *const u8) -> Option<__m512i> {
             // SAFETY: the contract. A byte is eight times the exponent plus the fraction; the subnormal ones are those of exponent
-            // one without its eight. A unit is an eight of exponent four.
+            // one without its eight. A unit is a mantissa of one at exponent four.
             unsafe {
                 let (one, four) = (_mm512_set1_epi16(1), _mm512_set1_epi16(4));
                 let bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(scales.cast()));
@@ -759,6 +758,8 @@ mod x86 {
             }
         }
 
+        /// Each shifted to the left by as much as its lane says.
+        ///
         /// # Safety
         /// As for [`Lanes`].
         #[inline(always)]
