@@ -9,7 +9,7 @@
 struct Streamed {
     Part parts[2];             // the inputs are stacked, a row per slot
     const uint32_t* list;      // see `Routes`
-    uint32_t* barrier;         // counts the blocks that arrived, for ever
+    uint32_t* barrier;         // counts the blocks that arrived, up to twice as many as there are, then from zero on
     uint32_t n, experts, experts_per_token;
     uint32_t stack;            // of both inputs
 };
@@ -293,10 +293,11 @@ __device__ __forceinline__ void bring_inputs(const Streamed& p, Shared& shared) 
             wait_barrier(shared_address(&shared.multiplied), 0);
             asm volatile("fence.proxy.async.global;" ::: "memory");
             __threadfence();
-            const uint32_t target = atomicAdd(p.barrier, 1) / gridDim.x * gridDim.x + gridDim.x;
+            // Every launch counts one half of the counter's range, so that it never ends in the midst of one.
+            const uint32_t half = atomicInc(p.barrier, 2 * gridDim.x - 1) / gridDim.x;
             uint32_t seen;
             do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p.barrier) : "memory");
-            while (int(seen - target) < 0);
+            while (seen / gridDim.x == half);
             __threadfence();
             asm volatile("fence.proxy.async.global;" ::: "memory");
         }

@@ -136,7 +136,7 @@ pub(crate) struct Arena {
     routes: Buffer,
     /// u32 of each block of experts_few.cuh
     rounds: Buffer,
-    /// u32, counts the blocks of experts_streamed_sm90.cu
+    /// u32, counts the blocks of experts_streamed_sm90.cu; zero at first
     barrier: Buffer,
     /// 16-bit `[slots, intermediate]`, plain or stacked
     pub(crate) activated: Buffer,
