@@ -872,9 +872,7 @@ impl Cuda {
             return self.product_of_many(matrix, input, n, epilogue);
         }
         if n > DENSE_FEW && !self.options.batch_invariant {
-            let tiles = n.div_ceil(128) * matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
-            let tokens = if tiles < self.device.multiprocessors() { 64 } else { 128 };
-            return self.product_anywhere(matrix, input, n, (0, tokens), epilogue);
+            return self.product_anywhere(matrix, input, n, false, epilogue);
         }
         let columns = if n <= 8 && !self.options.batch_invariant { 8 } else { 16 };
         let name = match (matrix.format(), columns) {
@@ -892,30 +890,28 @@ impl Cuda {
         unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
     }
 
-    /// A product of many tokens where there is no wgmma, at most `tokens` in a block: of the experts in the router's `list`, or dense, where
-    /// it is null.
+    /// A product of many tokens where there is no wgmma: dense, or of the experts with the activations of their tokens or slots.
     fn product_anywhere(
         &self,
         matrix: &PackedMatrix,
         input: Address,
         n: usize,
-        (list, tokens): (Address, usize),
+        experts: bool,
         epilogue: Epilogue,
     ) -> Result<(), Error> {
-        let (name, tokens) = match (matrix.format(), tokens) {
-            (BF16, _) => ("gemm_many_bf16_64", 64),
-            (_, 64) => ("gemm_many_fp4_64", 64),
-            _ => ("gemm_many_fp4_128", 128),
+        let blocks = n.div_ceil(GEMM_TOKENS) * matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
+        let few = if experts { self.few_tokens_each(n) } else { blocks < self.device.multiprocessors() };
+        let (name, tokens) = match (matrix.format(), few) {
+            (BF16, _) => ("gemm_many_bf16_64", FEWER_TOKENS),
+            (_, true) => ("gemm_many_fp4_64", FEWER_TOKENS),
+            (_, false) => ("gemm_many_fp4_128", GEMM_TOKENS),
         };
+        let list = if experts { self.arena.routes.address() } else { 0 };
         let params = Product { list, ..self.product_params(matrix, input, n, epilogue) };
-        // Each expert may have one tile that is not full.
-        let tiles = match (list, n * self.config.experts_per_token) {
-            (0, _) => n.div_ceil(tokens),
-            (_, pairs) => pairs / tokens + self.config.experts.min(pairs),
-        };
+        let tiles = if experts { self.expert_tiles(n, tokens) } else { n.div_ceil(tokens) };
         let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, tiles as u32, 1];
         // Three stages of activations, or 64 tokens' sums.
-        let shared = (3 * tokens * TILE_COLS * 2).max(64 * (GEMM_ROW_TILES * TILE_ROWS + 4) * 4);
+        let shared = (3 * tokens * TILE_COLS * 2).max(FEWER_TOKENS * (GEMM_ROW_TILES * TILE_ROWS + 4) * 4);
         // SAFETY: input and outputs have `n` rows, or as many slots as the router's list names, in the arena or the cache; blocks and
         // tables were checked with the plan.
         unsafe { self.device.launch(name, grid, 256, shared, &params) }
@@ -1116,6 +1112,17 @@ impl Cuda {
         }
     }
 
+    /// Whether the experts, of `n` tokens, have so few each that tiles of fewer are better.
+    fn few_tokens_each(&self, n: usize) -> bool {
+        n * self.config.experts_per_token / self.config.experts <= 48
+    }
+
+    /// Tiles of at most `tokens` each that the experts, of `n` tokens, may need: each expert may have one that is not full.
+    fn expert_tiles(&self, n: usize, tokens: usize) -> usize {
+        let pairs = n * self.config.experts_per_token;
+        pairs / tokens + self.config.experts.min(pairs)
+    }
+
     /// A product of the experts with the activations of their slots.
     fn product_of_experts(
         &self,
@@ -1124,18 +1131,16 @@ impl Cuda {
         n: usize,
         epilogue: Epilogue,
     ) -> Result<(), Error> {
-        let pairs = n * self.config.experts_per_token;
         // Where an expert has few tokens, weights are read further ahead.
-        let few = pairs / self.config.experts <= 48;
-        let tokens = if few { 64 } else { GEMM_TOKENS };
+        let few = self.few_tokens_each(n);
+        let tokens = if few { FEWER_TOKENS } else { GEMM_TOKENS };
         let name = match (matrix.format(), few) {
             (BF16, true) => "gemm_experts_bf16_few",
             (BF16, false) => "gemm_experts_bf16",
             (_, true) => "gemm_experts_fp4_few",
             (_, false) => "gemm_experts_fp4",
         };
-        // Each expert may have one tile that is not full.
-        let tiles = pairs / tokens + self.config.experts.min(pairs);
+        let tiles = self.expert_tiles(n, tokens);
         let params = Gemm { stack: self.slot_stack(n), ..self.gemm_params(matrix, input, n, epilogue) };
         let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, 1, tiles as u32];
         let shared = if few { GEMM_SHARED } else { gemm_many_shared(matrix.format()) };
@@ -1327,11 +1332,9 @@ impl Cuda {
             return self.product_of_experts(&layer.down, self.arena.activated.address(), n, store);
         }
         if pairs > EXPERTS_FEW * config.experts && !self.options.batch_invariant {
-            let tokens = if pairs > 48 * config.experts { 128 } else { 64 };
-            let groups = (self.arena.routes.address(), tokens);
             let (normed, activated) = (self.arena.normed.address(), self.arena.activated.address());
-            self.product_anywhere(&layer.gate_up, normed, n, groups, epilogue)?;
-            return self.product_anywhere(&layer.down, activated, n, groups, store);
+            self.product_anywhere(&layer.gate_up, normed, n, true, epilogue)?;
+            return self.product_anywhere(&layer.down, activated, n, true, store);
         }
         let columns = if n <= 32 && !self.options.batch_invariant { 8 } else { 16 };
         let name = |format| match (format, columns) {
@@ -1500,9 +1503,10 @@ const FEW_TOKENS: usize = 8;
 /// Where there is no wgmma: tokens of a dense product, and of an expert, from which on gemm_many.cu is faster than product.cu.
 const DENSE_FEW: usize = 32;
 const EXPERTS_FEW: usize = 8;
-/// Tokens of a block of gemm_many_sm90.cu, and of gemm_sm90.cu, at most.
+/// Tokens of a block of gemm_many_sm90.cu, gemm_sm90.cu and gemm_many.cu, at most, and where there are few.
 const GEMM_TOKENS: usize = 128;
-/// Row tiles of a block of either.
+const FEWER_TOKENS: usize = 64;
+/// Row tiles of a block of any of them.
 const GEMM_ROW_TILES: usize = 8;
 /// Shared memory of gemm_sm90.cu, at most: `Sizes::BYTES`, and room to align them to 1024 bytes.
 const GEMM_SHARED: usize = 104_448 + 1024;
