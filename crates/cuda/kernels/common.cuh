@@ -131,6 +131,7 @@ struct Matrix {
     uint32_t rows, cols;       // cols: padded to whole tiles
 };
 static_assert(sizeof(Matrix) == 40);
+__device__ __forceinline__ int row_tiles_of(const Matrix& m) { return (m.rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 // One lane's share of a tile of packed weights, as loaded.
 template <Format F> struct Tile;

@@ -48,7 +48,6 @@ struct Shared {
 // What Rust reserves, room to align it to 1024 bytes included.
 static_assert(sizeof(Shared) + 1024 <= 227 * 1024 && STAGE_BYTES % 1024 == 0);
 
-__device__ __forceinline__ uint32_t row_tiles_of(const Matrix& m) { return (m.rows + TILE_ROWS - 1) / TILE_ROWS; }
 __device__ __forceinline__ uint32_t units_of(const Matrix& m) { return (row_tiles_of(m) + UNIT - 1) / UNIT; }
 
 // What this block does of a product. By one warp. An expert's tokens are cut into parts of equal size, each of which needs several passes. A

@@ -41,7 +41,7 @@ template <Format F, int TOKENS> __device__ __forceinline__ void gemm(const Produ
     extern __shared__ __align__(128) uint8_t shared[]; // [STAGES][TOKENS] lines, later sums
     const Matrix& m = p.matrix;
     const Epilogue& e = p.epilogue;
-    const int column_tiles = m.cols / TILE_COLS, row_tiles = (m.rows + TILE_ROWS - 1) / TILE_ROWS;
+    const int column_tiles = m.cols / TILE_COLS, row_tiles = row_tiles_of(m);
     const int first_row_tile = blockIdx.x * ROW_TILES + threadIdx.x / WARP / 2 * OWN, half = threadIdx.x / WARP % 2;
     const int g = lane_row(), t = lane_quarter();
     wait_for_previous();

@@ -33,7 +33,6 @@ constexpr int EXPERT_WARPS = 22; // of a block of the experts
 constexpr int MAX_RANKS = 16;
 constexpr int SHARES = 4; // row tiles that a block of the experts may touch
 
-
 // Four inputs of a product, at `4 * at`.
 template <Format F> __device__ __forceinline__ void store_inputs(uint16_t* x, uint32_t at, float a, float b, float c, float d) {
     ((uint2*)x)[at] = make_uint2(activation(F, a) | activation(F, b) << 16, activation(F, c) | activation(F, d) << 16);
@@ -102,7 +101,6 @@ template <> struct Sums<FP4> {
     __device__ __forceinline__ float lower() const { return sum[0] + __shfl_xor_sync(~0u, sum[0], 1); }
     __device__ __forceinline__ float upper() const { return sum[1] + __shfl_xor_sync(~0u, sum[1], 1); }
 };
-
 
 // Consecutive tiles of a row tile on their way to one warp through its own piece of shared memory, CHUNK at a time, SLOTS chunks
 // ahead; after the last come those of the next row tile, if there is one. From Hopper on four-bit weights come by bulk copies, which do
@@ -359,8 +357,6 @@ template <int THREADS> struct Stream {
         }
     }
 };
-
-__device__ __forceinline__ int row_tiles_of(const Matrix& m) { return (m.rows + TILE_ROWS - 1) / TILE_ROWS; }
 
 // Query, key and value: the norm of the residual stream, which the first block also keeps. `blockIdx.x`: `groups` row tiles, whose
 // columns the warps share.

@@ -124,8 +124,6 @@ __device__ __forceinline__ void run_groups(
     });
 }
 
-__device__ __forceinline__ int row_tiles_of(const Matrix& m) { return (m.rows + TILE_ROWS - 1) / TILE_ROWS; }
-
 // How many of `count` things this block takes, one every `gridDim.x`.
 __device__ __forceinline__ int share_of(int count) {
     return (count - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
