@@ -64,6 +64,8 @@ pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
 
 /// How far ahead weights are asked for: what memory delivers in its latency.
 pub(crate) const AHEAD: usize = 4096;
+/// The same of weights that several tokens are multiplied with: into the second-level cache, and from there into the first.
+const AHEAD_OF_SEVERAL: [usize; 2] = [8192, 2048];
 
 /// How weights of one format meet the records of one kind.
 pub(crate) trait Format<L: Lanes> {
@@ -149,15 +151,22 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
     }
 }
 
-/// Asks for what lies ahead. If it is multiplied with several tokens, it goes to the second-level cache: of reads into the first there
-/// can be so few at a time that the products would wait for them.
+/// Asks for what lies ahead. If it is multiplied with several tokens, it goes to the second-level cache first: of reads into the first
+/// there can be so few at a time that the products would wait for them.
 #[inline(always)]
 unsafe fn ask<L: Lanes, const SEVERAL: bool>(tile: *const u8, bytes: usize) {
     let mut at = 0;
     while at < bytes {
-        let ahead = tile.wrapping_add(AHEAD + at);
         // SAFETY: the CPU has the features; the address need not be valid.
-        unsafe { if SEVERAL { L::prefetch_second(ahead) } else { L::prefetch(ahead) } };
+        unsafe {
+            if SEVERAL {
+                let [second, first] = AHEAD_OF_SEVERAL;
+                L::prefetch_second(tile.wrapping_add(second + at));
+                L::prefetch(tile.wrapping_add(first + at));
+            } else {
+                L::prefetch(tile.wrapping_add(AHEAD + at));
+            }
+        }
         at += 64;
     }
 }
