@@ -64,6 +64,16 @@ template <> struct Number<FP4> {
     }
 };
 
+// A number as the sum of three BF16 ones, of pairs: what tensor cores multiply as exactly as f32.
+__device__ __forceinline__ void split(float a, float b, uint32_t (&parts)[3]) {
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
+        parts[i] = reinterpret_cast<uint32_t&>(pair);
+        a -= __low2float(pair), b -= __high2float(pair);
+    }
+}
+
 // A 16-bit activation of the type that a matrix of format `format` is multiplied with.
 __device__ __forceinline__ uint16_t activation(uint32_t format, float v) {
     return format == FP4 ? __half_as_ushort(Number<FP4>::from(v)) : __bfloat16_as_ushort(Number<BF16>::from(v));

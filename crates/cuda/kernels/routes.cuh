@@ -66,8 +66,9 @@ template <int TOKENS> __device__ __forceinline__ bool find(Work& work, const Rou
 }
 
 // The experts of a token: those with the largest logits, descending, the lower index first on a tie, weighted by the softmax over them.
-// One warp; `words` are the routes.
-__device__ __forceinline__ void choose(uint32_t* words, const Routes& routes, const float* logits, uint32_t token, uint32_t experts_per_token) {
+// One warp; `words` are the routes, `logit_of` gives the logit of an expert.
+template <class Logit>
+__device__ __forceinline__ void choose_by(uint32_t* words, const Routes& routes, const Logit& logit_of, uint32_t token, uint32_t experts_per_token) {
     constexpr int EACH = MAX_EXPERTS / WARP;
     const uint32_t lane = threadIdx.x % WARP, experts = routes.experts;
     // As integers of the same order, none zero; zero is what counts no more.
@@ -76,7 +77,7 @@ __device__ __forceinline__ void choose(uint32_t* words, const Routes& routes, co
     for (int i = 0; i < EACH; i++) {
         if (i * WARP >= experts) break;
         const uint32_t e = i * WARP + lane;
-        const float v = e < experts ? __ldcg(logits + size_t(token) * experts + e) : 0.f;
+        const float v = e < experts ? logit_of(e) : 0.f;
         const uint32_t bits = __float_as_uint(isnan(v) ? -INFINITY : v == 0.f ? 0.f : v);
         keys[i] = e < experts ? bits >> 31 ? ~bits : bits | 0x80000000u : 0;
     }
@@ -103,4 +104,10 @@ __device__ __forceinline__ void choose(uint32_t* words, const Routes& routes, co
         if (lane == 0) expert_of[rank] = at;
     }
     if (lane < experts_per_token) weight_of[lane] = own / sum;
+}
+
+// The same by logits in memory, `[tokens, experts]`.
+__device__ __forceinline__ void choose(uint32_t* words, const Routes& routes, const float* logits, uint32_t token, uint32_t experts_per_token) {
+    const float* own = logits + size_t(token) * routes.experts;
+    choose_by(words, routes, [&](uint32_t expert) { return __ldcg(own + expert); }, token, experts_per_token);
 }

@@ -270,16 +270,6 @@ extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__
     sort_pairs(p, counts);
 }
 
-// A number as the sum of three BF16 ones, of pairs: what tensor cores multiply as exactly as f32.
-__device__ __forceinline__ void split(float a, float b, uint32_t (&parts)[3]) {
-#pragma unroll
-    for (int i = 0; i < 3; i++) {
-        __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
-        parts[i] = reinterpret_cast<uint32_t&>(pair);
-        a -= __low2float(pair), b -= __high2float(pair);
-    }
-}
-
 // The same for many tokens, eight at a time: their products with the experts on tensor cores, the inputs shared among the warps, which
 // hold the tokens in registers until the norm is known. Scales and weights lie in shared memory, those of `shares` experts at a time:
 // where that is all of them, once and for all.

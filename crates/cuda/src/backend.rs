@@ -17,8 +17,8 @@ use crate::fp4::{self, FP4_FROM, Fp4Matrix};
 use crate::one::OneToken;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, TILE_ROWS, Table};
 use crate::params::{
-    After, Attention, BF16, CacheFormat, Dense, Embed, Epilogue, FP4, Few, Gather, Gemm, Largest, Norm,
-    ORDERED, Part, Product, Read, Router, RowOrder, Streamed,
+    After, Attention, BF16, CacheFormat, Dense, Embed, Epilogue, Exchanged, FP4, Few, Gather, Gemm, Largest,
+    Norm, ORDERED, Part, Product, Read, Router, RouterGather, RowOrder, Streamed,
 };
 use crate::sampling::{Sampler, Wanted};
 
@@ -138,6 +138,12 @@ pub(crate) struct Arena {
     rounds: Buffer,
     /// u32, counts the blocks of experts_streamed_sm90.cu; zero at first
     barrier: Buffer,
+    /// u32 `[2]`, see router_gather_sm90.cu; zero at first
+    router_barrier: Buffer,
+    /// f32 of each block of product_some_sm90.cu
+    exchanged: Buffer,
+    /// u32 `[shares, rows / 128]`, see there; zero at first
+    exchanges: Buffer,
     /// 16-bit `[slots, intermediate]`, plain or stacked
     pub(crate) activated: Buffer,
     /// f32 `[slots, hidden]`
@@ -364,6 +370,10 @@ impl Arena {
             routes: device.buffer(route_words(config, tokens) * 4)?,
             rounds: device.buffer(4 * device.multiprocessors())?,
             barrier: device.buffer(4)?,
+            router_barrier: device.buffer(8)?,
+            exchanged: device
+                .buffer(device.multiprocessors() * SOME_TOKENS * GEMM_ROW_TILES * TILE_ROWS * 4)?,
+            exchanges: device.buffer((SOME_SHARES + 1) * device.multiprocessors() * 4)?,
             activated: device.buffer(slots * padded(config.intermediate_size) * 2)?,
             expert_outputs: device.buffer(slots * config.hidden_size * 4)?,
             logits: device.buffer(LOGIT_ROWS * config.vocab_size * 4)?,
@@ -868,6 +878,9 @@ impl Cuda {
             // SAFETY: input and outputs have `n` rows in the arena or the cache; blocks and tables were checked with the plan.
             return unsafe { self.device.launch(name, grid, 32 * DENSE_WARPS, DENSE_SHARED, &params) };
         }
+        if let Some(shares) = self.some(matrix, n, &epilogue) {
+            return self.product_of_some(matrix, shares, input, n, epilogue);
+        }
         if self.many(n) {
             return self.product_of_many(matrix, input, n, epilogue);
         }
@@ -948,6 +961,51 @@ impl Cuda {
     /// The same for the activations of slots.
     fn slot_stack(&self, n: usize) -> u32 {
         if self.many(n) { stack_rows(max_slots(&self.config, n)) as u32 } else { 0 }
+    }
+
+    /// If a product with this matrix, which is dense, takes product_some_sm90.cu: by how many blocks the inputs are shared.
+    fn some(&self, matrix: &PackedMatrix, n: usize, epilogue: &Epilogue) -> Option<usize> {
+        let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
+        let shares =
+            (self.device.multiprocessors() / blocks).min(SOME_SHARES).min(matrix.padded_cols() / TILE_COLS);
+        let fits = self.device.capability() == 90
+            && !self.options.batch_invariant
+            && n > DENSE_TOKENS
+            && n <= SOME_TOKENS
+            && matrix.format() == BF16
+            && shares > 1;
+        let after = [After::Qkv as u32, After::Residual as u32];
+        (fits && after.contains(&epilogue.kind)).then_some(shares)
+    }
+
+    fn product_of_some(
+        &self,
+        matrix: &PackedMatrix,
+        shares: usize,
+        input: Address,
+        n: usize,
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        let multiprocessors = self.device.multiprocessors();
+        let params = Exchanged {
+            matrix: matrix.params(),
+            input,
+            epilogue,
+            parts: self.arena.exchanged.address(),
+            arrivals: self.arena.exchanges.address() + 4 * (shares * multiprocessors) as u64,
+            n: n as u32,
+            stack: self.stack(matrix, n),
+        };
+        let (name, threads, shared) = match (epilogue.kind == After::Qkv as u32, n <= GEMM_TOKENS) {
+            (true, true) => ("product_some_qkv_128", 256 + 32, SOME_SHARED_128),
+            (true, false) => ("product_some_qkv_256", 256 + 128, SOME_SHARED_256),
+            (false, true) => ("product_some_residual_128", 256 + 32, SOME_SHARED_128),
+            (false, false) => ("product_some_residual_256", 256 + 128, SOME_SHARED_256),
+        };
+        let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, shares as u32, 1];
+        // SAFETY: as in `product`; the arena's stacks have room for whole tiles. There are not more blocks than multiprocessors, each of
+        // which has room for one, so that all are at work when they wait for one another.
+        unsafe { self.device.launch(name, grid, threads, shared, &params) }
     }
 
     fn product_of_many(
@@ -1233,12 +1291,65 @@ impl Cuda {
         Ok(())
     }
 
-    /// Router and experts, whose outputs are left for the next norm to add.
-    fn experts(&self, index: usize, shape: &Shape) -> Result<(), Error> {
-        let layer = &self.layers[index];
+    /// Where router_gather_sm90.cu takes `n` tokens: the blocks that share a token's inputs.
+    fn router_shares(&self, n: usize) -> Option<usize> {
+        let (config, multiprocessors) = (&self.config, self.device.multiprocessors());
+        let clusters = n.div_ceil(ROUTER_TOKENS);
+        // All blocks must have room at a time. The multiprocessors of a cluster are of one of up to eight groups, in each of which some may
+        // be left over; but all are pairs.
+        let shares = [4, 2].into_iter().find(|&shares| {
+            let left_over = if shares > 2 { 8 * (shares - 1) } else { 0 };
+            clusters * shares + left_over <= multiprocessors
+                && self.router_gather_shared(shares) <= self.device.shared_bytes()
+        });
+        let fits = self.device.capability() == 90
+            && !self.options.batch_invariant
+            && self.many(n)
+            && config.experts <= ROUTER_GATHER_EXPERTS
+            && config.hidden_size % TILE_COLS == 0
+            && config.hidden_size >= 4 * TILE_COLS;
+        shares.filter(|_| fits)
+    }
+
+    /// Shared memory of router_gather_sm90.cu: its own, and what `Layout` has.
+    fn router_gather_shared(&self, shares: usize) -> usize {
+        let inputs = (self.config.hidden_size / TILE_COLS).div_ceil(shares) * TILE_COLS;
+        let experts = self.config.experts;
+        ROUTER_GATHER_STATIC
+            + inputs * 4
+            + experts.next_multiple_of(16) * (inputs * 2 + 32)
+            + 16 * experts * 9 * 4
+    }
+
+    /// Norm, router and the activations in the slots of the experts.
+    fn route_and_gather(&self, layer: &Layer, n: usize, shares: usize) -> Result<(), Error> {
+        let params = RouterGather {
+            residual: self.arena.residual.address(),
+            norm_scale: layer.post_attention_norm.address(),
+            weights: layer.router.address(),
+            bias: layer.router_bias.address(),
+            out: self.arena.gathered.address(),
+            routes: self.arena.routes.address(),
+            barrier: self.arena.router_barrier.address(),
+            hidden: self.config.hidden_size as u32,
+            n: n as u32,
+            experts: self.config.experts as u32,
+            experts_per_token: self.config.experts_per_token as u32,
+            format: layer.gate_up.format(),
+            stack: self.slot_stack(n),
+            eps: self.config.rms_norm_eps,
+            padding: 0,
+        };
+        let grid = [n.div_ceil(ROUTER_TOKENS) as u32, shares as u32, 1];
+        let shared = self.router_gather_shared(shares) - ROUTER_GATHER_STATIC;
+        // SAFETY: the arena has room for all slots of these tokens; `router_shares` has seen that all blocks have room at a time.
+        unsafe { self.device.launch_clusters("router_gather", grid, shares as u32, 512, shared, &params) }
+    }
+
+    /// Norm and router: what experts_few.cuh takes, or the routes and the normed tokens, in the slots of the experts where they are stacked.
+    fn route(&self, layer: &Layer, shape: &Shape, few_each: bool) -> Result<(), Error> {
         let (n, config) = (shape.tokens, &self.config);
         let format = layer.gate_up.format();
-        let few_each = self.few_each(layer, shape);
         // Few tokens: the experts are shared among blocks. Many: a warp per token.
         let share = (2 * self.device.multiprocessors() / n).clamp(1, config.experts) as u32;
         let params = Router {
@@ -1281,7 +1392,34 @@ impl Cuda {
                 unsafe { self.device.launch("router_many", [blocks as u32, 1, 1], 512, shared, &params)? };
             }
         }
+        if few_each || !self.many(n) {
+            return Ok(());
+        }
+        let params = Gather {
+            input: self.arena.normed.address(),
+            routes: self.arena.routes.address(),
+            out: self.arena.gathered.address(),
+            cols: layer.gate_up.padded_cols() as u32,
+            n: n as u32,
+            experts: config.experts as u32,
+            experts_per_token: config.experts_per_token as u32,
+            stack: self.slot_stack(n),
+            padding: 0,
+        };
+        let blocks = max_slots(config, n).div_ceil(8) as u32;
+        // SAFETY: the router's list names rows of these tokens; the arena has room for all slots.
+        unsafe { self.device.launch("gather", [blocks, 1, 1], 256, 0, &params) }
+    }
 
+    /// Router and experts, whose outputs are left for the next norm to add.
+    fn experts(&self, index: usize, shape: &Shape) -> Result<(), Error> {
+        let layer = &self.layers[index];
+        let (n, config) = (shape.tokens, &self.config);
+        let few_each = self.few_each(layer, shape);
+        match self.router_shares(n).filter(|_| !few_each) {
+            Some(shares) => self.route_and_gather(layer, n, shares)?,
+            None => self.route(layer, shape, few_each)?,
+        }
         let epilogue = Epilogue {
             out16: self.arena.activated.address(),
             out_cols: layer.down.padded_cols() as u32,
@@ -1311,20 +1449,6 @@ impl Cuda {
             return fp4::multiply(device, scratch, down, layer.down.params(), activated, groups, store);
         }
         if self.many(n) {
-            let params = Gather {
-                input: self.arena.normed.address(),
-                routes: self.arena.routes.address(),
-                out: self.arena.gathered.address(),
-                cols: layer.gate_up.padded_cols() as u32,
-                n: n as u32,
-                experts: config.experts as u32,
-                experts_per_token: config.experts_per_token as u32,
-                stack: self.slot_stack(n),
-                padding: 0,
-            };
-            let blocks = max_slots(config, n).div_ceil(8) as u32;
-            // SAFETY: the router's list names rows of these tokens; the arena has room for all slots.
-            unsafe { self.device.launch("gather", [blocks, 1, 1], 256, 0, &params)? };
             if self.some_each(layer, n) {
                 return self.experts_of_some_each(layer, n, epilogue, store);
             }
@@ -1345,7 +1469,15 @@ impl Cuda {
         };
         let grid = [layer.gate_up.row_tiles() as u32, active as u32, 1];
         // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room.
-        unsafe { self.device.launch(name(format), grid, PRODUCT_THREADS, partial_bytes(columns), &params)? };
+        unsafe {
+            self.device.launch(
+                name(layer.gate_up.format()),
+                grid,
+                PRODUCT_THREADS,
+                partial_bytes(columns),
+                &params,
+            )?
+        };
         let params = self.product_params(&layer.down, self.arena.activated.address(), n, store);
         let grid = [layer.down.row_tiles() as u32, active as u32, 1];
         let name = name(layer.down.format());
@@ -1498,6 +1630,14 @@ const DENSE_TOKENS: usize = 32;
 const DENSE_ROW_TILES: usize = 3;
 const DENSE_WARPS: u32 = 12;
 const DENSE_SHARED: usize = DENSE_WARPS as usize * 8 * 2048;
+/// product_some_sm90.cu: tokens and blocks that share the inputs, at most, and its shared memory with up to `GEMM_TOKENS` and with more.
+const SOME_TOKENS: usize = 256;
+const SOME_SHARES: usize = 5;
+const SOME_SHARED_128: usize = 213_248;
+const SOME_SHARED_256: usize = 229_888;
+/// router_gather_sm90.cu: experts, at most, and its own shared memory.
+const ROUTER_GATHER_EXPERTS: usize = 32;
+const ROUTER_GATHER_STATIC: usize = 4 << 10;
 /// Up to so many tokens have kernels of their own.
 const FEW_TOKENS: usize = 8;
 /// Where there is no wgmma: tokens of a dense product, and of an expert, from which on gemm_many.cu is faster than product.cu.

@@ -64,6 +64,17 @@ const MODULES: &[Module] = &[
         &[90],
     ),
     (fatbin!("product_few_sm90"), &["product_few_8", "product_few_16", "product_few_32"], &[90]),
+    (
+        fatbin!("product_some_sm90"),
+        &[
+            "product_some_qkv_128",
+            "product_some_qkv_256",
+            "product_some_residual_128",
+            "product_some_residual_256",
+        ],
+        &[90],
+    ),
+    (fatbin!("router_gather_sm90"), &["router_gather"], &[90]),
     (fatbin!("gemm_many_sm90"), &["gemm_bf16", "gemm_fp4", "gemm_experts_bf16", "gemm_experts_fp4"], &[90]),
     (fatbin!("gemm_many"), &["gemm_many_bf16_64", "gemm_many_fp4_64", "gemm_many_fp4_128"], &[]),
     (fatbin!("experts_few"), &["experts_few"], &[]),

@@ -92,6 +92,10 @@ params! {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
         n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, tokens_first: u32,
     }
+    /// product_some_sm90.cu
+    Exchanged, 152 {
+        matrix: Matrix, input: Address, epilogue: Epilogue, parts: Address, arrivals: Address, n: u32, stack: u32,
+    }
     /// experts.cuh
     Part, 128 {
         matrix: Matrix, epilogue: Epilogue, input: Address,
@@ -139,6 +143,11 @@ params! {
         residual: Address, norm_scale: Address, weights: Address, bias: Address, out: Address, logits: Address,
         routes: Address, arrivals: Address,
         hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, eps: f32, shares: u32, stack: u32, padding: u32,
+    }
+    /// router_gather_sm90.cu
+    RouterGather, 88 {
+        residual: Address, norm_scale: Address, weights: Address, bias: Address, out: Address, routes: Address, barrier: Address,
+        hidden: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32, padding: u32,
     }
     /// stream.cu
     Gather, 48 {
