@@ -551,6 +551,33 @@ impl Backend for Cuda {
     }
 
     fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, Error> {
+        self.step_while(plan, &mut || {})
+    }
+
+    fn step_while(&mut self, plan: &Plan, meanwhile: &mut dyn FnMut()) -> Result<Vec<SequenceOutput>, Error> {
+        let mut meanwhile = Some(meanwhile);
+        let results = self.run_plan(plan, &mut meanwhile);
+        // Where nothing was sent to the device.
+        run_once(&mut meanwhile);
+        results
+    }
+}
+
+/// What the host does while the device computes; `None`: it has done so.
+type Meanwhile<'a> = Option<&'a mut dyn FnMut()>;
+
+fn run_once(meanwhile: &mut Meanwhile<'_>) {
+    if let Some(work) = meanwhile.take() {
+        work();
+    }
+}
+
+impl Cuda {
+    fn run_plan(
+        &mut self,
+        plan: &Plan,
+        meanwhile: &mut Meanwhile<'_>,
+    ) -> Result<Vec<SequenceOutput>, Error> {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
         self.device.bind()?;
         let mut results = vec![SequenceOutput::default(); plan.sequences.len()];
@@ -568,39 +595,43 @@ impl Backend for Cuda {
                 segments.push(Segment { sequence, range: at..at + count, single });
                 (at, tokens) = (at + count, tokens + count);
                 if tokens == MAX_TOKENS {
-                    self.run_segments(plan, std::mem::take(&mut segments), &mut results)?;
+                    self.run_segments(plan, std::mem::take(&mut segments), &mut results, meanwhile)?;
                     tokens = 0;
                 }
             }
         }
         if tokens > 0 {
-            self.run_segments(plan, segments, &mut results)?;
+            self.run_segments(plan, segments, &mut results, meanwhile)?;
         }
         Ok(results)
     }
-}
 
-impl Cuda {
     fn run_segments(
         &mut self,
         plan: &Plan,
         segments: Vec<Segment>,
         results: &mut [SequenceOutput],
+        meanwhile: &mut Meanwhile<'_>,
     ) -> Result<(), Error> {
         if !self.options.batch_invariant {
-            return self.run(&Batch::new(plan, segments), results);
+            return self.run(&Batch::new(plan, segments), results, meanwhile);
         }
         // Kernels are chosen by what is in a batch.
         let (singles, chunks): (Vec<_>, Vec<_>) = segments.into_iter().partition(|s| s.single);
         // A sequence's prompt comes before its answer.
         let chunks = [&chunks[..]].into_iter().filter(|chunks| !chunks.is_empty());
         for segments in chunks.chain(singles.chunks(INVARIANT_SINGLES)) {
-            self.run(&Batch::new(plan, segments.to_vec()), results)?;
+            self.run(&Batch::new(plan, segments.to_vec()), results, meanwhile)?;
         }
         Ok(())
     }
 
-    fn run(&mut self, batch: &Batch<'_>, results: &mut [SequenceOutput]) -> Result<(), Error> {
+    fn run(
+        &mut self,
+        batch: &Batch<'_>,
+        results: &mut [SequenceOutput],
+        meanwhile: &mut Meanwhile<'_>,
+    ) -> Result<(), Error> {
         let shape = self.upload(batch)?;
         let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
         let decode = batch.singles == batch.segments.len() && batch.outputs.len() == batch.tokens;
@@ -616,6 +647,7 @@ impl Cuda {
                 self.graphs.insert(key, graph);
             }
             self.graphs[&key].launch()?;
+            run_once(meanwhile);
             return self.collect(batch, 0..batch.tokens, results);
         }
         self.embed(&shape)?;
@@ -634,8 +666,10 @@ impl Cuda {
         for first in (0..batch.outputs.len()).step_by(LOGIT_ROWS) {
             let rows = first..batch.outputs.len().min(first + LOGIT_ROWS);
             self.output(&shape, rows.clone(), pending)?;
+            run_once(meanwhile);
             self.collect(batch, rows, results)?;
         }
+        run_once(meanwhile);
         self.device.synchronize()
     }
 

@@ -58,7 +58,8 @@ pub enum OutputMode {
     },
 }
 
-/// Where events go. Called on the engine's thread: it must not block. Returning `false` cancels the request.
+/// Where events go. Called on the engine's thread, of a step's events while the device computes the next one: it must not block.
+/// Returning `false` cancels the request.
 pub type Sink = Box<dyn FnMut(Event) -> bool + Send>;
 
 /// What happens to a request, in order. Each choice ends with exactly one `Finished`, the request with `Done`; or the whole

@@ -15,12 +15,13 @@ use tokenizer::Tokenizer;
 use crate::engine::{Job, Phase, Shared};
 use crate::kv::{SHARED, Tokens};
 use crate::masks::{Constraint, Masks};
+use crate::outbox::Outbox;
 use crate::output::{Output, Rules};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
 use crate::speculation::{Chance, Costs, Guesser, MAX_STEP_TOKENS};
 use crate::turns::Turns;
 use crate::{
-    Event, Failure, FinishReason, OutputMode, Request, Sink, Speculation, SpeculationCounts, StopReason,
+    Event, Failure, FinishReason, OutputMode, Request, Speculation, SpeculationCounts, StopReason,
 };
 
 pub(crate) struct Worker {
@@ -28,6 +29,7 @@ pub(crate) struct Worker {
     shared: Arc<Shared>,
     scheduler: Scheduler,
     requests: BTreeMap<u64, Active>,
+    outbox: Outbox,
     masks: Masks,
     settings: Settings,
     vocab_size: usize,
@@ -69,7 +71,6 @@ pub(crate) struct Settings {
 
 /// A request that is in the scheduler.
 struct Active {
-    sink: Sink,
     rules: Arc<Rules>,
     /// Of its first choice.
     id: SequenceId,
@@ -105,11 +106,11 @@ struct Choice {
     guesser: Guesser,
     /// Times that it gave its blocks to an older one.
     preemptions: usize,
-    /// What was not told yet.
+    /// What was not put on its way yet.
     untold: Untold,
 }
 
-/// New tokens on their way to the sink.
+/// New tokens for the sink.
 #[derive(Default)]
 struct Untold {
     token_ids: Vec<u32>,
@@ -132,6 +133,7 @@ impl Worker {
             shared,
             scheduler,
             requests: BTreeMap::new(),
+            outbox: Outbox::default(),
             masks,
             settings,
             salts: HashMap::new(),
@@ -173,9 +175,7 @@ impl Worker {
             for job in incoming {
                 self.accept(job);
             }
-            for number in cancelled {
-                self.retire(number);
-            }
+            self.retire_all(cancelled);
             for (number, open) in valves {
                 self.turn_valve(number, open);
             }
@@ -188,6 +188,11 @@ impl Worker {
             }
             if self.scheduler.has_work() {
                 self.step();
+            }
+            if !self.scheduler.has_work() {
+                // There is no next step to tell it meanwhile.
+                let unwanted = self.outbox.tell();
+                self.retire_all(unwanted);
             }
             self.publish(None);
             if self.lost.is_some() {
@@ -242,10 +247,10 @@ impl Worker {
             params,
         });
         let choices = (0..rules.params.n).map(|_| Some(Choice::new(&rules, &prompt))).collect();
+        self.outbox.open(number, sink);
         self.requests.insert(
             number,
             Active {
-                sink,
                 rules,
                 id,
                 prompt,
@@ -299,7 +304,10 @@ impl Worker {
         let plan = Plan { sequences };
         let begin = Instant::now();
         self.publish(Some(begin));
-        let result = catch_unwind(AssertUnwindSafe(|| self.backend.step(&plan)));
+        let (backend, outbox, mut unwanted) = (&mut self.backend, &mut self.outbox, Vec::new());
+        let mut meanwhile = || unwanted.extend(outbox.tell());
+        let result = catch_unwind(AssertUnwindSafe(|| backend.step_while(&plan, &mut meanwhile)));
+        self.retire_all(unwanted);
         let outputs = match result {
             Ok(Ok(outputs)) => check(&plan, outputs, self.vocab_size),
             Ok(Err(error)) => Err(error.to_string()),
@@ -482,9 +490,7 @@ impl Worker {
             queued: active.queued.unwrap_or_default(),
             prompt_logprobs: active.scores.take(),
         };
-        if !tell(&mut active.sink, event) {
-            return self.retire(first.request);
-        }
+        self.outbox.put(first.request, event);
         if active.rules.params.max_tokens == Some(0) {
             for choice in 0..active.choices.len() {
                 self.finish(SequenceId { choice, ..first }, FinishReason::Length, None);
@@ -540,9 +546,10 @@ impl Worker {
         {
             constraint.advance(taken, choice.output.may_stop());
         }
-        if !choice.tell(id.choice, &active.rules, end.is_some(), &mut active.sink) {
-            self.retire(id.request);
-        } else if let Some((reason, stop)) = end {
+        if let Some(event) = choice.news(id.choice, &active.rules, end.is_some()) {
+            self.outbox.put(id.request, event);
+        }
+        if let Some((reason, stop)) = end {
             self.finish(id, reason, stop);
         }
     }
@@ -561,9 +568,9 @@ impl Worker {
             repairs: output.repairs(),
             preemptions,
         };
-        if !tell(&mut active.sink, finished) {
-            self.retire(id.request);
-        } else if active.choices.iter().all(Option::is_none) {
+        let last = active.choices.iter().all(Option::is_none);
+        self.outbox.put(id.request, finished);
+        if last {
             self.end(id.request, Event::Done);
         }
     }
@@ -572,24 +579,26 @@ impl Worker {
         self.end(number, Event::Failed(Failure::Device(message.to_owned())));
     }
 
-    /// Removes a request, if it is there, without a word.
-    fn retire(&mut self, number: u64) {
-        if let Some(active) = self.remove(number) {
-            discard(active);
+    /// Removes requests, those that are there, without a word.
+    fn retire_all(&mut self, numbers: Vec<u64>) {
+        for number in numbers {
+            if self.remove(number) {
+                self.outbox.close(number);
+            }
         }
     }
 
     /// Removes a request, if it is there, with a last event. By then its place in the queue is free.
     fn end(&mut self, number: u64, event: Event) {
-        if let Some(mut active) = self.remove(number) {
-            tell(&mut active.sink, event);
-            discard(active);
+        if self.remove(number) {
+            self.outbox.put(number, event);
+            self.outbox.close(number);
         }
     }
 
-    /// Frees what a request holds.
-    fn remove(&mut self, number: u64) -> Option<Active> {
-        let active = self.requests.remove(&number)?;
+    /// Frees what a request holds; false if it is not there.
+    fn remove(&mut self, number: u64) -> bool {
+        let Some(active) = self.requests.remove(&number) else { return false };
         for choice in 0..active.choices.len() {
             self.scheduler.remove(SequenceId { choice, ..active.id });
         }
@@ -600,7 +609,7 @@ impl Worker {
         }
         drop(mailbox);
         self.publish(None);
-        Some(active)
+        true
     }
 
     fn publish(&self, step_started: Option<Instant>) {
@@ -652,16 +661,20 @@ impl Drop for Worker {
         let incoming = std::mem::take(&mut mailbox.incoming);
         (mailbox.open, mailbox.queued_tokens) = (0, 0);
         drop(mailbox);
-        for mut active in std::mem::take(&mut self.requests).into_values() {
-            tell(&mut active.sink, Event::Failed(failure.clone()));
+        for (number, active) in std::mem::take(&mut self.requests) {
+            self.outbox.put(number, Event::Failed(failure.clone()));
+            self.outbox.close(number);
             // After a panic the scheduler is not asked for anything.
             for choice in (0..active.choices.len()).filter(|_| !panicking) {
                 self.scheduler.remove(SequenceId { choice, ..active.id });
             }
         }
-        for mut job in incoming {
-            tell(&mut job.sink, Event::Failed(failure.clone()));
+        for Job { number, sink, .. } in incoming {
+            self.outbox.open(number, sink);
+            self.outbox.put(number, Event::Failed(failure.clone()));
+            self.outbox.close(number);
         }
+        self.outbox.tell();
         if panicking {
             self.shared.stats().lost = true;
         } else {
@@ -720,14 +733,14 @@ impl Choice {
         piece.end
     }
 
-    /// Tells what is new, if it is time; false if nobody wants to know.
-    fn tell(&mut self, choice: usize, rules: &Rules, last: bool, sink: &mut Sink) -> bool {
+    /// What is new, if it is time to tell.
+    fn news(&mut self, choice: usize, rules: &Rules, last: bool) -> Option<Event> {
         let first = self.output.generated() == self.untold.token_ids.len();
         if !first && !last && self.untold.token_ids.len() < rules.params.stream_interval {
-            return true;
+            return None;
         }
         let Untold { token_ids, text, deltas, logprobs } = std::mem::take(&mut self.untold);
-        tell(sink, Event::Tokens { choice, token_ids, text, deltas, logprobs })
+        Some(Event::Tokens { choice, token_ids, text, deltas, logprobs })
     }
 
     /// Takes note of a token after which there are more.
@@ -895,20 +908,7 @@ fn check(
     Ok(outputs)
 }
 
-/// A sink that panics wants no more.
-fn tell(sink: &mut Sink, event: Event) -> bool {
-    catch_unwind(AssertUnwindSafe(|| sink(event))).unwrap_or_else(|panic| {
-        tracing::error!("the sink of a request panicked: {}", panic_message(panic.as_ref()));
-        false
-    })
-}
-
-/// What a sink owns may panic when it is dropped.
-fn discard(active: Active) {
-    let _ = catch_unwind(AssertUnwindSafe(|| drop(active)));
-}
-
-fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
+pub(crate) fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     let text =
         panic.downcast_ref::<&str>().copied().or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     format!("panic: {}", text.unwrap_or("without a message"))

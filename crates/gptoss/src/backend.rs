@@ -35,6 +35,13 @@ pub trait Backend: Send {
     /// Runs one step. The result has one entry per sequence of the plan, in order. Results do not depend on which other
     /// sequences are in the plan, nor on how a prompt was cut into chunks.
     fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, Error>;
+
+    /// The same, with something for the host to do: `meanwhile` is called once, while the device computes if that needs no
+    /// host, else before it.
+    fn step_while(&mut self, plan: &Plan, meanwhile: &mut dyn FnMut()) -> Result<Vec<SequenceOutput>, Error> {
+        meanwhile();
+        self.step(plan)
+    }
 }
 
 /// Bytes per block of the key/value cache, over all layers of the kind.

@@ -289,4 +289,12 @@ impl Backend for Loaded {
     fn step(&mut self, plan: &Plan) -> std::result::Result<Vec<SequenceOutput>, Error> {
         self.backend_mut().step(plan)
     }
+
+    fn step_while(
+        &mut self,
+        plan: &Plan,
+        meanwhile: &mut dyn FnMut(),
+    ) -> std::result::Result<Vec<SequenceOutput>, Error> {
+        self.backend_mut().step_while(plan, meanwhile)
+    }
 }
