@@ -573,11 +573,7 @@ fn run_once(meanwhile: &mut Meanwhile<'_>) {
 }
 
 impl Cuda {
-    fn run_plan(
-        &mut self,
-        plan: &Plan,
-        meanwhile: &mut Meanwhile<'_>,
-    ) -> Result<Vec<SequenceOutput>, Error> {
+    fn run_plan(&mut self, plan: &Plan, meanwhile: &mut Meanwhile<'_>) -> Result<Vec<SequenceOutput>, Error> {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
         self.device.bind()?;
         let mut results = vec![SequenceOutput::default(); plan.sequences.len()];

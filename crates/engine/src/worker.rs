@@ -20,9 +20,7 @@ use crate::output::{Output, Rules};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
 use crate::speculation::{Chance, Costs, Guesser, MAX_STEP_TOKENS};
 use crate::turns::Turns;
-use crate::{
-    Event, Failure, FinishReason, OutputMode, Request, Speculation, SpeculationCounts, StopReason,
-};
+use crate::{Event, Failure, FinishReason, OutputMode, Request, Speculation, SpeculationCounts, StopReason};
 
 pub(crate) struct Worker {
     backend: Box<dyn Backend>,

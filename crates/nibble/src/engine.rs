@@ -51,7 +51,11 @@ pub(crate) fn start(
     let harmony = model.harmony()?;
     let generation = model.checkpoint.generation_config().clone();
     let backend = watched_backend(model.weights(run, common, ui)?, run, common, ui, watch)?;
-    let mut base = EngineOptions { max_num_batched_tokens: backend.step_tokens(), ..base.clone() };
+    let mut base = EngineOptions {
+        max_num_seqs: backend.step_sequences(),
+        max_num_batched_tokens: backend.step_tokens(),
+        ..base.clone()
+    };
     if let Some(bytes) = backend.cache_memory(capacity.gpu_memory_utilization)? {
         base.kv_cache_bytes = bytes;
     }

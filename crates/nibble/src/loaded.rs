@@ -257,6 +257,15 @@ impl Loaded {
             Loaded::Cuda(_) => 8192,
         }
     }
+
+    /// Sequences that use the device well: more of them make each wait longer than all of them gain.
+    pub(crate) fn step_sequences(&self) -> usize {
+        match self {
+            Loaded::Cpu(_) => 64,
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(_) => 256,
+        }
+    }
 }
 
 fn available_memory() -> Option<usize> {
