@@ -622,7 +622,7 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
                 // Of kernels that add in another order one token in hundreds may take another expert.
                 false => {
                     let close = rows.filter(|(f, a)| relative(&f.hidden, a) < 1e-2).count();
-                    println!("batch of {batch}: {close} tokens close to those alone");
+                    eprintln!("batch of {batch}: {close} tokens close to those alone");
                     assert!(
                         close >= if batch >= 128 { 124 } else { batch as usize },
                         "batch of {batch}: {close}"
