@@ -1,9 +1,10 @@
 // Attention of single tokens over the paged cache, with sinks, windows and grouped queries: a warp takes up to eight query heads that
-// share a key/value head through pages of 16 keys. Keys and values are the first operands of tensor core products, so that the queries
-// fill the eight columns; softmax online in f32.
+// share a key/value head through pages of 16 keys, which come to its part of shared memory by asynchronous copies that run ahead. Keys and
+// values are the first operands of tensor core products, so that the queries fill the eight columns; softmax online in f32.
 #include "attention.cuh"
 
 constexpr int WARPS = 8;       // of a block
+constexpr int SLOTS = 2;       // pages that a warp has on their way, beside the one in its registers
 constexpr int ROWS = 8;        // query heads of a warp, at most
 constexpr int PART = HEAD + 2; // weighted values, largest score, sum of a row
 constexpr int MAX_SPLITS = 32; // blocks that share a token's keys
@@ -16,66 +17,74 @@ struct State {
     float max[2] = {NOTHING, NOTHING}, sum[2] = {0, 0}, out[HEAD / 16][4] = {};
 };
 
-template <CacheFormat C> struct Page;
+// How a page lies in shared memory, keys first: rows of 16-byte pieces, exchanged such that those that eight rows give to one matrix are in
+// different banks. 32 pieces further on are 512 bytes further on; with the keys, an odd number of times, at a place with bit `FLIP` changed.
+template <CacheFormat C> struct Layout;
 
-template <> struct Page<CACHE_BF16> {
-    uint4 keys[2][2];
-    uint2 values[8];
-    __device__ __forceinline__ void load(const Attention& p, uint32_t block, uint32_t kv) {
-        const int g = lane_row(), t = lane_quarter();
-        const size_t at = (size_t(block) * p.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            // Row g of half i is key 4 (g / 2) + 2 i + g % 2, so that a lane's four weights are of keys 4 t ..
-            const uint4* k = (const uint4*)((const uint16_t*)p.keys + at + (4 * (g / 2) + 2 * i + g % 2) * HEAD);
-            keys[i][0] = k[t], keys[i][1] = k[4 + t];
-        }
-#pragma unroll
-        for (int d = 0; d < 8; d++)
-            values[d] = *(const uint2*)((const uint16_t*)p.values + at + (8 * d + g) * BLOCK_TOKENS + 4 * t);
-    }
-    // Words 2 j and 2 j + 1 of the keys of half i; the values of dimension 8 d + g.
-    __device__ __forceinline__ uint2 key(int i, int j) const {
-        const uint4& k = keys[i][j / 2];
-        return j % 2 ? make_uint2(k.z, k.w) : make_uint2(k.x, k.y);
-    }
-    __device__ __forceinline__ uint2 value(int d) const { return values[d]; }
-    // Which of a query's pieces of eight go with the keys' words.
-    static __device__ __forceinline__ int piece(int i) { return 4 * i + lane_quarter(); }
+template <> struct Layout<CACHE_BF16> {
+    static constexpr uint32_t HALF = BLOCK_TOKENS * HEAD * 2, KEY_PIECES = 8, VALUE_PIECES = 2, FLIP = 64;
+    static __device__ __forceinline__ uint32_t key_place(uint32_t key, uint32_t piece) { return key * 128 + ((piece ^ key % 8) << 4); }
+    static __device__ __forceinline__ uint32_t value_place(uint32_t d, uint32_t piece) { return d * 32 + ((piece ^ (d / 4 & 1)) << 4); }
+    // The key that is row `row` of the lower or upper half of a product; which pair of a query's dimensions goes with word `h` of product j.
+    static __device__ __forceinline__ int key(int row, int upper) { return row + 8 * upper; }
+    static __device__ __forceinline__ int pair(int j, int h) { return 8 * j + 4 * h + lane_quarter(); }
 };
 
-template <> struct Page<CACHE_E4M3> {
-    uint4 keys[2];
-    uint32_t values[8];
-    __device__ __forceinline__ void load(const Attention& p, uint32_t block, uint32_t kv) {
-        const int g = lane_row(), t = lane_quarter();
-        const size_t at = (size_t(block) * p.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
+// A word has four numbers, which are those of two words of a product.
+template <> struct Layout<CACHE_E4M3> {
+    static constexpr uint32_t HALF = BLOCK_TOKENS * HEAD, KEY_PIECES = 4, VALUE_PIECES = 1, FLIP = 32;
+    static __device__ __forceinline__ uint32_t key_place(uint32_t key, uint32_t piece) { return key * 64 + ((piece ^ key / 4) << 4); }
+    static __device__ __forceinline__ uint32_t value_place(uint32_t d, uint32_t) { return d * 16; }
+    static __device__ __forceinline__ int key(int row, int upper) { return 4 * (row / 2) + row % 2 + 2 * upper; }
+    static __device__ __forceinline__ int pair(int j, int h) { return 8 * j + 2 * lane_quarter() + h; }
+};
+
+// This lane's part of a page.
+template <CacheFormat C> struct Page {
+    using Place = Layout<C>;
+    static constexpr uint32_t BYTES = 2 * Place::HALF, COUNT = Place::HALF / (16 * WARP);
+    uint32_t keys[COUNT][4], values[COUNT][4];
+
+    // Brings to shared memory what lies from `keys` and `values` on, of which this lane has its pieces.
+    static __device__ __forceinline__ void bring(uint32_t to, const uint8_t* keys, const uint8_t* values) {
+        const uint32_t lane = threadIdx.x % WARP;
+        const uint32_t key = to + Place::key_place(lane / Place::KEY_PIECES, lane % Place::KEY_PIECES);
+        const uint32_t value = to + Place::HALF + Place::value_place(lane / Place::VALUE_PIECES, lane % Place::VALUE_PIECES);
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            keys[i] = *(const uint4*)((const uint8_t*)p.keys + at + (4 * (g / 2) + 2 * i + g % 2) * HEAD + 16 * t);
+        for (uint32_t i = 0; i < COUNT; i++) copy_async((key ^ i % 2 * Place::FLIP) + 512 * i, keys + 512 * i);
 #pragma unroll
-        for (int d = 0; d < 8; d++)
-            values[d] = *(const uint32_t*)((const uint8_t*)p.values + at + (8 * d + g) * BLOCK_TOKENS + 4 * t);
+        for (uint32_t i = 0; i < COUNT; i++) copy_async(value + 512 * i, values + 512 * i);
     }
-    __device__ __forceinline__ uint2 key(int i, int j) const {
-        const uint4& k = keys[i];
-        return widen_e4m3(j == 0 ? k.x : j == 1 ? k.y : j == 2 ? k.z : k.w);
+    // From there to registers.
+    __device__ __forceinline__ void load(uint32_t from) {
+        const uint32_t lane = threadIdx.x % WARP, rows = C == CACHE_BF16 ? 2 * 8 : 4 * 8;
+        const uint32_t key = from + Place::key_place(Place::key(lane % 8, lane / 8 % 2), lane / 16);
+        const uint32_t value = from + Place::HALF + Place::value_place(lane % rows, lane / rows);
+#pragma unroll
+        for (uint32_t i = 0; i < COUNT; i++) load_matrices(keys[i], key ^ 32 * i);
+#pragma unroll
+        for (uint32_t i = 0; i < COUNT; i++) load_matrices(values[i], value + 512 * i);
     }
-    __device__ __forceinline__ uint2 value(int d) const { return widen_e4m3(values[d]); }
-    static __device__ __forceinline__ int piece(int i) { return 2 * lane_quarter() + i; }
+    // The first operand of product i.
+    static __device__ __forceinline__ void operand(const uint32_t (&words)[COUNT][4], int i, uint32_t (&a)[4]) {
+        if constexpr (C == CACHE_BF16) {
+#pragma unroll
+            for (int k = 0; k < 4; k++) a[k] = words[i][k];
+        } else {
+            const uint2 first = widen_e4m3(words[i / 2][i % 2 * 2]), second = widen_e4m3(words[i / 2][i % 2 * 2 + 1]);
+            a[0] = first.x, a[1] = second.x, a[2] = first.y, a[3] = second.y;
+        }
+    }
 };
 
 // Query g, in the order of the keys' words.
 template <CacheFormat C> struct Queries {
-    uint32_t word[8];
-    __device__ __forceinline__ void load(const uint16_t* queries, uint32_t rows) {
-        const uint4* q = (const uint4*)(queries + lane_row() * HEAD);
+    uint32_t word[HEAD / 16][2];
+    __device__ __forceinline__ void load(const uint16_t* queries, int rows) {
+        const uint32_t* query = (const uint32_t*)(queries + lane_row() * HEAD);
 #pragma unroll
-        for (int i = 0; i < 2; i++) {
-            const uint4 v = lane_row() < rows ? q[Page<C>::piece(i)] : make_uint4(0, 0, 0, 0);
-            word[4 * i] = Cached<C>::query(v.x), word[4 * i + 1] = Cached<C>::query(v.y);
-            word[4 * i + 2] = Cached<C>::query(v.z), word[4 * i + 3] = Cached<C>::query(v.w);
-        }
+        for (int i = 0; i < HEAD / 8; i++)
+            word[i / 2][i % 2] = lane_row() < rows ? Cached<C>::query(query[Layout<C>::pair(i / 2, i % 2)]) : 0;
     }
 };
 
@@ -86,25 +95,25 @@ __device__ __forceinline__ uint32_t transpose(uint32_t v) {
     return out;
 }
 
-// One page, of which positions `from .. to` count, the last included. `factor`: from products to scores times log2 e.
+// One page, of which positions `from .. to` count, the last included: at least one. `factor`: from products to scores times log2 e.
 template <CacheFormat C>
 __device__ __forceinline__ void attend(State& s, const Queries<C>& q, const Page<C>& page, float factor, int position, int from, int to) {
     using Product = typename Cached<C>::Product;
     // Keys g of both halves by queries 2 t and 2 t + 1.
     float score[4] = {};
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const uint2 lower = page.key(0, j), upper = page.key(1, j);
-        const uint32_t a[4] = {lower.x, upper.x, lower.y, upper.y};
-        Product::multiply(score, a, q.word[2 * j], q.word[2 * j + 1]);
+    for (int j = 0; j < HEAD / 16; j++) {
+        uint32_t a[4];
+        Page<C>::operand(page.keys, j, a);
+        Product::multiply(score, a, q.word[j][0], q.word[j][1]);
     }
 #pragma unroll
     for (int c = 0; c < 4; c++) score[c] *= factor;
     if (position < from || position + BLOCK_TOKENS - 1 > to) {
-        const int key = position + 4 * (lane_row() / 2) + lane_row() % 2;
 #pragma unroll
         for (int c = 0; c < 4; c++) {
-            if (key + c / 2 * 2 < from || key + c / 2 * 2 > to) score[c] = NOTHING;
+            const int key = position + Layout<C>::key(lane_row(), c / 2);
+            if (key < from || key > to) score[c] = NOTHING;
         }
     }
     float max[2] = {fmaxf(score[0], score[2]), fmaxf(score[1], score[3])};
@@ -114,7 +123,7 @@ __device__ __forceinline__ void attend(State& s, const Queries<C>& q, const Page
 #pragma unroll
             for (int i = 4; i < WARP; i *= 2) max[h] = fmaxf(max[h], __shfl_xor_sync(~0u, max[h], i));
             max[h] = fmaxf(max[h], s.max[h]);
-            const float shrink = exp2f(s.max[h] - max[h]);
+            const float shrink = power(s.max[h] - max[h]);
             s.max[h] = max[h], s.sum[h] *= shrink;
 #pragma unroll
             for (int d = 0; d < HEAD / 16; d++) s.out[d][h] *= shrink, s.out[d][2 + h] *= shrink;
@@ -122,161 +131,167 @@ __device__ __forceinline__ void attend(State& s, const Queries<C>& q, const Page
     }
 #pragma unroll
     for (int c = 0; c < 4; c++) {
-        score[c] = score[c] == NOTHING ? 0.f : exp2f(score[c] - s.max[c % 2]);
+        score[c] = power(score[c] - s.max[c % 2]);
         s.sum[c % 2] += score[c];
     }
     const uint32_t lower = transpose(Cached<C>::pack(score[0], score[1])), upper = transpose(Cached<C>::pack(score[2], score[3]));
 #pragma unroll
     for (int d = 0; d < HEAD / 16; d++) {
-        const uint2 v = page.value(2 * d), w = page.value(2 * d + 1);
-        const uint32_t a[4] = {v.x, w.x, v.y, w.y};
+        uint32_t a[4];
+        Page<C>::operand(page.values, d, a);
         Product::multiply(s.out[d], a, lower, upper);
     }
 }
 
-// What a warp reads: pages `first, first + step, …` up to `last`, whose blocks its lanes look up 32 at a time.
-struct Pages {
+// What a warp reads: pages `next, next + step, …` up to `last`, whose blocks its lanes look up 32 at a time.
+template <CacheFormat C> struct Pages {
     const uint32_t* table;
-    int first, last, step, number;
+    const uint8_t *keys, *values; // this lane's first pieces in the first block
+    uint32_t stride;              // bytes from block to block
+    int next, last, step, number;
     uint32_t block;
-    __device__ __forceinline__ void look_up() {
-        const int page = first + (number + int(threadIdx.x % WARP)) * step;
-        block = page <= last ? table[page] : 0;
-    }
-    // The block of the next page.
-    __device__ __forceinline__ uint32_t next() {
-        if (number % WARP == 0) look_up();
-        return __shfl_sync(~0u, block, number++ % WARP);
+    // Brings the next page, if there is one.
+    __device__ __forceinline__ void bring(uint32_t to) {
+        if (next <= last) {
+            if (number % WARP == 0) {
+                const int page = next + int(threadIdx.x % WARP) * step;
+                block = page <= last ? table[page] : 0;
+            }
+            const size_t at = size_t(__shfl_sync(~0u, block, number % WARP)) * stride;
+            Page<C>::bring(to, keys + at, values + at);
+        }
+        next += step, number++;
+        commit_copies();
     }
 };
 
-// Blocks that share the pages up to this position: a power of two, such that each warp has at least two pages.
+// Blocks that share the pages up to this position: a power of two, such that each warp has at least four pages. What two blocks gain, they
+// lose when one waits for the other.
 __device__ __forceinline__ int own_splits(const Attention& p, int position) {
-    const int pages = position / BLOCK_TOKENS + 1;
-    return min(int(p.splits), 1 << (31 - __clz(max(pages / 16, 1))));
+    const int useful = (position / BLOCK_TOKENS + 1) / (4 * WARPS);
+    return useful < 4 ? 1 : min(int(p.splits), 1 << (31 - __clz(useful)));
 }
 
 // Single tokens. A pair of a token and of query heads that share keys has `p.warps` warps of a block, or all of `splits` blocks; these
-// share its pages, and the last to arrive puts the parts together, in their order. A token with few pages has fewer parts: how many
-// depends, beside `p`, on nothing but its own position. The step's words are older than the step, and so are the pages before a token's
-// own, unless a sequence has several tokens: what is older is read before the kernel waits.
+// share its pages, and then its rows, of which they put the parts together; of blocks the last to arrive does so, in their order. A token
+// with few pages has fewer parts: how many depends, beside `p`, on nothing but its own position. The step's words are older than the step,
+// and so are the pages before a token's own, unless a sequence has several tokens: what is older is read before the kernel waits.
 template <CacheFormat C> __device__ __forceinline__ void split(const Attention& p) {
-    static_assert(WARPS * WARP == 256 && MAX_SPLITS <= WARP && ROWS == WARPS);
-    __shared__ float part[WARPS][ROWS][PART], factor[WARPS][ROWS], shares[ROWS][MAX_SPLITS];
+    constexpr int RING = SLOTS * Page<C>::BYTES;
+    static_assert(MAX_SPLITS <= WARP && ROWS == WARPS && ROWS * PART * sizeof(float) <= RING);
+    extern __shared__ __align__(128) uint8_t shared[];
     __shared__ uint32_t arrived;
     start_next();
-    const int group = p.query_heads / p.kv_heads, rows = min(group, ROWS), heads = p.query_heads / rows;
-    const int split = blockIdx.y, warps = p.warps, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP;
-    const int shift = __ffs(warps) - 1; // `warps` is a power of two
-    // Of this warp; where a block has several pairs, the last may have none.
-    const int first_pair = blockIdx.x * (WARPS >> shift), pair = first_pair + (warp >> shift);
-    const bool some = pair < int(p.n) * heads;
-    const int token = some ? pair / heads : 0, head = pair % heads, kv = head * rows / group;
+    // `warps` and `rows` are powers of two.
+    const int split = blockIdx.y, warps = p.warps, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, rank = warp & (warps - 1);
+    const int rows = p.rows, heads = p.query_heads >> __ffs(rows) - 1;
+    const int pair = (blockIdx.x * WARPS + warp) >> __ffs(warps) - 1;
+    if (pair >= int(p.n) * heads) return;
+    const int token = pair / heads, head = pair % heads, kv = heads > p.kv_heads ? head / 2 : head;
     const int end = p.positions[token], begin = p.window ? max(0, end + 1 - (int)p.window) : 0;
     // The same for all pairs of a block, of which there are several only where nothing is split.
     const int splits = own_splits(p, end);
     if (split >= splits) return;
-    Pages pages = {p.table + (int)p.table_starts[p.sequences[token]], begin / BLOCK_TOKENS + split * warps + (warp & (warps - 1)),
-        some ? end / BLOCK_TOKENS : -1, splits * warps, 0, 0};
-    Page<C> page = {};
-    const int first = pages.first, last = pages.last;
-    const uint32_t block = pages.next();
-    const bool ahead = p.ahead && first < last;
-    if (ahead) page.load(p, block, kv);
-    // What each warp's part counts for in the whole of a row is found by a thread per row and warp; what each block's part counts for, by a
-    // warp per row. The row's sink, one more logit of the denominator without a value, comes from far: it is loaded before the wait.
-    const int weighed = threadIdx.x >> shift & (ROWS - 1), from = (threadIdx.x / ROWS & ~(warps - 1)) + (threadIdx.x & (warps - 1));
-    const int sink_head = splits == 1 ? (first_pair + (from >> shift)) % heads * rows + weighed : head * rows + warp;
-    const bool sinks = splits == 1 ? weighed < rows && from < WARPS : warp < rows;
-    const float sink = sinks ? p.sinks[sink_head] * LOG2_E : NOTHING;
-    int store_token = first_pair / heads, store_head = first_pair % heads;
+    const int first = begin / BLOCK_TOKENS + split * warps + rank, last = end / BLOCK_TOKENS;
+    const size_t own_place = kv * Layout<C>::HALF + 16 * lane;
+    Pages<C> pages = {p.table + (int)p.table_starts[token], (const uint8_t*)p.keys + own_place,
+        (const uint8_t*)p.values + own_place, p.kv_heads * Layout<C>::HALF, first, last, splits * warps, 0, 0};
+    auto ring_of = [&](int warp) { return shared + warp * RING; };
+    const uint32_t ring = shared_address(ring_of(warp));
+    int brought = 0;
+#pragma unroll 1
+    for (; brought < SLOTS && p.ahead && pages.next < last; brought++) pages.bring(ring + brought * Page<C>::BYTES);
+    // Of the rows whose parts this warp puts together, lane c knows what part `c % warps` of row `c / warps * warps + rank` counts for. The
+    // row's sink, one more logit of the denominator without a value, comes from far: it is loaded before the wait.
+    const int part = lane & (warps - 1), row = (lane % ROWS & ~(warps - 1)) + rank;
+    const float sink = row < rows ? p.sinks[head * rows + row] * LOG2_E : NOTHING;
 
     wait_for_previous();
     Queries<C> q;
-    q.load(p.queries + (size_t(token) * p.query_heads + head * rows) * HEAD, some ? rows : 0);
-    if (!ahead && first <= last) page.load(p, block, kv);
+    q.load(p.queries + (size_t(token) * p.query_heads + head * rows) * HEAD, rows);
+#pragma unroll 1
+    for (; brought < SLOTS; brought++) pages.bring(ring + brought * Page<C>::BYTES);
     State s;
+    uint32_t slot = ring;
     for (int i = first; i <= last; i += pages.step) {
-        Page<C> next = page;
-        const uint32_t block = pages.next();
-        if (i + pages.step <= last) next.load(p, block, kv);
+        wait_for_copies<SLOTS - 1>();
+        __syncwarp();
+        Page<C> page;
+        page.load(slot);
+        __syncwarp();
+        pages.bring(slot);
+        slot = slot == ring + (SLOTS - 1) * Page<C>::BYTES ? ring : slot + Page<C>::BYTES;
         attend<C>(s, q, page, Cached<C>::key_factor(p), i * BLOCK_TOKENS, begin, end);
-        page = next;
     }
+    // All pages were used: the parts take their place.
     const float value_factor = Cached<C>::value_factor(p);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
 #pragma unroll
         for (int i = 4; i < WARP; i *= 2) s.sum[h] += __shfl_xor_sync(~0u, s.sum[h], i);
-        float* row = part[warp][2 * lane_quarter() + h];
-        if (lane_row() == 0) row[HEAD] = s.max[h], row[HEAD + 1] = s.sum[h];
+        float* to = (float*)ring_of(warp) + (2 * lane_quarter() + h) * PART;
+        if (lane_row() == 0) to[HEAD] = s.max[h], to[HEAD + 1] = s.sum[h];
 #pragma unroll
         for (int d = 0; d < HEAD / 16; d++) {
-            row[16 * d + lane_row()] = s.out[d][h] * value_factor;
-            row[16 * d + lane_row() + 8] = s.out[d][2 + h] * value_factor;
+            to[16 * d + lane_row()] = s.out[d][h] * value_factor;
+            to[16 * d + lane_row() + 8] = s.out[d][2 + h] * value_factor;
         }
     }
-    __syncthreads();
+    if (warps > 1) __syncthreads();
+    else __syncwarp();
 
-    auto mine_of = [&](int split) { return p.partial + (size_t(pair) * p.splits + split) * ROWS * PART; };
-    if (threadIdx.x < ROWS * WARPS) {
-        const float own = part[from][weighed][HEAD], own_sink = splits == 1 ? sink : NOTHING;
-        float max = fmaxf(own, own_sink);
-        for (int i = 1; i < warps; i *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-        float shrink = exp2f(own - max), sum = shrink * part[from][weighed][HEAD + 1];
-        for (int i = 1; i < warps; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
-        if (splits > 1) mine_of(split)[weighed * PART + HEAD] = max, mine_of(split)[weighed * PART + HEAD + 1] = sum;
-        else shrink /= sum + exp2f(own_sink - max);
-        factor[from][weighed] = shrink;
-    }
-    __syncthreads();
-    // Two dimensions of a row by each thread.
-    auto store = [&](int row, int d, float2 v) {
-        const uint32_t low = activation(p.out_format, v.x), high = activation(p.out_format, v.y);
-        const uint32_t column = (store_head * rows + row) * HEAD + d;
-        *(uint32_t*)(p.out + activation_place(p.out_stack, p.query_heads * HEAD, store_token, column)) = low | high << 16;
+    auto part_of = [&](int part, int row) { return (const float*)ring_of(warp - rank + part) + row * PART; };
+    auto global_part_of = [&](int split, int row) { return p.partial + ((size_t(pair) * p.splits + split) * ROWS + row) * PART; };
+    const float own = part_of(part, row)[HEAD], own_sink = splits == 1 ? sink : NOTHING;
+    float max = fmaxf(own, own_sink);
+    for (int i = 1; i < warps; i *= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
+    float share = power(own - max), sum = share * part_of(part, row)[HEAD + 1];
+    for (int i = 1; i < warps; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
+    if (splits == 1) share /= sum + power(own_sink - max);
+    else if (lane == 0) global_part_of(split, row)[HEAD] = max, global_part_of(split, row)[HEAD + 1] = sum;
+    // A lane has two dimensions of a row.
+    const int d = 2 * lane;
+    uint16_t* out = p.out + activation_place(p.out_stack, p.query_heads * HEAD, token, head * rows * HEAD + d);
+    const size_t out_step = p.out_stack == 0 || p.out_stack == ORDERED ? HEAD : size_t(p.out_stack) * TILE_COLS;
+    auto store = [&](int row, float2 v) {
+        *(uint32_t*)(out + row * out_step) = activation(p.out_format, v.x) | uint32_t(activation(p.out_format, v.y)) << 16;
     };
-    const int row_of = threadIdx.x / (HEAD / 2), d = threadIdx.x % (HEAD / 2) * 2;
-    for (int i = 0; i < WARPS >> shift; i++) {
-        if (row_of >= rows || first_pair + i >= int(p.n) * heads) break;
-        float2 out = make_float2(0, 0);
-        for (int w = i * warps; w < (i + 1) * warps; w++) {
-            const float2 v = *(const float2*)(part[w][row_of] + d);
-            out.x += factor[w][row_of] * v.x, out.y += factor[w][row_of] * v.y;
+    float2 total = make_float2(0, 0);
+    for (int r = rank; r < ROWS; r += warps) {
+#pragma unroll 4
+        for (int i = 0; i < warps; i++) {
+            const float share_of_part = __shfl_sync(~0u, share, r - rank + i);
+            const float2 v = *(const float2*)(part_of(i, r) + d);
+            total.x += share_of_part * v.x, total.y += share_of_part * v.y;
         }
-        if (splits == 1) store(row_of, d, out);
-        else *(float2*)(mine_of(split) + row_of * PART + d) = out;
-        if (++store_head == heads) store_head = 0, store_token++;
+        if (splits > 1) *(float2*)(global_part_of(split, r) + d) = total;
+        else if (r < rows) store(r, total);
+        total = make_float2(0, 0);
     }
     if (splits == 1) return;
-    store_token = token, store_head = head;
-    __threadfence();
     __syncthreads();
-    if (threadIdx.x == 0) arrived = atomicAdd(p.arrivals + pair, 1);
+    // What the block wrote is seen by the last to arrive.
+    if (threadIdx.x == 0) asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(p.arrivals + pair) : "memory");
     __syncthreads();
     if (arrived != uint32_t(splits - 1)) return;
-    __threadfence();
     if (threadIdx.x == 0) p.arrivals[pair] = 0;
     // A warp per row, a lane per part.
-    if (warp < rows) {
-        const float* own_part = mine_of(lane) + warp * PART;
-        const bool inside = lane < splits;
-        const float own = inside ? __ldcg(own_part + HEAD) : NOTHING;
-        float max = fmaxf(own, sink);
+    if (warp >= rows) return;
+    const bool inside = lane < splits;
+    const float* own_part = global_part_of(lane, warp);
+    const float largest = inside ? __ldcg(own_part + HEAD) : NOTHING;
+    max = fmaxf(largest, sink);
 #pragma unroll
-        for (int i = WARP / 2; i; i /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-        const float shrink = exp2f(own - max), sum = warp_sum(inside ? shrink * __ldcg(own_part + HEAD + 1) : 0.f);
-        if (inside) shares[warp][lane] = shrink / (sum + exp2f(sink - max));
-    }
-    __syncthreads();
-    if (row_of >= rows) return;
-    float2 out = make_float2(0, 0);
+    for (int i = WARP / 2; i; i /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
+    share = power(largest - max), sum = warp_sum(inside ? share * __ldcg(own_part + HEAD + 1) : 0.f);
+    share /= sum + power(sink - max);
 #pragma unroll 8
     for (int k = 0; k < splits; k++) {
-        const float2 v = __ldcg((const float2*)(mine_of(k) + row_of * PART + d));
-        out.x += shares[row_of][k] * v.x, out.y += shares[row_of][k] * v.y;
+        const float2 v = __ldcg((const float2*)(global_part_of(k, warp) + d));
+        const float share_of_part = __shfl_sync(~0u, share, k);
+        total.x += share_of_part * v.x, total.y += share_of_part * v.y;
     }
-    store(row_of, d, out);
+    store(warp, total);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) attend_split(const __grid_constant__ Attention p) { split<CACHE_BF16>(p); }

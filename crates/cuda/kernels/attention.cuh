@@ -7,7 +7,8 @@ struct Attention {
     const uint16_t* queries;                 // [n, query heads, 64] in bf16
     const void *keys, *values;               // [blocks, kv heads, 16, 64], [blocks, kv heads, 64, 16] in bf16 or E4M3
     const float* sinks;                      // [query heads]
-    const uint32_t *positions, *sequences, *table_starts, *table;
+    const uint32_t *positions, *sequences;   // [n]
+    const uint32_t *table_starts, *table;    // by sequence, those of single tokens first; the pages of each from there on
     const uint32_t* tiles;                   // chunks: first token and number of tokens of each tile
     uint16_t* out;                           // [n, query heads * 64], see `activation_place`
     float* partial;                          // splits: [n, heads of a warp, splits, 8, 64 + 2]
@@ -20,7 +21,7 @@ struct Attention {
     uint32_t n;                              // single tokens
     uint32_t warps;                          // of a block, that share them: a power of two; all eight where keys are split
     uint32_t ahead;                          // whether pages before a token's own are older than the step
-    uint32_t padding;
+    uint32_t rows;                           // of single tokens: query heads of a warp, a power of two
 };
 static_assert(sizeof(Attention) == 144);
 

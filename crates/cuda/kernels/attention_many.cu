@@ -6,13 +6,6 @@
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int STAGES = 3;
 
-__device__ __forceinline__ void load_matrices(uint32_t (&m)[4], uint32_t from) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-                 : "r"(from)
-                 : "memory");
-}
-
 template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p) {
     using Product = typename Cached<C>::Product;
     extern __shared__ __align__(128) uint8_t shared[];

@@ -86,6 +86,13 @@ __device__ __forceinline__ uint4 load_shared(uint32_t from) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
     return v;
 }
+// Four matrices of eight by eight 16-bit numbers, of each of which a lane has two of row g; lane `8 i + r` knows where row r of the i-th is.
+__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
+                 : "r"(row)
+                 : "memory");
+}
 __device__ __forceinline__ void copy_async(uint32_t to, const void* from) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
@@ -107,12 +114,25 @@ enum CacheFormat : uint32_t { CACHE_BF16 = 0, CACHE_E4M3 = 1 };
 // The nearest E4M3 number, at most 448.
 __device__ __forceinline__ uint8_t e4m3(float v) { return __nv_cvt_float_to_fp8(v, __NV_SATFINITE, __NV_E4M3); }
 
-// Four E4M3 numbers as FP16 ones, each 2^-8 of its value: exponents of both begin behind the sign, seven and fifteen from zero.
+// Four E4M3 numbers as FP16 ones, each times 1 / E4M3_WIDENED. Where no instruction does it: exponents of both begin behind the sign, seven
+// and fifteen from zero.
 __device__ __forceinline__ uint2 widen_e4m3(uint32_t v) {
+#if __CUDA_ARCH__ >= 890
+    uint2 out;
+    asm("{\n.reg .b16 low, high;\nmov.b32 {low, high}, %2;\ncvt.rn.f16x2.e4m3x2 %0, low;\ncvt.rn.f16x2.e4m3x2 %1, high;\n}"
+        : "=r"(out.x), "=r"(out.y)
+        : "r"(v));
+    return out;
+#else
     const uint32_t low = __byte_perm(v, 0, 0x1404), high = __byte_perm(v, 0, 0x3424);
     return make_uint2((low & 0x80008000u) | (low & 0x7f007f00u) >> 1, (high & 0x80008000u) | (high & 0x7f007f00u) >> 1);
+#endif
 }
+#if __CUDA_ARCH__ >= 890
+constexpr float E4M3_WIDENED = 1;
+#else
 constexpr float E4M3_WIDENED = 256;
+#endif
 
 // Where input `k` of 64 lies in a row of stacked activations: what a product of sixteen inputs takes lies side by side.
 __device__ __forceinline__ uint32_t product_position(uint32_t k) {

@@ -4,13 +4,6 @@
 
 constexpr int TILES = layout::SM120_TILES, STAGES = layout::SM120_STAGES, DISTANCE = STAGES - 1; // how far ahead slots are filled
 
-// Four matrices of eight rows of 16 bytes; each lane points to one row, and gets word `lane % 4` of row `lane / 4` of each.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], uint32_t address) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-                 : "r"(address)
-                 : "memory");
-}
 __device__ __forceinline__ uint32_t load_word(uint32_t address) {
     uint32_t word;
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(word) : "r"(address) : "memory");

@@ -53,14 +53,6 @@ __device__ __forceinline__ uint32_t cluster_size() {
     return size;
 }
 
-// Four matrices of eight by eight 16-bit numbers, of each of which a lane has two of row g; lane `8 i + r` knows where row r of the i-th is.
-__device__ __forceinline__ void load_matrices(uint32_t (&x)[4], uint32_t row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(x[0]), "=r"(x[1]), "=r"(x[2]), "=r"(x[3])
-                 : "r"(row)
-                 : "memory");
-}
-
 // A tile of four-bit weights in shared memory.
 __device__ __forceinline__ Tile<FP4> load_tile(uint32_t words, uint32_t scales) {
     Tile<FP4> tile;

@@ -38,6 +38,8 @@ const MAX_HIDDEN: usize = 4096;
 const LARGEST_BLOCKS: usize = 64;
 /// Warps of a block of attention.cu, each of which has up to as many query heads that share keys.
 const ATTENTION_WARPS: usize = 8;
+/// Shared memory of a block there, two pages for each warp, in BF16.
+const ATTENTION_SHARED: usize = ATTENTION_WARPS * 2 * (2 * BLOCK_TOKENS * HEAD * 2);
 /// Its parts that exist at a time: (token, heads of a warp, split).
 const MAX_PARTS: usize = 4096;
 /// Its blocks that a multiprocessor has at a time.
@@ -730,23 +732,33 @@ impl Cuda {
 
     /// How the keys of `singles` tokens are shared in full and in sliding layers; `total` pages of all tokens, `most` of one.
     fn sharing(&self, singles: usize, total: usize, most: usize) -> (Sharing, Sharing) {
-        // At most so many that each warp has two pages.
+        // As `own_splits` in attention.cu.
         let power_below = |n: usize| 1 << n.max(1).ilog2();
-        let useful = power_below(most / (2 * ATTENTION_WARPS)).min(MAX_SPLITS);
+        let useful = match most / (4 * ATTENTION_WARPS) {
+            ..4 => 1,
+            blocks => power_below(blocks).min(MAX_SPLITS),
+        };
         if self.options.batch_invariant {
             let all = |splits| Sharing { warps: ATTENTION_WARPS, splits };
             return (all(useful.min(INVARIANT_SPLITS)), all(1));
         }
         let heads = self.attention_heads();
         let fitting = ATTENTION_BLOCKS * ATTENTION_WARPS * self.device.multiprocessors();
-        let fill = power_below(fitting / (singles.max(1) * heads));
+        // As many warps as find room at a time; or so many that hardly any room is left over, where each has some pages even so, and more
+        // of them if another block's parts must be waited for.
+        let pairs = singles.max(1) * heads;
+        let above = (9 * fitting / 10).div_ceil(pairs).next_power_of_two();
+        let some = if above > ATTENTION_WARPS { 8 } else { 4 };
+        let fill = |pages: usize| if pages >= some * above { above } else { power_below(fitting / pairs) };
+        let pages = total / singles.max(1);
+        let (full, sliding) = (fill(pages), fill(pages.min(self.config.sliding_window / BLOCK_TOKENS)));
         // Where one token has many more pages than others, it should not keep them waiting.
         let mean = total * heads / fitting;
-        let sharers = fill.max(most.div_ceil((2 * mean).max(8)).next_power_of_two());
+        let sharers = full.max(most.div_ceil((2 * mean).max(8)).next_power_of_two());
         let room = power_below(MAX_PARTS / (8 * heads));
         let splits = (sharers / ATTENTION_WARPS).clamp(1, useful.min(room));
         let warps = |sharers: usize| sharers.min(ATTENTION_WARPS);
-        (Sharing { warps: warps(sharers), splits }, Sharing { warps: warps(fill), splits: 1 })
+        (Sharing { warps: warps(sharers), splits }, Sharing { warps: warps(sliding), splits: 1 })
     }
 
     /// Groups of query heads that share keys, of which attention.cu gives each to a warp.
@@ -1280,7 +1292,7 @@ impl Cuda {
             n: 0,
             warps: 0,
             ahead: u32::from(shape.ahead),
-            padding: 0,
+            rows: (self.config.query_heads / self.attention_heads()) as u32,
         };
         let e4m3 = self.options.cache == CacheFormat::E4m3;
         if shape.tiles > 0 {
@@ -1302,20 +1314,23 @@ impl Cuda {
                 1 => shape.singles,
                 _ => MAX_PARTS / (heads * splits) / 8 * 8,
             };
-            let name = if e4m3 { "attend_split_e4m3" } else { "attend_split" };
+            let (name, shared) = match e4m3 {
+                true => ("attend_split_e4m3", ATTENTION_SHARED / 2),
+                false => ("attend_split", ATTENTION_SHARED),
+            };
             let row = (2 * HEAD * self.config.query_heads) as u64;
             let out_row = if params.out_stack > 0 { 2 * TILE_COLS as u64 } else { row };
             let first = params;
             for at in (0..shape.singles).step_by(together) {
                 params.queries = first.queries + at as u64 * row;
                 params.positions = first.positions + 4 * at as u64;
-                params.sequences = first.sequences + 4 * at as u64;
+                params.table_starts = first.table_starts + 4 * at as u64;
                 params.out = first.out + at as u64 * out_row;
                 let n = together.min(shape.singles - at);
                 params.n = n as u32;
                 let grid = [(n * heads).div_ceil(ATTENTION_WARPS / warps) as u32, params.splits, 1];
                 // SAFETY: the first rows are the single tokens; there is room for their parts.
-                unsafe { self.device.launch(name, grid, 256, 0, &params)? };
+                unsafe { self.device.launch(name, grid, 256, shared, &params)? };
             }
         }
         Ok(())

@@ -124,7 +124,7 @@ params! {
         positions: Address, sequences: Address, table_starts: Address, table: Address, tiles: Address,
         out: Address, partial: Address, arrivals: Address,
         query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_stack: u32, splits: u32, key_scale: f32, value_scale: f32,
-        n: u32, warps: u32, ahead: u32, padding: u32,
+        n: u32, warps: u32, ahead: u32, rows: u32,
     }
     /// stream.cu
     Embed, 120 {

@@ -418,12 +418,12 @@ fn tokens_of_any_depth_share_a_step() {
     for (query_heads, kv_heads) in [(64, 8), (8, 8), (32, 2)] {
         let config = Config { query_heads, kv_heads, ..odd_config() };
         let weights = Synthetic::new(config, |_| Format::Bf16, 7);
-        let text = tokens(2000);
+        let text = tokens(2100);
         for cache in [CacheFormat::Bf16, CacheFormat::E4m3] {
             let mut cuda = load_with(&device, &weights, Options { cache, ..Options::default() });
             cuda.allocate_kv(1600, 1600).unwrap();
             // Few and many tokens at a time, of like depths and with one that is far deeper.
-            for (count, deep) in [(8, 500), (40, 60), (130, 60), (300, 60), (300, 2000)] {
+            for (count, deep) in [(8, 500), (40, 60), (130, 60), (300, 60), (300, 2100)] {
                 let mut first = 0;
                 let plans: Vec<SequencePlan> = (0..count)
                     .map(|s| {
@@ -537,11 +537,11 @@ fn the_small_model_with_keys_and_values_in_eight_bits() {
 fn a_batch_changes_no_bit_where_that_is_asked_for() {
     let Some(device) = device() else { return };
     let options = Options { batch_invariant: true, ..Options::default() };
-    let text = tokens(1210);
+    let text = tokens(2110);
     for format in [Format::Bf16, Format::Mxfp4, Format::Nvfp4] {
         // Sequences of all lengths, each with blocks of its own; their tables begin anew when they run alone.
         const SEQUENCES: usize = 40;
-        let prompt = |s: usize| [1200, 700].get(s).copied().unwrap_or(2 + s * 9 % 380);
+        let prompt = |s: usize| [2100, 700].get(s).copied().unwrap_or(2 + s * 9 % 380);
         let plan = |s: usize, from: usize, to: usize, first: usize| SequencePlan {
             tokens: text[from..to].iter().map(|t| (t + s as u32) % 331).collect(),
             position: from,
@@ -550,7 +550,7 @@ fn a_batch_changes_no_bit_where_that_is_asked_for() {
             ..sequence(&text[..prompt(s) + 3], 0, first as u32)
         };
         let mut together = load_with(&device, &*odd(format), options);
-        together.allocate_kv(SEQUENCES * 80, SEQUENCES * 80).unwrap();
+        together.allocate_kv(SEQUENCES * 140, SEQUENCES * 140).unwrap();
         let mut found = vec![Vec::new(); SEQUENCES];
         // Half of the prompts beside the first steps of the others; then all decode.
         let steps: [&dyn Fn(usize) -> Option<(usize, usize)>; 5] = [
@@ -564,7 +564,7 @@ fn a_batch_changes_no_bit_where_that_is_asked_for() {
             let part: Vec<usize> = (0..SEQUENCES).filter(|&s| step(s).is_some()).collect();
             let plans = part.iter().map(|&s| {
                 let (from, to) = step(s).unwrap();
-                plan(s, from, to, s * 80)
+                plan(s, from, to, s * 140)
             });
             let outputs = run(&mut together, plans.collect());
             part.iter().zip(outputs).for_each(|(&s, output)| found[s].extend(output.logits));
