@@ -15,21 +15,22 @@ struct One {
     const float* router_bias;        // [experts]
     float* router_parts;             // [experts + 1, parts]: what each part of the residual stream adds to the router's logits, see `parts_row`
     float* shares;                   // [blocks, SHARES, 16]: what each block of the experts adds to the residual stream
-    uint32_t* exchange;              // [experts per token, cols of the second product]: what the first one found, see `both_products`
+    uint16_t* exchange;              // [2, experts per token, cols of the second product]: what the first found, see `both_products`
     uint32_t* rounds;                // [blocks]: how often each block of the experts was at work
     unsigned long long* best;        // [blocks]: the largest logit of each block's rows
     uint32_t *arrivals, *largest;    // zero before and after; the id of the largest logit
     Epilogue epilogue;
     uint32_t hidden, part_count, experts, experts_per_token;
-    uint32_t groups;                 // row tiles of a block
+    uint32_t groups;                 // row tiles of a block; in the experts' first product, of one of the first `early` blocks of a rank
+    uint32_t early, late_groups;     // those of the other blocks
     uint32_t share_warps;            // warps of a row tile in `shares`; 0: there are none
-    uint32_t padding;
     float eps;
+    uint32_t padding;
 };
-static_assert(sizeof(One) == 304);
+static_assert(sizeof(One) == 312);
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
-constexpr int EXPERT_WARPS = 22; // of a block of the experts
+constexpr int EXPERT_WARPS = 24, DOWN_WARPS = 22; // of a block of the experts, and those that the second product has
 constexpr int MAX_RANKS = 16;
 constexpr int SHARES = 4; // row tiles that a block of the experts may touch
 
@@ -75,28 +76,57 @@ template <> struct Sums<FP4> {
         uint32_t scales; // of two blocks, each of row g and g + 8
         __device__ __forceinline__ void load_shared(uint32_t weights, uint32_t scales) {
             words = ::load_shared(weights + threadIdx.x % WARP * 16);
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(this->scales) : "r"(scales + lane_row() * 8 + lane_quarter() % 2 * 4) : "memory");
+            this->scales = load_scales(scales);
+        }
+        static __device__ __forceinline__ uint32_t load_scales(uint32_t scales) {
+            uint32_t v;
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(scales + lane_row() * 8 + lane_quarter() % 2 * 4) : "memory");
+            return v;
         }
     };
     float sum[2] = {};
     uint4 b[2] = {}; // stay zeros in lanes without inputs
     uint32_t x;
     __device__ __forceinline__ Sums(const uint16_t* inputs) : x(shared_address(inputs) + lane_quarter() * 32) {}
-    __device__ __forceinline__ void add(const Piece& tile) {
+    // `words(j, a)`: a tile's word j, decoded.
+    template <class Words> __device__ __forceinline__ void add(uint32_t scales, Words words) {
         if (lane_row() == lane_quarter()) b[0] = load_shared(x), b[1] = load_shared(x + 16);
         x += TILE_COLS * 2;
         float d[4] = {};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t a[4];
-            codes(j == 0 ? tile.words.x : j == 1 ? tile.words.y : j == 2 ? tile.words.z : tile.words.w, a);
+            words(j, a);
             Number<FP4>::multiply(d, a, j % 2 ? b[j / 2].z : b[j / 2].x, j % 2 ? b[j / 2].w : b[j / 2].y);
         }
         // A scale byte has five bits of exponent and three of mantissa: the middle of an FP16 number.
-        uint32_t lower = (tile.scales & 0x00ff00ffu) << 7, upper = tile.scales >> 1 & 0x7f807f80u;
+        uint32_t lower = (scales & 0x00ff00ffu) << 7, upper = scales >> 1 & 0x7f807f80u;
         float2 l = __half22float2(reinterpret_cast<__half2&>(lower)), u = __half22float2(reinterpret_cast<__half2&>(upper));
         sum[0] = fmaf(d[1], l.y, fmaf(d[0], l.x, sum[0]));
         sum[1] = fmaf(d[3], u.y, fmaf(d[2], u.x, sum[1]));
+    }
+    static __device__ __forceinline__ void decode(const Piece& tile, int j, uint32_t (&a)[4]) {
+        codes(j == 0 ? tile.words.x : j == 1 ? tile.words.y : j == 2 ? tile.words.z : tile.words.w, a);
+    }
+    __device__ __forceinline__ void add(const Piece& tile) {
+        add(tile.scales, [&](int j, uint32_t (&a)[4]) { decode(tile, j, a); });
+    }
+    // With what `store_decoded` left at `decoded`.
+    __device__ __forceinline__ void add_decoded(uint32_t decoded, uint32_t scales) {
+        add(scales, [&](int j, uint32_t (&a)[4]) {
+            const uint4 v = ::load_shared(decoded + j * 512 + threadIdx.x % WARP * 16);
+            a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
+        });
+    }
+    static __device__ __forceinline__ void store_decoded(const Piece& tile, uint32_t decoded) {
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            uint32_t a[4];
+            decode(tile, j, a);
+            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(decoded + j * 512 + threadIdx.x % WARP * 16), "r"(a[0]), "r"(a[1]),
+                         "r"(a[2]), "r"(a[3])
+                         : "memory");
+        }
     }
     __device__ __forceinline__ float lower() const { return sum[0] + __shfl_xor_sync(~0u, sum[0], 1); }
     __device__ __forceinline__ float upper() const { return sum[1] + __shfl_xor_sync(~0u, sum[1], 1); }
@@ -105,10 +135,12 @@ template <> struct Sums<FP4> {
 // Consecutive tiles of a row tile on their way to one warp through its own piece of shared memory, CHUNK at a time, SLOTS chunks
 // ahead; after the last come those of the next row tile, if there is one. From Hopper on four-bit weights come by bulk copies, which do
 // not stand in the way of other loads. Else each chunk is one group of copies, and at the end come empty ones: BF16 has too few chunks
-// on their way for bulk copies, which take longer each.
-template <Format F, int CHUNK, int SLOTS> struct Flow {
+// on their way for bulk copies, which take longer each. The first AHEAD tiles may be decoded before their inputs are known.
+template <Format F, int CHUNK, int SLOTS, int AHEAD = 0> struct Flow {
     static constexpr int WEIGHTS = F == FP4 ? 512 : 2048, SCALES = F == FP4 ? 64 : 0; // bytes of a tile
     static constexpr int BARRIER = CHUNK * (WEIGHTS + SCALES), BYTES = BARRIER + 16;  // of a slot: the place of its barrier, and all
+    static constexpr int DECODED = 2048;                                              // bytes of a decoded tile
+    static constexpr int ALL = SLOTS * BYTES + AHEAD * DECODED;                       // bytes of a warp
 #if __CUDA_ARCH__ >= 900
     static constexpr bool BULK = F == FP4;
 #else
@@ -120,9 +152,9 @@ template <Format F, int CHUNK, int SLOTS> struct Flow {
     uint32_t shared, slot, parity;   // addresses in shared memory; which phase of its barrier the slot's chunk ends
     uint64_t policy;
 
-    // `all` has BYTES * SLOTS for each warp.
+    // `all` has ALL bytes for each warp.
     __device__ __forceinline__ Flow(uint8_t* all) : parity(0) {
-        slot = shared = shared_address(all) + threadIdx.x / WARP * (BYTES * SLOTS);
+        slot = shared = shared_address(all) + threadIdx.x / WARP * ALL;
         policy = read_once();
         if constexpr (BULK) {
             if (threadIdx.x % WARP == 0)
@@ -138,10 +170,24 @@ template <Format F, int CHUNK, int SLOTS> struct Flow {
     // `next()` locates what follows.
     template <class Next> __device__ __forceinline__ void start(Next next) {
 #pragma unroll 1
-        for (int i = 0; i < SLOTS; i++) bring(shared + i * BYTES, next);
+        for (int i = 0; i < SLOTS; i++) {
+            if (left <= 0) next();
+            bring(shared + i * BYTES);
+        }
     }
-    template <class Next> __device__ __forceinline__ void bring(uint32_t to, Next next) {
-        if (left <= 0) next();
+    // Where nothing follows. In BF16 a chunk sets out when the one before is there: all of them on their way at a time would keep what
+    // other blocks need soon waiting.
+    __device__ __forceinline__ void start(const Matrix& m, size_t tile, int count) {
+        locate(m, tile, count);
+#pragma unroll 1
+        for (int i = 0; i < SLOTS; i++) {
+#if __CUDA_ARCH__ >= 900
+            if constexpr (!BULK) wait_for_copies<0>();
+#endif
+            bring(shared + i * BYTES);
+        }
+    }
+    __device__ __forceinline__ void bring(uint32_t to) {
         if constexpr (BULK) {
             if (elected() && left > 0) {
                 const int count = min(CHUNK, left);
@@ -163,36 +209,56 @@ template <Format F, int CHUNK, int SLOTS> struct Flow {
         }
         left -= CHUNK, weights += CHUNK * WEIGHTS, scales += CHUNK * SCALES;
     }
+    // Until the next chunk is there.
+    __device__ __forceinline__ void wait() const {
+        if constexpr (BULK) {
+            wait_barrier(slot + BARRIER, parity);
+        } else {
+            wait_for_copies<SLOTS - 1>();
+            __syncwarp();
+        }
+    }
+    __device__ __forceinline__ typename Sums<F>::Piece tile(int i) const {
+        typename Sums<F>::Piece tile;
+        tile.load_shared(slot + i * WEIGHTS, slot + CHUNK * WEIGHTS + i * SCALES);
+        return tile;
+    }
+    __device__ __forceinline__ uint32_t decoded(int i) const { return shared + SLOTS * BYTES + i * DECODED; }
+    // The first tiles, of `count`.
+    __device__ __forceinline__ void decode_ahead(int count) const {
+        if (count <= 0) return;
+        wait();
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++)
+            if (i < count) Sums<F>::store_decoded(tile(i), decoded(i));
+    }
     // The sums over the next `count` tiles go to `to`; `sums` begin with the inputs of the first.
     template <class Next> __device__ __forceinline__ void multiply(int count, Sums<F> sums, float* to, float factor, Next next) {
 #pragma unroll 1
         for (int more = count; more > 0; more -= CHUNK) {
-            if constexpr (BULK) {
-                wait_barrier(slot + BARRIER, parity);
-            } else {
-                wait_for_copies<SLOTS - 1>();
-                __syncwarp();
-            }
+            wait();
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) {
                 if (i >= more) break;
-                typename Sums<F>::Piece tile;
-                tile.load_shared(slot + i * WEIGHTS, slot + CHUNK * WEIGHTS + i * SCALES);
-                sums.add(tile);
+                if constexpr (AHEAD > 0) {
+                    if (i < AHEAD && more == count) {
+                        sums.add_decoded(decoded(i), Sums<F>::Piece::load_scales(slot + CHUNK * WEIGHTS + i * SCALES));
+                        continue;
+                    }
+                }
+                sums.add(tile(i));
             }
-            if constexpr (BULK) fence_reads();
-            __syncwarp();
-            bring(slot, next);
+            if (left <= 0) next();
+            if (!BULK || left > 0) {
+                if constexpr (BULK) fence_reads();
+                __syncwarp();
+                bring(slot);
+            }
             slot += BYTES;
             if (slot == shared + SLOTS * BYTES) slot = shared, parity ^= 1;
         }
         float lower = sums.lower(), upper = sums.upper();
         if (lane_quarter() == 0) to[lane_row()] = lower * factor, to[lane_row() + 8] = upper * factor;
-    }
-    // Where nothing follows.
-    __device__ __forceinline__ void start(const Matrix& m, size_t tile, int count) {
-        locate(m, tile, count);
-        start([] {});
     }
     __device__ __forceinline__ void multiply(int count, Sums<F> sums, float* to, float factor) {
         multiply(count, sums, to, factor, [] {});
@@ -289,12 +355,12 @@ template <int THREADS> struct Stream {
     static constexpr int VALUES = MAX_HIDDEN / 4 / THREADS, NEAR = 2;
     int at[VALUES][NEAR]; // where in `shares` the first blocks of a row tile have theirs; negative: there is none
     float4 v[VALUES];
-    static __device__ __forceinline__ int first_block(const One& p, int row_tile) { return row_tile * int(p.share_warps) / EXPERT_WARPS; }
+    static __device__ __forceinline__ int first_block(const One& p, int row_tile) { return row_tile * int(p.share_warps) / DOWN_WARPS; }
     // Of the 4 values from `4 * i` on, in `block`.
     static __device__ __forceinline__ int place(const One& p, int i, int block) {
-        const int row_tile = i / (TILE_ROWS / 4), last = (int((row_tile + 1) * p.share_warps) - 1) / EXPERT_WARPS;
+        const int row_tile = i / (TILE_ROWS / 4), last = (int((row_tile + 1) * p.share_warps) - 1) / DOWN_WARPS;
         if (i >= int(p.hidden / 4) || block > last || p.share_warps == 0) return -1;
-        return (block * SHARES + row_tile - block * EXPERT_WARPS / int(p.share_warps)) * (TILE_ROWS / 4) + i % (TILE_ROWS / 4);
+        return (block * SHARES + row_tile - block * DOWN_WARPS / int(p.share_warps)) * (TILE_ROWS / 4) + i % (TILE_ROWS / 4);
     }
     // Before the wait.
     __device__ __forceinline__ Stream(const One& p) {
@@ -320,7 +386,7 @@ template <int THREADS> struct Stream {
         for (int i = 0; i < VALUES; i++)
 #pragma unroll
             for (int j = 0; j < NEAR; j++) add(v[i], more[i][j]);
-        if (p.share_warps <= EXPERT_WARPS + 1) return;
+        if (p.share_warps <= DOWN_WARPS + 1) return;
         // Row tiles of more blocks.
 #pragma unroll 1
         for (int i = 0; i < VALUES; i++) {
@@ -401,7 +467,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
 
 // What attention found, projected and added to the residual stream, and what that adds to the router's logits. `blockIdx.x`: a row
 // tile.
-template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attended(const One& p) {
+template <Format F, int CHUNK, int SLOTS, int AHEAD> __device__ __forceinline__ void attended(const One& p) {
     extern __shared__ __align__(16) uint16_t x[]; // [cols], the flows
     __shared__ float partial[WARPS][TILE_ROWS];
     __shared__ float added[TILE_ROWS], normed[TILE_ROWS];
@@ -409,7 +475,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
     const int warp = threadIdx.x / WARP, column_tiles = m.cols / TILE_COLS, row_tile = blockIdx.x;
     const int begin = column_tiles * warp / WARPS, end = column_tiles * (warp + 1) / WARPS;
     start_next();
-    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols));
+    Flow<F, CHUNK, SLOTS, AHEAD> flow((uint8_t*)(x + m.cols));
     flow.start(m, size_t(row_tile) * column_tiles + begin, end - begin);
     __syncthreads();
     // Thread `16 row + w` puts together what warp w has of a row.
@@ -431,6 +497,8 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
     float router_weights[KEPT];
 #pragma unroll
     for (int i = 0; i < KEPT; i++) router_weights[i] = router_weight(i * EXPERTS + threadIdx.x / TILE_ROWS);
+    // To decode takes longer than all the rest, and attention is still at work.
+    if constexpr (AHEAD > 0) flow.decode_ahead(end - begin);
 
     wait_for_previous();
     float before = finishes && own == 0 ? p.whole[row] : 0.f;
@@ -476,6 +544,9 @@ __device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
 
+// Not zero if one of the halves is zero.
+__device__ __forceinline__ uint32_t zero_half(uint32_t v) { return (v - 0x00010001u) & ~v & 0x80008000u; }
+
 // What a warp has of one of the products of the experts: some columns of a row tile.
 struct Part {
     int rank, row_tile, part;
@@ -489,12 +560,14 @@ struct Part {
     }
 };
 
-// The experts. `blockIdx.y`: a rank, `blockIdx.x`: `groups` row tiles of its first product. Then the second product, whose units, each
-// rank of each row tile, are spread over all warps, several to a unit. Its weights follow those of the first without a break. What the
-// first one finds goes from block to block without a barrier: each word of `exchange` has an activation in its lower half, and in its
-// upper half the number of the round, which no word has that an earlier round left.
+// The experts. `blockIdx.x`: a rank, `blockIdx.y`: some row tiles of its first product. The last blocks have fewer: they begin late, since
+// a multiprocessor that has two blocks of the projection of attention has no room for them before that is done. Then the second product,
+// whose units, each rank of each row tile, are spread over all warps, several to a unit. Its weights follow those of the first without a
+// break. What the first one finds goes from block to block without a barrier: `exchange` has the complements of the activations, and zeros
+// where there are none yet, since no activation is the NaN whose bits are all ones. Odd rounds have one half of it, even rounds the other;
+// each clears the half that the round before had.
 template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_products(const One& p) {
-    constexpr int WARPS = EXPERT_WARPS, THREADS = WARPS * WARP, VALUES = (MAX_HIDDEN / 4 + THREADS - 1) / THREADS, LOADS = 4;
+    constexpr int WARPS = EXPERT_WARPS, THREADS = WARPS * WARP, VALUES = (MAX_HIDDEN / 4 + THREADS - 1) / THREADS, LOADS = 2;
     // The flows; then the inputs: [cols], later the second product's, [ranks, cols].
     extern __shared__ __align__(16) uint8_t shared[];
     __shared__ float partial[WARPS][TILE_ROWS];
@@ -503,16 +576,18 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     __shared__ Part work[WARPS][2];
     const Matrix &m = p.matrix, &down = p.down;
     const Epilogue& e = p.epilogue;
-    const int warp = threadIdx.x / WARP, each = WARPS / p.groups;
-    const int ranks = p.experts_per_token, block = blockIdx.y * gridDim.x + blockIdx.x;
+    const int early = min(blockIdx.y, p.early), groups = blockIdx.y < p.early ? p.groups : p.late_groups;
+    const int first_tile = early * p.groups + (blockIdx.y - early) * p.late_groups;
+    const int warp = threadIdx.x / WARP, each = WARPS / groups;
+    const int ranks = p.experts_per_token, rank = blockIdx.x, block = blockIdx.y * gridDim.x + blockIdx.x;
     routing.load_bias(p);
     Flow<F, CHUNK, SLOTS> flow(shared);
     uint16_t* x = (uint16_t*)(shared + WARPS * SLOTS * flow.BYTES);
     // What a warp has to do is found before the wait, since divisions take long, and lies here, since registers are few.
     if (threadIdx.x % WARP == 0) {
-        const int group = warp / each, per_unit = p.share_warps / ranks, unit = (block * WARPS + warp) / per_unit;
-        work[warp][0].set(m, blockIdx.y, group < p.groups ? blockIdx.x * p.groups + group : row_tiles_of(m), warp % each, each);
-        work[warp][1].set(down, unit % ranks, unit / ranks, (block * WARPS + warp) % per_unit, per_unit);
+        const int group = warp / each, per_unit = p.share_warps / ranks, place = block * DOWN_WARPS + warp, unit = place / per_unit;
+        work[warp][0].set(m, rank, group < groups ? first_tile + group : row_tiles_of(m), warp % each, each);
+        work[warp][1].set(down, unit % ranks, warp < DOWN_WARPS ? unit / ranks : row_tiles_of(down), place % per_unit, per_unit);
     }
 
     wait_for_previous();
@@ -525,8 +600,8 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     const float inverse = routing.inverse(p);
     routing.choose(p, inverse);
     __syncthreads();
-    const int group = threadIdx.x / 8, pair = threadIdx.x % 8, own_tile = blockIdx.x * p.groups + group;
-    const bool finishes = group < p.groups && own_tile < row_tiles_of(m);
+    const int group = threadIdx.x / 8, pair = threadIdx.x % 8, own_tile = first_tile + group;
+    const bool finishes = group < groups && own_tile < row_tiles_of(m);
     // Scale and biases of a row tile of the first product come to where the sums were, which nobody needs any more.
     float* affine = routing.sums + group * (TILE_ROWS + 1);
     // To the tiles of a part.
@@ -540,7 +615,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
             if (first) locate(down, work[warp][1]);
             first = false;
         };
-        const uint32_t expert = routing.experts[blockIdx.y];
+        const uint32_t expert = routing.experts[rank];
         if (finishes) {
             const uint32_t row = own_tile * TILE_ROWS + 2 * pair;
             const float *biases = m.bias + size_t(expert) * m.rows + row, *scale = m.tile_scale + size_t(expert) * row_tiles_of(m) + own_tile;
@@ -564,13 +639,20 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     }
     if (finishes) wait_for_copies<flow.GROUPS>();
     __syncthreads();
-    if (const uint32_t unit = own_tile * 8 + pair; finishes && unit < down.cols) {
+    uint16_t* now = p.exchange + round % 2 * ranks * down.cols;
+    const uint32_t unit = own_tile * 8 + pair;
+    uint32_t found = 0;
+    if (finishes && unit < down.cols) {
         float a = 0, b = 0;
 #pragma unroll 2
         for (int w = group * each; w < (group + 1) * each; w++) a += partial[w][pair], b += partial[w][pair + 8];
         const float scale = m.tile_scale ? affine[TILE_ROWS] : 1.f;
-        const float y = swiglu(a * scale + affine[2 * pair], b * scale + affine[2 * pair + 1], e.limit, e.alpha);
-        store_relaxed(p.exchange + blockIdx.y * down.cols + unit, activation(F, y) | round << 16);
+        found = activation(F, swiglu(a * scale + affine[2 * pair], b * scale + affine[2 * pair + 1], e.limit, e.alpha));
+    }
+    found |= __shfl_down_sync(~0u, found, 1) << 16;
+    if (finishes && unit < down.cols && pair % 2 == 0) {
+        store_relaxed((uint32_t*)(now + rank * down.cols + unit), ~found);
+        *(uint32_t*)(p.exchange + ((round + 1) % 2 * ranks + rank) * down.cols + unit) = 0;
     }
     if (threadIdx.x == 0) p.rounds[block] = round;
     // What the rank counts for, and the bias in the first part of a row tile.
@@ -581,32 +663,30 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     if (own.count && down.tile_scale) factor *= down.tile_scale[size_t(expert) * row_tiles_of(down) + own.row_tile];
     if (const int row = own.row_tile * TILE_ROWS + threadIdx.x % TILE_ROWS; own.part == 0 && down.bias && row < down.rows)
         offset = weight * down.bias[size_t(expert) * down.rows + row];
-    // Four activations at a time. Who waits for one has others on their way.
-    const uint32_t vectors = ranks * down.cols / 4, found = min(row_tiles_of(m) * TILE_ROWS / 2, int(down.cols));
+    // Eight activations at a time. Who waits for one has others on their way.
+    const uint32_t vectors = ranks * down.cols / 8, some = min(row_tiles_of(m) * TILE_ROWS / 2, int(down.cols));
 #pragma unroll 1
     for (uint32_t first = threadIdx.x; first < vectors; first += LOADS * THREADS) {
         uint4 words[LOADS];
-        uint32_t missing = 0, now = round;
+        uint32_t missing = 0;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
             const uint32_t at = first + i * THREADS;
-            words[i] = make_uint4(0, 0, 0, 0);
-            if (at < vectors && (found == down.cols || at * 4 % down.cols < found)) missing |= 1u << i;
+            words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+            if (at < vectors && (some == down.cols || at * 8 % down.cols < some)) missing |= 1u << i;
         }
         while (missing) {
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
-                if (missing >> i & 1) words[i] = load_relaxed(p.exchange + (first + i * THREADS) * 4);
+                if (missing >> i & 1) words[i] = load_relaxed((const uint32_t*)now + (first + i * THREADS) * 4);
 #pragma unroll
-            for (int i = 0; i < LOADS; i++) {
-                const uint32_t wrong = (words[i].x >> 16 ^ now) | (words[i].y >> 16 ^ now) | (words[i].z >> 16 ^ now) | (words[i].w >> 16 ^ now);
-                if ((wrong & 0xffff) == 0) missing &= ~(1u << i);
-            }
+            for (int i = 0; i < LOADS; i++)
+                if (!(zero_half(words[i].x) | zero_half(words[i].y) | zero_half(words[i].z) | zero_half(words[i].w))) missing &= ~(1u << i);
         }
 #pragma unroll
         for (int i = 0; i < LOADS; i++)
             if (const uint32_t at = first + i * THREADS; at < vectors)
-                ((uint2*)x)[at] = make_uint2(__byte_perm(words[i].x, words[i].y, 0x5410), __byte_perm(words[i].z, words[i].w, 0x5410));
+                ((uint4*)x)[at] = make_uint4(~words[i].x, ~words[i].y, ~words[i].z, ~words[i].w);
     }
     __syncthreads();
     // Not earlier: the activations would wait behind the next kernel's weights.
@@ -616,10 +696,11 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     if (threadIdx.x % WARP < TILE_ROWS) partial[warp][threadIdx.x % TILE_ROWS] += offset;
     __syncthreads();
     // Row tile after row tile that this block has warps of.
-    const int place = threadIdx.x / TILE_ROWS, tile = block * WARPS / int(p.share_warps) + place;
+    const int place = threadIdx.x / TILE_ROWS, tile = block * DOWN_WARPS / int(p.share_warps) + place;
     if (place >= SHARES) return;
     float sum = 0;
-    const int first = max(tile * int(p.share_warps) - block * WARPS, 0), last = min((tile + 1) * int(p.share_warps) - block * WARPS, WARPS);
+    const int before = block * DOWN_WARPS;
+    const int first = max(tile * int(p.share_warps) - before, 0), last = min((tile + 1) * int(p.share_warps) - before, DOWN_WARPS);
 #pragma unroll 4
     for (int w = first; w < last; w++) sum += partial[w][threadIdx.x % TILE_ROWS];
     p.shares[(block * SHARES + place) * TILE_ROWS + threadIdx.x % TILE_ROWS] = sum;
@@ -709,12 +790,12 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output
 #define KERNEL(NAME, REGISTERS, ...) \
     extern "C" __global__ void __maxnreg__(REGISTERS) NAME(const __grid_constant__ One p) { __VA_ARGS__(p); }
 KERNEL(one_qkv_bf16, 56, qkv<BF16, 1, 3>)
-KERNEL(one_qkv_fp4, 56, qkv<FP4, 3, 3>)
-KERNEL(one_attended_bf16, 56, attended<BF16, 1, 3>)
-KERNEL(one_attended_fp4, 56, attended<FP4, 4, 1>)
+KERNEL(one_qkv_fp4, 56, qkv<FP4, 9, 1>)
+KERNEL(one_attended_bf16, 56, attended<BF16, 1, 3, 0>)
+KERNEL(one_attended_fp4, 56, attended<FP4, 4, 1, 2>)
 KERNEL(one_experts_bf16, 48, both_products<BF16, 1, 2>)
 KERNEL(one_experts_fp4, 48, both_products<FP4, 3, 2>)
 KERNEL(one_norm_bf16, 64, last_norm<BF16>)
 KERNEL(one_norm_fp4, 64, last_norm<FP4>)
 KERNEL(one_output_bf16, 64, output<BF16, 1, 4>)
-KERNEL(one_output_fp4, 64, output<FP4, 3, 3>)
+KERNEL(one_output_fp4, 64, output<FP4, 5, 3>)

@@ -12,14 +12,18 @@ use crate::driver::Address;
 use crate::packed::{PackedMatrix, TILE_COLS};
 use crate::params::{After, BF16, Epilogue, FP4, One};
 
-/// Warps of a block, of one of the experts, of one of the output layer.
+/// Warps of a block, of one of the experts, those of them that the second product has, of one of the output layer.
 const WARPS: usize = 16;
-const EXPERT_WARPS: usize = 22;
+const EXPERT_WARPS: usize = 24;
+const DOWN_WARPS: usize = 22;
 const NARROW: usize = 8;
 /// Row tiles of a block of the experts in its first product, at most: their scales and biases lie where the router's logits were.
 const GROUPS: usize = 15;
 /// Row tiles that a block of the experts may touch in its second product.
 const SHARES: usize = 4;
+
+/// Tiles of a warp of the projection of attention that are decoded ahead, if they have four bits, and the bytes of each.
+const AHEAD: (usize, usize) = (2, 2048);
 
 /// Blocks of the output layer that a multiprocessor has registers for.
 const OUTPUT_BLOCKS: usize = 4;
@@ -41,12 +45,34 @@ pub(crate) struct OneToken {
     best: Buffer,
     /// Row tiles of a block of the product of query, key and value, and its blocks.
     qkv: (usize, usize),
-    /// The same for the first product of the experts, blocks per rank.
-    experts: (usize, usize),
+    /// Blocks per rank of the experts, and their row tiles in the first product.
+    per_rank: usize,
+    experts: Split,
     /// Warps of a row tile in the second.
     share_warps: usize,
     /// Experts per token.
     ranks: usize,
+}
+
+/// How the row tiles of a rank are divided among its blocks.
+struct Split {
+    /// Row tiles of each of the first `early` blocks.
+    groups: usize,
+    early: usize,
+    /// Row tiles of each of the others.
+    late_groups: usize,
+}
+
+impl Split {
+    /// `late` blocks begin about a microsecond after the others, and what they ask for stands behind what all others asked for: they
+    /// have at least a fifth less to do.
+    fn new(tiles: usize, blocks: usize, late: usize) -> Split {
+        let late = if late < blocks { late } else { 0 };
+        let (even, early) = (tiles.div_ceil(blocks), blocks - late);
+        let rest = |groups: usize| tiles.saturating_sub(early * groups).div_ceil(late.max(1)).max(1);
+        let groups = (even..).find(|&groups| late == 0 || rest(groups) * 5 <= groups * 4).unwrap_or(even);
+        Split { groups, early, late_groups: rest(groups) }
+    }
 }
 
 impl OneToken {
@@ -65,10 +91,14 @@ impl OneToken {
         if per_rank == 0 || groups > WARPS {
             return Ok(None);
         }
-        let expert_groups = layer.gate_up.row_tiles().div_ceil(per_rank);
+        let late = match layer.output.row_tiles().saturating_sub(blocks) {
+            late if device.capability() >= 90 && late < blocks => late.div_ceil(ranks),
+            _ => 0,
+        };
+        let experts = Split::new(layer.gate_up.row_tiles(), per_rank, late);
         // As many warps for each rank of a row tile as there are, but not more than have something to do.
         let down_tiles = layer.down.padded_cols() / TILE_COLS;
-        let warps = per_rank * ranks * EXPERT_WARPS / (layer.down.row_tiles() * ranks);
+        let warps = per_rank * ranks * DOWN_WARPS / (layer.down.row_tiles() * ranks);
         let share_warps = warps.min(down_tiles.max(WARPS)) * ranks;
         let row_tiles = layer.output.row_tiles();
         let one = OneToken {
@@ -80,7 +110,8 @@ impl OneToken {
             rounds: device.buffer(blocks * 4)?,
             best: device.buffer(unembedding.row_tiles().div_ceil(NARROW) * 8)?,
             qkv: (groups, blocks.max(qkv_tiles.div_ceil(groups))),
-            experts: (expert_groups, per_rank),
+            per_rank,
+            experts,
             share_warps,
             ranks,
         };
@@ -93,18 +124,19 @@ impl OneToken {
                 && one.attended_shared(layer) <= room
                 && one.experts_shared(layer) <= room
         };
-        let reach = (EXPERT_WARPS - 1).checked_div(share_warps).map_or(usize::MAX, |n| n + 2);
+        let reach = (DOWN_WARPS - 1).checked_div(share_warps).map_or(usize::MAX, |n| n + 2);
         let possible =
-            expert_groups <= GROUPS && reach <= SHARES && output <= room && layers.iter().all(fits);
+            one.experts.groups <= GROUPS && reach <= SHARES && output <= room && layers.iter().all(fits);
         Ok(possible.then_some(one))
     }
 
     fn qkv_shared(&self, layer: &Layer) -> usize {
-        layer.qkv.padded_cols() * 2 + WARPS * flow_bytes(layer.qkv.format(), (1, 3), (3, 3))
+        layer.qkv.padded_cols() * 2 + WARPS * flow_bytes(layer.qkv.format(), (1, 3), (9, 1))
     }
 
     fn attended_shared(&self, layer: &Layer) -> usize {
-        layer.output.padded_cols() * 2 + WARPS * flow_bytes(layer.output.format(), (1, 3), (4, 1))
+        let ahead = if layer.output.format() == FP4 { AHEAD.0 * AHEAD.1 } else { 0 };
+        layer.output.padded_cols() * 2 + WARPS * (flow_bytes(layer.output.format(), (1, 3), (4, 1)) + ahead)
     }
 
     fn experts_shared(&self, layer: &Layer) -> usize {
@@ -137,9 +169,11 @@ impl OneToken {
             experts: config.experts as u32,
             experts_per_token: config.experts_per_token as u32,
             groups: 1,
+            early: 0,
+            late_groups: 0,
             share_warps: self.share_warps as u32,
-            padding: 0,
             eps: config.rms_norm_eps,
+            padding: 0,
         }
     }
 
@@ -188,11 +222,13 @@ impl OneToken {
         let params = One {
             down: layer.down.params(),
             router_bias: layer.router_bias.address(),
-            groups: self.experts.0 as u32,
+            groups: self.experts.groups as u32,
+            early: self.experts.early as u32,
+            late_groups: self.experts.late_groups as u32,
             ..self.params(cuda, &layer.gate_up, cuda.epilogue(After::Swiglu))
         };
         let name = if layer.gate_up.format() == BF16 { "one_experts_bf16" } else { "one_experts_fp4" };
-        let grid = [self.experts.1 as u32, self.ranks as u32, 1];
+        let grid = [self.ranks as u32, self.per_rank as u32, 1];
         // SAFETY: `exchange` has room for what the first product finds. There are not more blocks than multiprocessors, and each fits
         // on one, so that all are at work when they wait for one another.
         unsafe {
@@ -235,5 +271,5 @@ impl OneToken {
 }
 
 fn output_shared(matrix: &PackedMatrix) -> usize {
-    matrix.padded_cols() * 2 + NARROW * flow_bytes(matrix.format(), (1, 4), (3, 3))
+    matrix.padded_cols() * 2 + NARROW * flow_bytes(matrix.format(), (1, 4), (5, 3))
 }
