@@ -1,15 +1,17 @@
-// Both products of the experts' four-bit weights with some tokens each, on Hopper: a block takes some rows of some experts, first of the first
-// product, then, when all blocks have arrived, of the second. Other than in experts_few.cuh all tokens of an expert take part in its products
-// at once, so that each weight is decoded once, and they are too many for their activations to lie in shared memory: those come some column
-// tiles at a time for all warpgroups, each of which has 128 rows. What comes is brought by warps of their own, by bulk copies that run ahead,
-// the weights across the ends of passes and products.
+// Both products of the experts' four-bit weights with more than a few tokens each, on Hopper: a block takes some rows of some experts, first
+// of the first product, then of the second, where it waits only for the first product of the same expert. Other than in experts_few.cuh all
+// tokens of an expert, or many, take part in its products at once, so that each weight is decoded as rarely as can be, and they are too many
+// for their activations to lie in shared memory: those come some column tiles at a time for all warpgroups, each of which has 128 rows. What
+// comes is brought by warps of their own, by bulk copies that run ahead, the weights across the ends of passes and products.
 #include "experts.cuh"
 #include "hopper.cuh"
 
 struct Streamed {
     Part parts[2];             // the inputs are stacked, a row per slot
     const uint32_t* list;      // see `Routes`
-    uint32_t* barrier;         // counts the blocks that arrived, up to twice as many as there are, then from zero on
+    // [experts], units of the first product that are done, and of the second that know it; then passes that blocks have asked for. All are
+    // zero before and after.
+    uint32_t* done;
     uint32_t n, experts, experts_per_token;
     uint32_t stack;            // of both inputs
 };
@@ -18,81 +20,123 @@ static_assert(sizeof(Streamed) == 288);
 constexpr int GROUPS = 3, WARPS = 4 * GROUPS;            // that multiply
 constexpr int THREADS = (GROUPS + 1) * 128;              // one warp more for each warpgroup's weights, and one for the activations
 // Registers of a thread: what the block begins with is divided anew, and there is no more to be had.
-constexpr int REGISTERS = 65536 / THREADS, MULTIPLYING = 160, BRINGING = 32;
+constexpr int REGISTERS = 65536 / THREADS, MULTIPLYING = 152, BRINGING = 56;
 static_assert(GROUPS * MULTIPLYING + BRINGING <= (GROUPS + 1) * REGISTERS);
 constexpr int EACH = 2, UNIT = 4 * EACH;                 // row tiles of a warp and of a warpgroup in a pass
-constexpr int TOKENS = 72, SUMS = TOKENS / 2;            // of a pass; of a thread: 64 rows of its tokens
+constexpr int TOKENS = 88, SUMS = TOKENS / 2;            // of a pass; of a thread: 64 rows of its tokens
 constexpr int CHUNK = 3;                                 // column tiles that come together
 constexpr int TILE_BYTES = 512, SCALE_BYTES = 64;
 constexpr int SCALES = UNIT * CHUNK * TILE_BYTES, SLOT_BYTES = SCALES + UNIT * CHUNK * SCALE_BYTES;
 constexpr int LINE = TILE_COLS * 2;                      // bytes of a row of activations of one column tile
 constexpr int STAGE_BYTES = CHUNK * TOKENS * LINE;
 constexpr int SLOTS = 3, STAGES = 3;                     // chunks of a warpgroup's weights, and of activations
-constexpr int MAX_PASSES = 64;                           // of a block in one product
+constexpr int MAX_PARTS = 512;                           // of all experts' tokens
+constexpr int PASSES = 8;                                // of a block that are known at a time
 
-// GROUPS units of an expert, or the rest of them, with some of its tokens.
+// Tokens of an expert that take part in a pass together.
+struct Tokens {
+    uint32_t first;            // slot
+    uint8_t expert, n, parts;  // how many, and in how many such parts all of the expert's are
+};
+// GROUPS units of an expert in one of the products, or fewer, with some of its tokens.
 struct Pass {
-    uint32_t expert, first;    // the first of its slots
-    int n;                     // its slots
-    uint32_t unit, count;      // warpgroup g has the one of number `unit` + g
+    Tokens tokens;
+    uint32_t product;
+    uint32_t unit, count;      // warpgroup g has the one of number `unit` + g; the count is zero when there are no more passes
 };
 struct Shared {
     uint8_t stages[STAGES][STAGE_BYTES];         // [column tiles][tokens, rounded up to eights][LINE]
     uint8_t slots[GROUPS][SLOTS][SLOT_BYTES];    // [row tiles][column tiles]: codes, then scales
     uint64_t full[STAGES], empty[STAGES];        // barriers
     uint64_t arrived[GROUPS][SLOTS], left[GROUPS][SLOTS];
-    uint64_t multiplied;                         // the first product
-    Pass passes[2][MAX_PASSES];
-    uint32_t counts[2];                          // of passes
+    uint64_t finished;                           // a pass
+    Pass passes[PASSES];
+    uint32_t known;                              // how many passes were found
+    uint32_t over[GROUPS];                       // how many are finished and told, and how many the other warpgroups' bringers have seen
+    uint32_t counts[MAX_EXPERTS];                // of parts, and above, the tokens of each
+    uint32_t all, smaller;                       // parts, and those of which the second product's passes have a unit less
+    Tokens parts[MAX_PARTS];                     // those with the most first
 };
 // What Rust reserves, room to align it to 1024 bytes included.
 static_assert(sizeof(Shared) + 1024 <= 227 * 1024 && STAGE_BYTES % 1024 == 0);
 
 __device__ __forceinline__ uint32_t units_of(const Matrix& m) { return (row_tiles_of(m) + UNIT - 1) / UNIT; }
 
-// What this block does of a product. By one warp. An expert's tokens are cut into parts of equal size, each of which needs several passes. A
-// pass takes about as long as others with as many tokens: they are dealt to the blocks one by one, to and fro, those with the most first.
-__device__ __forceinline__ void make_plan(Shared& shared, const Streamed& p, const Routes& routes, uint32_t product) {
-    constexpr int ALL = MAX_EXPERTS / WARP;
-    const uint32_t lane = threadIdx.x % WARP, units = units_of(p.parts[product].matrix), pieces = (units + GROUPS - 1) / GROUPS;
-    uint32_t count[ALL], slot[ALL], size[ALL], own[ALL], start[ALL], total = 0; // size: of a part; own: passes; start: passes dealt before
-#pragma unroll
-    for (int i = 0; i < ALL; i++) {
-        const uint32_t expert = i * WARP + lane;
-        count[i] = expert < routes.experts ? routes.count(expert) : 0;
-        slot[i] = expert < routes.experts ? routes.first_slot(expert) : 0;
-        const uint32_t parts = (count[i] + TOKENS - 1) / TOKENS;
-        size[i] = parts ? (count[i] + 8 * parts - 1) / (8 * parts) * 8 : 0;
-        own[i] = parts * pieces;
+// Passes of a product for one part, of which each has so many units.
+__device__ __forceinline__ uint32_t passes_of(const Streamed& p, int product, uint32_t each = GROUPS) {
+    return (units_of(p.parts[product].matrix) + each - 1) / each;
+}
+
+// How the experts' tokens are divided. By all threads; a barrier must follow. An expert's tokens are cut into parts of equal size. As far as
+// that makes no more rounds of all blocks, the second product's last passes have a unit less.
+__device__ __forceinline__ void make_plan(Shared& shared, const Streamed& p, const Routes& routes) {
+    static_assert(THREADS >= MAX_EXPERTS);
+    const uint32_t expert = threadIdx.x;
+    uint32_t count = 0, slot = 0, size = 0, parts = 0;
+    if (expert < p.experts) {
+        count = routes.count(expert), slot = routes.first_slot(expert);
+        parts = (count + TOKENS - 1) / TOKENS;
+        size = parts ? (count + 8 * parts - 1) / (8 * parts) * 8 : 0;
+        shared.counts[expert] = size << 16 | parts;
     }
-    for (uint32_t tokens = TOKENS; tokens > 0; tokens -= 8) {
-#pragma unroll
-        for (int i = 0; i < ALL; i++) {
-            if (i * WARP >= routes.experts || !__any_sync(~0u, size[i] == tokens)) continue;
-            uint32_t sum = size[i] == tokens ? own[i] : 0;
-#pragma unroll
-            for (int j = 1; j < WARP; j *= 2) {
-                const uint32_t other = __shfl_up_sync(~0u, sum, j);
-                if (lane >= j) sum += other;
-            }
-            if (size[i] == tokens) start[i] = total + sum - own[i];
-            total += __shfl_sync(~0u, sum, WARP - 1);
+    __syncthreads();
+    if (expert >= p.experts) return;
+    uint32_t all = 0, before = 0; // parts of all, and those with more tokens
+    for (uint32_t i = 0; i < p.experts; i++) {
+        const uint32_t other = shared.counts[i], own = other & 0xffff;
+        all += own;
+        if (other >> 16 > size || (other >> 16 == size && i < expert)) before += own;
+    }
+    for (uint32_t i = 0; i < parts; i++)
+        shared.parts[before + i] = {slot + i * size, uint8_t(expert), uint8_t(min(count - i * size, size)), uint8_t(parts)};
+    if (expert > 0) return;
+    const uint32_t passes = all * (passes_of(p, 0) + passes_of(p, 1)), last_round = passes % gridDim.x;
+    const uint32_t more = passes_of(p, 1, GROUPS - 1) - passes_of(p, 1);
+    shared.all = all, shared.smaller = last_round && more ? min((gridDim.x - last_round) / more, all) : 0;
+}
+
+__device__ __forceinline__ uint32_t load_acquire_shared(const uint32_t* from) {
+    uint32_t v;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(from)) : "memory");
+    return v;
+}
+__device__ __forceinline__ void store_release_shared(uint32_t* to, uint32_t v) {
+    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(v) : "memory");
+}
+
+// This block's pass of number `i`, when it is known.
+__device__ __forceinline__ const Pass& pass_of(const Shared& shared, uint32_t i) {
+    while (load_acquire_shared(&shared.known) <= i) {}
+    return shared.passes[i % PASSES];
+}
+
+// Finds out what this block's pass of number `i` is. By one thread. Blocks ask for one when they have brought the weights of the one before,
+// and get them in this order: the first product before the second, and of each the parts with the most tokens first.
+__device__ __forceinline__ void find_pass(const Streamed& p, Shared& shared, uint32_t i) {
+    for (int group = 0; group < GROUPS; group++)
+        while (load_acquire_shared(&shared.over[group]) + PASSES <= i) {}
+    const uint32_t whole[2] = {passes_of(p, 0), passes_of(p, 1)}, large = shared.all - shared.smaller, cut = passes_of(p, 1, GROUPS - 1);
+    const uint32_t total = shared.all * whole[0] + large * whole[1] + shared.smaller * cut;
+    uint32_t number = blockIdx.x;
+    if (i > 0) {
+        const uint32_t asked = atomicAdd(p.done + p.experts, 1);
+        // Each block that has had one asks in vain once.
+        if (asked + 1 == total) p.done[p.experts] = 0;
+        number = gridDim.x + asked;
+    }
+    Pass pass = {};
+    if (number < total) {
+        uint32_t part = 0, passes = whole[0], each = GROUPS;
+        if (number >= shared.all * whole[0]) {
+            number -= shared.all * whole[0], pass.product = 1, passes = whole[1];
+            if (number >= large * whole[1]) number -= large * whole[1], part = large, passes = cut, each = GROUPS - 1;
         }
+        pass.tokens = shared.parts[part + number / passes];
+        pass.unit = number % passes * each;
+        pass.count = min(units_of(p.parts[pass.product].matrix) - pass.unit, each);
     }
-    uint32_t passes = 0;
-    for (;; passes++) {
-        const uint32_t number = passes * gridDim.x + (passes % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
-        if (number >= total) break;
-#pragma unroll
-        for (int i = 0; i < ALL; i++) {
-            if (size[i] == 0 || number - start[i] >= own[i]) continue;
-            uint32_t first = 0, unit = (number - start[i]) * GROUPS;
-            for (; unit >= pieces * GROUPS; unit -= pieces * GROUPS) first += size[i];
-            shared.passes[product][passes]
-                = {i * WARP + lane, slot[i] + first, int(min(count[i] - first, size[i])), unit, min(units - unit, uint32_t(GROUPS))};
-        }
-    }
-    if (lane == 0) shared.counts[product] = passes;
+    shared.passes[i % PASSES] = pass;
+    store_release_shared(&shared.known, i + 1);
 }
 
 // A place in a ring.
@@ -129,31 +173,34 @@ struct Weights {
     }
 };
 
-// All weights of a warpgroup. By one thread.
+// All weights of a warpgroup. By one thread, the first of which finds the passes.
 __device__ __forceinline__ void bring_weights(const Streamed& p, Shared& shared, uint32_t group) {
     const uint64_t policy = read_once();
     Turn<SLOTS> now;
-    for (int product = 0; product < 2; product++) {
-        const Matrix& m = p.parts[product].matrix;
-        const int columns = m.cols / TILE_COLS;
-        const uint32_t row_tiles = row_tiles_of(m);
-        for (uint32_t i = 0; i < shared.counts[product]; i++) {
-            const Pass& pass = shared.passes[product][i];
-            if (group >= pass.count) continue;
-            const uint32_t expert = pass.expert * row_tiles, first = (pass.unit + group) * UNIT;
-            for (int column = 0; column < columns; column += CHUNK, now.next()) {
-                const uint32_t full = shared_address(&shared.arrived[group][now.at]), to = shared_address(shared.slots[group][now.at]);
-                const int count = min(CHUNK, columns - column);
-                wait_barrier(shared_address(&shared.left[group][now.at]), now.parity ^ 1);
-                expect_bytes(full, UNIT * count * (TILE_BYTES + SCALE_BYTES));
+    for (uint32_t i = 0;; i++) {
+        if (group == 0) find_pass(p, shared, i);
+        const Pass pass = pass_of(shared, i);
+        if (pass.count == 0) break;
+        if (group > 0) store_release_shared(&shared.over[group], i + 1);
+        if (group >= pass.count) continue;
+        const Matrix& m = p.parts[pass.product].matrix;
+        const int columns = m.cols / TILE_COLS, row_tiles = row_tiles_of(m), first = (pass.unit + group) * UNIT;
+        // Where there are no more rows, the sums are of what was there before, and nobody's.
+        const int rows = min(UNIT, row_tiles - first);
+        const size_t tile = size_t(pass.tokens.expert * row_tiles + first) * columns;
+        const uint8_t *weights = (const uint8_t*)m.weights + tile * TILE_BYTES, *scales = (const uint8_t*)m.scales + tile * SCALE_BYTES;
+        for (int column = 0; column < columns; column += CHUNK, now.next()) {
+            const uint32_t full = shared_address(&shared.arrived[group][now.at]), to = shared_address(shared.slots[group][now.at]);
+            const int count = min(CHUNK, columns - column);
+            wait_barrier(shared_address(&shared.left[group][now.at]), now.parity ^ 1);
+            expect_bytes(full, rows * count * (TILE_BYTES + SCALE_BYTES));
 #pragma unroll
-                for (int r = 0; r < UNIT; r++) {
-                    // Where there are no more rows come others.
-                    const size_t from = size_t(expert + min(first + r, row_tiles - 1)) * columns + column;
-                    copy_bulk(to + r * CHUNK * TILE_BYTES, (const uint8_t*)m.weights + from * TILE_BYTES, count * TILE_BYTES, full, policy);
-                    copy_bulk(to + SCALES + r * CHUNK * SCALE_BYTES, (const uint8_t*)m.scales + from * SCALE_BYTES, count * SCALE_BYTES, full, policy);
-                }
+            for (int r = 0; r < UNIT; r++) {
+                if (r >= rows) break;
+                copy_bulk(to + r * CHUNK * TILE_BYTES, weights + r * columns * TILE_BYTES, count * TILE_BYTES, full, policy);
+                copy_bulk(to + SCALES + r * CHUNK * SCALE_BYTES, scales + r * columns * SCALE_BYTES, count * SCALE_BYTES, full, policy);
             }
+            weights += CHUNK * TILE_BYTES, scales += CHUNK * SCALE_BYTES;
         }
     }
 }
@@ -163,21 +210,25 @@ struct Inputs {
     uint32_t stages, full, empty; // addresses
     Turn<STAGES> now;
     __device__ __forceinline__ void wait() const { wait_barrier(full + 8 * now.at, now.parity); }
+    // The stage before this one.
+    __device__ __forceinline__ void leave_before() const {
+        if (threadIdx.x % 128 == 0) arrive(empty + 8 * ((now.at + STAGES - 1) % STAGES));
+    }
     __device__ __forceinline__ void leave() {
         if (threadIdx.x % 128 == 0) arrive(empty + 8 * now.at);
         now.next();
     }
 };
 
-// A warpgroup's sums of a pass. The next tile is decoded while the products of the one before are at work: where a branch follows these, all
-// of them begin before anything is decoded, and all is decoded before they are waited for. The compiler may not know that `some` is true.
+// A warpgroup's sums of a pass. The products of a tile begin while those of the one before are still at work, then the next is decoded. Where
+// a branch stands before that, the compiler leaves it all in this order; it may not know that `some` is true.
 template <int N> __device__ __forceinline__ void multiply_pass(float (&d)[EACH][SUMS], Weights& weights, Inputs& inputs, int columns, bool some) {
     uint32_t a[2][4][4];
-    auto begin = [&] { decode(weights.load(0, 0), a[0]); };
+    auto begin = [&](uint32_t (&to)[4][4]) { decode(weights.load(0, 0), to); };
     weights.wait();
-    begin();
-    inputs.wait();
-    for (; columns > 0; columns -= CHUNK) {
+    begin(a[0]);
+    for (bool first = true; columns > 0; columns -= CHUNK, first = false) {
+        inputs.wait();
         const uint32_t b = descriptor_of(inputs.stages + inputs.now.at * STAGE_BYTES);
 #pragma unroll
         for (int i = 0; i < EACH * CHUNK; i++) {
@@ -188,18 +239,20 @@ template <int N> __device__ __forceinline__ void multiply_pass(float (&d)[EACH][
 #pragma unroll
             for (int j = 0; j < 4; j++) multiply<FP4, N>(d[i % EACH], a[i % 2][j], descriptor(b, i / EACH * N * LINE + 32 * j));
             commit_products();
+            wait_for_products<1>();
+            if (i == 0 && !first) inputs.leave_before();
             if (i + 1 < EACH * CHUNK) {
                 if (some) decode(next, a[(i + 1) % 2]);
             } else if (columns > CHUNK) {
                 weights.leave();
                 weights.wait();
-                begin();
+                begin(a[0]);
             }
-            wait_for_products<0>();
         }
-        inputs.leave();
-        if (columns > CHUNK) inputs.wait();
+        inputs.now.next();
     }
+    wait_for_products<0>();
+    inputs.leave_before();
     weights.leave();
 }
 
@@ -207,21 +260,21 @@ template <int N> __device__ __forceinline__ void multiply_pass(float (&d)[EACH][
 __device__ __forceinline__ void finish_first(const float (&d)[EACH][SUMS], const Epilogue& e, const Affine (&affine)[EACH], const Pass& pass) {
     const uint32_t g = lane_row(), t = lane_quarter(), odd = g % 2, row_tile = row_tile_of(pass, 0) % UNIT;
     const uint32_t token = 2 * t + odd, position = product_position(row_tile * 8 + g - odd);
-    uint16_t* out = e.out16 + (size_t(row_tile_of(pass, 0) / UNIT) * e.out_stack + pass.first + token) * TILE_COLS
+    uint16_t* out = e.out16 + (size_t(row_tile_of(pass, 0) / UNIT) * e.out_stack + pass.tokens.first + token) * TILE_COLS
         + ((position / 8 ^ token) * 8 + position % 8);
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++) {
-        if (8 * j >= pass.n) break;
+        if (8 * j >= pass.tokens.n) break;
         uint32_t y[2]; // by token: both row tiles
 #pragma unroll
         for (int i = 0; i < 2; i++) {
-            uint16_t v[EACH];
+            __half v[EACH];
 #pragma unroll
             for (int r = 0; r < EACH; r++) {
                 const Affine& f = affine[r];
-                v[r] = activation(e.out_format, swiglu(d[r][4 * j + i] * f.scale + f.a, d[r][4 * j + 2 + i] * f.scale + f.b, e.limit, e.alpha));
+                v[r] = Number<FP4>::from(swiglu(d[r][4 * j + i] * f.scale + f.a, d[r][4 * j + 2 + i] * f.scale + f.b, e.limit, e.alpha));
             }
-            y[i] = v[0] | uint32_t(v[1]) << 16;
+            y[i] = __half_as_ushort(v[0]) | uint32_t(__half_as_ushort(v[1])) << 16;
         }
         const uint32_t own = odd ? y[1] : y[0], other = __shfl_xor_sync(~0u, odd ? y[0] : y[1], 4);
         const uint32_t even = odd ? other : own, after = odd ? own : other;
@@ -236,10 +289,10 @@ __device__ __forceinline__ void finish_second(
     for (int r = 0; r < EACH; r++) {
         const uint32_t row = row_tile_of(pass, r) * TILE_ROWS + lane_row();
         const bool lower = row < rows, upper = row + 8 < rows;
-        float* out = e.out + size_t(pass.first + 2 * lane_quarter()) * rows + row;
+        float* out = e.out + size_t(pass.tokens.first + 2 * lane_quarter()) * rows + row;
 #pragma unroll
         for (int j = 0; j < TOKENS / 8; j++) {
-            if (8 * j >= pass.n) break;
+            if (8 * j >= pass.tokens.n) break;
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float* to = out + size_t(8 * j + i) * rows;
@@ -259,15 +312,15 @@ __device__ __forceinline__ void take_pass(const Streamed& p, Weights& weights, I
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         affine[i] = {0, 0, 0};
-        if (row_tile_of(pass, i) < row_tiles) affine[i].load(part.epilogue, part.matrix, pass.expert, row_tile_of(pass, i), lane_row());
+        if (row_tile_of(pass, i) < row_tiles) affine[i].load(part.epilogue, part.matrix, pass.tokens.expert, row_tile_of(pass, i), lane_row());
     }
     float d[EACH][SUMS] = {};
     // The same in all lanes, and the compiler should know.
     inputs.now.at = __shfl_sync(~0u, inputs.now.at, 0), inputs.now.parity = __shfl_sync(~0u, inputs.now.parity, 0);
     weights.now.at = __shfl_sync(~0u, weights.now.at, 0), weights.now.parity = __shfl_sync(~0u, weights.now.parity, 0);
-    switch ((pass.n + 7) / 8) {
-#define WIDTH(N) case N / 8: multiply_pass<N>(d, weights, inputs, columns, pass.n > 0); break;
-        WIDTH(8) WIDTH(16) WIDTH(24) WIDTH(32) WIDTH(40) WIDTH(48) WIDTH(56) WIDTH(64) WIDTH(72)
+    switch ((pass.tokens.n + 7) / 8) {
+#define WIDTH(N) case N / 8: multiply_pass<N>(d, weights, inputs, columns, pass.tokens.n > 0); break;
+        WIDTH(8) WIDTH(16) WIDTH(24) WIDTH(32) WIDTH(40) WIDTH(48) WIDTH(56) WIDTH(64) WIDTH(72) WIDTH(80) WIDTH(88)
     }
     if (product == 0) finish_first(d, part.epilogue, affine, pass);
     else finish_second(d, part.epilogue, affine, pass, part.matrix.rows);
@@ -283,38 +336,56 @@ __device__ __forceinline__ void watch(Inputs& inputs, int columns) {
     }
 }
 
-// The activations of all passes. By one thread.
+__device__ __forceinline__ uint32_t load_acquire(const uint32_t* from) {
+    uint32_t v;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+
+// The activations of all passes. By one thread, which also tells the other blocks what this one has done of the first product: soon after the
+// next pass has begun, so that it needn't wait for the end of the one before, and before it waits for others itself.
 __device__ __forceinline__ void bring_inputs(const Streamed& p, Shared& shared) {
     Turn<STAGES> now;
-    for (int product = 0; product < 2; product++) {
-        if (product == 1) {
-            // What all blocks made: written by stores, read by bulk copies.
-            wait_barrier(shared_address(&shared.multiplied), 0);
+    uint32_t told = 0; // passes
+    auto tell = [&] {
+        const Pass& pass = shared.passes[told % PASSES];
+        wait_barrier(shared_address(&shared.finished), told % 2);
+        if (pass.product == 0) {
+            // Written by stores, read by bulk copies.
             asm volatile("fence.proxy.async.global;" ::: "memory");
             __threadfence();
-            // Every launch counts one half of the counter's range, so that it never ends in the midst of one.
-            const uint32_t half = atomicInc(p.barrier, 2 * gridDim.x - 1) / gridDim.x;
-            uint32_t seen;
-            do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p.barrier) : "memory");
-            while (seen / gridDim.x == half);
-            __threadfence();
-            asm volatile("fence.proxy.async.global;" ::: "memory");
+            atomicAdd(p.done + pass.tokens.expert, pass.count);
         }
-        const Part& part = p.parts[product];
+        store_release_shared(&shared.over[0], ++told);
+    };
+    uint32_t i = 0;
+    for (;; i++) {
+        const Pass pass = pass_of(shared, i);
+        if (pass.count == 0) break;
+        const Tokens tokens = pass.tokens;
+        if (pass.product == 1) {
+            const uint32_t needed = tokens.parts * units_of(p.parts[0].matrix), all = needed + tokens.parts * units_of(p.parts[1].matrix);
+            while (load_acquire(p.done + tokens.expert) < needed)
+                if (told < i) tell();
+            __threadfence();
+            asm volatile("fence.proxy.async.global;" ::: "memory");
+            // The last who needs to know leaves a zero.
+            if (atomicAdd(p.done + tokens.expert, pass.count) + pass.count == all) p.done[tokens.expert] = 0;
+        }
+        const Part& part = p.parts[pass.product];
         const int columns = part.matrix.cols / TILE_COLS;
-        for (uint32_t i = 0; i < shared.counts[product]; i++) {
-            const Pass pass = shared.passes[product][i];
-            const uint32_t bytes = (pass.n + 7) / 8 * 8 * LINE;
-            const uint16_t* from = part.input + size_t(pass.first) * TILE_COLS;
-            for (int column = 0; column < columns; column += CHUNK, now.next()) {
-                const uint32_t full = shared_address(&shared.full[now.at]), to = shared_address(shared.stages[now.at]);
-                const int count = min(CHUNK, columns - column);
-                wait_barrier(shared_address(&shared.empty[now.at]), now.parity ^ 1);
-                expect_bytes(full, count * bytes);
-                for (int i = 0; i < count; i++) copy_bulk(to + i * bytes, from + size_t(column + i) * p.stack * TILE_COLS, bytes, full);
-            }
+        const uint32_t bytes = (tokens.n + 7) / 8 * 8 * LINE;
+        const uint16_t* from = part.input + size_t(tokens.first) * TILE_COLS;
+        for (int column = 0; column < columns; column += CHUNK, now.next()) {
+            const uint32_t full = shared_address(&shared.full[now.at]), to = shared_address(shared.stages[now.at]);
+            const int count = min(CHUNK, columns - column);
+            wait_barrier(shared_address(&shared.empty[now.at]), now.parity ^ 1);
+            if (told < i && (column == STAGES * CHUNK || column + CHUNK >= columns)) tell();
+            expect_bytes(full, count * bytes);
+            for (int j = 0; j < count; j++, from += size_t(p.stack) * TILE_COLS) copy_bulk(to + j * bytes, from, bytes, full);
         }
     }
+    while (told < i) tell();
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) experts_streamed(const __grid_constant__ Streamed p) {
@@ -329,16 +400,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) experts_streamed(const 
         init_barrier(shared_address(&shared.arrived[0][threadIdx.x]), 1);
         init_barrier(shared_address(&shared.left[0][threadIdx.x]), 4);
     }
-    if (threadIdx.x == 0) init_barrier(shared_address(&shared.multiplied), WARPS);
+    if (threadIdx.x == 0) init_barrier(shared_address(&shared.finished), WARPS);
+    if (threadIdx.x < GROUPS) shared.over[threadIdx.x] = shared.known = 0;
     fence_barriers();
     wait_for_previous();
     start_next();
-    const Routes routes(p.list, p.experts, p.n * p.experts_per_token);
-    if (warp < 2) make_plan(shared, p, routes, warp);
+    make_plan(shared, p, Routes(p.list, p.experts, p.n * p.experts_per_token));
     __syncthreads();
     if (warp >= WARPS) {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(BRINGING));
-        if (threadIdx.x % WARP) return;
+        if (!elected()) return;
         if (warp < WARPS + GROUPS) bring_weights(p, shared, warp - WARPS);
         else bring_inputs(p, shared);
         return;
@@ -346,16 +417,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) experts_streamed(const 
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(MULTIPLYING));
     Weights weights = {shared_address(shared.slots[warp / 4]), shared_address(shared.arrived[warp / 4]), shared_address(shared.left[warp / 4])};
     Inputs inputs = {shared_address(shared.stages), shared_address(shared.full), shared_address(shared.empty)};
-    for (int product = 0; product < 2; product++) {
-        for (uint32_t i = 0; i < shared.counts[product]; i++) {
-            const Pass& pass = shared.passes[product][i];
-            if (warp / 4 < pass.count) take_pass(p, weights, inputs, product, pass);
-            else watch(inputs, p.parts[product].matrix.cols / TILE_COLS);
-        }
-        if (product == 1) break;
-        asm volatile("fence.proxy.async.global;" ::: "memory");
-        __threadfence();
+    for (uint32_t i = 0;; i++) {
+        const Pass& pass = pass_of(shared, i);
         __syncwarp();
-        if (threadIdx.x % WARP == 0) arrive(shared_address(&shared.multiplied));
+        if (pass.count == 0) break;
+        if (warp / 4 < pass.count) take_pass(p, weights, inputs, pass.product, pass);
+        else watch(inputs, p.parts[pass.product].matrix.cols / TILE_COLS);
+        asm volatile("fence.proxy.async.global;" ::: "memory");
+        __syncwarp();
+        if (threadIdx.x % WARP == 0) arrive(shared_address(&shared.finished));
     }
 }

@@ -95,6 +95,7 @@ template <int N> __device__ __forceinline__ void wait_for_products() { asm volat
 #define OUT32 OUT28 ", %28, %29, %30, %31"
 #define OUT36 OUT32 ", %32, %33, %34, %35"
 #define OUT40 OUT36 ", %36, %37, %38, %39"
+#define OUT44 OUT40 ", %40, %41, %42, %43"
 #define OUT48 OUT40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define OUT56 OUT48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define OUT64 OUT56 ", %56, %57, %58, %59, %60, %61, %62, %63"
@@ -110,6 +111,7 @@ template <int N> __device__ __forceinline__ void wait_for_products() { asm volat
 #define D32 D24, EIGHT(24)
 #define D36 D32, FOUR(32)
 #define D40 D32, EIGHT(32)
+#define D44 D40, FOUR(40)
 #define D48 D40, EIGHT(40)
 #define D56 D48, EIGHT(48)
 #define D64 D56, EIGHT(56)
@@ -128,6 +130,7 @@ template <int N> __device__ __forceinline__ void wait_for_products() { asm volat
     if constexpr (N == 64) WGMMA(64, TYPE, ADD, OUT32, "{%32, %33, %34, %35}, %36", D32);                                  \
     if constexpr (N == 72) WGMMA(72, TYPE, ADD, OUT36, "{%36, %37, %38, %39}, %40", D36);                                  \
     if constexpr (N == 80) WGMMA(80, TYPE, ADD, OUT40, "{%40, %41, %42, %43}, %44", D40);                                  \
+    if constexpr (N == 88) WGMMA(88, TYPE, ADD, OUT44, "{%44, %45, %46, %47}, %48", D44);                                  \
     if constexpr (N == 96) WGMMA(96, TYPE, ADD, OUT48, "{%48, %49, %50, %51}, %52", D48);                                  \
     if constexpr (N == 112) WGMMA(112, TYPE, ADD, OUT56, "{%56, %57, %58, %59}, %60", D56);                                \
     if constexpr (N == 128) WGMMA(128, TYPE, ADD, OUT64, "{%64, %65, %66, %67}, %68", D64);

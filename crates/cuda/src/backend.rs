@@ -138,8 +138,8 @@ pub(crate) struct Arena {
     routes: Buffer,
     /// u32 of each block of experts_few.cuh
     rounds: Buffer,
-    /// u32, counts the blocks of experts_streamed_sm90.cu; zero at first
-    barrier: Buffer,
+    /// u32 of each expert and one more for experts_streamed_sm90.cu; zero before and after
+    experts_done: Buffer,
     /// u32 `[2]`, see router_gather_sm90.cu; zero at first
     router_barrier: Buffer,
     /// f32 of each block of product_some_sm90.cu
@@ -371,7 +371,7 @@ impl Arena {
             router_logits: device.buffer(tokens * config.experts * 4)?,
             routes: device.buffer(route_words(config, tokens) * 4)?,
             rounds: device.buffer(4 * device.multiprocessors())?,
-            barrier: device.buffer(4)?,
+            experts_done: device.buffer(4 * (config.experts + 1))?,
             router_barrier: device.buffer(8)?,
             exchanged: device
                 .buffer(device.multiprocessors() * SOME_TOKENS * GEMM_ROW_TILES * TILE_ROWS * 4)?,
@@ -1165,20 +1165,17 @@ impl Cuda {
         [part(&layer.gate_up, input, first), part(&layer.down, &self.arena.activated, second)]
     }
 
-    /// Whether the experts have some tokens each, and take experts_streamed_sm90.cu.
+    /// Whether the experts have more than a few tokens each, and take experts_streamed_sm90.cu.
     fn some_each(&self, layer: &Layer, n: usize) -> bool {
         let (experts, pairs) = (self.config.experts, n * self.config.experts_per_token);
         // Each expert may have one part that is not full.
         let parts = pairs / STREAMED_TOKENS + experts;
-        let row_tiles = layer.gate_up.row_tiles().max(layer.down.row_tiles());
-        let passes = parts * row_tiles.div_ceil(STREAMED_ROW_TILES);
         self.device.capability() == 90
             && !self.options.batch_invariant
             && pairs > STREAMED_FROM * experts
-            && pairs <= STREAMED_EACH * experts
             && layer.gate_up.format() == FP4
             && layer.down.format() == FP4
-            && passes.div_ceil(self.device.multiprocessors()) <= STREAMED_PASSES
+            && parts <= STREAMED_PARTS
     }
 
     /// Both products of the experts with the activations of their slots.
@@ -1192,7 +1189,7 @@ impl Cuda {
         let params = Streamed {
             parts: self.parts(layer, &self.arena.gathered, first, second),
             list: self.arena.routes.address(),
-            barrier: self.arena.barrier.address(),
+            done: self.arena.experts_done.address(),
             n: n as u32,
             experts: self.config.experts as u32,
             experts_per_token: self.config.experts_per_token as u32,
@@ -1200,7 +1197,7 @@ impl Cuda {
         };
         let grid = [self.device.multiprocessors() as u32, 1, 1];
         // SAFETY: the slots are those of `n` tokens, for which the arena has room. There are not more blocks than
-        // multiprocessors, so that all come to the barrier between the products, and every launch has as many.
+        // multiprocessors, so that all are at work when they wait for one another.
         unsafe {
             self.device.launch(
                 "experts_streamed",
@@ -1655,14 +1652,14 @@ const FEW_PASSES: usize = 16;
 const OWN_ROUTES_TOKENS: usize = 64;
 /// Their bytes, at most: more would leave too little room for activations.
 const OWN_ROUTES_BYTES: usize = 7 << 10;
-/// Of experts_streamed_sm90.cu: tokens of a pass, threads of a block, its passes, at most, and row tiles of a pass.
-const STREAMED_TOKENS: usize = 72;
+/// Of experts_streamed_sm90.cu: tokens of a pass, at most, threads of a block, and parts of all tokens, at most.
+const STREAMED_TOKENS: usize = 88;
 const STREAMED_THREADS: u32 = 512;
-const STREAMED_PASSES: usize = 64;
-const STREAMED_ROW_TILES: usize = 24;
-/// From more than so many tokens per expert to so many, on average, it is the fastest.
-const STREAMED_FROM: usize = 8;
-const STREAMED_EACH: usize = 64;
+const STREAMED_PARTS: usize = 512;
+// The kernel counts an expert's parts in bytes.
+const _: () = assert!(MAX_TOKENS.div_ceil(STREAMED_TOKENS) < 256);
+/// With more than so many tokens per expert, on average, it is the fastest.
+const STREAMED_FROM: usize = 4;
 /// Up to so many tokens the router shares a token's experts among blocks.
 const ROUTER_FEW: usize = 160;
 /// Bytes of counters of the router's sorting warps: sixteen of all experts.

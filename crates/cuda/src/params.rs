@@ -108,7 +108,7 @@ params! {
     }
     /// experts_streamed_sm90.cu
     Streamed, 288 {
-        parts: [Part; 2], list: Address, barrier: Address, n: u32, experts: u32, experts_per_token: u32, stack: u32,
+        parts: [Part; 2], list: Address, done: Address, n: u32, experts: u32, experts_per_token: u32, stack: u32,
     }
     /// quantize.cu
     Quantize, 40 {
