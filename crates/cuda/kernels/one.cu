@@ -76,57 +76,28 @@ template <> struct Sums<FP4> {
         uint32_t scales; // of two blocks, each of row g and g + 8
         __device__ __forceinline__ void load_shared(uint32_t weights, uint32_t scales) {
             words = ::load_shared(weights + threadIdx.x % WARP * 16);
-            this->scales = load_scales(scales);
-        }
-        static __device__ __forceinline__ uint32_t load_scales(uint32_t scales) {
-            uint32_t v;
-            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(scales + lane_row() * 8 + lane_quarter() % 2 * 4) : "memory");
-            return v;
+            asm volatile("ld.shared.u32 %0, [%1];" : "=r"(this->scales) : "r"(scales + lane_row() * 8 + lane_quarter() % 2 * 4) : "memory");
         }
     };
     float sum[2] = {};
     uint4 b[2] = {}; // stay zeros in lanes without inputs
     uint32_t x;
     __device__ __forceinline__ Sums(const uint16_t* inputs) : x(shared_address(inputs) + lane_quarter() * 32) {}
-    // `words(j, a)`: a tile's word j, decoded.
-    template <class Words> __device__ __forceinline__ void add(uint32_t scales, Words words) {
+    __device__ __forceinline__ void add(const Piece& tile) {
         if (lane_row() == lane_quarter()) b[0] = load_shared(x), b[1] = load_shared(x + 16);
         x += TILE_COLS * 2;
         float d[4] = {};
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             uint32_t a[4];
-            words(j, a);
+            codes(j == 0 ? tile.words.x : j == 1 ? tile.words.y : j == 2 ? tile.words.z : tile.words.w, a);
             Number<FP4>::multiply(d, a, j % 2 ? b[j / 2].z : b[j / 2].x, j % 2 ? b[j / 2].w : b[j / 2].y);
         }
         // A scale byte has five bits of exponent and three of mantissa: the middle of an FP16 number.
-        uint32_t lower = (scales & 0x00ff00ffu) << 7, upper = scales >> 1 & 0x7f807f80u;
+        uint32_t lower = (tile.scales & 0x00ff00ffu) << 7, upper = tile.scales >> 1 & 0x7f807f80u;
         float2 l = __half22float2(reinterpret_cast<__half2&>(lower)), u = __half22float2(reinterpret_cast<__half2&>(upper));
         sum[0] = fmaf(d[1], l.y, fmaf(d[0], l.x, sum[0]));
         sum[1] = fmaf(d[3], u.y, fmaf(d[2], u.x, sum[1]));
-    }
-    static __device__ __forceinline__ void decode(const Piece& tile, int j, uint32_t (&a)[4]) {
-        codes(j == 0 ? tile.words.x : j == 1 ? tile.words.y : j == 2 ? tile.words.z : tile.words.w, a);
-    }
-    __device__ __forceinline__ void add(const Piece& tile) {
-        add(tile.scales, [&](int j, uint32_t (&a)[4]) { decode(tile, j, a); });
-    }
-    // With what `store_decoded` left at `decoded`.
-    __device__ __forceinline__ void add_decoded(uint32_t decoded, uint32_t scales) {
-        add(scales, [&](int j, uint32_t (&a)[4]) {
-            const uint4 v = ::load_shared(decoded + j * 512 + threadIdx.x % WARP * 16);
-            a[0] = v.x, a[1] = v.y, a[2] = v.z, a[3] = v.w;
-        });
-    }
-    static __device__ __forceinline__ void store_decoded(const Piece& tile, uint32_t decoded) {
-#pragma unroll
-        for (int j = 0; j < 4; j++) {
-            uint32_t a[4];
-            decode(tile, j, a);
-            asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(decoded + j * 512 + threadIdx.x % WARP * 16), "r"(a[0]), "r"(a[1]),
-                         "r"(a[2]), "r"(a[3])
-                         : "memory");
-        }
     }
     __device__ __forceinline__ float lower() const { return sum[0] + __shfl_xor_sync(~0u, sum[0], 1); }
     __device__ __forceinline__ float upper() const { return sum[1] + __shfl_xor_sync(~0u, sum[1], 1); }
@@ -135,12 +106,10 @@ template <> struct Sums<FP4> {
 // Consecutive tiles of a row tile on their way to one warp through its own piece of shared memory, CHUNK at a time, SLOTS chunks
 // ahead; after the last come those of the next row tile, if there is one. From Hopper on four-bit weights come by bulk copies, which do
 // not stand in the way of other loads. Else each chunk is one group of copies, and at the end come empty ones: BF16 has too few chunks
-// on their way for bulk copies, which take longer each. The first AHEAD tiles may be decoded before their inputs are known.
-template <Format F, int CHUNK, int SLOTS, int AHEAD = 0> struct Flow {
+// on their way for bulk copies, which take longer each.
+template <Format F, int CHUNK, int SLOTS> struct Flow {
     static constexpr int WEIGHTS = F == FP4 ? 512 : 2048, SCALES = F == FP4 ? 64 : 0; // bytes of a tile
     static constexpr int BARRIER = CHUNK * (WEIGHTS + SCALES), BYTES = BARRIER + 16;  // of a slot: the place of its barrier, and all
-    static constexpr int DECODED = 2048;                                              // bytes of a decoded tile
-    static constexpr int ALL = SLOTS * BYTES + AHEAD * DECODED;                       // bytes of a warp
 #if __CUDA_ARCH__ >= 900
     static constexpr bool BULK = F == FP4;
 #else
@@ -152,9 +121,9 @@ template <Format F, int CHUNK, int SLOTS, int AHEAD = 0> struct Flow {
     uint32_t shared, slot, parity;   // addresses in shared memory; which phase of its barrier the slot's chunk ends
     uint64_t policy;
 
-    // `all` has ALL bytes for each warp.
+    // `all` has BYTES * SLOTS for each warp.
     __device__ __forceinline__ Flow(uint8_t* all) : parity(0) {
-        slot = shared = shared_address(all) + threadIdx.x / WARP * ALL;
+        slot = shared = shared_address(all) + threadIdx.x / WARP * (BYTES * SLOTS);
         policy = read_once();
         if constexpr (BULK) {
             if (threadIdx.x % WARP == 0)
@@ -209,44 +178,22 @@ template <Format F, int CHUNK, int SLOTS, int AHEAD = 0> struct Flow {
         }
         left -= CHUNK, weights += CHUNK * WEIGHTS, scales += CHUNK * SCALES;
     }
-    // Until the next chunk is there.
-    __device__ __forceinline__ void wait() const {
-        if constexpr (BULK) {
-            wait_barrier(slot + BARRIER, parity);
-        } else {
-            wait_for_copies<SLOTS - 1>();
-            __syncwarp();
-        }
-    }
-    __device__ __forceinline__ typename Sums<F>::Piece tile(int i) const {
-        typename Sums<F>::Piece tile;
-        tile.load_shared(slot + i * WEIGHTS, slot + CHUNK * WEIGHTS + i * SCALES);
-        return tile;
-    }
-    __device__ __forceinline__ uint32_t decoded(int i) const { return shared + SLOTS * BYTES + i * DECODED; }
-    // The first tiles, of `count`.
-    __device__ __forceinline__ void decode_ahead(int count) const {
-        if (count <= 0) return;
-        wait();
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++)
-            if (i < count) Sums<F>::store_decoded(tile(i), decoded(i));
-    }
     // The sums over the next `count` tiles go to `to`; `sums` begin with the inputs of the first.
     template <class Next> __device__ __forceinline__ void multiply(int count, Sums<F> sums, float* to, float factor, Next next) {
 #pragma unroll 1
         for (int more = count; more > 0; more -= CHUNK) {
-            wait();
+            if constexpr (BULK) {
+                wait_barrier(slot + BARRIER, parity);
+            } else {
+                wait_for_copies<SLOTS - 1>();
+                __syncwarp();
+            }
 #pragma unroll
             for (int i = 0; i < CHUNK; i++) {
                 if (i >= more) break;
-                if constexpr (AHEAD > 0) {
-                    if (i < AHEAD && more == count) {
-                        sums.add_decoded(decoded(i), Sums<F>::Piece::load_scales(slot + CHUNK * WEIGHTS + i * SCALES));
-                        continue;
-                    }
-                }
-                sums.add(tile(i));
+                typename Sums<F>::Piece tile;
+                tile.load_shared(slot + i * WEIGHTS, slot + CHUNK * WEIGHTS + i * SCALES);
+                sums.add(tile);
             }
             if (left <= 0) next();
             if (!BULK || left > 0) {
@@ -467,7 +414,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
 
 // What attention found, projected and added to the residual stream, and what that adds to the router's logits. `blockIdx.x`: a row
 // tile.
-template <Format F, int CHUNK, int SLOTS, int AHEAD> __device__ __forceinline__ void attended(const One& p) {
+template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attended(const One& p) {
     extern __shared__ __align__(16) uint16_t x[]; // [cols], the flows
     __shared__ float partial[WARPS][TILE_ROWS];
     __shared__ float added[TILE_ROWS], normed[TILE_ROWS];
@@ -475,7 +422,7 @@ template <Format F, int CHUNK, int SLOTS, int AHEAD> __device__ __forceinline__ 
     const int warp = threadIdx.x / WARP, column_tiles = m.cols / TILE_COLS, row_tile = blockIdx.x;
     const int begin = column_tiles * warp / WARPS, end = column_tiles * (warp + 1) / WARPS;
     start_next();
-    Flow<F, CHUNK, SLOTS, AHEAD> flow((uint8_t*)(x + m.cols));
+    Flow<F, CHUNK, SLOTS> flow((uint8_t*)(x + m.cols));
     flow.start(m, size_t(row_tile) * column_tiles + begin, end - begin);
     __syncthreads();
     // Thread `16 row + w` puts together what warp w has of a row.
@@ -497,8 +444,6 @@ template <Format F, int CHUNK, int SLOTS, int AHEAD> __device__ __forceinline__ 
     float router_weights[KEPT];
 #pragma unroll
     for (int i = 0; i < KEPT; i++) router_weights[i] = router_weight(i * EXPERTS + threadIdx.x / TILE_ROWS);
-    // To decode takes longer than all the rest, and attention is still at work.
-    if constexpr (AHEAD > 0) flow.decode_ahead(end - begin);
 
     wait_for_previous();
     float before = finishes && own == 0 ? p.whole[row] : 0.f;
@@ -791,8 +736,8 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output
     extern "C" __global__ void __maxnreg__(REGISTERS) NAME(const __grid_constant__ One p) { __VA_ARGS__(p); }
 KERNEL(one_qkv_bf16, 56, qkv<BF16, 1, 3>)
 KERNEL(one_qkv_fp4, 56, qkv<FP4, 9, 1>)
-KERNEL(one_attended_bf16, 56, attended<BF16, 1, 3, 0>)
-KERNEL(one_attended_fp4, 56, attended<FP4, 4, 1, 2>)
+KERNEL(one_attended_bf16, 56, attended<BF16, 1, 3>)
+KERNEL(one_attended_fp4, 56, attended<FP4, 4, 1>)
 KERNEL(one_experts_bf16, 48, both_products<BF16, 1, 2>)
 KERNEL(one_experts_fp4, 48, both_products<FP4, 3, 2>)
 KERNEL(one_norm_bf16, 64, last_norm<BF16>)

@@ -22,9 +22,6 @@ const GROUPS: usize = 15;
 /// Row tiles that a block of the experts may touch in its second product.
 const SHARES: usize = 4;
 
-/// Tiles of a warp of the projection of attention that are decoded ahead, if they have four bits, and the bytes of each.
-const AHEAD: (usize, usize) = (2, 2048);
-
 /// Blocks of the output layer that a multiprocessor has registers for.
 const OUTPUT_BLOCKS: usize = 4;
 
@@ -135,8 +132,7 @@ impl OneToken {
     }
 
     fn attended_shared(&self, layer: &Layer) -> usize {
-        let ahead = if layer.output.format() == FP4 { AHEAD.0 * AHEAD.1 } else { 0 };
-        layer.output.padded_cols() * 2 + WARPS * (flow_bytes(layer.output.format(), (1, 3), (4, 1)) + ahead)
+        layer.output.padded_cols() * 2 + WARPS * flow_bytes(layer.output.format(), (1, 3), (4, 1))
     }
 
     fn experts_shared(&self, layer: &Layer) -> usize {
