@@ -401,12 +401,14 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
     wait_for_previous();
     if (int(blockIdx.x * p.groups) >= row_tiles_of(m)) return;
     stream.load(p);
+    // All weights of four bits are on their way.
+    if (F == FP4) start_next();
     Rotation rotation;
     if (finishes) rotation.load(e, own_tile, pair, 0);
     stream.template norm<F>(p, scale, x, blockIdx.x == 0);
     __syncthreads();
     // Not earlier: the residual stream would wait behind the weights of the projection of attention.
-    start_next();
+    if (F != FP4) start_next();
     flow.multiply(busy ? end - begin : 0, Sums<F>(x + begin * TILE_COLS), partial[warp], 1);
     __syncthreads();
     if (!finishes) return;
