@@ -22,6 +22,7 @@ static_assert(sizeof(RouterGather) == 88);
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP;
 constexpr int TOKENS = 8;                     // of a cluster
+constexpr int MAX_RANKS = 4;                  // blocks of a cluster
 constexpr int STEP = 16;                      // inputs of a product
 constexpr int STEPS = MAX_HIDDEN / STEP / WARPS / 2; // of a warp, where two blocks share the inputs
 constexpr int EXPERT_TILES = 2;               // of sixteen experts, at most
@@ -42,7 +43,7 @@ struct Layout {
 extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __grid_constant__ RouterGather p) {
     extern __shared__ __align__(16) uint8_t shared[];
     __shared__ float squares[WARPS][TOKENS], square[TOKENS], partial[EXPERT_TILES * 16 * TOKENS], logits[TOKENS * EXPERT_TILES * 16];
-    __shared__ uint32_t counts[2][EXPERT_TILES * 16], firsts[EXPERT_TILES * 16 + 1], own_slots[MAX_PAIRS];
+    __shared__ uint32_t counts[2][EXPERT_TILES * 16], firsts[EXPERT_TILES * 16 + 1], own_experts[MAX_PAIRS], own_slots[MAX_PAIRS];
     const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane_row(), t = lane_quarter();
     const uint32_t rank = cluster_rank(), ranks = cluster_size(), column_tiles = p.hidden / TILE_COLS;
     const uint32_t first_tile = column_tiles * rank / ranks, tiles = column_tiles * (rank + 1) / ranks - first_tile, first_input = first_tile * TILE_COLS;
@@ -125,22 +126,23 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
         square[threadIdx.x] = all;
     }
     cluster_barrier();
-    auto inverse_of = [&](uint32_t token) {
-        float all = 0;
-#pragma unroll 1
-        for (uint32_t r = 0; r < ranks; r++) all += read_of_cluster(square + token, r);
-        return rsqrtf(all / p.hidden + p.eps);
+    // What all blocks have of it, all reads on their way together.
+    auto sum_of_cluster = [&](const float* own) {
+        float parts[MAX_RANKS], all = 0;
+#pragma unroll
+        for (int r = 0; r < MAX_RANKS; r++) parts[r] = r < ranks ? read_of_cluster(own, r) : 0;
+#pragma unroll
+        for (int r = 0; r < MAX_RANKS; r++) all += parts[r];
+        return all;
     };
+    auto inverse_of = [&](uint32_t token) { return rsqrtf(sum_of_cluster(square + token) / p.hidden + p.eps); };
     const float inverse = inverse_of(g);
     // The choices of some of the tokens are this block's.
     const uint32_t chosen = TOKENS / ranks;
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < p.experts * chosen; i += THREADS) {
         const uint32_t token = rank * chosen + i / p.experts, expert = i % p.experts;
-        float logit = 0;
-#pragma unroll 1
-        for (uint32_t r = 0; r < ranks; r++) logit += read_of_cluster(partial + expert * TOKENS + token, r);
-        logits[i] = logit * inverse_of(token) + p.bias[expert];
+        logits[i] = sum_of_cluster(partial + expert * TOKENS + token) * inverse_of(token) + p.bias[expert];
     }
     __syncthreads();
     if (warp < chosen && rank * chosen + warp < tokens)
@@ -176,11 +178,20 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
     // How many pairs of each expert there are, and how many of them before this cluster's.
     const uint32_t* expert_of = p.routes + routes.pairs_at(1);
     const uint32_t first_pair = first * p.experts_per_token, own_pairs = tokens * p.experts_per_token;
-#pragma unroll 4
-    for (uint32_t i = threadIdx.x; i < routes.pairs; i += THREADS) {
-        const uint32_t expert = __ldcg(expert_of + i);
-        atomicAdd(counts[0] + expert, 1);
-        if (i < first_pair) atomicAdd(counts[1] + expert, 1);
+    constexpr int TOGETHER = 4; // reads
+#pragma unroll 1
+    for (uint32_t begin = threadIdx.x; begin < routes.pairs; begin += TOGETHER * THREADS) {
+        uint32_t experts[TOGETHER];
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) experts[k] = begin + k * THREADS < routes.pairs ? __ldcg(expert_of + begin + k * THREADS) : 0;
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            const uint32_t i = begin + k * THREADS;
+            if (i >= routes.pairs) break;
+            atomicAdd(counts[0] + experts[k], 1);
+            if (i < first_pair) atomicAdd(counts[1] + experts[k], 1);
+            else if (i < first_pair + own_pairs) own_experts[i - first_pair] = experts[k];
+        }
     }
     __syncthreads();
     if (warp == 0) {
@@ -211,7 +222,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
 #pragma unroll 1
         for (uint32_t i = 0; i < own_pairs; i += WARP) {
             const bool inside = i + lane < own_pairs;
-            const uint32_t pair = first_pair + i + lane, e = inside ? __ldcg(expert_of + pair) : ~0u, same = __match_any_sync(~0u, e);
+            const uint32_t pair = first_pair + i + lane, e = inside ? own_experts[i + lane] : ~0u, same = __match_any_sync(~0u, e);
             const uint32_t before = inside ? counts[1][e] : 0, place = __popc(same & ((1u << lane) - 1));
             __syncwarp();
             if (inside && place == 0) counts[1][e] = before + __popc(same);

@@ -84,15 +84,27 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant
     x.load(residual, p.hidden);
     if (p.experts) {
         Routes routes(p.routes, p.experts_count, p.n * p.experts_per_token);
+        // Each lane looks where one rank's output is; then those of two are on their way together.
+        const uint32_t pair = row * p.experts_per_token + min(threadIdx.x % WARP, p.experts_per_token - 1);
+        const uint32_t slot = routes.slot_of_pair(pair);
+        const float weight = routes.weight_of_pair(pair);
         Vector<PRODUCT_VALUES> sum = {};
-        for (uint32_t rank = 0; rank < p.experts_per_token; rank++) {
-            uint32_t pair = row * p.experts_per_token + rank;
-            float weight = routes.weight_of_pair(pair);
-            Vector<PRODUCT_VALUES> y;
-            y.load(p.experts + size_t(routes.slot_of_pair(pair)) * p.hidden, p.hidden);
-            for (int i = 0; i < PRODUCT_VALUES; i++) {
-                sum.v[i].x += weight * y.v[i].x, sum.v[i].y += weight * y.v[i].y;
-                sum.v[i].z += weight * y.v[i].z, sum.v[i].w += weight * y.v[i].w;
+        for (uint32_t first = 0; first < p.experts_per_token; first += 2) {
+            Vector<PRODUCT_VALUES> y[2];
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const uint32_t from = __shfl_sync(~0u, slot, first + k);
+                if (first + k < p.experts_per_token) y[k].load(p.experts + size_t(from) * p.hidden, p.hidden);
+            }
+#pragma unroll
+            for (int k = 0; k < 2; k++) {
+                const float w = __shfl_sync(~0u, weight, first + k);
+                if (first + k >= p.experts_per_token) break;
+#pragma unroll
+                for (int i = 0; i < PRODUCT_VALUES; i++) {
+                    sum.v[i].x += w * y[k].v[i].x, sum.v[i].y += w * y[k].v[i].y;
+                    sum.v[i].z += w * y[k].v[i].z, sum.v[i].w += w * y[k].v[i].w;
+                }
             }
         }
         for (int i = 0; i < PRODUCT_VALUES; i++) {

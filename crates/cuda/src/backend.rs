@@ -1015,9 +1015,14 @@ impl Cuda {
             && n > DENSE_TOKENS
             && n <= SOME_TOKENS
             && matrix.format() == BF16
-            && shares > 1;
-        let after = [After::Qkv as u32, After::Residual as u32];
-        (fits && after.contains(&epilogue.kind)).then_some(shares)
+            && match epilogue.kind {
+                QKV => shares > 1,
+                // With more tokens gemm_sm90.cu is faster.
+                RESIDUAL => shares > 1 && n <= GEMM_TOKENS,
+                STORE => matrix.row_tiles().is_multiple_of(GEMM_ROW_TILES) && !matrix.has_bias(),
+                _ => false,
+            };
+        fits.then_some(if epilogue.kind == STORE { 1 } else { shares })
     }
 
     fn product_of_some(
@@ -1029,6 +1034,14 @@ impl Cuda {
         epilogue: Epilogue,
     ) -> Result<(), Error> {
         let multiprocessors = self.device.multiprocessors();
+        let few = n <= GEMM_TOKENS;
+        let (name, early) = match (epilogue.kind, few) {
+            (QKV, true) => ("product_some_qkv_128", 8),
+            (QKV, false) => ("product_some_qkv_256", 5),
+            (RESIDUAL, _) => ("product_some_residual_128", 3),
+            (_, true) => ("product_some_128", 6),
+            (_, false) => ("product_some_256", 6),
+        };
         let params = Exchanged {
             matrix: matrix.params(),
             input,
@@ -1037,17 +1050,15 @@ impl Cuda {
             arrivals: self.arena.exchanges.address() + 4 * (shares * multiprocessors) as u64,
             n: n as u32,
             stack: self.stack(matrix, n),
+            early,
+            padding: 0,
         };
-        let (name, threads, shared) = match (epilogue.kind == After::Qkv as u32, n <= GEMM_TOKENS) {
-            (true, true) => ("product_some_qkv_128", 256 + 32, SOME_SHARED_128),
-            (true, false) => ("product_some_qkv_256", 256 + 128, SOME_SHARED_256),
-            (false, true) => ("product_some_residual_128", 256 + 32, SOME_SHARED_128),
-            (false, false) => ("product_some_residual_256", 256 + 128, SOME_SHARED_256),
-        };
-        let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, shares as u32, 1];
+        let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES).min(multiprocessors);
+        let grid = [blocks as u32, shares as u32, 1];
+        let shared = if few { SOME_SHARED_128 } else { SOME_SHARED_256 };
         // SAFETY: as in `product`; the arena's stacks have room for whole tiles. There are not more blocks than multiprocessors, each of
         // which has room for one, so that all are at work when they wait for one another.
-        unsafe { self.device.launch(name, grid, threads, shared, &params) }
+        unsafe { self.device.launch(name, grid, 256, shared, &params) }
     }
 
     fn product_of_many(
@@ -1672,6 +1683,10 @@ const DENSE_TOKENS: usize = 32;
 const DENSE_ROW_TILES: usize = 3;
 const DENSE_WARPS: u32 = 12;
 const DENSE_SHARED: usize = DENSE_WARPS as usize * 8 * 2048;
+/// Kinds of `Epilogue`.
+const STORE: u32 = After::Store as u32;
+const QKV: u32 = After::Qkv as u32;
+const RESIDUAL: u32 = After::Residual as u32;
 /// product_some_sm90.cu: tokens and blocks that share the inputs, at most, and its shared memory with up to `GEMM_TOKENS` and with more.
 const SOME_TOKENS: usize = 256;
 const SOME_SHARES: usize = 5;

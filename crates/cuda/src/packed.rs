@@ -44,6 +44,11 @@ impl PackedMatrix {
         if self.scales.is_some() { FP4 } else { BF16 }
     }
 
+    /// Whether something is added to the sums.
+    pub(crate) fn has_bias(&self) -> bool {
+        self.bias.is_some()
+    }
+
     /// Columns, padded to whole tiles.
     pub(crate) fn padded_cols(&self) -> usize {
         self.cols.next_multiple_of(TILE_COLS)
