@@ -3,9 +3,13 @@
 //! The residual stream is f32. Products take 16-bit activations: BF16 with BF16 weights, FP16 with four-bit weights, which
 //! FP16 holds exactly together with their block scale; sums are f32. Keys and values are stored in BF16, or in E4M3.
 
+mod arena;
+mod attention;
 mod backend;
+mod batch;
 mod device;
 mod driver;
+mod experts;
 mod fp4;
 #[cfg(test)]
 mod fp4_emulation;
@@ -14,6 +18,8 @@ mod fp4_layout;
 mod one;
 mod packed;
 mod params;
+mod products;
+mod router;
 mod sampling;
 mod self_test;
 

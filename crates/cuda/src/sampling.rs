@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use gptoss::{Error, Logprobs, Sampled, Sampling, TokenLogprobs, sample, score, uniform};
 
-use crate::backend::LOGIT_ROWS;
+use crate::arena::LOGIT_ROWS;
 use crate::device::{Buffer, Device, Pinned};
 use crate::driver::Address;
 use crate::params::{Job, Record, Samples};

@@ -1,0 +1,147 @@
+//! The router: which kernels choose the experts of tokens, and put the activations in the order of their products.
+
+use gptoss::Error;
+
+use crate::arena::max_slots;
+use crate::attention::MAX_PARTS;
+use crate::backend::{Cuda, Layer};
+use crate::batch::Shape;
+use crate::packed::TILE_COLS;
+use crate::params::{Gather, ORDERED, Router, RouterGather};
+
+/// The router's limit.
+pub(crate) const MAX_EXPERTS: usize = 256;
+/// Experts per token that one block puts together.
+pub(crate) const MAX_RANKS: usize = 16;
+/// Up to so many tokens the router shares a token's experts among blocks.
+const ROUTER_FEW: usize = 160;
+/// Bytes of counters of the router's sorting warps: sixteen of all experts.
+const ROUTER_COUNTS: usize = 16 * MAX_EXPERTS * 4;
+/// Tokens that a block of `router_many` takes at a time, and its own shared memory.
+const ROUTER_TOKENS: usize = 8;
+const ROUTER_STATIC: usize = 21 << 10;
+/// router_gather_sm90.cu: experts, at most, and its own shared memory.
+const ROUTER_GATHER_EXPERTS: usize = 32;
+const ROUTER_GATHER_STATIC: usize = 4 << 10;
+
+impl Cuda {
+    /// Where router_gather_sm90.cu takes `n` tokens: the blocks that share a token's inputs.
+    pub(crate) fn router_shares(&self, n: usize) -> Option<usize> {
+        let (config, multiprocessors) = (&self.config, self.device.multiprocessors());
+        let clusters = n.div_ceil(ROUTER_TOKENS);
+        // All blocks must have room at a time. The multiprocessors of a cluster are of one of up to eight groups, in each of which some may
+        // be left over; but all are pairs.
+        let shares = [4, 2].into_iter().find(|&shares| {
+            let left_over = if shares > 2 { 8 * (shares - 1) } else { 0 };
+            clusters * shares + left_over <= multiprocessors
+                && self.router_gather_shared(shares) <= self.device.shared_bytes()
+        });
+        let fits = self.device.capability() == 90
+            && !self.options.batch_invariant
+            && self.many(n)
+            && config.experts <= ROUTER_GATHER_EXPERTS
+            && config.hidden_size % TILE_COLS == 0
+            && config.hidden_size >= 4 * TILE_COLS;
+        shares.filter(|_| fits)
+    }
+
+    /// Shared memory of router_gather_sm90.cu: its own, and what `Layout` has.
+    fn router_gather_shared(&self, shares: usize) -> usize {
+        let inputs = (self.config.hidden_size / TILE_COLS).div_ceil(shares) * TILE_COLS;
+        let experts = self.config.experts;
+        ROUTER_GATHER_STATIC
+            + inputs * 4
+            + experts.next_multiple_of(16) * (inputs * 2 + 32)
+            + 16 * experts * 9 * 4
+    }
+
+    /// Norm, router and the activations in the slots of the experts.
+    pub(crate) fn route_and_gather(&self, layer: &Layer, n: usize, shares: usize) -> Result<(), Error> {
+        let params = RouterGather {
+            residual: self.arena.residual.address(),
+            norm_scale: layer.post_attention_norm.address(),
+            weights: layer.router.address(),
+            bias: layer.router_bias.address(),
+            out: self.arena.gathered.address(),
+            routes: self.arena.routes.address(),
+            barrier: self.arena.router_barrier.address(),
+            hidden: self.config.hidden_size as u32,
+            n: n as u32,
+            experts: self.config.experts as u32,
+            experts_per_token: self.config.experts_per_token as u32,
+            format: layer.gate_up.format(),
+            stack: self.slot_stack(n),
+            eps: self.config.rms_norm_eps,
+            padding: 0,
+        };
+        let grid = [n.div_ceil(ROUTER_TOKENS) as u32, shares as u32, 1];
+        let shared = self.router_gather_shared(shares) - ROUTER_GATHER_STATIC;
+        // SAFETY: the arena has room for all slots of these tokens; `router_shares` has seen that all blocks have room at a time.
+        unsafe { self.device.launch_clusters("router_gather", grid, shares as u32, 512, shared, &params) }
+    }
+
+    /// Norm and router: what experts_few.cuh takes, or the routes and the normed tokens, in the slots of the experts where they are stacked.
+    pub(crate) fn route(&self, layer: &Layer, shape: &Shape, few_each: bool) -> Result<(), Error> {
+        let (n, config) = (shape.tokens, &self.config);
+        let format = layer.gate_up.format();
+        // Few tokens: the experts are shared among blocks. Many: a warp per token.
+        let share = (2 * self.device.multiprocessors() / n).clamp(1, config.experts) as u32;
+        let params = Router {
+            residual: self.arena.residual.address(),
+            norm_scale: layer.post_attention_norm.address(),
+            weights: layer.router.address(),
+            bias: layer.router_bias.address(),
+            out: self.arena.normed.address(),
+            logits: self.arena.router_logits.address(),
+            routes: if few_each && self.own_routes(n) > 0 { 0 } else { self.arena.routes.address() },
+            arrivals: self.arena.arrivals.address() + 4 * MAX_PARTS as u64,
+            hidden: config.hidden_size as u32,
+            cols: layer.gate_up.padded_cols() as u32,
+            n: n as u32,
+            experts: config.experts as u32,
+            experts_per_token: config.experts_per_token as u32,
+            format,
+            eps: config.rms_norm_eps,
+            shares: share,
+            stack: if few_each || self.many(n) { ORDERED } else { 0 },
+            padding: 0,
+        };
+        let few = if self.options.batch_invariant { shape.singles == n } else { n <= ROUTER_FEW };
+        // The norm's scales and, if there is room, the weights of 32 experts, with 32 bytes beside each.
+        let bytes = |experts: usize| config.hidden_size * 4 + experts * (config.hidden_size * 2 + 32);
+        let room = self.device.shared_bytes() - ROUTER_STATIC;
+        // Where the blocks of the experts make their routes, none are sorted.
+        let counts = if params.routes > 0 { ROUTER_COUNTS } else { 0 };
+        match [32, 16].into_iter().find(|&experts| bytes(experts) <= room).filter(|_| !few) {
+            None => {
+                let grid = [share, n as u32, 1];
+                // SAFETY: the arena has MAX_TOKENS rows of each, and one counter more than that.
+                unsafe { self.device.launch("router", grid, 256, counts, &params)? };
+            }
+            Some(together) => {
+                let params = Router { shares: together as u32, ..params };
+                let blocks = n.div_ceil(ROUTER_TOKENS).min(self.device.multiprocessors());
+                let shared = bytes(together).max(ROUTER_COUNTS);
+                // SAFETY: as above.
+                unsafe { self.device.launch("router_many", [blocks as u32, 1, 1], 512, shared, &params)? };
+            }
+        }
+        if few_each || !self.many(n) {
+            return Ok(());
+        }
+        let params = Gather {
+            input: self.arena.normed.address(),
+            routes: self.arena.routes.address(),
+            out: self.arena.gathered.address(),
+            cols: layer.gate_up.padded_cols() as u32,
+            n: n as u32,
+            experts: config.experts as u32,
+            experts_per_token: config.experts_per_token as u32,
+            stack: self.slot_stack(n),
+            padding: 0,
+        };
+        let blocks = max_slots(config, n).div_ceil(8) as u32;
+        // SAFETY: the router's list names rows of these tokens; the arena has room for all slots.
+        unsafe { self.device.launch("gather", [blocks, 1, 1], 256, 0, &params) }
+    }
+}
