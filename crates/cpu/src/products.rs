@@ -64,8 +64,8 @@ pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
 
 /// How far ahead weights are asked for: what memory delivers in its latency.
 pub(crate) const AHEAD: usize = 4096;
-/// The same of weights that several tokens are multiplied with: into the second-level cache, and from there into the first.
-const AHEAD_OF_SEVERAL: [usize; 2] = [8192, 2048];
+/// The same where multiplying takes long: into the second-level cache, and from there into the first.
+const AHEAD_IF_SLOW: [usize; 2] = [8192, 2048];
 
 /// How weights of one format meet the records of one kind.
 pub(crate) trait Format<L: Lanes> {
@@ -77,6 +77,8 @@ pub(crate) trait Format<L: Lanes> {
     const WORDS: usize;
     /// What the totals are multiplied with at the end, a power of two.
     const UNIT: f32 = 1.0;
+    /// Whether to multiply one token takes about as long as to read the weights.
+    const SLOW: bool = false;
     type Decoded;
 
     /// # Safety
@@ -113,7 +115,7 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
             let mut total = L::splat(0.0);
             for _ in 0..panel.slabs {
                 for step in 0..F::STEPS {
-                    ask::<L, false>(tile, F::BYTES);
+                    ask::<L>(tile, F::BYTES, F::SLOW);
                     total = F::add(&F::decode(tile), records, step, total);
                     tile = tile.add(F::BYTES);
                 }
@@ -130,7 +132,7 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
         }
         for _ in 0..panel.slabs {
             for step in 0..F::STEPS {
-                ask::<L, true>(tile, F::BYTES);
+                ask::<L>(tile, F::BYTES, true);
                 let weights = F::decode(tile);
                 tile = tile.add(F::BYTES);
                 let mut record = records;
@@ -151,16 +153,16 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
     }
 }
 
-/// Asks for what lies ahead. If it is multiplied with several tokens, it goes to the second-level cache first: of reads into the first
-/// there can be so few at a time that the products would wait for them.
+/// Asks for what lies ahead. If multiplying takes long, it goes to the second-level cache first: of reads into the first there
+/// can be so few at a time that the products would wait for them.
 #[inline(always)]
-unsafe fn ask<L: Lanes, const SEVERAL: bool>(tile: *const u8, bytes: usize) {
+unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize, slow: bool) {
     let mut at = 0;
     while at < bytes {
         // SAFETY: the CPU has the features; the address need not be valid.
         unsafe {
-            if SEVERAL {
-                let [second, first] = AHEAD_OF_SEVERAL;
+            if slow {
+                let [second, first] = AHEAD_IF_SLOW;
                 L::prefetch_second(tile.wrapping_add(second + at));
                 L::prefetch(tile.wrapping_add(first + at));
             } else {
@@ -211,7 +213,7 @@ unsafe fn e2m1_by_halves<L: Lanes, const MX: bool, const LIMBS: usize>(
         let mut slab = panel.data;
         let mut records = x.start.cast::<i32>();
         for _ in 0..panel.slabs {
-            ask::<L, true>(slab, <E2m1<MX, LIMBS> as Format<L>>::BYTES);
+            ask::<L>(slab, <E2m1<MX, LIMBS> as Format<L>>::BYTES, true);
             let scales = e2m1_scales::<L, MX>(slab);
             let codes = slab.add(if MX { LANES } else { 2 * LANES });
             let weights = e2m1_block::<L>(codes);
@@ -253,6 +255,7 @@ impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS>
     const BYTES: usize = if MX { LANES } else { 2 * LANES } + CODE_BYTES;
     const STEPS: usize = 1;
     const WORDS: usize = Words::<LIMBS>::COUNT;
+    const SLOW: bool = LIMBS == 3;
     /// The halves of the columns.
     type Decoded = [([L::Bytes; 4], L); 2];
 
