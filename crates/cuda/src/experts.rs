@@ -59,9 +59,6 @@ impl Cuda {
             out_format: layer.down.format(),
             ..self.epilogue(After::Swiglu)
         };
-        let params = self.product_params(&layer.gate_up, self.arena.normed.address(), n, epilogue);
-        let pairs = n * config.experts_per_token;
-        let active = config.experts.min(pairs);
         let store = Epilogue { out: self.arena.expert_outputs.address(), ..self.epilogue(After::Store) };
         if few_each {
             return self.experts_of_few_each(layer, n, epilogue, store);
@@ -87,8 +84,9 @@ impl Cuda {
             self.product_of_experts(&layer.gate_up, self.arena.gathered.address(), n, epilogue)?;
             return self.product_of_experts(&layer.down, self.arena.activated.address(), n, store);
         }
+        let (normed, activated) = (self.arena.normed.address(), self.arena.activated.address());
+        let pairs = n * config.experts_per_token;
         if pairs > EXPERTS_FEW * config.experts && !self.options.batch_invariant {
-            let (normed, activated) = (self.arena.normed.address(), self.arena.activated.address());
             self.product_anywhere(&layer.gate_up, normed, n, true, epilogue)?;
             return self.product_anywhere(&layer.down, activated, n, true, store);
         }
@@ -99,22 +97,15 @@ impl Cuda {
             (_, 8) => "experts_fp4_8",
             _ => "experts_fp4_16",
         };
-        let grid = [layer.gate_up.row_tiles() as u32, active as u32, 1];
-        // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room.
-        unsafe {
-            self.device.launch(
-                name(layer.gate_up.format()),
-                grid,
-                PRODUCT_THREADS,
-                partial_bytes(columns),
-                &params,
-            )?
+        let active = config.experts.min(pairs) as u32;
+        let multiply = |matrix: &PackedMatrix, input: Address, epilogue: Epilogue| {
+            let params = self.product_params(matrix, input, n, epilogue);
+            let (name, grid) = (name(matrix.format()), [matrix.row_tiles() as u32, active, 1]);
+            // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room.
+            unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
         };
-        let params = self.product_params(&layer.down, self.arena.activated.address(), n, store);
-        let grid = [layer.down.row_tiles() as u32, active as u32, 1];
-        let name = name(layer.down.format());
-        // SAFETY: as above.
-        unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
+        multiply(&layer.gate_up, normed, epilogue)?;
+        multiply(&layer.down, activated, store)
     }
 
     /// The kernel of experts_few.cuh for `n` tokens, and how it goes through the experts of a layer.
