@@ -9,6 +9,9 @@ pub(crate) const BF16: u32 = 0;
 /// `Format` of common.cuh.
 pub(crate) const FP4: u32 = 1;
 
+/// `NO_NUMBER` of common.cuh: in place of the id of the largest logit where one is infinite or no number.
+pub(crate) const NO_NUMBER: u32 = u32::MAX;
+
 /// The order of activations in rows, as `activation_place` in common.cuh knows it.
 pub(crate) const ORDERED: u32 = u32::MAX;
 

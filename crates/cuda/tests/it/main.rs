@@ -11,10 +11,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use checkpoint::{
-    Checkpoint, Config, Format, KvScales, Matrix, MatrixId, Synthetic, Vector, VectorId, Weights,
+    Checkpoint, Config, Format, KvScales, Matrix, MatrixId, MatrixKind, Synthetic, Values, Vector, VectorId,
+    Weights,
 };
 use cuda::{CacheFormat, Cuda, Device, Options};
-use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Sampling, SequenceOutput, SequencePlan};
+use gptoss::{
+    BLOCK_TOKENS, Backend, Logprobs, Mask, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan,
+};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -484,6 +487,61 @@ impl Weights for Scaled {
 
 fn scaled(weights: Arc<dyn Weights>, cache: KvScales) -> Scaled {
     Scaled { weights, cache: Some(cache), input: None }
+}
+
+/// Weights whose embedding of one token is no number.
+struct Damaged(Arc<dyn Weights>);
+
+const DAMAGED: u32 = 7;
+
+impl Weights for Damaged {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.0.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
+        let mut matrix = self.0.matrix(id, expert)?;
+        if let (MatrixKind::Embedding, Values::Bf16(values)) = (id.kind, &mut matrix.values) {
+            values.to_mut()[DAMAGED as usize * matrix.cols] = half::bf16::NAN;
+        }
+        Ok(matrix)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
+        self.0.vector(id)
+    }
+}
+
+#[test]
+fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
+    let Some(device) = device() else { return };
+    let mut cuda = load(&device, &Damaged(odd(Format::Nvfp4)));
+    let drawn = Sampling { temperature: 1.0, top_k: 3, ..Sampling::default() };
+    let processed = Some(Logprobs { top: 2, processed: true, ..Logprobs::default() });
+    let masked = Sampling { mask: Some(Mask::of(&[1, 2])), ..drawn.clone() };
+    let samplings = [Sampling::default(), drawn.clone(), masked, Sampling { logprobs: processed, ..drawn }];
+    // Alone, and in batches for which there are kernels of their own.
+    for count in [1, 4, 8, 40] {
+        for sampling in &samplings {
+            let one = |s: u32| {
+                let tokens = [if s % 3 == 0 { DAMAGED } else { 8 + s }];
+                SequencePlan { sample: vec![sampling.clone()], ..sequence(&tokens, 0, s) }
+            };
+            let found = run(&mut cuda, (0..count).map(one).collect());
+            for (s, output) in found.iter().enumerate() {
+                assert_eq!(output.corrupted, s % 3 == 0, "sequence {s} of {count}, {sampling:?}");
+                assert!((output.sampled[0].token as usize) < 331);
+            }
+        }
+    }
+    let scored = |tokens: [u32; 3], first| SequencePlan {
+        score: Some(Score { next: tokens[1..].to_vec(), top: 1 }),
+        ..sequence(&tokens, 0, first)
+    };
+    let plans = vec![scored([8, 2, 3], 50), scored([8, DAMAGED, 3], 51)];
+    let found: Vec<bool> = run(&mut cuda, plans).iter().map(|output| output.corrupted).collect();
+    assert_eq!(found, [false, true]);
 }
 
 #[test]
