@@ -525,12 +525,12 @@ fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
     for count in [1, 4, 8, 40] {
         for sampling in &samplings {
             let one = |s: u32| {
-                let tokens = [if s % 3 == 0 { DAMAGED } else { 8 + s }];
+                let tokens = [if s.is_multiple_of(3) { DAMAGED } else { 8 + s }];
                 SequencePlan { sample: vec![sampling.clone()], ..sequence(&tokens, 0, s) }
             };
             let found = run(&mut cuda, (0..count).map(one).collect());
             for (s, output) in found.iter().enumerate() {
-                assert_eq!(output.corrupted, s % 3 == 0, "sequence {s} of {count}, {sampling:?}");
+                assert_eq!(output.corrupted, s.is_multiple_of(3), "sequence {s} of {count}, {sampling:?}");
                 assert!((output.sampled[0].token as usize) < 331);
             }
         }
