@@ -82,7 +82,7 @@ __device__ __forceinline__ void split(float a, float b, uint32_t (&parts)[3]) {
     for (int i = 0; i < 3; i++) {
         __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
         parts[i] = reinterpret_cast<uint32_t&>(pair);
-        a -= __low2float(pair), b -= __high2float(pair);
+        a -= __uint_as_float(parts[i] << 16), b -= __uint_as_float(parts[i] & 0xffff0000u);
     }
 }
 

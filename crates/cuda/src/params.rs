@@ -149,10 +149,11 @@ params! {
         routes: Address, arrivals: Address,
         hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, eps: f32, shares: u32, stack: u32, padding: u32,
     }
-    /// router_gather_sm90.cu
-    RouterGather, 88 {
+    /// router_gather.cuh
+    RouterGather, 96 {
         residual: Address, norm_scale: Address, weights: Address, bias: Address, out: Address, routes: Address, barrier: Address,
-        hidden: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32, padding: u32,
+        counts: Address,
+        hidden: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32, each: u32,
     }
     /// stream.cu
     Gather, 48 {

@@ -669,10 +669,10 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
     for batch_invariant in [false, true] {
         let options = Options { batch_invariant, ..Options::default() };
         let mut cuda = load_with(&device, &weights, options);
-        cuda.allocate_kv(400, 400).unwrap();
+        cuda.allocate_kv(4000, 4000).unwrap();
         let alone: Vec<Vec<f32>> =
             (0..128).map(|s| run(&mut cuda, plan(s..s + 1)).remove(0).hidden).collect();
-        for batch in [16, 24, 64, 128, 256, 400] {
+        for batch in [16, 24, 64, 128, 256, 400, 600, 1100, 4000] {
             let first = run(&mut cuda, plan(0..batch));
             for _ in 0..20 {
                 assert!(run(&mut cuda, plan(0..batch)) == first, "another result in a batch of {batch}");
