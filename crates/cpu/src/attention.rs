@@ -11,7 +11,17 @@ use half::bf16;
 
 use crate::simd::{LANES, Lanes};
 
-/// Keys or values of one head, from the first block's on.
+/// Blocks of one head that lie side by side. Memory gives pieces of 32 KB nearly as fast as all in order, those of a block, 4 KB, at
+/// two thirds of that; longer ones would take more memory for short contexts, since it comes in large pages.
+pub(crate) const GROUP: usize = 8;
+
+/// Where a block of one of the key/value heads lies among the keys or values of a layer, `[groups of blocks, heads, GROUP, len]`;
+/// `len`: elements of a block of one head.
+pub(crate) fn place(block: usize, head: usize, heads: usize, len: usize) -> usize {
+    ((block / GROUP * heads + head) * GROUP + block % GROUP) * len
+}
+
+/// Keys or values of a layer.
 #[derive(Clone, Copy)]
 pub(crate) enum Stored<'a> {
     F32(&'a [f32]),
@@ -66,16 +76,15 @@ pub(crate) const TILE: usize = 32;
 /// Blocks per chunk: 128 positions, as wide as gpt-oss's window.
 const CHUNK: usize = 8;
 
-/// Blocks from that which is computed to that which is asked for. It goes to the second-level cache: of reads into the first there
-/// can be so few at a time that arithmetic would wait for them.
-const AHEAD: usize = 2;
-
 /// Positions per span: what is worth a task of its own.
 pub(crate) const SPAN: usize = 16 * CHUNK * LANES;
 
-/// Queries whose scores are computed together, and whose values are: as many as there are registers for.
-const SCORED: usize = 8;
-const WEIGHTED: usize = 4;
+/// Queries that are computed together, and vectors of values: as many as there are registers for.
+const QUERIES: usize = 8;
+const VECTORS: usize = 2;
+/// The same with few registers.
+const FEW_QUERIES: usize = 4;
+const FEW_VECTORS: usize = 1;
 
 /// Queries that share a key/value head, and where its keys and values lie.
 pub(crate) struct Attend<'a> {
@@ -89,12 +98,13 @@ pub(crate) struct Attend<'a> {
     pub(crate) window: usize,
     /// Entries of a head.
     pub(crate) size: usize,
-    /// Keys of block `b` for this head at `keys[b · stride ..]`: `[head size, 16]`.
+    /// Blocks `[head size, 16]`, where [`place`] says.
     pub(crate) keys: Stored<'a>,
-    /// Values of block `b` likewise: `[16, head size]`.
+    /// Blocks `[16, head size]` likewise.
     pub(crate) values: Stored<'a>,
-    /// Elements between blocks.
-    pub(crate) stride: usize,
+    /// Which of the key/value heads this is, and how many there are.
+    pub(crate) head: usize,
+    pub(crate) heads: usize,
     /// The sequence's block table.
     pub(crate) blocks: &'a [u32],
 }
@@ -208,6 +218,18 @@ unsafe fn attend_stored<L: Lanes, T: Element>(
     let mut sums = [[0.0f32; LANES]; TILE];
     let largest = &mut found.largest;
     let out = found.values.as_mut_ptr();
+    // Blocks lie anywhere, so they are asked for by hand, half a chunk ahead: the first keys here, values while scores are
+    // computed, the next keys while values are added. They go to the second-level cache: of reads into the first there can be so
+    // few at a time that arithmetic would wait for them.
+    let place = |block: usize| place(job.blocks[block] as usize, job.head, job.heads, size * LANES);
+    let start_of = |all: &[T], block: usize| all.as_ptr().wrapping_add(place(block.min(last / LANES)));
+    for block in first / LANES..first / LANES + CHUNK {
+        let keys = start_of(all_keys, block);
+        for e in 0..size {
+            // SAFETY: the contract; the address need not be valid.
+            unsafe { L::prefetch_second(keys.wrapping_add(e * LANES).cast()) };
+        }
+    }
     // SAFETY: the contract; `out` has `count` rows of `size`, every block that is looked at lies within keys and values by
     // the slicing, and columns are below the width of a row of scores.
     unsafe {
@@ -216,12 +238,17 @@ unsafe fn attend_stored<L: Lanes, T: Element>(
             let end = (chunk * CHUNK + CHUNK).min(last / LANES + 1);
             for block in start..end {
                 let column = (block - chunk * CHUNK) * LANES;
-                let keys = &all_keys[job.blocks[block] as usize * job.stride..][..size * LANES];
-                // Blocks lie anywhere, so the one after the next is asked for by hand.
-                let next = job.blocks[(block + AHEAD).min(last / LANES)] as usize * job.stride;
-                let next = all_keys.as_ptr().wrapping_add(next);
-                for q in (0..count).step_by(SCORED) {
-                    block_scores::<L, T>(job, q, keys, next, &mut scores, column);
+                let keys = &all_keys[place(block)..][..size * LANES];
+                let values = start_of(all_values, block);
+                let mut q = 0;
+                while q < count {
+                    if L::FEW_REGISTERS {
+                        block_scores::<L, T, FEW_QUERIES>(job, q, keys, values, &mut scores, column);
+                        q += FEW_QUERIES;
+                    } else {
+                        block_scores::<L, T, QUERIES>(job, q, keys, values, &mut scores, column);
+                        q += QUERIES;
+                    }
                 }
             }
             let (left, right) = ((start - chunk * CHUNK) * LANES, (end - chunk * CHUNK) * LANES);
@@ -269,23 +296,26 @@ unsafe fn attend_stored<L: Lanes, T: Element>(
             let mut blocks =
                 [Block { values: all_values.as_ptr(), rows: 0, next: all_values.as_ptr() }; CHUNK];
             for block in start..end {
-                let values = &all_values[job.blocks[block] as usize * job.stride..][..size * LANES];
-                let next = job.blocks[(block + AHEAD).min(last / LANES)] as usize * job.stride;
+                let values = &all_values[place(block)..][..size * LANES];
                 blocks[block - chunk * CHUNK] = Block {
                     values: values.as_ptr(),
                     // Positions that nobody has written stay out: what lies there may be anything.
                     rows: LANES.min(last + 1 - block * LANES),
-                    next: all_values.as_ptr().wrapping_add(next),
+                    next: start_of(all_keys, block + CHUNK),
                 };
             }
             let mut q = 0;
-            while q + WEIGHTED <= count {
-                add_values::<L, T, WEIGHTED>(&scores, q, &blocks, size, out);
-                q += WEIGHTED;
-            }
             while q < count {
-                add_values::<L, T, 1>(&scores, q, &blocks, size, out);
-                q += 1;
+                if L::FEW_REGISTERS && q + FEW_QUERIES <= count {
+                    add_values::<L, T, FEW_QUERIES, FEW_VECTORS>(&scores, q, &blocks, size, out);
+                    q += FEW_QUERIES;
+                } else if !L::FEW_REGISTERS && q + QUERIES <= count {
+                    add_values::<L, T, QUERIES, VECTORS>(&scores, q, &blocks, size, out);
+                    q += QUERIES;
+                } else {
+                    add_values::<L, T, 1, FEW_VECTORS>(&scores, q, &blocks, size, out);
+                    q += 1;
+                }
             }
         }
         for q in 0..count {
@@ -295,13 +325,14 @@ unsafe fn attend_stored<L: Lanes, T: Element>(
     found
 }
 
-/// Scores of [`SCORED`] queries from `q` on with the sixteen positions of a block. What is beyond the last query is a copy of it.
+/// Scores of `N` queries from `q` on with the sixteen positions of a block. What is beyond the last query is a copy of it.
+/// Meanwhile `next` is asked for.
 ///
 /// # Safety
 /// As for [`attend`]; `keys` has `size · 16` elements and `column` is that of a block.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "as in `attend`")]
-unsafe fn block_scores<L: Lanes, T: Element>(
+unsafe fn block_scores<L: Lanes, T: Element, const N: usize>(
     job: &Attend<'_>,
     q: usize,
     keys: &[T],
@@ -312,19 +343,21 @@ unsafe fn block_scores<L: Lanes, T: Element>(
     let count = job.positions.len();
     // SAFETY: the contract.
     unsafe {
-        let mut queries = [job.queries.as_ptr(); SCORED];
-        for i in 0..SCORED {
+        let mut queries = [job.queries.as_ptr(); N];
+        for i in 0..N {
             queries[i] = job.queries.as_ptr().add((q + i).min(count - 1) * job.size);
         }
-        let mut sums = [L::splat(0.0); SCORED];
+        let mut sums = [L::splat(0.0); N];
         for e in 0..job.size {
-            L::prefetch_second(next.wrapping_add(e * LANES).cast());
+            if q == 0 {
+                L::prefetch_second(next.wrapping_add(e * LANES).cast());
+            }
             let keys = T::load::<L>(keys.as_ptr().add(e * LANES));
-            for i in 0..SCORED {
+            for i in 0..N {
                 sums[i] = L::splat(*queries[i].add(e)).fma(keys, sums[i]);
             }
         }
-        for i in 0..SCORED.min(TILE - q) {
+        for i in 0..N.min(TILE - q) {
             sums[i].store(scores[q + i].as_mut_ptr().cast::<f32>().add(column));
         }
     }
@@ -340,35 +373,35 @@ struct Block<T> {
     next: *const T,
 }
 
-/// Adds to the results of `N` queries from `q` on the values of a chunk, weighted. The sums stay in registers for all of its blocks.
+/// Adds to the results of `N` queries from `q` on the values of a chunk, weighted, `V` vectors at a time, which stay in registers
+/// for all of its blocks.
 ///
 /// # Safety
 /// As for [`attend`]; the values of each block that has rows are valid for `16 · size` elements, and `out` for the queries.
 #[inline(always)]
 #[expect(clippy::needless_range_loop, reason = "as in `attend`")]
-unsafe fn add_values<L: Lanes, T: Element, const N: usize>(
+unsafe fn add_values<L: Lanes, T: Element, const N: usize, const V: usize>(
     scores: &[[MaybeUninit<f32>; CHUNK * LANES]; TILE],
     q: usize,
     blocks: &[Block<T>; CHUNK],
     size: usize,
     out: *mut f32,
 ) {
-    const WIDE: usize = 4;
-    let wide = size / (WIDE * LANES) * (WIDE * LANES);
+    let wide = size / (V * LANES) * (V * LANES);
     // SAFETY: the contract.
     unsafe {
-        for e in (0..wide).step_by(WIDE * LANES) {
-            let mut sums = [[L::splat(0.0); WIDE]; N];
+        for e in (0..wide).step_by(V * LANES) {
+            let mut sums = [[L::splat(0.0); V]; N];
             for n in 0..N {
-                for i in 0..WIDE {
+                for i in 0..V {
                     sums[n][i] = L::load(out.add((q + n) * size + e + i * LANES));
                 }
             }
             for b in 0..CHUNK {
                 for row in 0..blocks[b].rows {
                     let at = row * size + e;
-                    let mut values = [L::splat(0.0); WIDE];
-                    for i in 0..WIDE {
+                    let mut values = [L::splat(0.0); V];
+                    for i in 0..V {
                         if q == 0 {
                             L::prefetch_second(blocks[b].next.wrapping_add(at + i * LANES).cast());
                         }
@@ -376,14 +409,14 @@ unsafe fn add_values<L: Lanes, T: Element, const N: usize>(
                     }
                     for n in 0..N {
                         let p = L::splat(*scores[q + n].as_ptr().cast::<f32>().add(b * LANES + row));
-                        for i in 0..WIDE {
+                        for i in 0..V {
                             sums[n][i] = p.fma(values[i], sums[n][i]);
                         }
                     }
                 }
             }
             for n in 0..N {
-                for i in 0..WIDE {
+                for i in 0..V {
                     sums[n][i].store(out.add((q + n) * size + e + i * LANES));
                 }
             }

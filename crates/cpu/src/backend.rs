@@ -7,10 +7,10 @@ use std::time::Instant;
 use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, Values, VectorKind, Weights};
 use gptoss::{
     BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, Sampling, SequenceOutput, SequencePlan, Traffic,
-    is_corrupted, sample, score,
+    sample, score,
 };
 
-use crate::attention::{Attend, Element, Found, Stored, TILE};
+use crate::attention::{Attend, Element, Found, GROUP, Stored, TILE, place};
 use crate::bandwidth;
 use crate::kernels::{Isa, Kernels};
 use crate::packed::{Buffer, Job, Output, PackedMatrix, Then, multiply};
@@ -93,7 +93,7 @@ struct Layer {
     down_bias: Vec<f32>,
 }
 
-/// Keys `[blocks, kv heads, head size, 16]` and values `[blocks, kv heads, 16, head size]` of one layer.
+/// Keys and values of one layer, where [`place`] says.
 struct LayerCache {
     keys: Buffer,
     values: Buffer,
@@ -430,7 +430,6 @@ impl Cpu {
         } else {
             CacheOutput::F32(Output::new(keys.elements_mut()), Output::new(values.elements_mut()))
         };
-        let block_len = kv_width * BLOCK_TOKENS;
         let scale = 1.0 / (size as f32).sqrt();
         let half = size / 2;
         times.run("rotate, store", || {
@@ -452,16 +451,16 @@ impl Cpu {
                             values.iter_mut().for_each(|v| *v *= scale);
                         }
                     }
-                    let at = blocks[position / BLOCK_TOKENS] as usize * block_len;
+                    let block = blocks[position / BLOCK_TOKENS] as usize;
                     let lane = position % BLOCK_TOKENS;
                     // SAFETY: each position of each sequence is one task's, and no two share a block.
                     unsafe {
                         match &cache {
                             CacheOutput::F32(keys, values) => {
-                                keep(keys, values, &qkv[q_width..], size, at, lane);
+                                keep(keys, values, &qkv[q_width..], size, block, lane);
                             }
                             CacheOutput::Bf16(keys, values) => {
-                                keep(keys, values, &qkv[q_width..], size, at, lane);
+                                keep(keys, values, &qkv[q_width..], size, block, lane);
                             }
                         }
                     }
@@ -571,12 +570,11 @@ impl Cpu {
         let (config, cache) = (&self.config, &self.cache[index]);
         let sliding = config.layer_kinds[index] == LayerKind::Sliding;
         let sequence = &plan.sequences[tables.rows[tile.rows.start].0];
-        let first = tile.kv_head * config.head_dim * BLOCK_TOKENS;
         let stored = |buffer: &'a Buffer| {
             if self.options.bf16_cache {
-                Stored::Bf16(&buffer.elements()[first..])
+                Stored::Bf16(buffer.elements())
             } else {
-                Stored::F32(&buffer.elements()[first..])
+                Stored::F32(buffer.elements())
             }
         };
         Attend {
@@ -587,7 +585,8 @@ impl Cpu {
             size: config.head_dim,
             keys: stored(&cache.keys),
             values: stored(&cache.values),
-            stride: config.kv_heads * config.head_dim * BLOCK_TOKENS,
+            head: tile.kv_head,
+            heads: config.kv_heads,
             blocks: if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks },
         }
     }
@@ -698,7 +697,6 @@ impl Cpu {
         for first in (0..rows).step_by(LOGIT_ROWS) {
             let count = LOGIT_ROWS.min(rows - first);
             let logits = self.logits(&x[first * d..(first + count) * d], scratch);
-            output.corrupted |= is_corrupted(logits);
             if let Some(wanted) = &sequence.score {
                 let next = wanted.next.iter().skip(first);
                 output.scores.extend(
@@ -759,7 +757,6 @@ impl Cpu {
             for (&(s, _, sampling), logits) in
                 group.iter().zip(logits.chunks_exact_mut(self.config.vocab_size))
             {
-                outputs[s].corrupted |= is_corrupted(logits);
                 outputs[s].sampled.push(sample(logits, sampling));
             }
         }
@@ -820,7 +817,10 @@ impl Backend for Cpu {
         let width = self.config.kv_heads * self.config.head_dim * BLOCK_TOKENS;
         for (cache, kind) in self.cache.iter_mut().zip(&self.config.layer_kinds) {
             let blocks = if *kind == LayerKind::Sliding { sliding_blocks } else { full_blocks };
-            let len = blocks.checked_mul(width).ok_or(Error::Memory { needed: usize::MAX })?;
+            let blocks = blocks.checked_next_multiple_of(GROUP);
+            let len = blocks
+                .and_then(|blocks| blocks.checked_mul(width))
+                .ok_or(Error::Memory { needed: usize::MAX })?;
             // The old cache is given back first: two never exist at once.
             *cache = LayerCache::new(0, false)?;
             *cache = LayerCache::new(len, self.options.bf16_cache)?;
@@ -858,7 +858,7 @@ enum CacheOutput {
     Bf16(Output<half::bf16>, Output<half::bf16>),
 }
 
-/// Stores the keys and values (`new`) of one position in lane `lane` of the block at `at`.
+/// Stores the keys and values (`new`) of one position in lane `lane` of a block.
 ///
 /// # Safety
 /// Nobody else stores this position meanwhile.
@@ -867,18 +867,21 @@ unsafe fn keep<T: Element>(
     values: &Output<T>,
     new: &[f32],
     size: usize,
-    at: usize,
+    block: usize,
     lane: usize,
 ) {
     let (new_keys, new_values) = new.split_at(new.len() / 2);
-    for (e, &key) in new_keys.iter().enumerate() {
+    let heads = new_keys.len() / size;
+    let new = new_keys.chunks_exact(size).zip(new_values.chunks_exact(size));
+    for (head, (new_keys, new_values)) in new.enumerate() {
+        let at = place(block, head, heads, size * BLOCK_TOKENS);
+        for (e, &key) in new_keys.iter().enumerate() {
+            // SAFETY: the contract.
+            unsafe { keys.slice(at + e * BLOCK_TOKENS + lane, 1)[0] = T::of(key) };
+        }
         // SAFETY: the contract.
-        unsafe { keys.slice(at + e * BLOCK_TOKENS + lane, 1)[0] = T::of(key) };
-    }
-    for (head, new) in new_values.chunks_exact(size).enumerate() {
-        // SAFETY: the contract.
-        let out = unsafe { values.slice(at + (head * BLOCK_TOKENS + lane) * size, size) };
-        out.iter_mut().zip(new).for_each(|(out, &new)| *out = T::of(new));
+        let out = unsafe { values.slice(at + lane * size, size) };
+        out.iter_mut().zip(new_values).for_each(|(out, &new)| *out = T::of(new));
     }
 }
 

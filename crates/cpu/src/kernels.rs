@@ -521,8 +521,9 @@ mod cases {
         ] {
             let count_of_blocks = (position + count).div_ceil(LANES) as u32;
             let blocks: Vec<u32> = (0..count_of_blocks).map(|b| (b + 2) % count_of_blocks).collect();
-            let stride = size * LANES + 3;
-            let all = stride * blocks.len();
+            // The second of three heads.
+            let group = attention::GROUP * size * LANES;
+            let all = 3 * group * blocks.len().div_ceil(attention::GROUP);
             let (mut keys, mut values) = (noise(all, 17), noise(all, 19));
             let rounded = |x: &[f32]| x.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>();
             let halves = (rounded(&keys), rounded(&values));
@@ -541,7 +542,8 @@ mod cases {
                 size,
                 keys: if bf16 { Stored::Bf16(&halves.0) } else { Stored::F32(&keys) },
                 values: if bf16 { Stored::Bf16(&halves.1) } else { Stored::F32(&values) },
-                stride,
+                head: 1,
+                heads: 3,
                 blocks: &blocks,
             };
             let mut all = Found::sinks(&job);
@@ -551,7 +553,10 @@ mod cases {
             }
             found.extend(all.finish(&job));
             for ((query, sink), &last) in queries.chunks_exact(size).zip(sinks).zip(&positions) {
-                let start = |p: usize| blocks[p / LANES] as usize * stride;
+                let start = |p: usize| {
+                    let block = blocks[p / LANES] as usize;
+                    (3 * (block / attention::GROUP) + 1) * group + block % attention::GROUP * size * LANES
+                };
                 let score = |p: usize| {
                     (0..size)
                         .map(|e| f64::from(query[e]) * f64::from(keys[start(p) + e * LANES + p % LANES]))
