@@ -7,7 +7,7 @@ use std::time::Instant;
 use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, Values, VectorKind, Weights};
 use gptoss::{
     BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, Sampling, SequenceOutput, SequencePlan, Traffic,
-    sample, score,
+    is_corrupted, sample, score,
 };
 
 use crate::attention::{Attend, Element, Found, GROUP, Stored, TILE, place};
@@ -697,6 +697,7 @@ impl Cpu {
         for first in (0..rows).step_by(LOGIT_ROWS) {
             let count = LOGIT_ROWS.min(rows - first);
             let logits = self.logits(&x[first * d..(first + count) * d], scratch);
+            output.corrupted |= is_corrupted(logits);
             if let Some(wanted) = &sequence.score {
                 let next = wanted.next.iter().skip(first);
                 output.scores.extend(
@@ -757,6 +758,7 @@ impl Cpu {
             for (&(s, _, sampling), logits) in
                 group.iter().zip(logits.chunks_exact_mut(self.config.vocab_size))
             {
+                outputs[s].corrupted |= is_corrupted(logits);
                 outputs[s].sampled.push(sample(logits, sampling));
             }
         }

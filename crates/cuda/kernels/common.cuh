@@ -22,6 +22,18 @@ constexpr int BLOCK_TOKENS = 16;
 __device__ __forceinline__ int lane_row() { return (threadIdx.x % WARP) / 4; }
 __device__ __forceinline__ int lane_quarter() { return threadIdx.x % 4; }
 
+// In place of the id of the largest logit where one is infinite or no number; `NO_NUMBER` in Rust.
+constexpr uint32_t NO_NUMBER = ~0u;
+// A logit's rank: larger ones first, then the lower id; what is infinite or no number before all others.
+__device__ __forceinline__ unsigned long long ranked(float v, uint32_t id) {
+    uint32_t bits = __float_as_uint(v == 0.f ? 0.f : v);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (unsigned long long)(isfinite(v) ? bits : ~0u) << 32 | ~id;
+}
+__device__ __forceinline__ uint32_t id_of_largest(unsigned long long best) {
+    return best >> 32 == ~0u ? NO_NUMBER : ~uint32_t(best);
+}
+
 // Waits until the kernels before this one are complete and their writes visible. What comes earlier may read weights only.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
@@ -70,7 +82,7 @@ __device__ __forceinline__ void split(float a, float b, uint32_t (&parts)[3]) {
     for (int i = 0; i < 3; i++) {
         __nv_bfloat162 pair = __floats2bfloat162_rn(a, b);
         parts[i] = reinterpret_cast<uint32_t&>(pair);
-        a -= __low2float(pair), b -= __high2float(pair);
+        a -= __uint_as_float(parts[i] << 16), b -= __uint_as_float(parts[i] & 0xffff0000u);
     }
 }
 

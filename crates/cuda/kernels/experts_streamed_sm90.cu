@@ -50,9 +50,9 @@ struct Shared {
     uint64_t full[STAGES], empty[STAGES];        // barriers
     uint64_t arrived[GROUPS][SLOTS], left[GROUPS][SLOTS];
     uint64_t finished;                           // a pass
+    // A pass was found; it is finished and told, and the other warpgroups' bringers have seen it.
+    uint64_t known[PASSES], over[PASSES];
     Pass passes[PASSES];
-    uint32_t known;                              // how many passes were found
-    uint32_t over[GROUPS];                       // how many are finished and told, and how many the other warpgroups' bringers have seen
     uint32_t counts[MAX_EXPERTS];                // of parts, and above, the tokens of each
     uint32_t all, smaller;                       // parts, and those of which the second product's passes have a unit less
     Tokens parts[MAX_PARTS];                     // those with the most first
@@ -95,26 +95,17 @@ __device__ __forceinline__ void make_plan(Shared& shared, const Streamed& p, con
     shared.all = all, shared.smaller = last_round && more ? min((gridDim.x - last_round) / more, all) : 0;
 }
 
-__device__ __forceinline__ uint32_t load_acquire_shared(const uint32_t* from) {
-    uint32_t v;
-    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(v) : "r"(shared_address(from)) : "memory");
-    return v;
-}
-__device__ __forceinline__ void store_release_shared(uint32_t* to, uint32_t v) {
-    asm volatile("st.release.cta.shared.u32 [%0], %1;" ::"r"(shared_address(to)), "r"(v) : "memory");
-}
-
 // This block's pass of number `i`, when it is known.
 __device__ __forceinline__ const Pass& pass_of(const Shared& shared, uint32_t i) {
-    while (load_acquire_shared(&shared.known) <= i) {}
+    wait_barrier(shared_address(&shared.known[i % PASSES]), i / PASSES % 2);
     return shared.passes[i % PASSES];
 }
 
 // Finds out what this block's pass of number `i` is. By one thread. Blocks ask for one when they have brought the weights of the one before,
 // and get them in this order: the first product before the second, and of each the parts with the most tokens first.
 __device__ __forceinline__ void find_pass(const Streamed& p, Shared& shared, uint32_t i) {
-    for (int group = 0; group < GROUPS; group++)
-        while (load_acquire_shared(&shared.over[group]) + PASSES <= i) {}
+    // Of the pass that had its place.
+    wait_barrier(shared_address(&shared.over[i % PASSES]), i / PASSES % 2 ^ 1);
     const uint32_t whole[2] = {passes_of(p, 0), passes_of(p, 1)}, large = shared.all - shared.smaller, cut = passes_of(p, 1, GROUPS - 1);
     const uint32_t total = shared.all * whole[0] + large * whole[1] + shared.smaller * cut;
     uint32_t number = blockIdx.x;
@@ -136,7 +127,7 @@ __device__ __forceinline__ void find_pass(const Streamed& p, Shared& shared, uin
         pass.count = min(units_of(p.parts[pass.product].matrix) - pass.unit, each);
     }
     shared.passes[i % PASSES] = pass;
-    store_release_shared(&shared.known, i + 1);
+    arrive(shared_address(&shared.known[i % PASSES]));
 }
 
 // A place in a ring.
@@ -181,7 +172,7 @@ __device__ __forceinline__ void bring_weights(const Streamed& p, Shared& shared,
         if (group == 0) find_pass(p, shared, i);
         const Pass pass = pass_of(shared, i);
         if (pass.count == 0) break;
-        if (group > 0) store_release_shared(&shared.over[group], i + 1);
+        if (group > 0) arrive(shared_address(&shared.over[i % PASSES]));
         if (group >= pass.count) continue;
         const Matrix& m = p.parts[pass.product].matrix;
         const int columns = m.cols / TILE_COLS, row_tiles = row_tiles_of(m), first = (pass.unit + group) * UNIT;
@@ -356,7 +347,7 @@ __device__ __forceinline__ void bring_inputs(const Streamed& p, Shared& shared) 
             __threadfence();
             atomicAdd(p.done + pass.tokens.expert, pass.count);
         }
-        store_release_shared(&shared.over[0], ++told);
+        arrive(shared_address(&shared.over[told++ % PASSES]));
     };
     uint32_t i = 0;
     for (;; i++) {
@@ -401,7 +392,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) experts_streamed(const 
         init_barrier(shared_address(&shared.left[0][threadIdx.x]), 4);
     }
     if (threadIdx.x == 0) init_barrier(shared_address(&shared.finished), WARPS);
-    if (threadIdx.x < GROUPS) shared.over[threadIdx.x] = shared.known = 0;
+    if (threadIdx.x < PASSES) {
+        init_barrier(shared_address(&shared.known[threadIdx.x]), 1);
+        // The bringers of weights but the one that finds the passes, and the bringer of inputs, which waits for those who multiply.
+        init_barrier(shared_address(&shared.over[threadIdx.x]), GROUPS);
+    }
     fence_barriers();
     wait_for_previous();
     start_next();

@@ -659,12 +659,6 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     p.shares[(block * SHARES + place) * TILE_ROWS + threadIdx.x % TILE_ROWS] = sum;
 }
 
-__device__ __forceinline__ unsigned long long ranked(float v, uint32_t id) {
-    uint32_t bits = __float_as_uint(v == 0.f ? 0.f : v);
-    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (unsigned long long)(isnan(v) ? 0 : bits) << 32 | ~id;
-}
-
 // The norm of the whole residual stream, which it also keeps. One block.
 template <Format F> __device__ __forceinline__ void last_norm(const One& p) {
     start_next();
@@ -736,7 +730,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output
         best = 0;
         for (uint32_t i = threadIdx.x; i < gridDim.x; i += WARPS * WARP) best = max(best, __ldcg(p.best + i));
         best = block_largest(best);
-        if (threadIdx.x == 0) *p.largest = ~uint32_t(best);
+        if (threadIdx.x == 0) *p.largest = id_of_largest(best);
     }
 }
 

@@ -2,52 +2,35 @@
 // and gathering in one kernel. A cluster has eight tokens, its blocks a share of the inputs each, and holds them in registers until it is
 // known where they go. All blocks are at work at a time: each tells the others its choices, and finds from theirs where its tokens' slots
 // are.
-#include "epilogue.cuh"
 #include "hopper.cuh"
-
-struct RouterGather {
-    const float* residual;           // [n, hidden]
-    const float* norm_scale;         // [hidden]
-    const __nv_bfloat16* weights;    // [experts, hidden]
-    const float* bias;               // [experts]
-    uint16_t* out;                   // stacked, a row per slot
-    uint32_t* routes;                // see `Routes`
-    uint32_t* barrier;               // blocks that have come, zero before and after; times that all have
-    uint32_t hidden, n, experts, experts_per_token;
-    uint32_t format, stack;          // of `out`
-    float eps;
-    uint32_t padding;
-};
-static_assert(sizeof(RouterGather) == 88);
+#include "router_gather.cuh"
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP;
 constexpr int TOKENS = 8;                     // of a cluster
 constexpr int MAX_RANKS = 4;                  // blocks of a cluster
-constexpr int STEP = 16;                      // inputs of a product
+constexpr int STEP = ROUTER_STEP;
 constexpr int STEPS = MAX_HIDDEN / STEP / WARPS / 2; // of a warp, where two blocks share the inputs
-constexpr int EXPERT_TILES = 2;               // of sixteen experts, at most
 constexpr int MAX_PAIRS = TOKENS * 16;        // of a cluster
 constexpr int SUMS = TOKENS + 1;              // numbers of an expert's sums, such that neighbours lie in different banks
 
 // What a block has in shared memory beside what has one size: the norm's scales, the weights, and the warps' sums.
 struct Layout {
-    uint32_t inputs, line, rows; // inputs of the block; bytes of an expert's weights, and such lines
-    __device__ __forceinline__ Layout(uint32_t inputs, uint32_t experts)
-        : inputs(inputs), line(inputs * 2 + 32), rows((experts + 15) / 16 * 16) {}
+    uint32_t inputs, line; // inputs of the block; bytes of an expert's weights
+    __device__ __forceinline__ Layout(uint32_t inputs) : inputs(inputs), line(inputs * 2 + 32) {}
     __device__ __forceinline__ uint32_t weights() const { return inputs * 4; }
-    __device__ __forceinline__ uint32_t sums() const { return weights() + rows * line; }
+    __device__ __forceinline__ uint32_t sums() const { return weights() + ROUTER_EXPERTS * line; }
     // Bytes of a token's activations, where the weights have been.
     __device__ __forceinline__ uint32_t staged() const { return inputs * 2 + 16; }
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __grid_constant__ RouterGather p) {
     extern __shared__ __align__(16) uint8_t shared[];
-    __shared__ float squares[WARPS][TOKENS], square[TOKENS], partial[EXPERT_TILES * 16 * TOKENS], logits[TOKENS * EXPERT_TILES * 16];
-    __shared__ uint32_t counts[2][EXPERT_TILES * 16], firsts[EXPERT_TILES * 16 + 1], own_experts[MAX_PAIRS], own_slots[MAX_PAIRS];
+    __shared__ float squares[WARPS][TOKENS], square[TOKENS], partial[ROUTER_EXPERTS * TOKENS], logits[TOKENS * ROUTER_EXPERTS];
+    __shared__ uint32_t counts[2][ROUTER_EXPERTS], places[MAX_PAIRS]; // see `place_pairs`
     const uint32_t warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, g = lane_row(), t = lane_quarter();
     const uint32_t rank = cluster_rank(), ranks = cluster_size(), column_tiles = p.hidden / TILE_COLS;
     const uint32_t first_tile = column_tiles * rank / ranks, tiles = column_tiles * (rank + 1) / ranks - first_tile, first_input = first_tile * TILE_COLS;
-    const Layout layout(tiles * TILE_COLS, p.experts);
+    const Layout layout(tiles * TILE_COLS);
     const float* scales = (const float*)shared;
     uint8_t* weights = shared + layout.weights();
     float* sums = (float*)(shared + layout.sums()); // [WARPS][experts][SUMS]
@@ -83,7 +66,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
     if (t == 0) squares[warp][g] = sum_of_squares;
     wait_for_copies<0>();
     __syncthreads();
-    float sum[EXPERT_TILES][4] = {};
+    float sum[ROUTER_EXPERTS / 16][4] = {};
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
         const uint32_t k = own + i * WARPS * STEP;
@@ -94,17 +77,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
         split(x[i].x, x[i].y, lower);
         split(x[i].z, x[i].w, upper);
 #pragma unroll
-        for (int j = 0; j < EXPERT_TILES; j++) {
+        for (int j = 0; j < ROUTER_EXPERTS / 16; j++) {
             if (16 * j >= p.experts) break;
             const uint8_t* from = weights + (16 * j + g) * layout.line + k * 2;
             const uint2 w = *(const uint2*)from, w8 = *(const uint2*)(from + 8 * layout.line);
-            const uint32_t a[4] = {w.x, w8.x, w.y, w8.y};
-#pragma unroll
-            for (int part = 2; part >= 0; part--) Number<BF16>::multiply(sum[j], a, lower[part], upper[part]);
+            multiply_parts(sum[j], {w.x, w8.x, w.y, w8.y}, lower, upper);
         }
     }
 #pragma unroll
-    for (int j = 0; j < EXPERT_TILES; j++) {
+    for (int j = 0; j < ROUTER_EXPERTS / 16; j++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const uint32_t expert = 16 * j + g + i / 2 * 8;
@@ -149,16 +130,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
         choose_by(p.routes, routes, [&](uint32_t expert) { return logits[warp * p.experts + expert]; }, first + rank * chosen + warp, p.experts_per_token);
     __syncthreads();
     uint32_t times = 0;
-    const uint32_t blocks = gridDim.x * gridDim.y;
-    if (threadIdx.x == 0) {
-        times = *(volatile uint32_t*)(p.barrier + 1);
-        __threadfence();
-        if (atomicAdd(p.barrier, 1) == blocks - 1) {
-            *(volatile uint32_t*)p.barrier = 0;
-            __threadfence();
-            atomicAdd(p.barrier + 1, 1);
-        }
-    }
+    if (threadIdx.x == 0) times = arrive_of_blocks(p.barrier, gridDim.x * gridDim.y);
     // The activations take the place of the weights, while the blocks wait for one another.
 #pragma unroll
     for (int i = 0; i < STEPS; i++) {
@@ -168,11 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
         *(uint32_t*)(to + product_position(k % TILE_COLS)) = activation(p.format, x[i].x * inverse) | activation(p.format, x[i].y * inverse) << 16;
         *(uint32_t*)(to + product_position(k % TILE_COLS + 2)) = activation(p.format, x[i].z * inverse) | activation(p.format, x[i].w * inverse) << 16;
     }
-    if (threadIdx.x == 0) {
-        uint32_t now;
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(p.barrier + 1) : "memory");
-        while (now == times);
-    }
+    if (threadIdx.x == 0) wait_for_blocks(p.barrier, times);
     __syncthreads();
 
     // How many pairs of each expert there are, and how many of them before this cluster's.
@@ -190,53 +158,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
             if (i >= routes.pairs) break;
             atomicAdd(counts[0] + experts[k], 1);
             if (i < first_pair) atomicAdd(counts[1] + experts[k], 1);
-            else if (i < first_pair + own_pairs) own_experts[i - first_pair] = experts[k];
+            else if (i < first_pair + own_pairs) places[i - first_pair] = experts[k];
         }
     }
     __syncthreads();
-    if (warp == 0) {
-        const bool tells = blockIdx.x == 0 && rank == 0;
-        uint32_t active = 0, end = 0;
-#pragma unroll 1
-        for (uint32_t base = 0; base < p.experts; base += WARP) {
-            const uint32_t e = base + lane, count = e < p.experts ? counts[0][e] : 0, used = __ballot_sync(~0u, count != 0);
-            uint32_t through = (count + 7) / 8 * 8;
-#pragma unroll
-            for (int i = 1; i < WARP; i *= 2) {
-                const uint32_t other = __shfl_up_sync(~0u, through, i);
-                if (lane >= i) through += other;
-            }
-            const uint32_t begin = end + through - (count + 7) / 8 * 8;
-            if (e < p.experts) firsts[e] = begin;
-            if (tells && e < p.experts) {
-                if (count) p.routes[Routes::ACTIVE + active + __popc(used & ((1u << lane) - 1))] = e;
-                p.routes[routes.counts_at() + e] = count, p.routes[routes.firsts_at() + e] = begin;
-#pragma unroll 1
-                for (uint32_t slot = begin + count; slot < end + through; slot++) p.routes[routes.slots_at() + slot] = NO_PAIR;
-            }
-            active += __popc(used);
-            end += __shfl_sync(~0u, through, WARP - 1);
-        }
-        if (tells && lane == 0) p.routes[0] = active, p.routes[routes.firsts_at() + p.experts] = end;
-        __syncwarp();
-#pragma unroll 1
-        for (uint32_t i = 0; i < own_pairs; i += WARP) {
-            const bool inside = i + lane < own_pairs;
-            const uint32_t pair = first_pair + i + lane, e = inside ? own_experts[i + lane] : ~0u, same = __match_any_sync(~0u, e);
-            const uint32_t before = inside ? counts[1][e] : 0, place = __popc(same & ((1u << lane) - 1));
-            __syncwarp();
-            if (inside && place == 0) counts[1][e] = before + __popc(same);
-            __syncwarp();
-            if (!inside) continue;
-            const uint32_t slot = firsts[e] + before + place;
-            own_slots[i + lane] = slot;
-            if (rank == 0) p.routes[routes.slots_at() + slot] = pair, p.routes[routes.pairs_at(0) + pair] = slot;
-        }
-    }
+    if (warp == 0)
+        place_pairs(p, routes, counts[0], counts[1], places, first_pair, own_pairs, blockIdx.x == 0 && rank == 0, rank == 0);
     __syncthreads();
 #pragma unroll 1
     for (uint32_t pair = warp; pair < own_pairs; pair += WARPS) {
-        const uint32_t slot = own_slots[pair];
+        const uint32_t slot = places[pair];
         const uint8_t* from = weights + pair / p.experts_per_token * layout.staged();
         for (uint32_t piece = lane; piece < tiles * 8; piece += WARP)
             *(uint4*)(p.out + (size_t(first_tile + piece / 8) * p.stack + slot) * TILE_COLS + ((piece % 8 ^ slot % 8) << 3)) = *(const uint4*)(from + piece * 16);

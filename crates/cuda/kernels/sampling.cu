@@ -12,7 +12,7 @@ enum Kind : uint32_t {
 struct Job {
     float* logits;              // [vocabulary]
     const float* source;        // what `modify` makes them from: the same row, or another
-    uint32_t* largest;          // id of the largest logit; `modify` finds it if it changes the row
+    uint32_t* largest;          // id of the largest logit, or NO_NUMBER; `modify` finds it if it changes the row
     const uint32_t* mask;       // bit `i % 32` of word `i / 32` allows token `i`; or null
     const uint2* biases;        // token, f32; ascending tokens
     const uint2* seen;          // token, occurrences in the output; ascending tokens
@@ -27,6 +27,9 @@ struct Job {
     uint32_t token, token_from; // DISTRIBUTION: the token, or if not NONE the record that has it
     uint32_t kind;
     __device__ __forceinline__ bool modified() const { return mask || bias_count || seen_count; }
+    // What comes of a row with a logit that is no number is not looked at, but must not be read from beyond it.
+    __device__ __forceinline__ uint32_t largest_id() const { return *largest == NO_NUMBER ? 0 : *largest; }
+    __device__ __forceinline__ float largest_logit() const { return logits[largest_id()]; }
     __device__ __forceinline__ bool limits_p() const { return top_p > 0 && top_p < 1; }
     // Whether the most probable tokens are wanted in their order.
     __device__ __forceinline__ bool greedy() const { return kind != DISTRIBUTION && !(temperature > 0); }
@@ -228,7 +231,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
     const bool sorted = j.sorted(), distribution = j.kind == DISTRIBUTION, summed = distribution || !(j.top_k || j.greedy());
     if (!sorted && !summed) return;
     const Slice slice(blockIdx.x, p.vocabulary);
-    const float top_logit = j.logits[*j.largest];
+    const float top_logit = j.largest_logit();
     const Value value(j, top_logit);
     const float largest = value(top_logit);
     for (uint32_t i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
@@ -278,7 +281,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) collect(const __grid_const
     if (blockIdx.x == 0 && threadIdx.x == 0) progress.expected = expected, progress.complete = expected == all;
     if (expected > CAPACITY) return;
     const Slice slice(blockIdx.x, p.vocabulary);
-    const float top_logit = j.logits[*j.largest];
+    const float top_logit = j.largest_logit();
     const Value value(j, top_logit);
     const float largest = value(top_logit);
 #pragma unroll 4
@@ -368,7 +371,7 @@ extern "C" __global__ void __launch_bounds__(DRAWERS) draw(const __grid_constant
     Record record = {};
     uint32_t* out = p.out + j.out;
     uint32_t* list = out + sizeof(Record) / 4;
-    const float top_logit = j.logits[*j.largest];
+    const float top_logit = j.largest_logit();
     const Value value(j, top_logit);
     uint32_t count = 0;
     bool complete = false;
@@ -387,7 +390,7 @@ extern "C" __global__ void __launch_bounds__(DRAWERS) draw(const __grid_constant
         for (uint32_t i = 0; i < SLICES; i++) record.sum += p.sums[job * SLICES + i];
         record.largest = value(top_logit);
     } else if (j.greedy()) {
-        record.token = *j.largest;
+        record.token = j.largest_id();
     } else if (!j.sorted()) {
         record.token = draw_by_id(p, j, job, top_logit);
     } else {
@@ -476,7 +479,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank(const __grid_constant
     if (j.kind != DISTRIBUTION) return;
     const Slice slice(blockIdx.x, p.vocabulary);
     const uint32_t token = j.token_from == NONE ? j.token : ((const Record*)(p.out + j.token_from))->token;
-    const Value value(j, j.logits[*j.largest]);
+    const Value value(j, j.largest_logit());
     const float own = value(j.logits[token]);
     uint32_t above = 0;
 #pragma unroll 4

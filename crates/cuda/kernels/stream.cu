@@ -429,13 +429,6 @@ struct Largest {
 };
 static_assert(sizeof(Largest) == 40);
 
-// Ordered as the pair (value, the lower id first).
-__device__ __forceinline__ uint64_t ranked(float v, uint32_t id) {
-    uint32_t bits = __float_as_uint(v == 0.f ? 0.f : v);
-    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return uint64_t(isnan(v) ? 0 : bits) << 32 | ~id;
-}
-
 __device__ __forceinline__ uint64_t block_largest(uint64_t v) {
     __shared__ uint64_t shared[WARP];
     for (int i = WARP / 2; i; i /= 2) v = max(v, (uint64_t)__shfl_xor_sync(~0u, (unsigned long long)v, i));
@@ -459,7 +452,7 @@ extern "C" __global__ void __launch_bounds__(256) largest(const __grid_constant_
         for (int j = 0; j < TOGETHER; j++) v[j] = i + j * step < p.vocabulary ? logits[i + j * step] : -INFINITY;
 #pragma unroll
         for (int j = 0; j < TOGETHER; j++)
-            if (i + j * step < p.vocabulary) best = max(best, ranked(v[j], i + j * step));
+            if (i + j * step < p.vocabulary) best = max(best, (uint64_t)ranked(v[j], i + j * step));
     }
     best = block_largest(best);
     uint64_t* partial = p.partial + blockIdx.y * gridDim.x;
@@ -467,7 +460,7 @@ extern "C" __global__ void __launch_bounds__(256) largest(const __grid_constant_
     if (!last_to_arrive(p.arrivals + blockIdx.y, gridDim.x)) return;
     best = threadIdx.x < gridDim.x ? __ldcg(partial + threadIdx.x) : 0;
     best = block_largest(best);
-    if (threadIdx.x == 0) p.out[blockIdx.y] = ~uint32_t(best);
+    if (threadIdx.x == 0) p.out[blockIdx.y] = id_of_largest(best);
 }
 
 

@@ -10,6 +10,7 @@ use crate::backend::HEAD;
 use crate::device::{Buffer, Device, Pinned};
 use crate::packed::{TILE_COLS, TILE_ROWS};
 use crate::products::{GEMM_ROW_TILES, GEMM_TOKENS, SOME_SHARES, SOME_TOKENS};
+use crate::router::ROUTER_GATHER_EXPERTS;
 
 /// Tokens computed at a time; a step of more is cut.
 pub(crate) const MAX_TOKENS: usize = 8192;
@@ -44,8 +45,10 @@ pub(crate) struct Arena {
     pub(crate) rounds: Buffer,
     /// u32 of each expert and one more for experts_streamed_sm90.cu; zero before and after
     pub(crate) experts_done: Buffer,
-    /// u32 `[2]`, see router_gather_sm90.cu; zero at first
+    /// u32 `[2]`, see router_gather.cuh; zero at first
     pub(crate) router_barrier: Buffer,
+    /// u32 `[blocks, ROUTER_GATHER_EXPERTS]`, see router_gather_many_sm90.cu
+    pub(crate) router_counts: Buffer,
     /// f32 of each block of product_some_sm90.cu
     pub(crate) exchanged: Buffer,
     /// u32 `[shares, rows / 128]`, see there; zero at first
@@ -90,6 +93,7 @@ impl Arena {
             rounds: device.buffer(4 * device.multiprocessors())?,
             experts_done: device.buffer(4 * (config.experts + 1))?,
             router_barrier: device.buffer(8)?,
+            router_counts: device.buffer(4 * ROUTER_GATHER_EXPERTS * device.multiprocessors())?,
             exchanged: device
                 .buffer(device.multiprocessors() * SOME_TOKENS * GEMM_ROW_TILES * TILE_ROWS * 4)?,
             exchanges: device.buffer((SOME_SHARES + 1) * device.multiprocessors() * 4)?,

@@ -18,7 +18,7 @@ use crate::driver::Address;
 use crate::fp4::{self, Fp4Matrix};
 use crate::one::OneToken;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
-use crate::params::{After, CacheFormat, Embed, Epilogue, Largest, Norm, Read, RowOrder};
+use crate::params::{After, CacheFormat, Embed, Epilogue, Largest, NO_NUMBER, Norm, Read, RowOrder};
 use crate::router::{MAX_EXPERTS, MAX_RANKS};
 use crate::sampling::{Sampler, Wanted};
 
@@ -688,9 +688,11 @@ impl Cuda {
             if sequence.score.as_ref().is_some_and(|score| token < score.next.len()) {
                 result.scores.extend(found.next().and_then(|sampled| sampled.logprobs));
             }
+            let largest = arena.largest_host.slice::<u32>()[row];
+            result.corrupted |= largest == NO_NUMBER;
             match sampling(sequence, token) {
                 Some(sampling) if is_largest(sampling) => {
-                    let token = arena.largest_host.slice::<u32>()[row];
+                    let token = if largest == NO_NUMBER { 0 } else { largest };
                     result.sampled.push(Sampled { token, logprobs: None });
                 }
                 Some(_) => result.sampled.extend(found.next()),

@@ -76,6 +76,7 @@ const MODULES: &[Module] = &[
         &[90],
     ),
     (fatbin!("router_gather_sm90"), &["router_gather"], &[90]),
+    (fatbin!("router_gather_many_sm90"), &["router_gather_many"], &[90]),
     (fatbin!("gemm_many_sm90"), &["gemm_bf16", "gemm_fp4", "gemm_experts_bf16", "gemm_experts_fp4"], &[90]),
     (fatbin!("gemm_many"), &["gemm_many_bf16_64", "gemm_many_fp4_64", "gemm_many_fp4_128"], &[]),
     (fatbin!("experts_few"), &["experts_few"], &[]),

@@ -48,8 +48,8 @@ impl Cuda {
         let layer = &self.layers[index];
         let (n, config) = (shape.tokens, &self.config);
         let few_each = self.few_each(layer, shape);
-        match self.router_shares(n).filter(|_| !few_each) {
-            Some(shares) => self.route_and_gather(layer, n, shares)?,
+        match self.gathering(n).filter(|_| !few_each) {
+            Some(gathering) => self.route_and_gather(layer, n, &gathering)?,
             None => self.route(layer, shape, few_each)?,
         }
         let epilogue = Epilogue {

@@ -9,6 +9,9 @@ pub(crate) const BF16: u32 = 0;
 /// `Format` of common.cuh.
 pub(crate) const FP4: u32 = 1;
 
+/// `NO_NUMBER` of common.cuh: in place of the id of the largest logit where one is infinite or no number.
+pub(crate) const NO_NUMBER: u32 = u32::MAX;
+
 /// The order of activations in rows, as `activation_place` in common.cuh knows it.
 pub(crate) const ORDERED: u32 = u32::MAX;
 
@@ -146,10 +149,11 @@ params! {
         routes: Address, arrivals: Address,
         hidden: u32, cols: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, eps: f32, shares: u32, stack: u32, padding: u32,
     }
-    /// router_gather_sm90.cu
-    RouterGather, 88 {
+    /// router_gather.cuh
+    RouterGather, 96 {
         residual: Address, norm_scale: Address, weights: Address, bias: Address, out: Address, routes: Address, barrier: Address,
-        hidden: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32, padding: u32,
+        counts: Address,
+        hidden: u32, n: u32, experts: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32, each: u32,
     }
     /// stream.cu
     Gather, 48 {

@@ -20,43 +20,67 @@ const ROUTER_COUNTS: usize = 16 * MAX_EXPERTS * 4;
 /// Tokens that a block of `router_many` takes at a time, and its own shared memory.
 const ROUTER_TOKENS: usize = 8;
 const ROUTER_STATIC: usize = 21 << 10;
-/// router_gather_sm90.cu: experts, at most, and its own shared memory.
-const ROUTER_GATHER_EXPERTS: usize = 32;
-const ROUTER_GATHER_STATIC: usize = 4 << 10;
+/// Of router_gather.cuh's kernels: experts, at most, and their own shared memory.
+pub(crate) const ROUTER_GATHER_EXPERTS: usize = 32;
+const ROUTER_GATHER_STATIC: usize = 6 << 10;
+/// Tokens of a block of router_gather_many_sm90.cu, at most.
+const ROUTER_GATHER_TOKENS: usize = 64;
+
+/// A kernel that norms, routes and gathers, whose blocks are all at work at a time.
+pub(crate) struct Gathering {
+    name: &'static str,
+    /// Clusters, or blocks.
+    groups: usize,
+    /// Blocks of a cluster, which share a token's inputs.
+    shares: usize,
+    /// Tokens of a cluster, or block.
+    each: usize,
+}
 
 impl Cuda {
-    /// Where router_gather_sm90.cu takes `n` tokens: the blocks that share a token's inputs.
-    pub(crate) fn router_shares(&self, n: usize) -> Option<usize> {
+    /// The kernel that takes `n` tokens from norm to gathering, where there is one.
+    pub(crate) fn gathering(&self, n: usize) -> Option<Gathering> {
         let (config, multiprocessors) = (&self.config, self.device.multiprocessors());
-        let clusters = n.div_ceil(ROUTER_TOKENS);
-        // All blocks must have room at a time. The multiprocessors of a cluster are of one of up to eight groups, in each of which some may
-        // be left over; but all are pairs.
-        let shares = [4, 2].into_iter().find(|&shares| {
-            let left_over = if shares > 2 { 8 * (shares - 1) } else { 0 };
-            clusters * shares + left_over <= multiprocessors
-                && self.router_gather_shared(shares) <= self.device.shared_bytes()
-        });
         let fits = self.device.capability() == 90
             && !self.options.batch_invariant
             && self.many(n)
             && config.experts <= ROUTER_GATHER_EXPERTS
             && config.hidden_size % TILE_COLS == 0
             && config.hidden_size >= 4 * TILE_COLS;
-        shares.filter(|_| fits)
+        if !fits {
+            return None;
+        }
+        let has_room = |shares| self.gathering_shared(shares) <= self.device.shared_bytes();
+        let clusters = n.div_ceil(ROUTER_TOKENS);
+        // All blocks must have room at a time. The multiprocessors of a cluster are of one of up to eight groups, in each of which some may
+        // be left over; but all are pairs.
+        let shares = [4, 2].into_iter().find(|&shares| {
+            let left_over = if shares > 2 { 8 * (shares - 1) } else { 0 };
+            clusters * shares + left_over <= multiprocessors && has_room(shares)
+        });
+        if let Some(shares) = shares {
+            return Some(Gathering { name: "router_gather", groups: clusters, shares, each: ROUTER_TOKENS });
+        }
+        let each = n.div_ceil(multiprocessors);
+        let many = Gathering { name: "router_gather_many", groups: n.div_ceil(each), shares: 1, each };
+        (each <= ROUTER_GATHER_TOKENS && has_room(1)).then_some(many)
     }
 
-    /// Shared memory of router_gather_sm90.cu: its own, and what `Layout` has.
-    fn router_gather_shared(&self, shares: usize) -> usize {
+    /// Shared memory of a block, one of those that share a token's inputs: its own, the norm's scales, the weights and the warps' sums.
+    fn gathering_shared(&self, shares: usize) -> usize {
         let inputs = (self.config.hidden_size / TILE_COLS).div_ceil(shares) * TILE_COLS;
         let experts = self.config.experts;
-        ROUTER_GATHER_STATIC
-            + inputs * 4
-            + experts.next_multiple_of(16) * (inputs * 2 + 32)
-            + 16 * experts * 9 * 4
+        ROUTER_GATHER_STATIC + inputs * 4 + ROUTER_GATHER_EXPERTS * (inputs * 2 + 32) + 16 * experts * 9 * 4
     }
 
     /// Norm, router and the activations in the slots of the experts.
-    pub(crate) fn route_and_gather(&self, layer: &Layer, n: usize, shares: usize) -> Result<(), Error> {
+    pub(crate) fn route_and_gather(
+        &self,
+        layer: &Layer,
+        n: usize,
+        gathering: &Gathering,
+    ) -> Result<(), Error> {
+        let &Gathering { name, groups, shares, each } = gathering;
         let params = RouterGather {
             residual: self.arena.residual.address(),
             norm_scale: layer.post_attention_norm.address(),
@@ -65,6 +89,7 @@ impl Cuda {
             out: self.arena.gathered.address(),
             routes: self.arena.routes.address(),
             barrier: self.arena.router_barrier.address(),
+            counts: self.arena.router_counts.address(),
             hidden: self.config.hidden_size as u32,
             n: n as u32,
             experts: self.config.experts as u32,
@@ -72,12 +97,13 @@ impl Cuda {
             format: layer.gate_up.format(),
             stack: self.slot_stack(n),
             eps: self.config.rms_norm_eps,
-            padding: 0,
+            each: each as u32,
         };
-        let grid = [n.div_ceil(ROUTER_TOKENS) as u32, shares as u32, 1];
-        let shared = self.router_gather_shared(shares) - ROUTER_GATHER_STATIC;
-        // SAFETY: the arena has room for all slots of these tokens; `router_shares` has seen that all blocks have room at a time.
-        unsafe { self.device.launch_clusters("router_gather", grid, shares as u32, 512, shared, &params) }
+        let grid = [groups as u32, shares as u32, 1];
+        let shared = self.gathering_shared(shares) - ROUTER_GATHER_STATIC;
+        // SAFETY: the arena has room for all slots of these tokens, and for the counts of a block of each multiprocessor; `gathering` has
+        // seen that all blocks have room at a time.
+        unsafe { self.device.launch_clusters(name, grid, shares as u32, 512, shared, &params) }
     }
 
     /// Norm and router: what experts_few.cuh takes, or the routes and the normed tokens, in the slots of the experts where they are stacked.

@@ -227,6 +227,8 @@ pub struct Stats {
     pub steps: u64,
     /// Steps that failed.
     pub failed_steps: u64,
+    /// Requests that failed with [`Failure::Corrupted`](crate::Failure::Corrupted).
+    pub corrupted_requests: u64,
     /// Steps by the tokens that they computed: up to each of [`STEP_TOKENS`], and more.
     pub step_tokens: [u64; STEP_TOKENS.len() + 1],
     /// Tokens of all steps.

@@ -143,6 +143,9 @@ pub enum Failure {
     /// The device failed.
     #[error("the engine failed: {0}")]
     Device(String),
+    /// See [`gptoss::SequenceOutput::corrupted`].
+    #[error("{}", gptoss::Error::Corrupted)]
+    Corrupted,
     /// The request's grammar cannot be followed any further: it is too complex, or other fields forbid what it demands.
     #[error("the grammar cannot be followed: {0}")]
     Grammar(String),

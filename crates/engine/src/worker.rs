@@ -40,6 +40,7 @@ pub(crate) struct Worker {
     generated_tokens: u64,
     steps: u64,
     failed_steps: u64,
+    corrupted_requests: u64,
     /// Steps that failed since the last that did not.
     failures: u32,
     /// After repeated failures: how many sequences may run, one more each step, to find out whose fault it is.
@@ -142,6 +143,7 @@ impl Worker {
             generated_tokens: 0,
             steps: 0,
             failed_steps: 0,
+            corrupted_requests: 0,
             failures: 0,
             cautious: None,
             lost: None,
@@ -461,6 +463,10 @@ impl Worker {
         let number = share.id.request;
         // An earlier share of the same request may have cancelled it.
         let Some(active) = self.requests.get_mut(&number) else { return };
+        if output.corrupted {
+            self.corrupted_requests += 1;
+            return self.end(number, Event::Failed(Failure::Corrupted));
+        }
         if let Some(scores) = &mut active.scores {
             // After a preemption the first of these may be known.
             let known = scores.len() - share.positions.start - 1;
@@ -634,6 +640,7 @@ impl Worker {
             speculation: self.speculation.clone(),
             steps: self.steps,
             failed_steps: self.failed_steps,
+            corrupted_requests: self.corrupted_requests,
             unhealthy: self.failures > 0,
             lost: self.lost.is_some(),
             step_started,

@@ -137,7 +137,8 @@ fn successors(window: &[u32], position: usize, len: usize) -> Vec<u32> {
 
 fn step(backend: &mut dyn Backend, sequence: SequencePlan) -> Result<SequenceOutput, Error> {
     let mut outputs = backend.step(&Plan { sequences: vec![sequence] })?;
-    outputs.pop().ok_or_else(|| Error::Device("the backend gave no output".to_owned()))
+    let output = outputs.pop().ok_or_else(|| Error::Device("the backend gave no output".to_owned()))?;
+    if output.corrupted { Err(Error::Corrupted) } else { Ok(output) }
 }
 
 struct LogSoftmax<'a> {

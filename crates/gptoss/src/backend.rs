@@ -252,6 +252,9 @@ pub struct SequenceOutput {
     pub logits: Vec<f32>,
     /// `[tokens, hidden]` if the plan asked for a layer's output.
     pub hidden: Vec<f32>,
+    /// A logit behind one of these is infinite or no number: the weights are damaged or too large, and nothing here means
+    /// anything.
+    pub corrupted: bool,
 }
 
 /// A drawn token.
@@ -298,6 +301,11 @@ pub enum Error {
     /// The device failed.
     #[error("the device failed: {0}")]
     Device(String),
+    /// See [`SequenceOutput::corrupted`].
+    #[error(
+        "the model computed logits that are infinite or no numbers: its weights are damaged or too large"
+    )]
+    Corrupted,
 }
 
 impl Plan {

@@ -9,7 +9,7 @@ use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, VectorId, VectorKind, 
 
 use crate::backend::{BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, SequenceOutput, SequencePlan};
 use crate::rope::{Rotary, rotate};
-use crate::sampling::{sample, score};
+use crate::sampling::{is_corrupted, sample, score};
 
 /// Called with each intermediate of a layer: layer, name, values `[tokens, …]`.
 pub type Tap<'a> = dyn FnMut(usize, &'static str, &[f32]) + 'a;
@@ -263,15 +263,20 @@ impl Backend for Reference {
             }
             if sequence.logits {
                 output.logits = self.logits(&x)?;
+                output.corrupted |= is_corrupted(&output.logits);
             }
             if let Some(wanted) = &sequence.score {
                 for (x, &next) in x.chunks_exact(config.hidden_size).zip(&wanted.next) {
-                    output.scores.push(score(&self.logits(x)?, next, wanted.top, &[]));
+                    let logits = self.logits(x)?;
+                    output.corrupted |= is_corrupted(&logits);
+                    output.scores.push(score(&logits, next, wanted.top, &[]));
                 }
             }
             let first = x.len() - sequence.sample.len() * config.hidden_size;
             for (x, sampling) in x[first..].chunks_exact(config.hidden_size).zip(&sequence.sample) {
-                output.sampled.push(sample(&mut self.logits(x)?, sampling));
+                let mut logits = self.logits(x)?;
+                output.corrupted |= is_corrupted(&logits);
+                output.sampled.push(sample(&mut logits, sampling));
             }
             outputs.push(output);
         }

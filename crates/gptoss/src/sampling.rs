@@ -39,6 +39,11 @@ pub fn sample(logits: &mut [f32], sampling: &Sampling) -> Sampled {
     Sampled { token, logprobs }
 }
 
+/// Whether a logit is infinite or no number; see [`crate::SequenceOutput::corrupted`].
+pub fn is_corrupted(logits: &[f32]) -> bool {
+    logits.iter().any(|logit| !logit.is_finite())
+}
+
 fn forbid_others(logits: &mut [f32], mask: &[u32]) {
     for (chunk, word) in logits.chunks_mut(32).zip(mask.iter().copied().chain(std::iter::repeat(0))) {
         if word != u32::MAX {

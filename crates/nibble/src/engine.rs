@@ -141,6 +141,9 @@ impl From<engine::Error> for Failure {
                 let message = error.to_string();
                 Failure::machine(message).hint(format!("--max-model-len {largest} fits"))
             }
+            engine::Error::Failed { source: engine::Failure::Corrupted, .. } => {
+                Failure::input(error.to_string())
+            }
             engine::Error::Thread(_) | engine::Error::Failed { .. } => Failure::machine(error.to_string()),
             _ => Failure::input(error.to_string()),
         }

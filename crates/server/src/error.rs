@@ -79,6 +79,9 @@ pub(crate) enum ApiError {
     /// Another try may succeed. Details are in the log.
     #[error("The device failed while it computed the request {request_id}. Please retry.")]
     DeviceFailed { request_id: String },
+    /// Another try computes the same.
+    #[error("The model cannot answer this: its logits are not finite numbers (request {request_id}).")]
+    Corrupted { request_id: String },
     /// Details are in the log, not on the wire.
     #[error("Internal server error (request {request_id})")]
     Internal { request_id: String },
@@ -126,7 +129,7 @@ impl ApiError {
             | ApiError::Asleep => StatusCode::SERVICE_UNAVAILABLE,
             ApiError::RateLimited { .. } => StatusCode::TOO_MANY_REQUESTS,
             ApiError::Timeout => StatusCode::GATEWAY_TIMEOUT,
-            ApiError::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
+            ApiError::Corrupted { .. } | ApiError::Internal { .. } => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
@@ -155,7 +158,7 @@ impl ApiError {
             | ApiError::Asleep => "ServiceUnavailableError",
             ApiError::RateLimited { .. } => "RateLimitError",
             ApiError::Aborted => "RequestAbortedError",
-            ApiError::Internal { .. } => "InternalServerError",
+            ApiError::Corrupted { .. } | ApiError::Internal { .. } => "InternalServerError",
         }
     }
 

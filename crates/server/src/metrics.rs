@@ -266,6 +266,8 @@ impl Metrics {
         for (position, &count) in guessed.accepted_per_position.iter().enumerate() {
             text.sample(&format!("{name}_total"), &format!("position=\"{position}\""), count as f64);
         }
+        let corrupted = stats.corrupted_requests;
+        text.counter("vllm:corrupted_requests", "Requests whose logits were no finite numbers.", corrupted);
         text.begin("vllm:request_success", "counter", "Choices that ended, by reason.");
         for (reason, count) in REASONS.iter().zip(&self.finished) {
             let label = format!("finished_reason=\"{reason}\"");

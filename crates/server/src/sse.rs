@@ -203,6 +203,10 @@ pub(crate) fn error(cause: &Cause, request_id: &str) -> ApiError {
         Cause::Aborted => ApiError::Aborted,
         Cause::Timeout => ApiError::Timeout,
         Cause::Engine(engine::Failure::Grammar(reason)) => ApiError::GrammarFailed(reason.clone()),
+        Cause::Engine(failure @ engine::Failure::Corrupted) => {
+            tracing::error!(request_id, %failure, "a request failed");
+            ApiError::Corrupted { request_id: request_id.to_owned() }
+        }
         Cause::Engine(failure) => {
             tracing::error!(request_id, %failure, "the engine failed");
             ApiError::DeviceFailed { request_id: request_id.to_owned() }

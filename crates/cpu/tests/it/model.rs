@@ -5,10 +5,12 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use checkpoint::{
-    Checkpoint, Config, Format, Layout, MatrixId, MatrixKind, Synthetic, Target, Weights, write,
+    Checkpoint, Config, Format, Layout, Matrix, MatrixId, MatrixKind, Synthetic, Target, Values, Vector,
+    VectorId, Weights, write,
 };
 use cpu::{Activations, Cpu, Isa, Options};
 use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan};
+use half::bf16;
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -303,6 +305,51 @@ fn cuts_and_company(cpu: &mut Cpu) {
         assert!(logits == whole.logits, "{cuts:?}");
         assert_eq!(scores, whole.scores, "{cuts:?}");
         assert_eq!(sampled, whole.sampled, "{cuts:?}");
+    }
+}
+
+/// Weights whose embedding of one token is no number.
+struct Damaged(Arc<dyn Weights>);
+
+const DAMAGED: u32 = 7;
+
+impl Weights for Damaged {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.0.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
+        let mut matrix = self.0.matrix(id, expert)?;
+        if let (MatrixKind::Embedding, Values::Bf16(values)) = (id.kind, &mut matrix.values) {
+            values.to_mut()[DAMAGED as usize * matrix.cols] = bf16::NAN;
+        }
+        Ok(matrix)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
+        self.0.vector(id)
+    }
+}
+
+#[test]
+fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
+    for activations in [Activations::F32, Activations::Int16, Activations::Int8] {
+        let mut cpu =
+            load(Arc::new(Damaged(odd(Format::Nvfp4))), Options { activations, ..Options::default() });
+        let sampled = |tokens: &[u32], first| {
+            let sample = vec![Sampling { temperature: 1.0, top_k: 3, ..Sampling::default() }];
+            SequencePlan { sample, ..sequence(tokens, 0, first) }
+        };
+        let scored = |tokens: &[u32], first| {
+            let score = Some(Score { next: tokens[1..].to_vec(), top: 1 });
+            SequencePlan { score, ..sequence(tokens, 0, first) }
+        };
+        let (healthy, damaged) = ([1, 2, 3], [1, DAMAGED, 3]);
+        let plans =
+            vec![sampled(&healthy, 0), sampled(&damaged, 1), scored(&healthy, 2), scored(&damaged, 3)];
+        let found: Vec<bool> = run(&mut cpu, plans).iter().map(|output| output.corrupted).collect();
+        assert_eq!(found, [false, true, false, true], "{activations:?}");
     }
 }
 

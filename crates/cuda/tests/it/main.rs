@@ -11,10 +11,13 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use checkpoint::{
-    Checkpoint, Config, Format, KvScales, Matrix, MatrixId, Synthetic, Vector, VectorId, Weights,
+    Checkpoint, Config, Format, KvScales, Matrix, MatrixId, MatrixKind, Synthetic, Values, Vector, VectorId,
+    Weights,
 };
 use cuda::{CacheFormat, Cuda, Device, Options};
-use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Sampling, SequenceOutput, SequencePlan};
+use gptoss::{
+    BLOCK_TOKENS, Backend, Logprobs, Mask, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan,
+};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
@@ -486,6 +489,61 @@ fn scaled(weights: Arc<dyn Weights>, cache: KvScales) -> Scaled {
     Scaled { weights, cache: Some(cache), input: None }
 }
 
+/// Weights whose embedding of one token is no number.
+struct Damaged(Arc<dyn Weights>);
+
+const DAMAGED: u32 = 7;
+
+impl Weights for Damaged {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.0.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
+        let mut matrix = self.0.matrix(id, expert)?;
+        if let (MatrixKind::Embedding, Values::Bf16(values)) = (id.kind, &mut matrix.values) {
+            values.to_mut()[DAMAGED as usize * matrix.cols] = half::bf16::NAN;
+        }
+        Ok(matrix)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
+        self.0.vector(id)
+    }
+}
+
+#[test]
+fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
+    let Some(device) = device() else { return };
+    let mut cuda = load(&device, &Damaged(odd(Format::Nvfp4)));
+    let drawn = Sampling { temperature: 1.0, top_k: 3, ..Sampling::default() };
+    let processed = Some(Logprobs { top: 2, processed: true, ..Logprobs::default() });
+    let masked = Sampling { mask: Some(Mask::of(&[1, 2])), ..drawn.clone() };
+    let samplings = [Sampling::default(), drawn.clone(), masked, Sampling { logprobs: processed, ..drawn }];
+    // Alone, and in batches for which there are kernels of their own.
+    for count in [1, 4, 8, 40] {
+        for sampling in &samplings {
+            let one = |s: u32| {
+                let tokens = [if s.is_multiple_of(3) { DAMAGED } else { 8 + s }];
+                SequencePlan { sample: vec![sampling.clone()], ..sequence(&tokens, 0, s) }
+            };
+            let found = run(&mut cuda, (0..count).map(one).collect());
+            for (s, output) in found.iter().enumerate() {
+                assert_eq!(output.corrupted, s.is_multiple_of(3), "sequence {s} of {count}, {sampling:?}");
+                assert!((output.sampled[0].token as usize) < 331);
+            }
+        }
+    }
+    let scored = |tokens: [u32; 3], first| SequencePlan {
+        score: Some(Score { next: tokens[1..].to_vec(), top: 1 }),
+        ..sequence(&tokens, 0, first)
+    };
+    let plans = vec![scored([8, 2, 3], 50), scored([8, DAMAGED, 3], 51)];
+    let found: Vec<bool> = run(&mut cuda, plans).iter().map(|output| output.corrupted).collect();
+    assert_eq!(found, [false, true]);
+}
+
 #[test]
 fn keys_and_values_in_eight_bits() {
     let Some(device) = device() else { return };
@@ -611,10 +669,10 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
     for batch_invariant in [false, true] {
         let options = Options { batch_invariant, ..Options::default() };
         let mut cuda = load_with(&device, &weights, options);
-        cuda.allocate_kv(400, 400).unwrap();
+        cuda.allocate_kv(4000, 4000).unwrap();
         let alone: Vec<Vec<f32>> =
             (0..128).map(|s| run(&mut cuda, plan(s..s + 1)).remove(0).hidden).collect();
-        for batch in [16, 24, 64, 128, 256, 400] {
+        for batch in [16, 24, 64, 128, 256, 400, 600, 1100, 4000] {
             let first = run(&mut cuda, plan(0..batch));
             for _ in 0..20 {
                 assert!(run(&mut cuda, plan(0..batch)) == first, "another result in a batch of {batch}");

@@ -215,6 +215,8 @@ fn after_a_failed_step_requests_go_on_where_they_were() {
 struct Fragile(Scripted);
 
 const POISON: u32 = 1000;
+/// What follows it is no number.
+const DAMAGE: u32 = 1001;
 const PROMPT: usize = 20;
 
 impl Backend for Fragile {
@@ -242,8 +244,31 @@ impl Backend for Fragile {
             let positions = sequence.position..sequence.position + sequence.tokens.len();
             assert_eq!(sequence.generated, positions.filter(|&position| position >= PROMPT).count());
         }
-        self.0.step(plan)
+        let mut outputs = self.0.step(plan)?;
+        for (output, sequence) in outputs.iter_mut().zip(&plan.sequences) {
+            output.corrupted = sequence.tokens.contains(&DAMAGE);
+        }
+        Ok(outputs)
     }
+}
+
+#[test]
+fn only_the_request_whose_logits_are_no_numbers_fails() {
+    let script: Vec<u32> = (0..30).chain([RETURN]).collect();
+    let inner = Scripted::new(Scripted::gpt_oss(), vec![script.clone()]);
+    let inner = inner.with_seed(13, vec![0, 1, DAMAGE, 2]);
+    let engine = engine::Engine::start(Box::new(Fragile(inner)), harmony(), small(200)).unwrap();
+    let request = |seed| text_request(&[1; PROMPT], SamplingParams { seed: Some(seed), ..unlimited() });
+    let (healthy, damaged) = (submit(&engine, request(1)), submit(&engine, request(13)));
+    let (healthy, damaged) =
+        [healthy, damaged].map(|(_handle, events)| events.iter().collect::<Vec<_>>()).into();
+    assert_eq!(damaged.last(), Some(&Event::Failed(Failure::Corrupted)));
+    assert_eq!(tokens_of(&damaged, 0), [0, 1, DAMAGE]);
+    assert_eq!((tokens_of(&healthy, 0), healthy.last()), (script, Some(&Event::Done)));
+    engine.shutdown();
+    engine.wait();
+    let stats = engine.stats();
+    assert_eq!((stats.corrupted_requests, stats.failed_steps, stats.full_blocks_used), (1, 0, 0));
 }
 
 #[test]

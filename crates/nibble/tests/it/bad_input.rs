@@ -1,5 +1,6 @@
 //! Wrong usage, wrong files, a failing machine: each a sentence and a status, never a panic.
 
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::{bf16, fails, nibble, ok, run, run_with_input, small};
@@ -87,14 +88,18 @@ fn an_output_that_exists_is_kept() {
     assert_eq!(run(&["verify", &small(), &checkpoint]).status, 1);
 }
 
+fn copy_small(folder: &Path) {
+    std::fs::create_dir(folder).unwrap();
+    for file in ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"] {
+        std::fs::copy(format!("{}/{file}", small()), folder.join(file)).unwrap();
+    }
+}
+
 #[test]
 fn damaged_checkpoints_name_the_tensor() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("model");
-    std::fs::create_dir(&copy).unwrap();
-    for file in ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"] {
-        std::fs::copy(format!("{}/{file}", small()), copy.join(file)).unwrap();
-    }
+    copy_small(&copy);
     let path = copy.to_str().unwrap();
     let weights = copy.join("model.safetensors");
     let whole = std::fs::read(&weights).unwrap();
@@ -124,6 +129,24 @@ fn damaged_checkpoints_name_the_tensor() {
     fails(&["inspect", path], 2, "288");
     std::fs::write(copy.join("config.json"), "{").unwrap();
     fails(&["inspect", path], 2, "config.json");
+}
+
+#[test]
+fn weights_that_are_no_numbers_are_not_answered_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("model");
+    copy_small(&copy);
+    let path = copy.to_str().unwrap();
+    let weights = copy.join("model.safetensors");
+    let mut bytes = std::fs::read(&weights).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let tensors: serde_json::Value = serde_json::from_slice(&bytes[8..header]).unwrap();
+    let norm = header + tensors["model.norm.weight"]["data_offsets"][0].as_u64().unwrap() as usize;
+    bytes[norm..norm + 2].copy_from_slice(&[0xc0, 0x7f]);
+    std::fs::write(&weights, bytes).unwrap();
+    fails(&["generate", path, "-p", "x", "--max-tokens", "3"], 2, "damaged");
+    let text = crate::path("testdata/data/books-valid.txt");
+    fails(&["eval", path, "perplexity", "--text", &text, "--windows", "1"], 2, "damaged");
 }
 
 #[test]

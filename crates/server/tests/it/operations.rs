@@ -59,6 +59,7 @@ fn metrics_have_the_names_that_dashboards_know() {
         ("vllm:prefix_cache_queries_total", ""),
         ("vllm:prefix_cache_hits_total", ""),
         ("vllm:num_preemptions_total", ""),
+        ("vllm:corrupted_requests_total", ""),
         ("vllm:request_success_total", "finished_reason=\"stop\""),
         ("vllm:time_to_first_token_seconds_count", ""),
         ("vllm:inter_token_latency_seconds_bucket", "le=\"0.001\""),
