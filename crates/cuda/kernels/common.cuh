@@ -210,13 +210,14 @@ template <> struct Tile<BF16> {
     }
 };
 
-// A word holds eight codes, their bits spread so that each pair becomes two FP16 numbers, 2^-14 of the values, by few instructions. The
-// products move sign and rest by different numbers of bits; what else they make lies outside of the mask, and its carries end before it.
+// A word holds eight codes, their bits mixed so that each pair becomes two FP16 numbers, 2^-14 of the values, by few instructions: see
+// `mix` in pack.cu.
 __device__ __forceinline__ void codes(uint32_t word, uint32_t (&a)[4]) {
-    a[0] = word & 0x8e008e00u;
-    a[1] = word << 3 & 0x8e008e00u;
-    a[2] = (word & 0x40384038u) * (1u << 1 | 1u << 6) & 0x8e008e00u;
-    a[3] = (word & 0x20072007u) * (1u << 2 | 1u << 9) & 0x8e008e00u;
+    constexpr uint32_t CODES = 0x8e008e00u;
+    a[0] = word << 6 & CODES;
+    a[1] = word << 9 & CODES;
+    a[2] = (word ^ word >> 3) & CODES;
+    a[3] = (word ^ word << 2) & CODES;
 }
 
 template <> struct Tile<FP4> {
@@ -237,8 +238,10 @@ template <> struct Tile<FP4> {
     }
     // A scale byte has five bits of exponent and three of mantissa: the middle of an FP16 number.
     __device__ __forceinline__ void scale(uint32_t (&s)[2]) const {
-        s[0] = __byte_perm(scales, 0, 0x4040) << 7;
-        s[1] = __byte_perm(scales, 0, 0x4141) << 7;
+        const uint32_t rows = __byte_perm(scales, 0, 0x4140) << 7;
+        // A product can take either half twice: these are no instructions.
+        const __half2 lower = __low2half2(reinterpret_cast<const __half2&>(rows)), upper = __high2half2(reinterpret_cast<const __half2&>(rows));
+        s[0] = reinterpret_cast<const uint32_t&>(lower), s[1] = reinterpret_cast<const uint32_t&>(upper);
     }
     __device__ __forceinline__ void fragment(int j, const uint32_t (&s)[2], uint32_t (&a)[4]) const {
         codes(j == 0 ? words.x : j == 1 ? words.y : j == 2 ? words.z : words.w, a);

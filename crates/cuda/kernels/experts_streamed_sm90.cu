@@ -200,47 +200,45 @@ __device__ __forceinline__ void bring_weights(const Streamed& p, Shared& shared,
 struct Inputs {
     uint32_t stages, full, empty; // addresses
     Turn<STAGES> now;
+    uint32_t before;              // the barrier `empty` of the stage before this one
     __device__ __forceinline__ void wait() const { wait_barrier(full + 8 * now.at, now.parity); }
-    // The stage before this one.
+    __device__ __forceinline__ void next() { before = empty + 8 * now.at, now.next(); }
     __device__ __forceinline__ void leave_before() const {
-        if (threadIdx.x % 128 == 0) arrive(empty + 8 * ((now.at + STAGES - 1) % STAGES));
-    }
-    __device__ __forceinline__ void leave() {
-        if (threadIdx.x % 128 == 0) arrive(empty + 8 * now.at);
-        now.next();
+        if (threadIdx.x % 128 == 0) arrive(before);
     }
 };
 
 // A warpgroup's sums of a pass. The products of a tile begin while those of the one before are still at work, then the next is decoded. Where
 // a branch stands before that, the compiler leaves it all in this order; it may not know that `some` is true.
 template <int N> __device__ __forceinline__ void multiply_pass(float (&d)[EACH][SUMS], Weights& weights, Inputs& inputs, int columns, bool some) {
+    constexpr int TILES = EACH * CHUNK;
     uint32_t a[2][4][4];
-    auto begin = [&](uint32_t (&to)[4][4]) { decode(weights.load(0, 0), to); };
     weights.wait();
-    begin(a[0]);
-    for (bool first = true; columns > 0; columns -= CHUNK, first = false) {
+    decode(weights.load(0, 0), a[0]);
+    for (bool first = true;; columns -= CHUNK, first = false) {
         inputs.wait();
         const uint32_t b = descriptor_of(inputs.stages + inputs.now.at * STAGE_BYTES);
 #pragma unroll
-        for (int i = 0; i < EACH * CHUNK; i++) {
-            if (i % EACH == 0 && i / EACH >= columns) break;
+        for (int i = 0; i < TILES; i++) {
             Tile<FP4> next;
-            if (i + 1 < EACH * CHUNK) next = weights.load((i + 1) % EACH, (i + 1) / EACH);
+            if (i + 1 < TILES) next = weights.load((i + 1) % EACH, (i + 1) / EACH);
             begin_products();
 #pragma unroll
             for (int j = 0; j < 4; j++) multiply<FP4, N>(d[i % EACH], a[i % 2][j], descriptor(b, i / EACH * N * LINE + 32 * j));
             commit_products();
-            wait_for_products<1>();
-            if (i == 0 && !first) inputs.leave_before();
-            if (i + 1 < EACH * CHUNK) {
-                if (some) decode(next, a[(i + 1) % 2]);
-            } else if (columns > CHUNK) {
+            const bool last = (i + 1) % EACH == 0 && columns <= (i + 1) / EACH;
+            if (i + 1 == TILES && !last) {
                 weights.leave();
                 weights.wait();
-                begin(a[0]);
+                next = weights.load(0, 0);
             }
+            wait_for_products<1>();
+            if (i == 0 && !first) inputs.leave_before();
+            if (last) break;
+            if ((i + 1) % EACH == 0 || some) decode(next, a[(i + 1) % 2]);
         }
-        inputs.now.next();
+        inputs.next();
+        if (columns <= CHUNK) break;
     }
     wait_for_products<0>();
     inputs.leave_before();
@@ -323,7 +321,8 @@ __device__ __forceinline__ void watch(Inputs& inputs, int columns) {
         inputs.wait();
         // All have seen that it is full before it can be filled again.
         asm volatile("barrier.sync %0, 128;" ::"r"(1 + threadIdx.x / 128) : "memory");
-        inputs.leave();
+        inputs.next();
+        inputs.leave_before();
     }
 }
 

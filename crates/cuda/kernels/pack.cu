@@ -73,11 +73,23 @@ __device__ __forceinline__ uint32_t packed_scale(const Pack& p, uint32_t row, ui
     return __half_as_ushort(__float2half_rn(value * 128)) >> 7;
 }
 
+// The word that `codes` in common.cuh makes these of: each bit by an equation of which the others are known.
+__device__ __forceinline__ uint32_t mix(const uint32_t (&a)[4]) {
+    uint32_t word = a[0] >> 6 | a[1] >> 9;
+    word |= (a[3] ^ word << 2) & 0x08000800u;
+    word |= (a[2] ^ word) << 3 & 0x50005000u;
+    word |= (a[2] ^ word >> 3) & 0x80008000u;
+    word |= (a[3] ^ word) >> 2 & 0x20802080u;
+    word |= (a[2] ^ word >> 3) & 0x04000400u;
+    word |= (a[3] ^ word) >> 2 & 0x01000100u;
+    return word;
+}
+
 extern "C" __global__ void pack_fp4(const __grid_constant__ Pack p) {
     const Share share(p);
     if (!share.inside) return;
     uint32_t k = share.input();
-    uint32_t word[4] = {}, scales = 0;
+    uint32_t halves[4][4] = {}, scales = 0; // as `codes` gives them
     for (int upper = 0; upper < 2; upper++) {
         uint32_t row = share.row(p, upper);
         if (row >= p.rows || k >= p.cols) continue;
@@ -85,13 +97,11 @@ extern "C" __global__ void pack_fp4(const __grid_constant__ Pack p) {
         scales |= packed_scale(p, row, k) << 8 * upper;
         for (int j = 0; j < 4; j++) {
             for (int i = 0; i < 4; i++) {
-                uint32_t code = codes[(4 * j + i) / 2] >> i % 2 * 4 & 15, sign = code >> 3, rest = code & 7;
-                uint32_t half = i / 2 == 0 ? (upper ? sign << 12 | rest << 6 : sign << 15 | rest << 9)
-                                           : (upper ? sign << 13 | rest : sign << 14 | rest << 3);
-                word[j] |= half << i % 2 * 16;
+                uint32_t code = codes[(4 * j + i) / 2] >> i % 2 * 4 & 15;
+                halves[j][i / 2 * 2 + upper] |= ((code & 8) << 12 | (code & 7) << 9) << i % 2 * 16;
             }
         }
     }
-    p.weights[share.index] = make_uint4(word[0], word[1], word[2], word[3]);
+    p.weights[share.index] = make_uint4(mix(halves[0]), mix(halves[1]), mix(halves[2]), mix(halves[3]));
     p.packed_scales[share.index] = scales;
 }
