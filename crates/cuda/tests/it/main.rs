@@ -335,6 +335,17 @@ fn odd(format: Format) -> Arc<dyn Weights> {
     Arc::new(Synthetic::new(odd_config(), pick, 7))
 }
 
+/// Two layers as wide as those of gpt-oss-20b.
+fn wide_config() -> Config {
+    let mut config = Config { vocab_size: 4096, ..Config::gpt_oss_20b() };
+    config.layer_kinds.truncate(2);
+    config
+}
+
+fn experts_in_nvfp4(id: MatrixId) -> Format {
+    if id.kind.is_expert() { Format::Nvfp4 } else { Format::Bf16 }
+}
+
 fn tokens(count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| (i * i * 31 + 7 * i) % 331).collect()
 }
@@ -516,32 +527,38 @@ impl Weights for Damaged {
 #[test]
 fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
     let Some(device) = device() else { return };
-    let mut cuda = load(&device, &Damaged(odd(Format::Nvfp4)));
     let drawn = Sampling { temperature: 1.0, top_k: 3, ..Sampling::default() };
     let processed = Some(Logprobs { top: 2, processed: true, ..Logprobs::default() });
     let masked = Sampling { mask: Some(Mask::of(&[1, 2])), ..drawn.clone() };
     let samplings = [Sampling::default(), drawn.clone(), masked, Sampling { logprobs: processed, ..drawn }];
+    let small = load(&device, &Damaged(odd(Format::Nvfp4)));
+    let wide = Arc::new(Synthetic::new(wide_config(), experts_in_nvfp4, 1));
+    let mut wide = load(&device, &Damaged(wide));
+    wide.allocate_kv(700, 700).unwrap();
     // Alone, and in batches for which there are kernels of their own.
-    for count in [1, 4, 8, 40] {
-        for sampling in &samplings {
+    for (mut cuda, counts) in [(small, &[1, 4, 8, 40][..]), (wide, &[1, 8, 32, 64, 128, 256, 600])] {
+        for (&count, sampling) in counts.iter().flat_map(|count| samplings.iter().map(move |s| (count, s))) {
             let one = |s: u32| {
-                let tokens = [if s.is_multiple_of(3) { DAMAGED } else { 8 + s }];
+                let tokens = [if s.is_multiple_of(3) { DAMAGED } else { 8 + s % 300 }];
                 SequencePlan { sample: vec![sampling.clone()], ..sequence(&tokens, 0, s) }
             };
             let found = run(&mut cuda, (0..count).map(one).collect());
             for (s, output) in found.iter().enumerate() {
                 assert_eq!(output.corrupted, s.is_multiple_of(3), "sequence {s} of {count}, {sampling:?}");
-                assert!((output.sampled[0].token as usize) < 331);
+                assert!((output.sampled[0].token as usize) < cuda.config().vocab_size);
             }
         }
+        let prompt = |damaged: bool, first| {
+            let mut tokens = tokens(130);
+            tokens.iter_mut().filter(|token| **token == DAMAGED).for_each(|token| *token += 1);
+            tokens[100] = if damaged { DAMAGED } else { tokens[100] };
+            let score = Some(Score { next: tokens[1..].to_vec(), top: 1 });
+            SequencePlan { score, ..sequence(&tokens, 0, first) }
+        };
+        let outputs = run(&mut cuda, vec![prompt(false, 100), prompt(true, 109)]);
+        let found: Vec<bool> = outputs.iter().map(|output| output.corrupted).collect();
+        assert_eq!(found, [false, true]);
     }
-    let scored = |tokens: [u32; 3], first| SequencePlan {
-        score: Some(Score { next: tokens[1..].to_vec(), top: 1 }),
-        ..sequence(&tokens, 0, first)
-    };
-    let plans = vec![scored([8, 2, 3], 50), scored([8, DAMAGED, 3], 51)];
-    let found: Vec<bool> = run(&mut cuda, plans).iter().map(|output| output.corrupted).collect();
-    assert_eq!(found, [false, true]);
 }
 
 #[test]
@@ -658,10 +675,7 @@ fn a_batch_changes_no_bit_where_that_is_asked_for() {
 #[test]
 fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
     let Some(device) = device() else { return };
-    let mut config = Config { vocab_size: 4096, ..Config::gpt_oss_20b() };
-    config.layer_kinds.truncate(2);
-    let pick = |id: MatrixId| if id.kind.is_expert() { Format::Nvfp4 } else { Format::Bf16 };
-    let weights = Synthetic::new(config, pick, 1);
+    let weights = Synthetic::new(wide_config(), experts_in_nvfp4, 1);
     let plan = |which: std::ops::Range<u32>| -> Vec<SequencePlan> {
         let one = |s: u32| SequencePlan { hidden_after_layer: Some(1), ..sequence(&[s * 31 % 4096], 0, s) };
         which.map(one).collect()
