@@ -22,6 +22,10 @@ const GROUPS: usize = 15;
 /// Row tiles that a block of the experts may touch in its second product.
 const SHARES: usize = 4;
 
+/// Bytes of shared memory that the device takes for each block, and that one of the projection of attention has itself, at most.
+const BLOCK_SHARED: usize = 1 << 10;
+const ATTENDED_SHARED: usize = 2 << 10;
+
 /// Blocks of the output layer that a multiprocessor has registers for.
 const OUTPUT_BLOCKS: usize = 4;
 
@@ -49,6 +53,8 @@ pub(crate) struct OneToken {
     share_warps: usize,
     /// Experts per token.
     ranks: usize,
+    /// Half of the memory that the blocks of a multiprocessor share.
+    half: usize,
 }
 
 /// How the row tiles of a rank are divided among its blocks.
@@ -111,6 +117,7 @@ impl OneToken {
             experts,
             share_warps,
             ranks,
+            half: (device.shared_bytes() + BLOCK_SHARED) / 2,
         };
         // The kernels' own shared memory is below 16 KiB.
         let room = device.shared_bytes().saturating_sub(16 << 10);
@@ -128,11 +135,17 @@ impl OneToken {
     }
 
     fn qkv_shared(&self, layer: &Layer) -> usize {
-        layer.qkv.padded_cols() * 2 + WARPS * flow_bytes(layer.qkv.format(), (1, 3), (9, 1))
+        let needed = layer.qkv.padded_cols() * 2 + WARPS * flow_bytes(layer.qkv.format(), (1, 3), (9, 1));
+        // In BF16 a block takes more than it needs, so that one of the projection of attention has no room beside it: its weights
+        // would keep those waiting that attention waits for. Two of the projection have room.
+        if layer.qkv.format() == BF16 { needed.max(self.half) } else { needed }
     }
 
     fn attended_shared(&self, layer: &Layer) -> usize {
-        layer.output.padded_cols() * 2 + WARPS * flow_bytes(layer.output.format(), (1, 3), (4, 1))
+        let needed =
+            layer.output.padded_cols() * 2 + WARPS * flow_bytes(layer.output.format(), (1, 3), (4, 1));
+        let half = self.half - BLOCK_SHARED - ATTENDED_SHARED;
+        if layer.output.format() == BF16 { needed.max(half) } else { needed }
     }
 
     fn experts_shared(&self, layer: &Layer) -> usize {
