@@ -96,7 +96,7 @@ impl Cuda {
             (self.device.multiprocessors() / blocks).min(SOME_SHARES).min(matrix.padded_cols() / TILE_COLS);
         let fits = self.device.capability() == 90
             && !self.options.batch_invariant
-            && n > DENSE_TOKENS
+            && n > if epilogue.kind == STORE { FEW_TOKENS } else { DENSE_TOKENS }
             && n <= SOME_TOKENS
             && matrix.format() == BF16
             && match epilogue.kind {
