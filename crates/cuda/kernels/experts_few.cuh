@@ -1,10 +1,11 @@
 // Both products of the experts' four-bit weights with few tokens each, at the speed of the memory, on Hopper and later. A block takes a
 // contiguous part of all rows of all experts, first of the first product, then, when the blocks with the same experts are done with theirs,
-// of the second. As many tokens' activations as there is room for lie in its shared memory. Its warpgroups share what it has evenly, down to
-// the single tile, and each warp's weights come to shared memory by copies that run ahead, across the ends of rows, experts and products.
+// of the second. As many tokens' activations as there is room for lie in its shared memory. Its groups of warps share what it has evenly, down
+// to the single tile, and each warp's weights come to shared memory by copies that run ahead, across the ends of rows, experts and products.
 // (Bulk copies do the same with more instructions, of which there are too many here.)
-// Whoever includes this says how many warpgroups a block has, and how many tokens a pass: what registers and shared memory allow; and up to
-// how many tokens (ALONE) a warp multiplies without the others of its warpgroup.
+// Whoever includes this says how many GROUPS a block has, and how many tokens a pass: what registers and shared memory allow; up to how many
+// tokens (ALONE) each warp multiplies for itself, with more a warpgroup does; and what a group takes at a time, a UNIT of row tiles, one for
+// each of its warps. Small ones divide among blocks more evenly.
 #pragma once
 
 #include "experts.cuh"
@@ -18,21 +19,36 @@ struct Few {
     uint32_t n, experts, experts_per_token;
     uint32_t tokens;           // of a pass, at most: a multiple of eight, not above TOKENS
     uint32_t room;             // bytes of activations that fit in shared memory, at least those of a pass
-    uint32_t whole;            // a unit is one warpgroup's, so that its sums have one order whatever else there is
+    uint32_t whole;            // a unit is one group's, so that its sums have one order whatever else there is
+    uint32_t early;            // bytes of weights that a block asks for before it knows its share, at most: a multiple of 16
+    uint32_t padding;
 };
-static_assert(sizeof(Few) == 304);
+static_assert(sizeof(Few) == 312);
 
-constexpr int WARPS = 4 * GROUPS;                        // a warpgroup has 64 rows at a time
-constexpr int UNIT = 4;                                  // row tiles of a warpgroup
+constexpr int WARPS = UNIT * GROUPS, GROUP = UNIT * WARP; // of a block; threads of a group
+static_assert(UNIT == 4 || TOKENS <= ALONE);
 constexpr int CHUNK = 4, SLOTS = 2;                      // tiles that a warp brings together, and such chunks of a warp
 constexpr int TILE_BYTES = 512, SCALE_BYTES = 64, SLOT_BYTES = CHUNK * (TILE_BYTES + SCALE_BYTES);
-constexpr int SUMS = TOKENS / 2;                         // of a thread: 64 rows of the tokens of a pass
+constexpr int SUMS = TOKENS / 2;                         // of a thread: its warp's rows, or its warpgroup's, of the tokens of a pass
 constexpr int LINE = TILE_COLS * 2;                      // bytes of a row of activations of one column tile
 constexpr int MAX_PASSES = 16;                           // of a block in one product
 
 #if __CUDA_ARCH__ >= 900
 
-// All rows of an expert with some of its tokens. The rows are counted in units of a warpgroup, pass after pass.
+// Asks for weights of the first product while the memory has nothing else to do, since nobody knows yet who takes what: of all of them as many
+// bytes for each block, the first of what would be its share if all experts cost the same, for the second-level cache. By one warp.
+__device__ __forceinline__ void ask_early(const Few& p) {
+    const Matrix& m = p.parts[0].matrix;
+    const size_t tiles = size_t(p.experts) * row_tiles_of(m) * (m.cols / TILE_COLS);
+    const size_t begin = tiles * blockIdx.x / gridDim.x * TILE_BYTES, end = tiles * (blockIdx.x + 1) / gridDim.x * TILE_BYTES;
+    constexpr uint32_t PIECE = 16384;
+    const uint32_t bytes = min(size_t(p.early), end - begin);
+#pragma unroll 1
+    for (uint32_t at = threadIdx.x % WARP * PIECE; at < bytes; at += WARP * PIECE)
+        prefetch_bulk((const uint8_t*)m.weights + begin + at, min(PIECE, bytes - at));
+}
+
+// All rows of an expert with some of its tokens. The rows are counted in units, pass after pass.
 struct Pass {
     uint32_t expert, first;    // the first of its slots
     int n;                     // its slots
@@ -45,15 +61,15 @@ struct Phase {
     uint32_t begin, end;       // units
 };
 struct Plan {
-    uint64_t left[GROUPS];     // barriers: this warpgroup has left its sums
+    uint64_t left[GROUPS];     // barriers: this group has left its sums
     Pass passes[2][MAX_PASSES];
     Phase phases[2][MAX_PASSES];
     uint32_t counts[2];        // of phases
     uint32_t makers[2];        // the first and the last of the blocks that make what this one needs for its second product
     uint32_t round;            // of this launch
 };
-// What Rust reserves beside the activations: weights, sums that warpgroups leave for one another, the plan.
-constexpr int HEAD_BYTES = SUMS * 128 * 4, PLAN_BYTES = 2048;
+// What Rust reserves beside the activations: weights, sums that groups leave for one another, the plan.
+constexpr int HEAD_BYTES = SUMS * GROUP * 4, PLAN_BYTES = 1504;
 static_assert(sizeof(Plan) <= PLAN_BYTES);
 
 __device__ __forceinline__ uint32_t units_of(const Matrix& m) { return (m.rows + UNIT * TILE_ROWS - 1) / (UNIT * TILE_ROWS); }
@@ -66,13 +82,27 @@ __device__ __forceinline__ int rows_of(int n) { return n <= 8 ? n : (n + 7) / 8 
 struct OwnRoutes {
     uint64_t* tokens; // [experts], of each the tokens that chose it; zeros at first
     uint32_t* words;
-    // By all threads; a barrier must follow.
+    // By all threads; a barrier must follow. Where there are more tokens than warps, each warp takes two at a time, if need be the same twice:
+    // a step takes its time, and hardly more of it for two.
     __device__ __forceinline__ void choose_experts(const Few& p, const Routes& routes) const {
-        for (uint32_t token = threadIdx.x / WARP; token < p.n; token += WARPS) {
-            choose(words, routes, p.logits, token, p.experts_per_token);
-            __syncwarp();
-            if (const uint32_t rank = threadIdx.x % WARP; rank < p.experts_per_token)
-                atomicOr((unsigned long long*)tokens + routes.expert_of_pair(token * p.experts_per_token + rank), 1ull << token);
+        for (uint32_t token = threadIdx.x / WARP; token < p.n; token += 2 * WARPS) {
+            if (p.experts > WARP) choose_of<2, MAX_EXPERTS / WARP>(p, routes, token);
+            else if (p.n > WARPS) choose_of<2, 1>(p, routes, token);
+            else choose_of<1, 1>(p, routes, token);
+        }
+    }
+    template <int COUNT, int EACH> __device__ __forceinline__ void choose_of(const Few& p, const Routes& routes, uint32_t token) const {
+        const uint32_t step = token + WARPS < p.n ? WARPS : 0;
+        auto logit_of = [&](int i, uint32_t expert) { return __ldcg(p.logits + (token + i * step) * p.experts + expert); };
+        choose_by<COUNT, EACH>(words, routes, logit_of, token, step, p.experts_per_token);
+        __syncwarp();
+        const uint32_t rank = threadIdx.x % WARP;
+        if (rank >= p.experts_per_token) return;
+#pragma unroll
+        for (int i = 0; i < COUNT; i++) {
+            const uint32_t now = token + i * step;
+            // Half of the 64 bits, since for these there is an instruction.
+            atomicOr((uint32_t*)(tokens + routes.expert_of_pair(now * p.experts_per_token + rank)) + now / 32, 1u << now % 32);
         }
     }
     // By one warp; a barrier must follow.
@@ -111,7 +141,9 @@ struct Passes {
     __device__ __forceinline__ Passes(const Few& p, const Routes& routes, uint32_t base) {
         const uint32_t expert = base + threadIdx.x % WARP;
         count = expert < routes.experts ? routes.count(expert) : 0;
-        own = (count + p.tokens - 1) / p.tokens * (1 | cost_of(count) << 16);
+        // A division takes long.
+        const uint32_t passes = count <= p.tokens ? count > 0 : (count + p.tokens - 1) / p.tokens;
+        own = passes * (1 | cost_of(count) << 16);
     }
     // `sum`: of the experts before `base`, and of those before the next ones afterwards.
     __device__ __forceinline__ void add(uint32_t& sum) {
@@ -185,7 +217,7 @@ __device__ __forceinline__ void make_plan(Plan& plan, const Few& p, const Routes
     plan.counts[part] = phases;
 }
 
-// Where a warpgroup is in its share of a phase.
+// Where a group is in its share of a phase.
 struct Cursor {
     const Plan* plan;
     int part, phase, pass;
@@ -201,7 +233,7 @@ struct Cursor {
         unit = now.begin + begin / columns, column = begin % columns, pass = now.first;
         if (left > 0) find_pass();
     }
-    static __device__ __forceinline__ int group() { return threadIdx.x / 128; }
+    static __device__ __forceinline__ int group() { return threadIdx.x / GROUP; }
     static __device__ __forceinline__ int begin_of(const Few& p, int all, int columns, int group) {
         return p.whole ? all / columns * group / GROUPS * columns : all * group / GROUPS;
     }
@@ -215,7 +247,7 @@ struct Cursor {
         column = 0, unit++;
         if (left > 0) find_pass();
     }
-    __device__ __forceinline__ uint32_t row_tile() const { return (unit - now().begin) * UNIT + threadIdx.x / WARP % 4; }
+    __device__ __forceinline__ uint32_t row_tile() const { return (unit - now().begin) * UNIT + threadIdx.x / WARP % UNIT; }
 };
 
 // A warp's weights, which the cursor `ahead` brings through all phases of both products.
@@ -224,7 +256,7 @@ struct Weights {
     const uint8_t *weights, *scales; // of the cursor's row tile
     uint64_t policy;
     uint32_t slot, over;             // addresses in shared memory: the oldest chunk, and the end of all
-    // To the first phase from this one on of which this warpgroup has a share.
+    // To the first phase from this one on of which this group has a share.
     __device__ __forceinline__ void enter(const Few& p, int part, int phase) {
         ahead.left = 0;
         for (; part < 2; part++, phase = 0) {
@@ -369,10 +401,12 @@ __device__ __forceinline__ void bring_inputs(const Few& p, const Routes& routes,
     for (uint32_t i = phase.first; i < phase.last; i++) {
         const Pass& pass = plan.passes[part][i];
         const int stride = rows_of(pass.n) * LINE;
-        for (int row = threadIdx.x / WARP; row < pass.n; row += WARPS) {
+        // Four warps for each row.
+        for (int warp = threadIdx.x / WARP; warp < 4 * pass.n; warp += WARPS) {
+            const int row = warp / 4;
             const uint32_t slot = pass.first + row, from = part == 0 ? routes.pair(slot) / p.experts_per_token : slot;
             const uint16_t* inputs = now.input + size_t(from) * now.matrix.cols;
-            for (int piece = threadIdx.x % WARP; piece < pieces; piece += WARP)
+            for (int piece = threadIdx.x % (4 * WARP); piece < pieces; piece += 4 * WARP)
                 copy_async(to + pass.place + piece / 8 * stride + row * LINE + ((piece % 8 ^ row % 8) << 4), inputs + piece * 8);
         }
     }
@@ -389,27 +423,24 @@ template <int N> __device__ __forceinline__ void wait_for_inputs() {
 // every launch have as many.
 __device__ __forceinline__ void wait_for_makers(const Few& p, const Plan& plan) {
     __syncthreads();
-    if (threadIdx.x == 0) {
-        __threadfence();
-        asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p.rounds + blockIdx.x), "r"(plan.round) : "memory");
-    }
+    // With the barriers before and after, what one thread releases and acquires is what all have written, and may read.
+    if (threadIdx.x == 0) asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(p.rounds + blockIdx.x), "r"(plan.round) : "memory");
     for (uint32_t block = plan.makers[0] + threadIdx.x; block <= plan.makers[1]; block += WARPS * WARP) {
         uint32_t seen;
         do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(seen) : "l"(p.rounds + block) : "memory");
         while (int(seen - plan.round) < 0);
-        __threadfence();
     }
     __syncthreads();
 }
 
-// This warpgroup's share of a phase. Where a unit is shared, those that do not begin it leave their sums for the one that does: it is
+// This group's share of a phase. Where a unit is shared, those that do not begin it leave their sums for the one that does: it is
 // the first thing that they do.
 __device__ __forceinline__ void multiply_phase(
     const Few& p, Weights& weights, int part, int number, int phase, uint32_t inputs, float* heads, uint32_t left_barriers) {
     Cursor at;
     at.plan = weights.ahead.plan;
     at.start(p, part, phase);
-    const int group = Cursor::group(), own = threadIdx.x % 128;
+    const int group = Cursor::group(), own = threadIdx.x % GROUP;
     if (at.left == 0 || at.column == 0) arrive(left_barriers + 8 * group);
     const Part& now = p.parts[part];
     const uint32_t row_tiles = (now.matrix.rows + TILE_ROWS - 1) / TILE_ROWS;
@@ -429,7 +460,7 @@ __device__ __forceinline__ void multiply_phase(
         at.move(count);
         if (from > 0) {
 #pragma unroll
-            for (int i = 0; i < SUMS; i++) heads[(group * SUMS + i) * 128 + own] = d[i];
+            for (int i = 0; i < SUMS; i++) heads[(group * SUMS + i) * GROUP + own] = d[i];
             arrive(left_barriers + 8 * group);
             continue;
         }
@@ -440,7 +471,7 @@ __device__ __forceinline__ void multiply_phase(
                 if (Cursor::begin_of(p, all, at.columns, other) == Cursor::begin_of(p, all, at.columns, other + 1)) continue;
                 wait_barrier(left_barriers + 8 * other, number % 2);
 #pragma unroll
-                for (int i = 0; i < SUMS; i++) d[i] += heads[(other * SUMS + i) * 128 + own];
+                for (int i = 0; i < SUMS; i++) d[i] += heads[(other * SUMS + i) * GROUP + own];
             }
         }
         if (!mine) continue;
@@ -462,7 +493,7 @@ __device__ __forceinline__ void multiply_phase(
 
 __device__ __forceinline__ void experts(const Few& p) {
 #if __CUDA_ARCH__ >= 900
-    extern __shared__ __align__(1024) uint8_t shared[]; // the activations, the weights, the heads of warpgroups 1 .., the plan
+    extern __shared__ __align__(1024) uint8_t shared[]; // the activations, the weights, the heads of groups 1 .., the plan
     const uint32_t inputs = shared_address(shared), warp = threadIdx.x / WARP;
     float* heads = (float*)(shared + p.room + WARPS * SLOTS * SLOT_BYTES) - HEAD_BYTES / 4;
     Plan& plan = *(Plan*)(shared + p.room + WARPS * SLOTS * SLOT_BYTES + (GROUPS - 1) * HEAD_BYTES);
@@ -472,7 +503,7 @@ __device__ __forceinline__ void experts(const Few& p) {
     weights.policy = read_once();
     weights.slot = inputs + p.room + warp * SLOTS * SLOT_BYTES, weights.over = weights.slot + SLOTS * SLOT_BYTES;
     if (threadIdx.x == 0) {
-        for (int i = 0; i < GROUPS; i++) init_barrier(left_barriers + 8 * i, 128);
+        for (int i = 0; i < GROUPS; i++) init_barrier(left_barriers + 8 * i, GROUP);
         fence_barriers();
     }
     OwnRoutes own;
@@ -480,6 +511,7 @@ __device__ __forceinline__ void experts(const Few& p) {
     const Routes routes(p.logits ? own.words : p.list, p.experts, p.n * p.experts_per_token);
     if (p.logits)
         for (uint32_t i = threadIdx.x; i < p.experts; i += WARPS * WARP) own.tokens[i] = 0;
+    if (warp == 1) ask_early(p);
     __syncthreads();
     wait_for_previous();
     start_next();
@@ -497,6 +529,8 @@ __device__ __forceinline__ void experts(const Few& p) {
     bool brought = plan.counts[0] > 0;
     if (brought) bring_inputs(p, routes, plan, 0, plan.phases[0][0], inputs);
     weights.enter(p, 0, 0);
+    // As all that runs but once, this is short rather than in one line: code comes from far.
+#pragma unroll 1
     for (int i = 0; i < SLOTS; i++) weights.bring(p);
     int number = 0;
     for (int part = 0; part < 2; part++) {

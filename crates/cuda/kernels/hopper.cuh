@@ -30,6 +30,10 @@ __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, uint32_
                  "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
                  : "memory");
 }
+// To the second-level cache.
+__device__ __forceinline__ void prefetch_bulk(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
 // After a thread has read shared memory that a bulk copy will overwrite: loads that are still in a queue would otherwise find what the
 // copy, which does not stand in it, has brought.
 __device__ __forceinline__ void fence_reads() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -65,45 +65,68 @@ template <int TOKENS> __device__ __forceinline__ bool find(Work& work, const Rou
     return false;
 }
 
-// The experts of a token: those with the largest logits, descending, the lower index first on a tie, weighted by the softmax over them.
-// One warp; `words` are the routes, `logit_of` gives the logit of an expert.
-template <class Logit>
-__device__ __forceinline__ void choose_by(uint32_t* words, const Routes& routes, const Logit& logit_of, uint32_t token, uint32_t experts_per_token) {
-    constexpr int EACH = MAX_EXPERTS / WARP;
+// The experts of `COUNT` tokens, one every `step`: those with the largest logits, descending, the lower index first on a tie, weighted by the
+// softmax over them. One warp; `words` are the routes, `logit_of` gives the logit of an expert for one of the tokens. A lane has up to `EACH`
+// experts.
+template <int COUNT, int EACH, class Logit>
+__device__ __forceinline__ void choose_by(
+    uint32_t* words, const Routes& routes, const Logit& logit_of, uint32_t token, uint32_t step, uint32_t experts_per_token) {
     const uint32_t lane = threadIdx.x % WARP, experts = routes.experts;
     // As integers of the same order, none zero; zero is what counts no more.
-    uint32_t keys[EACH];
+    uint32_t keys[COUNT][EACH];
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         if (i * WARP >= experts) break;
         const uint32_t e = i * WARP + lane;
-        const float v = e < experts ? logit_of(e) : 0.f;
-        const uint32_t bits = __float_as_uint(isnan(v) ? -INFINITY : v == 0.f ? 0.f : v);
-        keys[i] = e < experts ? bits >> 31 ? ~bits : bits | 0x80000000u : 0;
-    }
-    uint32_t* expert_of = words + routes.pairs_at(1) + token * experts_per_token;
-    float* weight_of = (float*)words + routes.pairs_at(2) + token * experts_per_token;
-    float largest = 0, sum = 0, own = 0;
-    for (uint32_t rank = 0; rank < experts_per_token; rank++) {
-        uint32_t best = 0, at = 0;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            if (i * WARP >= experts) break;
-            if (keys[i] > best) best = keys[i], at = i * WARP + lane;
+        for (int t = 0; t < COUNT; t++) {
+            const float v = e < experts ? logit_of(t, e) : 0.f;
+            const uint32_t bits = __float_as_uint(isnan(v) ? -INFINITY : v == 0.f ? 0.f : v);
+            keys[t][i] = e < experts ? bits >> 31 ? ~bits : bits | 0x80000000u : 0;
         }
-        const uint32_t key = __reduce_max_sync(~0u, best);
-        at = __reduce_min_sync(~0u, best == key ? at : ~0u);
-#pragma unroll
-        for (int i = 0; i < EACH; i++)
-            if (at == i * WARP + lane) keys[i] = 0;
-        const float logit = __uint_as_float(key >> 31 ? key & 0x7fffffffu : ~key);
-        if (rank == 0) largest = logit;
-        const float weight = logit == largest ? 1.f : expf(logit - largest);
-        sum += weight;
-        if (rank == lane) own = weight;
-        if (lane == 0) expert_of[rank] = at;
     }
-    if (lane < experts_per_token) weight_of[lane] = own / sum;
+    float largest[COUNT], sum[COUNT] = {}, own[COUNT] = {};
+    uint32_t own_expert[COUNT] = {};
+#pragma unroll 1
+    for (uint32_t rank = 0; rank < experts_per_token; rank++) {
+        uint32_t best[COUNT] = {}, at[COUNT] = {}, key[COUNT];
+#pragma unroll
+        for (int t = 0; t < COUNT; t++) {
+#pragma unroll
+            for (int i = 0; i < EACH; i++) {
+                if (i * WARP >= experts) break;
+                if (keys[t][i] > best[t]) best[t] = keys[t][i], at[t] = i * WARP + lane;
+            }
+        }
+        // Each of these takes its time, and those of the tokens one beside the other.
+#pragma unroll
+        for (int t = 0; t < COUNT; t++) key[t] = __reduce_max_sync(~0u, best[t]);
+#pragma unroll
+        for (int t = 0; t < COUNT; t++) at[t] = __reduce_min_sync(~0u, best[t] == key[t] ? at[t] : ~0u);
+#pragma unroll
+        for (int t = 0; t < COUNT; t++) {
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+                if (at[t] == i * WARP + lane) keys[t][i] = 0;
+            const float logit = __uint_as_float(key[t] >> 31 ? key[t] & 0x7fffffffu : ~key[t]);
+            if (rank == 0) largest[t] = logit;
+            const float weight = logit == largest[t] ? 1.f : expf(logit - largest[t]);
+            sum[t] += weight;
+            if (rank == lane) own[t] = weight, own_expert[t] = at[t];
+        }
+    }
+    if (lane >= experts_per_token) return;
+#pragma unroll
+    for (int t = 0; t < COUNT; t++) {
+        const uint32_t pair = (token + t * step) * experts_per_token + lane;
+        words[routes.pairs_at(1) + pair] = own_expert[t], words[routes.pairs_at(2) + pair] = __float_as_uint(own[t] / sum[t]);
+    }
+}
+
+// Of one token.
+template <class Logit>
+__device__ __forceinline__ void choose_by(uint32_t* words, const Routes& routes, const Logit& logit_of, uint32_t token, uint32_t experts_per_token) {
+    choose_by<1, MAX_EXPERTS / WARP>(words, routes, [&](int, uint32_t expert) { return logit_of(expert); }, token, 0, experts_per_token);
 }
 
 // The same by logits in memory, `[tokens, experts]`.

@@ -16,6 +16,8 @@ use crate::products::{
 
 /// Passes of a block of experts_few.cuh, at most.
 const FEW_PASSES: usize = 16;
+/// Bytes of weights that a block of experts_few.cuh asks for before it knows its share.
+const FEW_EARLY: u32 = 64 << 10;
 /// Tokens whose routes the blocks of experts_few.cuh make themselves, at most: bits of a word.
 const OWN_ROUTES_TOKENS: usize = 64;
 /// Their bytes, at most: more would leave too little room for activations.
@@ -111,14 +113,17 @@ impl Cuda {
     /// The kernel of experts_few.cuh for `n` tokens, and how it goes through the experts of a layer.
     fn few_kernel(&self, layer: &Layer, n: usize) -> FewKernel {
         let few = n * self.config.experts_per_token <= 8 * self.config.experts;
-        let (name, groups, tokens) = if few { ("experts_few", 6, 16) } else { ("experts_some", 4, 24) };
-        // Of each warp two chunks of four tiles; what all warpgroups but one leave for others; the plan; the routes.
-        let weights = 4 * groups * 2 * 4 * (512 + 64);
-        let beside = weights + (groups - 1) * (tokens / 2) * 128 * 4 + 2048 + self.own_routes(n);
+        // Groups of so many warps.
+        let (name, groups, unit, tokens) =
+            if few { ("experts_few", 12, 2, 16) } else { ("experts_some", 4, 4, 24) };
+        // Of each warp two chunks of four tiles; what all groups but one leave for others; the plan; the routes.
+        let weights = groups * unit * 2 * 4 * (512 + 64);
+        let heads = (groups - 1) * (tokens / 2) * 32 * unit * 4;
+        let beside = weights + heads + 1504 + self.own_routes(n);
         let room = self.device.shared_bytes().saturating_sub(beside) / 1024 * 1024;
         let cols = layer.gate_up.padded_cols().max(layer.down.padded_cols());
         let tokens = (room / (2 * cols)).min(tokens) / 8 * 8;
-        FewKernel { name, threads: 128 * groups as u32, tokens, room, shared: room + beside }
+        FewKernel { name, threads: (32 * groups * unit) as u32, tokens, room, shared: room + beside }
     }
 
     /// Bytes of shared memory for the routes of `n` tokens that blocks of experts_few.cuh make themselves; 0 if the router makes them.
@@ -164,6 +169,9 @@ impl Cuda {
             tokens: kernel.tokens as u32,
             room: kernel.room as u32,
             whole: u32::from(self.options.batch_invariant),
+            // Nearly all experts then have tokens, and what is asked for is needed.
+            early: if n * self.config.experts_per_token >= 2 * self.config.experts { FEW_EARLY } else { 0 },
+            padding: 0,
         };
         let grid = [self.device.multiprocessors() as u32, 1, 1];
         // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room. There are not more blocks than

@@ -106,9 +106,10 @@ params! {
         matrix: Matrix, epilogue: Epilogue, input: Address,
     }
     /// experts_few.cuh
-    Few, 304 {
+    Few, 312 {
         parts: [Part; 2], list: Address, logits: Address, rounds: Address,
         n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, whole: u32,
+        early: u32, padding: u32,
     }
     /// experts_streamed_sm90.cu
     Streamed, 288 {

@@ -369,6 +369,23 @@ fn odd_shapes_agree_with_the_reference() {
 }
 
 #[test]
+fn logits_of_a_large_vocabulary() {
+    let Some(device) = device() else { return };
+    // More rows than the kernels of few rows take.
+    let mut config = Config { vocab_size: 6528, ..odd_config() };
+    config.layer_kinds.truncate(1);
+    let weights: Arc<dyn Weights> = Arc::new(Synthetic::new(config, |_| Format::Bf16, 7));
+    let mut reference = Reference::new(Arc::clone(&weights));
+    reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+    let expected = logits(&mut reference, &tokens(100), 100);
+    let mut cuda = load(&device, &*weights);
+    for chunk in [1, 5, 9, 17, 32, 100] {
+        let found = logits(&mut cuda, &tokens(100), chunk);
+        check_logits(&found, &expected, 6528, &format!("in chunks of {chunk}"));
+    }
+}
+
+#[test]
 fn long_contexts_are_split_and_put_together() {
     let Some(device) = device() else { return };
     let text = tokens(2100);
@@ -686,7 +703,7 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
         cuda.allocate_kv(4000, 4000).unwrap();
         let alone: Vec<Vec<f32>> =
             (0..128).map(|s| run(&mut cuda, plan(s..s + 1)).remove(0).hidden).collect();
-        for batch in [16, 24, 64, 128, 256, 400, 600, 1100, 4000] {
+        for batch in [16, 24, 32, 64, 128, 256, 400, 600, 1100, 4000] {
             let first = run(&mut cuda, plan(0..batch));
             for _ in 0..20 {
                 assert!(run(&mut cuda, plan(0..batch)) == first, "another result in a batch of {batch}");
