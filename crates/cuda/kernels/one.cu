@@ -518,7 +518,7 @@ struct Part {
 // where there are none yet, since no activation is the NaN whose bits are all ones. Odd rounds have one half of it, even rounds the other;
 // each clears the half that the round before had.
 template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_products(const One& p) {
-    constexpr int WARPS = EXPERT_WARPS, THREADS = WARPS * WARP, VALUES = (MAX_HIDDEN / 4 + THREADS - 1) / THREADS, LOADS = 2;
+    constexpr int WARPS = EXPERT_WARPS, THREADS = WARPS * WARP, VALUES = (MAX_HIDDEN / 4 + THREADS - 1) / THREADS, LOADS = 3;
     // The flows; then the inputs: [cols], later the second product's, [ranks, cols].
     extern __shared__ __align__(16) uint8_t shared[];
     __shared__ float partial[WARPS][TILE_ROWS];
@@ -616,35 +616,39 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     if (own.count && down.tile_scale) factor *= down.tile_scale[size_t(expert) * row_tiles_of(down) + own.row_tile];
     if (const int row = own.row_tile * TILE_ROWS + threadIdx.x % TILE_ROWS; own.part == 0 && down.bias && row < down.rows)
         offset = weight * down.bias[size_t(expert) * down.rows + row];
-    // Eight activations at a time. Who waits for one has others on their way.
-    const uint32_t vectors = ranks * down.cols / 8, some = min(row_tiles_of(m) * TILE_ROWS / 2, int(down.cols));
+    // What follows overwrites inputs and sums of the first product.
+    __syncthreads();
+    // A warp needs the activations of its own columns, of which few blocks have some; eight at a time. Who waits for one has others on their
+    // way. Those that fill up a rank's columns never come.
+    uint16_t* inputs = x + own.rank * down.cols + own.begin * TILE_COLS;
+    const uint16_t* from = now + own.rank * down.cols + own.begin * TILE_COLS;
+    const int vectors = own.count * (TILE_COLS / 8), some = (row_tiles_of(m) * TILE_ROWS / 2 - own.begin * TILE_COLS) / 8;
 #pragma unroll 1
-    for (uint32_t first = threadIdx.x; first < vectors; first += LOADS * THREADS) {
+    for (int first = threadIdx.x % WARP; first < vectors; first += LOADS * WARP) {
         uint4 words[LOADS];
         uint32_t missing = 0;
 #pragma unroll
         for (int i = 0; i < LOADS; i++) {
-            const uint32_t at = first + i * THREADS;
             words[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
-            if (at < vectors && (some == down.cols || at * 8 % down.cols < some)) missing |= 1u << i;
+            if (first + i * WARP < min(vectors, some)) missing |= 1u << i;
         }
         while (missing) {
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
-                if (missing >> i & 1) words[i] = load_relaxed((const uint32_t*)now + (first + i * THREADS) * 4);
+                if (missing >> i & 1) words[i] = load_relaxed((const uint32_t*)from + (first + i * WARP) * 4);
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
                 if (!(zero_half(words[i].x) | zero_half(words[i].y) | zero_half(words[i].z) | zero_half(words[i].w))) missing &= ~(1u << i);
         }
 #pragma unroll
         for (int i = 0; i < LOADS; i++)
-            if (const uint32_t at = first + i * THREADS; at < vectors)
-                ((uint4*)x)[at] = make_uint4(~words[i].x, ~words[i].y, ~words[i].z, ~words[i].w);
+            if (const int at = first + i * WARP; at < vectors)
+                ((uint4*)inputs)[at] = make_uint4(~words[i].x, ~words[i].y, ~words[i].z, ~words[i].w);
     }
-    __syncthreads();
-    // Not earlier: the activations would wait behind the next kernel's weights.
-    start_next();
-    flow.multiply(own.count, Sums<F>(x + own.rank * down.cols + own.begin * TILE_COLS), partial[warp], factor);
+    __syncwarp();
+    // Not earlier: the activations would wait behind the next kernel's weights. The first warp to say so speaks for the block.
+    if (own.count) start_next();
+    flow.multiply(own.count, Sums<F>(inputs), partial[warp], factor);
     __syncwarp();
     if (threadIdx.x % WARP < TILE_ROWS) partial[warp][threadIdx.x % TILE_ROWS] += offset;
     __syncthreads();
