@@ -8,7 +8,6 @@ use gptoss::Error;
 use crate::kernels::{Isa, Kernels};
 use crate::packed::Buffer;
 use crate::pool::Pool;
-use crate::products::AHEAD;
 use crate::simd::{LANES, Lanes};
 
 /// Well beyond every cache.
@@ -50,20 +49,18 @@ pub(crate) fn read(pool: &Pool, kernels: &Kernels, memory: &[&[u8]], passes: usi
     speeds[speeds.len() / 2]
 }
 
-/// A sum of the whole lines of `bytes` that tells their order: words are summed up, and the sums again. They are asked for as
-/// far ahead as weights are.
+/// A sum of the whole lines of `bytes` that tells their order: words are summed up, and the sums again.
 ///
 /// # Safety
 /// The CPU has the features of the lanes.
 #[inline(always)]
 pub(crate) unsafe fn checksum<L: Lanes>(bytes: &[u8]) -> u64 {
     let mut words = [0; 2 * LANES];
-    // SAFETY: within the slice and the array; prefetching may go beyond.
+    // SAFETY: within the slice and the array.
     unsafe {
         let (mut sums, mut totals) = (L::splat_ints(0), L::splat_ints(0));
         let mut at = bytes.as_ptr();
         for _ in 0..bytes.len() / LINE {
-            L::prefetch(at.wrapping_add(AHEAD));
             sums = L::add_ints(sums, L::load_ints(at.cast()));
             totals = L::add_ints(totals, sums);
             at = at.add(LINE);

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint::{Format, MatrixId, MatrixKind, Values, Weights};
 use gptoss::Error;
-use memmap2::Mmap;
+use memmap2::{Mmap, MmapMut};
 
 use crate::kernels::Kernels;
 use crate::panels::{Inputs, Rows};
@@ -390,8 +390,8 @@ impl<T> Output<T> {
     }
 }
 
-/// Weight bytes per task, of few tokens. Each task begins without what would have been asked for ahead, so it is as long as the
-/// balance of the threads allows: an eighth of a thread's share, within these bounds.
+/// Weight bytes per task, of few tokens. Where a task is taken, reads wait for each other, so it is as long as the balance of the
+/// threads allows: an eighth of a thread's share, within these bounds.
 const TASK_BYTES: RangeInclusive<usize> = 192 << 10..=768 << 10;
 
 /// The same for batches, where a byte is more work; still enough panels to use activations again while they are near.
@@ -481,51 +481,38 @@ fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
 }
 
 /// Zeroed memory on large pages where the system has them: a step reads all of it in order, and with small pages address
-/// translation costs as much as the reading. Pages are taken when, and near the thread by which, they are first written.
+/// translation costs as much as the reading. It is of the system's, not of an allocator's, which may hand out again what lies on
+/// small pages already. Pages are taken when, and near the thread by which, they are first written.
 pub(crate) struct Buffer {
-    start: *mut u8,
+    map: MmapMut,
+    first: usize,
     len: usize,
-    layout: std::alloc::Layout,
 }
-
-// SAFETY: plain memory, written only through `&mut`.
-unsafe impl Send for Buffer {}
-// SAFETY: as above.
-unsafe impl Sync for Buffer {}
 
 impl Buffer {
     pub(crate) fn new(len: usize) -> Result<Buffer, Error> {
         const LARGE_PAGE: usize = 2 << 20;
-        // The system's pages are zeroed. An allocator that clears aligned memory itself would touch all of it here, so it is
-        // asked for memory without alignment, with room to align.
-        let room = if len >= LARGE_PAGE { LARGE_PAGE } else { 64 };
-        let layout = len
-            .checked_add(room)
-            .and_then(|size| std::alloc::Layout::from_size_align(size, 16).ok())
-            .ok_or(Error::Memory { needed: len })?;
-        // SAFETY: the layout is not of size zero.
-        let start = unsafe { std::alloc::alloc_zeroed(layout) };
-        if start.is_null() {
-            return Err(Error::Memory { needed: len });
-        }
+        // The last page is a large one too; of one that is half empty, that would be a waste.
+        let large = len >= LARGE_PAGE / 2;
+        let pages = if large { len.checked_next_multiple_of(LARGE_PAGE) } else { Some(len.max(1)) };
+        let room = if large { LARGE_PAGE } else { 0 };
+        let map = pages.and_then(|pages| MmapMut::map_anon(pages.checked_add(room)?).ok());
+        let map = map.ok_or(Error::Memory { needed: len })?;
+        let first = if large { map.as_ptr().align_offset(LARGE_PAGE) } else { 0 };
         #[cfg(target_os = "linux")]
-        if len >= LARGE_PAGE {
-            let aligned = start.wrapping_add(start.align_offset(LARGE_PAGE));
-            // SAFETY: the range was just allocated. Advice only: a failure costs speed.
-            unsafe { libc::madvise(aligned.cast(), len, libc::MADV_HUGEPAGE) };
+        if large {
+            // Advice only: a failure costs speed.
+            let _ = map.advise_range(memmap2::Advice::HugePage, first, map.len() - LARGE_PAGE);
         }
-        Ok(Buffer { start, len, layout })
-    }
-
-    /// The first byte, aligned for the kernels and to large pages.
-    fn first(&self) -> *mut u8 {
-        let room = self.layout.size() - self.len;
-        self.start.wrapping_add(self.start.align_offset(room))
+        Ok(Buffer { map, first, len })
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {
-        // SAFETY: allocated with at least `len` bytes behind the first aligned one, initialized.
-        unsafe { std::slice::from_raw_parts(self.first(), self.len) }
+        &self.map[self.first..][..self.len]
+    }
+
+    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
+        &mut self.map[self.first..][..self.len]
     }
 
     /// The bytes as elements.
@@ -536,18 +523,6 @@ impl Buffer {
     /// The bytes as elements.
     pub(crate) fn elements_mut<T: bytemuck::Pod>(&mut self) -> &mut [T] {
         bytemuck::cast_slice_mut(self.as_mut_slice())
-    }
-
-    pub(crate) fn as_mut_slice(&mut self) -> &mut [u8] {
-        // SAFETY: as above, and `self` is borrowed mutably.
-        unsafe { std::slice::from_raw_parts_mut(self.first(), self.len) }
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        // SAFETY: allocated with this layout.
-        unsafe { std::alloc::dealloc(self.start, self.layout) }
     }
 }
 

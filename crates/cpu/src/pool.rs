@@ -1,12 +1,14 @@
 //! A thread pool for short phases: one hand-over per phase, no locks in a step.
 //!
-//! Workers spin briefly on the state of the current phase, then park; the caller takes part in the work. Tasks are handed out by
-//! an atomic counter, and a phase waits only for workers that have joined it: one that the system does not let run while the
-//! machine is shared costs nothing but its help.
+//! Workers spin briefly on the state of the current phase, then park; the caller takes part in the work. Each thread begins with an
+//! equal share of the tasks and does them in order: what one task asks of memory ahead is what the next one reads. Who has done its
+//! own takes the second half of another's. A phase waits only for workers that have joined it: one that the system does not let
+//! run while the machine is shared costs nothing but its help.
 
 use std::cell::UnsafeCell;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, Thread};
 
@@ -30,15 +32,52 @@ struct Shared {
     /// that have joined and not finished.
     state: AtomicU64,
     job: UnsafeCell<Option<Job>>,
-    next: AtomicUsize,
+    /// One per thread, the caller's first.
+    shares: Vec<Share>,
     panicked: AtomicBool,
     stop: AtomicBool,
 }
 
-#[derive(Clone, Copy)]
-struct Job {
-    task: *const (dyn Fn(usize) + Sync),
-    tasks: usize,
+type Job = *const (dyn Fn(usize) + Sync);
+
+/// The tasks that a thread has before it, in one word: where they begin in its lower half, where they end in the upper one. No two
+/// are in a cache line, nor in two that are fetched together.
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, tasks: Range<u32>) {
+        self.0.store(word(&tasks), Ordering::Relaxed);
+    }
+
+    /// Takes the first task.
+    fn first(&self) -> Option<usize> {
+        let rest = |tasks: Range<u32>| tasks.start + 1..tasks.end;
+        self.shrink(rest).map(|tasks| tasks.start as usize)
+    }
+
+    /// Takes the second half, of an odd number the larger one.
+    fn half(&self) -> Option<Range<u32>> {
+        let middle = |tasks: &Range<u32>| tasks.start + (tasks.end - tasks.start) / 2;
+        self.shrink(|tasks| tasks.start..middle(&tasks)).map(|tasks| middle(&tasks)..tasks.end)
+    }
+
+    /// Leaves a part and returns what there was, unless that is nothing.
+    fn shrink(&self, part: impl Fn(Range<u32>) -> Range<u32>) -> Option<Range<u32>> {
+        let shrunk = |old| {
+            let tasks = tasks(old);
+            (!tasks.is_empty()).then(|| word(&part(tasks)))
+        };
+        self.0.fetch_update(Ordering::Relaxed, Ordering::Relaxed, shrunk).ok().map(tasks)
+    }
+}
+
+fn word(tasks: &Range<u32>) -> u64 {
+    u64::from(tasks.end) << 32 | u64::from(tasks.start)
+}
+
+fn tasks(word: u64) -> Range<u32> {
+    word as u32..(word >> 32) as u32
 }
 
 // SAFETY: `job` is written only by the thread that holds `phase` while the phase is closed and no worker has joined, and read by
@@ -53,16 +92,18 @@ impl Pool {
         let shared = Arc::new(Shared {
             state: AtomicU64::new(0),
             job: UnsafeCell::new(None),
-            next: AtomicUsize::new(0),
+            shares: (0..threads.max(1)).map(|_| Share(AtomicU64::new(0))).collect(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
         });
         let workers = (1..threads.max(1))
-            .filter_map(|i| {
+            .map_while(|i| {
                 let shared = Arc::clone(&shared);
                 // A thread that the system refuses is one that does not help; the work is done by the others.
-                let handle =
-                    std::thread::Builder::new().name(format!("cpu-{i}")).spawn(move || shared.work()).ok()?;
+                let handle = std::thread::Builder::new()
+                    .name(format!("cpu-{i}"))
+                    .spawn(move || shared.work(i))
+                    .ok()?;
                 let thread = handle.thread().clone();
                 Some((handle, thread))
             })
@@ -87,15 +128,19 @@ impl Pool {
         // SAFETY: only the lifetime is erased. The pointer is used between here and the loop below that waits until every
         // worker that joined has finished, and `task` lives longer than this call.
         let task: &'static (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
-        let job = Job { task, tasks };
         // SAFETY: `phase` is held, the phase before is closed and nobody is in it, so nobody else looks at `job`.
-        unsafe { *shared.job.get() = Some(job) };
-        shared.next.store(0, Ordering::Relaxed);
+        unsafe { *shared.job.get() = Some(task) };
+        let border = |thread: usize| {
+            u32::try_from(tasks * thread / self.threads()).expect("tasks that can be counted")
+        };
+        for (thread, share) in shared.shares.iter().enumerate().take(self.threads()) {
+            share.set(border(thread)..border(thread + 1));
+        }
         shared.state.fetch_add(PHASE, Ordering::Release);
         for (_, thread) in &self.workers {
             thread.unpark();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(job)));
+        let own = catch_unwind(AssertUnwindSafe(|| shared.take_tasks(task, 0)));
         // Closed: who has not joined yet waits for the next one.
         shared.state.fetch_add(PHASE, Ordering::Relaxed);
         let mut spins = 0;
@@ -117,7 +162,8 @@ impl Pool {
 }
 
 impl Shared {
-    fn work(&self) {
+    /// What worker `thread` does until the pool ends.
+    fn work(&self, thread: usize) {
         let mut seen = 0;
         let mut spins = 0;
         loop {
@@ -142,7 +188,7 @@ impl Shared {
             (seen, spins) = (phase, 0);
             // SAFETY: this worker has joined the phase, so `job` does not change until it leaves.
             if let Some(job) = unsafe { *self.job.get() }
-                && catch_unwind(AssertUnwindSafe(|| self.take_tasks(job))).is_err()
+                && catch_unwind(AssertUnwindSafe(|| self.take_tasks(job, thread))).is_err()
             {
                 self.panicked.store(true, Ordering::Relaxed);
             }
@@ -150,15 +196,18 @@ impl Shared {
         }
     }
 
-    fn take_tasks(&self, job: Job) {
+    fn take_tasks(&self, job: Job, thread: usize) {
         // SAFETY: `Pool::run` keeps the closure alive until everybody who joined has left.
-        let task = unsafe { &*job.task };
+        let task = unsafe { &*job };
+        let own = &self.shares[thread];
         loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= job.tasks {
-                return;
+            while let Some(i) = own.first() {
+                task(i);
             }
-            task(i);
+            // The own one is empty, so where it comes does not matter.
+            let mut others = self.shares[thread..].iter().chain(&self.shares[..thread]);
+            let Some(half) = others.find_map(Share::half) else { return };
+            own.set(half);
         }
     }
 }
@@ -184,6 +233,8 @@ pub fn physical_cores() -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::AtomicUsize;
+
     use super::*;
 
     #[test]
@@ -198,6 +249,40 @@ mod tests {
                 assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    /// A share is taken from both ends until nothing is left of it.
+    #[test]
+    fn a_share_has_a_first_task_and_a_second_half() {
+        let share = Share(AtomicU64::new(0));
+        assert_eq!((share.first(), share.half()), (None, None));
+        share.set(10..17);
+        assert_eq!(share.first(), Some(10));
+        assert_eq!(share.half(), Some(14..17));
+        assert_eq!(share.half(), Some(12..14));
+        assert_eq!(share.half(), Some(11..12));
+        assert_eq!((share.first(), share.half()), (None, None));
+    }
+
+    /// Each thread does its share in order; who cannot go on loses nothing but time.
+    #[test]
+    fn tasks_of_a_thread_that_waits_are_done_by_the_others() {
+        let pool = Pool::new(2);
+        let done = AtomicUsize::new(0);
+        let order = Mutex::new(Vec::new());
+        // Whoever begins with the last share waits in its first task until all others have run.
+        pool.run(8, &|i| {
+            if i == 4 {
+                while done.load(Ordering::Acquire) < 7 {
+                    std::thread::yield_now();
+                }
+            }
+            order.lock().unwrap().push(i);
+            done.fetch_add(1, Ordering::Release);
+        });
+        let order = order.into_inner().unwrap();
+        assert_eq!(order[7], 4);
+        assert_eq!(order[..4], [0, 1, 2, 3]);
     }
 
     #[test]

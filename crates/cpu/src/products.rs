@@ -62,10 +62,8 @@ pub(crate) type PanelKernel = unsafe fn(panel: Panel, x: Records<'_>, sums: *mut
 /// Bytes of a slab of E2M1 codes without the scales.
 pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
 
-/// How far ahead weights are asked for: what memory delivers in its latency.
-pub(crate) const AHEAD: usize = 4096;
-/// The same where multiplying takes long: into the second-level cache, and from there into the first.
-const AHEAD_IF_SLOW: [usize; 2] = [8192, 2048];
+/// How far ahead weights are asked for where multiplying takes long: into the second-level cache, and from there into the first.
+const AHEAD: [usize; 2] = [8192, 2048];
 
 /// How weights of one format meet the records of one kind.
 pub(crate) trait Format<L: Lanes> {
@@ -115,7 +113,11 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
             let mut total = L::splat(0.0);
             for _ in 0..panel.slabs {
                 for step in 0..F::STEPS {
-                    ask::<L>(tile, F::BYTES, F::SLOW);
+                    if F::SLOW {
+                        ask::<L>(tile, F::BYTES);
+                    } else {
+                        touch::<L>(tile, F::BYTES);
+                    }
                     total = F::add(&F::decode(tile), records, step, total);
                     tile = tile.add(F::BYTES);
                 }
@@ -132,7 +134,7 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
         }
         for _ in 0..panel.slabs {
             for step in 0..F::STEPS {
-                ask::<L>(tile, F::BYTES, true);
+                ask::<L>(tile, F::BYTES);
                 let weights = F::decode(tile);
                 tile = tile.add(F::BYTES);
                 let mut record = records;
@@ -153,21 +155,29 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
     }
 }
 
-/// Asks for what lies ahead. If multiplying takes long, it goes to the second-level cache first: of reads into the first there
-/// can be so few at a time that the products would wait for them.
+/// Asks for the lines of a tile in their order. The CPU sees by itself what comes then, which it does not if lines are read in the
+/// order that the compiler finds best; asking further ahead would only be in its way.
 #[inline(always)]
-unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize, slow: bool) {
+unsafe fn touch<L: Lanes>(tile: *const u8, bytes: usize) {
+    let mut at = 0;
+    while at < bytes {
+        // SAFETY: the CPU has the features; the address need not be valid.
+        unsafe { L::prefetch(tile.wrapping_add(at)) };
+        at += 64;
+    }
+}
+
+/// Asks for what lies ahead, into the second-level cache first: of reads into the first there can be so few at a time that the
+/// products would wait for them.
+#[inline(always)]
+unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
+    let [second, first] = AHEAD;
     let mut at = 0;
     while at < bytes {
         // SAFETY: the CPU has the features; the address need not be valid.
         unsafe {
-            if slow {
-                let [second, first] = AHEAD_IF_SLOW;
-                L::prefetch_second(tile.wrapping_add(second + at));
-                L::prefetch(tile.wrapping_add(first + at));
-            } else {
-                L::prefetch(tile.wrapping_add(AHEAD + at));
-            }
+            L::prefetch_second(tile.wrapping_add(second + at));
+            L::prefetch(tile.wrapping_add(first + at));
         }
         at += 64;
     }
@@ -213,7 +223,7 @@ unsafe fn e2m1_by_halves<L: Lanes, const MX: bool, const LIMBS: usize>(
         let mut slab = panel.data;
         let mut records = x.start.cast::<i32>();
         for _ in 0..panel.slabs {
-            ask::<L>(slab, <E2m1<MX, LIMBS> as Format<L>>::BYTES, true);
+            ask::<L>(slab, <E2m1<MX, LIMBS> as Format<L>>::BYTES);
             let scales = e2m1_scales::<L, MX>(slab);
             let codes = slab.add(if MX { LANES } else { 2 * LANES });
             let weights = e2m1_block::<L>(codes);
@@ -255,7 +265,7 @@ impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS>
     const BYTES: usize = if MX { LANES } else { 2 * LANES } + CODE_BYTES;
     const STEPS: usize = 1;
     const WORDS: usize = Words::<LIMBS>::COUNT;
-    const SLOW: bool = LIMBS == 3;
+    const SLOW: bool = LIMBS == 3 || L::FEW_REGISTERS;
     /// The halves of the columns.
     type Decoded = [([L::Bytes; 4], L); 2];
 
@@ -478,6 +488,7 @@ impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
     const BYTES: usize = LANES * COLUMNS;
     const STEPS: usize = 1;
     const WORDS: usize = Words::<LIMBS>::COUNT;
+    const SLOW: bool = L::FEW_REGISTERS;
     type Decoded = [[L::Bytes; 4]; 2];
 
     #[inline(always)]
