@@ -269,6 +269,22 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     return sum;
 }
 
+// True in the last of `count` blocks to arrive.
+__device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t count) {
+    __shared__ uint32_t arrived;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        arrived = atomicAdd(counter, 1);
+        if (arrived == count - 1) *counter = 0;
+    }
+    __syncthreads();
+    bool last = arrived == count - 1;
+    __syncthreads();
+    __threadfence();
+    return last;
+}
+
 // Up to 4 COUNT values per thread of one row of the residual stream, or of a scale, all loads in flight together.
 template <int COUNT> struct Vector {
     float4 v[COUNT];

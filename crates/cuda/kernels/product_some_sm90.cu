@@ -1,33 +1,34 @@
 // Dense products of BF16 weights with tens to hundreds of tokens on Hopper: each multiprocessor has one block, 128 rows at a time, all tokens.
 // Where there are few rows, blocks share the inputs, exchange their sums through the second-level cache, as they lie in registers, and
-// each finishes some of the tokens. Each warp brings its weights to shared memory by bulk copies, most of what there is room for before
-// the kernel waits for the one before. What runs only once is in loops: code that lies in one line would come from far, and take longer
-// than what it does.
+// each finishes some of the tokens. Each warp brings its weights to shared memory by bulk copies, as many as there is room for before
+// the kernel waits for the one before; one warp brings the activations. What runs only once is short or in loops: code that lies in one
+// line comes from far, and takes longer than what it does. As the output product it leaves the largest logits, too.
 #include "gemm_sm90.cuh"
 
 struct Exchanged {
     Matrix matrix;
     const uint16_t* input;     // stacked
     Epilogue epilogue;
-    uint4* parts;              // by block: sums of eight tokens after eight tokens, 16 bytes of each thread
-    uint32_t* arrivals;        // by 128 rows: zero at first; a launch leaves zero or the number of shares
+    uint8_t* parts;            // by block: sums of eight tokens after eight tokens, 16 bytes of each thread; all bits set before and after
+    uint32_t* arrivals;        // STORE: one, zero before and after
+    uint64_t* best;            // STORE: [n], the largest logits as `ranked`; zero before and after
+    uint32_t* largest;         // STORE: [n], the id of the largest logit, the lowest on a tie, or NO_NUMBER
     uint32_t n;                // tokens
     uint32_t stack;            // of the input
-    uint32_t early;            // tiles of weights of a warp that are asked for before the kernel waits: the first activations stand behind them
-    uint32_t padding;
 };
-static_assert(sizeof(Exchanged) == 160);
+static_assert(sizeof(Exchanged) == 168);
 
-constexpr int MAX_SHARES = 5, MAX_STAGES = 6;
+constexpr int MAX_SHARES = 5;
 constexpr int TILE_BYTES = 2048;              // of weights
 constexpr int EIGHT_BYTES = THREADS * 16;     // a block's sums of eight tokens
 constexpr int MAX_EIGHTS = 32;
+constexpr int FILLER = 1;                     // the warp that brings activations
 
-// `HALVES` of up to 128 tokens: room for activations, tiles of weights of a warp, and angles and places in the cache of the tokens that a
+// `HALVES` of up to 128 tokens: room for the rings of activations and weights, and for angles and places in the cache of the tokens that a
 // block finishes. It leaves room for a block of the kernel before, without which nothing would be early.
 template <int HALVES> struct Sizes {
-    static constexpr int ACTIVATIONS = (HALVES == 1 ? 48 : 96) << 10, SLOTS = HALVES == 1 ? 9 : 6, TOKENS = HALVES * 64;
-    static constexpr int ROTARY = ACTIVATIONS + ROW_TILES * SLOTS * TILE_BYTES, PLACES = ROTARY + TOKENS * HEAD * 4, BYTES = PLACES + TOKENS * 4;
+    static constexpr int MAX_STAGES = 8, ACTIVATIONS = 96 << 10, MAX_SLOTS = 9, RINGS = 192 << 10, TOKENS = HALVES * 64;
+    static constexpr int ROTARY = RINGS, PLACES = ROTARY + TOKENS * HEAD * 4, BYTES = PLACES + TOKENS * 4;
 };
 static_assert(Sizes<1>::BYTES == 213248 && Sizes<2>::BYTES == 229888, "what the launch gives");
 
@@ -40,48 +41,59 @@ struct Place {
     }
 };
 
-// Stages of 64 inputs of all tokens, again and again for all rows. A thread of the warpgroup that is the last to be done with a stage fills it
-// again.
-struct Activations {
-    uint32_t stages, barriers; // addresses
-    uint32_t* done;            // by stage: warpgroups that are done with it
+// Stages of 64 inputs of one half of the tokens, the halves in turn, again and again for all rows. One warp fills them again, some time after
+// both warpgroups said that they are done with them, so that it need not wait.
+template <int HALVES> struct Activations {
+    uint32_t stages, barriers; // addresses; of each stage two barriers: it is full; it is free
     const uint16_t* from;      // the first column tile
     size_t step;               // to the next one
     uint32_t bytes;            // of a stage
     int count;                 // stages
-    int column_tiles, all;     // of the inputs; of all rows together
-    uint32_t groups;           // warpgroups that have rows
-    Place place;
+    int column_tiles;
+    int left;                  // halves of column tiles to be brought, of all rows together
+    int column, half;          // to be brought next
+    Place place;               // that is read next
+    Place empty;               // that is filled next
     __device__ __forceinline__ uint32_t stage() const { return stages + place.i * bytes; }
-    __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 8 * stage; }
-    __device__ __forceinline__ void fill(int stage, int number) const {
-        if (number >= all) return;
-        expect_bytes(full(stage), bytes);
-        copy_bulk(stages + stage * bytes, from + number % column_tiles * step, bytes, full(stage));
-    }
-    // By one thread of each warpgroup, which is done with column tile `number`.
-    __device__ __forceinline__ void leave(int stage, int number) const {
-        uint32_t before;
-        asm volatile("atom.acq_rel.cta.shared::cta.inc.u32 %0, [%1], %2;" : "=r"(before) : "r"(shared_address(done + stage)), "r"(groups - 1) : "memory");
-        if (before == groups - 1) fill(stage, number + count);
+    __device__ __forceinline__ uint32_t full(int stage) const { return barriers + 16 * stage; }
+    __device__ __forceinline__ uint32_t free(int stage) const { return barriers + 16 * stage + 8; }
+    // By a whole warp, in the order of the stages.
+    __device__ __forceinline__ void fill() {
+        if (left == 0) return;
+        // The phase before that in which it becomes full, which at first is over.
+        wait_barrier(free(empty.i), empty.parity ^ 1);
+        if (elected()) {
+            expect_bytes(full(empty.i), bytes);
+            copy_bulk(stages + empty.i * bytes, from + column * step + half * (bytes / 2), bytes, full(empty.i));
+        }
+        empty.next(count);
+        left--;
+        if (++half < HALVES) return;
+        half = 0;
+        if (++column == column_tiles) column = 0;
     }
 };
 
 // A warp's tiles of weights, all columns of a row tile after the other.
-template <int SLOTS> struct Weights {
+struct Weights {
     uint32_t slots, barriers;  // addresses
+    int count;                 // slots
     const uint8_t* from;       // the tile to be brought next
     size_t row_step;           // from the end of the columns to their beginning in the next row tile of this warp
     int column_tiles, column;  // of a row; of the tile to be brought next
     int left;                  // tiles to be brought
     uint64_t policy;
-    Place place;
-    // By one lane, in the order of the slots.
-    __device__ __forceinline__ void fill(int slot) {
+    Place place;               // that is read next
+    Place empty;               // that is filled next
+    // By the whole warp, in the order of the slots, each of which is free.
+    __device__ __forceinline__ void fill() {
         if (left == 0) return;
-        const uint32_t full = barriers + 8 * slot;
-        expect_bytes(full, TILE_BYTES);
-        copy_bulk(slots + slot * TILE_BYTES, from, TILE_BYTES, full, policy);
+        if (elected()) {
+            const uint32_t full = barriers + 8 * empty.i;
+            expect_bytes(full, TILE_BYTES);
+            copy_bulk(slots + empty.i * TILE_BYTES, from, TILE_BYTES, full, policy);
+        }
+        empty.next(count);
         from += TILE_BYTES, left--;
         if (++column == column_tiles) column = 0, from += row_step;
     }
@@ -92,86 +104,152 @@ template <int SLOTS> struct Weights {
             const uint4 v = load_shared(slots + place.i * TILE_BYTES + (j * WARP + threadIdx.x % WARP) * 16);
             to[j][0] = v.x, to[j][1] = v.y, to[j][2] = v.z, to[j][3] = v.w;
         }
-        fence_reads();
-        __syncwarp();
-        if (threadIdx.x % WARP == 0) fill(place.i);
-        place.next(SLOTS);
+        place.next(count);
     }
 };
 
-// One warpgroup's sums over all column tiles, of which the first is number `first`. Weights come to registers while those of the column
-// tile before are multiplied.
-template <int N, int HALVES, class W> __device__ __forceinline__ void consume(float (&d)[HALVES][64], W& weights, Activations& activations, int first) {
+// One warpgroup's sums over all column tiles. Weights come to registers while those of the column tile before are multiplied. There is little
+// in the loop beside the products: what a warp does for 64 inputs must not take longer than they do.
+template <int N, int HALVES> __device__ __forceinline__ void consume(float (&d)[HALVES][64], Weights& weights, Activations<HALVES>& activations, int warp) {
     const int count = activations.column_tiles;
     uint32_t a[2][4][4];
     // Here, not between the products, where the compiler would otherwise put some of it.
 #pragma unroll
     for (int i = 0; i < HALVES * 64; i++) asm volatile("mov.f32 %0, 0f00000000;" : "=f"(d[i / 64][i % 64]));
-    int before = 0; // the stage of the column tile before
-    auto step = [&](int k, uint32_t (&now)[4][4], uint32_t (&then)[4][4]) {
-        wait_barrier(activations.full(activations.place.i), activations.place.parity);
-        begin_products();
-        const uint32_t b = descriptor_of(activations.stage());
+    uint32_t before = 0; // the barrier that says that the stage before is free
+    bool later = false;  // there were two stages before
+    auto leave = [&] {
+        if (before && threadIdx.x % 128 == 0) arrive(before);
+    };
+    auto step = [&](bool last, uint32_t (&now)[4][4], uint32_t (&then)[4][4]) {
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
+        for (int half = 0; half < HALVES; half++) {
+            wait_barrier(activations.full(activations.place.i), activations.place.parity);
+            begin_products();
+            const uint32_t b = descriptor_of(activations.stage());
 #pragma unroll
-            for (int half = 0; half < HALVES; half++) multiply<BF16, N>(d[half], now[j], descriptor(b, half * N * LINE + 32 * j));
+            for (int j = 0; j < 4; j++) multiply<BF16, N>(d[half], now[j], descriptor(b, 32 * j));
+            commit_products();
+            wait_for_products<1>();
+            leave();
+            if (warp == FILLER && later) activations.fill();
+            later = before;
+            before = activations.free(activations.place.i);
+            activations.place.next(activations.count);
         }
-        commit_products();
-        wait_for_products<1>();
-        if (threadIdx.x % 128 == 0 && k > 0) activations.leave(before, first + k - 1);
-        before = activations.place.i;
-        activations.place.next(activations.count);
-        if (k + 1 < count) weights.load(then);
+        // Its weights are in registers since its products began.
+        weights.fill();
+        if (!last) weights.load(then);
     };
     weights.load(a[0]);
     for (int k = 0; k < count; k += 2) {
-        step(k, a[0], a[1]);
-        if (k + 1 < count) step(k + 1, a[1], a[0]);
+        step(k + 1 == count, a[0], a[1]);
+        if (k + 1 < count) step(k + 2 == count, a[1], a[0]);
     }
     wait_for_products<0>();
-    if (threadIdx.x % 128 == 0) activations.leave(before, first + count - 1);
+    leave();
+    if (warp == FILLER) {
+        if (later) activations.fill();
+        activations.fill();
+    }
 }
 
 // Where a warp's rows of a token go: query, or key or value in the cache.
 struct Outputs {
     uint8_t* base;
     bool query, rotated, bytes; // `bytes`: E4M3
-    uint32_t token_step;        // of a query; all in numbers, not bytes
-    uint32_t block_step, step;  // of the cache
+    uint32_t shift, mask;       // of a place: its block; its token in the block. A query's place is its token, alone in a block
+    uint32_t block_step, step;  // in numbers, not bytes
     uint32_t second;            // from the first number of a pair to the second
     float scale;
     __device__ __forceinline__ Outputs(const Epilogue& e, uint32_t row_tile, uint32_t row, uint32_t second_row) {
         const uint32_t head = row_tile / 4, kv = head - e.query_heads, first = row % HEAD;
         query = head < e.query_heads, rotated = kv < e.kv_heads || query, bytes = !query && e.out_format == CACHE_E4M3;
         const bool value = !rotated;
-        token_step = e.query_heads * HEAD, block_step = e.kv_heads * BLOCK_TOKENS * HEAD, step = value ? 1 : HEAD;
+        static_assert(BLOCK_TOKENS == 16);
+        shift = query ? 0 : 4, mask = query ? 0 : 15;
+        block_step = query ? e.query_heads * HEAD : e.kv_heads * BLOCK_TOKENS * HEAD, step = value ? 1 : HEAD;
         second = (second_row - row) * (value ? BLOCK_TOKENS : 1);
         scale = value ? e.alpha : e.limit;
         const uint32_t at = query ? head * HEAD + first : kv % e.kv_heads * (BLOCK_TOKENS * HEAD) + first * (value ? BLOCK_TOKENS : 1);
         base = (uint8_t*)(query ? e.out16 : value ? e.values : e.keys) + at * (bytes ? 1 : 2);
     }
-    __device__ __forceinline__ void store(uint32_t token, uint32_t slot, const float* angle, float a, float b) const {
+    __device__ __forceinline__ void store(bool inside, uint32_t token, uint32_t slot, const float* angle, float a, float b) const {
         if (rotated) {
             const float cos = angle[0], sin = angle[HEAD / 2], x = a;
             a = x * cos - b * sin, b = b * cos + x * sin;
         }
-        const size_t at = query ? size_t(token) * token_step : size_t(slot / BLOCK_TOKENS) * block_step + slot % BLOCK_TOKENS * step;
+        const uint32_t place = query ? token : slot;
+        const size_t at = size_t(place >> shift) * block_step + (place & mask) * step;
         if (bytes) {
-            base[at] = e4m3(a / scale), base[at + second] = e4m3(b / scale);
+            if (inside) base[at] = e4m3(a / scale), base[at + second] = e4m3(b / scale);
         } else {
             uint16_t* to = (uint16_t*)base + at;
-            to[0] = activation(BF16, a), to[second] = activation(BF16, b);
+            if (inside) to[0] = activation(BF16, a), to[second] = activation(BF16, b);
         }
     }
 };
 
-// `blockIdx.x`: 128 rows, with STORE every `gridDim.x`; `blockIdx.y`: a share of the inputs.
+// Sums that one block gives another are words that had all bits set until they came, so that none has to say that they did. A sum never is
+// such a word: what is no number comes out of an addition as another.
+constexpr uint32_t NOT_GIVEN = ~0u;
+__device__ __forceinline__ float4 sums_of(const float* d) { return make_float4(d[0] + 0.f, d[1] + 0.f, d[2] + 0.f, d[3] + 0.f); }
+// Without a branch, of which there would be one for each.
+__device__ __forceinline__ void give(uint8_t* to, bool given, const float4& v) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p st.relaxed.gpu.global.v4.f32 [%0], {%1, %2, %3, %4};\n}" ::"l"(to), "f"(v.x), "f"(v.y),
+                 "f"(v.z), "f"(v.w), "r"(uint32_t(given))
+                 : "memory");
+}
+
+// Of pairs of a value and an id the larger value's, the lower id of equal ones; what is no number is larger.
+__device__ __forceinline__ void take_larger(float& v, uint32_t& id, float other, uint32_t other_id) {
+    float larger;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(v), "f"(other));
+    id = min(v == larger ? id : ~0u, other == larger ? other_id : ~0u), v = larger;
+}
+
+// The larger of what a warp had of each token and of its sixteen rows, of which this thread has `row` and `row + 8`.
+template <int HALVES> __device__ __forceinline__ void find_largest(const float (&d)[HALVES][64], int width, uint32_t row, uint64_t* best) {
+    const int g = lane_row(), t = lane_quarter();
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+#pragma unroll
+        for (int tokens = 0; tokens < 128; tokens += 32) {
+            if (tokens >= width) break;
+            float v[8];
+            uint32_t id[8];
+#pragma unroll
+            for (int k = 0; k < 8; k++) {
+                const float *a = d[half] + tokens / 2 + k / 2 * 4 + k % 2;
+                // Zero times what is infinite or no number is no number.
+                v[k] = fmaf(a[0], 0.f, fmaf(a[2], 0.f, fmaxf(a[0], a[2])));
+                id[k] = a[0] == v[k] ? row : row + 8;
+            }
+            // The eight threads that have these tokens give one another half of what they have, until each has one: that of its row.
+#pragma unroll
+            for (int count = 4; count; count /= 2) {
+                const bool upper = g & count;
+#pragma unroll
+                for (int k = 0; k < count; k++) {
+                    const float given = __shfl_xor_sync(~0u, upper ? v[k] : v[k + count], 4 * count);
+                    const uint32_t given_id = __shfl_xor_sync(~0u, upper ? id[k] : id[k + count], 4 * count);
+                    v[k] = upper ? v[k + count] : v[k], id[k] = upper ? id[k + count] : id[k];
+                    take_larger(v[k], id[k], given, given_id);
+                }
+            }
+            const int token = tokens + g / 2 * 8 + 2 * t + g % 2;
+            uint64_t& kept = best[half * width + token];
+            if (token < width) kept = max(kept, uint64_t(ranked(v[0], id[0])));
+        }
+    }
+}
+
+// `blockIdx.x`: 128 rows, with STORE every `gridDim.x`, else those of every so many row tiles: the rows of values, which take long to be
+// written, are then spread over all blocks. `blockIdx.y`: a share of the inputs.
 template <After KIND, int HALVES> __device__ __forceinline__ void product(const Exchanged& p) {
     using S = Sizes<HALVES>;
     extern __shared__ __align__(1024) uint8_t shared[];
-    __shared__ __align__(8) uint64_t barriers[MAX_STAGES + ROW_TILES * S::SLOTS];
-    __shared__ uint32_t done[MAX_STAGES];
+    __shared__ __align__(8) uint64_t barriers[2 * S::MAX_STAGES + ROW_TILES * S::MAX_SLOTS];
     const Matrix& m = p.matrix;
     Epilogue e = p.epilogue;
     e.kind = KIND; // the same, and the compiler should know
@@ -179,31 +257,28 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
     const int begin = column_tiles * rank / ranks, count = column_tiles * (rank + 1) / ranks - begin;
     const int blocks = (row_tiles + ROW_TILES - 1) / ROW_TILES, rounds = KIND == STORE ? (blocks - int(blockIdx.x) + int(gridDim.x) - 1) / int(gridDim.x) : 1;
     // The same in all lanes, and the compiler should know.
-    const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0), row_tile = blockIdx.x * ROW_TILES + warp;
-    const bool mine = row_tile / 4 * 4 < row_tiles;
-    const int groups = min(GROUPS, (row_tiles - int(blockIdx.x) * ROW_TILES + 3) / 4);
+    const int warp = __shfl_sync(~0u, threadIdx.x / WARP, 0);
+    const int row_tile = KIND == STORE ? blockIdx.x * ROW_TILES + warp : warp * gridDim.x + blockIdx.x;
     const int width = (n + 16 * HALVES - 1) / (16 * HALVES) * 16; // tokens of a half
-    const uint32_t stage_bytes = HALVES * width * LINE, barrier = shared_address(barriers);
-    Activations activations = {shared_address(shared), barrier, done, p.input + size_t(begin) * p.stack * TILE_COLS, size_t(p.stack) * TILE_COLS,
-                               stage_bytes, min(MAX_STAGES, int(S::ACTIVATIONS / stage_bytes)), count, rounds * count, uint32_t(groups)};
+    const uint32_t stage_bytes = width * LINE, barrier = shared_address(barriers);
+    const int stages = min(S::MAX_STAGES, int(S::ACTIVATIONS / stage_bytes));
+    Activations<HALVES> activations = {shared_address(shared), barrier, p.input + size_t(begin) * p.stack * TILE_COLS, size_t(p.stack) * TILE_COLS,
+                                       stage_bytes, stages, count, HALVES * rounds * count, 0, 0};
+    const int slots = min(S::MAX_SLOTS, int((S::RINGS - stages * stage_bytes) / (ROW_TILES * TILE_BYTES)));
     // Of rows that are not there, others.
-    Weights<S::SLOTS> weights = {activations.stages + S::ACTIVATIONS + warp * S::SLOTS * TILE_BYTES, barrier + 8 * (MAX_STAGES + warp * S::SLOTS),
-                                 (const uint8_t*)m.weights + (size_t(min(row_tile, row_tiles - 1)) * column_tiles + begin) * TILE_BYTES,
-                                 (size_t(gridDim.x) * ROW_TILES * column_tiles - count) * TILE_BYTES, count, 0, rounds * count, read_once()};
-    if (threadIdx.x < MAX_STAGES) init_barrier(activations.full(threadIdx.x), 1), done[threadIdx.x] = 0;
-    if (threadIdx.x % WARP == 0 && mine) {
-        for (int i = 0; i < S::SLOTS; i++) init_barrier(weights.barriers + 8 * i, 1);
-        fence_barriers();
-        for (int i = 0; i < p.early; i++) weights.fill(i);
-    }
+    Weights weights = {activations.stages + S::RINGS - (warp + 1) * slots * TILE_BYTES, barrier + 8 * (2 * S::MAX_STAGES + warp * S::MAX_SLOTS), slots,
+                       (const uint8_t*)m.weights + (size_t(min(row_tile, row_tiles - 1)) * column_tiles + begin) * TILE_BYTES,
+                       (size_t(gridDim.x) * ROW_TILES * column_tiles - count) * TILE_BYTES, count, 0, rounds * count, read_once()};
+    if (threadIdx.x < S::MAX_STAGES) init_barrier(activations.full(threadIdx.x), 1), init_barrier(activations.free(threadIdx.x), GROUPS);
+    if (threadIdx.x % WARP < slots) init_barrier(weights.barriers + 8 * (threadIdx.x % WARP), 1);
     fence_barriers();
+    __syncwarp();
+    for (int i = 0; i < slots; i++) weights.fill();
+    __syncthreads();
     wait_for_previous();
     start_next();
-    __syncthreads();
-    if (threadIdx.x == 0)
-        for (int i = 0; i < activations.count; i++) activations.fill(i, i);
-    if (threadIdx.x % WARP == 0 && mine)
-        for (int i = p.early; i < S::SLOTS; i++) weights.fill(i);
+    if (warp == FILLER)
+        for (int i = 0; i < stages; i++) activations.fill();
     const int eights = (n + 7) / 8, first = eights * rank / ranks, own = eights * (rank + 1) / ranks - first; // that this block finishes
     float* rotary = (float*)(shared + S::ROTARY);
     uint32_t* places = (uint32_t*)(shared + S::PLACES);
@@ -211,20 +286,28 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
         const int tokens = min(8 * own, n - 8 * first);
         for (int i = threadIdx.x; i < tokens * (HEAD / 4); i += THREADS)
             copy_async(shared_address(rotary + 4 * i), e.rotary + size_t(first) * 8 * HEAD + 4 * i);
+        if (threadIdx.x < tokens)
+            asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(places + threadIdx.x)), "l"(e.slots + 8 * first + threadIdx.x) : "memory");
         commit_copies();
-        if (threadIdx.x < tokens) places[threadIdx.x] = e.slots[8 * first + threadIdx.x];
     }
     const int g = lane_row(), t = lane_quarter();
 #define WIDTH(N) \
-    if (mine && width == N) consume<N, HALVES>(d, weights, activations, round * count);
+    if (width == N) consume<N, HALVES>(d, weights, activations, warp);
 #define WIDTHS                                                             \
     if constexpr (HALVES == 1) { WIDTH(16) WIDTH(32) WIDTH(48) WIDTH(64) } \
     WIDTH(80) WIDTH(96) WIDTH(112) WIDTH(128)
     if constexpr (KIND == STORE) {
+        uint64_t* best = (uint64_t*)(shared + S::ROTARY); // [warps][tokens]
+        constexpr int TOKENS = HALVES * 128;
+        static_assert(ROW_TILES * TOKENS * sizeof(uint64_t) <= S::BYTES - S::ROTARY && TOKENS <= THREADS);
+        for (int i = threadIdx.x % WARP; i < TOKENS; i += WARP) best[warp * TOKENS + i] = 0;
+        __syncwarp();
         for (int round = 0; round < rounds; round++) {
             float d[HALVES][64];
             WIDTHS
             const int row = ((blockIdx.x + round * gridDim.x) * ROW_TILES + warp) * TILE_ROWS + g;
+            find_largest<HALVES>(d, width, row, best + warp * TOKENS);
+            if (!e.out) continue;
             float* out = e.out + row;
 #pragma unroll
             for (int half = 0; half < HALVES; half++) {
@@ -234,80 +317,103 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         const int token = half * width + 8 * j + 2 * t + i % 2;
-                        if (token < n && row + i / 2 * 8 < int(m.rows)) out[size_t(token) * m.rows + i / 2 * 8] = d[half][4 * j + i];
+                        if (token < n) out[size_t(token) * m.rows + i / 2 * 8] = d[half][4 * j + i];
                     }
                 }
             }
         }
+        __syncthreads();
+        const int token = threadIdx.x;
+        if (token < n) {
+            uint64_t largest = 0;
+            for (int i = 0; i < ROW_TILES; i++) largest = max(largest, best[i * TOKENS + token]);
+            atomicMax((unsigned long long*)p.best + token, (unsigned long long)largest);
+        }
+        if (!last_to_arrive(p.arrivals, gridDim.x) || token >= n) return;
+        p.largest[token] = id_of_largest(__ldcg(p.best + token));
+        p.best[token] = 0;
         return;
     }
-    constexpr int round = 0;
     float d[HALVES][64];
     WIDTHS
     if (KIND == QKV) wait_for_copies<0>();
-    // Now all stages have been read, and nothing more arrives in them.
-    multipliers_barrier();
-    uint8_t* sums = shared + threadIdx.x * 16; // those of all blocks that this one finishes
-    uint8_t* parts = (uint8_t*)p.parts + size_t(blockIdx.x) * ranks * MAX_EIGHTS * EIGHT_BYTES + threadIdx.x * 16;
-    if (mine) {
+    constexpr int SHARE_BYTES = MAX_EIGHTS * EIGHT_BYTES;
+    uint8_t* parts = p.parts + size_t(blockIdx.x) * ranks * SHARE_BYTES + threadIdx.x * 16;
+    asm("" : "+l"(parts)); // else it would be found anew for each use
+    const bool finishes = row_tile < row_tiles;
+    // Bits of the eights of both halves, of which this block finishes some and gives the others.
+    uint32_t kept[HALVES];
 #pragma unroll
-        for (int half = 0; half < HALVES; half++) {
-            const int before = half * width / 8;
-            uint8_t* kept = sums + (rank * own + before - first) * EIGHT_BYTES;
-            uint8_t* given = parts + (rank * MAX_EIGHTS + before) * EIGHT_BYTES;
+    for (int half = 0; half < HALVES; half++) {
+        const int before = half * width / 8, from = min(max(first - before, 0), 16), to = min(max(first + own - before, 0), 16);
+        const uint32_t all = finishes ? (1u << min(width / 8, eights - before)) - 1 : 0;
+        kept[half] = (1u << to) - (1u << from) & all;
+        uint8_t* given = parts + rank * SHARE_BYTES + before * EIGHT_BYTES;
 #pragma unroll
-            for (int j = 0; j < 16; j++) {
-                if (8 * j >= width) break;
-                const float4 v = make_float4(d[half][4 * j], d[half][4 * j + 1], d[half][4 * j + 2], d[half][4 * j + 3]);
-                if (unsigned(before + j - first) < own) *(float4*)(kept + j * EIGHT_BYTES) = v;
-                else __stcg((float4*)(given + j * EIGHT_BYTES), v);
-            }
-        }
+        for (int j = 0; j < 16; j++) give(given + j * EIGHT_BYTES, (all & ~kept[half]) >> j & 1, sums_of(d[half] + 4 * j));
     }
-    multipliers_barrier();
-    if (threadIdx.x == 0) {
-        uint32_t* arrivals = p.arrivals + blockIdx.x;
-        uint32_t before, now;
-        __threadfence();
-        asm volatile("atom.acq_rel.gpu.global.inc.u32 %0, [%1], %2;" : "=r"(before) : "l"(arrivals), "r"(2 * ranks - 1) : "memory");
-        do asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(arrivals) : "memory");
-        while (before / ranks == now / ranks);
-    }
-    multipliers_barrier();
-    if (row_tile >= row_tiles) return;
-    for (int r = 0; r < ranks; r++) {
-        if (r == rank) continue;
-        for (int i = 0; i < own; i++)
-            copy_async(shared_address(sums) + (r * own + i) * EIGHT_BYTES, parts + (r * MAX_EIGHTS + first + i) * EIGHT_BYTES);
-    }
-    commit_copies();
     Affine affine;
-    affine.load(e, m, 0, row_tile, g);
+    affine.load(e, m, 0, min(row_tile, row_tiles - 1), g);
+    // Now all stages have been read, and nothing more arrives in them.
+    __syncthreads();
+    if (!finishes) return;
+    uint8_t* sums = shared + threadIdx.x * 16; // those of all blocks that this one finishes
+    const int share_bytes = own * EIGHT_BYTES;
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) {
+        uint8_t* to = sums + rank * share_bytes + (half * width / 8 - first) * EIGHT_BYTES;
+#pragma unroll
+        for (int j = 0; j < 16; j++)
+            if (kept[half] >> j & 1) *(float4*)(to + j * EIGHT_BYTES) = sums_of(d[half] + 4 * j);
+    }
+    const uint32_t others = (1u << ranks) - 1 & ~(1u << rank);
+    uint8_t* given = parts + first * EIGHT_BYTES;
+    auto bring = [&](int i, const uint8_t* from) {
+        uint32_t to = shared_address(sums) + i * EIGHT_BYTES;
+#pragma unroll 1
+        for (; i < own; i++, from += EIGHT_BYTES, to += EIGHT_BYTES) {
+#pragma unroll
+            for (int r = 0; r < MAX_SHARES; r++)
+                if (others >> r & 1) copy_async(to + r * share_bytes, from + r * SHARE_BYTES);
+        }
+        commit_copies();
+        wait_for_copies<0>();
+    };
     const uint2 stored = stored_rows(e, row_tile, g);
     const Outputs outputs(e, row_tile, stored.x, stored.y);
-    wait_for_copies<0>();
+    bring(0, given);
+    float4 v[MAX_SHARES] = {}; // zeros where there is no share
 #pragma unroll 1
-    for (int i = 0; i < own; i++) {
+    for (int i = 0; i < own; i++, given += EIGHT_BYTES) {
+        while (true) {
+            uint32_t largest = 0;
+#pragma unroll
+            for (int r = 0; r < MAX_SHARES; r++) {
+                if (r < ranks) v[r] = *(const float4*)(sums + r * share_bytes + i * EIGHT_BYTES);
+                const uint4& words = (const uint4&)v[r];
+                largest = max(largest, max(max(words.x, words.y), max(words.z, words.w)));
+            }
+            if (largest != NOT_GIVEN) break;
+            bring(i, given);
+        }
         // In the order of the shares, whoever adds them.
         float4 sum = make_float4(0, 0, 0, 0);
 #pragma unroll
         for (int r = 0; r < MAX_SHARES; r++) {
-            if (r >= ranks) break;
-            const float4 v = *(const float4*)(sums + (r * own + i) * EIGHT_BYTES);
-            sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+            sum.x += v[r].x, sum.y += v[r].y, sum.z += v[r].z, sum.w += v[r].w;
+            if (others >> r & 1) __stcg((uint4*)(given + r * SHARE_BYTES), make_uint4(NOT_GIVEN, NOT_GIVEN, NOT_GIVEN, NOT_GIVEN));
         }
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             const int local = 8 * i + 2 * t + k, token = 8 * first + local;
-            if (token >= n) break;
             const float a = (k ? sum.y : sum.x) * affine.scale + affine.a, b = (k ? sum.w : sum.z) * affine.scale + affine.b;
             if (KIND == QKV) {
-                outputs.store(token, places[local], rotary + local * HEAD + stored.x % (HEAD / 2), a, b);
+                outputs.store(token < n, token, places[local], rotary + local * HEAD + stored.x % (HEAD / 2), a, b);
             } else {
                 // Nobody else adds to it, and this way nobody waits for what was there.
                 float* out = e.out + size_t(token) * m.rows;
-                if (stored.x < m.rows) atomicAdd(out + stored.x, a);
-                if (stored.y < m.rows) atomicAdd(out + stored.y, b);
+                if (token < n && stored.x < m.rows) atomicAdd(out + stored.x, a);
+                if (token < n && stored.y < m.rows) atomicAdd(out + stored.y, b);
             }
         }
     }
@@ -318,5 +424,6 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
 KERNEL(product_some_qkv_128, QKV, 1)
 KERNEL(product_some_qkv_256, QKV, 2)
 KERNEL(product_some_residual_128, RESIDUAL, 1)
+KERNEL(product_some_residual_256, RESIDUAL, 2)
 KERNEL(product_some_128, STORE, 1)
 KERNEL(product_some_256, STORE, 2)

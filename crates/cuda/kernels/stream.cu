@@ -72,10 +72,11 @@ struct Norm {
 };
 static_assert(sizeof(Norm) == 80);
 
-// One block per row.
-extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant__ Norm p) {
+// One block per row, of as many threads as hold it: few values each, so that those of many experts find room in registers.
+constexpr int NORM_VALUES = 3, MAX_NORM_THREADS = (MAX_HIDDEN / 4 + NORM_VALUES * WARP - 1) / (NORM_VALUES * WARP) * WARP;
+extern "C" __global__ void __launch_bounds__(MAX_NORM_THREADS) rms_norm(const __grid_constant__ Norm p) {
     __shared__ float scratch[WARP];
-    Vector<PRODUCT_VALUES> scale, x;
+    Vector<NORM_VALUES> scale, x;
     start_next();
     if (p.out) scale.load(p.scale, p.hidden);
     wait_for_previous();
@@ -84,30 +85,31 @@ extern "C" __global__ void __launch_bounds__(256) rms_norm(const __grid_constant
     x.load(residual, p.hidden);
     if (p.experts) {
         Routes routes(p.routes, p.experts_count, p.n * p.experts_per_token);
-        // Each lane looks where one rank's output is; then those of two are on their way together.
+        // Each lane looks where one rank's output is; then those of several are on their way together.
+        constexpr uint32_t TOGETHER = 4;
         const uint32_t pair = row * p.experts_per_token + min(threadIdx.x % WARP, p.experts_per_token - 1);
         const uint32_t slot = routes.slot_of_pair(pair);
         const float weight = routes.weight_of_pair(pair);
-        Vector<PRODUCT_VALUES> sum = {};
-        for (uint32_t first = 0; first < p.experts_per_token; first += 2) {
-            Vector<PRODUCT_VALUES> y[2];
+        Vector<NORM_VALUES> sum = {};
+        for (uint32_t first = 0; first < p.experts_per_token; first += TOGETHER) {
+            Vector<NORM_VALUES> y[TOGETHER];
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
+            for (int k = 0; k < TOGETHER; k++) {
                 const uint32_t from = __shfl_sync(~0u, slot, first + k);
                 if (first + k < p.experts_per_token) y[k].load(p.experts + size_t(from) * p.hidden, p.hidden);
             }
 #pragma unroll
-            for (int k = 0; k < 2; k++) {
+            for (int k = 0; k < TOGETHER; k++) {
                 const float w = __shfl_sync(~0u, weight, first + k);
                 if (first + k >= p.experts_per_token) break;
 #pragma unroll
-                for (int i = 0; i < PRODUCT_VALUES; i++) {
+                for (int i = 0; i < NORM_VALUES; i++) {
                     sum.v[i].x += w * y[k].v[i].x, sum.v[i].y += w * y[k].v[i].y;
                     sum.v[i].z += w * y[k].v[i].z, sum.v[i].w += w * y[k].v[i].w;
                 }
             }
         }
-        for (int i = 0; i < PRODUCT_VALUES; i++) {
+        for (int i = 0; i < NORM_VALUES; i++) {
             x.v[i].x += sum.v[i].x, x.v[i].y += sum.v[i].y, x.v[i].z += sum.v[i].z, x.v[i].w += sum.v[i].w;
             uint32_t at = i * blockDim.x + threadIdx.x;
             if (at < p.hidden / 4) ((float4*)residual)[at] = x.v[i];
@@ -157,22 +159,6 @@ struct RouterWeights {
         return sum;
     }
 };
-
-// True in the last of `count` blocks to arrive.
-__device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t count) {
-    __shared__ uint32_t arrived;
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        arrived = atomicAdd(counter, 1);
-        if (arrived == count - 1) *counter = 0;
-    }
-    __syncthreads();
-    bool last = arrived == count - 1;
-    __syncthreads();
-    __threadfence();
-    return last;
-}
 
 __device__ __forceinline__ Routes routes_of(const Router& p) { return Routes(p.routes, p.experts, p.n * p.experts_per_token); }
 

@@ -9,7 +9,7 @@ use crate::attention::{ATTENTION_WARPS, MAX_PARTS};
 use crate::backend::HEAD;
 use crate::device::{Buffer, Device, Pinned};
 use crate::packed::{TILE_COLS, TILE_ROWS};
-use crate::products::{GEMM_ROW_TILES, GEMM_TOKENS, SOME_SHARES, SOME_TOKENS};
+use crate::products::{GEMM_ROW_TILES, GEMM_TOKENS, SOME_TOKENS};
 use crate::router::ROUTER_GATHER_EXPERTS;
 
 /// Tokens computed at a time; a step of more is cut.
@@ -49,10 +49,8 @@ pub(crate) struct Arena {
     pub(crate) router_barrier: Buffer,
     /// u32 `[blocks, ROUTER_GATHER_EXPERTS]`, see router_gather_many_sm90.cu
     pub(crate) router_counts: Buffer,
-    /// f32 of each block of product_some_sm90.cu
+    /// f32 of each block of product_some_sm90.cu; all bits set before and after
     pub(crate) exchanged: Buffer,
-    /// u32 `[shares, rows / 128]`, see there; zero at first
-    pub(crate) exchanges: Buffer,
     /// 16-bit `[slots, intermediate]`, plain or stacked
     pub(crate) activated: Buffer,
     /// f32 `[slots, hidden]`
@@ -60,6 +58,8 @@ pub(crate) struct Arena {
     /// f32 `[LOGIT_ROWS, vocabulary]`
     pub(crate) logits: Buffer,
     pub(crate) largest_parts: Buffer,
+    /// u64 `[LOGIT_ROWS]`, see product_some_sm90.cu; zero before and after
+    pub(crate) best: Buffer,
     /// u32 `[LOGIT_ROWS]`
     pub(crate) largest: Buffer,
     /// The step's words: see `Words`.
@@ -95,12 +95,12 @@ impl Arena {
             router_barrier: device.buffer(8)?,
             router_counts: device.buffer(4 * ROUTER_GATHER_EXPERTS * device.multiprocessors())?,
             exchanged: device
-                .buffer(device.multiprocessors() * SOME_TOKENS * GEMM_ROW_TILES * TILE_ROWS * 4)?,
-            exchanges: device.buffer((SOME_SHARES + 1) * device.multiprocessors() * 4)?,
+                .filled(device.multiprocessors() * SOME_TOKENS * GEMM_ROW_TILES * TILE_ROWS * 4, 0xff)?,
             activated: device.buffer(slots * padded(config.intermediate_size) * 2)?,
             expert_outputs: device.buffer(slots * config.hidden_size * 4)?,
             logits: device.buffer(LOGIT_ROWS * config.vocab_size * 4)?,
             largest_parts: device.buffer(LOGIT_ROWS * LARGEST_BLOCKS * 8)?,
+            best: device.buffer(LOGIT_ROWS * 8)?,
             largest: device.buffer(LOGIT_ROWS * 4)?,
             step: device.buffer(step_words * 4)?,
             step_host: device.pinned(step_words * 4)?,

@@ -7,12 +7,12 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use checkpoint::{Config, Format, KvScales, LayerKind, MatrixId, MatrixKind, VectorKind, Weights, matrices};
 use gptoss::{
-    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, Sampling, SequenceOutput, Traffic,
+    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, SequenceOutput, Traffic,
 };
 
 use crate::arena::{Arena, LARGEST_BLOCKS, LOGIT_ROWS, MAX_TOKENS, max_slots};
 use crate::attention::{QUERY_ROWS, Sharing, TILE_QUERIES};
-use crate::batch::{Batch, Segment, Shape, Words, sampling};
+use crate::batch::{Batch, Segment, Shape, Words, is_largest, sampling};
 use crate::device::{Buffer, Device, Graph, KernelTime};
 use crate::driver::Address;
 use crate::fp4::{self, Fp4Matrix};
@@ -24,8 +24,9 @@ use crate::sampling::{Sampler, Wanted};
 
 /// The kernels' head size.
 pub(crate) const HEAD: usize = 64;
-/// What a block of a norm holds in registers.
+/// What a block of a norm holds in registers, and by fours what a thread of it does.
 const MAX_HIDDEN: usize = 4096;
+const NORM_VALUES: usize = 3;
 /// Single tokens computed at a time where the batch may not matter: of many more, experts would take other kernels.
 const INVARIANT_SINGLES: usize = 1024;
 /// Device memory that is left to the driver, graphs and other programs.
@@ -57,8 +58,9 @@ pub struct Cuda {
     one: Option<OneToken>,
     pub(crate) cache: Vec<LayerCache>,
     blocks: (usize, usize),
-    /// Decode steps by their number of tokens, how the full layers share their keys, and whether those are read ahead.
-    graphs: HashMap<(usize, Sharing, bool), Graph>,
+    /// Decode steps by their number of tokens, how the full layers share their keys, whether those are read ahead, and whether logits
+    /// are wanted.
+    graphs: HashMap<(usize, Sharing, bool, bool), Graph>,
     sampler: Sampler,
     pub(crate) options: Options,
     /// Room for quantized activations, if matrices are packed for FP4 products.
@@ -407,7 +409,7 @@ impl Cuda {
         let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
         let decode = batch.singles == batch.segments.len() && batch.outputs.len() == batch.tokens;
         if decode && !hidden && !self.options.eager && batch.tokens <= LOGIT_ROWS {
-            let key = (shape.tokens, shape.full, shape.ahead);
+            let key = (shape.tokens, shape.full, shape.ahead, shape.logits);
             if !self.graphs.contains_key(&key) {
                 let graph = self.device.capture(|| {
                     self.embed(&shape)?;
@@ -500,7 +502,7 @@ impl Cuda {
         let (full, sliding) = self.sharing(batch.singles, total_pages, pages);
         let (tokens, singles) = (batch.tokens, batch.singles);
         let ahead = batch.segments[..singles].windows(2).all(|pair| pair[0].sequence != pair[1].sequence);
-        Ok(Shape { words, tokens, singles, tiles: tiles.len(), full, sliding, ahead })
+        Ok(Shape { words, tokens, singles, tiles: tiles.len(), full, sliding, ahead, logits: batch.logits })
     }
 
     pub(crate) fn word(&self, at: usize) -> Address {
@@ -599,7 +601,14 @@ impl Cuda {
             ..self.norm_params(shape, pending, out)
         };
         // SAFETY: the arena has MAX_TOKENS rows of each; the routes are of the same tokens.
-        unsafe { self.device.launch("rms_norm", [shape.tokens as u32, 1, 1], 256, 0, &params) }
+        unsafe {
+            self.device.launch("rms_norm", [shape.tokens as u32, 1, 1], self.norm_threads(), 0, &params)
+        }
+    }
+
+    /// Threads of a norm, each of which holds `NORM_VALUES` times four values.
+    fn norm_threads(&self) -> u32 {
+        self.config.hidden_size.div_ceil(4 * NORM_VALUES).next_multiple_of(32) as u32
     }
 
     fn norm_params(&self, shape: &Shape, pending: bool, out: Address) -> Norm {
@@ -636,8 +645,18 @@ impl Cuda {
             ..self.norm_params(shape, pending, self.arena.normed.address())
         };
         // SAFETY: the list names rows of this batch, each once.
-        unsafe { self.device.launch("rms_norm", [n as u32, 1, 1], 256, 0, &params)? };
+        unsafe { self.device.launch("rms_norm", [n as u32, 1, 1], self.norm_threads(), 0, &params)? };
         let epilogue = Epilogue { out: self.arena.logits.address(), ..self.epilogue(After::Store) };
+        if self.some(&self.unembedding, n, &epilogue).is_some() {
+            // It finds the largest, too, and stores what is wanted.
+            let out = if shape.logits { epilogue.out } else { 0 };
+            return self.product(
+                &self.unembedding,
+                self.arena.normed.address(),
+                n,
+                Epilogue { out, ..epilogue },
+            );
+        }
         self.product(&self.unembedding, self.arena.normed.address(), n, epilogue)?;
         let params = Largest {
             logits: self.arena.logits.address(),
@@ -729,15 +748,6 @@ impl Cuda {
         // SAFETY: reads inside one allocation; `largest` has a word.
         unsafe { self.device.launch("read", grid, 512, 0, &params) }
     }
-}
-
-/// Whether the token is simply that of the largest logit.
-fn is_largest(sampling: &Sampling) -> bool {
-    sampling.temperature <= 0.0
-        && sampling.bias.is_empty()
-        && sampling.penalties.is_none()
-        && sampling.mask.is_none()
-        && sampling.logprobs.is_none()
 }
 
 /// What the kernels need beyond the rules of `Config`.

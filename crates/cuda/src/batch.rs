@@ -56,6 +56,8 @@ pub(crate) struct Batch<'a> {
     pub(crate) tokens: usize,
     /// Rows whose logits are wanted, each with its segment and which of the plan's tokens it is.
     pub(crate) outputs: Vec<(usize, usize, usize)>,
+    /// Whether more is wanted of any of them than which logit is the largest.
+    pub(crate) logits: bool,
 }
 
 /// The numbers that decide a batch's kernels.
@@ -70,24 +72,28 @@ pub(crate) struct Shape {
     pub(crate) sliding: Sharing,
     /// Whether each of them is of another sequence.
     pub(crate) ahead: bool,
+    /// Whether more is wanted of any row of logits than which one is the largest.
+    pub(crate) logits: bool,
 }
 
 impl<'a> Batch<'a> {
     pub(crate) fn new(plan: &'a Plan, mut segments: Vec<Segment>) -> Batch<'a> {
         segments.sort_by_key(|segment| !segment.single);
         let singles = segments.iter().take_while(|segment| segment.single).count();
-        let (mut tokens, mut outputs) = (0, Vec::new());
+        let (mut tokens, mut outputs, mut logits) = (0, Vec::new(), false);
         for (s, segment) in segments.iter().enumerate() {
             let sequence = &plan.sequences[segment.sequence];
             let scored = sequence.score.as_ref().map_or(0, |score| score.next.len());
             for (row, token) in segment.range.clone().enumerate() {
-                if sequence.logits || token < scored || sampling(sequence, token).is_some() {
+                let (all, sampling) = (sequence.logits || token < scored, sampling(sequence, token));
+                if all || sampling.is_some() {
                     outputs.push((tokens + row, s, token));
+                    logits |= all || sampling.is_some_and(|sampling| !is_largest(sampling));
                 }
             }
             tokens += segment.range.len();
         }
-        Batch { plan, segments, singles, tokens, outputs }
+        Batch { plan, segments, singles, tokens, outputs, logits }
     }
 
     pub(crate) fn sequence(&self, segment: &Segment) -> &'a SequencePlan {
@@ -109,4 +115,13 @@ impl<'a> Batch<'a> {
 /// How a token is drawn after this one of the plan's tokens, if one is.
 pub(crate) fn sampling(sequence: &SequencePlan, token: usize) -> Option<&Sampling> {
     sequence.sample.get((token + sequence.sample.len()).checked_sub(sequence.tokens.len())?)
+}
+
+/// Whether the token is simply that of the largest logit.
+pub(crate) fn is_largest(sampling: &Sampling) -> bool {
+    sampling.temperature <= 0.0
+        && sampling.bias.is_empty()
+        && sampling.penalties.is_none()
+        && sampling.mask.is_none()
+        && sampling.logprobs.is_none()
 }

@@ -70,6 +70,7 @@ const MODULES: &[Module] = &[
             "product_some_qkv_128",
             "product_some_qkv_256",
             "product_some_residual_128",
+            "product_some_residual_256",
             "product_some_128",
             "product_some_256",
         ],
@@ -446,6 +447,11 @@ impl Device {
 
     /// Bytes of device memory, zeroed.
     pub(crate) fn buffer(self: &Arc<Self>, bytes: usize) -> Result<Buffer, Error> {
+        self.filled(bytes, 0)
+    }
+
+    /// Bytes of device memory, all of this value.
+    pub(crate) fn filled(self: &Arc<Self>, bytes: usize, value: u8) -> Result<Buffer, Error> {
         self.bind()?;
         let mut address = 0;
         let size = bytes.max(16);
@@ -455,7 +461,7 @@ impl Device {
         }
         let buffer = Buffer { device: Arc::clone(self), address, bytes };
         // SAFETY: the allocation has this size.
-        let result = unsafe { (self.driver.fill)(address, 0, size, self.stream) };
+        let result = unsafe { (self.driver.fill)(address, value, size, self.stream) };
         self.driver.check(result, "clearing memory")?;
         Ok(buffer)
     }

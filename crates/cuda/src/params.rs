@@ -97,9 +97,9 @@ params! {
         n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, tokens_first: u32,
     }
     /// product_some_sm90.cu
-    Exchanged, 160 {
-        matrix: Matrix, input: Address, epilogue: Epilogue, parts: Address, arrivals: Address,
-        n: u32, stack: u32, early: u32, padding: u32,
+    Exchanged, 168 {
+        matrix: Matrix, input: Address, epilogue: Epilogue, parts: Address, arrivals: Address, best: Address, largest: Address,
+        n: u32, stack: u32,
     }
     /// experts.cuh
     Part, 128 {

@@ -90,7 +90,7 @@ impl Cuda {
     }
 
     /// If a product with this matrix, which is dense, takes product_some_sm90.cu: by how many blocks the inputs are shared.
-    fn some(&self, matrix: &PackedMatrix, n: usize, epilogue: &Epilogue) -> Option<usize> {
+    pub(crate) fn some(&self, matrix: &PackedMatrix, n: usize, epilogue: &Epilogue) -> Option<usize> {
         let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
         let shares =
             (self.device.multiprocessors() / blocks).min(SOME_SHARES).min(matrix.padded_cols() / TILE_COLS);
@@ -100,10 +100,8 @@ impl Cuda {
             && n <= SOME_TOKENS
             && matrix.format() == BF16
             && match epilogue.kind {
-                QKV => shares > 1,
-                // With more tokens gemm_sm90.cu is faster.
-                RESIDUAL => shares > 1 && n <= GEMM_TOKENS,
-                STORE => matrix.row_tiles().is_multiple_of(GEMM_ROW_TILES) && !matrix.has_bias(),
+                QKV | RESIDUAL => shares > 1,
+                STORE => matrix.rows.is_multiple_of(GEMM_ROW_TILES * TILE_ROWS) && !matrix.has_bias(),
                 _ => false,
             };
         fits.then_some(if epilogue.kind == STORE { 1 } else { shares })
@@ -119,23 +117,24 @@ impl Cuda {
     ) -> Result<(), Error> {
         let multiprocessors = self.device.multiprocessors();
         let few = n <= GEMM_TOKENS;
-        let (name, early) = match (epilogue.kind, few) {
-            (QKV, true) => ("product_some_qkv_128", 8),
-            (QKV, false) => ("product_some_qkv_256", 5),
-            (RESIDUAL, _) => ("product_some_residual_128", 3),
-            (_, true) => ("product_some_128", 6),
-            (_, false) => ("product_some_256", 6),
+        let name = match (epilogue.kind, few) {
+            (QKV, true) => "product_some_qkv_128",
+            (QKV, false) => "product_some_qkv_256",
+            (RESIDUAL, true) => "product_some_residual_128",
+            (RESIDUAL, false) => "product_some_residual_256",
+            (_, true) => "product_some_128",
+            (_, false) => "product_some_256",
         };
         let params = Exchanged {
             matrix: matrix.params(),
             input,
             epilogue,
             parts: self.arena.exchanged.address(),
-            arrivals: self.arena.exchanges.address() + 4 * (shares * multiprocessors) as u64,
+            arrivals: self.arena.arrivals.address(),
+            best: self.arena.best.address(),
+            largest: self.arena.largest.address(),
             n: n as u32,
             stack: self.stack(matrix, n),
-            early,
-            padding: 0,
         };
         let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES).min(multiprocessors);
         let grid = [blocks as u32, shares as u32, 1];

@@ -1,5 +1,6 @@
 //! Tokens and log-probabilities of the device beside those that the host finds in the same logits.
 
+use checkpoint::{MatrixKind, Values};
 use gptoss::{
     Logprobs, Mask, Penalties, Sampled, Sampling, Score, SequencePlan, TokenLogprobs, sample, score,
 };
@@ -164,4 +165,58 @@ fn a_mask_may_come_after_the_step_has_begun() {
     let step = std::thread::spawn(move || run(&mut cuda, vec![plan]).remove(0).sampled[0].token);
     mask.set(vec![0, 1 << 9]);
     assert_eq!(step.join().unwrap(), 41);
+}
+
+/// Weights whose output layer has the same rows again and again.
+struct Repeated {
+    weights: Synthetic,
+    period: usize,
+}
+
+impl Weights for Repeated {
+    fn config(&self) -> &Config {
+        self.weights.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.weights.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
+        let matrix = self.weights.matrix(id, expert)?;
+        let Matrix { rows, cols, values: Values::Bf16(values) } = matrix else { return Ok(matrix) };
+        let period = if id.kind == MatrixKind::Unembedding { self.period } else { rows };
+        let values = values[..period * cols].iter().copied().cycle().take(rows * cols).collect();
+        Ok(Matrix { rows, cols, values: Values::Bf16(values) })
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
+        self.weights.vector(id)
+    }
+}
+
+#[test]
+fn of_equal_logits_the_first_is_the_largest() {
+    let Some(device) = device() else { return };
+    let vocab_size = 128 * 150;
+    for period in [8, 1000] {
+        let config = Config { vocab_size, ..odd_config() };
+        let mut cuda =
+            load(&device, &Repeated { weights: Synthetic::new(config, |_| Format::Bf16, 3), period });
+        cuda.allocate_kv(256, 256).unwrap();
+        for count in [20, 33, 100, 130, 256] {
+            let mut outputs = |logits: bool| {
+                let one = |s: u32| SequencePlan {
+                    logits,
+                    sample: vec![Sampling::default()],
+                    ..sequence(&[s * 71], 0, s)
+                };
+                run(&mut cuda, (0..count).map(one).collect())
+            };
+            // With the logits and without them.
+            for (with, without) in outputs(true).iter().zip(outputs(false)) {
+                let first = argmax(&with.logits);
+                assert!(first < period);
+                let tokens = [with, &without].map(|output| output.sampled[0].token as usize);
+                assert_eq!(tokens, [first; 2], "{count} tokens, period {period}");
+            }
+        }
+    }
 }
