@@ -99,6 +99,7 @@ impl Cuda {
             && n > if epilogue.kind == STORE { FEW_TOKENS } else { DENSE_TOKENS }
             && n <= SOME_TOKENS
             && matrix.format() == BF16
+            && !self.few(matrix, n)
             && match epilogue.kind {
                 QKV | RESIDUAL => shares > 1,
                 STORE => matrix.rows.is_multiple_of(GEMM_ROW_TILES * TILE_ROWS) && !matrix.has_bias(),
