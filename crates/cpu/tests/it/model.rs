@@ -350,6 +350,9 @@ fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
             vec![sampled(&healthy, 0), sampled(&damaged, 1), scored(&healthy, 2), scored(&damaged, 3)];
         let found: Vec<bool> = run(&mut cpu, plans).iter().map(|output| output.corrupted).collect();
         assert_eq!(found, [false, true, false, true], "{activations:?}");
+        // What it left in its block reaches nobody who has the block after it.
+        let after = run(&mut cpu, vec![sampled(&[1], 1), scored(&healthy, 3)]);
+        assert!(after.iter().all(|output| !output.corrupted), "{activations:?}");
     }
 }
 
