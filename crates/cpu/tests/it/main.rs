@@ -4,4 +4,6 @@
 mod dense;
 mod kernels;
 mod model;
+#[path = "../../../gptoss/tests/it/models.rs"]
+mod models;
 mod packed_file;

@@ -1,40 +1,16 @@
 //! Whole models: the tolerances of `testdata/model/README.md` for f32, and equality where equality is promised.
 
 use std::ops::ControlFlow;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use checkpoint::{
-    Checkpoint, Config, Format, Layout, Matrix, MatrixId, MatrixKind, Synthetic, Target, Values, Vector,
-    VectorId, Weights, write,
+    Checkpoint, Config, Format, Layout, MatrixId, MatrixKind, Synthetic, Target, Weights, write,
 };
 use cpu::{Activations, Cpu, Isa, Options};
-use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan};
-use half::bf16;
-use safetensors::SafeTensors;
+use gptoss::{Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan};
 use serde_json::Value;
 
-fn root(path: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join(path)
-}
-
-fn open(path: &str) -> Arc<dyn Weights> {
-    Arc::new(Checkpoint::open(&root(path)).unwrap())
-}
-
-fn json(path: &str) -> Value {
-    serde_json::from_slice(&std::fs::read(root(path)).unwrap()).unwrap()
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
-}
-
-fn golden(path: &str, name: &str) -> Vec<f32> {
-    let bytes = std::fs::read(root(path)).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    bytemuck::allocation::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
-}
+use crate::models::{DAMAGED, Damaged, golden, ids, json, open, relative, root, sequence};
 
 const BLOCKS: usize = 70;
 
@@ -44,27 +20,8 @@ fn load(weights: Arc<dyn Weights>, options: Options) -> Cpu {
     cpu
 }
 
-/// A sequence whose full layers have the blocks from `first` upwards, the sliding ones the same downwards.
-fn sequence(tokens: &[u32], position: usize, first: u32) -> SequencePlan {
-    let count = (position + tokens.len()).div_ceil(BLOCK_TOKENS) as u32;
-    SequencePlan {
-        tokens: tokens.to_vec(),
-        position,
-        full_blocks: (0..count).map(|i| first + i).collect(),
-        sliding_blocks: (0..count).map(|i| first + count - 1 - i).collect(),
-        ..SequencePlan::default()
-    }
-}
-
 fn run(backend: &mut dyn Backend, sequences: Vec<SequencePlan>) -> Vec<SequenceOutput> {
     backend.step(&Plan { sequences }).unwrap()
-}
-
-fn relative(found: &[f32], expected: &[f32]) -> f64 {
-    assert_eq!(found.len(), expected.len());
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let error: f64 = found.iter().zip(expected).map(|(f, e)| square(f - e)).sum();
-    (error / expected.iter().map(|&e| square(e)).sum::<f64>()).sqrt()
 }
 
 #[test]
@@ -305,30 +262,6 @@ fn cuts_and_company(cpu: &mut Cpu) {
         assert!(logits == whole.logits, "{cuts:?}");
         assert_eq!(scores, whole.scores, "{cuts:?}");
         assert_eq!(sampled, whole.sampled, "{cuts:?}");
-    }
-}
-
-/// Weights whose embedding of one token is no number.
-struct Damaged(Arc<dyn Weights>);
-
-const DAMAGED: u32 = 7;
-
-impl Weights for Damaged {
-    fn config(&self) -> &Config {
-        self.0.config()
-    }
-    fn format(&self, id: MatrixId) -> Format {
-        self.0.format(id)
-    }
-    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
-        let mut matrix = self.0.matrix(id, expert)?;
-        if let (MatrixKind::Embedding, Values::Bf16(values)) = (id.kind, &mut matrix.values) {
-            values.to_mut()[DAMAGED as usize * matrix.cols] = bf16::NAN;
-        }
-        Ok(matrix)
-    }
-    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
-        self.0.vector(id)
     }
 }
 

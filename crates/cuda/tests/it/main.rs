@@ -4,46 +4,21 @@
 #![allow(clippy::unwrap_used, clippy::print_stderr, reason = "tests")]
 
 mod fp4;
+#[path = "../../../gptoss/tests/it/models.rs"]
+mod models;
 mod sampling;
 
 use std::ops::Deref;
-use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use checkpoint::{
-    Checkpoint, Config, Format, KvScales, Matrix, MatrixId, MatrixKind, Synthetic, Values, Vector, VectorId,
-    Weights,
-};
+use checkpoint::{Config, Format, KvScales, Matrix, MatrixId, Synthetic, Vector, VectorId, Weights};
 use cuda::{CacheFormat, Cuda, Device, Options};
 use gptoss::{
     BLOCK_TOKENS, Backend, Logprobs, Mask, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan,
 };
-use safetensors::SafeTensors;
 use serde_json::Value;
 
-/// The repository: where it was built, or the current folder.
-fn root(path: &str) -> PathBuf {
-    let built = PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../.."));
-    if built.join("testdata").exists() { built.join(path) } else { path.into() }
-}
-
-fn open(path: &str) -> Arc<dyn Weights> {
-    Arc::new(Checkpoint::open(&root(path)).unwrap())
-}
-
-fn json(path: &str) -> Value {
-    serde_json::from_slice(&std::fs::read(root(path)).unwrap()).unwrap()
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
-}
-
-fn golden(path: &str, name: &str) -> Vec<f32> {
-    let bytes = std::fs::read(root(path)).unwrap();
-    let tensors = SafeTensors::deserialize(&bytes).unwrap();
-    bytemuck::allocation::pod_collect_to_vec(tensors.tensor(name).unwrap().data())
-}
+use crate::models::{DAMAGED, Damaged, golden, ids, json, open, relative, sequence};
 
 /// The first GPU, for one test at a time: kernels whose blocks wait for one another must all have room.
 struct Gpu {
@@ -91,31 +66,11 @@ fn load_with(device: &Arc<Device>, weights: &dyn Weights, options: Options) -> C
     cuda
 }
 
-/// A sequence whose full layers have the blocks from `first` upwards, the sliding ones the same downwards.
-fn sequence(tokens: &[u32], position: usize, first: u32) -> SequencePlan {
-    let count = (position + tokens.len()).div_ceil(BLOCK_TOKENS) as u32;
-    SequencePlan {
-        tokens: tokens.to_vec(),
-        position,
-        full_blocks: (0..count).map(|i| first + i).collect(),
-        sliding_blocks: (0..count).map(|i| first + count - 1 - i).collect(),
-        ..SequencePlan::default()
-    }
-}
-
 fn run(backend: &mut dyn Backend, sequences: Vec<SequencePlan>) -> Vec<SequenceOutput> {
     let mut times = 0;
     let outputs = backend.step_while(&Plan { sequences }, &mut || times += 1).unwrap();
     assert_eq!(times, 1, "what the host does meanwhile");
     outputs
-}
-
-fn relative(found: &[f32], expected: &[f32]) -> f64 {
-    assert_eq!(found.len(), expected.len());
-    assert!(found.iter().all(|f| f.is_finite()));
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let error: f64 = found.iter().zip(expected).map(|(f, e)| square(f - e)).sum();
-    (error / expected.iter().map(|&e| square(e)).sum::<f64>()).sqrt()
 }
 
 fn log_softmax(logits: &[f32]) -> Vec<f64> {
@@ -515,30 +470,6 @@ impl Weights for Scaled {
 
 fn scaled(weights: Arc<dyn Weights>, cache: KvScales) -> Scaled {
     Scaled { weights, cache: Some(cache), input: None }
-}
-
-/// Weights whose embedding of one token is no number.
-struct Damaged(Arc<dyn Weights>);
-
-const DAMAGED: u32 = 7;
-
-impl Weights for Damaged {
-    fn config(&self) -> &Config {
-        self.0.config()
-    }
-    fn format(&self, id: MatrixId) -> Format {
-        self.0.format(id)
-    }
-    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
-        let mut matrix = self.0.matrix(id, expert)?;
-        if let (MatrixKind::Embedding, Values::Bf16(values)) = (id.kind, &mut matrix.values) {
-            values.to_mut()[DAMAGED as usize * matrix.cols] = half::bf16::NAN;
-        }
-        Ok(matrix)
-    }
-    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
-        self.0.vector(id)
-    }
 }
 
 #[test]

@@ -1,9 +1,9 @@
 //! `testdata/model`: traces, logits and greedy continuations, within the tolerances of its README for f32.
 
-use checkpoint::Weights;
 use gptoss::{BLOCK_TOKENS, Backend, Plan, Reference, Rotary, Sampling, Score, SequenceOutput, SequencePlan};
 
-use crate::{Tensors, assert_close, ids, json, open};
+use crate::models::{ids, json, open};
+use crate::{Tensors, assert_close};
 
 const RANDOM: &str = "testdata/model/hf-mxfp4";
 

@@ -2,29 +2,11 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod golden;
+mod models;
 
-use std::path::PathBuf;
-use std::sync::Arc;
-
-use checkpoint::Checkpoint;
 use safetensors::SafeTensors;
-use serde_json::Value;
 
-fn root(path: &str) -> PathBuf {
-    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../..")).join(path)
-}
-
-fn open(path: &str) -> Arc<Checkpoint> {
-    Arc::new(Checkpoint::open(&root(path)).unwrap())
-}
-
-fn json(path: &str) -> Value {
-    serde_json::from_slice(&std::fs::read(root(path)).unwrap()).unwrap()
-}
-
-fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|v| v.as_u64().unwrap() as u32).collect()
-}
+use models::{relative, root};
 
 struct Tensors(Vec<u8>);
 
@@ -46,14 +28,6 @@ impl Tensors {
             other => panic!("{name}: {other:?}"),
         }
     }
-}
-
-/// RMS of the difference over RMS of the expected values.
-fn relative(found: &[f32], expected: &[f32]) -> f64 {
-    assert_eq!(found.len(), expected.len());
-    let square = |v: f32| f64::from(v) * f64::from(v);
-    let error: f64 = found.iter().zip(expected).map(|(f, e)| square(f - e)).sum();
-    (error / expected.iter().map(|&e| square(e)).sum::<f64>()).sqrt()
 }
 
 fn assert_close(found: &[f32], expected: &[f32], tolerance: f64, what: &str) {
