@@ -141,11 +141,21 @@ impl From<engine::Error> for Failure {
                 let message = error.to_string();
                 Failure::machine(message).hint(format!("--max-model-len {largest} fits"))
             }
-            engine::Error::Failed { source: engine::Failure::Corrupted, .. } => {
-                Failure::input(error.to_string())
+            engine::Error::Failed { ref source, .. } => {
+                Failure { message: error.to_string(), ..source.clone().into() }
             }
-            engine::Error::Thread(_) | engine::Error::Failed { .. } => Failure::machine(error.to_string()),
+            engine::Error::Thread(_) => Failure::machine(error.to_string()),
             _ => Failure::input(error.to_string()),
+        }
+    }
+}
+
+/// Weights that are damaged are the user's; all else that ends a request of the user's own is the machine's.
+impl From<engine::Failure> for Failure {
+    fn from(failure: engine::Failure) -> Failure {
+        match failure {
+            engine::Failure::Corrupted => Failure::input(failure.to_string()),
+            _ => Failure::machine(failure.to_string()),
         }
     }
 }

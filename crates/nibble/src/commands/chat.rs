@@ -83,10 +83,7 @@ pub(crate) fn answer(
                 }
             }
             Ok(Event::Done) => return Ok(turn.finish()),
-            Ok(Event::Failed(failure @ engine::Failure::Corrupted)) => {
-                return Err(Failure::input(failure.to_string()));
-            }
-            Ok(Event::Failed(failure)) => return Err(Failure::machine(failure.to_string())),
+            Ok(Event::Failed(failure)) => return Err(failure.into()),
             Ok(Event::Started { .. } | Event::Finished { .. }) => {}
             Err(mpsc::RecvTimeoutError::Timeout) => {}
             Err(mpsc::RecvTimeoutError::Disconnected) => {
