@@ -9,7 +9,6 @@ constexpr int WARPS = 16, THREADS = WARPS * WARP;
 constexpr int STEP = ROUTER_STEP;
 constexpr int TOKENS = 64;                 // of a block, at most
 constexpr int MAX_PAIRS = TOKENS * 16;
-constexpr int SUMS = 8 + 1;                // numbers of an expert's sums, such that neighbours lie in different banks
 constexpr int AHEAD = 8;                   // steps whose inputs are on their way
 constexpr int GROUP = 8;                   // column tiles of a token that a warp gathers at a time
 
@@ -20,7 +19,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather_many(cons
     const uint32_t warp = __shfl_sync(~0u, threadIdx.x / WARP, 0), lane = threadIdx.x % WARP, g = lane_row(), t = lane_quarter();
     const uint32_t line = p.hidden * 2 + 16; // neighbouring rows lie in different banks
     uint8_t* weights = (uint8_t*)(scales + p.hidden);
-    float* sums = (float*)(weights + ROUTER_EXPERTS * line); // [WARPS][experts][SUMS]
+    float* sums = (float*)(weights + ROUTER_EXPERTS * line); // [WARPS][experts][ROUTER_SUMS]
     const uint32_t first = blockIdx.x * p.each, tokens = min(p.n - first, p.each);
     const float* residual = p.residual + size_t(first) * p.hidden;
     const Routes routes(p.routes, p.experts, p.n * p.experts_per_token);
@@ -83,14 +82,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather_many(cons
     square += __shfl_xor_sync(~0u, square, 1);
     square += __shfl_xor_sync(~0u, square, 2);
     if (t == 0) squares[warp][g] = square;
-#pragma unroll
-    for (int j = 0; j < ROUTER_EXPERTS / 16; j++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint32_t expert = 16 * j + g + i / 2 * 8;
-            if (expert < p.experts) sums[(warp * p.experts + expert) * SUMS + 2 * t + i % 2] = sum[j][i];
-        }
-    }
+    keep_sums(sum, sums, warp, p.experts);
     __syncthreads();
     // A lane has an expert.
     const float bias = lane < p.experts ? p.bias[lane] : 0;
@@ -98,7 +90,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather_many(cons
     for (uint32_t token = warp; token < tokens; token += WARPS) {
         float logit = 0, all = 0;
         for (uint32_t from = token / 8; from < slices * tiles; from += tiles) {
-            if (lane < p.experts) logit += sums[(from * p.experts + lane) * SUMS + token % 8];
+            if (lane < p.experts) logit += sums[(from * p.experts + lane) * ROUTER_SUMS + token % 8];
             all += squares[from][token % 8];
         }
         const float inverse = rsqrtf(all / p.hidden + p.eps);

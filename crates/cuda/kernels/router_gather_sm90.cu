@@ -11,7 +11,6 @@ constexpr int MAX_RANKS = 4;                  // blocks of a cluster
 constexpr int STEP = ROUTER_STEP;
 constexpr int STEPS = MAX_HIDDEN / STEP / WARPS / 2; // of a warp, where two blocks share the inputs
 constexpr int MAX_PAIRS = TOKENS * 16;        // of a cluster
-constexpr int SUMS = TOKENS + 1;              // numbers of an expert's sums, such that neighbours lie in different banks
 
 // What a block has in shared memory beside what has one size: the norm's scales, the weights, and the warps' sums.
 struct Layout {
@@ -33,7 +32,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
     const Layout layout(tiles * TILE_COLS);
     const float* scales = (const float*)shared;
     uint8_t* weights = shared + layout.weights();
-    float* sums = (float*)(shared + layout.sums()); // [WARPS][experts][SUMS]
+    float* sums = (float*)(shared + layout.sums()); // [WARPS][experts][ROUTER_SUMS]
     const uint32_t first = blockIdx.x * TOKENS, tokens = min(p.n - first, uint32_t(TOKENS));
     const Routes routes(p.routes, p.experts, p.n * p.experts_per_token);
 
@@ -84,20 +83,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
             multiply_parts(sum[j], {w.x, w8.x, w.y, w8.y}, lower, upper);
         }
     }
-#pragma unroll
-    for (int j = 0; j < ROUTER_EXPERTS / 16; j++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint32_t expert = 16 * j + g + i / 2 * 8;
-            if (expert < p.experts) sums[(warp * p.experts + expert) * SUMS + 2 * t + i % 2] = sum[j][i];
-        }
-    }
+    keep_sums(sum, sums, warp, p.experts);
     __syncthreads();
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < p.experts * TOKENS; i += THREADS) {
         float all = 0;
 #pragma unroll
-        for (int w = 0; w < WARPS; w++) all += sums[(w * p.experts + i / TOKENS) * SUMS + i % TOKENS];
+        for (int w = 0; w < WARPS; w++) all += sums[(w * p.experts + i / TOKENS) * ROUTER_SUMS + i % TOKENS];
         partial[i] = all;
     }
     if (threadIdx.x < TOKENS) {
