@@ -24,6 +24,15 @@ pub struct Hub {
     pub offline: bool,
 }
 
+/// Which files are fetched.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Files {
+    /// All that nibble reads of a model.
+    Model,
+    /// `tokenizer.json` alone.
+    Tokenizer,
+}
+
 /// How far a fetch is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Progress<'a> {
@@ -158,7 +167,7 @@ impl Hub {
         }
     }
 
-    /// Fetches the files of a model that nibble reads and returns their folder. What is in the cache is not fetched again.
+    /// Fetches files of a model and returns their folder. What is in the cache is not fetched again.
     ///
     /// # Errors
     /// See [`Error`]. A fetch that broke off is continued by the next one.
@@ -166,6 +175,7 @@ impl Hub {
         &self,
         name: &str,
         revision: Option<&str>,
+        files: Files,
         progress: &mut dyn FnMut(Progress<'_>),
     ) -> Result<PathBuf, Error> {
         let revision = revision.unwrap_or("main");
@@ -174,21 +184,22 @@ impl Hub {
         }
         let folder = self.cache.join(format!("models--{}", name.replace('/', "--")));
         if self.offline {
-            return cached(&folder, revision)
+            return files
+                .cached(&folder, revision)
                 .ok_or_else(|| Error::NotCached { name: name.to_owned(), cache: self.cache.clone() });
         }
         let listing = match self.list(name, revision) {
             // Without a network a complete copy will do, as other programs have it.
             Err(Error::Network { url, message }) => {
-                return cached(&folder, revision).ok_or(Error::Network { url, message });
+                return files.cached(&folder, revision).ok_or(Error::Network { url, message });
             }
             other => other?,
         };
-        let files = listing.files(name)?;
-        let total = files.iter().map(|file| file.size).sum();
+        let listed = listing.files(name, files)?;
+        let total = listed.iter().map(|file| file.size).sum();
         let snapshot = folder.join("snapshots").join(&listing.sha);
         let mut before = 0;
-        for file in &files {
+        for file in &listed {
             let report = &mut |done| progress(Progress { file: &file.name, done: before + done, total });
             if !snapshot.join(&file.name).exists() {
                 let blob = self.download(name, &listing.sha, file, &folder, report)?;
@@ -392,15 +403,15 @@ struct Remote {
 }
 
 impl Listing {
-    /// The files that nibble reads. Names and digests become paths: they are checked.
-    fn files(&self, name: &str) -> Result<Vec<Remote>, Error> {
+    /// The wanted ones. Names and digests become paths: they are checked.
+    fn files(&self, name: &str, wanted: Files) -> Result<Vec<Remote>, Error> {
         let wrong = |message: String| Error::Answer { name: name.to_owned(), message };
         let is_digest = |text: &str| text.len() >= 40 && text.chars().all(|c| c.is_ascii_hexdigit());
         if !is_digest(&self.sha) {
             return Err(wrong("the commit is not a digest".to_owned()));
         }
         let mut files = Vec::new();
-        for sibling in self.siblings.iter().filter(|s| is_wanted(&s.rfilename)) {
+        for sibling in self.siblings.iter().filter(|s| wanted.include(&s.rfilename)) {
             if !is_plain_path(&sibling.rfilename) {
                 return Err(wrong(format!("the file name {:?} leaves the folder", sibling.rfilename)));
             }
@@ -415,29 +426,70 @@ impl Listing {
             let (name, digest) = (sibling.rfilename.clone(), digest.to_lowercase());
             files.push(Remote { name, size, digest, sha256: sibling.lfs.is_some() });
         }
-        if !files.iter().any(|file| file.name == "config.json") {
-            return Err(wrong("there is no config.json: this is not a model".to_owned()));
+        let needed = wanted.needed();
+        if !files.iter().any(|file| file.name == needed) {
+            return Err(wrong(format!("there is no {needed}")));
         }
         Ok(files)
     }
 }
 
-fn is_wanted(name: &str) -> bool {
-    const NAMES: [&str; 8] = [
-        "config.json",
-        "generation_config.json",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "special_tokens_map.json",
-        "chat_template.jinja",
-        "hf_quant_config.json",
-        "model.safetensors.index.json",
-    ];
-    let fake = name.strip_prefix("fake_quant/").is_some_and(|rest| !rest.contains('/'));
-    NAMES.contains(&name)
-        || fake
-        || (name.ends_with(".safetensors") && !name.contains('/'))
-        || name.contains("..")
+impl Files {
+    /// Whether a file is one of them. Names that leave the folder are, and are refused later.
+    fn include(self, name: &str) -> bool {
+        const NAMES: [&str; 8] = [
+            "config.json",
+            "generation_config.json",
+            "tokenizer.json",
+            "tokenizer_config.json",
+            "special_tokens_map.json",
+            "chat_template.jinja",
+            "hf_quant_config.json",
+            "model.safetensors.index.json",
+        ];
+        let fake = name.strip_prefix("fake_quant/").is_some_and(|rest| !rest.contains('/'));
+        match self {
+            Files::Tokenizer => name == self.needed(),
+            Files::Model => {
+                NAMES.contains(&name)
+                    || fake
+                    || (name.ends_with(".safetensors") && !name.contains('/'))
+                    || name.contains("..")
+            }
+        }
+    }
+
+    /// The one without which the others are of no use.
+    fn needed(self) -> &'static str {
+        match self {
+            Files::Model => "config.json",
+            Files::Tokenizer => "tokenizer.json",
+        }
+    }
+
+    /// A snapshot of the cache that has them all.
+    fn cached(self, folder: &Path, revision: &str) -> Option<PathBuf> {
+        let commit = fs::read_to_string(folder.join("refs").join(revision)).ok();
+        let commit = commit.as_deref().map_or(revision, str::trim);
+        let snapshot = folder.join("snapshots").join(commit);
+        let complete =
+            snapshot.join(self.needed()).exists() && (self == Files::Tokenizer || has_weights(&snapshot));
+        (is_plain_path(commit) && complete).then_some(snapshot)
+    }
+}
+
+/// Whether the weights of a snapshot are all there.
+fn has_weights(snapshot: &Path) -> bool {
+    #[derive(Deserialize)]
+    struct Index {
+        weight_map: std::collections::BTreeMap<String, String>,
+    }
+    match fs::read(snapshot.join("model.safetensors.index.json")) {
+        Ok(index) => serde_json::from_slice::<Index>(&index).is_ok_and(|index| {
+            index.weight_map.values().all(|file| is_plain_path(file) && snapshot.join(file).exists())
+        }),
+        Err(_) => snapshot.join("model.safetensors").exists(),
+    }
 }
 
 /// A relative path that stays below its folder.
@@ -447,25 +499,6 @@ fn is_plain_path(text: &str) -> bool {
         && !text.chars().any(char::is_control)
         && Path::new(text).components().all(|part| matches!(part, Component::Normal(_)))
         && text.split('/').all(|part| !part.is_empty() && part != ".")
-}
-
-/// A snapshot of the cache with everything that a model needs.
-fn cached(folder: &Path, revision: &str) -> Option<PathBuf> {
-    let commit = fs::read_to_string(folder.join("refs").join(revision)).ok();
-    let commit = commit.as_deref().map_or(revision, str::trim);
-    let snapshot = folder.join("snapshots").join(commit);
-    #[derive(Deserialize)]
-    struct Index {
-        weight_map: std::collections::BTreeMap<String, String>,
-    }
-    let index = fs::read(snapshot.join("model.safetensors.index.json")).ok();
-    let weights = match index {
-        Some(index) => serde_json::from_slice::<Index>(&index).is_ok_and(|index| {
-            index.weight_map.values().all(|file| is_plain_path(file) && snapshot.join(file).exists())
-        }),
-        None => snapshot.join("model.safetensors").exists(),
-    };
-    (is_plain_path(commit) && weights && snapshot.join("config.json").exists()).then_some(snapshot)
 }
 
 fn check(file: &Remote, out: &mut File, path: &Path) -> Result<(), Error> {

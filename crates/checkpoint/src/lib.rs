@@ -28,4 +28,4 @@ pub use weights::{
     Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights,
     matrices, vectors,
 };
-pub use write::{Progress, Target, Written, write};
+pub use write::{Progress, Target, Written, may_write, write};

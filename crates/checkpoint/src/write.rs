@@ -141,13 +141,8 @@ pub fn write(
         out.with_file_name(name)
     };
     let partial = beside(".partial");
+    may_write(out, target.overwrite)?;
     let exists = fs::symlink_metadata(out).is_ok();
-    if exists && !target.overwrite {
-        return Err(Error::Exists { path: out.to_owned() });
-    }
-    if exists && !out.join("config.json").is_file() {
-        return Err(Error::file(out, "a model folder to replace", "something else"));
-    }
 
     let plan = Plan::new(weights, target)?;
     let parent = match out.parent() {
@@ -180,6 +175,20 @@ pub fn write(
     }
     let directory = out.to_owned();
     Ok(Written { directory, files, tensor_bytes: plan.total_bytes, resumed_bytes: work.resumed_bytes })
+}
+
+/// Whether [`write`] may write to `out`, which a caller can ask before long work.
+///
+/// # Errors
+/// [`Error::Exists`] for a model folder without `overwrite`; [`Error::File`] for anything else that is there.
+pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
+    if fs::symlink_metadata(out).is_err() {
+        return Ok(());
+    }
+    if !out.join("config.json").is_file() {
+        return Err(Error::file(out, "nothing there, or a model folder to replace", "something else"));
+    }
+    if overwrite { Ok(()) } else { Err(Error::Exists { path: out.to_owned() }) }
 }
 
 /// Everything about the output that is known before the first byte is written.

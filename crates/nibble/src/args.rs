@@ -444,9 +444,12 @@ pub(crate) struct Serve {
     /// The same as MODEL
     #[arg(long = "model", value_name = "MODEL")]
     pub(crate) model_flag: Option<String>,
-    /// A tokenizer.json, or a folder with one [default: the model's]
-    #[arg(long, value_name = "FILE|DIR")]
-    pub(crate) tokenizer: Option<PathBuf>,
+    /// A tokenizer.json, a folder with one, or a model on the hub that has one [default: the model's]
+    #[arg(long, value_name = "FILE|DIR|NAME")]
+    pub(crate) tokenizer: Option<String>,
+    /// Branch, tag or commit of a tokenizer on the hub [default: main]
+    #[arg(long, value_name = "REVISION", requires = "tokenizer")]
+    pub(crate) tokenizer_revision: Option<String>,
     #[command(flatten)]
     pub(crate) hub: FromHub,
     /// Flags from a file, by their names; the command line wins

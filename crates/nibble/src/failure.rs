@@ -79,7 +79,6 @@ impl From<checkpoint::Error> for Failure {
             checkpoint::Error::Interrupted { .. } => {
                 Failure::new(Status::Interrupted, message).hint("the same command continues")
             }
-            checkpoint::Error::Exists { .. } => Failure::input(message).hint("--overwrite replaces it"),
             _ => Failure::input(message),
         }
     }

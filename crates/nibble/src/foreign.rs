@@ -40,7 +40,6 @@ const FLAGS: &[(&str, Takes, Fate)] = &[
         Value,
         Only(&["auto", "bfloat16", "float16", "float32"], "the device's kernels fix the type of activations"),
     ),
-    ("tokenizer-revision", Value, Refused("a tokenizer is the model's, or a file of this machine")),
     ("tokenizer-mode", Value, Ignored("there is one tokenizer")),
     ("hf-overrides", Value, Refused("the model's config.json counts")),
     ("load-format", Value, Only(&["auto", "safetensors"], "models are safetensors")),

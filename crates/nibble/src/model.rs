@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use checkpoint::hub::{self, Hub};
+use checkpoint::hub::{self, Files, Hub};
 use checkpoint::{Checkpoint, Layout, Weights};
 use harmony::Harmony;
 use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
@@ -34,7 +34,7 @@ pub(crate) struct Model {
     pub(crate) checkpoint: Checkpoint,
     built_in: bool,
     /// A tokenizer.json, or a folder with one, in place of its own.
-    pub(crate) other_tokenizer: Option<PathBuf>,
+    other_tokenizer: Option<PathBuf>,
 }
 
 impl Model {
@@ -55,7 +55,7 @@ impl Model {
         } else if path.exists() {
             path.to_owned()
         } else if hub::is_hub_name(name) {
-            fetch(name, from, ui)?
+            fetch(name, from.revision.as_deref(), Files::Model, from, ui)?
         } else {
             return Err(Failure::input(format!(
                 "{name}: expected a model folder or a hub name, found no such folder"
@@ -65,6 +65,26 @@ impl Model {
         let checkpoint = Checkpoint::open(&folder)?;
         checkpoint.warnings().iter().for_each(|warning| ui.note(format_args!("note: {warning}")));
         Ok(Model { name: name.to_owned(), checkpoint, built_in: false, other_tokenizer: None })
+    }
+
+    /// Takes the tokenizer of a file, a folder or a model on the hub in place of its own.
+    pub(crate) fn use_tokenizer(
+        &mut self,
+        name: &str,
+        revision: Option<&str>,
+        from: &FromHub,
+        ui: Ui,
+    ) -> Result<()> {
+        let path = Path::new(name);
+        let on_hub = hub::is_hub_name(name) && !path.exists();
+        if let Some(revision) = revision.filter(|_| !on_hub) {
+            return Err(Failure::input(format!(
+                "--tokenizer-revision {revision}: expected a hub name as --tokenizer, found {name}"
+            )));
+        }
+        self.other_tokenizer =
+            Some(if on_hub { fetch(name, revision, Files::Tokenizer, from, ui)? } else { path.to_owned() });
+        Ok(())
     }
 
     pub(crate) fn built_in() -> Result<Model> {
@@ -173,7 +193,7 @@ pub(crate) fn threads(common: &Common) -> usize {
     common.threads.map_or_else(cpu::physical_cores, usize::from)
 }
 
-fn fetch(name: &str, from: &FromHub, ui: Ui) -> Result<PathBuf> {
+fn fetch(name: &str, revision: Option<&str>, files: Files, from: &FromHub, ui: Ui) -> Result<PathBuf> {
     let mut hub = Hub::from_env();
     hub.cache = from.download_dir.clone().unwrap_or(hub.cache);
     hub.token = from.hf_token.clone().or(hub.token);
@@ -182,7 +202,7 @@ fn fetch(name: &str, from: &FromHub, ui: Ui) -> Result<PathBuf> {
         bar.set_total(progress.total);
         bar.set(progress.done);
     };
-    interrupt::surviving_broken_pipe(|| hub.fetch(name, from.revision.as_deref(), &mut report))
+    interrupt::surviving_broken_pipe(|| hub.fetch(name, revision, files, &mut report))
         .map_err(|error| hub_failure(&error))
 }
 

@@ -8,7 +8,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-use checkpoint::hub::{Error, Hub, is_hub_name};
+use checkpoint::hub::{Error, Files, Hub, is_hub_name};
 use sha2::{Digest, Sha256};
 
 const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
@@ -42,6 +42,7 @@ fn contents() -> HashMap<String, Vec<u8>> {
         (0..200_000u32).flat_map(|i| i.wrapping_mul(2_654_435_761).to_le_bytes()).collect();
     HashMap::from([
         ("config.json".to_owned(), b"{\"a\": 1}".to_vec()),
+        ("tokenizer.json".to_owned(), b"{\"b\": 2}".to_vec()),
         ("model.safetensors".to_owned(), weights),
         ("fake_quant/scales.safetensors".to_owned(), b"scales".to_vec()),
         ("pytorch_model.bin".to_owned(), b"a pickle".to_vec()),
@@ -159,7 +160,7 @@ fn good() -> Server {
 }
 
 fn fetch(hub: &Hub) -> Result<std::path::PathBuf, Error> {
-    hub.fetch("owner/name", None, &mut |_| {})
+    hub.fetch("owner/name", None, Files::Model, &mut |_| {})
 }
 
 #[test]
@@ -167,7 +168,7 @@ fn the_cache_is_laid_out_as_others_expect_and_serves_offline() {
     let (server, cache) = (good(), tempfile::tempdir().unwrap());
     let mut last = (0, 0);
     let snapshot = hub(&server, cache.path())
-        .fetch("owner/name", None, &mut |p| {
+        .fetch("owner/name", None, Files::Model, &mut |p| {
             assert!(p.done >= last.0, "progress goes forward");
             last = (p.done, p.total);
         })
@@ -200,16 +201,40 @@ fn the_cache_is_laid_out_as_others_expect_and_serves_offline() {
 }
 
 #[test]
+fn a_tokenizer_comes_alone_and_is_no_model() {
+    let (server, cache) = (good(), tempfile::tempdir().unwrap());
+    let fetch = |hub: &Hub, files| hub.fetch("owner/name", None, files, &mut |_| {});
+    let online = hub(&server, cache.path());
+    let snapshot = fetch(&online, Files::Tokenizer).unwrap();
+    let names: Vec<_> = std::fs::read_dir(&snapshot).unwrap().map(|e| e.unwrap().file_name()).collect();
+    assert_eq!(names, ["tokenizer.json"]);
+    let offline = Hub { offline: true, ..hub(&server, cache.path()) };
+    assert_eq!(fetch(&offline, Files::Tokenizer).unwrap(), snapshot);
+    assert!(matches!(fetch(&offline, Files::Model), Err(Error::NotCached { .. })));
+    // The model's other files come to the same folder, later.
+    assert_eq!(fetch(&online, Files::Model).unwrap(), snapshot);
+    assert!(snapshot.join("model.safetensors").exists());
+
+    let mut files = contents();
+    files.remove("tokenizer.json");
+    let listing = listing(&files);
+    let (server, cache) = (serve(files, &listing), tempfile::tempdir().unwrap());
+    let error = fetch(&hub(&server, cache.path()), Files::Tokenizer).unwrap_err().to_string();
+    assert!(error.contains("there is no tokenizer.json"), "{error}");
+}
+
+#[test]
 fn broken_connections_are_continued_and_no_byte_is_sent_twice() {
     let (server, cache) = (good(), tempfile::tempdir().unwrap());
     server.behaviour.cut.store(130_001, Ordering::SeqCst);
     *server.behaviour.refuse.lock().unwrap() = (2, 503);
     let snapshot = fetch(&hub(&server, cache.path())).unwrap();
     assert_eq!(std::fs::read(snapshot.join("model.safetensors")).unwrap(), contents()["model.safetensors"]);
-    let wanted: usize = ["config.json", "model.safetensors", "fake_quant/scales.safetensors"]
-        .iter()
-        .map(|name| contents()[*name].len())
-        .sum();
+    let wanted: usize =
+        ["config.json", "tokenizer.json", "model.safetensors", "fake_quant/scales.safetensors"]
+            .iter()
+            .map(|name| contents()[*name].len())
+            .sum();
     assert_eq!(server.behaviour.sent.load(Ordering::SeqCst), wanted);
 }
 
@@ -224,7 +249,10 @@ fn a_rest_of_an_earlier_run_is_continued_or_begun_anew() {
         server.behaviour.ignore_range.store(ignore_range, Ordering::SeqCst);
         let snapshot = fetch(&hub(&server, cache.path())).unwrap();
         assert_eq!(std::fs::read(snapshot.join("model.safetensors")).unwrap(), weights);
-        let small = contents()["config.json"].len() + contents()["fake_quant/scales.safetensors"].len();
+        let small: usize = ["config.json", "tokenizer.json", "fake_quant/scales.safetensors"]
+            .iter()
+            .map(|name| contents()[*name].len())
+            .sum();
         assert_eq!(server.behaviour.sent.load(Ordering::SeqCst), expected + small);
     }
 }

@@ -264,9 +264,14 @@ fn an_existing_output_is_replaced_on_request_only() {
     let home = folder.path().join("home");
     std::fs::create_dir(&home).unwrap();
     std::fs::write(home.join("letter.txt"), "dear").unwrap();
-    let error = write_all(&weights, &target, &home).unwrap_err();
-    assert!(matches!(error, Error::File { .. }), "{error}");
-    assert!(home.join("letter.txt").exists());
+    for overwrite in [false, true] {
+        target.overwrite = overwrite;
+        for out in [&home, &home.join("letter.txt")] {
+            let error = write_all(&weights, &target, out).unwrap_err();
+            assert!(matches!(error, Error::File { .. }), "{error}");
+        }
+    }
+    assert_eq!(std::fs::read_to_string(home.join("letter.txt")).unwrap(), "dear");
 }
 
 #[test]

@@ -161,14 +161,10 @@ fn check(args: &Quantize) -> Result<()> {
             return Err(Failure::input(format!("{name}: the layout {format} has no place for its scales")));
         }
     }
-    if args.out.exists() && !args.overwrite {
-        return Err(Failure::input(format!(
-            "--out: expected a folder that does not exist, found {}",
-            args.out.display()
-        ))
-        .hint("--overwrite replaces it"));
-    }
-    Ok(())
+    checkpoint::may_write(&args.out, args.overwrite).map_err(|error| match error {
+        checkpoint::Error::Exists { .. } => Failure::from(error).hint("--overwrite replaces it"),
+        error => error.into(),
+    })
 }
 
 /// Whether the algorithm calibrates and there is something in BF16 for it.

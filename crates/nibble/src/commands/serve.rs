@@ -293,7 +293,9 @@ impl Source {
             }
             _ if args.engine == "auto" => {
                 let mut model = Model::open_from(name, &args.hub, ui)?;
-                model.other_tokenizer.clone_from(&args.tokenizer);
+                if let Some(name) = &args.tokenizer {
+                    model.use_tokenizer(name, args.tokenizer_revision.as_deref(), &args.hub, ui)?;
+                }
                 Ok(Source::Model(Box::new(model)))
             }
             _ => {

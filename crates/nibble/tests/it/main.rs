@@ -32,13 +32,11 @@ fn bf16() -> String {
 
 fn nibble(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-    // Nothing of the user's environment reaches a test.
-    for name in
-        ["HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_CACHE", "HF_HUB_OFFLINE", "VLLM_API_KEY", "RUST_LOG"]
-    {
+    // Nothing of the user's environment reaches a test, and no test reaches the hub.
+    for name in ["HF_ENDPOINT", "HF_TOKEN", "HF_HOME", "HF_HUB_CACHE", "VLLM_API_KEY", "RUST_LOG"] {
         command.env_remove(name);
     }
-    command.args(args);
+    command.env("HF_HUB_OFFLINE", "1").args(args);
     command
 }
 

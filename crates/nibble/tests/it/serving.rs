@@ -313,7 +313,8 @@ fn flags_of_others_are_listed_or_refused() {
         (vec!["--root-path", "x y"], "--root-path"),
         (vec!["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (vec!["--tokenizer", "/nowhere"], "/nowhere: expected a tokenizer.json"),
-        (vec!["--tokenizer-revision", "v1"], "--tokenizer-revision"),
+        (vec!["--tokenizer-revision", "v1"], "--tokenizer <FILE|DIR|NAME>"),
+        (vec!["--tokenizer", &small, "--tokenizer-revision", "v1"], "expected a hub name as --tokenizer"),
         (vec!["--revision", "v1"], "--revision v1: expected a hub name"),
         (vec![&small, "--revision", "v1"], "--revision v1: expected a hub name"),
         (vec!["--gpu-memory-utilization", "1.5"], "at most 1"),
@@ -328,7 +329,7 @@ fn flags_of_others_are_listed_or_refused() {
 }
 
 #[test]
-fn the_tokenizer_of_another_folder() {
+fn the_tokenizer_of_another_folder_or_of_the_hub() {
     let (folder, small) = (tempfile::tempdir().unwrap(), crate::small());
     let model = folder.path().join("model");
     std::fs::create_dir(&model).unwrap();
@@ -340,11 +341,24 @@ fn the_tokenizer_of_another_folder() {
     fails(&["serve", "--port", "0", &model, "--tokenizer", &model], 2, "expected a tokenizer.json");
     let file = format!("{small}/tokenizer.json");
     let expected = crate::ok(&["tokens", "encode", "--text", "hello", "--model", &small]).json();
-    for tokenizer in [small, file] {
-        let server = Scripted::run(
-            tempfile::tempdir().unwrap(),
-            &[&model, "--tokenizer", &tokenizer, "--device", "cpu"],
-        );
+    // On the hub, that is, in its cache.
+    let cached = folder.path().join("models--owner--name");
+    std::fs::create_dir_all(cached.join("refs")).unwrap();
+    std::fs::create_dir_all(cached.join("snapshots/abc")).unwrap();
+    std::fs::write(cached.join("refs/v2"), "abc").unwrap();
+    std::os::unix::fs::symlink(&file, cached.join("snapshots/abc/tokenizer.json")).unwrap();
+    let cache = folder.path().to_str().unwrap();
+    let on_hub = ["--tokenizer", "owner/name", "--download-dir", cache, "--tokenizer-revision"];
+    fails(
+        &[&["serve", "--port", "0", &model], &on_hub[..], &["v1"]].concat(),
+        2,
+        "owner/name: not in the cache",
+    );
+    for tokenizer in
+        [vec!["--tokenizer", &small], vec!["--tokenizer", &file], [&on_hub[..], &["v2"]].concat()]
+    {
+        let all = [&[&model, "--device", "cpu"], &tokenizer[..]].concat();
+        let server = Scripted::run(tempfile::tempdir().unwrap(), &all);
         let (status, body) =
             server.post("/tokenize", &json!({"prompt": "hello", "add_special_tokens": false}));
         assert_eq!(status, 200, "{body}");
@@ -386,7 +400,7 @@ fn a_revision_of_a_model_on_the_hub() {
         let cache = folder.path().to_str().unwrap();
         let mut command = nibble(&["serve", "owner/name", "--port", "0", "--revision", revision]);
         command.args(["--download-dir", cache, "--hf-token", "secret"]);
-        command.env("HF_HUB_CACHE", "/nowhere").env("HF_HUB_OFFLINE", "1");
+        command.env("HF_HUB_CACHE", "/nowhere");
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     };
     let output = serve("v1").wait_with_output().unwrap();
