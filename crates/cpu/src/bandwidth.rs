@@ -8,6 +8,7 @@ use gptoss::Error;
 use crate::kernels::{Isa, Kernels};
 use crate::packed::Buffer;
 use crate::pool::Pool;
+use crate::products::{FOLLOWS_READS, ask};
 use crate::simd::{LANES, Lanes};
 
 /// Well beyond every cache.
@@ -49,18 +50,28 @@ pub(crate) fn read(pool: &Pool, kernels: &Kernels, memory: &[&[u8]], passes: usi
     speeds[speeds.len() / 2]
 }
 
-/// A sum of the whole lines of `bytes` that tells their order: words are summed up, and the sums again.
+/// A sum of the whole lines of `bytes` that tells their order: words are summed up, and the sums again. Lines are asked for as weights
+/// are.
 ///
 /// # Safety
 /// The CPU has the features of the lanes.
 #[inline(always)]
 pub(crate) unsafe fn checksum<L: Lanes>(bytes: &[u8]) -> u64 {
+    // SAFETY: the contract.
+    unsafe { if *FOLLOWS_READS { line_sums::<L, false>(bytes) } else { line_sums::<L, true>(bytes) } }
+}
+
+#[inline(always)]
+unsafe fn line_sums<L: Lanes, const FAR: bool>(bytes: &[u8]) -> u64 {
     let mut words = [0; 2 * LANES];
-    // SAFETY: within the slice and the array.
+    // SAFETY: within the slice and the array; what is asked for may lie beyond.
     unsafe {
         let (mut sums, mut totals) = (L::splat_ints(0), L::splat_ints(0));
         let mut at = bytes.as_ptr();
         for _ in 0..bytes.len() / LINE {
+            if FAR {
+                ask::<L>(at, LINE);
+            }
             sums = L::add_ints(sums, L::load_ints(at.cast()));
             totals = L::add_ints(totals, sums);
             at = at.add(LINE);

@@ -5,6 +5,7 @@
 
 use std::marker::PhantomData;
 use std::mem::MaybeUninit;
+use std::sync::LazyLock;
 
 use crate::records::{COLUMNS, Kind, Words};
 use crate::simd::{LANES, Lanes, Scalar};
@@ -62,7 +63,7 @@ pub(crate) type PanelKernel = unsafe fn(panel: Panel, x: Records<'_>, sums: *mut
 /// Bytes of a slab of E2M1 codes without the scales.
 pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
 
-/// How far ahead weights are asked for where multiplying takes long: into the second-level cache, and from there into the first.
+/// How far ahead memory is asked for where that is: into the second-level cache, and from there into the first.
 const AHEAD: [usize; 2] = [8192, 2048];
 
 /// How weights of one format meet the records of one kind.
@@ -109,24 +110,11 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
         let mut tile = panel.data;
         let mut records = x.start.cast::<i32>();
         if x.tokens == 1 {
-            // Its sums stay in registers: memory would take longer than the products.
-            let mut total = L::splat(0.0);
-            for _ in 0..panel.slabs {
-                for step in 0..F::STEPS {
-                    if F::SLOW {
-                        ask::<L>(tile, F::BYTES);
-                    } else {
-                        touch::<L>(tile, F::BYTES);
-                    }
-                    total = F::add(&F::decode(tile), records, step, total);
-                    tile = tile.add(F::BYTES);
-                }
-                records = records.wrapping_add(x.stride);
+            if F::SLOW || !*FOLLOWS_READS {
+                token_sums::<L, F, true>(panel, x, sums);
+            } else {
+                token_sums::<L, F, false>(panel, x, sums);
             }
-            if F::UNIT != 1.0 {
-                total = total.mul(L::splat(F::UNIT));
-            }
-            total.store(sums.cast());
             return;
         }
         for t in 0..x.tokens {
@@ -155,8 +143,51 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
     }
 }
 
-/// Asks for the lines of a tile in their order. The CPU sees by itself what comes then, which it does not if lines are read in the
-/// order that the compiler finds best; asking further ahead would only be in its way.
+/// [`panel_sums`] of one token, whose sums stay in registers: memory would take longer than the products.
+#[inline(always)]
+unsafe fn token_sums<L: Lanes, F: Format<L>, const FAR: bool>(
+    panel: Panel,
+    x: Records<'_>,
+    sums: *mut [f32; LANES],
+) {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        let mut tile = panel.data;
+        let mut records = x.start.cast::<i32>();
+        let mut total = L::splat(0.0);
+        for _ in 0..panel.slabs {
+            for step in 0..F::STEPS {
+                if FAR {
+                    ask::<L>(tile, F::BYTES);
+                } else {
+                    touch::<L>(tile, F::BYTES);
+                }
+                total = F::add(&F::decode(tile), records, step, total);
+                tile = tile.add(F::BYTES);
+            }
+            records = records.wrapping_add(x.stride);
+        }
+        if F::UNIT != 1.0 {
+            total = total.mul(L::splat(F::UNIT));
+        }
+        total.store(sums.cast());
+    }
+}
+
+/// Whether this CPU follows reads in order well enough by itself, so that asking for what lies ahead is only in its way. AMD's do;
+/// Intel's begin anew on every page of 4 KB.
+pub(crate) static FOLLOWS_READS: LazyLock<bool> = LazyLock::new(|| {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let leaf = std::arch::x86_64::__cpuid(0);
+        [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes).as_flattened() == b"AuthenticAMD"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+});
+
+/// Asks for the lines of a tile in their order, of which the CPU sees by itself what comes then. It does not if lines are read in the
+/// order that the compiler finds best.
 #[inline(always)]
 unsafe fn touch<L: Lanes>(tile: *const u8, bytes: usize) {
     let mut at = 0;
@@ -170,7 +201,7 @@ unsafe fn touch<L: Lanes>(tile: *const u8, bytes: usize) {
 /// Asks for what lies ahead, into the second-level cache first: of reads into the first there can be so few at a time that the
 /// products would wait for them.
 #[inline(always)]
-unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
+pub(crate) unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
     let [second, first] = AHEAD;
     let mut at = 0;
     while at < bytes {
