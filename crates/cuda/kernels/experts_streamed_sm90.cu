@@ -55,6 +55,7 @@ struct Shared {
     Pass passes[PASSES];
     uint32_t counts[MAX_EXPERTS];                // of parts, and above, the tokens of each
     uint32_t all, smaller;                       // parts, and those of which the second product's passes have a unit less
+    uint32_t each[2];                            // units of a pass of each product, at most
     Tokens parts[MAX_PARTS];                     // those with the most first
 };
 // What Rust reserves, room to align it to 1024 bytes included.
@@ -67,8 +68,9 @@ __device__ __forceinline__ uint32_t passes_of(const Streamed& p, int product, ui
     return (units_of(p.parts[product].matrix) + each - 1) / each;
 }
 
-// How the experts' tokens are divided. By all threads; a barrier must follow. An expert's tokens are cut into parts of equal size. As far as
-// that makes no more rounds of all blocks, the second product's last passes have a unit less.
+// How the experts' tokens are divided. By all threads; a barrier must follow. An expert's tokens are cut into parts of equal size. Where a
+// product has no more passes than there are blocks, they have as few units as leave it so. As far as that makes no more rounds of all blocks,
+// the second product's last passes have a unit less.
 __device__ __forceinline__ void make_plan(Shared& shared, const Streamed& p, const Routes& routes) {
     static_assert(THREADS >= MAX_EXPERTS);
     const uint32_t expert = threadIdx.x;
@@ -90,9 +92,16 @@ __device__ __forceinline__ void make_plan(Shared& shared, const Streamed& p, con
     for (uint32_t i = 0; i < parts; i++)
         shared.parts[before + i] = {slot + i * size, uint8_t(expert), uint8_t(min(count - i * size, size)), uint8_t(parts)};
     if (expert > 0) return;
-    const uint32_t passes = all * (passes_of(p, 0) + passes_of(p, 1)), last_round = passes % gridDim.x;
+    uint32_t each[2] = {GROUPS, GROUPS};
+#pragma unroll
+    for (int product = 0; product < 2; product++) {
+#pragma unroll 1
+        while (each[product] > 1 && all * passes_of(p, product, each[product] - 1) <= gridDim.x) each[product]--;
+        shared.each[product] = each[product];
+    }
+    const uint32_t passes = all * (passes_of(p, 0, each[0]) + passes_of(p, 1)), last_round = passes % gridDim.x;
     const uint32_t more = passes_of(p, 1, GROUPS - 1) - passes_of(p, 1);
-    shared.all = all, shared.smaller = last_round && more ? min((gridDim.x - last_round) / more, all) : 0;
+    shared.all = all, shared.smaller = each[1] == GROUPS && last_round && more ? min((gridDim.x - last_round) / more, all) : 0;
 }
 
 // This block's pass of number `i`, when it is known.
@@ -106,7 +115,8 @@ __device__ __forceinline__ const Pass& pass_of(const Shared& shared, uint32_t i)
 __device__ __forceinline__ void find_pass(const Streamed& p, Shared& shared, uint32_t i) {
     // Of the pass that had its place.
     wait_barrier(shared_address(&shared.over[i % PASSES]), i / PASSES % 2 ^ 1);
-    const uint32_t whole[2] = {passes_of(p, 0), passes_of(p, 1)}, large = shared.all - shared.smaller, cut = passes_of(p, 1, GROUPS - 1);
+    const uint32_t whole[2] = {passes_of(p, 0, shared.each[0]), passes_of(p, 1, shared.each[1])};
+    const uint32_t large = shared.all - shared.smaller, cut = passes_of(p, 1, GROUPS - 1);
     const uint32_t total = shared.all * whole[0] + large * whole[1] + shared.smaller * cut;
     uint32_t number = blockIdx.x;
     if (i > 0) {
@@ -117,9 +127,9 @@ __device__ __forceinline__ void find_pass(const Streamed& p, Shared& shared, uin
     }
     Pass pass = {};
     if (number < total) {
-        uint32_t part = 0, passes = whole[0], each = GROUPS;
+        uint32_t part = 0, passes = whole[0], each = shared.each[0];
         if (number >= shared.all * whole[0]) {
-            number -= shared.all * whole[0], pass.product = 1, passes = whole[1];
+            number -= shared.all * whole[0], pass.product = 1, passes = whole[1], each = shared.each[1];
             if (number >= large * whole[1]) number -= large * whole[1], part = large, passes = cut, each = GROUPS - 1;
         }
         pass.tokens = shared.parts[part + number / passes];

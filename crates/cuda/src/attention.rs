@@ -18,8 +18,9 @@ pub(crate) const MAX_PARTS: usize = 4096;
 const ATTENTION_BLOCKS: usize = 2;
 /// Blocks that share a token's keys, at most.
 const MAX_SPLITS: usize = 32;
-/// The same where it may not depend on the number of tokens.
+/// The same where it may not depend on the number of tokens, and warps for the few keys of a sliding layer.
 const INVARIANT_SPLITS: usize = 8;
+const INVARIANT_SLIDING: usize = 4;
 /// Query heads per key/value head, at most: the rows that a warp of attention_many.cu has.
 pub(crate) const QUERY_ROWS: usize = 16;
 /// Rows of queries of a block of attention_many.cu.
@@ -47,8 +48,8 @@ impl Cuda {
             blocks => power_below(blocks).min(MAX_SPLITS),
         };
         if self.options.batch_invariant {
-            let all = |splits| Sharing { warps: ATTENTION_WARPS, splits };
-            return (all(useful.min(INVARIANT_SPLITS)), all(1));
+            let full = Sharing { warps: ATTENTION_WARPS, splits: useful.min(INVARIANT_SPLITS) };
+            return (full, Sharing { warps: INVARIANT_SLIDING, splits: 1 });
         }
         let heads = self.attention_heads();
         let fitting = ATTENTION_BLOCKS * ATTENTION_WARPS * self.device.multiprocessors();

@@ -10,7 +10,7 @@ use gptoss::{
     BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, SequenceOutput, Traffic,
 };
 
-use crate::arena::{Arena, LARGEST_BLOCKS, LOGIT_ROWS, MAX_TOKENS, max_slots};
+use crate::arena::{Arena, LARGEST_BLOCKS, LOGIT_ROWS, MAX_TOKENS, max_slots, stack_rows};
 use crate::attention::{QUERY_ROWS, Sharing, TILE_QUERIES};
 use crate::batch::{Batch, Segment, Shape, Words, is_largest, sampling};
 use crate::device::{Buffer, Device, Graph, KernelTime};
@@ -27,8 +27,6 @@ pub(crate) const HEAD: usize = 64;
 /// What a block of a norm holds in registers, and by fours what a thread of it does.
 const MAX_HIDDEN: usize = 4096;
 const NORM_VALUES: usize = 3;
-/// Single tokens computed at a time where the batch may not matter: of many more, experts would take other kernels.
-const INVARIANT_SINGLES: usize = 1024;
 /// Device memory that is left to the driver, graphs and other programs.
 const RESERVE: usize = 512 << 20;
 
@@ -393,7 +391,7 @@ impl Cuda {
         let (singles, chunks): (Vec<_>, Vec<_>) = segments.into_iter().partition(|s| s.single);
         // A sequence's prompt comes before its answer.
         let chunks = [&chunks[..]].into_iter().filter(|chunks| !chunks.is_empty());
-        for segments in chunks.chain(singles.chunks(INVARIANT_SINGLES)) {
+        for segments in chunks.chain(singles.chunks(self.invariant_singles())) {
             self.run(&Batch::new(plan, segments.to_vec()), results, meanwhile)?;
         }
         Ok(())
@@ -637,17 +635,18 @@ impl Cuda {
             return one.output(self);
         }
         let n = outputs.len();
+        let epilogue = Epilogue { out: self.arena.logits.address(), ..self.epilogue(After::Store) };
+        let some = self.some(&self.unembedding, n, &epilogue).is_some();
         let params = Norm {
             rows: self.word(shape.words.outputs + outputs.start),
             scale: self.final_norm.address(),
             format: self.unembedding.format(),
-            stack: self.stack(&self.unembedding, n),
+            stack: if some { stack_rows(n) as u32 } else { self.stack(&self.unembedding, n) },
             ..self.norm_params(shape, pending, self.arena.normed.address())
         };
         // SAFETY: the list names rows of this batch, each once.
         unsafe { self.device.launch("rms_norm", [n as u32, 1, 1], self.norm_threads(), 0, &params)? };
-        let epilogue = Epilogue { out: self.arena.logits.address(), ..self.epilogue(After::Store) };
-        if self.some(&self.unembedding, n, &epilogue).is_some() {
+        if some {
             // It finds the largest, too, and stores what is wanted.
             let out = if shape.logits { epilogue.out } else { 0 };
             return self.product(

@@ -50,7 +50,7 @@ impl Cuda {
         let layer = &self.layers[index];
         let (n, config) = (shape.tokens, &self.config);
         let few_each = self.few_each(layer, shape);
-        match self.gathering(n).filter(|_| !few_each) {
+        match self.gathering(shape).filter(|_| !few_each) {
             Some(gathering) => self.route_and_gather(layer, n, &gathering)?,
             None => self.route(layer, shape, few_each)?,
         }
@@ -139,10 +139,11 @@ impl Cuda {
         let tokens = self.few_kernel(layer, n).tokens;
         let few = match self.options.batch_invariant {
             true => shape.singles == n,
-            false => n > 1 && pairs <= 20 * experts && !self.some_each(layer, n),
+            false => n > 1 && pairs <= 20 * experts,
         };
         self.device.capability() >= 90
             && few
+            && !self.some_each(layer, n)
             && layer.gate_up.format() == FP4
             && layer.down.format() == FP4
             && tokens > 0
@@ -189,14 +190,13 @@ impl Cuda {
         [part(&layer.gate_up, input, first), part(&layer.down, &self.arena.activated, second)]
     }
 
-    /// Whether the experts have more than a few tokens each, and take experts_streamed_sm90.cu.
+    /// Whether the experts take experts_streamed_sm90.cu: those that have more than a few tokens each, and all where the batch may not matter.
     fn some_each(&self, layer: &Layer, n: usize) -> bool {
         let (experts, pairs) = (self.config.experts, n * self.config.experts_per_token);
         // Each expert may have one part that is not full.
         let parts = pairs / STREAMED_TOKENS + experts;
         self.device.capability() == 90
-            && !self.options.batch_invariant
-            && pairs > STREAMED_FROM * experts
+            && (pairs > STREAMED_FROM * experts || self.options.batch_invariant)
             && layer.gate_up.format() == FP4
             && layer.down.format() == FP4
             && parts <= STREAMED_PARTS

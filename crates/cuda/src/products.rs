@@ -91,12 +91,10 @@ impl Cuda {
 
     /// If a product with this matrix, which is dense, takes product_some_sm90.cu: by how many blocks the inputs are shared.
     pub(crate) fn some(&self, matrix: &PackedMatrix, n: usize, epilogue: &Epilogue) -> Option<usize> {
-        let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
-        let shares =
-            (self.device.multiprocessors() / blocks).min(SOME_SHARES).min(matrix.padded_cols() / TILE_COLS);
+        let shares = self.shares(matrix);
+        let from = if epilogue.kind == STORE || self.options.batch_invariant { 0 } else { DENSE_TOKENS };
         let fits = self.device.capability() == 90
-            && !self.options.batch_invariant
-            && n > if epilogue.kind == STORE { FEW_TOKENS } else { DENSE_TOKENS }
+            && n > from
             && n <= SOME_TOKENS
             && matrix.format() == BF16
             && !self.few(matrix, n)
@@ -106,6 +104,14 @@ impl Cuda {
                 _ => false,
             };
         fits.then_some(if epilogue.kind == STORE { 1 } else { shares })
+    }
+
+    /// By how many blocks product_some_sm90.cu shares the inputs of a product with this matrix; where the batch may not matter by as many as
+    /// gemm_sm90.cu can, which then has the same sums of more tokens.
+    fn shares(&self, matrix: &PackedMatrix) -> usize {
+        let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
+        let most = if self.options.batch_invariant { MAX_CLUSTER } else { SOME_SHARES };
+        (self.device.multiprocessors() / blocks).min(most).min(matrix.padded_cols() / TILE_COLS)
     }
 
     fn product_of_some(
@@ -135,7 +141,7 @@ impl Cuda {
             best: self.arena.best.address(),
             largest: self.arena.largest.address(),
             n: n as u32,
-            stack: self.stack(matrix, n),
+            stack: stack_rows(n) as u32,
         };
         let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES).min(multiprocessors);
         let grid = [blocks as u32, shares as u32, 1];
@@ -163,8 +169,10 @@ impl Cuda {
         let counted = if self.options.batch_invariant { 1 } else { tiles };
         if 2 * blocks * counted <= fitting {
             // Too few blocks for the device: several share the inputs.
-            let shares = fitting / (blocks * counted);
-            let shares = shares.min(MAX_CLUSTER).min(matrix.padded_cols() / TILE_COLS);
+            let shares = match self.options.batch_invariant {
+                true => self.shares(matrix),
+                false => (fitting / (blocks * tiles)).min(MAX_CLUSTER).min(matrix.padded_cols() / TILE_COLS),
+            };
             let name = if matrix.format() == FP4 { "gemm_fp4_split" } else { "gemm_bf16_split" };
             let tile = n.div_ceil(tiles).next_multiple_of(8);
             let grid = [blocks as u32, shares as u32, tiles as u32];

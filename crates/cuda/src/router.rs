@@ -23,6 +23,8 @@ const ROUTER_STATIC: usize = 21 << 10;
 /// Of router_gather.cuh's kernels: experts, at most, and their own shared memory.
 pub(crate) const ROUTER_GATHER_EXPERTS: usize = 32;
 const ROUTER_GATHER_STATIC: usize = 6 << 10;
+/// Blocks that share a token's inputs in `router_gather` where the batch may not matter.
+const INVARIANT_SHARES: usize = 2;
 /// Tokens of a block of router_gather_many_sm90.cu, at most.
 const ROUTER_GATHER_TOKENS: usize = 64;
 
@@ -38,11 +40,12 @@ pub(crate) struct Gathering {
 }
 
 impl Cuda {
-    /// The kernel that takes `n` tokens from norm to gathering, where there is one.
-    pub(crate) fn gathering(&self, n: usize) -> Option<Gathering> {
+    /// The kernel that takes a batch's tokens from norm to gathering, where there is one.
+    pub(crate) fn gathering(&self, shape: &Shape) -> Option<Gathering> {
+        let (n, invariant) = (shape.tokens, self.options.batch_invariant);
         let (config, multiprocessors) = (&self.config, self.device.multiprocessors());
         let fits = self.device.capability() == 90
-            && !self.options.batch_invariant
+            && (!invariant || shape.singles == n)
             && self.many(n)
             && config.experts <= ROUTER_GATHER_EXPERTS
             && config.hidden_size % TILE_COLS == 0
@@ -54,7 +57,8 @@ impl Cuda {
         let clusters = n.div_ceil(ROUTER_TOKENS);
         // All blocks must have room at a time. The multiprocessors of a cluster are of one of up to eight groups, in each of which some may
         // be left over; but all are pairs.
-        let shares = [4, 2].into_iter().find(|&shares| {
+        let possible: &[usize] = if invariant { &[INVARIANT_SHARES] } else { &[4, 2] };
+        let shares = possible.iter().copied().find(|&shares| {
             let left_over = if shares > 2 { 8 * (shares - 1) } else { 0 };
             clusters * shares + left_over <= multiprocessors && has_room(shares)
         });
@@ -63,7 +67,12 @@ impl Cuda {
         }
         let each = n.div_ceil(multiprocessors);
         let many = Gathering { name: "router_gather_many", groups: n.div_ceil(each), shares: 1, each };
-        (each <= ROUTER_GATHER_TOKENS && has_room(1)).then_some(many)
+        (!invariant && each <= ROUTER_GATHER_TOKENS && has_room(1)).then_some(many)
+    }
+
+    /// Single tokens computed at a time where the batch may not matter: as many as `gathering` has one kernel for.
+    pub(crate) fn invariant_singles(&self) -> usize {
+        self.device.multiprocessors() / INVARIANT_SHARES * ROUTER_TOKENS
     }
 
     /// Shared memory of a block, one of those that share a token's inputs: its own, the norm's scales, the weights and the warps' sums.

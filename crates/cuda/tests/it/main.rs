@@ -656,6 +656,59 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
     }
 }
 
+/// Steps of full width in batches of all sizes at which kernels change, and prompts in pieces of such sizes.
+#[test]
+fn a_batch_of_full_width_changes_no_bit_where_that_is_asked_for() {
+    const SEQUENCES: u32 = 600;
+    const ALONE: u32 = 70;
+    let Some(device) = device() else { return };
+    let options = Options { batch_invariant: true, ..Options::default() };
+    let mut cuda = load_with(&device, &Synthetic::new(wide_config(), experts_in_nvfp4, 1), options);
+    cuda.allocate_kv(9000, 9000).unwrap();
+    let tokens = |s: u32| -> Vec<u32> {
+        let len = if s == 3 { 2300 } else { 2 + s * 37 % 190 };
+        (0..len).map(|i| (i * i * 31 + 7 * i + s * 101) % 4096).collect()
+    };
+    let first = |s: u32| if s > 3 { s * 12 + 144 } else { s * 12 };
+    let prompts = (0..SEQUENCES).map(|s| sequence(&tokens(s), 0, first(s)));
+    run(&mut cuda, prompts.collect());
+    let last = |s: u32| {
+        let tokens = tokens(s);
+        let position = tokens.len() - 1;
+        SequencePlan {
+            tokens: vec![tokens[position]],
+            position,
+            generated: 1,
+            logits: s < ALONE,
+            sample: vec![Sampling::default()],
+            ..sequence(&tokens, 0, first(s))
+        }
+    };
+    let alone: Vec<SequenceOutput> = (0..ALONE).map(|s| run(&mut cuda, vec![last(s)]).remove(0)).collect();
+    for batch in [2, 7, 9, 16, 17, 31, 33, 40, 64, 65, 128, 129, 200, 256, 257, 400, 528, 529, SEQUENCES] {
+        let together = run(&mut cuda, (0..batch).map(last).collect());
+        for (s, (found, alone)) in together.iter().zip(&alone).enumerate() {
+            assert!(found.logits == alone.logits, "sequence {s} in a batch of {batch}");
+        }
+    }
+    let text = tokens(3);
+    let mut piece = |from: usize, to: usize| -> Vec<f32> {
+        let plan = SequencePlan {
+            tokens: text[from..to].to_vec(),
+            position: from,
+            logits: true,
+            ..sequence(&text, 0, 8000)
+        };
+        run(&mut cuda, vec![plan]).remove(0).logits
+    };
+    let whole = piece(0, 1500);
+    let mut from = 0;
+    for len in [1, 8, 30, 100, 161, 300, 900] {
+        assert!(piece(from, from + len) == whole[from * 4096..][..len * 4096], "{len} tokens from {from} on");
+        from += len;
+    }
+}
+
 #[test]
 fn other_work_on_the_device_changes_no_bit() {
     let Some(device) = device() else { return };
