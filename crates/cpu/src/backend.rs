@@ -1,5 +1,6 @@
 //! The backend: packed weights, the key/value cache and the step over a ragged batch.
 
+use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -10,7 +11,7 @@ use gptoss::{
     is_corrupted, sample, score,
 };
 
-use crate::attention::{Attend, Element, Found, GROUP, Stored, TILE, place};
+use crate::attention::{Attend, Element, Found, GROUP, SPAN, Stored, TILE, place};
 use crate::bandwidth;
 use crate::kernels::{Isa, Kernels};
 use crate::packed::{Buffer, Job, Output, PackedMatrix, Then, multiply};
@@ -523,7 +524,10 @@ impl Cpu {
             // SAFETY: as above.
             unsafe { (self.kernels.merge)(job, found, other) }
         };
-        if tiles.len() >= 4 * self.pool.threads() {
+        let sliding = config.layer_kinds[index] == LayerKind::Sliding;
+        let window = if sliding { config.sliding_window } else { usize::MAX };
+        let seen = tables.rows.iter().map(|&(_, position)| position.min(window)).max().unwrap_or(0);
+        if tiles.len() >= 4 * self.pool.threads() || seen < SPAN {
             self.pool.run(tiles.len(), &|t| {
                 let queries = gather(&tiles[t]);
                 let job = self.attend_job(index, plan, tables, &tiles[t], &queries);
@@ -612,24 +616,25 @@ impl Cpu {
 
         let inner = room(inner, slots * i);
         times.run("gate and up", || {
-            let words = self.group_records(
-                &groups,
-                &layer.gate_up,
-                d,
-                &|slot| &h[groups.tokens[slot] * d..][..d],
-                limb_words,
-            );
             let out = Output::new(inner);
             let then = Then::SwiGlu { limit: config.swiglu_limit, alpha: config.swiglu_alpha };
-            let jobs = groups.jobs(&words, &layer.gate_up, &layer.gate_up_bias, then, out, i);
+            let records = if tokens == 1 {
+                // All experts take the same.
+                let records = self.records(&[&layer.gate_up], h, d, float_words, limb_words);
+                vec![records.of(layer.gate_up.records(self.options.activations)); groups.active.len()]
+            } else {
+                let row = |slot: usize| &h[groups.tokens[slot] * d..][..d];
+                self.group_records(&groups, &layer.gate_up, d, &row, limb_words)
+            };
+            let jobs = groups.jobs(&records, &layer.gate_up, &layer.gate_up_bias, then, out, i);
             multiply(&self.pool, self.kernels, &jobs);
         });
         let results = room(results, slots * d);
         times.run("down", || {
-            let words =
-                self.group_records(&groups, &layer.down, i, &|slot| &inner[slot * i..][..i], limb_words);
+            let row = |slot: usize| &inner[slot * i..][..i];
+            let records = self.group_records(&groups, &layer.down, i, &row, limb_words);
             let out = Output::new(results);
-            let jobs = groups.jobs(&words, &layer.down, &layer.down_bias, Then::Set, out, d);
+            let jobs = groups.jobs(&records, &layer.down, &layer.down_bias, Then::Set, out, d);
             multiply(&self.pool, self.kernels, &jobs);
         });
 
@@ -640,9 +645,13 @@ impl Cpu {
                 // SAFETY: each token has a place of its own.
                 let x = unsafe { out.slice(t * d, d) };
                 let ranks = &groups.ranks[t * k..][..k];
-                for (e, x) in x.iter_mut().enumerate() {
-                    let terms = ranks.iter().map(|&(slot, weight)| weight * results[slot * d + e]);
-                    *x += terms.fold(0.0, |sum, term| sum + term);
+                for (c, x) in x.as_chunks_mut::<COLUMNS>().0.iter_mut().enumerate() {
+                    let mut sums = [0.0; COLUMNS];
+                    for &(slot, weight) in ranks {
+                        let results = &results[slot * d + c * COLUMNS..][..COLUMNS];
+                        sums.iter_mut().zip(results).for_each(|(sum, result)| *sum += weight * result);
+                    }
+                    x.iter_mut().zip(sums).for_each(|(x, sum)| *x += sum);
                 }
             });
         });
@@ -656,13 +665,13 @@ impl Cpu {
         width: usize,
         row: &(dyn Fn(usize) -> &'a [f32] + Sync),
         words: &'a mut Vec<u32>,
-    ) -> GroupRecords<'a> {
+    ) -> Vec<Records<'a>> {
         let kind = matrix.records(self.options.activations);
         let cols = width.next_multiple_of(COLUMNS);
         let per_slot = cols / COLUMNS * kind.words();
         let words = room(words, groups.tokens.len() * per_slot);
         let place = Place(words.as_mut_ptr());
-        self.each_token(groups.tokens.len(), &|slot| {
+        self.pool.run(groups.tokens.len(), &|slot| {
             let group = &groups.active[groups.group_of[slot]];
             let layout = Layout { kind, tokens: group.slots.len(), cols };
             // SAFETY: the group's records begin there; each slot's are its own.
@@ -671,7 +680,8 @@ impl Cpu {
                 layout.write(self.kernels, slot - group.slots.start, row(slot), start);
             }
         });
-        GroupRecords { kind, per_slot, words }
+        let words = |slots: &Range<usize>| &words[slots.start * per_slot..slots.end * per_slot];
+        groups.active.iter().map(|g| Records::new(words(&g.slots), g.slots.len(), kind)).collect()
     }
 
     /// The logits of the rows of `x`.
@@ -847,8 +857,8 @@ struct Prepared<'a> {
     limbs: Option<Records<'a>>,
 }
 
-impl Prepared<'_> {
-    fn of(&self, kind: Kind) -> Records<'_> {
+impl<'a> Prepared<'a> {
+    fn of(&self, kind: Kind) -> Records<'a> {
         let records = if kind == Kind::Float { self.float } else { self.limbs };
         records.expect("records were made for this matrix")
     }
@@ -889,8 +899,8 @@ unsafe fn keep<T: Element>(
 
 /// Some heads that share a key/value head, of a few tokens of one sequence.
 struct Tile {
-    rows: std::ops::Range<usize>,
-    heads: std::ops::Range<usize>,
+    rows: Range<usize>,
+    heads: Range<usize>,
     kv_head: usize,
 }
 
@@ -916,7 +926,7 @@ struct Groups {
 /// The slots of one expert.
 struct Group {
     expert: usize,
-    slots: std::ops::Range<usize>,
+    slots: Range<usize>,
 }
 
 impl Groups {
@@ -945,7 +955,7 @@ impl Groups {
     /// One product per group; `bias` has the biases of all experts.
     fn jobs<'a>(
         &self,
-        records: &GroupRecords<'a>,
+        records: &[Records<'a>],
         matrix: &'a PackedMatrix,
         bias: &'a [f32],
         then: Then,
@@ -954,14 +964,11 @@ impl Groups {
     ) -> Vec<Job<'a>> {
         self.active
             .iter()
-            .map(|group| Job {
+            .zip(records)
+            .map(|(group, &x)| Job {
                 matrix,
                 expert: group.expert,
-                x: Records::new(
-                    &records.words[group.slots.start * records.per_slot..group.slots.end * records.per_slot],
-                    group.slots.len(),
-                    records.kind,
-                ),
+                x,
                 bias: Some(&bias[group.expert * matrix.shape.rows..][..matrix.shape.rows]),
                 then,
                 out,
@@ -970,13 +977,6 @@ impl Groups {
             })
             .collect()
     }
-}
-
-/// The records of all slots.
-struct GroupRecords<'a> {
-    kind: Kind,
-    per_slot: usize,
-    words: &'a [u32],
 }
 
 /// Where tasks write records, each its own.
@@ -1006,7 +1006,7 @@ struct Tables {
     /// Per row: sequence and position.
     rows: Vec<(usize, usize)>,
     /// Per sequence: its rows.
-    ranges: Vec<std::ops::Range<usize>>,
+    ranges: Vec<Range<usize>>,
 }
 
 impl Tables {

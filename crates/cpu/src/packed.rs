@@ -391,7 +391,7 @@ impl<T> Output<T> {
 }
 
 /// Weight bytes per task, of few tokens. Where a task is taken, reads wait for each other, so it is as long as the balance of the
-/// threads allows: an eighth of a thread's share, within these bounds.
+/// threads allows: an eighth of a thread's share, within these bounds, and not more than the share.
 const TASK_BYTES: RangeInclusive<usize> = 192 << 10..=768 << 10;
 
 /// The same for batches, where a byte is more work; still enough panels to use activations again while they are near.
@@ -406,8 +406,8 @@ const RECORD_BYTES: usize = 384 << 10;
 /// Runs products side by side as one phase.
 pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
     let mut tasks = Vec::new();
-    let share = jobs.iter().map(|job| job.matrix.matrix_bytes()).sum::<usize>() / pool.threads() / 8;
-    let few = share.clamp(*TASK_BYTES.start(), *TASK_BYTES.end());
+    let share = jobs.iter().map(|job| job.matrix.matrix_bytes()).sum::<usize>() / pool.threads();
+    let few = (share / 8).clamp(*TASK_BYTES.start(), *TASK_BYTES.end()).min(share);
     for (j, job) in jobs.iter().enumerate() {
         let matrix = job.matrix;
         assert_eq!(matrix.shape.slabs(), job.x.slabs, "records as wide as the matrix");

@@ -64,7 +64,7 @@ pub(crate) type PanelKernel = unsafe fn(panel: Panel, x: Records<'_>, sums: *mut
 pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
 
 /// How far ahead memory is asked for where that is: into the second-level cache, and from there into the first.
-const AHEAD: [usize; 2] = [8192, 2048];
+const AHEAD: [usize; 2] = [16_384, 4096];
 
 /// How weights of one format meet the records of one kind.
 pub(crate) trait Format<L: Lanes> {

@@ -265,6 +265,22 @@ fn cuts_and_company(cpu: &mut Cpu) {
     }
 }
 
+/// The positions before a single token are looked at in parts when they are many, those before the tokens of a prompt are not.
+#[test]
+fn the_same_bits_deep_in_a_context() {
+    const COUNT: usize = 2070;
+    let text = tokens(COUNT);
+    let mut cpu = load(odd(Format::Mxfp4), Options { threads: Some(2), ..Options::default() });
+    cpu.allocate_kv(COUNT.div_ceil(16), COUNT.div_ceil(16)).unwrap();
+    let plan = |from: usize| SequencePlan { logits: true, ..sequence(&text[from..], from, 0) };
+    let mut last = |from: usize| {
+        let logits = run(&mut cpu, vec![plan(from)]).remove(0).logits;
+        logits[logits.len() - 331..].to_vec()
+    };
+    let expected = last(0);
+    assert!(last(COUNT - 1) == expected);
+}
+
 #[test]
 fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
     for activations in [Activations::F32, Activations::Int16, Activations::Int8] {
