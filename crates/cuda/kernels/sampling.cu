@@ -1,5 +1,7 @@
-// Tokens and log-probabilities from logits where they lie, as gptoss's sampler finds them on the host: weights and their sums in
-// f64, every sum in one order. A row is read by SLICES blocks; only the most probable tokens of it are ever sorted.
+// Tokens and log-probabilities from logits where they lie, as gptoss's sampler finds them on the host, bit for bit: weights by the
+// same operations, their sums those of integers. A row is read by SLICES blocks; only the most probable tokens of it are ever sorted.
+#include <cfloat>
+
 #include "common.cuh"
 
 enum Kind : uint32_t {
@@ -17,7 +19,7 @@ struct Job {
     const uint2* biases;        // token, f32; ascending tokens
     const uint2* seen;          // token, occurrences in the output; ascending tokens
     const uint32_t* ids;        // log-probabilities of these in place of the best
-    double uniform;             // in [0, 1)
+    uint64_t random;            // draws the token
     uint32_t mask_words, bias_count, seen_count, id_count;
     float repetition, frequency, presence;
     float temperature, min_p, top_p; // temperature 0: the largest logit is drawn
@@ -44,7 +46,7 @@ constexpr uint32_t NONE = ~0u;
 struct Record {
     uint32_t token, failed, above; // `above`: how many values are larger than the token's
     float largest;
-    double sum;                    // of exp(value - largest)
+    uint64_t sum;                  // of exp(value - largest), in units of 1 / ONE
     float own;
     uint32_t count;                // of the pairs
 };
@@ -58,7 +60,7 @@ struct Progress {
 struct Samples {
     const Job* jobs;
     uint64_t* best;         // [jobs, SLICES]
-    double* sums;           // [jobs, SLICES]
+    uint64_t* sums;         // [jobs, SLICES]
     uint32_t* bins;         // [jobs, BINS]; zeros between steps
     Progress* progress;     // [jobs]
     uint64_t* candidates;   // [jobs, CAPACITY]
@@ -80,19 +82,33 @@ __device__ __forceinline__ float value_of(uint64_t place) {
     return __uint_as_float(bits >> 31 ? bits & 0x7fffffffu : ~bits);
 }
 
-// A logit's share of the largest probability. Below e^-50 a whole vocabulary is less than the last bit of their sum.
+// The largest weight, `ONE` of gptoss's sampling.rs.
+constexpr float ONE = 1ull << 39;
+
+// ONE * 2^exponent: `share` of gptoss's sampling.rs says how and why; no operation may be fused with another.
+__device__ __forceinline__ float share(float exponent) {
+    constexpr float SHIFT = 12582912.f + 39.f;
+    exponent = fmaxf(exponent, -64.f);
+    const float shifted = __fadd_rn(exponent, SHIFT), rest = __fsub_rn(exponent, __fsub_rn(shifted, SHIFT));
+    constexpr float coefficients[] = {1.3410001e-3f, 9.618031e-3f, 5.5502973e-2f, 2.4022651e-1f, 6.9314724e-1f, 1.f};
+    float power = 1.5469732e-4f;
+#pragma unroll
+    for (int i = 0; i < 6; i++) power = __fadd_rn(__fmul_rn(power, rest), coefficients[i]);
+    return __uint_as_float(__float_as_uint(power) + (__float_as_uint(shifted) << 23));
+}
+
+// A logit's share of the largest probability.
 struct Weight {
-    float largest;
-    double inverse, least;
-    __device__ __forceinline__ Weight(const Job& j, float largest) : largest(largest), inverse(1. / j.temperature), least(j.min_p) {}
-    __device__ __forceinline__ double operator()(float logit) const {
-        double exponent = double(__fsub_rn(logit, largest)) * inverse;
-        return exponent < -50 ? 0. : exp(exponent);
-    }
-    // The same, and zero where min-p forbids it.
-    __device__ __forceinline__ double kept(float logit) const {
-        double weight = (*this)(logit);
-        return weight >= least ? weight : 0.;
+    float largest, rate, least;
+    __device__ __forceinline__ Weight(float largest, float temperature, float min_p)
+        : largest(largest), rate(fminf(__fdiv_rn(1.44269504f, temperature), FLT_MAX)), least(__fmul_rn(min_p, ONE)) {}
+    __device__ __forceinline__ Weight(const Job& j, float largest) : Weight(largest, j.temperature, j.min_p) {}
+    __device__ __forceinline__ float operator()(float logit) const { return share(__fmul_rn(__fsub_rn(logit, largest), rate)); }
+    __device__ __forceinline__ bool keeps(float logit) const { return (*this)(logit) >= least; }
+    // Zero where min-p forbids it.
+    __device__ __forceinline__ uint64_t kept(float logit) const {
+        const float weight = (*this)(logit);
+        return weight >= least ? (uint64_t)weight : 0;
     }
 };
 
@@ -105,7 +121,7 @@ struct Value {
         : weight(j, largest), temperature(j.temperature), distribution(j.kind == DISTRIBUTION) {}
     __device__ __forceinline__ float operator()(float logit) const {
         if (!distribution) return logit;
-        if (weight.least > 0 && !(weight(logit) >= weight.least)) return -INFINITY;
+        if (weight.least > 0 && !weight.keeps(logit)) return -INFINITY;
         return __fdiv_rn(logit, temperature);
     }
 };
@@ -236,16 +252,28 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
     const float largest = value(top_logit);
     for (uint32_t i = threadIdx.x; i < BINS; i += THREADS) bins[i] = 0;
     __syncthreads();
-    double sum = 0;
-#pragma unroll 4
-    for (uint32_t i = slice.begin + threadIdx.x; i < slice.end; i += THREADS) {
-        const float logit = j.logits[i], v = value(logit);
-        if (!(v > -INFINITY)) continue;
-        if (summed) {
-            const double exponent = double(__fsub_rn(v, largest));
-            sum += !distribution ? value.weight.kept(logit) : exponent < -50 ? 0. : exp(exponent);
+    const Weight weight = distribution ? Weight(largest, 1, 0) : value.weight;
+    uint64_t sum = 0;
+    // All loads of a round are under way before the first is used. Five rounds of five are a slice of 201,088 tokens.
+    constexpr int EACH = 5;
+    const float* logits = j.logits;
+    for (uint32_t begin = slice.begin + threadIdx.x; begin < slice.end; begin += EACH * THREADS) {
+        float values[EACH];
+#pragma unroll
+        for (int i = 0; i < EACH; i++) {
+            const uint32_t id = begin + i * THREADS;
+            values[i] = id < slice.end ? logits[id] : -INFINITY;
         }
-        if (sorted) atomicAdd(bins + bin_of(largest, v), 1);
+        if (distribution)
+#pragma unroll
+            for (float& v : values) v = value(v);
+        if (summed)
+#pragma unroll
+            for (float v : values) sum += weight.kept(v);
+        if (sorted)
+#pragma unroll
+            for (float v : values)
+                if (v > -INFINITY) atomicAdd(bins + bin_of(largest, v), 1);
     }
     if (summed) {
         sum = block_reduce(sum, Sum());
@@ -311,53 +339,43 @@ __device__ __forceinline__ void sort_places(uint64_t* places, uint32_t count) {
     }
 }
 
-// The first of these tokens at which the sum of weights exceeds `target`, or else the last with a weight. This thread has those from
+// The first of these tokens at which the sum of weights exceeds `target`. This thread has those from
 // `first` on; before them the sum is `before`.
-template <int EACH> __device__ __forceinline__ uint32_t pick(const double (&weights)[EACH], uint32_t first, double before, double target) {
-    uint32_t found = NONE, last = 0;
+template <int EACH>
+__device__ __forceinline__ uint32_t pick(const uint64_t (&weights)[EACH], uint32_t first, uint64_t before, uint64_t target) {
+    uint32_t found = NONE;
 #pragma unroll
     for (int i = 0; i < EACH; i++) {
         before += weights[i];
-        if (weights[i] > 0) {
-            last = first + i;
-            if (found == NONE && before > target) found = last;
-        }
+        if (found == NONE && before > target) found = first + i;
     }
     found = block_reduce(found, Least());
-    last = block_reduce(last, Largest());
-    return found == NONE ? last : found;
+    return found == NONE ? 0 : found;
 }
 
 // A token in the order of ids: first the slice, then the token in it.
 __device__ __forceinline__ uint32_t draw_by_id(const Samples& p, const Job& j, uint32_t job, float largest) {
-    const double* sums = p.sums + job * SLICES;
-    double total = 0;
+    const uint64_t* sums = p.sums + job * SLICES;
+    uint64_t total = 0;
     for (uint32_t i = 0; i < SLICES; i++) total += sums[i];
-    double target = j.uniform * total;
+    uint64_t target = __umul64hi(j.random, total);
     uint32_t slice = 0;
-    for (uint32_t i = 0; i < SLICES; i++) {
-        if (!(sums[i] > 0)) continue;
-        slice = i;
-        if (target < sums[i]) break;
-        target -= sums[i];
-    }
+    while (slice < SLICES - 1 && target >= sums[slice]) target -= sums[slice++];
     const Slice range(slice, p.vocabulary);
     const Weight weight(j, largest);
     // Eight tokens of each thread at a time.
     constexpr int EACH = 8;
-    uint32_t token = range.begin;
     for (uint32_t begin = range.begin; begin < range.end; begin += EACH * DRAWERS) {
-        double weights[EACH], own = 0;
+        uint64_t weights[EACH], own = 0;
         const uint32_t first = begin + EACH * threadIdx.x;
 #pragma unroll
-        for (int i = 0; i < EACH; i++) own += weights[i] = first + i < range.end ? weight.kept(j.logits[first + i]) : 0.;
-        const double after = block_scan(own), all = block_reduce(after, Largest());
-        if (!(all > 0)) continue;
-        token = pick(weights, first, after - own, target);
-        if (all > target) break;
+        for (int i = 0; i < EACH; i++) own += weights[i] = first + i < range.end ? weight.kept(j.logits[first + i]) : 0;
+        const uint64_t after = block_scan(own), all = block_reduce(after, Largest());
+        if (target < all) return pick(weights, first, after - own, target);
         target -= all;
     }
-    return token;
+    // Nothing has a weight.
+    return 0;
 }
 
 // The drawn token, and what the job wants of the sorted candidates. A block per job.
@@ -394,37 +412,36 @@ extern "C" __global__ void __launch_bounds__(DRAWERS) draw(const __grid_constant
     } else if (!j.sorted()) {
         record.token = draw_by_id(p, j, job, top_logit);
     } else {
-        const Weight weight(j, top_logit);
+        const Weight& weight = value.weight;
         const uint32_t first = EACH * threadIdx.x, most = j.top_k ? min(j.top_k, count) : count;
-        double weights[EACH], own = 0;
+        uint64_t weights[EACH], own = 0;
         uint32_t kept = 0;
 #pragma unroll
         for (int i = 0; i < EACH; i++) {
-            weights[i] = first + i < most ? weight(value_of(places[first + i])) : 0.;
-            const bool keep = first + i < most && weights[i] >= weight.least;
-            if (!keep) weights[i] = 0;
-            kept += keep, own += weights[i];
+            const float logit = first + i < most ? value_of(places[first + i]) : -INFINITY;
+            kept += first + i < most && weight.keeps(logit);
+            own += weights[i] = weight.kept(logit);
         }
         kept = block_reduce(kept, Sum());
-        const double after = block_scan(own);
-        double total = block_reduce(after, Largest()), before = after - own;
+        const uint64_t after = block_scan(own);
+        uint64_t total = block_reduce(after, Largest()), before = after - own;
         if (j.limits_p()) {
             // Without top-k, what was collected may not be all that counts.
             const bool whole = j.top_k || complete || kept < count;
-            double all = whole ? total : 0;
+            uint64_t all = whole ? total : 0;
             if (!whole)
                 for (uint32_t i = 0; i < SLICES; i++) all += p.sums[job * SLICES + i];
             uint32_t last = NONE;
-            double cumulative = before;
+            uint64_t cumulative = before;
 #pragma unroll
             for (int i = EACH - 1; i >= 0; i--) {
-                double here = before;
+                uint64_t here = before;
                 for (int k = 0; k <= i; k++) here += weights[k];
-                if (first + i < kept && here >= double(j.top_p) * all) last = first + i, cumulative = here;
+                if (first + i < kept && double(here) >= double(j.top_p) * double(all)) last = first + i, cumulative = here;
             }
             const uint32_t end = block_reduce(last, Least());
             if (end != NONE) {
-                total = block_reduce(end == last ? cumulative : 0., Largest());
+                total = block_reduce(end == last ? cumulative : 0, Largest());
                 kept = end + 1;
 #pragma unroll
                 for (int i = 0; i < EACH; i++)
@@ -433,7 +450,7 @@ extern "C" __global__ void __launch_bounds__(DRAWERS) draw(const __grid_constant
                 record.failed = 1;
             }
         }
-        const uint32_t at = pick(weights, first, before, j.uniform * total);
+        const uint32_t at = pick(weights, first, before, __umul64hi(j.random, total));
         record.token = kept ? id_of(places[at]) : 0;
         count = kept;
         if (j.kind == DRAW_PROCESSED) {
@@ -445,11 +462,12 @@ extern "C" __global__ void __launch_bounds__(DRAWERS) draw(const __grid_constant
                 places[i] = place_of(__fdiv_rn(value_of(places[i]), j.temperature), id_of(places[i]));
             sort_places(places, count);
             record.own = own_value, record.largest = count ? value_of(places[0]) : 0;
-            double sum = 0;
+            const Weight share(record.largest, 1, 0);
+            uint64_t sum = 0;
             uint32_t above = 0;
             for (uint32_t i = threadIdx.x; i < count; i += DRAWERS) {
                 const float v = value_of(places[i]);
-                sum += exp(double(__fsub_rn(v, record.largest))), above += v > own_value;
+                sum += share.kept(v), above += v > own_value;
             }
             record.sum = block_reduce(sum, Sum());
             record.above = block_reduce(above, Sum());

@@ -168,7 +168,7 @@ params! {
     /// sampling.cu
     Job, 128 {
         logits: Address, source: Address, largest: Address, mask: Address, biases: Address, seen: Address, ids: Address,
-        uniform: f64,
+        random: u64,
         mask_words: u32, bias_count: u32, seen_count: u32, id_count: u32,
         repetition: f32, frequency: f32, presence: f32, temperature: f32, min_p: f32, top_p: f32,
         top_k: u32, top: u32, out: u32, token: u32, token_from: u32, kind: u32,
@@ -180,7 +180,7 @@ params! {
     }
     /// sampling.cu
     Record, 32 {
-        token: u32, failed: u32, above: u32, largest: f32, sum: f64, own: f32, count: u32,
+        token: u32, failed: u32, above: u32, largest: f32, sum: u64, own: f32, count: u32,
     }
     /// stream.cu
     Read, 24 {

@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
-use gptoss::{Error, Logprobs, Sampled, Sampling, TokenLogprobs, sample, score, uniform};
+use gptoss::{Error, Logprobs, Sampled, Sampling, TokenLogprobs, log_sum, random, sample, score};
 
 use crate::arena::LOGIT_ROWS;
 use crate::device::{Buffer, Device, Pinned};
@@ -270,7 +270,7 @@ impl Sampler {
     /// From the record of a job.
     fn logprobs(&self, job: &Job, token: u32, top: usize, ids: &[u32]) -> TokenLogprobs {
         let record = self.record(job);
-        let log_sum = f64::from(record.largest) + record.sum.ln();
+        let log_sum = log_sum(record.largest, record.sum);
         let logprob = |value: f32| (f64::from(value) - log_sum) as f32;
         let list = &self.out_host.slice::<u32>()[job.out as usize + RECORD..];
         let value = |bits: &u32| logprob(f32::from_bits(*bits));
@@ -384,7 +384,7 @@ impl Round {
             (job.top_p, job.min_p) = (sampling.top_p, sampling.min_p);
         }
         job.kind = DRAW;
-        job.uniform = uniform(sampling.seed, sampling.position);
+        job.random = random(sampling.seed, sampling.position);
         let Some(wanted) = &sampling.logprobs else {
             self.push(job, &[]);
             return;

@@ -67,8 +67,9 @@ struct Distribution {
 impl Distribution {
     fn new(logits: Vec<f32>) -> Distribution {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-        let sum: f64 = logits.iter().map(|&l| f64::from(l - max).exp()).sum();
-        Distribution { logits, log_sum: f64::from(max) + sum.ln() }
+        let weight = Weight::new(max, 1.0, 0.0);
+        let sum = logits.iter().map(|&l| weight.kept(l)).sum();
+        Distribution { logits, log_sum: log_sum(max, sum) }
     }
 
     /// Of `token`, and of the `top` best or of `ids`.
@@ -109,33 +110,37 @@ fn largest(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
     all
 }
 
+/// The logarithm of a sum of `exp(logit)`, from the largest logit and the sum of the shares of its exponential, in units of 2^-39.
+pub fn log_sum(largest: f32, shares: u64) -> f64 {
+    f64::from(largest) + (shares as f64 / f64::from(ONE)).ln()
+}
+
 /// The most probable tokens with their weights, as many as top-k, top-p and min-p leave; `None` if neither of the first two
 /// has an effect.
-fn head(logits: &[f32], sampling: &Sampling) -> Option<Vec<(u32, f64)>> {
+fn head(logits: &[f32], sampling: &Sampling) -> Option<Vec<(u32, u64)>> {
     let (limit_k, limit_p) = (sampling.top_k > 0, sampling.top_p > 0.0 && sampling.top_p < 1.0);
     if !limit_k && !limit_p {
         return None;
     }
-    let weight = weight(logits, sampling);
+    let weight = Weight::of(logits, sampling);
     // Grow the sorted head until it holds what top-p keeps; total mass is what min-p and top-k leave.
     let mut count = if limit_k { sampling.top_k.min(logits.len()) } else { 256.min(logits.len()) };
     loop {
-        let mut head: Vec<(u32, f64)> = largest(logits, count)
+        let mut head: Vec<(u32, u64)> = largest(logits, count)
             .into_iter()
-            .map(|(id, l)| (id, weight(l)))
-            .take_while(|&(_, w)| w >= f64::from(sampling.min_p))
+            .take_while(|&(_, l)| weight.keeps(l))
+            .map(|(id, l)| (id, weight.kept(l)))
             .collect();
         let complete = limit_k || count == logits.len() || head.len() < count;
-        let total: f64 = if complete {
-            head.iter().map(|&(_, w)| w).sum()
-        } else {
-            logits.iter().map(|&l| weight(l)).filter(|&w| w >= f64::from(sampling.min_p)).sum()
+        let total: u64 = match complete {
+            true => head.iter().map(|&(_, w)| w).sum(),
+            false => logits.iter().map(|&l| weight.kept(l)).sum(),
         };
         if limit_p {
-            let mut cumulative = 0.0;
+            let mut cumulative = 0;
             let kept = head.iter().position(|&(_, w)| {
                 cumulative += w;
-                cumulative >= f64::from(sampling.top_p) * total
+                cumulative as f64 >= f64::from(sampling.top_p) * total as f64
             });
             match kept {
                 Some(last) => head.truncate(last + 1),
@@ -151,30 +156,23 @@ fn head(logits: &[f32], sampling: &Sampling) -> Option<Vec<(u32, f64)>> {
 }
 
 /// Temperature, then the inverse of the cumulative distribution over the head, or over what min-p leaves.
-fn draw(logits: &[f32], sampling: &Sampling, head: Option<&[(u32, f64)]>) -> u32 {
-    let uniform = uniform(sampling.seed, sampling.position);
+fn draw(logits: &[f32], sampling: &Sampling, head: Option<&[(u32, u64)]>) -> u32 {
+    let random = random(sampling.seed, sampling.position);
     if let Some(head) = head {
-        let weights: Vec<f64> = head.iter().map(|&(_, w)| w).collect();
-        return pick(&weights, uniform, head.iter().map(|&(id, _)| id));
+        return pick(random, head.iter().copied());
     }
-    let weight = weight(logits, sampling);
-    // The largest weight is 1, so min-p is a bound on the weight itself.
-    let weights: Vec<f64> = logits
-        .iter()
-        .map(|&l| weight(l))
-        .map(|w| if w >= f64::from(sampling.min_p) { w } else { 0.0 })
-        .collect();
-    let ids = 0..weights.len() as u32;
-    pick(&weights, uniform, ids)
+    let weight = Weight::of(logits, sampling);
+    let weights: Vec<u64> = logits.iter().map(|&l| weight.kept(l)).collect();
+    pick(random, (0..).zip(weights))
 }
 
 /// The logits of the distribution that is drawn from.
-fn keep_only(logits: &mut [f32], sampling: &Sampling, head: Option<&[(u32, f64)]>) {
+fn keep_only(logits: &mut [f32], sampling: &Sampling, head: Option<&[(u32, u64)]>) {
     let kept: Vec<(u32, f32)> = match head {
         Some(head) => head.iter().map(|&(id, _)| (id, logits[id as usize])).collect(),
         None => {
-            let weight = weight(logits, sampling);
-            let kept = |&(_, &l): &(usize, &f32)| weight(l) >= f64::from(sampling.min_p);
+            let weight = Weight::of(logits, sampling);
+            let kept = |&(_, &l): &(usize, &f32)| weight.keeps(l);
             logits.iter().enumerate().filter(kept).map(|(id, &l)| (id as u32, l)).collect()
         }
     };
@@ -182,35 +180,82 @@ fn keep_only(logits: &mut [f32], sampling: &Sampling, head: Option<&[(u32, f64)]
     kept.into_iter().for_each(|(id, l)| logits[id as usize] = l / sampling.temperature);
 }
 
-/// From a logit to its share of the largest probability.
-fn weight(logits: &[f32], sampling: &Sampling) -> impl Fn(f32) -> f64 + use<> {
-    let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let temperature = f64::from(sampling.temperature);
-    move |logit| (f64::from(logit - max) / temperature).exp()
+/// The largest weight: weights are counted in units of 2^-39 of it, so that their sums are those of integers, equal in any order,
+/// and of 2^24 tokens fit.
+const ONE: f32 = (1u64 << 39) as f32;
+
+/// From a logit to its share of the largest probability, `exp((logit - largest) / temperature)`.
+struct Weight {
+    largest: f32,
+    /// Powers of two per logit.
+    rate: f32,
+    /// The smallest weight that min-p leaves; the largest is `ONE`, so min-p is a bound on the weight itself.
+    least: f32,
 }
 
-fn pick(weights: &[f64], uniform: f64, mut ids: impl Iterator<Item = u32>) -> u32 {
-    let mut rest = uniform * weights.iter().sum::<f64>();
-    let mut last = 0;
-    for &weight in weights {
-        let Some(id) = ids.next() else { break };
-        if weight > 0.0 {
-            last = id;
-            if rest < weight {
-                break;
-            }
-            rest -= weight;
-        }
+impl Weight {
+    fn of(logits: &[f32], sampling: &Sampling) -> Weight {
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        Weight::new(largest, sampling.temperature, sampling.min_p)
     }
-    last
+
+    fn new(largest: f32, temperature: f32, min_p: f32) -> Weight {
+        // Finite, so that the largest logit's exponent is zero at every temperature.
+        let rate = (std::f32::consts::LOG2_E / temperature).min(f32::MAX);
+        Weight { largest, rate, least: min_p * ONE }
+    }
+
+    fn share(&self, logit: f32) -> f32 {
+        share((logit - self.largest) * self.rate)
+    }
+
+    fn keeps(&self, logit: f32) -> bool {
+        self.share(logit) >= self.least
+    }
+
+    /// In units of `ONE`'s last; zero where min-p forbids it.
+    fn kept(&self, logit: f32) -> u64 {
+        let share = self.share(logit);
+        if share >= self.least { share as u64 } else { 0 }
+    }
 }
 
-/// The number in [0, 1) that draws a token, from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
-pub fn uniform(seed: u64, position: u64) -> f64 {
+/// `ONE · 2^exponent` for exponents up to 0, to a relative error of 2^-23: by products and sums, each rounded, of which `share` in
+/// sampling.cu does the same ones, so that a GPU finds the same bits. Of less than a unit, and of no number, comes less than a unit.
+fn share(exponent: f32) -> f32 {
+    // A sum with it ends in the integer nearest to the exponent, and ONE's.
+    const SHIFT: f32 = 12_582_912.0 + 39.0; // 1.5 · 2^23
+    let exponent = exponent.max(-64.0);
+    let shifted = exponent + SHIFT;
+    let rest = exponent - (shifted - SHIFT);
+    // 2^rest within half of each side of 0, to 4e-9; 1 at 0.
+    let mut power = 1.546_973_2e-4;
+    for coefficient in [1.341_000_1e-3, 9.618_031e-3, 5.550_297_3e-2, 2.402_265_1e-1, 6.931_472_4e-1, 1.0f32]
+    {
+        power = power * rest + coefficient;
+    }
+    f32::from_bits(power.to_bits().wrapping_add(shifted.to_bits() << 23))
+}
+
+/// The first token at which the sum of weights exceeds a random share of all.
+fn pick(random: u64, weights: impl Iterator<Item = (u32, u64)> + Clone) -> u32 {
+    let total: u64 = weights.clone().map(|(_, weight)| weight).sum();
+    let mut rest = (u128::from(random) * u128::from(total) >> 64) as u64;
+    for (id, weight) in weights {
+        if rest < weight {
+            return id;
+        }
+        rest -= weight;
+    }
+    // Nothing has a weight.
+    0
+}
+
+/// The number that draws a token, from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
+pub fn random(seed: u64, position: u64) -> u64 {
     let [a, b, ..] =
         philox([position as u32, (position >> 32) as u32, 0, 0], [seed as u32, (seed >> 32) as u32]);
-    let bits = (u64::from(a) << 32 | u64::from(b)) >> 11;
-    bits as f64 * (1.0 / (1u64 << 53) as f64)
+    u64::from(a) << 32 | u64::from(b)
 }
 
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
@@ -244,6 +289,24 @@ mod tests {
             philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
         );
+    }
+
+    #[test]
+    fn shares_are_powers_of_two() {
+        let exact = |exponent: f32| f64::from(ONE) * f64::from(exponent).exp2();
+        let (mut worst, mut before) = (0f64, 0f32);
+        for step in -3_900_000..=0 {
+            let exponent = step as f32 * 1e-5;
+            let found = share(exponent);
+            worst = worst.max((f64::from(found) / exact(exponent) - 1.0).abs());
+            assert!(found >= before * (1.0 - 1e-6), "{exponent}");
+            before = found;
+        }
+        assert!(worst < 0.5f64.powi(23), "{worst}");
+        assert_eq!(share(0.0), ONE);
+        for nothing in [-39.1, -64.0, -1e30, f32::NEG_INFINITY, f32::NAN] {
+            assert_eq!(share(nothing) as u64, 0, "{nothing}");
+        }
     }
 
     fn frequencies(logits: &[f32], sampling: &Sampling, draws: u64) -> Vec<f64> {
