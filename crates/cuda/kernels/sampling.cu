@@ -116,11 +116,12 @@ struct Weight {
 struct Value {
     Weight weight;
     float temperature;
-    bool distribution;
+    bool changed;
     __device__ __forceinline__ Value(const Job& j, float largest)
-        : weight(j, largest), temperature(j.temperature), distribution(j.kind == DISTRIBUTION) {}
+        : weight(j, largest), temperature(j.temperature),
+          changed(j.kind == DISTRIBUTION && (j.temperature != 1 || j.min_p > 0)) {}
     __device__ __forceinline__ float operator()(float logit) const {
-        if (!distribution) return logit;
+        if (!changed) return logit;
         if (weight.least > 0 && !weight.keeps(logit)) return -INFINITY;
         return __fdiv_rn(logit, temperature);
     }
@@ -171,6 +172,24 @@ struct Slice {
         begin = min(slice * each, vocabulary), end = min(begin + each, vocabulary);
     }
 };
+
+// What a thread takes at a time: five times five are its share of a slice of 201,088 tokens.
+constexpr int ROUND = 5;
+
+// Runs `use` for the values of a slice and the first one's token, from which to the next there are THREADS. Their loads are all under way
+// before one is used; beyond the slice they are -inf.
+template <typename F>
+__device__ __forceinline__ void for_rounds(const float* logits, const Slice& slice, const Value& value, F use) {
+    for (uint32_t first = slice.begin + threadIdx.x; first < slice.end; first += ROUND * THREADS) {
+        float values[ROUND];
+#pragma unroll
+        for (int i = 0; i < ROUND; i++) values[i] = first + i * THREADS < slice.end ? logits[first + i * THREADS] : -INFINITY;
+        if (value.changed)
+#pragma unroll
+            for (float& v : values) v = value(v);
+        use(values, first);
+    }
+}
 
 // Runs `change` for the entries of the slice's tokens, those of one token in their order on one thread.
 template <typename F> __device__ __forceinline__ void for_entries(const uint2* entries, uint32_t count, const Slice& slice, F change) {
@@ -246,7 +265,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
     const Job& j = p.jobs[blockIdx.y];
     const bool sorted = j.sorted(), distribution = j.kind == DISTRIBUTION, summed = distribution || !(j.top_k || j.greedy());
     if (!sorted && !summed) return;
-    const Slice slice(blockIdx.x, p.vocabulary);
     const float top_logit = j.largest_logit();
     const Value value(j, top_logit);
     const float largest = value(top_logit);
@@ -254,19 +272,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
     __syncthreads();
     const Weight weight = distribution ? Weight(largest, 1, 0) : value.weight;
     uint64_t sum = 0;
-    // All loads of a round are under way before the first is used. Five rounds of five are a slice of 201,088 tokens.
-    constexpr int EACH = 5;
-    const float* logits = j.logits;
-    for (uint32_t begin = slice.begin + threadIdx.x; begin < slice.end; begin += EACH * THREADS) {
-        float values[EACH];
-#pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const uint32_t id = begin + i * THREADS;
-            values[i] = id < slice.end ? logits[id] : -INFINITY;
-        }
-        if (distribution)
-#pragma unroll
-            for (float& v : values) v = value(v);
+    for_rounds(j.logits, Slice(blockIdx.x, p.vocabulary), value, [&](const float (&values)[ROUND], uint32_t) {
         if (summed)
 #pragma unroll
             for (float v : values) sum += weight.kept(v);
@@ -274,7 +280,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
 #pragma unroll
             for (float v : values)
                 if (v > -INFINITY) atomicAdd(bins + bin_of(largest, v), 1);
-    }
+    });
     if (summed) {
         sum = block_reduce(sum, Sum());
         if (threadIdx.x == 0) p.sums[blockIdx.y * SLICES + blockIdx.x] = sum;
@@ -288,6 +294,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_consta
 // Collects the tokens of the first bins: those that hold as many as are asked for, or for top-p alone as many as there is room for.
 extern "C" __global__ void __launch_bounds__(THREADS) collect(const __grid_constant__ Samples p) {
     static_assert(BINS == 2 * THREADS);
+    // What the block finds, and where that is put.
+    __shared__ uint64_t places[CAPACITY];
+    __shared__ uint32_t found, first_place;
+    if (threadIdx.x == 0) found = 0;
     wait_for_previous();
     start_next();
     const Job& j = p.jobs[blockIdx.y];
@@ -308,17 +318,21 @@ extern "C" __global__ void __launch_bounds__(THREADS) collect(const __grid_const
     Progress& progress = p.progress[blockIdx.y];
     if (blockIdx.x == 0 && threadIdx.x == 0) progress.expected = expected, progress.complete = expected == all;
     if (expected > CAPACITY) return;
-    const Slice slice(blockIdx.x, p.vocabulary);
     const float top_logit = j.largest_logit();
     const Value value(j, top_logit);
     const float largest = value(top_logit);
-#pragma unroll 4
-    for (uint32_t i = slice.begin + threadIdx.x; i < slice.end; i += THREADS) {
-        const float v = value(j.logits[i]);
-        // The check of the place holds against numbers that are none.
-        if (v > -INFINITY && bin_of(largest, v) < taken)
-            if (uint32_t at = atomicAdd(&progress.gathered, 1); at < CAPACITY) p.candidates[blockIdx.y * CAPACITY + at] = place_of(v, i);
-    }
+    // The checks of places hold against numbers that are none.
+    for_rounds(j.logits, Slice(blockIdx.x, p.vocabulary), value, [&](const float (&values)[ROUND], uint32_t id) {
+#pragma unroll
+        for (int i = 0; i < ROUND; i++)
+            if (values[i] > -INFINITY && bin_of(largest, values[i]) < taken)
+                if (uint32_t at = atomicAdd(&found, 1); at < CAPACITY) places[at] = place_of(values[i], id + i * THREADS);
+    });
+    __syncthreads();
+    if (threadIdx.x == 0) first_place = atomicAdd(&progress.gathered, found);
+    __syncthreads();
+    for (uint32_t i = threadIdx.x; i < min(found, CAPACITY) && first_place + i < CAPACITY; i += THREADS)
+        p.candidates[blockIdx.y * CAPACITY + first_place + i] = places[i];
 }
 
 // Descending, the rest of `places` up to a power of two being zeros.
@@ -495,13 +509,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) rank(const __grid_constant
     start_next();
     const Job& j = p.jobs[blockIdx.y];
     if (j.kind != DISTRIBUTION) return;
-    const Slice slice(blockIdx.x, p.vocabulary);
     const uint32_t token = j.token_from == NONE ? j.token : ((const Record*)(p.out + j.token_from))->token;
     const Value value(j, j.largest_logit());
     const float own = value(j.logits[token]);
     uint32_t above = 0;
-#pragma unroll 4
-    for (uint32_t i = slice.begin + threadIdx.x; i < slice.end; i += THREADS) above += value(j.logits[i]) > own;
+    for_rounds(j.logits, Slice(blockIdx.x, p.vocabulary), value, [&](const float (&values)[ROUND], uint32_t) {
+#pragma unroll
+        for (float v : values) above += v > own;
+    });
     above = block_reduce(above, Sum());
     Record* record = (Record*)(p.out + j.out);
     if (threadIdx.x == 0 && above) atomicAdd(&record->above, above);

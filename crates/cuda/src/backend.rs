@@ -1,6 +1,6 @@
 //! The backend: packed weights, the paged cache, and the step over a ragged batch as a chain of kernels.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -56,6 +56,8 @@ pub struct Cuda {
     one: Option<OneToken>,
     pub(crate) cache: Vec<LayerCache>,
     blocks: (usize, usize),
+    /// Blocks of full and of sliding layers in which a sequence may have left what is no number.
+    tainted: (BTreeSet<BlockId>, BTreeSet<BlockId>),
     /// Decode steps by their number of tokens, how the full layers share their keys, whether those are read ahead, and whether logits
     /// are wanted.
     graphs: HashMap<(usize, Sharing, bool, bool), Graph>,
@@ -142,6 +144,7 @@ impl Cuda {
             one,
             cache: Vec::new(),
             blocks: (0, 0),
+            tainted: Default::default(),
             graphs: HashMap::new(),
             sampler,
             options,
@@ -322,6 +325,7 @@ impl Backend for Cuda {
             }
         }
         self.blocks = (full_blocks, sliding_blocks);
+        self.tainted = Default::default();
         Ok(())
     }
 
@@ -351,6 +355,7 @@ impl Cuda {
     fn run_plan(&mut self, plan: &Plan, meanwhile: &mut Meanwhile<'_>) -> Result<Vec<SequenceOutput>, Error> {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
         self.device.bind()?;
+        self.cleanse(plan)?;
         let mut results = vec![SequenceOutput::default(); plan.sequences.len()];
         let (mut segments, mut tokens) = (Vec::new(), 0);
         for (sequence, planned) in plan.sequences.iter().enumerate() {
@@ -374,7 +379,37 @@ impl Cuda {
         if tokens > 0 {
             self.run_segments(plan, segments, &mut results, meanwhile)?;
         }
+        for (sequence, _) in plan.sequences.iter().zip(&results).filter(|(_, result)| result.corrupted) {
+            self.tainted.0.extend(&sequence.full_blocks);
+            self.tainted.1.extend(&sequence.sliding_blocks);
+        }
         Ok(results)
+    }
+
+    /// Zeroes the tainted blocks that begin anew: attention multiplies places that a sequence has not reached yet by zero, which
+    /// does not help against what is no number. Blocks that go on are left to those who share them, and fail.
+    fn cleanse(&mut self, plan: &Plan) -> Result<(), Error> {
+        if self.tainted.0.is_empty() && self.tainted.1.is_empty() {
+            return Ok(());
+        }
+        let bytes = self.config.kv_heads * BLOCK_TOKENS * HEAD * self.number_bytes();
+        for sequence in &plan.sequences {
+            let begun = sequence.position.div_ceil(BLOCK_TOKENS);
+            let kinds = [
+                (LayerKind::Full, &mut self.tainted.0, &sequence.full_blocks),
+                (LayerKind::Sliding, &mut self.tainted.1, &sequence.sliding_blocks),
+            ];
+            for (kind, tainted, blocks) in kinds {
+                for &block in blocks.iter().skip(begun).filter(|block| tainted.remove(block)) {
+                    let layers = self.cache.iter().zip(&self.config.layer_kinds);
+                    for (cache, _) in layers.filter(|(_, of)| **of == kind) {
+                        cache.keys.zero(block as usize * bytes, bytes)?;
+                        cache.values.zero(block as usize * bytes, bytes)?;
+                    }
+                }
+            }
+        }
+        Ok(())
     }
 
     fn run_segments(

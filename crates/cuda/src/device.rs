@@ -513,6 +513,15 @@ impl Buffer {
         self.bytes
     }
 
+    /// Zeroes `bytes` at `offset`, when the stream comes to it.
+    pub(crate) fn zero(&self, offset: usize, bytes: usize) -> Result<(), Error> {
+        assert!(offset + bytes <= self.bytes);
+        let (device, to) = (&self.device, self.address + offset as u64);
+        // SAFETY: the range lies in this buffer.
+        let result = unsafe { (device.driver.fill)(to, 0, bytes, device.stream) };
+        device.driver.check(result, "zeroing device memory")
+    }
+
     /// Copies the first `bytes` of `from` to `offset`, when the stream comes to it.
     pub(crate) fn upload(&self, offset: usize, from: &Pinned, bytes: usize) -> Result<(), Error> {
         assert!(offset + bytes <= self.bytes && bytes <= from.bytes);

@@ -506,6 +506,25 @@ fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
         let outputs = run(&mut cuda, vec![prompt(false, 100), prompt(true, 109)]);
         let found: Vec<bool> = outputs.iter().map(|output| output.corrupted).collect();
         assert_eq!(found, [false, true]);
+        // What it leaves in its blocks reaches nobody who has them after it, who has them in part.
+        let mut check = |after: Vec<SequencePlan>| {
+            assert!(run(&mut cuda, vec![prompt(true, 90)])[0].corrupted);
+            let count = after.len();
+            assert!(!run(&mut cuda, after).iter().any(|output| output.corrupted), "{count} after it");
+        };
+        let mut shorter = prompt(false, 90);
+        shorter.tokens.truncate(116);
+        shorter.score = None;
+        shorter.sample = vec![Sampling::default()];
+        check(vec![shorter]);
+        for &count in counts {
+            let one = |s: u32| SequencePlan {
+                sample: vec![Sampling::default()],
+                sliding_blocks: vec![90 + s],
+                ..sequence(&[8 + s % 300], 0, 96 + s)
+            };
+            check((0..count).map(one).collect());
+        }
     }
 }
 
