@@ -90,7 +90,7 @@ __device__ __forceinline__ float share(float exponent) {
     constexpr float SHIFT = 12582912.f + 39.f;
     exponent = fmaxf(exponent, -64.f);
     const float shifted = __fadd_rn(exponent, SHIFT), rest = __fsub_rn(exponent, __fsub_rn(shifted, SHIFT));
-    constexpr float coefficients[] = {1.3410001e-3f, 9.618031e-3f, 5.5502973e-2f, 2.4022651e-1f, 6.9314724e-1f, 1.f};
+    constexpr float coefficients[] = {1.3410001e-3f, 9.618031e-3f, 5.5502973e-2f, 2.402265e-1f, 6.9314724e-1f, 1.f};
     float power = 1.5469732e-4f;
 #pragma unroll
     for (int i = 0; i < 6; i++) power = __fadd_rn(__fmul_rn(power, rest), coefficients[i]);
@@ -258,7 +258,7 @@ __device__ __forceinline__ uint32_t bin_of(float largest, float v) {
 }
 
 // The sum of the weights, and how many tokens are how far from the largest, as far as the job needs them.
-extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_constant__ Samples p) {
+extern "C" __global__ void __launch_bounds__(THREADS, 8) survey(const __grid_constant__ Samples p) {
     __shared__ uint32_t bins[BINS];
     wait_for_previous();
     start_next();

@@ -230,8 +230,7 @@ fn share(exponent: f32) -> f32 {
     let rest = exponent - (shifted - SHIFT);
     // 2^rest within half of each side of 0, to 4e-9; 1 at 0.
     let mut power = 1.546_973_2e-4;
-    for coefficient in [1.341_000_1e-3, 9.618_031e-3, 5.550_297_3e-2, 2.402_265_1e-1, 6.931_472_4e-1, 1.0f32]
-    {
+    for coefficient in [1.341_000_1e-3, 9.618_031e-3, 5.550_297_3e-2, 2.402_265e-1, 6.931_472_4e-1, 1.0f32] {
         power = power * rest + coefficient;
     }
     f32::from_bits(power.to_bits().wrapping_add(shifted.to_bits() << 23))
@@ -240,7 +239,7 @@ fn share(exponent: f32) -> f32 {
 /// The first token at which the sum of weights exceeds a random share of all.
 fn pick(random: u64, weights: impl Iterator<Item = (u32, u64)> + Clone) -> u32 {
     let total: u64 = weights.clone().map(|(_, weight)| weight).sum();
-    let mut rest = (u128::from(random) * u128::from(total) >> 64) as u64;
+    let mut rest = ((u128::from(random) * u128::from(total)) >> 64) as u64;
     for (id, weight) in weights {
         if rest < weight {
             return id;
