@@ -258,7 +258,7 @@ __device__ __forceinline__ uint32_t bin_of(float largest, float v) {
 }
 
 // The sum of the weights, and how many tokens are how far from the largest, as far as the job needs them.
-extern "C" __global__ void __launch_bounds__(THREADS, 8) survey(const __grid_constant__ Samples p) {
+extern "C" __global__ void __launch_bounds__(THREADS) survey(const __grid_constant__ Samples p) {
     __shared__ uint32_t bins[BINS];
     wait_for_previous();
     start_next();
