@@ -19,11 +19,9 @@ struct Few {
     uint32_t n, experts, experts_per_token;
     uint32_t tokens;           // of a pass, at most: a multiple of eight, not above TOKENS
     uint32_t room;             // bytes of activations that fit in shared memory, at least those of a pass
-    uint32_t whole;            // a unit is one group's, so that its sums have one order whatever else there is
     uint32_t early;            // bytes of weights that a block asks for before it knows its share, at most: a multiple of 16
-    uint32_t padding;
 };
-static_assert(sizeof(Few) == 312);
+static_assert(sizeof(Few) == 304);
 
 constexpr int WARPS = UNIT * GROUPS, GROUP = UNIT * WARP; // of a block; threads of a group
 static_assert(UNIT == 4 || TOKENS <= ALONE);
@@ -228,15 +226,13 @@ struct Cursor {
         this->part = part, this->phase = phase;
         columns = p.parts[part].matrix.cols / TILE_COLS;
         const Phase& now = plan->phases[part][phase];
-        const int all = (now.end - now.begin) * columns, begin = begin_of(p, all, columns, group());
-        left = begin_of(p, all, columns, group() + 1) - begin;
+        const int all = (now.end - now.begin) * columns, begin = begin_of(all, group());
+        left = begin_of(all, group() + 1) - begin;
         unit = now.begin + begin / columns, column = begin % columns, pass = now.first;
         if (left > 0) find_pass();
     }
     static __device__ __forceinline__ int group() { return threadIdx.x / GROUP; }
-    static __device__ __forceinline__ int begin_of(const Few& p, int all, int columns, int group) {
-        return p.whole ? all / columns * group / GROUPS * columns : all * group / GROUPS;
-    }
+    static __device__ __forceinline__ int begin_of(int all, int group) { return all * group / GROUPS; }
     __device__ __forceinline__ const Pass& now() const { return plan->passes[part][pass]; }
     __device__ __forceinline__ void find_pass() {
         while (unit >= now().end) pass++;
@@ -467,8 +463,8 @@ __device__ __forceinline__ void multiply_phase(
         if (count < at.columns) {
             const Phase& whole = at.plan->phases[part][phase];
             const int all = (whole.end - whole.begin) * at.columns, over = (unit + 1 - whole.begin) * at.columns;
-            for (int other = group + 1; other < GROUPS && Cursor::begin_of(p, all, at.columns, other) < over; other++) {
-                if (Cursor::begin_of(p, all, at.columns, other) == Cursor::begin_of(p, all, at.columns, other + 1)) continue;
+            for (int other = group + 1; other < GROUPS && Cursor::begin_of(all, other) < over; other++) {
+                if (Cursor::begin_of(all, other) == Cursor::begin_of(all, other + 1)) continue;
                 wait_barrier(left_barriers + 8 * other, number % 2);
 #pragma unroll
                 for (int i = 0; i < SUMS; i++) d[i] += heads[(other * SUMS + i) * GROUP + own];

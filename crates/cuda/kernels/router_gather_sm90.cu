@@ -59,7 +59,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
     }
     float sum_of_squares = 0;
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) sum_of_squares += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w;
+    for (int i = 0; i < STEPS; i++) sum_of_squares = add_squares(sum_of_squares, x[i]);
     sum_of_squares += __shfl_xor_sync(~0u, sum_of_squares, 1);
     sum_of_squares += __shfl_xor_sync(~0u, sum_of_squares, 2);
     if (t == 0) squares[warp][g] = sum_of_squares;
@@ -70,8 +70,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
     for (int i = 0; i < STEPS; i++) {
         const uint32_t k = own + i * WARPS * STEP;
         if (k >= layout.inputs) break;
-        const float4 scale = *(const float4*)(scales + k);
-        x[i].x *= scale.x, x[i].y *= scale.y, x[i].z *= scale.z, x[i].w *= scale.w;
+        x[i] = times(x[i], *(const float4*)(scales + k));
         uint32_t lower[3], upper[3];
         split(x[i].x, x[i].y, lower);
         split(x[i].z, x[i].w, upper);
@@ -115,7 +114,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < p.experts * chosen; i += THREADS) {
         const uint32_t token = rank * chosen + i / p.experts, expert = i % p.experts;
-        logits[i] = sum_of_cluster(partial + expert * TOKENS + token) * inverse_of(token) + p.bias[expert];
+        logits[i] = fmaf(sum_of_cluster(partial + expert * TOKENS + token), inverse_of(token), p.bias[expert]);
     }
     __syncthreads();
     if (warp < chosen && rank * chosen + warp < tokens)

@@ -270,12 +270,15 @@ extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__
 
 // The same for many tokens, eight at a time: their products with the experts on tensor cores, the inputs shared among the warps, which
 // hold the tokens in registers until the norm is known. Scales and weights lie in shared memory, those of `shares` experts at a time:
-// where that is all of them, once and for all.
+// where that is all of them, once and for all. It sums as a cluster of two blocks in router_gather_sm90.cu does: half of the inputs, then the others.
 extern "C" __global__ void __launch_bounds__(512, 1) router_many(const __grid_constant__ Router p) {
-    constexpr int WARPS = 16, TOKENS = 8, EXPERTS = 32, STEP = 16, STEPS = MAX_HIDDEN / STEP / WARPS;
+    constexpr int WARPS = 16, TOKENS = 8, EXPERTS = 32, STEP = 16, HALVES = 2, STEPS = MAX_HIDDEN / STEP / WARPS / HALVES;
     extern __shared__ __align__(16) float scales[]; // [hidden], then the weights; in the end the counts of `sort_pairs`
-    __shared__ float sums[WARPS][EXPERTS][TOKENS + 1], squares[WARPS][TOKENS];
-    const uint32_t warp = threadIdx.x / WARP, g = lane_row(), t = lane_quarter(), own = warp * STEP + 4 * t;
+    __shared__ float sums[WARPS][EXPERTS][TOKENS + 1], squares[HALVES][WARPS][TOKENS];
+    const uint32_t warp = threadIdx.x / WARP, g = lane_row(), t = lane_quarter();
+    const uint32_t middle = p.cols / TILE_COLS / 2 * TILE_COLS;
+    // Input `i` of a lane in a half, the first of four.
+    auto input_of = [&](int half, int i) { return half * middle + i * WARPS * STEP + warp * STEP + 4 * t; };
     // Neighbouring rows lie in different banks.
     const uint32_t line = p.hidden * 2 + 32;
     uint8_t* weights = (uint8_t*)(scales + p.hidden);
@@ -293,75 +296,107 @@ extern "C" __global__ void __launch_bounds__(512, 1) router_many(const __grid_co
     start_next();
     for (uint32_t first = blockIdx.x * TOKENS; first < p.n; first += gridDim.x * TOKENS) {
         // A lane has four neighbouring inputs: two where a product has its first eight, two where it has the others.
-        float4 x[STEPS];
+        float4 x[HALVES][STEPS];
         const float* row = p.residual + size_t(min(first + g, p.n - 1)) * p.hidden;
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) {
-            const uint32_t k = own + i * WARPS * STEP;
-            x[i] = k < p.hidden ? *(const float4*)(row + k) : make_float4(0, 0, 0, 0);
-        }
-        auto scale_of = [&](uint32_t k) { return *(const float4*)(scales + k); };
-        float square = 0;
+        for (int half = 0; half < HALVES; half++) {
 #pragma unroll
-        for (int i = 0; i < STEPS; i++) square += x[i].x * x[i].x + x[i].y * x[i].y + x[i].z * x[i].z + x[i].w * x[i].w;
-        square += __shfl_xor_sync(~0u, square, 1);
-        square += __shfl_xor_sync(~0u, square, 2);
-        if (t == 0) squares[warp][g] = square;
+            for (int i = 0; i < STEPS; i++) {
+                const uint32_t k = input_of(half, i);
+                x[half][i] = k < (half ? p.hidden : middle) ? *(const float4*)(row + k) : make_float4(0, 0, 0, 0);
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+            float square = 0;
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) square = add_squares(square, x[half][i]);
+            square += __shfl_xor_sync(~0u, square, 1);
+            square += __shfl_xor_sync(~0u, square, 2);
+            if (t == 0) squares[half][warp][g] = square;
+        }
+        auto inverse_of = [&](uint32_t token) {
+            float all = 0;
+#pragma unroll
+            for (int half = 0; half < HALVES; half++) {
+                float part = 0;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) part += squares[half][w][token];
+                all += part;
+            }
+            return rsqrtf(all / p.hidden + p.eps);
+        };
+        wait_for_copies<0>();
+        __syncthreads();
+#pragma unroll
+        for (int half = 0; half < HALVES; half++) {
+#pragma unroll
+            for (int i = 0; i < STEPS; i++) {
+                const uint32_t k = input_of(half, i);
+                if (k < (half ? p.hidden : middle)) x[half][i] = times(x[half][i], *(const float4*)(scales + k));
+            }
+        }
         for (uint32_t group = 0; group < p.experts; group += p.shares) {
             if (group != here) {
                 __syncthreads();
                 bring_weights(group);
                 here = group;
+                wait_for_copies<0>();
+                __syncthreads();
             }
-            wait_for_copies<0>();
-            __syncthreads();
-            float sum[EXPERTS / 16][4] = {};
+            const uint32_t at = threadIdx.x % EXPERTS, expert = group + at, local = threadIdx.x / EXPERTS, token = first + local;
+            float logit = 0;
 #pragma unroll
-            for (int i = 0; i < STEPS; i++) {
-                const uint32_t k = own + i * WARPS * STEP;
-                if (k >= p.hidden) break;
-                const float4 scale = scale_of(k);
-                uint32_t lower[3], upper[3];
-                split(x[i].x * scale.x, x[i].y * scale.y, lower);
-                split(x[i].z * scale.z, x[i].w * scale.w, upper);
+            for (int half = 0; half < HALVES; half++) {
+                float sum[EXPERTS / 16][4] = {};
+#pragma unroll
+                for (int i = 0; i < STEPS; i++) {
+                    const uint32_t k = input_of(half, i);
+                    if (k >= (half ? p.hidden : middle)) break;
+                    uint32_t lower[3], upper[3];
+                    split(x[half][i].x, x[half][i].y, lower);
+                    split(x[half][i].z, x[half][i].w, upper);
+#pragma unroll
+                    for (int j = 0; j < EXPERTS / 16; j++) {
+                        if (16 * j >= p.shares) break;
+                        const uint8_t* from = weights + (16 * j + g) * line + k * 2;
+                        const uint2 w = *(const uint2*)from, w8 = *(const uint2*)(from + 8 * line);
+                        const uint32_t a[4] = {w.x, w8.x, w.y, w8.y};
+#pragma unroll
+                        for (int part = 2; part >= 0; part--) Number<BF16>::multiply(sum[j], a, lower[part], upper[part]);
+                    }
+                }
+                // The first half's have been read.
+                if (half > 0) __syncthreads();
 #pragma unroll
                 for (int j = 0; j < EXPERTS / 16; j++) {
-                    if (16 * j >= p.shares) break;
-                    const uint8_t* from = weights + (16 * j + g) * line + k * 2;
-                    const uint2 w = *(const uint2*)from, w8 = *(const uint2*)(from + 8 * line);
-                    const uint32_t a[4] = {w.x, w8.x, w.y, w8.y};
 #pragma unroll
-                    for (int part = 2; part >= 0; part--) Number<BF16>::multiply(sum[j], a, lower[part], upper[part]);
+                    for (int i = 0; i < 4; i++) sums[warp][16 * j + g + i / 2 * 8][2 * t + i % 2] = sum[j][i];
                 }
-            }
+                __syncthreads();
+                if (local >= TOKENS) continue;
+                float part = 0;
 #pragma unroll
-            for (int j = 0; j < EXPERTS / 16; j++) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) sums[warp][16 * j + g + i / 2 * 8][2 * t + i % 2] = sum[j][i];
+                for (int w = 0; w < WARPS; w++) part += sums[w][at][local];
+                logit += part;
             }
-            __syncthreads();
-            const uint32_t at = threadIdx.x % EXPERTS, expert = group + at, local = threadIdx.x / EXPERTS, token = first + local;
-            if (local < TOKENS && token < p.n && at < p.shares && expert < p.experts) {
-                float logit = 0, all = 0;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) logit += sums[w][at][local], all += squares[w][local];
-                p.logits[size_t(token) * p.experts + expert] = logit * rsqrtf(all / p.hidden + p.eps) + p.bias[expert];
-            }
+            if (local < TOKENS && token < p.n && at < p.shares && expert < p.experts)
+                p.logits[size_t(token) * p.experts + expert] = fmaf(logit, inverse_of(local), p.bias[expert]);
         }
         if (first + g < p.n) {
-            float all = 0;
+            const float inverse = inverse_of(g);
 #pragma unroll
-            for (int w = 0; w < WARPS; w++) all += squares[w][g];
-            const float inverse = rsqrtf(all / p.hidden + p.eps);
+            for (int half = 0; half < HALVES; half++) {
 #pragma unroll
-            for (int i = 0; i < STEPS; i++) {
-                const uint32_t k = own + i * WARPS * STEP;
-                if (k >= p.cols) break;
-                const float4 scale = k < p.hidden ? scale_of(k) : make_float4(0, 0, 0, 0);
-                *(uint32_t*)(p.out + activation_place(p.stack, p.cols, first + g, k))
-                    = activation(p.format, x[i].x * inverse * scale.x) | activation(p.format, x[i].y * inverse * scale.y) << 16;
-                *(uint32_t*)(p.out + activation_place(p.stack, p.cols, first + g, k + 2))
-                    = activation(p.format, x[i].z * inverse * scale.z) | activation(p.format, x[i].w * inverse * scale.w) << 16;
+                for (int i = 0; i < STEPS; i++) {
+                    const uint32_t k = input_of(half, i);
+                    if (k >= (half ? p.cols : middle)) break;
+                    const float4& v = x[half][i];
+                    *(uint32_t*)(p.out + activation_place(p.stack, p.cols, first + g, k))
+                        = activation(p.format, v.x * inverse) | activation(p.format, v.y * inverse) << 16;
+                    *(uint32_t*)(p.out + activation_place(p.stack, p.cols, first + g, k + 2))
+                        = activation(p.format, v.z * inverse) | activation(p.format, v.w * inverse) << 16;
+                }
             }
         }
         __threadfence();

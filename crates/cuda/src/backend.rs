@@ -37,7 +37,7 @@ pub struct Options {
     pub eager: bool,
     /// Keys and values.
     pub cache: CacheFormat,
-    /// Tokens of prompts and of answers each take one family of kernels and one order of summation, however many there are.
+    /// A token's sums have one order, whatever else is computed with it: prompts go as chunks, answers token by token.
     pub batch_invariant: bool,
 }
 
@@ -356,28 +356,37 @@ impl Cuda {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
         self.device.bind()?;
         self.cleanse(plan)?;
+        let invariant = self.options.batch_invariant;
         let mut results = vec![SequenceOutput::default(); plan.sequences.len()];
-        let (mut segments, mut tokens) = (Vec::new(), 0);
-        for (sequence, planned) in plan.sequences.iter().enumerate() {
-            let len = planned.tokens.len();
-            // Where a token's kernels may not depend on company, they depend on whether it is the prompt's.
-            let invariant = self.options.batch_invariant;
-            let prompt = if invariant { len - planned.generated } else { len };
-            let mut at = 0;
-            while at < len {
-                let end = if at < prompt { prompt } else { at + 1 };
-                let count = (end - at).min(MAX_TOKENS - tokens);
-                let single = if invariant { at >= prompt } else { count == 1 };
-                segments.push(Segment { sequence, range: at..at + count, single });
-                (at, tokens) = (at + count, tokens + count);
-                if tokens == MAX_TOKENS {
-                    self.run_segments(plan, std::mem::take(&mut segments), &mut results, meanwhile)?;
-                    tokens = 0;
+        // First what each sequence begins with, then the answers that come after prompts.
+        for answers in [false, true] {
+            let (mut segments, mut tokens) = (Vec::new(), 0);
+            for (sequence, planned) in plan.sequences.iter().enumerate() {
+                let len = planned.tokens.len();
+                // Where a token's kernels may not depend on company, they depend on whether it is the prompt's.
+                let prompt = if invariant { len - planned.generated } else { len };
+                let (mut at, end) = match (answers, prompt) {
+                    (false, 0) => (0, len),
+                    (false, _) => (0, prompt),
+                    (true, 0) => (0, 0),
+                    (true, _) => (prompt, len),
+                };
+                while at < end {
+                    let whole = if at < prompt { end - at } else { 1 };
+                    let count = whole.min(MAX_TOKENS - tokens);
+                    let single = if invariant { at >= prompt } else { count == 1 };
+                    segments.push(Segment { sequence, range: at..at + count, single });
+                    (at, tokens) = (at + count, tokens + count);
+                    if tokens == MAX_TOKENS {
+                        let batch = Batch::new(plan, std::mem::take(&mut segments));
+                        self.run(&batch, &mut results, meanwhile)?;
+                        tokens = 0;
+                    }
                 }
             }
-        }
-        if tokens > 0 {
-            self.run_segments(plan, segments, &mut results, meanwhile)?;
+            if tokens > 0 {
+                self.run(&Batch::new(plan, segments), &mut results, meanwhile)?;
+            }
         }
         for (sequence, _) in plan.sequences.iter().zip(&results).filter(|(_, result)| result.corrupted) {
             self.tainted.0.extend(&sequence.full_blocks);
@@ -408,26 +417,6 @@ impl Cuda {
                     }
                 }
             }
-        }
-        Ok(())
-    }
-
-    fn run_segments(
-        &mut self,
-        plan: &Plan,
-        segments: Vec<Segment>,
-        results: &mut [SequenceOutput],
-        meanwhile: &mut Meanwhile<'_>,
-    ) -> Result<(), Error> {
-        if !self.options.batch_invariant {
-            return self.run(&Batch::new(plan, segments), results, meanwhile);
-        }
-        // Kernels are chosen by what is in a batch.
-        let (singles, chunks): (Vec<_>, Vec<_>) = segments.into_iter().partition(|s| s.single);
-        // A sequence's prompt comes before its answer.
-        let chunks = [&chunks[..]].into_iter().filter(|chunks| !chunks.is_empty());
-        for segments in chunks.chain(singles.chunks(self.invariant_singles())) {
-            self.run(&Batch::new(plan, segments.to_vec()), results, meanwhile)?;
         }
         Ok(())
     }
@@ -601,7 +590,7 @@ impl Cuda {
         self.attention(index, shape, starts)?;
         let epilogue = Epilogue { out: self.arena.residual.address(), ..self.epilogue(After::Residual) };
         self.product(&layer.output, self.arena.context.address(), shape.tokens, epilogue)?;
-        self.experts(index, shape)?;
+        self.experts(index, shape.tokens)?;
         Ok(true)
     }
 

@@ -4,7 +4,6 @@ use gptoss::Error;
 
 use crate::arena::{MAX_TOKENS, max_slots, route_words};
 use crate::backend::{Cuda, Layer};
-use crate::batch::Shape;
 use crate::device::Buffer;
 use crate::driver::Address;
 use crate::fp4;
@@ -46,13 +45,12 @@ struct FewKernel {
 
 impl Cuda {
     /// Router and experts, whose outputs are left for the next norm to add.
-    pub(crate) fn experts(&self, index: usize, shape: &Shape) -> Result<(), Error> {
-        let layer = &self.layers[index];
-        let (n, config) = (shape.tokens, &self.config);
-        let few_each = self.few_each(layer, shape);
-        match self.gathering(shape).filter(|_| !few_each) {
+    pub(crate) fn experts(&self, index: usize, n: usize) -> Result<(), Error> {
+        let (layer, config) = (&self.layers[index], &self.config);
+        let few_each = self.few_each(layer, n);
+        match self.gathering(n).filter(|_| !few_each) {
             Some(gathering) => self.route_and_gather(layer, n, &gathering)?,
-            None => self.route(layer, shape, few_each)?,
+            None => self.route(layer, n, few_each)?,
         }
         let epilogue = Epilogue {
             out16: self.arena.activated.address(),
@@ -133,16 +131,13 @@ impl Cuda {
     }
 
     /// Whether the experts have few tokens each, and take experts_few.cuh.
-    fn few_each(&self, layer: &Layer, shape: &Shape) -> bool {
-        let n = shape.tokens;
+    fn few_each(&self, layer: &Layer, n: usize) -> bool {
         let (experts, pairs) = (self.config.experts, n * self.config.experts_per_token);
         let tokens = self.few_kernel(layer, n).tokens;
-        let few = match self.options.batch_invariant {
-            true => shape.singles == n,
-            false => n > 1 && pairs <= 20 * experts,
-        };
         self.device.capability() >= 90
-            && few
+            && !self.options.batch_invariant
+            && n > 1
+            && pairs <= 20 * experts
             && !self.some_each(layer, n)
             && layer.gate_up.format() == FP4
             && layer.down.format() == FP4
@@ -169,10 +164,8 @@ impl Cuda {
             experts_per_token: self.config.experts_per_token as u32,
             tokens: kernel.tokens as u32,
             room: kernel.room as u32,
-            whole: u32::from(self.options.batch_invariant),
             // Nearly all experts then have tokens, and what is asked for is needed.
             early: if n * self.config.experts_per_token >= 2 * self.config.experts { FEW_EARLY } else { 0 },
-            padding: 0,
         };
         let grid = [self.device.multiprocessors() as u32, 1, 1];
         // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room. There are not more blocks than

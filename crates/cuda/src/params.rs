@@ -106,10 +106,9 @@ params! {
         matrix: Matrix, epilogue: Epilogue, input: Address,
     }
     /// experts_few.cuh
-    Few, 312 {
+    Few, 304 {
         parts: [Part; 2], list: Address, logits: Address, rounds: Address,
-        n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, whole: u32,
-        early: u32, padding: u32,
+        n: u32, experts: u32, experts_per_token: u32, tokens: u32, room: u32, early: u32,
     }
     /// experts_streamed_sm90.cu
     Streamed, 288 {

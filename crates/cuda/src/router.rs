@@ -5,7 +5,6 @@ use gptoss::Error;
 use crate::arena::max_slots;
 use crate::attention::MAX_PARTS;
 use crate::backend::{Cuda, Layer};
-use crate::batch::Shape;
 use crate::packed::TILE_COLS;
 use crate::params::{Gather, ORDERED, Router, RouterGather};
 
@@ -23,7 +22,7 @@ const ROUTER_STATIC: usize = 21 << 10;
 /// Of router_gather.cuh's kernels: experts, at most, and their own shared memory.
 pub(crate) const ROUTER_GATHER_EXPERTS: usize = 32;
 const ROUTER_GATHER_STATIC: usize = 6 << 10;
-/// Blocks that share a token's inputs in `router_gather` where the batch may not matter.
+/// Blocks that share a token's inputs in `router_gather` where it is to sum as `router_many`.
 const INVARIANT_SHARES: usize = 2;
 /// Tokens of a block of router_gather_many_sm90.cu, at most.
 const ROUTER_GATHER_TOKENS: usize = 64;
@@ -40,12 +39,12 @@ pub(crate) struct Gathering {
 }
 
 impl Cuda {
-    /// The kernel that takes a batch's tokens from norm to gathering, where there is one.
-    pub(crate) fn gathering(&self, shape: &Shape) -> Option<Gathering> {
-        let (n, invariant) = (shape.tokens, self.options.batch_invariant);
+    /// The kernel that takes `n` tokens from norm to gathering, where there is one. If the batch may not matter, it is one that sums as
+    /// `router_many`.
+    pub(crate) fn gathering(&self, n: usize) -> Option<Gathering> {
+        let invariant = self.options.batch_invariant;
         let (config, multiprocessors) = (&self.config, self.device.multiprocessors());
         let fits = self.device.capability() == 90
-            && (!invariant || shape.singles == n)
             && self.many(n)
             && config.experts <= ROUTER_GATHER_EXPERTS
             && config.hidden_size % TILE_COLS == 0
@@ -68,11 +67,6 @@ impl Cuda {
         let each = n.div_ceil(multiprocessors);
         let many = Gathering { name: "router_gather_many", groups: n.div_ceil(each), shares: 1, each };
         (!invariant && each <= ROUTER_GATHER_TOKENS && has_room(1)).then_some(many)
-    }
-
-    /// Single tokens computed at a time where the batch may not matter: as many as `gathering` has one kernel for.
-    pub(crate) fn invariant_singles(&self) -> usize {
-        self.device.multiprocessors() / INVARIANT_SHARES * ROUTER_TOKENS
     }
 
     /// Shared memory of a block, one of those that share a token's inputs: its own, the norm's scales, the weights and the warps' sums.
@@ -116,8 +110,8 @@ impl Cuda {
     }
 
     /// Norm and router: what experts_few.cuh takes, or the routes and the normed tokens, in the slots of the experts where they are stacked.
-    pub(crate) fn route(&self, layer: &Layer, shape: &Shape, few_each: bool) -> Result<(), Error> {
-        let (n, config) = (shape.tokens, &self.config);
+    pub(crate) fn route(&self, layer: &Layer, n: usize, few_each: bool) -> Result<(), Error> {
+        let config = &self.config;
         let format = layer.gate_up.format();
         // Few tokens: the experts are shared among blocks. Many: a warp per token.
         let share = (2 * self.device.multiprocessors() / n).clamp(1, config.experts) as u32;
@@ -141,7 +135,7 @@ impl Cuda {
             stack: if few_each || self.many(n) { ORDERED } else { 0 },
             padding: 0,
         };
-        let few = if self.options.batch_invariant { shape.singles == n } else { n <= ROUTER_FEW };
+        let few = n <= ROUTER_FEW && !self.options.batch_invariant;
         // The norm's scales and, if there is room, the weights of 32 experts, with 32 bytes beside each.
         let bytes = |experts: usize| config.hidden_size * 4 + experts * (config.hidden_size * 2 + 32);
         let room = self.device.shared_bytes() - ROUTER_STATIC;

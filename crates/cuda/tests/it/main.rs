@@ -711,19 +711,22 @@ fn a_batch_of_full_width_changes_no_bit_where_that_is_asked_for() {
         }
     }
     let text = tokens(3);
-    let mut piece = |from: usize, to: usize| -> Vec<f32> {
-        let plan = SequencePlan {
-            tokens: text[from..to].to_vec(),
-            position: from,
-            logits: true,
-            ..sequence(&text, 0, 8000)
-        };
-        run(&mut cuda, vec![plan]).remove(0).logits
+    let piece = |from: usize, to: usize| SequencePlan {
+        tokens: text[from..to].to_vec(),
+        position: from,
+        logits: true,
+        ..sequence(&text, 0, 8000)
     };
-    let whole = piece(0, 1500);
+    let whole = run(&mut cuda, vec![piece(0, 1500)]).remove(0).logits;
     let mut from = 0;
-    for len in [1, 8, 30, 100, 161, 300, 900] {
-        assert!(piece(from, from + len) == whole[from * 4096..][..len * 4096], "{len} tokens from {from} on");
+    // Alone, and beside answers.
+    for (len, beside) in [(1, 0), (8, 2), (30, 0), (100, 0), (161, 100), (300, 0), (900, 100)] {
+        let mut found = run(&mut cuda, (0..beside).map(last).chain([piece(from, from + len)]).collect());
+        let prompt = found.pop().unwrap().logits;
+        assert!(prompt == whole[from * 4096..][..len * 4096], "{len} tokens from {from} on beside {beside}");
+        for (s, (found, alone)) in found.iter().zip(&alone).enumerate() {
+            assert!(found.logits == alone.logits, "sequence {s} beside {len} tokens from {from} on");
+        }
         from += len;
     }
 }
