@@ -50,10 +50,12 @@ template <CacheFormat C> struct Page {
         const uint32_t lane = threadIdx.x % WARP;
         const uint32_t key = to + Place::key_place(lane / Place::KEY_PIECES, lane % Place::KEY_PIECES);
         const uint32_t value = to + Place::HALF + Place::value_place(lane / Place::VALUE_PIECES, lane % Place::VALUE_PIECES);
+        // Else so many would push everything out of the cache, the kernels' code included.
+        const uint64_t policy = read_once();
 #pragma unroll
-        for (uint32_t i = 0; i < COUNT; i++) copy_async((key ^ i % 2 * Place::FLIP) + 512 * i, keys + 512 * i);
+        for (uint32_t i = 0; i < COUNT; i++) copy_async((key ^ i % 2 * Place::FLIP) + 512 * i, keys + 512 * i, policy);
 #pragma unroll
-        for (uint32_t i = 0; i < COUNT; i++) copy_async(value + 512 * i, values + 512 * i);
+        for (uint32_t i = 0; i < COUNT; i++) copy_async(value + 512 * i, values + 512 * i, policy);
     }
     // From there to registers.
     __device__ __forceinline__ void load(uint32_t from) {
