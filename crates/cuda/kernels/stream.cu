@@ -35,15 +35,25 @@ extern "C" __global__ void embed(const __grid_constant__ Embed p) {
     start_next();
     uint32_t token = blockIdx.x;
     size_t from = size_t(p.tokens[token]) * p.hidden;
-    for (uint32_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
-        float v;
-        if (p.block == 0) {
-            v = __bfloat162float(((const __nv_bfloat16*)p.values)[from + i]);
-        } else {
-            uint32_t code = ((const uint8_t*)p.values)[(from + i) / 2] >> i % 2 * 4 & 15;
-            v = code_value(code) * (scale_value(p.block, p.scales[(from + i) / p.block]) * p.global_scale);
+    float* to = p.residual + size_t(token) * p.hidden;
+    if (p.block == 0) {
+        constexpr int TOGETHER = 6; // reads
+        const uint32_t* pairs = (const uint32_t*)((const __nv_bfloat16*)p.values + from);
+        for (uint32_t begin = threadIdx.x; begin < p.hidden / 2; begin += TOGETHER * blockDim.x) {
+            uint32_t v[TOGETHER];
+#pragma unroll
+            for (int k = 0; k < TOGETHER; k++) v[k] = begin + k * blockDim.x < p.hidden / 2 ? pairs[begin + k * blockDim.x] : 0;
+#pragma unroll
+            for (int k = 0; k < TOGETHER; k++) {
+                const uint32_t i = begin + k * blockDim.x;
+                if (i < p.hidden / 2) ((float2*)to)[i] = make_float2(__uint_as_float(v[k] << 16), __uint_as_float(v[k] & 0xffff0000u));
+            }
         }
-        p.residual[size_t(token) * p.hidden + i] = v;
+    } else {
+        for (uint32_t i = threadIdx.x; i < p.hidden; i += blockDim.x) {
+            uint32_t code = ((const uint8_t*)p.values)[(from + i) / 2] >> i % 2 * 4 & 15;
+            to[i] = code_value(code) * (scale_value(p.block, p.scales[(from + i) / p.block]) * p.global_scale);
+        }
     }
     if (threadIdx.x < 2) {
         uint32_t position = p.positions[token];
