@@ -54,14 +54,8 @@ enum Field {
     Content,
 }
 
-/// What one token brought.
-#[derive(Default)]
-pub(crate) struct Piece {
-    pub(crate) text: String,
-    pub(crate) deltas: Vec<Delta>,
-    /// Set if it was the choice's last.
-    pub(crate) end: Option<(FinishReason, Option<StopReason>)>,
-}
+/// Why a choice ends.
+pub(crate) type End = (FinishReason, Option<StopReason>);
 
 impl Output {
     pub(crate) fn new(rules: Arc<Rules>) -> Output {
@@ -147,8 +141,15 @@ impl Output {
         }
     }
 
-    /// Takes the next token. `room`: the context has a place for another one.
-    pub(crate) fn push(&mut self, token: u32, room: bool) -> Piece {
+    /// Takes the next token and appends what it brings. `room`: the context has a place for another one. The result is set if it was
+    /// the choice's last.
+    pub(crate) fn push(
+        &mut self,
+        token: u32,
+        room: bool,
+        text: &mut String,
+        deltas: &mut Vec<Delta>,
+    ) -> Option<End> {
         let rules = Arc::clone(&self.rules);
         let armed = self.may_stop();
         self.generated += 1;
@@ -157,32 +158,31 @@ impl Output {
         let repeated = self.repetition.as_mut().is_some_and(|repetition| repetition.push(token)) && armed;
         let last = stopped || exhausted || repeated;
 
-        let mut piece = Piece::default();
         let matched = match &mut self.kind {
             Kind::Text(detokenizer) => {
                 let special = rules.harmony.tokenizer().is_special(token);
                 let hidden = special && rules.params.skip_special_tokens
                     || stopped && !rules.params.include_stop_str_in_output;
                 let bytes = rules.harmony.tokenizer().token_bytes(token).filter(|_| !hidden);
-                let mut text = detokenizer.push(bytes.unwrap_or_default());
+                let mut new = detokenizer.push(bytes.unwrap_or_default());
                 if last {
-                    text.push_str(&detokenizer.finish());
+                    new.push_str(&detokenizer.finish());
                 }
-                self.stops.push(&text, armed, last, &mut piece.text)
+                self.stops.push(&new, armed, last, text)
             }
             Kind::Chat(chat) => {
                 // Control tokens close the message that they end. A client's ordinary stop token is no part of it.
                 let hidden = stopped
                     && !rules.harmony.tokenizer().is_special(token)
                     && !rules.params.include_stop_str_in_output;
-                let mut deltas = if hidden { Vec::new() } else { chat.parser.push(token) };
+                let mut new = if hidden { Vec::new() } else { chat.parser.push(token) };
                 if last {
-                    deltas.extend(chat.parser.finish());
+                    new.extend(chat.parser.finish());
                 }
-                chat.pass(deltas, &mut self.stops, armed, last, &mut piece.deltas)
+                chat.pass(new, &mut self.stops, armed, last, deltas)
             }
         };
-        piece.end = match matched {
+        match matched {
             Some(stop) => Some((FinishReason::Stop, Some(StopReason::Text(stop)))),
             None if stopped => {
                 let called = matches!(&self.kind, Kind::Chat(chat) if chat.calls > 0);
@@ -193,8 +193,7 @@ impl Output {
             None if repeated => Some((FinishReason::Repetition, None)),
             None if exhausted => Some((FinishReason::Length, None)),
             None => None,
-        };
-        piece
+        }
     }
 }
 
@@ -292,7 +291,7 @@ impl StopStrings {
     /// Appends text, and to `out` what became certain. Unless `armed`, nothing is looked for. `last`: no more will come.
     /// The result is the stop string that was found.
     fn push(&mut self, text: &str, armed: bool, last: bool, out: &mut String) -> Option<String> {
-        if !armed {
+        if !armed || self.stops.is_empty() {
             out.push_str(text);
             return None;
         }

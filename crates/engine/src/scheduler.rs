@@ -234,7 +234,7 @@ impl Scheduler {
 
     /// So many guesses of a share were right, and have been appended: what was computed for them stays.
     pub fn accept(&mut self, id: SequenceId, guesses: usize) {
-        if let Some(running) = self.running.get_mut(&id).filter(|_| guesses > 0) {
+        if let Some(running) = self.running.get_mut(&id) {
             running.computed += guesses;
             self.blocks.advance(&mut running.table, &running.sequence.tokens, running.computed);
         }

@@ -16,7 +16,7 @@ use crate::engine::{Job, Phase, Shared};
 use crate::kv::{SHARED, Tokens};
 use crate::masks::{Constraint, Masks};
 use crate::outbox::Outbox;
-use crate::output::{Output, Rules};
+use crate::output::{End, Output, Rules};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
 use crate::speculation::{Chance, Costs, Guesser, MAX_STEP_TOKENS};
 use crate::turns::Turns;
@@ -294,12 +294,6 @@ impl Worker {
             }
         }
         self.guess(&mut shares);
-        for share in &shares {
-            if let Some(active) = self.requests.get_mut(&share.id.request) {
-                active.queued.get_or_insert_with(|| active.arrival.elapsed());
-            }
-        }
-        shares.iter().filter(|share| share.complete).for_each(|share| self.constrain(share.id));
         let sequences = shares.iter().map(|share| self.plan(share)).collect();
         let plan = Plan { sequences };
         let begin = Instant::now();
@@ -423,36 +417,29 @@ impl Worker {
         self.lost = Some(lost);
     }
 
-    /// Sees to it that a choice with a grammar has its mask in the making.
-    fn constrain(&mut self, id: SequenceId) {
-        let Some(active) = self.requests.get_mut(&id.request) else { return };
-        let (rules, choice) = (&active.rules, &mut active.choices[id.choice]);
-        if let (Some(grammar), Some(choice)) = (&rules.grammar, choice)
-            && choice.constraint.is_none()
-            && rules.params.max_tokens != Some(0)
-        {
-            let may_stop = choice.output.may_stop();
-            choice.constraint = Some(Constraint::new(&self.masks, rules, grammar, may_stop));
-        }
-    }
-
-    fn plan(&self, share: &Share) -> SequencePlan {
+    /// What the backend is to do for a share. A choice with a grammar has its mask in the making from here on.
+    fn plan(&mut self, share: &Share) -> SequencePlan {
         let mut plan = self.scheduler.plan(share);
-        let active = &self.requests[&share.id.request];
-        let params = &active.rules.params;
+        let Some(active) = self.requests.get_mut(&share.id.request) else { return plan };
+        active.queued.get_or_insert_with(|| active.arrival.elapsed());
+        let (rules, choice) = (&active.rules, &mut active.choices[share.id.choice]);
         let end = plan.position + plan.tokens.len();
         plan.generated = end.saturating_sub(active.prompt.len()).min(plan.tokens.len());
         // Only the first choice runs before the request has begun, and never beyond the prompt.
-        if let (Some(top), false) = (params.prompt_logprobs, active.started) {
+        if let (Some(top), false) = (rules.params.prompt_logprobs, active.started) {
             let end = (share.positions.end + 1).min(active.prompt.len());
             let next = active.prompt[share.positions.start + 1..end].to_vec();
             plan.score = Some(Score { next, top });
         }
         if share.complete
-            && params.max_tokens != Some(0)
-            && let Some(choice) = &active.choices[share.id.choice]
+            && rules.params.max_tokens != Some(0)
+            && let Some(choice) = choice
         {
-            plan.sample = choice.samplings(active, share, &self.settings);
+            if let (Some(grammar), None) = (&rules.grammar, &choice.constraint) {
+                let may_stop = choice.output.may_stop();
+                choice.constraint = Some(Constraint::new(&self.masks, rules, grammar, may_stop));
+            }
+            plan.sample = choice.samplings(rules, active.seed, share, &self.settings);
         }
         plan
     }
@@ -531,9 +518,8 @@ impl Worker {
                 break;
             }
             let room = self.scheduler.push(id, token) < self.settings.max_model_len;
-            let piece = choice.push(sampled, room, &active.rules);
+            end = choice.push(sampled, room, &active.rules);
             taken.push(token);
-            end = piece;
             if end.is_some() || share.guesses.get(taken.len() - 1) != Some(&token) {
                 break;
             }
@@ -544,7 +530,9 @@ impl Worker {
         if !share.guesses.is_empty() {
             self.speculation.add(share.guesses.len(), right);
         }
-        self.scheduler.accept(id, right);
+        if right > 0 {
+            self.scheduler.accept(id, right);
+        }
         if end.is_none()
             && let Some(constraint) = &mut choice.constraint
         {
@@ -717,25 +705,19 @@ impl Choice {
     }
 
     /// Takes a token that was drawn. The result is set if it was the last.
-    fn push(
-        &mut self,
-        sampled: Sampled,
-        room: bool,
-        rules: &Rules,
-    ) -> Option<(FinishReason, Option<StopReason>)> {
+    fn push(&mut self, sampled: Sampled, room: bool, rules: &Rules) -> Option<End> {
         let token = sampled.token;
         if !self.seen.is_empty() {
             *self.seen.entry(token).or_default() += 1;
         }
-        let piece = self.output.push(token, room);
-        self.untold.token_ids.push(token);
-        self.untold.text.push_str(&piece.text);
-        self.untold.deltas.extend(piece.deltas);
-        self.untold.logprobs.extend(sampled.logprobs);
-        if piece.end.is_none() {
+        let Untold { token_ids, text, deltas, logprobs } = &mut self.untold;
+        token_ids.push(token);
+        logprobs.extend(sampled.logprobs);
+        let end = self.output.push(token, room, text, deltas);
+        if end.is_none() {
             self.advance(token, rules);
         }
-        piece.end
+        end
     }
 
     /// What is new, if it is time to tell.
@@ -808,11 +790,12 @@ impl Choice {
     }
 
     /// How tokens are drawn after a share and after each of its guesses.
-    fn samplings(&self, active: &Active, share: &Share, settings: &Settings) -> Vec<Sampling> {
-        let masks = self.masks(&active.rules, &share.guesses);
+    fn samplings(&self, rules: &Rules, seed: u64, share: &Share, settings: &Settings) -> Vec<Sampling> {
+        let masks = self.masks(rules, &share.guesses);
+        let seed = choice_seed(seed, share.id.choice);
         let sampling = |(ahead, mask)| {
             let guessed = &share.guesses[..ahead];
-            self.sampling(active, share.id.choice, share.positions.end, guessed, mask, settings)
+            self.sampling(rules, seed, share.positions.end, guessed, mask, settings)
         };
         masks.into_iter().enumerate().map(sampling).collect()
     }
@@ -820,18 +803,18 @@ impl Choice {
     /// How the token is drawn after the first `end` ones and some that are guessed.
     fn sampling(
         &self,
-        active: &Active,
-        choice: usize,
+        rules: &Rules,
+        seed: u64,
         end: usize,
         guessed: &[u32],
         mask: Option<Mask>,
         settings: &Settings,
     ) -> Sampling {
-        let params = &active.rules.params;
+        let params = &rules.params;
         let mut bias: Vec<(u32, f32)> = params.logit_bias.iter().map(|(&t, &b)| (t, b)).collect();
         // A grammar's mask sees to it itself.
         if !self.output.may_stop_after(guessed.len()) && self.constraint.is_none() {
-            bias.extend(active.rules.stop_tokens.iter().map(|&t| (t, f32::NEG_INFINITY)));
+            bias.extend(rules.stop_tokens.iter().map(|&t| (t, f32::NEG_INFINITY)));
         }
         if self.forced.is_empty() {
             let completed = |word: &Vec<u32>| {
@@ -839,7 +822,7 @@ impl Choice {
                 let recent = guessed.iter().rev().chain(self.recent.iter().rev()).take(before.len());
                 recent.eq(before.iter().rev()).then_some((last, f32::NEG_INFINITY))
             };
-            bias.extend(active.rules.bad_words.iter().filter_map(completed));
+            bias.extend(rules.bad_words.iter().filter_map(completed));
         }
         let mut seen = self.seen.clone();
         if !seen.is_empty() {
@@ -851,7 +834,7 @@ impl Choice {
             top_k: params.top_k,
             top_p: params.top_p,
             min_p: params.min_p,
-            seed: choice_seed(active.seed, choice),
+            seed,
             position: (end + guessed.len()) as u64,
             bias,
             penalties: (!seen.is_empty()).then(|| Penalties {
