@@ -168,7 +168,7 @@ impl Output {
                 if last {
                     new.push_str(&detokenizer.finish());
                 }
-                self.stops.push(&new, armed, last, text)
+                self.stops.push(new, armed, last, text)
             }
             Kind::Chat(chat) => {
                 // Control tokens close the message that they end. A client's ordinary stop token is no part of it.
@@ -224,7 +224,7 @@ impl Chat {
                 self.field = field;
             }
             let mut certain = String::new();
-            let matched = stops.push(&text, armed, false, &mut certain);
+            let matched = stops.push(text, armed, false, &mut certain);
             self.emit(certain, out);
             if matched.is_some() {
                 return matched;
@@ -290,12 +290,17 @@ impl StopStrings {
 
     /// Appends text, and to `out` what became certain. Unless `armed`, nothing is looked for. `last`: no more will come.
     /// The result is the stop string that was found.
-    fn push(&mut self, text: &str, armed: bool, last: bool, out: &mut String) -> Option<String> {
+    fn push(&mut self, text: String, armed: bool, last: bool, out: &mut String) -> Option<String> {
         if !armed || self.stops.is_empty() {
-            out.push_str(text);
+            // Mostly there is nothing yet, and nothing to copy.
+            if out.is_empty() {
+                *out = text;
+            } else {
+                out.push_str(&text);
+            }
             return None;
         }
-        self.held.push_str(text);
+        self.held.push_str(&text);
         let found = self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop)));
         if let Some((start, stop)) = found.min_by_key(|&(start, stop)| (start + stop.len(), start)) {
             let end = if self.include { start + stop.len() } else { start };
@@ -336,7 +341,7 @@ mod tests {
         let mut matcher = StopStrings::new(stops.to_vec(), include);
         let mut out = String::new();
         for (i, piece) in pieces.iter().enumerate() {
-            let found = matcher.push(piece, true, i + 1 == pieces.len(), &mut out);
+            let found = matcher.push((*piece).to_owned(), true, i + 1 == pieces.len(), &mut out);
             if found.is_some() {
                 return (out, found);
             }
