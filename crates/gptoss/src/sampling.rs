@@ -26,7 +26,7 @@ pub fn sample(logits: &mut [f32], sampling: &Sampling) -> Sampled {
     }
     let greedy = sampling.temperature <= 0.0;
     let head = if greedy { None } else { head(logits, sampling) };
-    let token = if greedy { argmax(logits) } else { draw(logits, sampling, head.as_deref()) };
+    let token = if greedy { argmax(logits) } else { draw(logits, sampling, head.as_deref()).unwrap_or(0) };
     let logprobs = wanted.map(|wanted| {
         let distribution = raw.unwrap_or_else(|| {
             if !greedy {
@@ -68,7 +68,7 @@ impl Distribution {
     fn new(logits: Vec<f32>) -> Distribution {
         let max = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let weight = Weight::new(max, 1.0, 0.0);
-        let sum = logits.iter().map(|&l| weight.kept(l)).sum();
+        let sum = weight.sum(&logits);
         Distribution { logits, log_sum: log_sum(max, sum) }
     }
 
@@ -134,7 +134,7 @@ fn head(logits: &[f32], sampling: &Sampling) -> Option<Vec<(u32, u64)>> {
         let complete = limit_k || count == logits.len() || head.len() < count;
         let total: u64 = match complete {
             true => head.iter().map(|&(_, w)| w).sum(),
-            false => logits.iter().map(|&l| weight.kept(l)).sum(),
+            false => weight.sum(logits),
         };
         if limit_p {
             let mut cumulative = 0;
@@ -155,15 +155,34 @@ fn head(logits: &[f32], sampling: &Sampling) -> Option<Vec<(u32, u64)>> {
     }
 }
 
-/// Temperature, then the inverse of the cumulative distribution over the head, or over what min-p leaves.
-fn draw(logits: &[f32], sampling: &Sampling, head: Option<&[(u32, u64)]>) -> u32 {
+/// Temperature, then the inverse of the cumulative distribution over the head, or over what min-p leaves; `None` if nothing has a
+/// weight.
+fn draw(logits: &[f32], sampling: &Sampling, head: Option<&[(u32, u64)]>) -> Option<u32> {
     let random = random(sampling.seed, sampling.position);
+    let target = |total: u64| ((u128::from(random) * u128::from(total)) >> 64) as u64;
     if let Some(head) = head {
-        return pick(random, head.iter().copied());
+        let weights = head.iter().map(|&(_, weight)| weight);
+        let (place, _) = pick(target(weights.clone().sum()), weights)?;
+        return Some(head[place].0);
     }
+    // First the slice, then the token in it.
+    const SLICE: usize = 4096;
     let weight = Weight::of(logits, sampling);
-    let weights: Vec<u64> = logits.iter().map(|&l| weight.kept(l)).collect();
-    pick(random, (0..).zip(weights))
+    let sums: Vec<u64> = logits.chunks(SLICE).map(|slice| weight.sum(slice)).collect();
+    let (slice, target) = pick(target(sums.iter().sum()), sums.iter().copied())?;
+    let first = slice * SLICE;
+    let (place, _) = pick(target, logits[first..].iter().map(|&logit| weight.kept(logit)))?;
+    Some((first + place) as u32)
+}
+
+/// The place at which the sum of weights first exceeds `target`, and what is left of that before it.
+fn pick(mut target: u64, mut weights: impl Iterator<Item = u64>) -> Option<(usize, u64)> {
+    let place = weights.position(|weight| {
+        let found = target < weight;
+        target -= if found { 0 } else { weight };
+        found
+    });
+    Some((place?, target))
 }
 
 /// The logits of the distribution that is drawn from.
@@ -213,10 +232,26 @@ impl Weight {
         self.share(logit) >= self.least
     }
 
-    /// In units of `ONE`'s last; zero where min-p forbids it.
     fn kept(&self, logit: f32) -> u64 {
-        let share = self.share(logit);
-        if share >= self.least { share as u64 } else { 0 }
+        self.counted(self.share(logit))
+    }
+
+    /// In units of `ONE`'s last; zero where min-p forbids it.
+    fn counted(&self, share: f32) -> u64 {
+        // To i64, since that is one instruction.
+        if share >= self.least { share as i64 as u64 } else { 0 }
+    }
+
+    /// Of all weights; the shares of sixteen logits at a time, which are computed as vectors.
+    fn sum(&self, logits: &[f32]) -> u64 {
+        let (whole, rest) = logits.as_chunks::<16>();
+        let mut sum = rest.iter().map(|&logit| self.kept(logit)).sum();
+        for logits in whole {
+            let mut shares = [0.0; 16];
+            shares.iter_mut().zip(logits).for_each(|(share, &logit)| *share = self.share(logit));
+            sum += shares.iter().map(|&share| self.counted(share)).sum::<u64>();
+        }
+        sum
     }
 }
 
@@ -225,7 +260,7 @@ impl Weight {
 fn share(exponent: f32) -> f32 {
     // A sum with it ends in the integer nearest to the exponent, and ONE's.
     const SHIFT: f32 = 12_582_912.0 + 39.0; // 1.5 · 2^23
-    let exponent = exponent.max(-64.0);
+    let exponent = if exponent > -64.0 { exponent } else { -64.0 };
     let shifted = exponent + SHIFT;
     let rest = exponent - (shifted - SHIFT);
     // 2^rest within half of each side of 0, to 4e-9; 1 at 0.
@@ -234,20 +269,6 @@ fn share(exponent: f32) -> f32 {
         power = power * rest + coefficient;
     }
     f32::from_bits(power.to_bits().wrapping_add(shifted.to_bits() << 23))
-}
-
-/// The first token at which the sum of weights exceeds a random share of all.
-fn pick(random: u64, weights: impl Iterator<Item = (u32, u64)> + Clone) -> u32 {
-    let total: u64 = weights.clone().map(|(_, weight)| weight).sum();
-    let mut rest = ((u128::from(random) * u128::from(total)) >> 64) as u64;
-    for (id, weight) in weights {
-        if rest < weight {
-            return id;
-        }
-        rest -= weight;
-    }
-    // Nothing has a weight.
-    0
 }
 
 /// The number that draws a token, from Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011).
@@ -305,6 +326,27 @@ mod tests {
         assert_eq!(share(0.0), ONE);
         for nothing in [-39.1, -64.0, -1e30, f32::NEG_INFINITY, f32::NAN] {
             assert_eq!(share(nothing) as u64, 0, "{nothing}");
+        }
+    }
+
+    #[test]
+    fn the_token_is_the_first_whose_cumulative_weight_exceeds_the_random_share() {
+        let logits: Vec<f32> =
+            (0..9_005u32).map(|id| (id.wrapping_mul(2_654_435_761) >> 28) as f32).collect();
+        let plain = Sampling { temperature: 1.3, top_p: 1.0, min_p: 1e-4, ..Sampling::default() };
+        let weight = Weight::of(&logits, &plain);
+        let weights: Vec<u64> = logits.iter().map(|&logit| weight.kept(logit)).collect();
+        assert!(weights.contains(&0));
+        let total: u64 = weights.iter().sum();
+        for position in 0..200 {
+            let sampling = Sampling { position, ..plain.clone() };
+            let target = u128::from(random(sampling.seed, position)) * u128::from(total);
+            let mut cumulative = 0;
+            let expected = weights.iter().position(|&weight| {
+                cumulative += weight;
+                u128::from(cumulative) << 64 > target
+            });
+            assert_eq!(draw(&logits, &sampling, None), expected.map(|id| id as u32));
         }
     }
 
