@@ -452,6 +452,8 @@ impl Worker {
         let Some(active) = self.requests.get_mut(&number) else { return };
         if output.corrupted {
             self.corrupted_requests += 1;
+            // Nobody may begin with what it computed, now or in earlier steps.
+            self.scheduler.reset_prefixes();
             return self.end(number, Event::Failed(Failure::Corrupted));
         }
         if let Some(scores) = &mut active.scores {

@@ -265,6 +265,9 @@ fn only_the_request_whose_logits_are_no_numbers_fails() {
     assert_eq!(damaged.last(), Some(&Event::Failed(Failure::Corrupted)));
     assert_eq!(tokens_of(&damaged, 0), [0, 1, DAMAGE]);
     assert_eq!((tokens_of(&healthy, 0), healthy.last()), (script, Some(&Event::Done)));
+    // Nobody begins with what it computed.
+    let after: Vec<Event> = submit(&engine, request(2)).1.iter().collect();
+    assert!(matches!(after[0], Event::Started { cached_tokens: 0, .. }), "{:?}", after[0]);
     engine.shutdown();
     engine.wait();
     let stats = engine.stats();
