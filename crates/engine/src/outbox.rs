@@ -1,56 +1,105 @@
-//! Events on their way to those who asked: told while the device is at work on what comes next.
+//! News on their way to those who asked: put into words and told while the device is at work on what comes next.
 
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-use crate::worker::panic_message;
-use crate::{Event, Sink};
+use gptoss::Sampled;
 
-/// The sinks of the requests in the engine, and what they have not been told.
+use crate::output::{End, Ended, Transcript};
+use crate::worker::panic_message;
+use crate::{Event, Failure, Sink};
+
+/// The clients of the requests in the engine, and what they have not been told.
 #[derive(Default)]
 pub(crate) struct Outbox {
-    sinks: BTreeMap<u64, Sink>,
+    clients: BTreeMap<u64, Client>,
     /// By request, in order. `None`: nothing more comes.
-    untold: Vec<(u64, Option<Event>)>,
+    untold: Vec<(u64, Option<News>)>,
+}
+
+struct Client {
+    sink: Sink,
+    /// Of its choices; none where the engine reads along because the text decides something.
+    transcripts: Vec<Transcript>,
+}
+
+/// What happened to a request.
+pub(crate) enum News {
+    Event(Event),
+    /// Tokens that were drawn for a choice, and why they were its last. Nobody has read them yet.
+    Drawn {
+        choice: usize,
+        drawn: Vec<Sampled>,
+        end: Option<End>,
+    },
+    /// A choice of which all was drawn.
+    Ended(Ended),
 }
 
 impl Outbox {
-    /// A request's sink.
-    pub(crate) fn open(&mut self, number: u64, sink: Sink) {
-        self.sinks.insert(number, sink);
+    /// A request's sink, and what its choices will say if nobody reads along.
+    pub(crate) fn open(&mut self, number: u64, sink: Sink, transcripts: Vec<Transcript>) {
+        self.clients.insert(number, Client { sink, transcripts });
     }
 
-    pub(crate) fn put(&mut self, number: u64, event: Event) {
-        self.untold.push((number, Some(event)));
+    pub(crate) fn put(&mut self, number: u64, news: News) {
+        self.untold.push((number, Some(news)));
     }
 
-    /// The last event of a request was put.
+    /// The last news of a request were put.
     pub(crate) fn close(&mut self, number: u64) {
         self.untold.push((number, None));
     }
 
-    /// Tells everything. The result is the requests that want to hear no more.
+    /// Tells everything. The result is the requests that are not to go on.
     pub(crate) fn tell(&mut self) -> Vec<u64> {
         let mut unwanted = Vec::new();
-        for (number, event) in self.untold.drain(..) {
-            let Some(sink) = self.sinks.get_mut(&number) else { continue };
-            let wanted = event.map(|event| {
-                // A sink that panics wants no more.
-                catch_unwind(AssertUnwindSafe(|| sink(event))).unwrap_or_else(|panic| {
-                    tracing::error!("the sink of a request panicked: {}", panic_message(panic.as_ref()));
-                    false
-                })
-            });
+        for (number, news) in self.untold.drain(..) {
+            let Some(client) = self.clients.get_mut(&number) else { continue };
+            let wanted = news.map(|news| client.tell(news));
             if wanted == Some(true) {
                 continue;
             }
             if wanted == Some(false) {
                 unwanted.push(number);
             }
-            let sink = self.sinks.remove(&number);
+            let client = self.clients.remove(&number);
             // What a sink owns may panic when it is dropped.
-            let _ = catch_unwind(AssertUnwindSafe(|| drop(sink)));
+            let _ = catch_unwind(AssertUnwindSafe(|| drop(client)));
         }
         unwanted
+    }
+}
+
+impl Client {
+    /// Whether the request is to go on.
+    fn tell(&mut self, news: News) -> bool {
+        let read = catch_unwind(AssertUnwindSafe(|| self.read(news)));
+        let legible = read.is_ok();
+        let failed = |panic: Box<_>| Some(Event::Failed(Failure::Device(panic_message(&*panic))));
+        let Some(event) = read.unwrap_or_else(failed) else { return true };
+        // A sink that panics wants no more.
+        let wanted = catch_unwind(AssertUnwindSafe(|| (self.sink)(event))).unwrap_or_else(|panic| {
+            tracing::error!("the sink of a request panicked: {}", panic_message(panic.as_ref()));
+            false
+        });
+        wanted && legible
+    }
+
+    /// The event, if it is time for one.
+    fn read(&mut self, news: News) -> Option<Event> {
+        match news {
+            News::Event(event) => Some(event),
+            News::Drawn { choice, drawn, end } => {
+                let transcript = &mut self.transcripts[choice];
+                for (i, sampled) in drawn.iter().enumerate() {
+                    let end = end.as_ref().filter(|_| i + 1 == drawn.len());
+                    // Without stop strings, none is found.
+                    transcript.read(sampled.token, false, end);
+                }
+                transcript.news(choice, drawn, end.is_some())
+            }
+            News::Ended(ended) => Some(self.transcripts[ended.choice].finished(ended)),
+        }
     }
 }

@@ -3,12 +3,12 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use gptoss::Mask;
+use gptoss::{Mask, Sampled, TokenLogprobs};
 use harmony::{Delta, Guard, Harmony, Parser};
 use tokenizer::Detokenizer;
 
 use crate::params::RepetitionDetection;
-use crate::{FinishReason, Grammar, OutputMode, SamplingParams, StopReason};
+use crate::{Event, FinishReason, Grammar, OutputMode, SamplingParams, StopReason};
 
 /// What the choices of a request have in common.
 pub(crate) struct Rules {
@@ -27,13 +27,134 @@ pub(crate) struct Rules {
     pub(crate) guard: Option<Guard>,
 }
 
-/// The state of one choice.
+impl Rules {
+    /// Whether what a choice says decides when it ends or what may come next. Otherwise its tokens alone do.
+    pub(crate) fn text_decides(&self) -> bool {
+        let params = &self.params;
+        let limited = params.thinking_token_budget.is_some() || params.answer_reserve > 0;
+        !params.stop.is_empty() || (limited && matches!(self.mode, OutputMode::Chat { .. }))
+    }
+}
+
+/// Decides when a choice ends.
 pub(crate) struct Output {
+    rules: Arc<Rules>,
+    /// Read token by token where [`Rules::text_decides`]. Otherwise it is with those who tell the client, and read when they do.
+    transcript: Option<Transcript>,
+    repetition: Option<Repetition>,
+    /// Tokens so far.
+    generated: usize,
+}
+
+/// Why a choice ends.
+pub(crate) type End = (FinishReason, Option<StopReason>);
+
+impl Output {
+    pub(crate) fn new(rules: Arc<Rules>) -> Output {
+        let transcript = rules.text_decides().then(|| Transcript::new(Arc::clone(&rules)));
+        let repetition = rules.params.repetition_detection.map(Repetition::new);
+        Output { rules, transcript, repetition, generated: 0 }
+    }
+
+    /// What was said, where that decides something.
+    pub(crate) fn transcript(&mut self) -> Option<&mut Transcript> {
+        self.transcript.as_mut()
+    }
+
+    /// Whether a stop token may be drawn next.
+    pub(crate) fn may_stop(&self) -> bool {
+        self.may_stop_after(0)
+    }
+
+    /// The same after so many more tokens.
+    pub(crate) fn may_stop_after(&self, tokens: usize) -> bool {
+        self.generated + tokens >= self.rules.params.min_tokens
+    }
+
+    /// Of these tokens, how many could come before the answer ends or what may be drawn depends on more than its tokens.
+    pub(crate) fn foreseeable(&self, tokens: &[u32]) -> usize {
+        let rules = &self.rules;
+        let most = rules.params.max_tokens.map_or(usize::MAX, |max| max.saturating_sub(self.generated + 1));
+        let stop = tokens.iter().position(|token| rules.stop_tokens.binary_search(token).is_ok());
+        let mut count = stop.unwrap_or(tokens.len()).min(most);
+        if let Some((parser, left)) = self.reasoning_left() {
+            // Within a message each token is one of reasoning or none.
+            let special = tokens.iter().position(|&token| rules.harmony.tokenizer().is_special(token));
+            let left = match (parser.is_content(), parser.is_reasoning()) {
+                (true, true) => left.saturating_sub(1),
+                (true, false) => usize::MAX,
+                (false, _) => 0,
+            };
+            count = count.min(special.unwrap_or(tokens.len())).min(left);
+        }
+        count
+    }
+
+    /// Whether the budget for reasoning is spent and reasoning goes on.
+    pub(crate) fn must_conclude(&self) -> bool {
+        self.reasoning_left().is_some_and(|(parser, left)| parser.is_reasoning() && left == 0)
+    }
+
+    /// Of chats with a limit: how many tokens of reasoning may still come, and what knows whether it goes on.
+    fn reasoning_left(&self) -> Option<(&Parser, usize)> {
+        let parser = self.transcript.as_ref()?.parser()?;
+        let params = &self.rules.params;
+        let budget =
+            params.thinking_token_budget.map(|budget| budget.saturating_sub(parser.reasoning_tokens()));
+        // A small limit is shared equally.
+        let reserve = |max: usize| max - params.answer_reserve.min(max / 2);
+        let max = params.max_tokens.filter(|_| params.answer_reserve > 0);
+        let until_reserve = max.map(|max| reserve(max).saturating_sub(self.generated));
+        let left = [budget, until_reserve].into_iter().flatten().min()?;
+        Some((parser, left))
+    }
+
+    /// Takes the next token. `room`: the context has a place for another one. The result is set if it was the choice's last.
+    pub(crate) fn push(&mut self, token: u32, room: bool) -> Option<End> {
+        let rules = &self.rules;
+        let armed = self.may_stop();
+        self.generated += 1;
+        let exhausted = !room || rules.params.max_tokens.is_some_and(|max| self.generated >= max);
+        let repeated = self.repetition.as_mut().is_some_and(|repetition| repetition.push(token)) && armed;
+        let end = if armed && rules.stop_tokens.binary_search(&token).is_ok() {
+            let [end_of_turn, ..] = rules.harmony.stop_ids();
+            Some((FinishReason::Stop, (token != end_of_turn).then_some(StopReason::Token(token))))
+        } else if repeated {
+            Some((FinishReason::Repetition, None))
+        } else if exhausted {
+            Some((FinishReason::Length, None))
+        } else {
+            None
+        };
+        let Some(transcript) = &mut self.transcript else { return end };
+        match transcript.read(token, armed, end.as_ref()) {
+            Some(stop) => Some((FinishReason::Stop, Some(StopReason::Text(stop)))),
+            None => end,
+        }
+    }
+
+    /// The end of the choice with this number, which gave its blocks to an older one so many times.
+    pub(crate) fn ended(self, choice: usize, end: End, preemptions: usize) -> (Ended, Option<Transcript>) {
+        (Ended { choice, end, completion_tokens: self.generated, preemptions }, self.transcript)
+    }
+}
+
+/// A choice that ended, as far as its tokens tell.
+pub(crate) struct Ended {
+    pub(crate) choice: usize,
+    end: End,
+    completion_tokens: usize,
+    preemptions: usize,
+}
+
+/// What a choice says, and has not told yet.
+pub(crate) struct Transcript {
     rules: Arc<Rules>,
     kind: Kind,
     stops: StopStrings,
-    repetition: Option<Repetition>,
-    generated: usize,
+    untold: Untold,
+    /// Something was told.
+    begun: bool,
 }
 
 enum Kind {
@@ -54,11 +175,17 @@ enum Field {
     Content,
 }
 
-/// Why a choice ends.
-pub(crate) type End = (FinishReason, Option<StopReason>);
+/// New tokens, and what became certain with them.
+#[derive(Default)]
+struct Untold {
+    token_ids: Vec<u32>,
+    text: String,
+    deltas: Vec<Delta>,
+    logprobs: Vec<TokenLogprobs>,
+}
 
-impl Output {
-    pub(crate) fn new(rules: Arc<Rules>) -> Output {
+impl Transcript {
+    pub(crate) fn new(rules: Arc<Rules>) -> Transcript {
         let kind = match &rules.mode {
             OutputMode::Text => Kind::Text(Detokenizer::new()),
             OutputMode::Chat { tools, begun } => {
@@ -69,96 +196,16 @@ impl Output {
             }
         };
         let stops = StopStrings::new(rules.params.stop.clone(), rules.params.include_stop_str_in_output);
-        let repetition = rules.params.repetition_detection.map(Repetition::new);
-        Output { rules, kind, stops, repetition, generated: 0 }
+        Transcript { rules, kind, stops, untold: Untold::default(), begun: false }
     }
 
-    /// Tokens so far.
-    pub(crate) fn generated(&self) -> usize {
-        self.generated
-    }
-
-    /// Whether a stop token may be drawn next.
-    pub(crate) fn may_stop(&self) -> bool {
-        self.may_stop_after(0)
-    }
-
-    /// The same after so many more tokens.
-    pub(crate) fn may_stop_after(&self, tokens: usize) -> bool {
-        self.generated + tokens >= self.rules.params.min_tokens
-    }
-
-    /// Of these tokens, how many could come before the answer ends or what may be drawn depends on more than its tokens.
-    pub(crate) fn foreseeable(&self, tokens: &[u32]) -> usize {
-        let rules = &self.rules;
-        let most = rules.params.max_tokens.map_or(usize::MAX, |max| max.saturating_sub(self.generated + 1));
-        let stop = tokens.iter().position(|token| rules.stop_tokens.binary_search(token).is_ok());
-        let mut count = stop.unwrap_or(tokens.len()).min(most);
-        if let (Kind::Chat(chat), Some(left)) = (&self.kind, self.reasoning_left()) {
-            // Within a message each token is one of reasoning or none.
-            let special = tokens.iter().position(|&token| rules.harmony.tokenizer().is_special(token));
-            let left = match (chat.parser.is_content(), chat.parser.is_reasoning()) {
-                (true, true) => left.saturating_sub(1),
-                (true, false) => usize::MAX,
-                (false, _) => 0,
-            };
-            count = count.min(special.unwrap_or(tokens.len())).min(left);
-        }
-        count
-    }
-
-    pub(crate) fn reasoning_tokens(&self) -> usize {
-        match &self.kind {
-            Kind::Text(_) => 0,
-            Kind::Chat(chat) => chat.parser.reasoning_tokens(),
-        }
-    }
-
-    /// Whether the budget for reasoning is spent and reasoning goes on.
-    pub(crate) fn must_conclude(&self) -> bool {
-        match &self.kind {
-            Kind::Chat(chat) => chat.parser.is_reasoning() && self.reasoning_left() == Some(0),
-            Kind::Text(_) => false,
-        }
-    }
-
-    /// Tokens of reasoning that may still come, if there is a limit.
-    fn reasoning_left(&self) -> Option<usize> {
-        let params = &self.rules.params;
-        let budget =
-            params.thinking_token_budget.map(|budget| budget.saturating_sub(self.reasoning_tokens()));
-        // A small limit is shared equally.
-        let reserve = |max: usize| max - params.answer_reserve.min(max / 2);
-        let max = params.max_tokens.filter(|_| params.answer_reserve > 0);
-        let until_reserve = max.map(|max| reserve(max).saturating_sub(self.generated));
-        [budget, until_reserve].into_iter().flatten().min()
-    }
-
-    pub(crate) fn repairs(&self) -> Vec<(&'static str, u64)> {
-        match &self.kind {
-            Kind::Text(_) => Vec::new(),
-            Kind::Chat(chat) => chat.parser.repairs().iter().map(|(&kind, &count)| (kind, count)).collect(),
-        }
-    }
-
-    /// Takes the next token and appends what it brings. `room`: the context has a place for another one. The result is set if it was
-    /// the choice's last.
-    pub(crate) fn push(
-        &mut self,
-        token: u32,
-        room: bool,
-        text: &mut String,
-        deltas: &mut Vec<Delta>,
-    ) -> Option<End> {
-        let rules = Arc::clone(&self.rules);
-        let armed = self.may_stop();
-        self.generated += 1;
-        let stopped = armed && rules.stop_tokens.binary_search(&token).is_ok();
-        let exhausted = !room || rules.params.max_tokens.is_some_and(|max| self.generated >= max);
-        let repeated = self.repetition.as_mut().is_some_and(|repetition| repetition.push(token)) && armed;
-        let last = stopped || exhausted || repeated;
-
-        let matched = match &mut self.kind {
+    /// Reads the next token, which ends the choice if `end` is set. The result is the stop string that it completes, looked for
+    /// if `armed`.
+    pub(crate) fn read(&mut self, token: u32, armed: bool, end: Option<&End>) -> Option<String> {
+        let Transcript { rules, kind, stops, untold, .. } = self;
+        let stopped = end.is_some_and(|(reason, _)| *reason == FinishReason::Stop);
+        let last = end.is_some();
+        match kind {
             Kind::Text(detokenizer) => {
                 let special = rules.harmony.tokenizer().is_special(token);
                 let hidden = special && rules.params.skip_special_tokens
@@ -168,7 +215,7 @@ impl Output {
                 if last {
                     new.push_str(&detokenizer.finish());
                 }
-                self.stops.push(new, armed, last, text)
+                stops.push(new, armed, last, &mut untold.text)
             }
             Kind::Chat(chat) => {
                 // Control tokens close the message that they end. A client's ordinary stop token is no part of it.
@@ -179,20 +226,46 @@ impl Output {
                 if last {
                     new.extend(chat.parser.finish());
                 }
-                chat.pass(new, &mut self.stops, armed, last, deltas)
+                chat.pass(new, stops, armed, last, &mut untold.deltas)
             }
-        };
-        match matched {
-            Some(stop) => Some((FinishReason::Stop, Some(StopReason::Text(stop)))),
-            None if stopped => {
-                let called = matches!(&self.kind, Kind::Chat(chat) if chat.calls > 0);
-                let reason = if called { FinishReason::ToolCalls } else { FinishReason::Stop };
-                let [end_of_turn, ..] = rules.harmony.stop_ids();
-                Some((reason, (token != end_of_turn).then_some(StopReason::Token(token))))
-            }
-            None if repeated => Some((FinishReason::Repetition, None)),
-            None if exhausted => Some((FinishReason::Length, None)),
-            None => None,
+        }
+    }
+
+    /// The event of the choice with this number after these tokens were read, if it is time to tell.
+    pub(crate) fn news(&mut self, choice: usize, drawn: Vec<Sampled>, last: bool) -> Option<Event> {
+        for Sampled { token, logprobs } in drawn {
+            self.untold.token_ids.push(token);
+            self.untold.logprobs.extend(logprobs);
+        }
+        if self.begun && !last && self.untold.token_ids.len() < self.rules.params.stream_interval {
+            return None;
+        }
+        self.begun = true;
+        let Untold { token_ids, text, deltas, logprobs } = std::mem::take(&mut self.untold);
+        Some(Event::Tokens { choice, token_ids, text, deltas, logprobs })
+    }
+
+    /// The last event of the choice, all of which was read.
+    pub(crate) fn finished(&self, ended: Ended) -> Event {
+        let Ended { choice, end: (reason, stop), completion_tokens, preemptions } = ended;
+        let called = matches!(&self.kind, Kind::Chat(chat) if chat.calls > 0);
+        let by_token = reason == FinishReason::Stop && !matches!(stop, Some(StopReason::Text(_)));
+        let repairs = self.parser().map(Parser::repairs).into_iter().flatten();
+        Event::Finished {
+            choice,
+            reason: if by_token && called { FinishReason::ToolCalls } else { reason },
+            stop,
+            completion_tokens,
+            reasoning_tokens: self.parser().map_or(0, Parser::reasoning_tokens),
+            repairs: repairs.map(|(&kind, &count)| (kind, count)).collect(),
+            preemptions,
+        }
+    }
+
+    fn parser(&self) -> Option<&Parser> {
+        match &self.kind {
+            Kind::Text(_) => None,
+            Kind::Chat(chat) => Some(&chat.parser),
         }
     }
 }

@@ -105,10 +105,11 @@ impl Guesser {
     }
 
     /// Learns from what really came.
-    pub(crate) fn learn(&mut self, drawn: &[u32]) {
+    pub(crate) fn learn(&mut self, drawn: impl ExactSizeIterator<Item = u32>) {
         let Some((class, guess)) = self.open.take() else { return };
-        let right = guess.iter().zip(drawn).take_while(|(guess, drawn)| guess == drawn).count();
-        let seen = guess.len().min(drawn.len()).min(right + 1);
+        let seen = guess.len().min(drawn.len());
+        let right = guess.iter().zip(drawn).take_while(|&(&guess, drawn)| guess == drawn).count();
+        let seen = seen.min(right + 1);
         let rate = &mut self.rates[class];
         rate.right = rate.right * DECAY + right as f64;
         rate.all = rate.all * DECAY + seen as f64;
@@ -306,7 +307,7 @@ mod tests {
         let mut probability = |drawn: &[u32]| {
             let chance = guesser.guess(&tokens, &Speculation::default(), 4);
             assert_eq!(chance.tokens, 4);
-            guesser.learn(drawn);
+            guesser.learn(drawn.iter().copied());
             chance.probability
         };
         let first = probability(&[0]);

@@ -9,18 +9,18 @@ use gptoss::{
     Backend, Logprobs, Mask, Penalties, Plan, Sampled, Sampling, Score, SequenceOutput, SequencePlan,
     TokenLogprobs,
 };
-use harmony::{Delta, Guard, Harmony, Place};
+use harmony::{Guard, Harmony, Place};
 use tokenizer::Tokenizer;
 
 use crate::engine::{Job, Phase, Shared};
 use crate::kv::{SHARED, Tokens};
 use crate::masks::{Constraint, Masks};
-use crate::outbox::Outbox;
-use crate::output::{End, Output, Rules};
+use crate::outbox::{News, Outbox};
+use crate::output::{End, Output, Rules, Transcript};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
 use crate::speculation::{Chance, Costs, Guesser, MAX_STEP_TOKENS};
 use crate::turns::Turns;
-use crate::{Event, Failure, FinishReason, OutputMode, Request, Speculation, SpeculationCounts, StopReason};
+use crate::{Event, Failure, FinishReason, OutputMode, Request, Speculation, SpeculationCounts};
 
 pub(crate) struct Worker {
     backend: Box<dyn Backend>,
@@ -105,17 +105,6 @@ struct Choice {
     guesser: Guesser,
     /// Times that it gave its blocks to an older one.
     preemptions: usize,
-    /// What was not put on its way yet.
-    untold: Untold,
-}
-
-/// New tokens for the sink.
-#[derive(Default)]
-struct Untold {
-    token_ids: Vec<u32>,
-    text: String,
-    deltas: Vec<Delta>,
-    logprobs: Vec<TokenLogprobs>,
 }
 
 impl Worker {
@@ -247,7 +236,9 @@ impl Worker {
             params,
         });
         let choices = (0..rules.params.n).map(|_| Some(Choice::new(&rules, &prompt))).collect();
-        self.outbox.open(number, sink);
+        let read_later = if rules.text_decides() { 0 } else { rules.params.n };
+        let transcripts = (0..read_later).map(|_| Transcript::new(Arc::clone(&rules))).collect();
+        self.outbox.open(number, sink, transcripts);
         self.requests.insert(
             number,
             Active {
@@ -483,10 +474,10 @@ impl Worker {
             queued: active.queued.unwrap_or_default(),
             prompt_logprobs: active.scores.take(),
         };
-        self.outbox.put(first.request, event);
+        self.outbox.put(first.request, News::Event(event));
         if active.rules.params.max_tokens == Some(0) {
             for choice in 0..active.choices.len() {
-                self.finish(SequenceId { choice, ..first }, FinishReason::Length, None);
+                self.finish(SequenceId { choice, ..first }, (FinishReason::Length, None));
             }
             return;
         }
@@ -501,7 +492,7 @@ impl Worker {
     }
 
     /// Takes what was drawn after a share: one token, and one more for each guess that was right.
-    fn take_tokens(&mut self, share: &Share, drawn: Vec<Sampled>, samplings: &[Sampling]) {
+    fn take_tokens(&mut self, share: &Share, mut drawn: Vec<Sampled>, samplings: &[Sampling]) {
         let id = share.id;
         let Some(active) = self.requests.get_mut(&id.request) else { return };
         let Some(choice) = &mut active.choices[id.choice] else { return };
@@ -511,24 +502,25 @@ impl Worker {
         if let Some(failure) = choice.constraint.as_ref().and_then(Constraint::failure) {
             return self.end(id.request, Event::Failed(Failure::Grammar(failure)));
         }
-        let (mut taken, mut end) = (Vec::with_capacity(drawn.len()), None);
-        for (sampled, sampling) in drawn.into_iter().zip(samplings) {
-            let token = sampled.token;
+        let (mut taken, mut end) = (0, None);
+        for (&Sampled { token, .. }, sampling) in drawn.iter().zip(samplings) {
             // Behind a guess that may not come, nothing may.
             let allowed = || sampling.mask.as_ref().is_none_or(|mask| mask.allows(token));
-            if !taken.is_empty() && !allowed() {
+            if taken > 0 && !allowed() {
                 break;
             }
             let room = self.scheduler.push(id, token) < self.settings.max_model_len;
-            end = choice.push(sampled, room, &active.rules);
-            taken.push(token);
-            if end.is_some() || share.guesses.get(taken.len() - 1) != Some(&token) {
+            end = choice.push(token, room, &active.rules);
+            taken += 1;
+            if end.is_some() || share.guesses.get(taken - 1) != Some(&token) {
                 break;
             }
         }
-        let right = taken.len() - 1;
-        self.generated_tokens += taken.len() as u64;
-        choice.guesser.learn(&taken);
+        drawn.truncate(taken);
+        let right = taken - 1;
+        self.generated_tokens += taken as u64;
+        let tokens = drawn.iter().map(|sampled| sampled.token);
+        choice.guesser.learn(tokens.clone());
         if !share.guesses.is_empty() {
             self.speculation.add(share.guesses.len(), right);
         }
@@ -538,32 +530,31 @@ impl Worker {
         if end.is_none()
             && let Some(constraint) = &mut choice.constraint
         {
-            constraint.advance(taken, choice.output.may_stop());
+            constraint.advance(tokens.collect(), choice.output.may_stop());
         }
-        if let Some(event) = choice.news(id.choice, &active.rules, end.is_some()) {
-            self.outbox.put(id.request, event);
+        let news = match choice.output.transcript() {
+            Some(transcript) => transcript.news(id.choice, drawn, end.is_some()).map(News::Event),
+            None => Some(News::Drawn { choice: id.choice, drawn, end: end.clone() }),
+        };
+        if let Some(news) = news {
+            self.outbox.put(id.request, news);
         }
-        if let Some((reason, stop)) = end {
-            self.finish(id, reason, stop);
+        if let Some(end) = end {
+            self.finish(id, end);
         }
     }
 
     /// Ends a choice, and the request with its last.
-    fn finish(&mut self, id: SequenceId, reason: FinishReason, stop: Option<StopReason>) {
+    fn finish(&mut self, id: SequenceId, end: End) {
         self.scheduler.remove(id);
         let Some(active) = self.requests.get_mut(&id.request) else { return };
         let Some(Choice { output, preemptions, .. }) = active.choices[id.choice].take() else { return };
-        let finished = Event::Finished {
-            choice: id.choice,
-            reason,
-            stop,
-            completion_tokens: output.generated(),
-            reasoning_tokens: output.reasoning_tokens(),
-            repairs: output.repairs(),
-            preemptions,
-        };
         let last = active.choices.iter().all(Option::is_none);
-        self.outbox.put(id.request, finished);
+        let news = match output.ended(id.choice, end, preemptions) {
+            (ended, Some(transcript)) => News::Event(transcript.finished(ended)),
+            (ended, None) => News::Ended(ended),
+        };
+        self.outbox.put(id.request, news);
         if last {
             self.end(id.request, Event::Done);
         }
@@ -585,7 +576,7 @@ impl Worker {
     /// Removes a request, if it is there, with a last event. By then its place in the queue is free.
     fn end(&mut self, number: u64, event: Event) {
         if self.remove(number) {
-            self.outbox.put(number, event);
+            self.outbox.put(number, News::Event(event));
             self.outbox.close(number);
         }
     }
@@ -657,7 +648,7 @@ impl Drop for Worker {
         (mailbox.open, mailbox.queued_tokens) = (0, 0);
         drop(mailbox);
         for (number, active) in std::mem::take(&mut self.requests) {
-            self.outbox.put(number, Event::Failed(failure.clone()));
+            self.outbox.put(number, News::Event(Event::Failed(failure.clone())));
             self.outbox.close(number);
             // After a panic the scheduler is not asked for anything.
             for choice in (0..active.choices.len()).filter(|_| !panicking) {
@@ -665,8 +656,8 @@ impl Drop for Worker {
             }
         }
         for Job { number, sink, .. } in incoming {
-            self.outbox.open(number, sink);
-            self.outbox.put(number, Event::Failed(failure.clone()));
+            self.outbox.open(number, sink, Vec::new());
+            self.outbox.put(number, News::Event(Event::Failed(failure.clone())));
             self.outbox.close(number);
         }
         self.outbox.tell();
@@ -696,7 +687,6 @@ impl Choice {
             place: rules.guard.as_ref().map(Guard::begin),
             guesser: Guesser::default(),
             preemptions: 0,
-            untold: Untold::default(),
         };
         if let OutputMode::Chat { begun, .. } = &rules.mode {
             begun.iter().for_each(|&token| choice.place = choice.place_after(rules, token));
@@ -707,29 +697,15 @@ impl Choice {
     }
 
     /// Takes a token that was drawn. The result is set if it was the last.
-    fn push(&mut self, sampled: Sampled, room: bool, rules: &Rules) -> Option<End> {
-        let token = sampled.token;
+    fn push(&mut self, token: u32, room: bool, rules: &Rules) -> Option<End> {
         if !self.seen.is_empty() {
             *self.seen.entry(token).or_default() += 1;
         }
-        let Untold { token_ids, text, deltas, logprobs } = &mut self.untold;
-        token_ids.push(token);
-        logprobs.extend(sampled.logprobs);
-        let end = self.output.push(token, room, text, deltas);
+        let end = self.output.push(token, room);
         if end.is_none() {
             self.advance(token, rules);
         }
         end
-    }
-
-    /// What is new, if it is time to tell.
-    fn news(&mut self, choice: usize, rules: &Rules, last: bool) -> Option<Event> {
-        let first = self.output.generated() == self.untold.token_ids.len();
-        if !first && !last && self.untold.token_ids.len() < rules.params.stream_interval {
-            return None;
-        }
-        let Untold { token_ids, text, deltas, logprobs } = std::mem::take(&mut self.untold);
-        Some(Event::Tokens { choice, token_ids, text, deltas, logprobs })
     }
 
     /// Takes note of a token after which there are more.
