@@ -53,10 +53,32 @@ impl Outbox {
 
     /// Tells everything. The result is the requests that are not to go on.
     pub(crate) fn tell(&mut self) -> Vec<u64> {
-        let mut unwanted = Vec::new();
+        let (mut unwanted, mut events) = (Vec::new(), Vec::with_capacity(self.untold.len()));
+        // All is read before anybody is told: who is told wakes up and wants the processor.
         for (number, news) in self.untold.drain(..) {
             let Some(client) = self.clients.get_mut(&number) else { continue };
-            let wanted = news.map(|news| client.tell(news));
+            let Some(news) = news else {
+                events.push((number, None));
+                continue;
+            };
+            match catch_unwind(AssertUnwindSafe(|| client.read(news))) {
+                Ok(event) => events.extend(event.map(|event| (number, Some(event)))),
+                Err(panic) => {
+                    let failure = Failure::Device(panic_message(panic.as_ref()));
+                    events.extend([(number, Some(Event::Failed(failure))), (number, None)]);
+                    unwanted.push(number);
+                }
+            }
+        }
+        for (number, event) in events {
+            let Some(client) = self.clients.get_mut(&number) else { continue };
+            let wanted = event.map(|event| {
+                // A sink that panics wants no more.
+                catch_unwind(AssertUnwindSafe(|| (client.sink)(event))).unwrap_or_else(|panic| {
+                    tracing::error!("the sink of a request panicked: {}", panic_message(panic.as_ref()));
+                    false
+                })
+            });
             if wanted == Some(true) {
                 continue;
             }
@@ -72,20 +94,6 @@ impl Outbox {
 }
 
 impl Client {
-    /// Whether the request is to go on.
-    fn tell(&mut self, news: News) -> bool {
-        let read = catch_unwind(AssertUnwindSafe(|| self.read(news)));
-        let legible = read.is_ok();
-        let failed = |panic: Box<_>| Some(Event::Failed(Failure::Device(panic_message(&*panic))));
-        let Some(event) = read.unwrap_or_else(failed) else { return true };
-        // A sink that panics wants no more.
-        let wanted = catch_unwind(AssertUnwindSafe(|| (self.sink)(event))).unwrap_or_else(|panic| {
-            tracing::error!("the sink of a request panicked: {}", panic_message(panic.as_ref()));
-            false
-        });
-        wanted && legible
-    }
-
     /// The event, if it is time for one.
     fn read(&mut self, news: News) -> Option<Event> {
         match news {
