@@ -622,3 +622,64 @@ fn an_engine_without_its_device_ends() {
     let refused = engine.submit(text_request(&[1; 20], unlimited()), Box::new(|_| true));
     assert!(matches!(refused, Err(engine::SubmitError::ShuttingDown)));
 }
+
+/// Computes without leaving time for anything else: what clients are told comes after a step that succeeds.
+struct Hasty(Scripted);
+
+impl Backend for Hasty {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+
+    fn kv_layout(&self) -> KvLayout {
+        self.0.kv_layout()
+    }
+
+    fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), gptoss::Error> {
+        self.0.allocate_kv(full_blocks, sliding_blocks)
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, gptoss::Error> {
+        self.0.step(plan)
+    }
+
+    fn step_while(
+        &mut self,
+        plan: &Plan,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<SequenceOutput>, gptoss::Error> {
+        let outputs = self.0.step(plan)?;
+        meanwhile();
+        Ok(outputs)
+    }
+}
+
+#[test]
+fn what_was_drawn_is_told_before_the_device_is_lost() {
+    let script = tokens("Hi there<|return|>");
+    for failure in [Step::Lose("fell off the bus".to_owned()), Step::Panic("on purpose".to_owned())] {
+        let (control, steps) = channel();
+        let backend = Scripted::new(Scripted::gpt_oss(), vec![script.clone()]).controlled_by(steps);
+        let engine = engine::Engine::start(Box::new(Hasty(backend)), harmony(), small(200)).unwrap();
+        let params = SamplingParams { n: 2, ..unlimited() };
+        let (_handle, events) = submit(&engine, text_request(&[1; 20], params));
+        for step in [Step::Run, Step::Run, failure.clone(), failure.clone()] {
+            // The engine may be gone by the last.
+            let _ = control.send(step);
+        }
+        let events: Vec<Event> = events.iter().collect();
+        assert!(matches!(events.last(), Some(Event::Failed(Failure::Device(_)))), "{events:?}");
+        for choice in 0..2 {
+            assert_eq!(tokens_of(&events, choice), script[..2 - choice], "{events:?}");
+        }
+        let text = |event: &Event| match event {
+            Event::Tokens { choice: 0, text, .. } => text.clone(),
+            _ => String::new(),
+        };
+        assert_eq!(events.iter().map(text).collect::<String>(), "Hi there");
+    }
+}

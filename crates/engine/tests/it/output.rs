@@ -213,3 +213,59 @@ fn reasoning_and_repairs_are_counted() {
     assert_eq!(*reasoning_tokens, tokens("Say hi there.").len());
     assert_eq!(*repairs, [("start_in_content", 1)]);
 }
+
+/// What never comes, but whoever waits for it reads along.
+fn expectant(params: &SamplingParams) -> SamplingParams {
+    SamplingParams { stop: vec!["\u{1}".to_owned()], ..params.clone() }
+}
+
+#[test]
+fn it_makes_no_difference_when_an_answer_is_read() {
+    let at_most = |max_tokens| SamplingParams { max_tokens: Some(max_tokens), ..unlimited() };
+    let hello = tokens(" there")[0];
+    let cases = [
+        unlimited(),
+        at_most(0),
+        // Within a header, a call and a character.
+        at_most(2),
+        at_most(20),
+        at_most(26),
+        SamplingParams { n: 3, logprobs: Some(2), ..unlimited() },
+        SamplingParams { stream_interval: 4, logprobs: Some(0), ..at_most(22) },
+        SamplingParams { min_tokens: 12, ..unlimited() },
+        SamplingParams { skip_special_tokens: false, include_stop_str_in_output: true, ..unlimited() },
+        SamplingParams { stop_token_ids: vec![hello], ..unlimited() },
+        SamplingParams { stop_token_ids: vec![hello], include_stop_str_in_output: true, ..unlimited() },
+        SamplingParams { ignore_eos: true, ..at_most(70) },
+    ];
+    let modes = [
+        OutputMode::Text,
+        OutputMode::Chat { tools: vec!["get_weather".to_owned()], begun: Vec::new() },
+        OutputMode::Chat { tools: Vec::new(), begun: tokens("<|channel|>final<|message|>") },
+    ];
+    let scripts = [
+        ANSWER,
+        CALLS,
+        "<|channel|>final<|message|>👋🏽 there<|end|>surplus<|call|>",
+        "👋<|message|>there 👋🏽<|return|>",
+    ];
+    for script in scripts {
+        let engine = says(script);
+        for mode in &modes {
+            for params in &cases {
+                let events = |params: &SamplingParams| {
+                    let request = Request::new(vec![1, 2], params.clone(), mode.clone());
+                    let mut events = run(&engine, request);
+                    // How long it waited.
+                    events.remove(0);
+                    events
+                };
+                assert_eq!(
+                    events(params),
+                    events(&expectant(params)),
+                    "{script} as {mode:?} with {params:?}"
+                );
+            }
+        }
+    }
+}
