@@ -389,8 +389,8 @@ impl Cuda {
             }
         }
         for (sequence, _) in plan.sequences.iter().zip(&results).filter(|(_, result)| result.corrupted) {
-            self.tainted.0.extend(&sequence.full_blocks);
-            self.tainted.1.extend(&sequence.sliding_blocks);
+            self.tainted.0.extend(&*sequence.full_blocks);
+            self.tainted.1.extend(&*sequence.sliding_blocks);
         }
         Ok(results)
     }

@@ -82,6 +82,7 @@ fn tokens() -> Vec<u32> {
 /// The logits of all positions, computed `chunk` at a time.
 fn run(backend: &mut dyn Backend, tokens: &[u32], chunk: usize) -> Result<Vec<f32>, Error> {
     let blocks: Vec<u32> = (0..tokens.len().div_ceil(BLOCK_TOKENS) as u32).rev().collect();
+    let blocks = Arc::new(blocks);
     let mut logits = Vec::new();
     for (i, part) in tokens.chunks(chunk).enumerate() {
         let sequence = SequencePlan {

@@ -79,8 +79,9 @@ impl Tokens {
 /// The blocks of one sequence.
 #[derive(Debug)]
 pub struct Table {
-    full: Vec<BlockId>,
-    sliding: Vec<BlockId>,
+    /// Shared with a step's plan while that runs. Both lists change between steps, when they are not, so nothing is copied.
+    full: Arc<Vec<BlockId>>,
+    sliding: Arc<Vec<BlockId>>,
     /// Sliding blocks below this index were released.
     released: usize,
     /// This many leading blocks are full and were offered to the prefix cache.
@@ -91,12 +92,12 @@ pub struct Table {
 
 impl Table {
     /// Blocks of the full layers, in order.
-    pub fn full(&self) -> &[BlockId] {
+    pub fn full(&self) -> &Arc<Vec<BlockId>> {
         &self.full
     }
 
     /// Blocks of the sliding layers, in order; those before the window are [`RELEASED`].
-    pub fn sliding(&self) -> &[BlockId] {
+    pub fn sliding(&self) -> &Arc<Vec<BlockId>> {
         &self.sliding
     }
 }
@@ -192,10 +193,12 @@ impl Blocks {
         let released = cached - hit.window.len();
         let mut sliding = vec![RELEASED; released];
         sliding.extend(hit.window);
-        let mut table = Table { full: hit.full, sliding, released, offered: cached, parent: hit.identity };
+        let mut full = hit.full;
         for _ in 0..fresh {
-            table.full.extend(self.take_full());
+            full.extend(self.take_full());
         }
+        let (full, sliding) = (Arc::new(full), Arc::new(sliding));
+        let table = Table { full, sliding, released, offered: cached, parent: hit.identity };
         Some((table, cached * BLOCK_TOKENS))
     }
 
@@ -205,12 +208,12 @@ impl Blocks {
         while table.full.len() < blocks
             && let Some(block) = self.take_full()
         {
-            table.full.push(block);
+            Arc::make_mut(&mut table.full).push(block);
         }
         while table.sliding.len() < blocks.min(table.full.len())
             && let Some(block) = self.take_sliding()
         {
-            table.sliding.push(block);
+            Arc::make_mut(&mut table.sliding).push(block);
         }
         (table.sliding.len() * BLOCK_TOKENS).min(end)
     }
@@ -242,7 +245,7 @@ impl Blocks {
         }
         let first = self.first_in_window(computed).min(table.sliding.len());
         while table.released < first {
-            let block = std::mem::replace(&mut table.sliding[table.released], RELEASED);
+            let block = std::mem::replace(&mut Arc::make_mut(&mut table.sliding)[table.released], RELEASED);
             self.sliding.release(block);
             table.released += 1;
         }
@@ -251,8 +254,8 @@ impl Blocks {
     /// Gives all blocks back, the last first, so that the heads of prefixes outlive their tails.
     pub fn close(&mut self, table: Table) {
         let Table { full, sliding, released, .. } = table;
-        sliding.into_iter().skip(released).rev().for_each(|block| self.sliding.release(block));
-        full.into_iter().rev().for_each(|block| self.full.release(block));
+        sliding.iter().skip(released).rev().for_each(|&block| self.sliding.release(block));
+        full.iter().rev().for_each(|&block| self.full.release(block));
     }
 
     /// Forgets every cached prefix. Sequences keep their blocks.

@@ -12,6 +12,7 @@
 
 use std::collections::BTreeMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use gptoss::{BLOCK_TOKENS, SequencePlan};
 
@@ -211,8 +212,8 @@ impl Scheduler {
         SequencePlan {
             tokens,
             position: share.positions.start,
-            full_blocks: running.table.full().to_vec(),
-            sliding_blocks: running.table.sliding().to_vec(),
+            full_blocks: Arc::clone(running.table.full()),
+            sliding_blocks: Arc::clone(running.table.sliding()),
             ..SequencePlan::default()
         }
     }

@@ -309,8 +309,10 @@ impl Worker {
                 let tokens = shares.iter().map(|share| share.positions.len()).sum();
                 let prompts = shares.iter().any(|share| share.positions.len() > 1);
                 self.shared.stats().step(tokens, prompts, begin.elapsed());
-                for ((share, output), plan) in shares.iter().zip(outputs).zip(&plan.sequences) {
-                    let committed = catch_unwind(AssertUnwindSafe(|| self.commit(share, output, plan)));
+                // Of the plan only this is looked at again. Tables of blocks that nobody shares can grow in place.
+                let samplings: Vec<_> = plan.sequences.into_iter().map(|sequence| sequence.sample).collect();
+                for ((share, output), samplings) in shares.iter().zip(outputs).zip(&samplings) {
+                    let committed = catch_unwind(AssertUnwindSafe(|| self.commit(share, output, samplings)));
                     if let Err(panic) = committed {
                         self.fail(share.id.request, &panic_message(panic.as_ref()));
                     }
@@ -436,7 +438,7 @@ impl Worker {
     }
 
     /// Writes one sequence's results back and tells its request.
-    fn commit(&mut self, share: &Share, output: SequenceOutput, plan: &SequencePlan) {
+    fn commit(&mut self, share: &Share, output: SequenceOutput, samplings: &[Sampling]) {
         self.scheduler.commit(share);
         let number = share.id.request;
         // An earlier share of the same request may have cancelled it.
@@ -459,7 +461,7 @@ impl Worker {
         if !active.started {
             self.begin(share.id);
         }
-        self.take_tokens(share, output.sampled, &plan.sample);
+        self.take_tokens(share, output.sampled, samplings);
     }
 
     /// The prompt is computed: the other choices can share its blocks.

@@ -119,11 +119,12 @@ pub struct SequencePlan {
     /// How many of them, the last ones, continue a prompt instead of being part of it. Where a backend computes single tokens
     /// and chunks differently, it may go by this instead of by how the tokens happen to come.
     pub generated: usize,
-    /// Block `i` stores positions `16 i .. 16 i + 16` of the full layers; covers everything up to the last token.
-    pub full_blocks: Vec<BlockId>,
+    /// Block `i` stores positions `16 i .. 16 i + 16` of the full layers; covers everything up to the last token. Shared with
+    /// whoever keeps the table between steps.
+    pub full_blocks: Arc<Vec<BlockId>>,
     /// The same for the sliding layers. Entries of blocks that lie wholly before the window of the first token are
     /// not looked at.
-    pub sliding_blocks: Vec<BlockId>,
+    pub sliding_blocks: Arc<Vec<BlockId>>,
     /// Sample tokens after the last ones, at most one per token: the last entry belongs to the last token, the one before
     /// it to the token before. More than one is how guessed tokens are verified.
     pub sample: Vec<Sampling>,
@@ -139,11 +140,11 @@ impl SequencePlan {
     /// Tokens from `position` on of a sequence that has, of both kinds, the blocks from `first` on to itself.
     pub fn in_blocks(tokens: &[u32], position: usize, first: BlockId) -> SequencePlan {
         let count = (position + tokens.len()).div_ceil(BLOCK_TOKENS) as BlockId;
-        let blocks: Vec<BlockId> = (first..first + count).collect();
+        let blocks: Arc<Vec<BlockId>> = Arc::new((first..first + count).collect());
         SequencePlan {
             tokens: tokens.to_vec(),
             position,
-            full_blocks: blocks.clone(),
+            full_blocks: Arc::clone(&blocks),
             sliding_blocks: blocks,
             ..SequencePlan::default()
         }

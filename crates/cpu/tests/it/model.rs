@@ -310,7 +310,7 @@ fn an_unavailable_instruction_set_and_a_bad_plan_are_errors() {
     let mut cpu =
         load(odd(Format::Bf16), Options { isa: Some(Isa::Scalar), threads: Some(1), ..Options::default() });
     let mut bad = sequence(&[1], 0, 0);
-    bad.full_blocks = vec![BLOCKS as u32];
+    bad.full_blocks = vec![BLOCKS as u32].into();
     assert!(cpu.step(&Plan { sequences: vec![bad] }).is_err());
     assert!(cpu.allocate_kv(usize::MAX / 2, 1).is_err());
     for isa in Isa::ALL.into_iter().filter(|isa| !isa.is_available()) {

@@ -49,8 +49,8 @@ fn logits(mut cpu: Cpu) -> Vec<f32> {
     cpu.allocate_kv(2, 2).unwrap();
     let sequence = SequencePlan {
         tokens: (0..20).map(|i| i * 13 % 320).collect(),
-        full_blocks: vec![0, 1],
-        sliding_blocks: vec![0, 1],
+        full_blocks: vec![0, 1].into(),
+        sliding_blocks: vec![0, 1].into(),
         logits: true,
         ..SequencePlan::default()
     };

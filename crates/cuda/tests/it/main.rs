@@ -520,7 +520,7 @@ fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
         for &count in counts {
             let one = |s: u32| SequencePlan {
                 sample: vec![Sampling::default()],
-                sliding_blocks: vec![90 + s],
+                sliding_blocks: vec![90 + s].into(),
                 ..sequence(&[8 + s % 300], 0, 96 + s)
             };
             check((0..count).map(one).collect());
@@ -769,7 +769,7 @@ fn what_does_not_fit_is_an_error() {
     let Some(device) = device() else { return };
     let mut cuda = load(&device, &*odd(Format::Bf16));
     let mut bad = sequence(&[1], 0, 0);
-    bad.full_blocks = vec![BLOCKS as u32];
+    bad.full_blocks = vec![BLOCKS as u32].into();
     assert!(cuda.step(&Plan { sequences: vec![bad] }).is_err());
     assert!(cuda.allocate_kv(usize::MAX / 2, 1).is_err());
     assert!(cuda.allocate_kv(1 << 40, 1).is_err());

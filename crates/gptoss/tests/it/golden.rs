@@ -19,8 +19,8 @@ fn sequence(tokens: &[u32], position: usize, blocks: &[u32]) -> SequencePlan {
     SequencePlan {
         tokens: tokens.to_vec(),
         position,
-        full_blocks: blocks.to_vec(),
-        sliding_blocks: blocks.to_vec(),
+        full_blocks: blocks.to_vec().into(),
+        sliding_blocks: blocks.to_vec().into(),
         ..SequencePlan::default()
     }
 }
@@ -210,7 +210,7 @@ fn plans_that_break_a_rule_are_refused() {
         (SequencePlan { generated: good.tokens.len() + 1, ..good.clone() }, "more tokens than there are"),
         (SequencePlan { position: 30, ..good.clone() }, "needs 3 blocks"),
         (SequencePlan { position: usize::MAX / 2, ..good.clone() }, "beyond the context"),
-        (SequencePlan { full_blocks: vec![9], ..good.clone() }, "not allocated"),
+        (SequencePlan { full_blocks: vec![9].into(), ..good.clone() }, "not allocated"),
         (SequencePlan { score: Some(Score { next: vec![0; 4], top: 0 }), ..good.clone() }, "do not fit"),
         (SequencePlan { hidden_after_layer: Some(4), ..good.clone() }, "does not exist"),
     ] {

@@ -51,8 +51,8 @@ pub(crate) fn sequence(tokens: &[u32], position: usize, first: u32) -> SequenceP
     SequencePlan {
         tokens: tokens.to_vec(),
         position,
-        full_blocks: (0..count).map(|i| first + i).collect(),
-        sliding_blocks: (0..count).map(|i| first + count - 1 - i).collect(),
+        full_blocks: (0..count).map(|i| first + i).collect::<Vec<_>>().into(),
+        sliding_blocks: (0..count).map(|i| first + count - 1 - i).collect::<Vec<_>>().into(),
         ..SequencePlan::default()
     }
 }
