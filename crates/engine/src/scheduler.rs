@@ -11,7 +11,7 @@
 //! written by two sequences, and none is copied.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
+use std::ops::{Bound, Range};
 use std::sync::Arc;
 
 use gptoss::{BLOCK_TOKENS, SequencePlan};
@@ -322,22 +322,27 @@ impl Scheduler {
     }
 
     fn schedule_decodes(&mut self, shares: &mut Vec<Share>, budget: &mut usize) {
-        let decoding: Vec<SequenceId> =
-            self.running.iter().filter(|(_, r)| r.decoding()).map(|(&id, _)| id).collect();
-        for id in decoding {
-            // Victims are younger than what was planned so far, so the plan stays valid; the last victim is this one.
-            while *budget > 0
-                && let Some(running) = self.running.get_mut(&id)
-            {
+        let mut from = Bound::Unbounded;
+        loop {
+            let mut starved = None;
+            let rest = self.running.range_mut((from, Bound::Unbounded));
+            for (&id, running) in rest.filter(|(_, r)| r.decoding()) {
                 let end = running.sequence.tokens.len();
-                if self.blocks.grow(&mut running.table, end) == end {
-                    shares.push(Share::new(id, end - 1..end, true));
-                    *budget -= 1;
+                if *budget == 0 {
+                    return;
+                }
+                if self.blocks.grow(&mut running.table, end) < end {
+                    starved = Some(id);
                     break;
                 }
-                let youngest = *self.running.last_key_value().expect("this one is running").0;
-                self.preempt(youngest);
+                shares.push(Share::new(id, end - 1..end, true));
+                *budget -= 1;
             }
+            let Some(id) = starved else { return };
+            // Victims are younger than what was planned so far, so the plan stays valid; the last victim is this one.
+            let youngest = *self.running.last_key_value().expect("this one is running").0;
+            self.preempt(youngest);
+            from = Bound::Included(id);
         }
     }
 
