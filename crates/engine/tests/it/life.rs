@@ -212,6 +212,7 @@ fn after_a_failed_step_requests_go_on_where_they_were() {
 }
 
 /// Fails whenever a certain token is to be computed, and where it is not told right which tokens follow a prompt.
+/// What clients are told comes after a step that succeeds.
 struct Fragile(Scripted);
 
 const POISON: u32 = 1000;
@@ -248,6 +249,16 @@ impl Backend for Fragile {
         for (output, sequence) in outputs.iter_mut().zip(&plan.sequences) {
             output.corrupted = sequence.tokens.contains(&DAMAGE);
         }
+        Ok(outputs)
+    }
+
+    fn step_while(
+        &mut self,
+        plan: &Plan,
+        meanwhile: &mut dyn FnMut(),
+    ) -> Result<Vec<SequenceOutput>, gptoss::Error> {
+        let outputs = self.step(plan)?;
+        meanwhile();
         Ok(outputs)
     }
 }
@@ -623,48 +634,13 @@ fn an_engine_without_its_device_ends() {
     assert!(matches!(refused, Err(engine::SubmitError::ShuttingDown)));
 }
 
-/// Computes without leaving time for anything else: what clients are told comes after a step that succeeds.
-struct Hasty(Scripted);
-
-impl Backend for Hasty {
-    fn config(&self) -> &Config {
-        self.0.config()
-    }
-
-    fn describe(&self) -> String {
-        self.0.describe()
-    }
-
-    fn kv_layout(&self) -> KvLayout {
-        self.0.kv_layout()
-    }
-
-    fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), gptoss::Error> {
-        self.0.allocate_kv(full_blocks, sliding_blocks)
-    }
-
-    fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, gptoss::Error> {
-        self.0.step(plan)
-    }
-
-    fn step_while(
-        &mut self,
-        plan: &Plan,
-        meanwhile: &mut dyn FnMut(),
-    ) -> Result<Vec<SequenceOutput>, gptoss::Error> {
-        let outputs = self.0.step(plan)?;
-        meanwhile();
-        Ok(outputs)
-    }
-}
-
 #[test]
 fn what_was_drawn_is_told_before_the_device_is_lost() {
     let script = tokens("Hi there<|return|>");
     for failure in [Step::Lose("fell off the bus".to_owned()), Step::Panic("on purpose".to_owned())] {
         let (control, steps) = channel();
         let backend = Scripted::new(Scripted::gpt_oss(), vec![script.clone()]).controlled_by(steps);
-        let engine = engine::Engine::start(Box::new(Hasty(backend)), harmony(), small(200)).unwrap();
+        let engine = engine::Engine::start(Box::new(Fragile(backend)), harmony(), small(200)).unwrap();
         let params = SamplingParams { n: 2, ..unlimited() };
         let (_handle, events) = submit(&engine, text_request(&[1; 20], params));
         for step in [Step::Run, Step::Run, failure.clone(), failure.clone()] {
