@@ -48,7 +48,7 @@ impl Model {
         let revision = from.revision.as_deref();
         let Some(name) = name.or_else(|| revision.map(|_| BUILT_IN)) else { return Model::built_in() };
         let path = Path::new(name);
-        let folder = if let Some(revision) = revision.filter(|_| path.exists() || !hub::is_hub_name(name)) {
+        let folder = if let Some(revision) = revision.filter(|_| !is_on_hub(name)) {
             return Err(Failure::input(format!(
                 "--revision {revision}: expected a hub name as MODEL, found {name}"
             )));
@@ -75,15 +75,17 @@ impl Model {
         from: &FromHub,
         ui: Ui,
     ) -> Result<()> {
-        let path = Path::new(name);
-        let on_hub = hub::is_hub_name(name) && !path.exists();
+        let on_hub = is_on_hub(name);
         if let Some(revision) = revision.filter(|_| !on_hub) {
             return Err(Failure::input(format!(
                 "--tokenizer-revision {revision}: expected a hub name as --tokenizer, found {name}"
             )));
         }
-        self.other_tokenizer =
-            Some(if on_hub { fetch(name, revision, Files::Tokenizer, from, ui)? } else { path.to_owned() });
+        self.other_tokenizer = Some(if on_hub {
+            fetch(name, revision, Files::Tokenizer, from, ui)?
+        } else {
+            PathBuf::from(name)
+        });
         Ok(())
     }
 
@@ -187,6 +189,11 @@ impl Model {
         }
         Ok(Arc::new(view))
     }
+}
+
+/// Whether a name means a model on the hub: what is on this machine goes first.
+pub(crate) fn is_on_hub(name: &str) -> bool {
+    hub::is_hub_name(name) && !Path::new(name).exists()
 }
 
 pub(crate) fn threads(common: &Common) -> usize {

@@ -16,7 +16,7 @@ use crate::calibration::Data;
 use crate::commands::quantize as command;
 use crate::failure::{Failure, Result};
 use crate::loaded::backend;
-use crate::model::{Model, threads};
+use crate::model::{Model, is_on_hub, threads};
 use crate::modelopt::flag;
 use crate::ui::Ui;
 
@@ -32,11 +32,10 @@ impl SourceFacts {
     pub(crate) fn of(model: &Model) -> SourceFacts {
         let card =
             std::fs::read_to_string(model.checkpoint.directory().join("README.md")).unwrap_or_default();
-        let is_hub_name = checkpoint::hub::is_hub_name(&model.name) && !Path::new(&model.name).exists();
         SourceFacts {
             layout: model.checkpoint.layout().name(),
             license: front_matter(&card, "license"),
-            base_model: if is_hub_name {
+            base_model: if is_on_hub(&model.name) {
                 Some(model.name.clone())
             } else {
                 front_matter(&card, "base_model")
