@@ -645,6 +645,7 @@ impl Cpu {
                 // SAFETY: each token has a place of its own.
                 let x = unsafe { out.slice(t * d, d) };
                 let ranks = &groups.ranks[t * k..][..k];
+                // The config makes the width a multiple of 32, so nothing is left over.
                 for (c, x) in x.as_chunks_mut::<COLUMNS>().0.iter_mut().enumerate() {
                     let mut sums = [0.0; COLUMNS];
                     for &(slot, weight) in ranks {

@@ -365,12 +365,8 @@ impl Cuda {
                 let len = planned.tokens.len();
                 // Where a token's kernels may not depend on company, they depend on whether it is the prompt's.
                 let prompt = if invariant { len - planned.generated } else { len };
-                let (mut at, end) = match (answers, prompt) {
-                    (false, 0) => (0, len),
-                    (false, _) => (0, prompt),
-                    (true, 0) => (0, 0),
-                    (true, _) => (prompt, len),
-                };
+                let first = if prompt > 0 { prompt } else { len };
+                let (mut at, end) = if answers { (first, len) } else { (0, first) };
                 while at < end {
                     let whole = if at < prompt { end - at } else { 1 };
                     let count = whole.min(MAX_TOKENS - tokens);
