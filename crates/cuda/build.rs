@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
+use std::sync::Mutex;
 
 /// What the files without a suffix are compiled for. The last entry is what an unknown later chip translates.
 const PORTABLE: [&str; 7] = [
@@ -27,13 +28,21 @@ fn main() {
     let nvcc = nvcc();
     let out = PathBuf::from(std::env::var_os("OUT_DIR").expect("cargo sets OUT_DIR"));
     std::fs::write(out.join("fp4_layout.cuh"), header).expect("OUT_DIR can be written");
-    for entry in std::fs::read_dir("kernels").expect("the kernels lie beside build.rs") {
-        let source = entry.expect("a readable folder").path();
-        if source.extension().is_some_and(|e| e == "cu") {
-            let stem = source.file_stem().and_then(|s| s.to_str()).expect("a name in ASCII");
-            compile(&nvcc, &source, &targets(stem), &out.join(stem).with_extension("fatbin"));
+    let entries = std::fs::read_dir("kernels").expect("the kernels lie beside build.rs");
+    let files = entries.map(|entry| entry.expect("a readable folder").path());
+    let sources = Mutex::new(files.filter(|file| file.extension().is_some_and(|e| e == "cu")));
+    let next = || sources.lock().expect("nobody panics with it").next();
+    let jobs = std::env::var("NUM_JOBS").ok().and_then(|jobs| jobs.parse().ok()).unwrap_or(1);
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some(source) = next() {
+                    let stem = source.file_stem().and_then(|s| s.to_str()).expect("a name in ASCII");
+                    compile(&nvcc, &source, &targets(stem), &out.join(stem).with_extension("fatbin"));
+                }
+            });
         }
-    }
+    });
 }
 
 /// `CUDA_HOME`, then `.cuda` at the workspace root, then `PATH`.
