@@ -25,7 +25,7 @@ struct One {
     uint32_t early, late_groups;     // those of the other blocks
     uint32_t share_warps;            // warps of a row tile in `shares`; 0: there are none
     float eps;
-    uint32_t padding;
+    uint32_t stack;                  // of the final norm's outputs: see `activation_place`
 };
 static_assert(sizeof(One) == 312);
 
@@ -351,8 +351,8 @@ template <int THREADS> struct Stream {
             }
         }
     }
-    // The norm, to `x`; the stream itself, to `whole` if `keep`.
-    template <Format F> __device__ __forceinline__ void norm(const One& p, const Vector<VALUES>& scale, uint16_t* x, bool keep) const {
+    // The norm, whose numbers from `4 * at` on `put(at, v)` takes; the stream itself, to `whole` if `keep`.
+    template <class Put> __device__ __forceinline__ void norm(const One& p, const Vector<VALUES>& scale, bool keep, Put put) const {
         __shared__ __align__(16) float squares[THREADS / WARP];
         float square = 0;
 #pragma unroll
@@ -369,7 +369,7 @@ template <int THREADS> struct Stream {
             const uint32_t at = i * THREADS + threadIdx.x;
             if (at * 4 >= p.matrix.cols) break;
             const float4 &a = v[i], &b = scale.v[i];
-            store_inputs<F>(x, at, a.x * inverse * b.x, a.y * inverse * b.y, a.z * inverse * b.z, a.w * inverse * b.w);
+            put(at, make_float4(a.x * inverse * b.x, a.y * inverse * b.y, a.z * inverse * b.z, a.w * inverse * b.w));
             if (keep && at < p.hidden / 4) ((float4*)p.whole)[at] = a;
         }
     }
@@ -405,7 +405,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
     if (F == FP4) start_next();
     Rotation rotation;
     if (finishes) rotation.load(e, own_tile, pair, 0);
-    stream.template norm<F>(p, scale, x, blockIdx.x == 0);
+    stream.norm(p, scale, blockIdx.x == 0, [&](uint32_t at, const float4& v) { store_inputs<F>(x, at, v.x, v.y, v.z, v.w); });
     __syncthreads();
     // Not earlier: the residual stream would wait behind the weights of the projection of attention.
     if (F != FP4) start_next();
@@ -671,7 +671,10 @@ template <Format F> __device__ __forceinline__ void last_norm(const One& p) {
     Stream<THREADS> stream(p);
     wait_for_previous();
     stream.load(p);
-    stream.template norm<F>(p, scale, (uint16_t*)p.input, true);
+    stream.norm(p, scale, true, [&](uint32_t at, const float4& v) {
+        auto to = [&](uint32_t k) { return (uint32_t*)(p.input + activation_place(p.stack, p.matrix.cols, 0, k)); };
+        *to(4 * at) = activation(F, v.x) | activation(F, v.y) << 16, *to(4 * at + 2) = activation(F, v.z) | activation(F, v.w) << 16;
+    });
 }
 
 // The output layer, and the largest logit. Each warp has a row tile, then another.

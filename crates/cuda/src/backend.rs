@@ -609,7 +609,7 @@ impl Cuda {
         scale: Option<(&Buffer, &PackedMatrix)>,
     ) -> Result<(), Error> {
         if let Some(one) = self.one.as_ref().filter(|_| shape.tokens == 1) {
-            return one.norm(self, pending);
+            return one.norm(self, pending, 0);
         }
         let out = scale.map_or(0, |_| self.arena.normed.address());
         let params = Norm {
@@ -650,22 +650,26 @@ impl Cuda {
 
     /// The final norm and the logits of these entries of the list of outputs, and the largest of each.
     fn output(&self, shape: &Shape, outputs: Range<usize>, pending: bool) -> Result<(), Error> {
-        if let Some(one) = self.one.as_ref().filter(|_| shape.tokens == 1) {
-            one.norm(self, pending)?;
-            return one.output(self);
-        }
         let n = outputs.len();
         let epilogue = Epilogue { out: self.arena.logits.address(), ..self.epilogue(After::Store) };
         let some = self.some(&self.unembedding, n, &epilogue).is_some();
-        let params = Norm {
-            rows: self.word(shape.words.outputs + outputs.start),
-            scale: self.final_norm.address(),
-            format: self.unembedding.format(),
-            stack: if some { stack_rows(n) as u32 } else { self.stack(&self.unembedding, n) },
-            ..self.norm_params(shape, pending, self.arena.normed.address())
-        };
-        // SAFETY: the list names rows of this batch, each once.
-        unsafe { self.device.launch("rms_norm", [n as u32, 1, 1], self.norm_threads(), 0, &params)? };
+        let stack = if some { stack_rows(n) as u32 } else { self.stack(&self.unembedding, n) };
+        if let Some(one) = self.one.as_ref().filter(|_| shape.tokens == 1) {
+            one.norm(self, pending, stack)?;
+            if !some {
+                return one.output(self);
+            }
+        } else {
+            let params = Norm {
+                rows: self.word(shape.words.outputs + outputs.start),
+                scale: self.final_norm.address(),
+                format: self.unembedding.format(),
+                stack,
+                ..self.norm_params(shape, pending, self.arena.normed.address())
+            };
+            // SAFETY: the list names rows of this batch, each once.
+            unsafe { self.device.launch("rms_norm", [n as u32, 1, 1], self.norm_threads(), 0, &params)? };
+        }
         if some {
             // It finds the largest, too, and stores what is wanted.
             let out = if shape.logits { epilogue.out } else { 0 };

@@ -182,7 +182,7 @@ impl OneToken {
             late_groups: 0,
             share_warps: self.share_warps as u32,
             eps: config.rms_norm_eps,
-            padding: 0,
+            stack: 0,
         }
     }
 
@@ -245,14 +245,15 @@ impl OneToken {
         }
     }
 
-    /// The final norm, and the residual stream with what is pending.
-    pub(crate) fn norm(&self, cuda: &Cuda, pending: bool) -> Result<(), Error> {
+    /// The final norm, whose output is plain or the first row of a stack of so many, and the residual stream with what is pending.
+    pub(crate) fn norm(&self, cuda: &Cuda, pending: bool, stack: u32) -> Result<(), Error> {
         let matrix = &cuda.unembedding;
         let params = One {
             norm_scale: cuda.final_norm.address(),
             input: cuda.arena.normed.address(),
             whole: cuda.arena.residual.address(),
             share_warps: self.pending(pending),
+            stack,
             ..self.params(cuda, matrix, cuda.epilogue(After::Store))
         };
         let name = if matrix.format() == BF16 { "one_norm_bf16" } else { "one_norm_fp4" };

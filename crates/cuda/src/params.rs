@@ -89,7 +89,7 @@ params! {
         router: Address, router_bias: Address, router_parts: Address, shares: Address, exchange: Address, rounds: Address,
         best: Address, arrivals: Address, largest: Address, epilogue: Epilogue,
         hidden: u32, part_count: u32, experts: u32, experts_per_token: u32, groups: u32, early: u32, late_groups: u32, share_warps: u32,
-        eps: f32, padding: u32,
+        eps: f32, stack: u32,
     }
     /// gemm_sm90.cu
     Gemm, 160 {
