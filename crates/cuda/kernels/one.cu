@@ -1,6 +1,7 @@
 // The products of a step of one token. What decides is the chain of kernels, each of which waits for the one before it: so there are
 // few, norms and the choice of experts are the beginning of a product, everything else its end, and each kernel has its first weights
-// in shared memory before it waits, in blocks of which a multiprocessor holds two kernels'.
+// in shared memory before it waits, in blocks of which a multiprocessor holds two kernels'. The projection of attention does not wait for
+// attention's end, but for what it finds, as words that come.
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
@@ -8,6 +9,7 @@ struct One {
     Matrix matrix, down;             // `down`: of the experts
     const float* norm_scale;         // [hidden]: of the norm before, or, where the router follows, of the norm after
     const uint16_t* input;           // 16-bit, where there is no norm before
+    uint16_t* context;               // [query heads * 64]: what attention found; all bits set until it comes, and again by the experts
     float* residual;                 // [hidden], without what the last experts add
     float* whole;                    // [hidden], with it
     float* scaled;                   // [hidden]: the residual stream times the scale of the norm before the experts
@@ -27,7 +29,7 @@ struct One {
     float eps;
     uint32_t stack;                  // of the final norm's outputs: see `activation_place`
 };
-static_assert(sizeof(One) == 312);
+static_assert(sizeof(One) == 320);
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
 constexpr int EXPERT_WARPS = 24, DOWN_WARPS = 22; // of a block of the experts, and those that the second product has
@@ -216,11 +218,21 @@ template <Format F, int CHUNK, int SLOTS> struct Flow {
     }
 };
 
-// A warp's inputs, `count` tiles, to shared memory.
-__device__ __forceinline__ void bring_inputs(uint16_t* to, const uint16_t* from, int count) {
-    for (int i = threadIdx.x % WARP; i < count * 8; i += WARP) copy_async(shared_address(to + i * 8), from + i * 8);
-    commit_copies();
-    wait_for_copies<0>();
+__device__ __forceinline__ uint4 load_relaxed(const uint32_t* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+
+// A warp's inputs, `count` tiles, to shared memory, when they have come: until then all bits of a word are set, as they are of no activation, not
+// even of what is no number. A warp without tiles waits for some, too.
+__device__ __forceinline__ void take_inputs(uint16_t* to, const uint16_t* from, int count) {
+    for (int i = threadIdx.x % WARP; i < max(count, 1) * 8; i += WARP) {
+        uint4 v;
+        do v = load_relaxed((const uint32_t*)(from + i * 8));
+        while (v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u);
+        if (i < count * 8) ((uint4*)to)[i] = v;
+    }
     __syncwarp();
 }
 
@@ -451,11 +463,11 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
 #pragma unroll
     for (int i = 0; i < KEPT; i++) router_weights[i] = router_weight(i * EXPERTS + threadIdx.x / TILE_ROWS);
 
-    wait_for_previous();
-    float before = finishes && own == 0 ? p.whole[row] : 0.f;
-    // Each warp brings the inputs of its own tiles.
+    // Each warp takes the inputs of its own tiles. What attention had waited for is complete when they have come: the residual stream is
+    // there, and nobody reads any more what this kernel changes.
     uint16_t* inputs = x + begin * TILE_COLS;
-    bring_inputs(inputs, p.input + begin * TILE_COLS, end - begin);
+    take_inputs(inputs, p.context + begin * TILE_COLS, end - begin);
+    const float before = finishes && own == 0 ? __ldcg(p.whole + row) : 0.f;
     flow.multiply(end - begin, Sums<F>(inputs), partial[warp], factor);
     __syncthreads();
     if (own_row < TILE_ROWS) {
@@ -480,16 +492,13 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
 #pragma unroll 1
     for (uint32_t first = KEPT * EXPERTS; first <= p.experts; first += EXPERTS)
         add(first + threadIdx.x / TILE_ROWS, router_weight(first + threadIdx.x / TILE_ROWS));
+    // Who waits for this kernel waits for attention, too.
+    wait_for_previous();
 }
 
 // A number on its way to shared memory, or a zero where there is none.
 __device__ __forceinline__ void copy_word(float* to, const float* from, bool there) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(there ? 4 : 0) : "memory");
-}
-__device__ __forceinline__ uint4 load_relaxed(const uint32_t* from) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-    return v;
 }
 __device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
@@ -608,6 +617,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
         *(uint32_t*)(p.exchange + ((round + 1) % 2 * ranks + rank) * down.cols + unit) = 0;
     }
     if (threadIdx.x == 0) p.rounds[block] = round;
+    if (const uint32_t i = block * THREADS + threadIdx.x; i < e.query_heads * (HEAD / 8)) ((uint4*)p.context)[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
     // What the rank counts for, and the bias in the first part of a row tile.
     const Part& own = work[warp][1];
     const uint32_t expert = routing.experts[own.rank];

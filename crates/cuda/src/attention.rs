@@ -5,6 +5,7 @@ use gptoss::{BLOCK_TOKENS, Error};
 
 use crate::backend::{Cuda, HEAD};
 use crate::batch::Shape;
+use crate::one::OneToken;
 use crate::packed::TILE_COLS;
 use crate::params::{Attention, CacheFormat};
 
@@ -91,7 +92,7 @@ impl Cuda {
             table_starts: self.word(starts),
             table: self.word(0),
             tiles: self.word(shape.words.tiles),
-            out: self.arena.context.address(),
+            out: self.one_token(shape).map_or(self.arena.context.address(), OneToken::context),
             partial: self.arena.parts.address(),
             arrivals: self.arena.arrivals.address(),
             query_heads: self.config.query_heads as u32,

@@ -527,6 +527,11 @@ impl Cuda {
         self.arena.step.address() + 4 * at as u64
     }
 
+    /// How a step of this shape goes if it is of one token.
+    pub(crate) fn one_token(&self, shape: &Shape) -> Option<&OneToken> {
+        self.one.as_ref().filter(|_| shape.tokens == 1)
+    }
+
     fn embed(&self, shape: &Shape) -> Result<(), Error> {
         let params = Embed {
             values: self.embedding.values.address(),
@@ -557,7 +562,7 @@ impl Cuda {
     /// the residual stream.
     fn layer(&self, index: usize, shape: &Shape, pending: bool) -> Result<bool, Error> {
         let layer = &self.layers[index];
-        let one = self.one.as_ref().filter(|_| shape.tokens == 1);
+        let one = self.one_token(shape);
         if one.is_none() {
             self.norm(shape, pending, Some((&layer.input_norm, &layer.qkv)))?;
         }
@@ -608,7 +613,7 @@ impl Cuda {
         pending: bool,
         scale: Option<(&Buffer, &PackedMatrix)>,
     ) -> Result<(), Error> {
-        if let Some(one) = self.one.as_ref().filter(|_| shape.tokens == 1) {
+        if let Some(one) = self.one_token(shape) {
             return one.norm(self, pending, 0);
         }
         let out = scale.map_or(0, |_| self.arena.normed.address());
@@ -654,7 +659,7 @@ impl Cuda {
         let epilogue = Epilogue { out: self.arena.logits.address(), ..self.epilogue(After::Store) };
         let some = self.some(&self.unembedding, n, &epilogue).is_some();
         let stack = if some { stack_rows(n) as u32 } else { self.stack(&self.unembedding, n) };
-        if let Some(one) = self.one.as_ref().filter(|_| shape.tokens == 1) {
+        if let Some(one) = self.one_token(shape) {
             one.norm(self, pending, stack)?;
             if !some {
                 return one.output(self);

@@ -6,7 +6,7 @@ use bytemuck::Zeroable;
 use checkpoint::Config;
 use gptoss::Error;
 
-use crate::backend::{Cuda, Layer};
+use crate::backend::{Cuda, HEAD, Layer};
 use crate::device::{Buffer, Device};
 use crate::driver::Address;
 use crate::packed::{PackedMatrix, TILE_COLS};
@@ -36,6 +36,8 @@ fn flow_bytes(format: u32, bf16: (usize, usize), fp4: (usize, usize)) -> usize {
 }
 
 pub(crate) struct OneToken {
+    /// 16-bit `[query heads * 64]`, what attention found: all bits set before and after.
+    context: Buffer,
     /// f32 `[hidden]`, see one.cu
     whole: Buffer,
     scaled: Buffer,
@@ -105,6 +107,7 @@ impl OneToken {
         let share_warps = warps.min(down_tiles.max(WARPS)) * ranks;
         let row_tiles = layer.output.row_tiles();
         let one = OneToken {
+            context: device.filled(config.query_heads * HEAD * 2, 0xff)?,
             whole: device.buffer(config.hidden_size * 4)?,
             scaled: device.buffer(config.hidden_size * 4)?,
             router_parts: device.buffer(row_tiles.next_multiple_of(4) * (config.experts + 1) * 4)?,
@@ -160,6 +163,7 @@ impl OneToken {
             down: Zeroable::zeroed(),
             norm_scale: 0,
             input: 0,
+            context: self.context(),
             residual: cuda.arena.residual.address(),
             whole: self.whole.address(),
             scaled: self.scaled.address(),
@@ -184,6 +188,11 @@ impl OneToken {
             eps: config.rms_norm_eps,
             stack: 0,
         }
+    }
+
+    /// Where attention leaves what it found.
+    pub(crate) fn context(&self) -> Address {
+        self.context.address()
     }
 
     fn pending(&self, pending: bool) -> u32 {
@@ -216,7 +225,6 @@ impl OneToken {
     pub(crate) fn attended(&self, cuda: &Cuda, layer: &Layer) -> Result<(), Error> {
         let params = One {
             norm_scale: layer.post_attention_norm.address(),
-            input: cuda.arena.context.address(),
             router: layer.router.address(),
             ..self.params(cuda, &layer.output, cuda.epilogue(After::Residual))
         };

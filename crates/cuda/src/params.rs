@@ -84,9 +84,9 @@ params! {
         matrix: Matrix, input: Address, epilogue: Epilogue, n: u32, padding: u32,
     }
     /// one.cu
-    One, 312 {
-        matrix: Matrix, down: Matrix, norm_scale: Address, input: Address, residual: Address, whole: Address, scaled: Address,
-        router: Address, router_bias: Address, router_parts: Address, shares: Address, exchange: Address, rounds: Address,
+    One, 320 {
+        matrix: Matrix, down: Matrix, norm_scale: Address, input: Address, context: Address, residual: Address,
+        whole: Address, scaled: Address, router: Address, router_bias: Address, router_parts: Address, shares: Address, exchange: Address, rounds: Address,
         best: Address, arrivals: Address, largest: Address, epilogue: Epilogue,
         hidden: u32, part_count: u32, experts: u32, experts_per_token: u32, groups: u32, early: u32, late_groups: u32, share_warps: u32,
         eps: f32, stack: u32,
