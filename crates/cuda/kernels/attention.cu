@@ -57,6 +57,18 @@ template <CacheFormat C> struct Page {
 #pragma unroll
         for (uint32_t i = 0; i < COUNT; i++) copy_async(value + 512 * i, values + 512 * i, policy);
     }
+    // A token's key and value to their places there. This lane has two numbers of each, in E4M3 each in a half of a word.
+    static __device__ __forceinline__ void put(uint8_t* to, uint32_t token, uint32_t key, uint32_t value) {
+        const uint32_t lane = threadIdx.x % WARP;
+        uint8_t *keys = to + Place::key_place(token, lane / (WARP / Place::KEY_PIECES)), *values = to + Place::HALF;
+        if constexpr (C == CACHE_BF16) ((uint32_t*)keys)[lane % 4] = key;
+        else ((uint16_t*)keys)[lane % 8] = __byte_perm(key, 0, 0x20);
+#pragma unroll
+        for (uint32_t i = 0; i < 2; i++) {
+            if constexpr (C == CACHE_BF16) ((uint16_t*)(values + Place::value_place(2 * lane + i, token / 8)))[token % 8] = value >> 16 * i;
+            else values[Place::value_place(2 * lane + i, 0) + token] = value >> 16 * i;
+        }
+    }
     // From there to registers.
     __device__ __forceinline__ void load(uint32_t from) {
         const uint32_t lane = threadIdx.x % WARP, rows = C == CACHE_BF16 ? 2 * 8 : 4 * 8;
@@ -82,11 +94,20 @@ template <CacheFormat C> struct Page {
 // Query g, in the order of the keys' words.
 template <CacheFormat C> struct Queries {
     uint32_t word[HEAD / 16][2];
-    __device__ __forceinline__ void load(const uint16_t* queries, int rows) {
+    // As they lie in memory; whether all have come.
+    __device__ __forceinline__ bool load(const uint16_t* queries, int rows) {
         const uint32_t* query = (const uint32_t*)(queries + lane_row() * HEAD);
+        bool come = true;
 #pragma unroll
-        for (int i = 0; i < HEAD / 8; i++)
-            word[i / 2][i % 2] = lane_row() < rows ? Cached<C>::query(query[Layout<C>::pair(i / 2, i % 2)]) : 0;
+        for (int i = 0; i < HEAD / 8; i++) {
+            const uint32_t v = lane_row() < rows ? load_word(query + Layout<C>::pair(i / 2, i % 2)) : 0;
+            word[i / 2][i % 2] = v, come &= has_come(v);
+        }
+        return come;
+    }
+    __device__ __forceinline__ void convert() {
+#pragma unroll
+        for (int i = 0; i < HEAD / 8; i++) word[i / 2][i % 2] = Cached<C>::query(word[i / 2][i % 2]);
     }
 };
 
@@ -177,7 +198,8 @@ __device__ __forceinline__ int own_splits(const Attention& p, int position) {
 // Single tokens. A pair of a token and of query heads that share keys has `p.warps` warps of a block, or all of `splits` blocks; these
 // share its pages, and then its rows, of which they put the parts together; of blocks the last to arrive does so, in their order. A token
 // with few pages has fewer parts: how many depends, beside `p`, on nothing but its own position. The step's words are older than the step,
-// and so are the pages before a token's own, unless a sequence has several tokens: what is older is read before the kernel waits.
+// and so are the pages before a token's own, unless a sequence has several tokens: what is older is read before the kernel waits. In a step
+// of one token all pages are read then, and the token's own key and value, `fresh`, are put where they belong as they come.
 template <CacheFormat C> __device__ __forceinline__ void split(const Attention& p) {
     constexpr int RING = SLOTS * Page<C>::BYTES;
     static_assert(MAX_SPLITS <= WARP && ROWS == WARPS && ROWS * PART * sizeof(float) <= RING);
@@ -200,24 +222,41 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
         (const uint8_t*)p.values + own_place, p.kv_heads * Layout<C>::HALF, first, last, splits * warps, 0, 0};
     auto ring_of = [&](int warp) { return shared + warp * RING; };
     const uint32_t ring = shared_address(ring_of(warp));
+    // Whether this warp has the page of the token itself.
+    const bool fresh = p.fresh, owns = fresh && first <= last && (last - first) % pages.step == 0;
     int brought = 0;
 #pragma unroll 1
-    for (; brought < SLOTS && p.ahead && pages.next < last; brought++) pages.bring(ring + brought * Page<C>::BYTES);
+    for (; brought < SLOTS && p.ahead && pages.next < last + fresh; brought++) pages.bring(ring + brought * Page<C>::BYTES);
     // Of the rows whose parts this warp puts together, lane c knows what part `c % warps` of row `c / warps * warps + rank` counts for. The
     // row's sink, one more logit of the denominator without a value, comes from far: it is loaded before the wait.
     const int part = lane & (warps - 1), row = (lane % ROWS & ~(warps - 1)) + rank;
     const float sink = row < rows ? p.sinks[head * rows + row] * LOG2_E : NOTHING;
 
-    wait_for_previous();
-    Queries<C> q;
-    q.load(p.queries + (size_t(token) * p.query_heads + head * rows) * HEAD, rows);
+    if (!fresh) wait_for_previous();
 #pragma unroll 1
     for (; brought < SLOTS; brought++) pages.bring(ring + brought * Page<C>::BYTES);
+    Queries<C> q;
+    uint32_t own_key = 0, own_value = 0;
+    bool come;
+    do {
+        come = q.load((fresh ? p.fresh : p.queries) + (size_t(token) * p.query_heads + head * rows) * HEAD, rows);
+        if (owns) {
+            const uint16_t* key = p.fresh + (p.query_heads + kv) * HEAD + 2 * lane;
+            own_key = load_word(key), own_value = load_word(key + p.kv_heads * HEAD);
+            come &= has_come(own_key) && has_come(own_value);
+        }
+    } while (fresh && !come);
+    __syncwarp();
+    q.convert();
     State s;
     uint32_t slot = ring;
     for (int i = first; i <= last; i += pages.step) {
         wait_for_copies<SLOTS - 1>();
         __syncwarp();
+        if (owns && i == last) {
+            Page<C>::put(ring_of(warp) + (slot - ring), end % BLOCK_TOKENS, own_key, own_value);
+            __syncwarp();
+        }
         Page<C> page;
         page.load(slot);
         __syncwarp();
@@ -270,6 +309,8 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
         else if (r < rows) store(r, total);
         total = make_float2(0, 0);
     }
+    // Who waits for this kernel waits for the one before, too.
+    wait_for_previous();
     if (splits == 1) return;
     __syncthreads();
     // What the block wrote is seen by the last to arrive.

@@ -10,6 +10,7 @@ struct Attention {
     const uint32_t *positions, *sequences;   // [n]
     const uint32_t *table_starts, *table;    // by sequence, those of single tokens first; the pages of each from there on
     const uint32_t* tiles;                   // chunks: first token and number of tokens of each tile
+    const uint16_t* fresh;                   // null, or of a step of one token the query, key and value heads, as words that come
     uint16_t* out;                           // [n, query heads * 64], see `activation_place`
     float* partial;                          // splits: [n, heads of a warp, splits, 8, 64 + 2]
     uint32_t* arrivals;                      // splits: [n, heads of a warp], zero before and after
@@ -23,7 +24,7 @@ struct Attention {
     uint32_t ahead;                          // whether pages before a token's own are older than the step
     uint32_t rows;                           // of single tokens: query heads of a warp, a power of two
 };
-static_assert(sizeof(Attention) == 144);
+static_assert(sizeof(Attention) == 152);
 
 constexpr float NOTHING = -1e30f;
 constexpr float LOG2_E = 1.4426950408889634f;

@@ -128,6 +128,23 @@ __device__ __forceinline__ void copy_async(uint32_t to, const void* from, uint64
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int N> __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory"); }
 
+// Words that come while the kernel that finds them still runs: all bits are set until then. A half may come by itself; no 16-bit activation has
+// all bits set, not even what is no number, nor has a sum in f32. These loads see what other multiprocessors have written.
+__device__ __forceinline__ uint32_t load_word(const void* from) {
+    uint32_t v;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 load_words(const void* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+// Not zero if one of the halves is zero.
+__device__ __forceinline__ uint32_t zero_half(uint32_t v) { return (v - 0x00010001u) & ~v & 0x80008000u; }
+// Whether both halves have come.
+__device__ __forceinline__ bool has_come(uint32_t v) { return !zero_half(~v); }
+
 // How keys and values are stored; the same numbers as in Rust.
 enum CacheFormat : uint32_t { CACHE_BF16 = 0, CACHE_E4M3 = 1 };
 

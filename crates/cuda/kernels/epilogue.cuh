@@ -15,7 +15,7 @@ struct Epilogue {
     const uint32_t* slots;         // QKV: [n], where a token's keys go: block * 16 + place in the block
     uint32_t kind;
     uint32_t query_heads, kv_heads;
-    uint32_t out_cols, out_stack;  // SWIGLU
+    uint32_t out_cols, out_stack;  // SWIGLU; QKV: `out_cols` is 1 where a single token's queries are followed by its keys and values, else 0
     uint32_t out_format;           // SWIGLU: see `activation`; QKV: a `CacheFormat`
     float limit, alpha;            // SWIGLU; QKV in E4M3: the scales of keys and of values
 };
@@ -85,16 +85,15 @@ __device__ __forceinline__ void finish(
             b = b * rotation.cos + before * rotation.sin;
         }
         uint16_t first16 = activation(BF16, a), second16 = activation(BF16, b);
-        if (head < e.query_heads) {
-            uint16_t* q = e.out16 + (size_t(token) * e.query_heads + head) * HEAD;
-            q[first] = first16, q[second] = second16;
-            return;
-        }
+        uint16_t* q = e.out16 + (size_t(token) * e.query_heads + head) * HEAD;
+        if (head < e.query_heads || (e.out_cols && e.out_format == CACHE_BF16)) q[first] = first16, q[second] = second16;
+        if (head < e.query_heads) return;
         uint32_t slot = rotation.slot, kv = (head - e.query_heads) % e.kv_heads;
         size_t at = (size_t(slot / BLOCK_TOKENS) * e.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
         if (e.out_format == CACHE_E4M3) {
             const float scale = rotated ? e.limit : e.alpha;
             const uint8_t first8 = e4m3(a / scale), second8 = e4m3(b / scale);
+            if (e.out_cols) q[first] = first8, q[second] = second8;
             if (rotated) {
                 uint8_t* k = (uint8_t*)e.keys + at + slot % BLOCK_TOKENS * HEAD;
                 k[first] = first8, k[second] = second8;

@@ -1,17 +1,18 @@
 // The products of a step of one token. What decides is the chain of kernels, each of which waits for the one before it: so there are
 // few, norms and the choice of experts are the beginning of a product, everything else its end, and each kernel has its first weights
-// in shared memory before it waits, in blocks of which a multiprocessor holds two kernels'. The projection of attention does not wait for
-// attention's end, but for what it finds, as words that come.
+// in shared memory before it waits, in blocks of which a multiprocessor holds two kernels'. Attention and its projection wait for
+// the end of the kernel before only at their own, and else for words that come: what they read and change was done with by all older kernels
+// when query, key and value had waited for the experts.
 #include "epilogue.cuh"
 #include "hopper.cuh"
 
 struct One {
     Matrix matrix, down;             // `down`: of the experts
     const float* norm_scale;         // [hidden]: of the norm before, or, where the router follows, of the norm after
-    const uint16_t* input;           // 16-bit, where there is no norm before
-    uint16_t* context;               // [query heads * 64]: what attention found; all bits set until it comes, and again by the experts
+    const uint16_t* input;           // 16-bit, where there is no norm before; the projection's are words that come
     float* residual;                 // [hidden], without what the last experts add
-    float* whole;                    // [hidden], with it
+    float* whole;                    // [hidden], with it, as words that come
+    uint4* awaited;                  // [awaited_count]: the words that come, which the experts set to all ones again
     float* scaled;                   // [hidden]: the residual stream times the scale of the norm before the experts
     const __nv_bfloat16* router;     // [experts, hidden]
     const float* router_bias;        // [experts]
@@ -28,8 +29,9 @@ struct One {
     uint32_t share_warps;            // warps of a row tile in `shares`; 0: there are none
     float eps;
     uint32_t stack;                  // of the final norm's outputs: see `activation_place`
+    uint32_t awaited_count, padding;
 };
-static_assert(sizeof(One) == 320);
+static_assert(sizeof(One) == 328);
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
 constexpr int EXPERT_WARPS = 24, DOWN_WARPS = 22; // of a block of the experts, and those that the second product has
@@ -218,19 +220,12 @@ template <Format F, int CHUNK, int SLOTS> struct Flow {
     }
 };
 
-__device__ __forceinline__ uint4 load_relaxed(const uint32_t* from) {
-    uint4 v;
-    asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-    return v;
-}
-
-// A warp's inputs, `count` tiles, to shared memory, when they have come: until then all bits of a word are set, as they are of no activation, not
-// even of what is no number. A warp without tiles waits for some, too.
+// A warp's inputs, `count` tiles, to shared memory, when they have come. A warp without tiles waits for some, too.
 __device__ __forceinline__ void take_inputs(uint16_t* to, const uint16_t* from, int count) {
     for (int i = threadIdx.x % WARP; i < max(count, 1) * 8; i += WARP) {
         uint4 v;
-        do v = load_relaxed((const uint32_t*)(from + i * 8));
-        while (v.x == ~0u || v.y == ~0u || v.z == ~0u || v.w == ~0u);
+        do v = load_words(from + i * 8);
+        while (!has_come(v.x) || !has_come(v.y) || !has_come(v.z) || !has_come(v.w));
         if (i < count * 8) ((uint4*)to)[i] = v;
     }
     __syncwarp();
@@ -463,11 +458,17 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
 #pragma unroll
     for (int i = 0; i < KEPT; i++) router_weights[i] = router_weight(i * EXPERTS + threadIdx.x / TILE_ROWS);
 
-    // Each warp takes the inputs of its own tiles. What attention had waited for is complete when they have come: the residual stream is
-    // there, and nobody reads any more what this kernel changes.
+    // The residual stream and then, for each warp, the inputs of its own tiles, long before attention has ended. Where they have come, all
+    // blocks of query, key and value have read what this one is going to change.
+    float before = 0;
+    if (finishes && own == 0) {
+        uint32_t v;
+        do v = load_word(p.whole + row);
+        while (v == ~0u);
+        before = __uint_as_float(v);
+    }
     uint16_t* inputs = x + begin * TILE_COLS;
-    take_inputs(inputs, p.context + begin * TILE_COLS, end - begin);
-    const float before = finishes && own == 0 ? __ldcg(p.whole + row) : 0.f;
+    take_inputs(inputs, p.input + begin * TILE_COLS, end - begin);
     flow.multiply(end - begin, Sums<F>(inputs), partial[warp], factor);
     __syncthreads();
     if (own_row < TILE_ROWS) {
@@ -503,9 +504,6 @@ __device__ __forceinline__ void copy_word(float* to, const float* from, bool the
 __device__ __forceinline__ void store_relaxed(uint32_t* to, uint32_t v) {
     asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(to), "r"(v) : "memory");
 }
-
-// Not zero if one of the halves is zero.
-__device__ __forceinline__ uint32_t zero_half(uint32_t v) { return (v - 0x00010001u) & ~v & 0x80008000u; }
 
 // What a warp has of one of the products of the experts: some columns of a row tile.
 struct Part {
@@ -617,7 +615,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
         *(uint32_t*)(p.exchange + ((round + 1) % 2 * ranks + rank) * down.cols + unit) = 0;
     }
     if (threadIdx.x == 0) p.rounds[block] = round;
-    if (const uint32_t i = block * THREADS + threadIdx.x; i < e.query_heads * (HEAD / 8)) ((uint4*)p.context)[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
+    if (const uint32_t i = block * THREADS + threadIdx.x; i < p.awaited_count) p.awaited[i] = make_uint4(~0u, ~0u, ~0u, ~0u);
     // What the rank counts for, and the bias in the first part of a row tile.
     const Part& own = work[warp][1];
     const uint32_t expert = routing.experts[own.rank];
@@ -645,7 +643,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
         while (missing) {
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
-                if (missing >> i & 1) words[i] = load_relaxed((const uint32_t*)from + (first + i * WARP) * 4);
+                if (missing >> i & 1) words[i] = load_words((const uint32_t*)from + (first + i * WARP) * 4);
 #pragma unroll
             for (int i = 0; i < LOADS; i++)
                 if (!(zero_half(words[i].x) | zero_half(words[i].y) | zero_half(words[i].z) | zero_half(words[i].w))) missing &= ~(1u << i);

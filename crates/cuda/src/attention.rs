@@ -82,6 +82,7 @@ impl Cuda {
         let sliding = self.config.layer_kinds[index] == LayerKind::Sliding;
         let cache = &self.cache[index];
         let kv_heads = self.config.kv_heads as u32;
+        let one = self.one_token(shape);
         let mut params = Attention {
             queries: self.arena.queries.address(),
             keys: cache.keys.address(),
@@ -92,7 +93,8 @@ impl Cuda {
             table_starts: self.word(starts),
             table: self.word(0),
             tiles: self.word(shape.words.tiles),
-            out: self.one_token(shape).map_or(self.arena.context.address(), OneToken::context),
+            fresh: one.map_or(0, OneToken::fresh),
+            out: one.map_or(self.arena.context.address(), OneToken::context),
             partial: self.arena.parts.address(),
             arrivals: self.arena.arrivals.address(),
             query_heads: self.config.query_heads as u32,

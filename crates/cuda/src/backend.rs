@@ -581,7 +581,7 @@ impl Cuda {
             ..self.epilogue(After::Qkv)
         };
         if let Some(one) = one {
-            one.qkv(self, layer, epilogue, pending)?;
+            one.qkv(self, layer, Epilogue { out16: one.fresh(), out_cols: 1, ..epilogue }, pending)?;
             self.attention(index, shape, starts)?;
             one.attended(self, layer)?;
             one.experts(self, layer)?;

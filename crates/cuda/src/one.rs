@@ -36,10 +36,12 @@ fn flow_bytes(format: u32, bf16: (usize, usize), fp4: (usize, usize)) -> usize {
 }
 
 pub(crate) struct OneToken {
-    /// 16-bit `[query heads * 64]`, what attention found: all bits set before and after.
-    context: Buffer,
+    /// The words that come, see common.cuh: all bits set before and after.
+    awaited: Buffer,
+    /// Where in there what attention takes and the residual stream begin.
+    fresh: u64,
+    whole: u64,
     /// f32 `[hidden]`, see one.cu
-    whole: Buffer,
     scaled: Buffer,
     router_parts: Buffer,
     shares: Buffer,
@@ -106,9 +108,14 @@ impl OneToken {
         let warps = per_rank * ranks * DOWN_WARPS / (layer.down.row_tiles() * ranks);
         let share_warps = warps.min(down_tiles.max(WARPS)) * ranks;
         let row_tiles = layer.output.row_tiles();
+        // 16-bit: what attention found, by query head; query, key and value heads. Then the residual stream.
+        let fresh = config.query_heads * HEAD * 2;
+        let whole = 2 * fresh + 2 * config.kv_heads * HEAD * 2;
+        let awaited = (whole + config.hidden_size * 4).next_multiple_of(16);
         let one = OneToken {
-            context: device.filled(config.query_heads * HEAD * 2, 0xff)?,
-            whole: device.buffer(config.hidden_size * 4)?,
+            awaited: device.filled(awaited, 0xff)?,
+            fresh: fresh as u64,
+            whole: whole as u64,
             scaled: device.buffer(config.hidden_size * 4)?,
             router_parts: device.buffer(row_tiles.next_multiple_of(4) * (config.experts + 1) * 4)?,
             shares: device.buffer(blocks * SHARES * 16 * 4)?,
@@ -163,9 +170,9 @@ impl OneToken {
             down: Zeroable::zeroed(),
             norm_scale: 0,
             input: 0,
-            context: self.context(),
             residual: cuda.arena.residual.address(),
-            whole: self.whole.address(),
+            whole: self.awaited.address() + self.whole,
+            awaited: self.awaited.address(),
             scaled: self.scaled.address(),
             router: 0,
             router_bias: 0,
@@ -187,12 +194,19 @@ impl OneToken {
             share_warps: self.share_warps as u32,
             eps: config.rms_norm_eps,
             stack: 0,
+            awaited_count: (self.awaited.bytes() / 16) as u32,
+            padding: 0,
         }
     }
 
-    /// Where attention leaves what it found.
+    /// What attention found, `[query heads, 64]`.
     pub(crate) fn context(&self) -> Address {
-        self.context.address()
+        self.awaited.address()
+    }
+
+    /// What attention takes, `[query, key and value heads, 64]`.
+    pub(crate) fn fresh(&self) -> Address {
+        self.awaited.address() + self.fresh
     }
 
     fn pending(&self, pending: bool) -> u32 {
@@ -225,6 +239,7 @@ impl OneToken {
     pub(crate) fn attended(&self, cuda: &Cuda, layer: &Layer) -> Result<(), Error> {
         let params = One {
             norm_scale: layer.post_attention_norm.address(),
+            input: self.context(),
             router: layer.router.address(),
             ..self.params(cuda, &layer.output, cuda.epilogue(After::Residual))
         };

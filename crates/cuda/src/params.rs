@@ -84,12 +84,12 @@ params! {
         matrix: Matrix, input: Address, epilogue: Epilogue, n: u32, padding: u32,
     }
     /// one.cu
-    One, 320 {
-        matrix: Matrix, down: Matrix, norm_scale: Address, input: Address, context: Address, residual: Address,
-        whole: Address, scaled: Address, router: Address, router_bias: Address, router_parts: Address, shares: Address, exchange: Address, rounds: Address,
+    One, 328 {
+        matrix: Matrix, down: Matrix, norm_scale: Address, input: Address, residual: Address, whole: Address, awaited: Address,
+        scaled: Address, router: Address, router_bias: Address, router_parts: Address, shares: Address, exchange: Address, rounds: Address,
         best: Address, arrivals: Address, largest: Address, epilogue: Epilogue,
         hidden: u32, part_count: u32, experts: u32, experts_per_token: u32, groups: u32, early: u32, late_groups: u32, share_warps: u32,
-        eps: f32, stack: u32,
+        eps: f32, stack: u32, awaited_count: u32, padding: u32,
     }
     /// gemm_sm90.cu
     Gemm, 160 {
@@ -124,10 +124,10 @@ params! {
         n: u32, experts: u32, experts_per_token: u32, padding: u32,
     }
     /// attention.cuh
-    Attention, 144 {
+    Attention, 152 {
         queries: Address, keys: Address, values: Address, sinks: Address,
         positions: Address, sequences: Address, table_starts: Address, table: Address, tiles: Address,
-        out: Address, partial: Address, arrivals: Address,
+        fresh: Address, out: Address, partial: Address, arrivals: Address,
         query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_stack: u32, splits: u32, key_scale: f32, value_scale: f32,
         n: u32, warps: u32, ahead: u32, rows: u32,
     }
