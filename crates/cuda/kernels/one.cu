@@ -22,6 +22,7 @@ struct One {
     uint32_t* rounds;                // [blocks]: how often each block of the experts was at work
     unsigned long long* best;        // [blocks]: the largest logit of each block's rows
     uint32_t *arrivals, *largest;    // zero before and after; the id of the largest logit
+    uint32_t* told;                  // the same for the host
     Epilogue epilogue;
     uint32_t hidden, part_count, experts, experts_per_token;
     uint32_t groups;                 // row tiles of a block; in the experts' first product, of one of the first `early` blocks of a rank
@@ -31,7 +32,7 @@ struct One {
     uint32_t stack;                  // of the final norm's outputs: see `activation_place`
     uint32_t awaited_count, padding;
 };
-static_assert(sizeof(One) == 328);
+static_assert(sizeof(One) == 336);
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
 constexpr int EXPERT_WARPS = 24, DOWN_WARPS = 22; // of a block of the experts, and those that the second product has
@@ -745,7 +746,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output
         best = 0;
         for (uint32_t i = threadIdx.x; i < gridDim.x; i += WARPS * WARP) best = max(best, __ldcg(p.best + i));
         best = block_largest(best);
-        if (threadIdx.x == 0) *p.largest = id_of_largest(best);
+        if (threadIdx.x == 0) *p.largest = id_of_largest(best), *p.told = id_of_largest(best);
     }
 }
 

@@ -13,10 +13,11 @@ struct Exchanged {
     uint32_t* arrivals;        // STORE: one, zero before and after
     uint64_t* best;            // STORE: [n], the largest logits as `ranked`; zero before and after
     uint32_t* largest;         // STORE: [n], the id of the largest logit, the lowest on a tie, or NO_NUMBER
+    uint32_t* told;            // STORE: [n], the same for the host
     uint32_t n;                // tokens
     uint32_t stack;            // of the input
 };
-static_assert(sizeof(Exchanged) == 168);
+static_assert(sizeof(Exchanged) == 176);
 
 constexpr int MAX_SHARES = 5;
 constexpr int TILE_BYTES = 2048;              // of weights
@@ -330,7 +331,8 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
             atomicMax((unsigned long long*)p.best + token, (unsigned long long)largest);
         }
         if (!last_to_arrive(p.arrivals, gridDim.x) || token >= n) return;
-        p.largest[token] = id_of_largest(__ldcg(p.best + token));
+        const uint32_t id = id_of_largest(__ldcg(p.best + token));
+        p.largest[token] = id, p.told[token] = id;
         p.best[token] = 0;
         return;
     }

@@ -456,9 +456,10 @@ struct Largest {
     uint64_t* partial;       // [n, blocks]
     uint32_t* arrivals;      // [n], zero before and after
     uint32_t* out;           // [n], the id of the largest logit, the lowest on a tie
+    uint32_t* told;          // [n], the same for the host
     uint32_t vocabulary, padding;
 };
-static_assert(sizeof(Largest) == 40);
+static_assert(sizeof(Largest) == 48);
 
 __device__ __forceinline__ uint64_t block_largest(uint64_t v) {
     __shared__ uint64_t shared[WARP];
@@ -491,7 +492,7 @@ extern "C" __global__ void __launch_bounds__(256) largest(const __grid_constant_
     if (!last_to_arrive(p.arrivals + blockIdx.y, gridDim.x)) return;
     best = threadIdx.x < gridDim.x ? __ldcg(partial + threadIdx.x) : 0;
     best = block_largest(best);
-    if (threadIdx.x == 0) p.out[blockIdx.y] = id_of_largest(best);
+    if (threadIdx.x == 0) p.out[blockIdx.y] = id_of_largest(best), p.told[blockIdx.y] = id_of_largest(best);
 }
 
 

@@ -691,6 +691,7 @@ impl Cuda {
             partial: self.arena.largest_parts.address(),
             arrivals: self.arena.arrivals.address(),
             out: self.arena.largest.address(),
+            told: self.arena.largest_host.address(),
             vocabulary: self.config.vocab_size as u32,
             padding: 0,
         };
@@ -708,7 +709,6 @@ impl Cuda {
     ) -> Result<(), Error> {
         let vocabulary = self.config.vocab_size;
         let arena = &mut self.arena;
-        arena.largest.download(0, &mut arena.largest_host, outputs.len() * 4)?;
         let outputs = &batch.outputs[outputs];
         let mut wanted = Vec::new();
         for (row, &(_, segment, token)) in outputs.iter().enumerate() {

@@ -560,6 +560,11 @@ pub(crate) struct Pinned {
 unsafe impl Send for Pinned {}
 
 impl Pinned {
+    /// Where the device finds it: such memory has one address for all.
+    pub(crate) fn address(&self) -> Address {
+        self.pointer as Address
+    }
+
     /// The memory as numbers.
     pub(crate) fn slice<T: bytemuck::Pod>(&self) -> &[T] {
         // SAFETY: allocated with this length, aligned to a page, initialized to zeros, any bits are a value of `T`.

@@ -183,6 +183,7 @@ impl OneToken {
             best: self.best.address(),
             arrivals: cuda.arena.arrivals.address(),
             largest: cuda.arena.largest.address(),
+            told: cuda.arena.largest_host.address(),
             epilogue,
             hidden: config.hidden_size as u32,
             part_count: config.hidden_size.div_ceil(16) as u32,

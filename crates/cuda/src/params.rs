@@ -84,10 +84,10 @@ params! {
         matrix: Matrix, input: Address, epilogue: Epilogue, n: u32, padding: u32,
     }
     /// one.cu
-    One, 328 {
+    One, 336 {
         matrix: Matrix, down: Matrix, norm_scale: Address, input: Address, residual: Address, whole: Address, awaited: Address,
         scaled: Address, router: Address, router_bias: Address, router_parts: Address, shares: Address, exchange: Address, rounds: Address,
-        best: Address, arrivals: Address, largest: Address, epilogue: Epilogue,
+        best: Address, arrivals: Address, largest: Address, told: Address, epilogue: Epilogue,
         hidden: u32, part_count: u32, experts: u32, experts_per_token: u32, groups: u32, early: u32, late_groups: u32, share_warps: u32,
         eps: f32, stack: u32, awaited_count: u32, padding: u32,
     }
@@ -97,9 +97,9 @@ params! {
         n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, tokens_first: u32,
     }
     /// product_some_sm90.cu
-    Exchanged, 168 {
+    Exchanged, 176 {
         matrix: Matrix, input: Address, epilogue: Epilogue, parts: Address, arrivals: Address, best: Address, largest: Address,
-        n: u32, stack: u32,
+        told: Address, n: u32, stack: u32,
     }
     /// experts.cuh
     Part, 128 {
@@ -161,8 +161,8 @@ params! {
         cols: u32, n: u32, experts: u32, experts_per_token: u32, stack: u32, padding: u32,
     }
     /// stream.cu
-    Largest, 40 {
-        logits: Address, partial: Address, arrivals: Address, out: Address, vocabulary: u32, padding: u32,
+    Largest, 48 {
+        logits: Address, partial: Address, arrivals: Address, out: Address, told: Address, vocabulary: u32, padding: u32,
     }
     /// sampling.cu
     Job, 128 {

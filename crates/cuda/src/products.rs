@@ -140,6 +140,7 @@ impl Cuda {
             arrivals: self.arena.arrivals.address(),
             best: self.arena.best.address(),
             largest: self.arena.largest.address(),
+            told: self.arena.largest_host.address(),
             n: n as u32,
             stack: stack_rows(n) as u32,
         };
