@@ -9,6 +9,7 @@ mod layout;
 mod mapped;
 mod quantization;
 mod reader;
+mod shard;
 mod synthetic;
 mod transpose;
 mod weights;
@@ -23,6 +24,7 @@ pub use mapped::{StoredTensor, TensorFile};
 pub use quantization::{KvCache, Quantization};
 pub use reader::{Checkpoint, Packed};
 pub use safetensors::Dtype;
+pub use shard::Shard;
 pub use synthetic::Synthetic;
 pub use weights::{
     Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights,

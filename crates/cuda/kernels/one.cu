@@ -5,6 +5,7 @@
 // when query, key and value had waited for the experts.
 #include "epilogue.cuh"
 #include "hopper.cuh"
+#include "shared.cuh"
 
 struct One {
     Matrix matrix, down;             // `down`: of the experts
@@ -33,6 +34,39 @@ struct One {
     uint32_t awaited_count, padding;
 };
 static_assert(sizeof(One) == 336);
+
+// Where the model is on one GPU.
+struct Alone {
+    static constexpr bool SHARED = false;
+};
+
+// Where several GPUs share it: sums of each come to all others as words that had all bits set until then. A sum never is such a word: what
+// is no number comes out of an addition as another. All GPUs add them in the order of their ranks, to the same bits.
+struct Together {
+    static constexpr bool SHARED = true;
+    float* shares[MAX_GPUS];    // [ranks, share_words] on each GPU: what the experts add, as in `One::shares`
+    float* projected[MAX_GPUS]; // [ranks, hidden] on each GPU: the projections of attention
+    float* read;                // those `shares` of this GPU that the layer before has left
+    uint32_t rank, ranks, share_words, padding;
+};
+struct SharedOne {
+    One one;
+    Together together;
+};
+static_assert(sizeof(SharedOne) == 488);
+
+constexpr uint32_t NOT_GIVEN = ~0u;
+__device__ __forceinline__ void give(float* to, float v) { asm volatile("st.relaxed.sys.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory"); }
+__device__ __forceinline__ uint32_t look(const float* from) {
+    uint32_t v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 look_at_four(const float4* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
 constexpr int EXPERT_WARPS = 24, DOWN_WARPS = 22; // of a block of the experts, and those that the second product has
@@ -330,7 +364,7 @@ template <int THREADS> struct Stream {
             for (int j = 0; j < NEAR; j++) at[i][j] = place(p, own, first_block(p, own / (TILE_ROWS / 4)) + j);
         }
     }
-    __device__ __forceinline__ void load(const One& p) {
+    __device__ __forceinline__ void load(const One& p, Alone) {
         const float4* shares = (const float4*)p.shares;
         float4 more[VALUES][NEAR];
 #pragma unroll
@@ -340,7 +374,6 @@ template <int THREADS> struct Stream {
 #pragma unroll
             for (int j = 0; j < NEAR; j++) more[i][j] = at[i][j] >= 0 ? shares[at[i][j]] : make_float4(0, 0, 0, 0);
         }
-        auto add = [](float4& to, const float4& b) { to.x += b.x, to.y += b.y, to.z += b.z, to.w += b.w; };
 #pragma unroll
         for (int i = 0; i < VALUES; i++)
 #pragma unroll
@@ -358,6 +391,51 @@ template <int THREADS> struct Stream {
                     if (k == i) add(v[k], b);
             }
         }
+    }
+    static __device__ __forceinline__ void add(float4& to, const float4& b) { to.x += b.x, to.y += b.y, to.z += b.z, to.w += b.w; }
+    // No row tile has more than NEAR blocks.
+    __device__ __forceinline__ void load(const One& p, const Together& together) {
+#pragma unroll
+        for (int i = 0; i < VALUES; i++) {
+            const uint32_t own = i * THREADS + threadIdx.x;
+            v[i] = own < p.hidden / 4 ? ((const float4*)p.residual)[own] : make_float4(0, 0, 0, 0);
+        }
+        const Wait wait;
+#pragma unroll 1
+        for (uint32_t r = 0; r < together.ranks; r++) {
+            const float4* shares = (const float4*)(together.read + r * together.share_words);
+            uint4 words[VALUES][NEAR];
+            while (true) {
+                bool missing = false;
+#pragma unroll
+                for (int i = 0; i < VALUES; i++)
+#pragma unroll
+                    for (int j = 0; j < NEAR; j++) words[i][j] = at[i][j] >= 0 ? look_at_four(shares + at[i][j]) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+                for (int i = 0; i < VALUES; i++)
+#pragma unroll
+                    for (int j = 0; j < NEAR; j++) {
+                        const uint4& w = words[i][j];
+                        missing |= max(max(w.x, w.y), max(w.z, w.w)) == NOT_GIVEN;
+                    }
+                if (!missing) break;
+                wait.go_on();
+            }
+#pragma unroll
+            for (int i = 0; i < VALUES; i++)
+#pragma unroll
+                for (int j = 0; j < NEAR; j++) add(v[i], reinterpret_cast<const float4&>(words[i][j]));
+        }
+    }
+    // Where nobody else reads them.
+    __device__ __forceinline__ void take_back(const Together& together) const {
+#pragma unroll 1
+        for (uint32_t r = 0; r < together.ranks; r++)
+#pragma unroll
+            for (int i = 0; i < VALUES; i++)
+#pragma unroll
+                for (int j = 0; j < NEAR; j++)
+                    if (at[i][j] >= 0) ((uint4*)(together.read + r * together.share_words))[at[i][j]] = make_uint4(NOT_GIVEN, NOT_GIVEN, NOT_GIVEN, NOT_GIVEN);
     }
     // The norm, whose numbers from `4 * at` on `put(at, v)` takes; the stream itself, to `whole` if `keep`.
     template <class Put> __device__ __forceinline__ void norm(const One& p, const Vector<VALUES>& scale, bool keep, Put put) const {
@@ -385,7 +463,7 @@ template <int THREADS> struct Stream {
 
 // Query, key and value: the norm of the residual stream, which the first block also keeps. `blockIdx.x`: `groups` row tiles, whose
 // columns the warps share.
-template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(const One& p) {
+template <Format F, int CHUNK, int SLOTS, class Others> __device__ __forceinline__ void qkv(const One& p, const Others& others) {
     extern __shared__ __align__(16) uint16_t x[]; // [cols], the flows
     __shared__ float partial[WARPS][TILE_ROWS];
     const Matrix& m = p.matrix;
@@ -408,7 +486,7 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
 
     wait_for_previous();
     if (int(blockIdx.x * p.groups) >= row_tiles_of(m)) return;
-    stream.load(p);
+    stream.load(p, others);
     // All weights of four bits are on their way.
     if (F == FP4) start_next();
     Rotation rotation;
@@ -426,9 +504,24 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void qkv(co
     finish(e, m, affine, own_tile, pair, 0, a, b, rotation);
 }
 
+// What all GPUs have of a row of the projection, of which this one has `own`. They lie where others can see them for one layer.
+__device__ __forceinline__ float add_projections(const Together& together, uint32_t hidden, uint32_t row, float own) {
+    for (uint32_t r = 0; r < together.ranks; r++) give(together.projected[r] + together.rank * hidden + row, own);
+    float* from = together.projected[together.rank] + row;
+    const Wait wait;
+    float sum = 0;
+    for (uint32_t r = 0; r < together.ranks; r++, from += hidden) {
+        uint32_t word;
+        while ((word = look(from)) == NOT_GIVEN) wait.go_on();
+        sum += __uint_as_float(word);
+        give(from, __uint_as_float(NOT_GIVEN));
+    }
+    return sum;
+}
+
 // What attention found, projected and added to the residual stream, and what that adds to the router's logits. `blockIdx.x`: a row
 // tile.
-template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attended(const One& p) {
+template <Format F, int CHUNK, int SLOTS, class Others> __device__ __forceinline__ void attended(const One& p, const Others& others) {
     extern __shared__ __align__(16) uint16_t x[]; // [cols], the flows
     __shared__ float partial[WARPS][TILE_ROWS];
     __shared__ float added[TILE_ROWS], normed[TILE_ROWS];
@@ -472,10 +565,18 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void attend
     take_inputs(inputs, p.input + begin * TILE_COLS, end - begin);
     flow.multiply(end - begin, Sums<F>(inputs), partial[warp], factor);
     __syncthreads();
+    if constexpr (Others::SHARED) {
+        const uint32_t vectors = others.ranks * others.share_words / 4;
+        for (uint32_t i = blockIdx.x * THREADS + threadIdx.x; i < vectors; i += gridDim.x * THREADS)
+            ((uint4*)others.read)[i] = make_uint4(NOT_GIVEN, NOT_GIVEN, NOT_GIVEN, NOT_GIVEN);
+    }
     if (own_row < TILE_ROWS) {
-        float v = partial[own][own_row] + bias + before;
+        float v = partial[own][own_row] + bias;
+        if (!Others::SHARED) v += before;
 #pragma unroll
         for (int i = WARPS / 2; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
+        if constexpr (Others::SHARED)
+            if (finishes && own == 0) v = before + add_projections(others, p.hidden, row, v);
         if (own == 0) {
             if (finishes) p.residual[row] = v, p.scaled[row] = v * norm_scale;
             added[own_row] = finishes ? v : 0, normed[own_row] = finishes ? v * norm_scale : 0;
@@ -525,7 +626,7 @@ struct Part {
 // break. What the first one finds goes from block to block without a barrier: `exchange` has the complements of the activations, and zeros
 // where there are none yet, since no activation is the NaN whose bits are all ones. Odd rounds have one half of it, even rounds the other;
 // each clears the half that the round before had.
-template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_products(const One& p) {
+template <Format F, int CHUNK, int SLOTS, class Others> __device__ __forceinline__ void both_products(const One& p, const Others& others) {
     constexpr int WARPS = EXPERT_WARPS, THREADS = WARPS * WARP, VALUES = (MAX_HIDDEN / 4 + THREADS - 1) / THREADS, LOADS = 3;
     // The flows; then the inputs: [cols], later the second product's, [ranks, cols].
     extern __shared__ __align__(16) uint8_t shared[];
@@ -669,17 +770,23 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void both_p
     const int first = max(tile * int(p.share_warps) - before, 0), last = min((tile + 1) * int(p.share_warps) - before, DOWN_WARPS);
 #pragma unroll 4
     for (int w = first; w < last; w++) sum += partial[w][threadIdx.x % TILE_ROWS];
-    p.shares[(block * SHARES + place) * TILE_ROWS + threadIdx.x % TILE_ROWS] = sum;
+    const uint32_t at = (block * SHARES + place) * TILE_ROWS + threadIdx.x % TILE_ROWS;
+    if constexpr (Others::SHARED) {
+        for (uint32_t r = 0; r < others.ranks; r++) give(others.shares[r] + others.rank * others.share_words + at, sum);
+    } else {
+        p.shares[at] = sum;
+    }
 }
 
 // The norm of the whole residual stream, which it also keeps. One block.
-template <Format F> __device__ __forceinline__ void last_norm(const One& p) {
+template <Format F, class Others> __device__ __forceinline__ void last_norm(const One& p, const Others& others) {
     start_next();
     Vector<Stream<THREADS>::VALUES> scale;
     scale.load(p.norm_scale, p.hidden);
     Stream<THREADS> stream(p);
     wait_for_previous();
-    stream.load(p);
+    stream.load(p, others);
+    if constexpr (Others::SHARED) stream.take_back(others);
     stream.norm(p, scale, true, [&](uint32_t at, const float4& v) {
         auto to = [&](uint32_t k) { return (uint32_t*)(p.input + activation_place(p.stack, p.matrix.cols, 0, k)); };
         *to(4 * at) = activation(F, v.x) | activation(F, v.y) << 16, *to(4 * at + 2) = activation(F, v.z) | activation(F, v.w) << 16;
@@ -750,8 +857,9 @@ template <Format F, int CHUNK, int SLOTS> __device__ __forceinline__ void output
     }
 }
 
-#define KERNEL(NAME, REGISTERS, ...) \
-    extern "C" __global__ void __maxnreg__(REGISTERS) NAME(const __grid_constant__ One p) { __VA_ARGS__(p); }
+#define KERNEL(NAME, REGISTERS, ...)                                                                                            \
+    extern "C" __global__ void __maxnreg__(REGISTERS) NAME(const __grid_constant__ One p) { __VA_ARGS__(p, Alone()); }         \
+    extern "C" __global__ void __maxnreg__(REGISTERS) NAME##_shared(const __grid_constant__ SharedOne p) { __VA_ARGS__(p.one, p.together); }
 KERNEL(one_qkv_bf16, 56, qkv<BF16, 1, 3>)
 KERNEL(one_qkv_fp4, 56, qkv<FP4, 9, 1>)
 KERNEL(one_attended_bf16, 56, attended<BF16, 1, 3>)
@@ -760,5 +868,7 @@ KERNEL(one_experts_bf16, 48, both_products<BF16, 1, 2>)
 KERNEL(one_experts_fp4, 48, both_products<FP4, 3, 2>)
 KERNEL(one_norm_bf16, 64, last_norm<BF16>)
 KERNEL(one_norm_fp4, 64, last_norm<FP4>)
-KERNEL(one_output_bf16, 64, output<BF16, 1, 4>)
-KERNEL(one_output_fp4, 64, output<FP4, 5, 3>)
+#define OUTPUT(NAME, ...) \
+    extern "C" __global__ void __maxnreg__(64) NAME(const __grid_constant__ One p) { __VA_ARGS__(p); }
+OUTPUT(one_output_bf16, output<BF16, 1, 4>)
+OUTPUT(one_output_fp4, output<FP4, 5, 3>)

@@ -4,6 +4,7 @@
 // the kernel waits for the one before; one warp brings the activations. What runs only once is short or in loops: code that lies in one
 // line comes from far, and takes longer than what it does. As the output product it leaves the largest logits, too.
 #include "gemm_sm90.cuh"
+#include "shared.cuh"
 
 struct Exchanged {
     Matrix matrix;
@@ -14,10 +15,14 @@ struct Exchanged {
     uint64_t* best;            // STORE: [n], the largest logits as `ranked`; zero before and after
     uint32_t* largest;         // STORE: [n], the id of the largest logit, the lowest on a tie, or NO_NUMBER
     uint32_t* told;            // STORE: [n], the same for the host
+    uint64_t* bests;           // STORE, where several GPUs have rows of one matrix: [ranks, MAX_EIGHTS * 8] on the first of them, the largest
+                               // logits of the rows of each; zero before and after
     uint32_t n;                // tokens
     uint32_t stack;            // of the input
+    uint32_t first, all;       // STORE: this GPU's first row, which `matrix` and `epilogue` begin with, and the rows of all
+    uint32_t rank, ranks;
 };
-static_assert(sizeof(Exchanged) == 176);
+static_assert(sizeof(Exchanged) == 200);
 
 constexpr int MAX_SHARES = 5;
 constexpr int TILE_BYTES = 2048;              // of weights
@@ -307,7 +312,7 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
             float d[HALVES][64];
             WIDTHS
             const int row = ((blockIdx.x + round * gridDim.x) * ROW_TILES + warp) * TILE_ROWS + g;
-            find_largest<HALVES>(d, width, row, best + warp * TOKENS);
+            find_largest<HALVES>(d, width, p.first + row, best + warp * TOKENS);
             if (!e.out) continue;
             float* out = e.out + row;
 #pragma unroll
@@ -318,7 +323,7 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
                         const int token = half * width + 8 * j + 2 * t + i % 2;
-                        if (token < n) out[size_t(token) * m.rows + i / 2 * 8] = d[half][4 * j + i];
+                        if (token < n) out[size_t(token) * p.all + i / 2 * 8] = d[half][4 * j + i];
                     }
                 }
             }
@@ -331,9 +336,25 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
             atomicMax((unsigned long long*)p.best + token, (unsigned long long)largest);
         }
         if (!last_to_arrive(p.arrivals, gridDim.x) || token >= n) return;
-        const uint32_t id = id_of_largest(__ldcg(p.best + token));
-        p.largest[token] = id, p.told[token] = id;
+        unsigned long long largest = __ldcg(p.best + token);
         p.best[token] = 0;
+        if (p.rank > 0) {
+            // With it, whoever looks finds the logits that all blocks have stored.
+            asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(p.bests + p.rank * (MAX_EIGHTS * 8) + token), "l"(largest) : "memory");
+            return;
+        }
+        const Wait wait;
+        for (uint32_t r = 1; r < p.ranks; r++) {
+            uint64_t *from = p.bests + r * (MAX_EIGHTS * 8) + token;
+            unsigned long long other;
+            while (true) {
+                asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(other) : "l"(from) : "memory");
+                if (other) break;
+                wait.go_on();
+            }
+            *from = 0, largest = max(largest, other);
+        }
+        p.largest[token] = p.told[token] = id_of_largest(largest);
         return;
     }
     float d[HALVES][64];

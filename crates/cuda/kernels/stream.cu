@@ -1,5 +1,6 @@
 // What happens to the residual stream between products: embedding, norms, the router, and the largest logit.
 #include "epilogue.cuh"
+#include "shared.cuh"
 
 struct Embed {
     const void* values;          // BF16: bf16; four bits: codes as stored
@@ -84,9 +85,55 @@ static_assert(sizeof(Norm) == 80);
 
 // One block per row, of as many threads as hold it: few values each, so that those of many experts find room in registers.
 constexpr int NORM_VALUES = 3, MAX_NORM_THREADS = (MAX_HIDDEN / 4 + NORM_VALUES * WARP - 1) / (NORM_VALUES * WARP) * WARP;
-extern "C" __global__ void __launch_bounds__(MAX_NORM_THREADS) rms_norm(const __grid_constant__ Norm p) {
+using Row = Vector<NORM_VALUES>;
+
+__device__ __forceinline__ void add_row(Row& to, float w, const Row& y) {
+#pragma unroll
+    for (int i = 0; i < NORM_VALUES; i++)
+        to.v[i].x += w * y.v[i].x, to.v[i].y += w * y.v[i].y, to.v[i].z += w * y.v[i].z, to.v[i].w += w * y.v[i].w;
+}
+
+__device__ __forceinline__ void store_row(float* to, const Row& x, uint32_t hidden) {
+#pragma unroll
+    for (int i = 0; i < NORM_VALUES; i++)
+        if (const uint32_t at = i * blockDim.x + threadIdx.x; at < hidden / 4) ((float4*)to)[at] = x.v[i];
+}
+
+// What the experts of a row found, weighted, in the order of the ranks.
+__device__ __forceinline__ Row sum_experts(const Norm& p, uint32_t row) {
+    Routes routes(p.routes, p.experts_count, p.n * p.experts_per_token);
+    // Each lane looks where one rank's output is; then those of several are on their way together.
+    constexpr uint32_t TOGETHER = 4;
+    const uint32_t pair = row * p.experts_per_token + min(threadIdx.x % WARP, p.experts_per_token - 1);
+    const uint32_t slot = routes.slot_of_pair(pair);
+    const float weight = routes.weight_of_pair(pair);
+    Row sum = {};
+    for (uint32_t first = 0; first < p.experts_per_token; first += TOGETHER) {
+        Row y[TOGETHER];
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            const uint32_t from = __shfl_sync(~0u, slot, first + k);
+            if (first + k < p.experts_per_token) y[k].load(p.experts + size_t(from) * p.hidden, p.hidden);
+        }
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            const float w = __shfl_sync(~0u, weight, first + k);
+            if (first + k >= p.experts_per_token) break;
+            add_row(sum, w, y[k]);
+        }
+    }
+    return sum;
+}
+
+__device__ __forceinline__ void norm_row(const Norm& p, const Row& x, const Row& scale) {
     __shared__ float scratch[WARP];
-    Vector<NORM_VALUES> scale, x;
+    if (!p.out) return;
+    float inverse = rsqrtf(block_sum(x.square(), scratch) / p.hidden + p.eps);
+    x.store(p.out, p.stack, blockIdx.x, p.cols, p.format, scale, inverse);
+}
+
+extern "C" __global__ void __launch_bounds__(MAX_NORM_THREADS) rms_norm(const __grid_constant__ Norm p) {
+    Row scale, x;
     start_next();
     if (p.out) scale.load(p.scale, p.hidden);
     wait_for_previous();
@@ -94,40 +141,36 @@ extern "C" __global__ void __launch_bounds__(MAX_NORM_THREADS) rms_norm(const __
     float* residual = p.residual + size_t(row) * p.hidden;
     x.load(residual, p.hidden);
     if (p.experts) {
-        Routes routes(p.routes, p.experts_count, p.n * p.experts_per_token);
-        // Each lane looks where one rank's output is; then those of several are on their way together.
-        constexpr uint32_t TOGETHER = 4;
-        const uint32_t pair = row * p.experts_per_token + min(threadIdx.x % WARP, p.experts_per_token - 1);
-        const uint32_t slot = routes.slot_of_pair(pair);
-        const float weight = routes.weight_of_pair(pair);
-        Vector<NORM_VALUES> sum = {};
-        for (uint32_t first = 0; first < p.experts_per_token; first += TOGETHER) {
-            Vector<NORM_VALUES> y[TOGETHER];
-#pragma unroll
-            for (int k = 0; k < TOGETHER; k++) {
-                const uint32_t from = __shfl_sync(~0u, slot, first + k);
-                if (first + k < p.experts_per_token) y[k].load(p.experts + size_t(from) * p.hidden, p.hidden);
-            }
-#pragma unroll
-            for (int k = 0; k < TOGETHER; k++) {
-                const float w = __shfl_sync(~0u, weight, first + k);
-                if (first + k >= p.experts_per_token) break;
-#pragma unroll
-                for (int i = 0; i < NORM_VALUES; i++) {
-                    sum.v[i].x += w * y[k].v[i].x, sum.v[i].y += w * y[k].v[i].y;
-                    sum.v[i].z += w * y[k].v[i].z, sum.v[i].w += w * y[k].v[i].w;
-                }
-            }
-        }
-        for (int i = 0; i < NORM_VALUES; i++) {
-            x.v[i].x += sum.v[i].x, x.v[i].y += sum.v[i].y, x.v[i].z += sum.v[i].z, x.v[i].w += sum.v[i].w;
-            uint32_t at = i * blockDim.x + threadIdx.x;
-            if (at < p.hidden / 4) ((float4*)residual)[at] = x.v[i];
-        }
+        add_row(x, 1, sum_experts(p, row));
+        store_row(residual, x, p.hidden);
     }
-    if (!p.out) return;
-    float inverse = rsqrtf(block_sum(x.square(), scratch) / p.hidden + p.eps);
-    x.store(p.out, p.stack, blockIdx.x, p.cols, p.format, scale, inverse);
+    norm_row(p, x, scale);
+}
+
+struct SharedNorm {
+    Norm norm;
+    Peers peers;
+    float* zeroed; // [n, hidden]: what this GPU had added for the sum before, which all have read when they meet
+};
+static_assert(sizeof(SharedNorm) == 240);
+
+// The same, where several GPUs share the model: what the experts of all of them found is added.
+extern "C" __global__ void __launch_bounds__(MAX_NORM_THREADS) rms_norm_shared(const __grid_constant__ SharedNorm s) {
+    const Norm& p = s.norm;
+    Row scale, x;
+    start_next();
+    if (p.out) scale.load(p.scale, p.hidden);
+    wait_for_previous();
+    const size_t row = size_t(blockIdx.x) * p.hidden;
+    store_row(s.peers.added[s.peers.rank] + row, sum_experts(p, blockIdx.x), p.hidden);
+    x.load(p.residual + row, p.hidden);
+    meet(s.peers, blockIdx.x);
+#pragma unroll
+    for (int i = 0; i < NORM_VALUES; i++)
+        if (const uint32_t at = i * blockDim.x + threadIdx.x; at < p.hidden / 4) x.v[i] = add_all(s.peers, row / 4 + at, x.v[i]);
+    store_row(p.residual + row, x, p.hidden);
+    store_row(s.zeroed + row, Row{}, p.hidden);
+    norm_row(p, x, scale);
 }
 
 struct Router {

@@ -21,12 +21,15 @@ use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
 use crate::params::{After, CacheFormat, Embed, Epilogue, Largest, NO_NUMBER, Norm, Read, RowOrder};
 use crate::router::{MAX_EXPERTS, MAX_RANKS};
 use crate::sampling::{Sampler, Wanted};
+use crate::shared::Shared;
 
 /// The kernels' head size.
 pub(crate) const HEAD: usize = 64;
 /// What a block of a norm holds in registers, and by fours what a thread of it does.
 const MAX_HIDDEN: usize = 4096;
 const NORM_VALUES: usize = 3;
+/// Rows of logits that GPUs which share a model send one another, at most.
+const SENT_LOGIT_ROWS: usize = 32;
 /// Device memory that is left to the driver, graphs and other programs.
 const RESERVE: usize = 512 << 20;
 
@@ -53,7 +56,7 @@ pub struct Cuda {
     pub(crate) unembedding: PackedMatrix,
     pub(crate) arena: Arena,
     /// How a step of one token goes, where the model and the device allow it; else it goes as those of few.
-    one: Option<OneToken>,
+    pub(crate) one: Option<OneToken>,
     pub(crate) cache: Vec<LayerCache>,
     blocks: (usize, usize),
     /// Blocks of full and of sliding layers in which a sequence may have left what is no number.
@@ -65,6 +68,8 @@ pub struct Cuda {
     pub(crate) options: Options,
     /// Room for quantized activations, if matrices are packed for FP4 products.
     pub(crate) fp4: Option<fp4::Scratch>,
+    /// Where other GPUs have the rest of the model: `config`, the weights and the cache are then this one's share.
+    pub(crate) shared: Option<Shared>,
 }
 
 pub(crate) struct Layer {
@@ -96,6 +101,17 @@ impl Cuda {
         device: &Arc<Device>,
         weights: &dyn Weights,
         options: Options,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Cuda, Error> {
+        Cuda::load_with(device, weights, options, None, progress)
+    }
+
+    /// `shared`: the weights are a share of the model's.
+    pub(crate) fn load_with(
+        device: &Arc<Device>,
+        weights: &dyn Weights,
+        options: Options,
+        shared: Option<Shared>,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Cuda, Error> {
         let config = weights.config().clone();
@@ -149,16 +165,18 @@ impl Cuda {
             sampler,
             options,
             fp4: None,
+            shared,
         })
     }
 
     /// Packs the matrices of a W4A4 model a second time, for the generation's own FP4 products, which steps of many tokens then
-    /// take. Their number is the result: 0 where the device has no such products, or the model no matrix with an input scale.
+    /// take. Their number is the result: 0 where the device has no such products, the model no matrix with an input scale, or several
+    /// GPUs share it.
     ///
     /// # Errors
     /// As for [`Cuda::load`]; the model then runs as before.
     pub fn use_fp4(&mut self, weights: &dyn Weights) -> Result<usize, Error> {
-        if !fp4::has_fp4(&self.device) {
+        if !fp4::has_fp4(&self.device) || self.shared.is_some() {
             return Ok(0);
         }
         let device = Arc::clone(&self.device);
@@ -198,12 +216,25 @@ impl Cuda {
         Ok(count)
     }
 
-    /// Bytes of device memory that the key/value cache can have, now that the weights are loaded, if at most `share` of all memory
-    /// may be in use then.
+    /// Bytes of device memory that the key/value cache can have, on each GPU, now that the weights are loaded, if at most `share` of all
+    /// memory may be in use then.
     pub fn cache_memory(&self, share: Option<f64>) -> Result<usize, Error> {
         let (free, total) = self.device.memory()?;
         let kept = share.map_or(0, |share| ((1.0 - share) * total as f64) as usize);
-        Ok(free.saturating_sub(kept.max(RESERVE)))
+        let mut least = free.saturating_sub(kept.max(RESERVE));
+        for follower in self.followers() {
+            least = least.min(follower.cache_memory(share)?);
+        }
+        Ok(least)
+    }
+
+    /// The GPUs that take the same steps with the rest of the model.
+    fn followers(&self) -> &[Cuda] {
+        self.shared.as_ref().map_or(&[], |shared| &shared.followers)
+    }
+
+    fn followers_mut(&mut self) -> &mut [Cuda] {
+        self.shared.as_mut().map_or(&mut [], |shared| &mut shared.followers)
     }
 
     /// Bytes of a number of a key or a value.
@@ -214,7 +245,7 @@ impl Cuda {
         }
     }
 
-    /// What a step reads.
+    /// What a step reads, on each GPU.
     pub fn traffic(&self) -> Traffic {
         let dense = |l: &Layer| l.qkv.matrix_bytes() + l.output.matrix_bytes() + l.router.bytes();
         let layout = self.kv_layout();
@@ -277,7 +308,7 @@ impl Layer {
 
 impl Backend for Cuda {
     fn config(&self) -> &Config {
-        &self.config
+        self.shared.as_ref().map_or(&self.config, |shared| &shared.config)
     }
 
     fn describe(&self) -> String {
@@ -287,7 +318,11 @@ impl Backend for Cuda {
             CacheFormat::E4m3 => "E4M3",
         };
         let graphs = if self.options.eager { ", no graphs" } else { "" };
-        format!("{}, 16-bit activations{fp4}, {cache} keys and values{graphs}", self.device.name())
+        let count = match 1 + self.followers().len() {
+            1 => String::new(),
+            count => format!("{count} × "),
+        };
+        format!("{count}{}, 16-bit activations{fp4}, {cache} keys and values{graphs}", self.device.name())
     }
 
     fn kv_layout(&self) -> KvLayout {
@@ -300,6 +335,9 @@ impl Backend for Cuda {
     }
 
     fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
+        for follower in self.followers_mut() {
+            follower.allocate_kv(full_blocks, sliding_blocks)?;
+        }
         self.device.bind()?;
         self.device.synchronize()?;
         // The old cache is given back first: two never exist at once.
@@ -397,7 +435,7 @@ impl Cuda {
         if self.tainted.0.is_empty() && self.tainted.1.is_empty() {
             return Ok(());
         }
-        let bytes = self.config.kv_heads * BLOCK_TOKENS * HEAD * self.number_bytes();
+        let mut zeroed = Vec::new();
         for sequence in &plan.sequences {
             let begun = sequence.position.div_ceil(BLOCK_TOKENS);
             let kinds = [
@@ -405,13 +443,24 @@ impl Cuda {
                 (LayerKind::Sliding, &mut self.tainted.1, &sequence.sliding_blocks),
             ];
             for (kind, tainted, blocks) in kinds {
-                for &block in blocks.iter().skip(begun).filter(|block| tainted.remove(block)) {
-                    let layers = self.cache.iter().zip(&self.config.layer_kinds);
-                    for (cache, _) in layers.filter(|(_, of)| **of == kind) {
-                        cache.keys.zero(block as usize * bytes, bytes)?;
-                        cache.values.zero(block as usize * bytes, bytes)?;
-                    }
-                }
+                let begin_anew = blocks.iter().skip(begun).filter(|block| tainted.remove(block));
+                zeroed.extend(begin_anew.map(|&block| (kind, block)));
+            }
+        }
+        for follower in self.followers() {
+            follower.zero_blocks(&zeroed)?;
+        }
+        self.zero_blocks(&zeroed)
+    }
+
+    fn zero_blocks(&self, blocks: &[(LayerKind, BlockId)]) -> Result<(), Error> {
+        self.device.bind()?;
+        let bytes = self.config.kv_heads * BLOCK_TOKENS * HEAD * self.number_bytes();
+        for &(kind, block) in blocks {
+            let layers = self.cache.iter().zip(&self.config.layer_kinds);
+            for (cache, _) in layers.filter(|(_, of)| **of == kind) {
+                cache.keys.zero(block as usize * bytes, bytes)?;
+                cache.values.zero(block as usize * bytes, bytes)?;
             }
         }
         Ok(())
@@ -423,33 +472,27 @@ impl Cuda {
         results: &mut [SequenceOutput],
         meanwhile: &mut Meanwhile<'_>,
     ) -> Result<(), Error> {
+        // They are at work before this one: it waits in the midst of some steps.
+        for follower in self.followers_mut() {
+            follower.follow(batch)?;
+        }
+        self.device.bind()?;
         let shape = self.upload(batch)?;
         let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
-        let decode = batch.singles == batch.segments.len() && batch.outputs.len() == batch.tokens;
-        if decode && !hidden && !self.options.eager && batch.tokens <= LOGIT_ROWS {
-            let key = (shape.tokens, shape.full, shape.ahead, shape.logits);
-            if !self.graphs.contains_key(&key) {
-                let graph = self.device.capture(|| {
-                    self.embed(&shape)?;
-                    let pending = (0..self.layers.len())
-                        .try_fold(false, |pending, layer| self.layer(layer, &shape, pending))?;
-                    self.output(&shape, 0..shape.tokens, pending)
-                })?;
-                self.graphs.insert(key, graph);
-            }
-            self.graphs[&key].launch()?;
+        if batch.decodes() && !hidden && !self.options.eager {
+            self.replay(&shape, true)?;
             run_once(meanwhile);
             return self.collect(batch, 0..batch.tokens, results);
         }
         self.embed(&shape)?;
-        let mut pending = false;
+        let mut pending = None;
         for layer in 0..self.layers.len() {
             pending = self.layer(layer, &shape, pending)?;
             let wanted = |s: &Segment| batch.sequence(s).hidden_after_layer == Some(layer);
             if hidden && batch.segments.iter().any(wanted) {
-                if pending {
+                if pending.is_some() {
                     self.norm(&shape, pending, None)?;
-                    pending = false;
+                    pending = None;
                 }
                 self.collect_hidden(batch, layer, results)?;
             }
@@ -462,6 +505,53 @@ impl Cuda {
         }
         run_once(meanwhile);
         self.device.synchronize()
+    }
+
+    /// This GPU's part of a step, from which the one that leads brings back what is wanted.
+    fn follow(&mut self, batch: &Batch<'_>) -> Result<(), Error> {
+        self.device.bind()?;
+        let shape = self.upload(batch)?;
+        let output = self.divides_logits(&shape);
+        if batch.decodes() && !self.options.eager {
+            return self.replay(&shape, output);
+        }
+        self.embed(&shape)?;
+        self.all_layers(&shape, output)
+    }
+
+    /// Whether GPUs that share the model share the rows of the output layer, too, in this step.
+    fn divides_logits(&self, shape: &Shape) -> bool {
+        let epilogue = self.epilogue(After::Store);
+        self.shared.is_some()
+            && (1..=LOGIT_ROWS).contains(&shape.outputs)
+            // What many rows of logits take from GPU to GPU is more than they save.
+            && (!shape.logits || shape.outputs <= SENT_LOGIT_ROWS)
+            && self.some(&self.unembedding, shape.outputs, &epilogue).is_some()
+    }
+
+    /// A decode step as a graph, which is recorded when there is none.
+    fn replay(&mut self, shape: &Shape, output: bool) -> Result<(), Error> {
+        let key = (shape.tokens, shape.full, shape.ahead, shape.logits);
+        if !self.graphs.contains_key(&key) {
+            let graph = self.device.capture(|| {
+                self.embed(shape)?;
+                self.all_layers(shape, output)
+            })?;
+            self.graphs.insert(key, graph);
+        }
+        self.graphs[&key].launch()
+    }
+
+    /// All layers, and the logits if those are wanted.
+    fn all_layers(&self, shape: &Shape, output: bool) -> Result<(), Error> {
+        let pending =
+            (0..self.layers.len()).try_fold(None, |pending, layer| self.layer(layer, shape, pending))?;
+        match pending {
+            pending if output => self.output(shape, 0..shape.outputs, pending),
+            // Nothing that others have sent may be left behind.
+            Some(_) => self.norm(shape, pending, None),
+            None => Ok(()),
+        }
     }
 
     /// Writes the step's words and sends them on their way.
@@ -520,7 +610,8 @@ impl Cuda {
         let (full, sliding) = self.sharing(batch.singles, total_pages, pages);
         let (tokens, singles) = (batch.tokens, batch.singles);
         let ahead = batch.segments[..singles].windows(2).all(|pair| pair[0].sequence != pair[1].sequence);
-        Ok(Shape { words, tokens, singles, tiles: tiles.len(), full, sliding, ahead, logits: batch.logits })
+        let (outputs, tiles) = (batch.outputs.len(), tiles.len());
+        Ok(Shape { words, tokens, outputs, singles, tiles, full, sliding, ahead, logits: batch.logits })
     }
 
     pub(crate) fn word(&self, at: usize) -> Address {
@@ -558,12 +649,11 @@ impl Cuda {
         unsafe { self.device.launch("embed", [shape.tokens as u32, 1, 1], threads, 0, &params) }
     }
 
-    /// One layer. `pending`, here and in the result: the outputs of the experts of the layer before are not yet added to
-    /// the residual stream.
-    fn layer(&self, index: usize, shape: &Shape, pending: bool) -> Result<bool, Error> {
+    /// One layer. `pending`, here and in the result: the layer whose experts' outputs are not yet added to the residual stream.
+    fn layer(&self, index: usize, shape: &Shape, pending: Option<usize>) -> Result<Option<usize>, Error> {
         let layer = &self.layers[index];
         let one = self.one_token(shape);
-        if one.is_none() {
+        if one.is_none() && (self.shared.is_none() || index == 0) {
             self.norm(shape, pending, Some((&layer.input_norm, &layer.qkv)))?;
         }
         let sliding = self.config.layer_kinds[index] == LayerKind::Sliding;
@@ -581,18 +671,28 @@ impl Cuda {
             ..self.epilogue(After::Qkv)
         };
         if let Some(one) = one {
-            one.qkv(self, layer, Epilogue { out16: one.fresh(), out_cols: 1, ..epilogue }, pending)?;
+            one.qkv(self, index, Epilogue { out16: one.fresh(), out_cols: 1, ..epilogue }, pending)?;
             self.attention(index, shape, starts)?;
-            one.attended(self, layer)?;
-            one.experts(self, layer)?;
-            return Ok(true);
+            one.attended(self, index)?;
+            one.experts(self, index)?;
+            return Ok(Some(index));
         }
         self.product(&layer.qkv, self.arena.normed.address(), shape.tokens, epilogue)?;
         self.attention(index, shape, starts)?;
-        let epilogue = Epilogue { out: self.arena.residual.address(), ..self.epilogue(After::Residual) };
+        let residual = self.arena.residual.address();
+        let out = self.shared.as_ref().map_or(residual, Shared::attention);
+        let epilogue = Epilogue { out, ..self.epilogue(After::Residual) };
         self.product(&layer.output, self.arena.context.address(), shape.tokens, epilogue)?;
+        let Some(shared) = &self.shared else {
+            self.experts(index, shape.tokens)?;
+            return Ok(Some(index));
+        };
+        shared.add_attention(self, shape.tokens)?;
         self.experts(index, shape.tokens)?;
-        Ok(true)
+        // With the norm that the next layer begins with.
+        let next = self.layers.get(index + 1).map(|next| (&next.input_norm, &next.qkv));
+        shared.add_experts(self, self.norm_with(shape, Some(index), next))?;
+        Ok(None)
     }
 
     pub(crate) fn epilogue(&self, after: After) -> Epilogue {
@@ -610,34 +710,44 @@ impl Cuda {
     fn norm(
         &self,
         shape: &Shape,
-        pending: bool,
+        pending: Option<usize>,
         scale: Option<(&Buffer, &PackedMatrix)>,
     ) -> Result<(), Error> {
         if let Some(one) = self.one_token(shape) {
             return one.norm(self, pending, 0);
         }
-        let out = scale.map_or(0, |_| self.arena.normed.address());
-        let params = Norm {
-            scale: scale.map_or(0, |(scale, _)| scale.address()),
-            format: scale.map_or(0, |(_, matrix)| matrix.format()),
-            stack: scale.map_or(0, |(_, matrix)| self.stack(matrix, shape.tokens)),
-            ..self.norm_params(shape, pending, out)
-        };
+        let params = self.norm_with(shape, pending, scale);
         // SAFETY: the arena has MAX_TOKENS rows of each; the routes are of the same tokens.
         unsafe {
             self.device.launch("rms_norm", [shape.tokens as u32, 1, 1], self.norm_threads(), 0, &params)
         }
     }
 
+    /// A norm of all rows by this scale for products with this matrix, if they are given.
+    fn norm_with(
+        &self,
+        shape: &Shape,
+        pending: Option<usize>,
+        scale: Option<(&Buffer, &PackedMatrix)>,
+    ) -> Norm {
+        let out = scale.map_or(0, |_| self.arena.normed.address());
+        Norm {
+            scale: scale.map_or(0, |(scale, _)| scale.address()),
+            format: scale.map_or(0, |(_, matrix)| matrix.format()),
+            stack: scale.map_or(0, |(_, matrix)| self.stack(matrix, shape.tokens)),
+            ..self.norm_params(shape, pending, out)
+        }
+    }
+
     /// Threads of a norm, each of which holds `NORM_VALUES` times four values.
-    fn norm_threads(&self) -> u32 {
+    pub(crate) fn norm_threads(&self) -> u32 {
         self.config.hidden_size.div_ceil(4 * NORM_VALUES).next_multiple_of(32) as u32
     }
 
-    fn norm_params(&self, shape: &Shape, pending: bool, out: Address) -> Norm {
+    fn norm_params(&self, shape: &Shape, pending: Option<usize>, out: Address) -> Norm {
         Norm {
             residual: self.arena.residual.address(),
-            experts: if pending { self.arena.expert_outputs.address() } else { 0 },
+            experts: pending.map_or(0, |_| self.arena.expert_outputs.address()),
             routes: self.arena.routes.address(),
             rows: 0,
             scale: 0,
@@ -654,7 +764,7 @@ impl Cuda {
     }
 
     /// The final norm and the logits of these entries of the list of outputs, and the largest of each.
-    fn output(&self, shape: &Shape, outputs: Range<usize>, pending: bool) -> Result<(), Error> {
+    fn output(&self, shape: &Shape, outputs: Range<usize>, pending: Option<usize>) -> Result<(), Error> {
         let n = outputs.len();
         let epilogue = Epilogue { out: self.arena.logits.address(), ..self.epilogue(After::Store) };
         let some = self.some(&self.unembedding, n, &epilogue).is_some();
@@ -678,12 +788,11 @@ impl Cuda {
         if some {
             // It finds the largest, too, and stores what is wanted.
             let out = if shape.logits { epilogue.out } else { 0 };
-            return self.product(
-                &self.unembedding,
-                self.arena.normed.address(),
-                n,
-                Epilogue { out, ..epilogue },
-            );
+            let (normed, epilogue) = (self.arena.normed.address(), Epilogue { out, ..epilogue });
+            return match &self.shared {
+                Some(shared) if self.divides_logits(shape) => shared.logits(self, normed, n, epilogue),
+                _ => self.product(&self.unembedding, normed, n, epilogue),
+            };
         }
         self.product(&self.unembedding, self.arena.normed.address(), n, epilogue)?;
         let params = Largest {

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use gptoss::{Plan, Sampling, SequencePlan};
 
+use crate::arena::LOGIT_ROWS;
 use crate::attention::Sharing;
 
 /// Where the parts of a step's words begin. For a decode step they depend on nothing but the number of tokens.
@@ -65,6 +66,8 @@ pub(crate) struct Batch<'a> {
 pub(crate) struct Shape {
     pub(crate) words: Words,
     pub(crate) tokens: usize,
+    /// Rows whose logits are wanted.
+    pub(crate) outputs: usize,
     pub(crate) singles: usize,
     pub(crate) tiles: usize,
     /// Of single tokens' keys in the full and in the sliding layers.
@@ -77,6 +80,11 @@ pub(crate) struct Shape {
 }
 
 impl<'a> Batch<'a> {
+    /// Whether it is single tokens alone, few enough for one kernel of logits, whose logits are wanted.
+    pub(crate) fn decodes(&self) -> bool {
+        self.singles == self.segments.len() && self.outputs.len() == self.tokens && self.tokens <= LOGIT_ROWS
+    }
+
     pub(crate) fn new(plan: &'a Plan, mut segments: Vec<Segment>) -> Batch<'a> {
         segments.sort_by_key(|segment| !segment.single);
         let singles = segments.iter().take_while(|segment| segment.single).count();

@@ -46,13 +46,21 @@ const MODULES: &[Module] = &[
         fatbin!("one"),
         &[
             "one_qkv_bf16",
+            "one_qkv_bf16_shared",
             "one_qkv_fp4",
+            "one_qkv_fp4_shared",
             "one_attended_bf16",
+            "one_attended_bf16_shared",
             "one_attended_fp4",
+            "one_attended_fp4_shared",
             "one_experts_bf16",
+            "one_experts_bf16_shared",
             "one_experts_fp4",
+            "one_experts_fp4_shared",
             "one_norm_bf16",
+            "one_norm_bf16_shared",
             "one_norm_fp4",
+            "one_norm_fp4_shared",
             "one_output_bf16",
             "one_output_fp4",
         ],
@@ -86,7 +94,12 @@ const MODULES: &[Module] = &[
     (fatbin!("attention"), &["attend_split", "attend_split_e4m3"], &[]),
     (fatbin!("attention_many"), &["attend_many", "attend_many_e4m3"], &[]),
     (fatbin!("attention_many_sm90"), &["attend_prompts", "attend_prompts_e4m3"], &[90]),
-    (fatbin!("stream"), &["embed", "rms_norm", "router", "router_many", "gather", "largest", "read"], &[]),
+    (fatbin!("all_reduce"), &["all_reduce"], &[]),
+    (
+        fatbin!("stream"),
+        &["embed", "rms_norm", "rms_norm_shared", "router", "router_many", "gather", "largest", "read"],
+        &[],
+    ),
     (fatbin!("sampling"), &["modify", "survey", "collect", "draw", "rank"], &[]),
     (fatbin!("quantize"), &["quantize"], &[]),
     (fatbin!("gemm_sm100"), &["fp4_gemm", "fp4_gemm_experts"], &[100, 103]),
@@ -255,6 +268,31 @@ impl Device {
     /// Bytes of shared memory that a block can have.
     pub(crate) fn shared_bytes(&self) -> usize {
         self.shared_bytes
+    }
+
+    /// Lets this device's kernels read and write the memory of another one.
+    pub(crate) fn read_memory_of(&self, peer: &Device) -> Result<(), Error> {
+        if self.ordinal == peer.ordinal {
+            return Ok(());
+        }
+        self.bind()?;
+        let mut can = 0;
+        // SAFETY: writes one integer.
+        let result = unsafe { (self.driver.can_access_peer)(&raw mut can, self.device, peer.device) };
+        self.driver.check(result, "asking whether one GPU can read another's memory")?;
+        if can == 0 {
+            return Err(Error::Unsupported(format!(
+                "cuda:{} cannot read the memory of cuda:{}, without which they cannot share a model",
+                self.ordinal, peer.ordinal
+            )));
+        }
+        /// It was allowed before.
+        const PEER_ACCESS_ALREADY_ENABLED: c_int = 704;
+        // SAFETY: both contexts are live.
+        match unsafe { (self.driver.enable_peer_access)(peer.context, 0) } {
+            PEER_ACCESS_ALREADY_ENABLED => Ok(()),
+            result => self.driver.check(result, "letting one GPU read another's memory"),
+        }
     }
 
     fn load_module(&mut self, image: &'static [u8], names: &[&'static str]) -> Result<(), Error> {

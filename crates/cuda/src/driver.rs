@@ -52,6 +52,8 @@ driver! {
     device_attribute = c"cuDeviceGetAttribute" (value: *mut c_int, attribute: c_int, device: c_int);
     retain_context = c"cuDevicePrimaryCtxRetain" (context: *mut Handle, device: c_int);
     release_context = c"cuDevicePrimaryCtxRelease_v2" (device: c_int);
+    can_access_peer = c"cuDeviceCanAccessPeer" (can: *mut c_int, device: c_int, peer: c_int);
+    enable_peer_access = c"cuCtxEnablePeerAccess" (peer: Handle, flags: c_uint);
     set_context = c"cuCtxSetCurrent" (context: Handle);
     memory_info = c"cuMemGetInfo_v2" (free: *mut usize, total: *mut usize);
     allocate = c"cuMemAlloc_v2" (address: *mut Address, bytes: usize);

@@ -22,6 +22,7 @@ mod products;
 mod router;
 mod sampling;
 mod self_test;
+mod shared;
 
 pub use backend::{Cuda, Options};
 pub use device::{Device, KernelTime, device_count};

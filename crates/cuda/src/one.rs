@@ -10,7 +10,7 @@ use crate::backend::{Cuda, HEAD, Layer};
 use crate::device::{Buffer, Device};
 use crate::driver::Address;
 use crate::packed::{PackedMatrix, TILE_COLS};
-use crate::params::{After, BF16, Epilogue, FP4, One};
+use crate::params::{After, BF16, Epilogue, FP4, One, SharedOne};
 
 /// Warps of a block, of one of the experts, those of them that the second product has, of one of the output layer.
 const WARPS: usize = 16;
@@ -210,48 +210,88 @@ impl OneToken {
         self.awaited.address() + self.fresh
     }
 
-    fn pending(&self, pending: bool) -> u32 {
-        if pending { self.share_warps as u32 } else { 0 }
+    fn pending(&self, pending: Option<usize>) -> u32 {
+        pending.map_or(0, |_| self.share_warps as u32)
     }
 
-    /// Query, key and value. `pending`: what the experts before add is still in `shares`.
+    /// Words of `shares`, and the warps of a row tile in it: what decides where a row is.
+    pub(crate) fn shares(&self) -> (usize, usize) {
+        (self.shares.bytes() / 4, self.share_warps)
+    }
+
+    /// Whether a row tile is of two blocks at most.
+    pub(crate) fn shares_are_near(&self) -> bool {
+        self.share_warps <= DOWN_WARPS + 1
+    }
+
+    /// A kernel of this layer, or what comes behind the last one: the first, or where several GPUs share the model the second.
+    ///
+    /// # Safety
+    /// As [`Device::launch`].
+    unsafe fn launch(
+        &self,
+        cuda: &Cuda,
+        (alone, together): (&'static str, &'static str),
+        layer: usize,
+        (grid, threads, shared): ([u32; 3], usize, usize),
+        one: One,
+    ) -> Result<(), Error> {
+        match cuda.shared.as_ref().and_then(|shared| shared.together(layer)) {
+            // SAFETY: the caller's promise.
+            None => unsafe { cuda.device.launch(alone, grid, threads as u32, shared, &one) },
+            Some(others) => {
+                let params = SharedOne { one, together: others };
+                // SAFETY: the caller's promise; what GPUs exchange has the shape of what each has.
+                unsafe { cuda.device.launch(together, grid, threads as u32, shared, &params) }
+            }
+        }
+    }
+
+    /// Query, key and value. `pending`: what the experts of that layer add is still in `shares`.
     pub(crate) fn qkv(
         &self,
         cuda: &Cuda,
-        layer: &Layer,
+        index: usize,
         epilogue: Epilogue,
-        pending: bool,
+        pending: Option<usize>,
     ) -> Result<(), Error> {
+        let layer = &cuda.layers[index];
         let params = One {
             norm_scale: layer.input_norm.address(),
             groups: self.qkv.0 as u32,
             share_warps: self.pending(pending),
             ..self.params(cuda, &layer.qkv, epilogue)
         };
-        let name = if layer.qkv.format() == BF16 { "one_qkv_bf16" } else { "one_qkv_fp4" };
-        let threads = 32 * WARPS as u32;
+        let names = match layer.qkv.format() {
+            BF16 => ("one_qkv_bf16", "one_qkv_bf16_shared"),
+            _ => ("one_qkv_fp4", "one_qkv_fp4_shared"),
+        };
+        let size = ([self.qkv.1 as u32, 1, 1], 32 * WARPS, self.qkv_shared(layer));
         // SAFETY: the arena has a row of everything; the cache's block was checked with the plan.
-        unsafe {
-            cuda.device.launch(name, [self.qkv.1 as u32, 1, 1], threads, self.qkv_shared(layer), &params)
-        }
+        unsafe { self.launch(cuda, names, index, size, params) }
     }
 
     /// The projection of what attention found, and the router's logits.
-    pub(crate) fn attended(&self, cuda: &Cuda, layer: &Layer) -> Result<(), Error> {
+    pub(crate) fn attended(&self, cuda: &Cuda, index: usize) -> Result<(), Error> {
+        let layer = &cuda.layers[index];
         let params = One {
             norm_scale: layer.post_attention_norm.address(),
             input: self.context(),
             router: layer.router.address(),
             ..self.params(cuda, &layer.output, cuda.epilogue(After::Residual))
         };
-        let name = if layer.output.format() == BF16 { "one_attended_bf16" } else { "one_attended_fp4" };
-        let (grid, threads) = ([layer.output.row_tiles() as u32, 1, 1], 32 * WARPS as u32);
+        let names = match layer.output.format() {
+            BF16 => ("one_attended_bf16", "one_attended_bf16_shared"),
+            _ => ("one_attended_fp4", "one_attended_fp4_shared"),
+        };
+        let size = ([layer.output.row_tiles() as u32, 1, 1], 32 * WARPS, self.attended_shared(layer));
         // SAFETY: the arena has a row of everything.
-        unsafe { cuda.device.launch(name, grid, threads, self.attended_shared(layer), &params) }
+        unsafe { self.launch(cuda, names, index, size, params) }
     }
 
     /// The experts. What they add is left in `shares`.
-    pub(crate) fn experts(&self, cuda: &Cuda, layer: &Layer) -> Result<(), Error> {
+    pub(crate) fn experts(&self, cuda: &Cuda, index: usize) -> Result<(), Error> {
+        let layer = &cuda.layers[index];
         let params = One {
             down: layer.down.params(),
             router_bias: layer.router_bias.address(),
@@ -260,17 +300,20 @@ impl OneToken {
             late_groups: self.experts.late_groups as u32,
             ..self.params(cuda, &layer.gate_up, cuda.epilogue(After::Swiglu))
         };
-        let name = if layer.gate_up.format() == BF16 { "one_experts_bf16" } else { "one_experts_fp4" };
+        let names = match layer.gate_up.format() {
+            BF16 => ("one_experts_bf16", "one_experts_bf16_shared"),
+            _ => ("one_experts_fp4", "one_experts_fp4_shared"),
+        };
         let grid = [self.ranks as u32, self.per_rank as u32, 1];
         // SAFETY: `exchange` has room for what the first product finds. There are not more blocks than multiprocessors, and each fits
         // on one, so that all are at work when they wait for one another.
         unsafe {
-            cuda.device.launch(name, grid, 32 * EXPERT_WARPS as u32, self.experts_shared(layer), &params)
+            self.launch(cuda, names, index, (grid, 32 * EXPERT_WARPS, self.experts_shared(layer)), params)
         }
     }
 
     /// The final norm, whose output is plain or the first row of a stack of so many, and the residual stream with what is pending.
-    pub(crate) fn norm(&self, cuda: &Cuda, pending: bool, stack: u32) -> Result<(), Error> {
+    pub(crate) fn norm(&self, cuda: &Cuda, pending: Option<usize>, stack: u32) -> Result<(), Error> {
         let matrix = &cuda.unembedding;
         let params = One {
             norm_scale: cuda.final_norm.address(),
@@ -280,9 +323,14 @@ impl OneToken {
             stack,
             ..self.params(cuda, matrix, cuda.epilogue(After::Store))
         };
-        let name = if matrix.format() == BF16 { "one_norm_bf16" } else { "one_norm_fp4" };
+        let names = match matrix.format() {
+            BF16 => ("one_norm_bf16", "one_norm_bf16_shared"),
+            _ => ("one_norm_fp4", "one_norm_fp4_shared"),
+        };
+        // Behind that layer.
+        let next = pending.map_or(0, |layer| layer + 1);
         // SAFETY: one block, which changes what it alone has read.
-        unsafe { cuda.device.launch(name, [1, 1, 1], 32 * WARPS as u32, 0, &params) }
+        unsafe { self.launch(cuda, names, next, ([1, 1, 1], 32 * WARPS, 0), params) }
     }
 
     /// The logits and the largest of them.

@@ -82,6 +82,18 @@ impl PackedMatrix {
     }
 }
 
+impl params::Matrix {
+    /// Some row tiles of a matrix of BF16 without a bias.
+    pub(crate) fn row_tiles(self, tiles: Range<usize>) -> params::Matrix {
+        let bytes = tiles.start * (self.cols as usize / TILE_COLS) * 2048;
+        params::Matrix {
+            weights: self.weights + bytes as u64,
+            rows: (tiles.len() * TILE_ROWS) as u32,
+            ..self
+        }
+    }
+}
+
 fn address(buffer: Option<&Buffer>) -> Address {
     buffer.map_or(0, Buffer::address)
 }

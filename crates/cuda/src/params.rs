@@ -91,15 +91,31 @@ params! {
         hidden: u32, part_count: u32, experts: u32, experts_per_token: u32, groups: u32, early: u32, late_groups: u32, share_warps: u32,
         eps: f32, stack: u32, awaited_count: u32, padding: u32,
     }
+    /// one.cu
+    Together, 152 {
+        shares: [Address; 8], projected: [Address; 8], read: Address, rank: u32, ranks: u32, share_words: u32, padding: u32,
+    }
+    /// one.cu
+    SharedOne, 488 {
+        one: One, together: Together,
+    }
+    /// shared.cuh
+    Peers, 152 {
+        added: [Address; 8], arrived: [Address; 8], rounds: Address, rank: u32, ranks: u32, places: u32, padding: u32,
+    }
+    /// all_reduce.cu
+    AllReduce, 168 {
+        peers: Peers, residual: Address, vectors: u32, padding: u32,
+    }
     /// gemm_sm90.cu
     Gemm, 160 {
         matrix: Matrix, input: Address, list: Address, epilogue: Epilogue,
         n: u32, stack: u32, tile: u32, experts: u32, experts_per_token: u32, tokens_first: u32,
     }
     /// product_some_sm90.cu
-    Exchanged, 176 {
+    Exchanged, 200 {
         matrix: Matrix, input: Address, epilogue: Epilogue, parts: Address, arrivals: Address, best: Address, largest: Address,
-        told: Address, n: u32, stack: u32,
+        told: Address, bests: Address, n: u32, stack: u32, first: u32, all: u32, rank: u32, ranks: u32,
     }
     /// experts.cuh
     Part, 128 {
@@ -142,6 +158,10 @@ params! {
     Norm, 80 {
         residual: Address, experts: Address, routes: Address, rows: Address, scale: Address, out: Address,
         hidden: u32, cols: u32, n: u32, experts_count: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32,
+    }
+    /// stream.cu
+    SharedNorm, 240 {
+        norm: Norm, peers: Peers, zeroed: Address,
     }
     /// stream.cu
     Router, 104 {

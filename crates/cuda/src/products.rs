@@ -7,7 +7,7 @@ use crate::backend::Cuda;
 use crate::driver::Address;
 use crate::fp4::{self, FP4_FROM, Fp4Matrix};
 use crate::packed::{PackedMatrix, TILE_COLS, TILE_ROWS};
-use crate::params::{After, BF16, Dense, Epilogue, Exchanged, FP4, Gemm, Product};
+use crate::params::{self, After, BF16, Dense, Epilogue, Exchanged, FP4, Gemm, Product};
 
 /// product_few_sm90.cu: tokens and row tiles of a block, at most, its warps, and the shared memory of their rings.
 const DENSE_TOKENS: usize = 32;
@@ -41,6 +41,16 @@ const MAX_CLUSTER: usize = 4;
 /// Threads of a block of the product kernels.
 pub(crate) const PRODUCT_THREADS: u32 = 256;
 
+/// One GPU's rows of the output layer, where several have it: see product_some_sm90.cu.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct LogitRows {
+    pub(crate) bests: Address,
+    pub(crate) first: u32,
+    pub(crate) all: u32,
+    pub(crate) rank: u32,
+    pub(crate) ranks: u32,
+}
+
 impl Cuda {
     /// A dense product with `n` rows of `input`.
     pub(crate) fn product(
@@ -65,7 +75,7 @@ impl Cuda {
             return unsafe { self.device.launch(name, grid, 32 * DENSE_WARPS, DENSE_SHARED, &params) };
         }
         if let Some(shares) = self.some(matrix, n, &epilogue) {
-            return self.product_of_some(matrix, shares, input, n, epilogue);
+            return self.product_of_some(matrix.params(), shares, input, n, epilogue, None);
         }
         if self.many(n) {
             return self.product_of_many(matrix, input, n, epilogue);
@@ -114,13 +124,15 @@ impl Cuda {
         (self.device.multiprocessors() / blocks).min(most).min(matrix.padded_cols() / TILE_COLS)
     }
 
-    fn product_of_some(
+    /// `logits`: the matrix is this GPU's part of the output layer.
+    pub(crate) fn product_of_some(
         &self,
-        matrix: &PackedMatrix,
+        matrix: params::Matrix,
         shares: usize,
         input: Address,
         n: usize,
         epilogue: Epilogue,
+        logits: Option<LogitRows>,
     ) -> Result<(), Error> {
         let multiprocessors = self.device.multiprocessors();
         let few = n <= GEMM_TOKENS;
@@ -132,8 +144,9 @@ impl Cuda {
             (_, true) => "product_some_128",
             (_, false) => "product_some_256",
         };
+        let logits = logits.unwrap_or(LogitRows { all: matrix.rows, ..LogitRows::default() });
         let params = Exchanged {
-            matrix: matrix.params(),
+            matrix,
             input,
             epilogue,
             parts: self.arena.exchanged.address(),
@@ -141,10 +154,15 @@ impl Cuda {
             best: self.arena.best.address(),
             largest: self.arena.largest.address(),
             told: self.arena.largest_host.address(),
+            bests: logits.bests,
             n: n as u32,
             stack: stack_rows(n) as u32,
+            first: logits.first,
+            all: logits.all,
+            rank: logits.rank,
+            ranks: logits.ranks,
         };
-        let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES).min(multiprocessors);
+        let blocks = (matrix.rows as usize).div_ceil(GEMM_ROW_TILES * TILE_ROWS).min(multiprocessors);
         let grid = [blocks as u32, shares as u32, 1];
         let shared = if few { SOME_SHARED_128 } else { SOME_SHARED_256 };
         // SAFETY: as in `product`; the arena's stacks have room for whole tiles. There are not more blocks than multiprocessors, each of

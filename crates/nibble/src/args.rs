@@ -110,6 +110,10 @@ pub(crate) struct Run {
     /// mapped at the next start. It is as large as the loaded model
     #[arg(long, value_name = "FILE")]
     pub(crate) packed_cache: Option<PathBuf>,
+    /// GPUs that share the model, `--device`'s and those after it: each has some heads of every layer and some units of every
+    /// expert
+    #[arg(long, visible_alias = "tp", value_name = "N", default_value_t = 1)]
+    pub(crate) tensor_parallel_size: usize,
 }
 
 impl Run {
@@ -123,6 +127,7 @@ impl Run {
             weights: WeightBits::AsStored,
             activations: ActivationBits::F32,
             packed_cache: None,
+            tensor_parallel_size: 1,
         }
     }
 }
@@ -354,9 +359,6 @@ pub(crate) struct Capacity {
     /// They do, which is the default
     #[arg(long, hide = true, overrides_with = "no_enable_prefix_caching")]
     pub(crate) enable_prefix_caching: bool,
-    /// Devices that share the model
-    #[arg(long, visible_alias = "tp", value_name = "N", default_value_t = 1)]
-    pub(crate) tensor_parallel_size: usize,
 }
 
 /// A number of tokens, or as many as fit.

@@ -42,12 +42,6 @@ pub(crate) fn start(
     ui: Ui,
     watch: &mut dyn FnMut(usize, usize),
 ) -> Result<Running> {
-    if capacity.tensor_parallel_size != 1 {
-        return Err(Failure::input(format!(
-            "--tensor-parallel-size: expected 1, since there is one device here, found {}",
-            capacity.tensor_parallel_size
-        )));
-    }
     let harmony = model.harmony()?;
     let generation = model.checkpoint.generation_config().clone();
     let backend = watched_backend(model.weights(run, common, ui)?, run, common, ui, watch)?;

@@ -31,6 +31,8 @@ const HARMONY: &str = "Harmony is built in and always parsed";
 const PYTHON: &str = "Python extensions are not supported";
 const LORA: &str = "adapters are not supported in this version";
 const GRAPHS: &str = "kernels are compiled and graphs captured as the device needs";
+const EXPERTS: &str =
+    "GPUs share every expert, so that all have the same work: --tensor-parallel-size says how many";
 const NODES: &str = "one machine serves a model; put several behind a gateway";
 
 const FLAGS: &[(&str, Takes, Fate)] = &[
@@ -45,9 +47,9 @@ const FLAGS: &[(&str, Takes, Fate)] = &[
     ("load-format", Value, Only(&["auto", "safetensors"], "models are safetensors")),
     ("pipeline-parallel-size", Value, Only(&["1"], "there is one stage in this version")),
     ("data-parallel-size", Value, Only(&["1"], NODES)),
-    ("enable-expert-parallel", Nothing, Refused("there is one device in this version")),
-    ("enable-eplb", Nothing, Refused("there is one device in this version")),
-    ("eplb-config", Value, Refused("there is one device in this version")),
+    ("enable-expert-parallel", Nothing, Refused(EXPERTS)),
+    ("enable-eplb", Nothing, Refused(EXPERTS)),
+    ("eplb-config", Value, Refused(EXPERTS)),
     (
         "distributed-executor-backend",
         Value,

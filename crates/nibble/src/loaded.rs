@@ -31,7 +31,8 @@ pub(crate) fn watched_backend(
     ui: Ui,
     watch: &mut dyn FnMut(usize, usize),
 ) -> Result<Loaded> {
-    let device = device(&common.device)?;
+    let count = run.tensor_parallel_size;
+    let device = devices(&common.device, count)?;
     let mut bar = ui.progress("Loading", 1);
     let mut progress = |done: usize, total: usize| {
         bar.set_total(total as u64);
@@ -40,6 +41,11 @@ pub(crate) fn watched_backend(
     };
     Ok(match device {
         Device::Cpu => {
+            if count != 1 {
+                return Err(Failure::input(format!(
+                    "--tensor-parallel-size: expected 1 on a CPU, found {count}"
+                )));
+            }
             if run.kv_cache_dtype == CacheType::Fp8 {
                 return Err(Failure::input("--kv-cache-dtype: expected auto or bf16 on a CPU, found fp8"));
             }
@@ -69,7 +75,7 @@ pub(crate) fn watched_backend(
             Loaded::Cpu(Box::new(loaded?))
         }
         #[cfg(feature = "cuda")]
-        Device::Cuda(device) => {
+        Device::Cuda(devices) => {
             let integers = matches!(run.activations, ActivationBits::Int16 | ActivationBits::Int8);
             if run.weights != WeightBits::AsStored || integers {
                 return Err(Failure::input(
@@ -88,15 +94,21 @@ pub(crate) fn watched_backend(
                 batch_invariant: run.batch_invariant,
             };
             let (checked, loaded) = std::thread::scope(|scope| {
-                let checked = scope.spawn(|| check_kernels(&device));
-                let loaded = cuda::Cuda::load(&device, &*weights, options, &mut progress);
-                (checked.join(), loaded)
+                let checks: Vec<_> =
+                    devices.iter().map(|device| scope.spawn(|| check_kernels(device))).collect();
+                let loaded = match &devices[..] {
+                    [device] => cuda::Cuda::load(device, &*weights, options, &mut progress),
+                    several => cuda::Cuda::load_shared(several, &*weights, options, &mut progress),
+                };
+                (checks.into_iter().map(|check| check.join()).collect::<Vec<_>>(), loaded)
             });
-            checked.map_err(|_| Failure::machine("the check of the kernels panicked"))??;
+            for check in checked {
+                check.map_err(|_| Failure::machine("the check of the kernels panicked"))??;
+            }
             let mut loaded = Box::new(loaded?);
             if run.activations == ActivationBits::Nvfp4 {
                 drop(bar);
-                ui.note(format_args!("{}", use_fp4(&device, &mut loaded, &*weights)?));
+                ui.note(format_args!("{}", use_fp4(&devices[0], &mut loaded, &*weights)?));
             }
             Loaded::Cuda(loaded)
         }
@@ -122,7 +134,7 @@ fn use_fp4(device: &Arc<cuda::Device>, cuda: &mut cuda::Cuda, weights: &dyn Weig
         ));
     }
     Ok(match cuda.use_fp4(weights)? {
-        0 => "--activations nvfp4: the model has no input scales, activations stay in 16 bits".to_owned(),
+        0 => "--activations nvfp4: the model has no input scales, or several GPUs share it; activations stay in 16 bits".to_owned(),
         count => format!("--activations nvfp4: {count} matrices are multiplied in four bits"),
     })
 }
@@ -130,25 +142,39 @@ fn use_fp4(device: &Arc<cuda::Device>, cuda: &mut cuda::Cuda, weights: &dyn Weig
 /// Where to run.
 pub(crate) enum Device {
     Cpu,
+    /// At least one.
     #[cfg(feature = "cuda")]
-    Cuda(Arc<cuda::Device>),
+    Cuda(Vec<Arc<cuda::Device>>),
 }
 
-/// What `--device` names.
+/// What `--device` names, with as many GPUs as share a model: the one that it names and those after it.
 #[cfg(feature = "cuda")]
-pub(crate) fn device(name: &str) -> Result<Device> {
+pub(crate) fn devices(name: &str, count: usize) -> Result<Device> {
     let ordinal = match name.split_once(':') {
         Some(("cuda", ordinal)) => ordinal.parse().ok(),
         _ => (name == "cuda").then_some(0),
     };
-    match (name, ordinal) {
-        ("cpu", _) => Ok(Device::Cpu),
+    let first: usize = match (name, ordinal) {
+        ("cpu", _) => return Ok(Device::Cpu),
         // A machine without a GPU is what `auto` is for; a GPU that does not work is worth an error.
-        ("auto", _) if cuda::device_count().is_err() => Ok(Device::Cpu),
-        ("auto", _) => Ok(Device::Cuda(cuda::Device::open(0)?)),
-        (_, Some(ordinal)) => Ok(Device::Cuda(cuda::Device::open(ordinal)?)),
-        _ => Err(Failure::input(format!("--device: expected auto, cpu, cuda or cuda:N, found {name}"))),
+        ("auto", _) if cuda::device_count().is_err() => return Ok(Device::Cpu),
+        ("auto", _) => 0,
+        (_, Some(ordinal)) => ordinal,
+        _ => {
+            return Err(Failure::input(format!(
+                "--device: expected auto, cpu, cuda or cuda:N, found {name}"
+            )));
+        }
+    };
+    let there = cuda::device_count()?.saturating_sub(first);
+    if count == 0 || (count > 1 && count > there) {
+        return Err(Failure::input(format!(
+            "--tensor-parallel-size: expected 1 to {}, the GPUs from cuda:{first} on, found {count}",
+            there.max(1)
+        )));
     }
+    let opened = (first..first + count).map(cuda::Device::open);
+    Ok(Device::Cuda(opened.collect::<std::result::Result<_, Error>>()?))
 }
 
 /// Refuses a GPU that computes wrong numbers.
@@ -173,7 +199,7 @@ fn check_kernels(device: &cuda::Device) -> Result<()> {
 
 /// What `--device` names.
 #[cfg(not(feature = "cuda"))]
-pub(crate) fn device(name: &str) -> Result<Device> {
+pub(crate) fn devices(name: &str, _count: usize) -> Result<Device> {
     match name {
         "auto" | "cpu" => Ok(Device::Cpu),
         _ => Err(Failure::input(format!("--device: expected auto or cpu in this build, found {name}"))),

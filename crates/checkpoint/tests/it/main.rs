@@ -6,6 +6,7 @@ mod compared;
 mod configs;
 mod goldens;
 mod hostile;
+mod shards;
 mod written;
 
 use std::ops::ControlFlow;

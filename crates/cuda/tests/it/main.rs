@@ -323,6 +323,109 @@ fn odd_shapes_agree_with_the_reference() {
     }
 }
 
+/// As many GPUs as there are, up to `most`, the given one first; `None` after saying that there is one alone.
+fn gpus(first: &Arc<Device>, most: usize) -> Option<Vec<Arc<Device>>> {
+    let count = cuda::device_count().unwrap().min(most);
+    if count < 2 {
+        eprintln!("skipped: there is one GPU");
+        return None;
+    }
+    let others = (1..count).map(|i| Device::open(i).unwrap().as_generation(first.capability()).unwrap());
+    Some(std::iter::once(Arc::clone(first)).chain(others).collect())
+}
+
+fn load_shared(devices: &[Arc<Device>], weights: &dyn Weights, options: Options) -> Cuda {
+    let mut cuda = Cuda::load_shared(devices, weights, options, &mut |_, _| {}).unwrap();
+    cuda.allocate_kv(BLOCKS, BLOCKS).unwrap();
+    cuda
+}
+
+#[test]
+fn gpus_that_share_a_model_agree_with_the_reference() {
+    let Some(device) = device() else { return };
+    let Some(devices) = gpus(&device, 2) else { return };
+    for format in [Format::Bf16, Format::Mxfp4, Format::Nvfp4] {
+        let mut reference = Reference::new(odd(format));
+        reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+        let expected = logits(&mut reference, &tokens(400), 400);
+        for eager in [false, true] {
+            let mut cuda = load_shared(&devices, &*odd(format), Options { eager, ..Options::default() });
+            assert_eq!(cuda.config(), odd(format).config());
+            for chunk in [1, 3, 17, 64, 130, 400, 1] {
+                let found = logits(&mut cuda, &tokens(400), chunk);
+                check_logits(&found, &expected, 331, &format!("{format:?} in chunks of {chunk}"));
+            }
+        }
+    }
+}
+
+/// Each has some rows of the output layer, where these are many.
+#[test]
+fn gpus_that_share_a_model_share_its_logits() {
+    let Some(device) = device() else { return };
+    let Some(devices) = gpus(&device, 2) else { return };
+    let mut config = Config { vocab_size: 6528, ..odd_config() };
+    config.layer_kinds.truncate(1);
+    let weights: Arc<dyn Weights> = Arc::new(Synthetic::new(config, |_| Format::Bf16, 7));
+    let mut reference = Reference::new(Arc::clone(&weights));
+    reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+    let expected = logits(&mut reference, &tokens(100), 100);
+    let mut cuda = load_shared(&devices, &*weights, Options::default());
+    for chunk in [1, 5, 9, 17, 32, 100] {
+        let found = logits(&mut cuda, &tokens(100), chunk);
+        check_logits(&found, &expected, 6528, &format!("in chunks of {chunk}"));
+    }
+    cuda.allocate_kv(256, 256).unwrap();
+    for batch in [1, 2, 40, 130, 256] {
+        let plan = |logits| -> Vec<SequencePlan> {
+            let one = |s: u32| SequencePlan {
+                logits,
+                sample: vec![Sampling::default()],
+                ..sequence(&[s * 31 % 6528], 0, s)
+            };
+            (0..batch).map(one).collect()
+        };
+        let drawn = run(&mut cuda, plan(false));
+        for (drawn, with) in drawn.iter().zip(run(&mut cuda, plan(true))) {
+            assert_eq!(drawn.sampled[0].token as usize, argmax(&with.logits), "in a batch of {batch}");
+        }
+    }
+}
+
+/// Steps of full width in batches of all sizes at which kernels change, one after the other, small ones after large ones.
+#[test]
+fn gpus_that_share_a_model_give_the_same_bits_again_and_close_to_those_of_one() {
+    let Some(device) = device() else { return };
+    let Some(devices) = gpus(&device, 8) else { return };
+    let weights = Synthetic::new(wide_config(), experts_in_nvfp4, 1);
+    let plan = |batch: u32| -> Vec<SequencePlan> {
+        let one = |s: u32| SequencePlan { hidden_after_layer: Some(1), ..sequence(&[s * 31 % 4096], 0, s) };
+        (0..batch).map(one).collect()
+    };
+    let mut one = load(&device, &weights);
+    one.allocate_kv(4000, 4000).unwrap();
+    for count in [2, 4, 8].into_iter().filter(|&count| count <= devices.len()) {
+        let mut several = load_shared(&devices[..count], &weights, Options::default());
+        several.allocate_kv(4000, 4000).unwrap();
+        let invariant = Options { batch_invariant: true, ..Options::default() };
+        let mut invariant = load_shared(&devices[..count], &weights, invariant);
+        let alone = run(&mut invariant, plan(100)[70..71].to_vec());
+        assert!(run(&mut invariant, plan(100))[70] == alone[0], "{count} GPUs: another result in a batch");
+        for batch in [1, 8, 4000, 24, 64, 128, 256, 400, 1100, 2] {
+            let first = run(&mut several, plan(batch));
+            for _ in 0..5 {
+                assert!(run(&mut several, plan(batch)) == first, "another result in a batch of {batch}");
+            }
+            let alone = run(&mut one, plan(batch));
+            let rows = first.iter().zip(&alone);
+            let close = rows.filter(|(f, a)| relative(&f.hidden, &a.hidden) < 1e-2).count();
+            eprintln!("{count} GPUs, batch of {batch}: {close} tokens close to those of one");
+            // One token in hundreds may take another expert.
+            assert!(close * 100 >= batch as usize * 96, "{count} GPUs, batch of {batch}: {close}");
+        }
+    }
+}
+
 #[test]
 fn logits_of_a_large_vocabulary() {
     let Some(device) = device() else { return };

@@ -10,7 +10,7 @@ use crate::args::Common;
 use crate::failure::{Failure, Result, Status};
 #[cfg(feature = "cuda")]
 use crate::loaded::Device;
-use crate::loaded::device;
+use crate::loaded::devices;
 use crate::model::{Model, threads};
 use crate::ui::{Ui, bold, dim, green};
 
@@ -116,21 +116,22 @@ struct Gpu {
 
 #[cfg(not(feature = "cuda"))]
 fn gpu(name: &str) -> Result<Gpu> {
-    device(name)?;
+    devices(name, 1)?;
     let summary = "none: this build runs on CPUs".to_owned();
     Ok(Gpu { summary, lines: Vec::new(), json: serde_json::Value::Null, passed: true })
 }
 
 #[cfg(feature = "cuda")]
 fn gpu(name: &str) -> Result<Gpu> {
-    let Device::Cuda(device) = device(name)? else {
+    let Device::Cuda(devices) = devices(name, 1)? else {
         let summary = match cuda::device_count() {
             Ok(_) => "left out, as --device cpu asks for".to_owned(),
             Err(error) => format!("none: {error}"),
         };
         return Ok(Gpu { summary, lines: Vec::new(), json: serde_json::Value::Null, passed: true });
     };
-    let tests = cuda::self_test(&device)?;
+    let device = &devices[0];
+    let tests = cuda::self_test(device)?;
     let (free, total) = device.memory()?;
     let capability = format!("{}.{}", device.capability() / 10, device.capability() % 10);
     let summary = format!(
@@ -147,7 +148,7 @@ fn gpu(name: &str) -> Result<Gpu> {
     let mut lines = vec![String::new(), bold("GPU kernels     experts   error")];
     lines.extend(tests.iter().map(line));
     // Off unless asked for: a failure is shown, and does not make the machine unfit. Last, since it may end the context.
-    let fp4 = cuda::fp4_self_test(&device);
+    let fp4 = cuda::fp4_self_test(device);
     match &fp4 {
         Ok(tests) if tests.is_empty() => lines.push(dim("--activations nvfp4 does not apply to this chip")),
         Ok(tests) => lines.extend(tests.iter().map(line)),

@@ -1,0 +1,286 @@
+//! A model that several GPUs share: what they exchange, and the sum of what each adds to the residual stream.
+
+use std::sync::Arc;
+
+use bytemuck::Zeroable;
+use checkpoint::{Config, Shard, Weights};
+use gptoss::Error;
+
+use crate::arena::MAX_TOKENS;
+use crate::backend::{Cuda, Options};
+use crate::device::{Buffer, Device};
+use crate::driver::Address;
+use crate::one::OneToken;
+use crate::packed::TILE_ROWS;
+use crate::params::{AllReduce, Epilogue, Norm, Peers, SharedNorm, Together};
+use crate::products::{GEMM_ROW_TILES, LogitRows, SOME_TOKENS};
+
+/// shared.cuh
+const MAX_GPUS: usize = 8;
+/// all_reduce.cu: blocks, and their threads.
+const MAX_BLOCKS: usize = 256;
+const THREADS: usize = 256;
+
+/// What a GPU has beside its share of the weights. The first one leads: it also has the others, which take the same steps.
+pub(crate) struct Shared {
+    rank: usize,
+    /// Of the whole model.
+    pub(crate) config: Config,
+    pub(crate) followers: Vec<Cuda>,
+    attention: Exchange,
+    experts: Exchange,
+    /// u64 `[MAX_GPUS, SOME_TOKENS]`, see product_some_sm90.cu
+    bests: Buffer,
+    /// For steps of one token, where all ranks have kernels for those.
+    words: Option<Words>,
+    /// Where each rank has what the others read or write.
+    ranks: Vec<Places>,
+}
+
+/// One of the two sums of a layer: see shared.cuh.
+struct Exchange {
+    /// f32 `[tokens, hidden]`; that of attention is zero before a layer
+    added: Buffer,
+    /// u32 `[MAX_GPUS, places]`
+    arrived: Buffer,
+    /// u32 `[places]`
+    rounds: Buffer,
+    places: usize,
+}
+
+/// Sums that come to the others as words: see one.cu. All bits are set before and after.
+struct Words {
+    /// f32 `[MAX_GPUS, share words]`, of layers in turn
+    shares: [Buffer; 2],
+    share_words: usize,
+    /// f32 `[MAX_GPUS, hidden]`
+    projected: Buffer,
+}
+
+/// Addresses on one GPU.
+#[derive(Debug, Clone, Copy)]
+struct Places {
+    /// `added` and `arrived`.
+    attention: [Address; 2],
+    experts: [Address; 2],
+    shares: [Address; 2],
+    projected: Address,
+    logits: Address,
+    bests: Address,
+}
+
+impl Exchange {
+    fn new(device: &Arc<Device>, config: &Config, places: usize) -> Result<Exchange, Error> {
+        Ok(Exchange {
+            added: device.buffer(MAX_TOKENS * config.hidden_size * 4)?,
+            arrived: device.buffer(MAX_GPUS * places * 4)?,
+            rounds: device.buffer(places * 4)?,
+            places,
+        })
+    }
+
+    fn addresses(&self) -> [Address; 2] {
+        [self.added.address(), self.arrived.address()]
+    }
+}
+
+impl Words {
+    fn new(device: &Arc<Device>, share_words: usize, hidden: usize) -> Result<Words, Error> {
+        let filled = |each: usize| device.filled(MAX_GPUS * each * 4, 0xff);
+        let shares = [filled(share_words)?, filled(share_words)?];
+        Ok(Words { shares, share_words, projected: filled(hidden)? })
+    }
+}
+
+impl Shared {
+    fn new(device: &Arc<Device>, rank: usize, config: &Config) -> Result<Shared, Error> {
+        Ok(Shared {
+            rank,
+            config: config.clone(),
+            followers: Vec::new(),
+            attention: Exchange::new(device, config, MAX_BLOCKS)?,
+            // A block for each token.
+            experts: Exchange::new(device, config, MAX_TOKENS)?,
+            bests: device.buffer(MAX_GPUS * SOME_TOKENS * 8)?,
+            words: None,
+            ranks: Vec::new(),
+        })
+    }
+
+    /// `logits`: where this GPU has them.
+    fn places(&self, logits: Address) -> Places {
+        let words = self.words.as_ref();
+        Places {
+            attention: self.attention.addresses(),
+            experts: self.experts.addresses(),
+            shares: words.map_or([0; 2], |words| words.shares.each_ref().map(Buffer::address)),
+            projected: words.map_or(0, |words| words.projected.address()),
+            logits,
+            bests: self.bests.address(),
+        }
+    }
+
+    fn peers(&self, exchange: &Exchange, of: impl Fn(&Places) -> [Address; 2]) -> Peers {
+        let mut peers = Peers {
+            rounds: exchange.rounds.address(),
+            rank: self.rank as u32,
+            ranks: self.ranks.len() as u32,
+            places: exchange.places as u32,
+            ..Zeroable::zeroed()
+        };
+        for (i, places) in self.ranks.iter().enumerate() {
+            [peers.added[i], peers.arrived[i]] = of(places);
+        }
+        peers
+    }
+
+    /// What the kernels of one token in this layer have of the others.
+    pub(crate) fn together(&self, layer: usize) -> Option<Together> {
+        let words = self.words.as_ref()?;
+        let mut together = Together {
+            read: words.shares[(layer + 1) % 2].address(),
+            rank: self.rank as u32,
+            ranks: self.ranks.len() as u32,
+            share_words: words.share_words as u32,
+            ..Zeroable::zeroed()
+        };
+        for (i, places) in self.ranks.iter().enumerate() {
+            (together.shares[i], together.projected[i]) = (places.shares[layer % 2], places.projected);
+        }
+        Some(together)
+    }
+
+    /// Where the projection of attention adds what it finds.
+    pub(crate) fn attention(&self) -> Address {
+        self.attention.added.address()
+    }
+
+    /// Adds what all ranks found behind attention to the residual stream of `n` tokens.
+    pub(crate) fn add_attention(&self, cuda: &Cuda, n: usize) -> Result<(), Error> {
+        let vectors = n * self.config.hidden_size / 4;
+        let params = AllReduce {
+            peers: self.peers(&self.attention, |places| places.attention),
+            residual: cuda.arena.residual.address(),
+            vectors: vectors as u32,
+            padding: 0,
+        };
+        let blocks = vectors.div_ceil(THREADS).min(MAX_BLOCKS);
+        // SAFETY: `added` has MAX_TOKENS rows on each GPU, whose memory this one may read. All ranks launch the same kernels in the same
+        // order, and blocks that wait come to their multiprocessors in the order of their numbers.
+        unsafe { cuda.device.launch("all_reduce", [blocks as u32, 1, 1], THREADS as u32, 0, &params) }
+    }
+
+    /// This GPU's rows of the logits and the largest of them, to the one that leads, which puts these together.
+    pub(crate) fn logits(
+        &self,
+        cuda: &Cuda,
+        normed: Address,
+        n: usize,
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
+        let (matrix, count) = (cuda.unembedding.params(), self.ranks.len());
+        let groups = cuda.unembedding.row_tiles() / GEMM_ROW_TILES;
+        let cut = |rank: usize| groups * rank / count * GEMM_ROW_TILES;
+        let tiles = cut(self.rank)..cut(self.rank + 1);
+        let first = tiles.start * TILE_ROWS;
+        let leader = self.ranks[0];
+        let out = if epilogue.out == 0 { 0 } else { leader.logits + 4 * first as u64 };
+        let rows = LogitRows {
+            bests: leader.bests,
+            first: first as u32,
+            all: matrix.rows,
+            rank: self.rank as u32,
+            ranks: count as u32,
+        };
+        cuda.product_of_some(matrix.row_tiles(tiles), 1, normed, n, Epilogue { out, ..epilogue }, Some(rows))
+    }
+
+    /// Adds what the experts of all ranks found, and does `norm`.
+    pub(crate) fn add_experts(&self, cuda: &Cuda, norm: Norm) -> Result<(), Error> {
+        let params = SharedNorm {
+            norm,
+            peers: self.peers(&self.experts, |places| places.experts),
+            zeroed: self.attention(),
+        };
+        // SAFETY: as in `add_attention`; the routes are of the same tokens.
+        unsafe { cuda.device.launch("rms_norm_shared", [norm.n, 1, 1], cuda.norm_threads(), 0, &params) }
+    }
+}
+
+impl Cuda {
+    /// As [`Cuda::load`], on several GPUs that share every layer's heads and every expert's units (tensor parallelism). Each has the
+    /// keys and values of its own heads; the first has the answers.
+    ///
+    /// # Errors
+    /// Also if the model cannot be divided among so many, or one GPU cannot read another's memory.
+    pub fn load_shared(
+        devices: &[Arc<Device>],
+        weights: &dyn Weights,
+        options: Options,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Cuda, Error> {
+        let (config, count) = (weights.config(), devices.len());
+        let shards: Option<Vec<Shard<'_>>> =
+            (0..count).map(|rank| Shard::new(weights, rank, count)).collect();
+        let shards = shards.filter(|_| (1..=MAX_GPUS).contains(&count)).ok_or_else(|| {
+            Error::Unsupported(format!(
+                "a model of {} key/value heads on {count} GPUs, where their number must divide that of the heads and be at most {MAX_GPUS}",
+                config.kv_heads
+            ))
+        })?;
+        for device in devices {
+            if device.capability() != devices[0].capability() {
+                return Err(Error::Unsupported(format!(
+                    "a model on {} and {}, where all GPUs must be of one generation",
+                    devices[0].name(),
+                    device.name()
+                )));
+            }
+            for peer in devices {
+                device.read_memory_of(peer)?;
+            }
+        }
+        let load = |rank: usize, progress: &mut dyn FnMut(usize, usize)| {
+            let shared = Shared::new(&devices[rank], rank, config)?;
+            Cuda::load_with(&devices[rank], &shards[rank], options, Some(shared), progress)
+        };
+        let (first, others) = std::thread::scope(|scope| {
+            let load = &load;
+            let others: Vec<_> =
+                (1..count).map(|rank| scope.spawn(move || load(rank, &mut |_, _| {}))).collect();
+            let first = load(0, progress);
+            let joined = others.into_iter().map(|thread| thread.join().expect("loading does not panic"));
+            (first, joined.collect::<Result<Vec<Cuda>, Error>>())
+        });
+        let mut all = vec![first?];
+        all.extend(others?);
+        share_single_tokens(&mut all)?;
+        let places =
+            |cuda: &Cuda| cuda.shared.as_ref().map(|shared| shared.places(cuda.arena.logits.address()));
+        let ranks: Vec<Places> = all.iter().filter_map(places).collect();
+        all.iter_mut().filter_map(|cuda| cuda.shared.as_mut()).for_each(|s| s.ranks.clone_from(&ranks));
+        let followers = all.split_off(1);
+        let mut leader = all.remove(0);
+        if let Some(shared) = &mut leader.shared {
+            shared.followers = followers;
+        }
+        Ok(leader)
+    }
+}
+
+/// Prepares steps of one token, if all ranks have kernels for those that fit together; else none has.
+fn share_single_tokens(all: &mut [Cuda]) -> Result<(), Error> {
+    let shapes =
+        all.iter().map(|cuda| cuda.one.as_ref().filter(|one| one.shares_are_near()).map(OneToken::shares));
+    let mut shapes: Vec<_> = shapes.collect();
+    shapes.dedup();
+    for cuda in all {
+        match (&shapes[..], &mut cuda.shared) {
+            (&[Some((share_words, _))], Some(shared)) => {
+                shared.words = Some(Words::new(&cuda.device, share_words, cuda.config.hidden_size)?);
+            }
+            _ => cuda.one = None,
+        }
+    }
+    Ok(())
+}
