@@ -14,7 +14,7 @@ use crate::kv::Blocks;
 use crate::masks::Masks;
 use crate::scheduler::{Limits, Scheduler};
 use crate::speculation::MAX_STEP_TOKENS;
-use crate::worker::{Settings, Worker};
+use crate::worker::{Settings, Worker, default_seed};
 use crate::{InvalidParam, Request, Sink, Speculation, SpeculationCounts};
 
 /// What bounds an engine. Any field may be changed from its default.
@@ -281,6 +281,8 @@ struct Inner {
     max_model_len: usize,
     max_queued_requests: usize,
     max_queued_tokens: usize,
+    seed: u64,
+    prefix_blocks: usize,
     device: String,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
@@ -317,6 +319,8 @@ pub(crate) enum Phase {
     Draining,
     /// What is there fails.
     Aborting,
+    /// The same, but for a step that may never come back.
+    Abandoned,
     /// The thread has ended.
     Ended,
 }
@@ -406,6 +410,8 @@ impl Engine {
                 max_model_len: capacity.max_model_len,
                 max_queued_requests,
                 max_queued_tokens,
+                seed: options.seed,
+                prefix_blocks: if options.prefix_caching { capacity.full_blocks } else { 0 },
                 device,
                 thread: Mutex::new(Some(thread)),
             }),
@@ -419,16 +425,7 @@ impl Engine {
     pub fn submit(&self, request: Request, sink: Sink) -> Result<RequestHandle, SubmitError> {
         let request = self.validate(request)?;
         let mut mailbox = self.inner.shared.mailbox();
-        if mailbox.phase > Phase::Serving {
-            return Err(SubmitError::ShuttingDown);
-        }
-        let queued_tokens = mailbox.queued_tokens.saturating_add(request.prompt.len());
-        // A prompt may always wait alone.
-        if mailbox.open >= self.inner.max_queued_requests
-            || (mailbox.queued_tokens > 0 && queued_tokens > self.inner.max_queued_tokens)
-        {
-            return Err(SubmitError::Full);
-        }
+        let queued_tokens = self.inner.admit(&mailbox, request.prompt.len())?;
         mailbox.submitted += 1;
         mailbox.open += 1;
         mailbox.queued_tokens = queued_tokens;
@@ -437,6 +434,25 @@ impl Engine {
         drop(mailbox);
         self.inner.shared.changed.notify_all();
         Ok(RequestHandle { shared: Arc::clone(&self.inner.shared), number })
+    }
+
+    /// How many requests are in the engine, running ones included.
+    ///
+    /// # Errors
+    /// [`SubmitError::Full`] and [`SubmitError::ShuttingDown`] if a prompt of so many tokens is not taken now.
+    pub(crate) fn queue(&self, prompt: usize) -> Result<usize, SubmitError> {
+        let mailbox = self.inner.shared.mailbox();
+        self.inner.admit(&mailbox, prompt).map(|_| mailbox.open)
+    }
+
+    /// The seed of the request of this number, if it brings none.
+    pub(crate) fn seed(&self, number: u64) -> u64 {
+        default_seed(self.inner.seed, number)
+    }
+
+    /// Blocks that may hold prefixes which other requests share.
+    pub(crate) fn prefix_blocks(&self) -> usize {
+        self.inner.prefix_blocks
     }
 
     /// Checks a request as [`Engine::submit`] does and returns it as the engine will run it.
@@ -541,10 +557,27 @@ impl Engine {
     }
 
     /// Gives up on an engine whose step does not come back: it takes no more requests, and nobody waits for its thread, which
-    /// ends if the step ever does. The requests that it has hear nothing until then.
+    /// ends if the step ever does. The requests that it has hear nothing until then: see [`Valve::abandoned`].
     pub fn abandon(&self) {
-        self.abort();
+        self.inner.shared.enter(Phase::Abandoned);
         drop(self.inner.thread.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+impl Inner {
+    /// Prompt tokens that wait once a prompt of so many has come, if it may.
+    fn admit(&self, mailbox: &Mailbox, prompt: usize) -> Result<usize, SubmitError> {
+        if mailbox.phase > Phase::Serving {
+            return Err(SubmitError::ShuttingDown);
+        }
+        let queued_tokens = mailbox.queued_tokens.saturating_add(prompt);
+        // A prompt may always wait alone.
+        if mailbox.open >= self.max_queued_requests
+            || (mailbox.queued_tokens > 0 && queued_tokens > self.max_queued_tokens)
+        {
+            return Err(SubmitError::Full);
+        }
+        Ok(queued_tokens)
     }
 }
 
@@ -647,6 +680,11 @@ impl Valve {
     /// Removes the request, as [`RequestHandle::cancel`] does.
     pub fn cancel(&self) {
         self.shared.cancel(self.number);
+    }
+
+    /// The engine was given up, see [`Engine::abandon`]: nothing may come any more.
+    pub fn abandoned(&self) -> bool {
+        self.shared.mailbox().phase == Phase::Abandoned
     }
 
     fn turn(&self, open: bool) {

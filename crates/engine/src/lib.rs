@@ -4,7 +4,7 @@
 //! (`scheduler.rs`, over the blocks of `kv.rs`), run by the backend, and committed (`worker.rs`); tokens become text and
 //! message fields in `output.rs` and are told while the next step is computed (`outbox.rs`); `speculation.rs` guesses tokens
 //! that one step verifies together. What a client demands of an answer is compiled in `grammar.rs` and kept to by the masks of
-//! `masks.rs`.
+//! `masks.rs`. Where several engines serve one model, `replicas.rs` chooses one for each request.
 #![forbid(unsafe_code)]
 
 mod engine;
@@ -16,6 +16,7 @@ mod masks;
 mod outbox;
 mod output;
 mod params;
+mod replicas;
 mod request;
 pub mod scheduler;
 mod scripted;
@@ -31,6 +32,7 @@ pub use engine::{
 pub use grammar::{Form, Grammar, GrammarError, Grammars, TurnRules, Whitespace};
 pub use llm::{CompletionOutput, Llm, Progress, Prompt, RequestOutput};
 pub use params::{InvalidParam, RepetitionDetection, SamplingParams};
+pub use replicas::{Place, Replicas};
 pub use request::{Event, Failure, FinishReason, OutputMode, Request, Sink, StopReason};
 pub use scripted::{ScriptError, Scripted, Step};
 pub use speculation::{Speculation, SpeculationCounts};

@@ -145,7 +145,7 @@ impl SamplingParams {
             format!("must be in (0, 1], got {}.", self.top_p)
         })?;
         within(self.min_p, 0.0, 1.0, "min_p")?;
-        valid.seed = self.seed.filter(|&s| s != -1);
+        valid.seed = self.seed.filter(|&seed| seed != NO_SEED);
         if let Some(max) = self.max_tokens {
             require(self.min_tokens <= max, "min_tokens", || {
                 format!("must be less than or equal to max_tokens={max}, got {}.", self.min_tokens)
@@ -265,6 +265,9 @@ fn in_vocabulary<'a>(
         }),
     }
 }
+
+/// A seed that is none, as other programs write it.
+pub(crate) const NO_SEED: i64 = -1;
 
 /// A field of a request that breaks its rule.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

@@ -146,7 +146,7 @@ impl Worker {
                 let goes_on = match mailbox.phase {
                     Phase::Serving => true,
                     Phase::Draining => !empty,
-                    Phase::Aborting | Phase::Ended => false,
+                    Phase::Aborting | Phase::Abandoned | Phase::Ended => false,
                 };
                 idle && goes_on
                     && mailbox.incoming.is_empty()
@@ -216,7 +216,7 @@ impl Worker {
         let sequence = NewSequence { tokens: Tokens::new(Arc::clone(&prompt)), root, cache_limit };
         let id = SequenceId { priority, turn: self.turns.next(client), request: number, choice: 0 };
         self.scheduler.add(id, sequence);
-        let seed = params.seed.map_or_else(|| scramble(self.settings.seed ^ scramble(number)), |s| s as u64);
+        let seed = params.seed.map_or_else(|| default_seed(self.settings.seed, number), |s| s as u64);
         // Who forbids tokens may forbid all that the format allows.
         let free = params.allowed_token_ids.is_none() && params.bad_words.is_empty() && grammar.is_none();
         let guard = match &output {
@@ -846,6 +846,11 @@ fn bad_words(words: &[String], tokenizer: &Tokenizer) -> Vec<Vec<u32>> {
 /// The generator's key for one choice of a request: the request's seed for the first.
 pub(crate) fn choice_seed(seed: u64, choice: usize) -> u64 {
     seed.wrapping_add((choice as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+}
+
+/// The seed of a request that brings none, from the engine's and the request's number.
+pub(crate) fn default_seed(seed: u64, number: u64) -> u64 {
+    scramble(seed ^ scramble(number))
 }
 
 /// The finalizer of SplitMix64: spreads small numbers over all 64 bits.

@@ -9,5 +9,6 @@ mod llm;
 mod model;
 mod output;
 mod params;
+mod replicas;
 mod scheduler;
 mod speculation;
