@@ -475,6 +475,11 @@ pub(crate) struct Serve {
     pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) scheduling: Scheduling,
+    /// Engines with a copy of the model each, which share the requests. They take GPUs from the one of --device on, each as
+    /// many as --tensor-parallel-size says, or divide the CPU's threads; what bounds an engine is for each of them
+    #[arg(long, visible_alias = "dp", value_name = "N", default_value_t = 1,
+        value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) data_parallel_size: u16,
     #[command(flatten)]
     pub(crate) capacity: Capacity,
     #[command(flatten)]

@@ -10,7 +10,7 @@ use tokenizer::Tokenizer;
 
 use crate::args::{Capacity, Common, Context, Run, Sampling};
 use crate::failure::{Failure, Result};
-use crate::loaded::watched_backend;
+use crate::loaded::{Loaded, watched_backend};
 use crate::model::Model;
 use crate::ui::Ui;
 
@@ -42,22 +42,60 @@ pub(crate) fn start(
     ui: Ui,
     watch: &mut dyn FnMut(usize, usize),
 ) -> Result<Running> {
+    let generation = model.checkpoint.generation_config().clone();
+    let place = Places { common, of: 1, these: std::slice::from_ref(common) };
+    let mut engines = start_all(model, run, capacity, base, &place, ui, watch)?;
+    Ok(Running { engine: engines.pop().expect("an engine in each place"), generation })
+}
+
+/// Where engines over one model run.
+pub(crate) struct Places<'a> {
+    /// As the command line says, for what all of them share.
+    pub(crate) common: &'a Common,
+    /// How many there are in all.
+    pub(crate) of: usize,
+    /// Those to start.
+    pub(crate) these: &'a [Common],
+}
+
+/// The same, an engine in each of several places. All get caches of one size, so that what one takes another takes, too.
+pub(crate) fn start_all(
+    model: Model,
+    run: &Run,
+    capacity: &Capacity,
+    base: &EngineOptions,
+    places: &Places<'_>,
+    ui: Ui,
+    watch: &mut dyn FnMut(usize, usize),
+) -> Result<Vec<Engine>> {
     let harmony = model.harmony()?;
     let generation = model.checkpoint.generation_config().clone();
-    let backend = watched_backend(model.weights(run, common, ui)?, run, common, ui, watch)?;
-    let mut base = EngineOptions {
-        max_num_seqs: backend.step_sequences(),
-        max_num_batched_tokens: backend.step_tokens(),
-        ..base.clone()
+    let weights = model.weights(run, places.common, ui)?;
+    // One after the other: no two are packed at once.
+    let mut backends = Vec::with_capacity(places.these.len());
+    for (loaded, place) in places.these.iter().enumerate() {
+        let mut watch = |done, total| watch(loaded * total + done, places.these.len() * total);
+        backends.push(watched_backend(Arc::clone(&weights), run, place, ui, &mut watch)?);
+    }
+    let mut cache_bytes = None;
+    for backend in &backends {
+        let bytes = backend.cache_memory(capacity.gpu_memory_utilization, places.of)?;
+        cache_bytes = [cache_bytes, bytes].into_iter().flatten().min();
+    }
+    let start = |backend: Loaded| {
+        let base = EngineOptions {
+            max_num_seqs: backend.step_sequences(),
+            max_num_batched_tokens: backend.step_tokens(),
+            kv_cache_bytes: cache_bytes.unwrap_or(base.kv_cache_bytes),
+            ..base.clone()
+        };
+        let mut options = options(&backend, capacity, &generation, &base)?;
+        if run.batch_invariant && !backend.answers_are_prompts() {
+            options.prefix_caching = false;
+        }
+        engine(backend, Arc::clone(&harmony), options)
     };
-    if let Some(bytes) = backend.cache_memory(capacity.gpu_memory_utilization)? {
-        base.kv_cache_bytes = bytes;
-    }
-    let mut options = options(&backend, capacity, &generation, &base)?;
-    if run.batch_invariant && !backend.answers_are_prompts() {
-        options.prefix_caching = false;
-    }
-    Ok(Running { engine: engine(backend, harmony, options)?, generation })
+    backends.into_iter().map(start).collect()
 }
 
 /// An engine over a loaded model.

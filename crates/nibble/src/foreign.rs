@@ -46,7 +46,6 @@ const FLAGS: &[(&str, Takes, Fate)] = &[
     ("hf-overrides", Value, Refused("the model's config.json counts")),
     ("load-format", Value, Only(&["auto", "safetensors"], "models are safetensors")),
     ("pipeline-parallel-size", Value, Only(&["1"], "there is one stage in this version")),
-    ("data-parallel-size", Value, Only(&["1"], NODES)),
     ("enable-expert-parallel", Nothing, Refused(EXPERTS)),
     ("enable-eplb", Nothing, Refused(EXPERTS)),
     ("eplb-config", Value, Refused(EXPERTS)),
@@ -104,7 +103,7 @@ const FLAGS: &[(&str, Takes, Fate)] = &[
     ("data-parallel-rank", Value, Refused(NODES)),
     ("data-parallel-address", Value, Refused(NODES)),
     ("data-parallel-rpc-port", Value, Refused(NODES)),
-    ("data-parallel-backend", Value, Ignored("there is one engine")),
+    ("data-parallel-backend", Value, Ignored("the engines are threads of this process")),
     ("data-parallel-size-local", Value, Only(&["1"], NODES)),
 ];
 

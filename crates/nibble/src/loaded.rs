@@ -242,12 +242,14 @@ impl Loaded {
     }
 
     /// Bytes for the key/value cache, now that the weights are loaded; `None` if unknown. Of a GPU's memory at most `share` is
-    /// then in use.
+    /// then in use; that of a CPU is divided among so many `replicas`.
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "a CPU has no such share"))]
-    pub(crate) fn cache_memory(&self, share: Option<f64>) -> Result<Option<usize>> {
+    pub(crate) fn cache_memory(&self, share: Option<f64>, replicas: usize) -> Result<Option<usize>> {
         Ok(match self {
             // A quarter of what is free: pages are only taken when they are used.
-            Loaded::Cpu(_) => available_memory().map(|available| (available / 4).clamp(64 << 20, 64 << 30)),
+            Loaded::Cpu(_) => {
+                available_memory().map(|available| (available / 4).clamp(64 << 20, 64 << 30) / replicas)
+            }
             #[cfg(feature = "cuda")]
             Loaded::Cuda(cuda) => Some(cuda.cache_memory(share)?),
         })

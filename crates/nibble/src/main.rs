@@ -11,6 +11,7 @@ mod interrupt;
 mod loaded;
 mod model;
 mod modelopt;
+mod replicas;
 mod report;
 mod spelling;
 mod ui;

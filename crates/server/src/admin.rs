@@ -8,6 +8,7 @@ use axum::body::Body;
 use axum::extract::{Extension, Query, State as Shared};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse, Response};
+use engine::{Engine, Replicas, Stats};
 use gptoss::BLOCK_TOKENS;
 use serde::Deserialize;
 use serde_json::json;
@@ -23,7 +24,8 @@ const MAX_IDS: usize = 4096;
 
 /// `POST /reset_prefix_cache`
 pub(crate) async fn reset_prefix_cache(Shared(state): Shared<Arc<State>>) -> Result<StatusCode, ApiError> {
-    state.engine()?.reset_prefix_cache();
+    state.engine()?;
+    state.loaded().iter().for_each(Replicas::reset_prefix_cache);
     Ok(StatusCode::OK)
 }
 
@@ -77,50 +79,59 @@ pub(crate) async fn is_sleeping(Shared(state): Shared<Arc<State>>) -> Response {
 
 /// `POST /start_profile`
 pub(crate) async fn start_profile(Shared(state): Shared<Arc<State>>) -> Result<StatusCode, ApiError> {
-    let stats = state.engine()?.stats();
+    state.engine()?;
+    let stats = state.stats();
     *state.profile.lock().unwrap_or_else(PoisonError::into_inner) = Some((Instant::now(), stats));
     Ok(StatusCode::OK)
 }
 
-/// `POST /stop_profile`: what the engine has done since the start. Kernels are timed by `nibble bench --profile`.
+/// `POST /stop_profile`: what the engines have done since the start. Kernels are timed by `nibble bench --profile`.
 pub(crate) async fn stop_profile(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
-    let now = state.engine()?.stats();
+    state.engine()?;
+    let now = state.stats();
     let profile = state.profile.lock().unwrap_or_else(PoisonError::into_inner).take();
     let Some((start, before)) = profile else {
         return Err(ApiError::body("No profile was started."));
     };
     let seconds = start.elapsed().as_secs_f64();
-    let (steps, generated) = (
-        now.steps.saturating_sub(before.steps),
-        now.generated_tokens.saturating_sub(before.generated_tokens),
-    );
+    let done = |count: fn(&Stats) -> u64| {
+        let sum = |stats: &[Stats]| stats.iter().map(count).sum::<u64>();
+        sum(&now).saturating_sub(sum(&before))
+    };
+    let (steps, generated) = (done(|stats| stats.steps), done(|stats| stats.generated_tokens));
     Ok(Json(json!({
         "seconds": seconds,
         "steps": steps,
-        "failed_steps": now.failed_steps.saturating_sub(before.failed_steps),
-        "prompt_tokens": now.prompt_tokens.saturating_sub(before.prompt_tokens),
+        "failed_steps": done(|stats| stats.failed_steps),
+        "prompt_tokens": done(|stats| stats.prompt_tokens),
         "generated_tokens": generated,
         "generated_tokens_per_second": generated as f64 / seconds.max(1e-9),
         "generated_tokens_per_step": generated as f64 / steps.max(1) as f64,
-        "preemptions": now.preemptions.saturating_sub(before.preemptions)
+        "preemptions": done(|stats| stats.preemptions)
     }))
     .into_response())
 }
 
 /// `GET /server_info`
 pub(crate) async fn server_info(Shared(state): Shared<Arc<State>>) -> Response {
-    let engine = state.loaded();
-    let stats = engine.as_ref().map(|engine| engine.stats()).unwrap_or_default();
-    let device = engine.as_ref().map(engine::Engine::device);
-    let max_model_len = engine.as_ref().map(engine::Engine::max_model_len);
+    let replicas = state.loaded();
+    let engines: Vec<&Engine> =
+        replicas.iter().flat_map(Replicas::serving).map(|(_, engine)| engine).collect();
+    let stats = state.stats();
+    let sum = |count: fn(&Stats) -> usize| stats.iter().map(count).sum::<usize>();
     Json(json!({
         "version": env!("CARGO_PKG_VERSION"),
-        "model": {"names": state.model_names, "root": state.root, "max_model_len": max_model_len},
-        "device": device,
+        "model": {
+            "names": state.model_names,
+            "root": state.root,
+            "max_model_len": engines.first().map(|engine| engine.max_model_len())
+        },
+        "device": engines.first().map(|engine| engine.device()),
+        "devices": engines.iter().map(|engine| engine.device()).collect::<Vec<_>>(),
         "memory": {
             "block_tokens": BLOCK_TOKENS,
-            "full_blocks": stats.full_blocks,
-            "sliding_blocks": stats.sliding_blocks
+            "full_blocks": sum(|stats| stats.full_blocks),
+            "sliding_blocks": sum(|stats| stats.sliding_blocks)
         },
         "limits": {
             "max_body_bytes": state.bodies.max(),

@@ -6,7 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
-use engine::{Engine, Event, Failure, Request, RequestHandle, SubmitError, Valve};
+use engine::{Event, Failure, Replicas, Request, RequestHandle, Sink, SubmitError, Valve};
 use tokio::sync::{mpsc, watch};
 use tokio::time::Sleep;
 
@@ -51,8 +51,6 @@ pub(crate) struct Abort {
     pub(crate) everything: bool,
     /// Names of requests that an operator has no patience with.
     pub(crate) ids: Vec<String>,
-    /// Engines that are beyond repair: what one of them was computing will never come.
-    pub(crate) engines: u64,
 }
 
 /// A request that the engine holds; gone when the engine has forgotten it.
@@ -110,7 +108,7 @@ pub(crate) enum Pace {
 impl Events {
     /// Submits the prompts; either all are accepted or none.
     pub(crate) fn submit(
-        engine: &Engine,
+        replicas: &Replicas,
         requests: Vec<Request>,
         terms: Terms,
     ) -> Result<Events, SubmitError> {
@@ -120,24 +118,25 @@ impl Events {
         let running = requests.len();
         let runtime = tokio::runtime::Handle::current();
         let mut handles = Vec::with_capacity(running);
-        // Before the engine has them: one that was given up by then takes none.
-        let engines = abort.borrow().engines;
         for (prompt, request) in requests.into_iter().enumerate() {
             let (sender, backlog_of_sink) = (sender.clone(), Arc::clone(&backlog));
-            let observed = Observed::new(&metrics, &request);
+            let observed = Observed::new(&request);
             let mut tracked = Tracked { observed, metrics: Arc::clone(&metrics), account: account.clone() };
             let runtime = runtime.clone();
-            let sink = move |event: Event| {
-                let Tracked { observed, metrics, .. } = &mut tracked;
-                observed.event(metrics, &event);
-                let too_much = backlog_of_sink.add(&event);
-                if pace == Pace::Client && too_much {
-                    backlog_of_sink.hold(&runtime, stall_timeout);
-                }
-                // After holding, so that the receiver, which lets go, sees something after that.
-                sender.send((prompt, event)).is_ok()
+            let sink = |replica| -> Sink {
+                tracked.observed.begin(&tracked.metrics, replica);
+                Box::new(move |event| {
+                    let Tracked { observed, metrics, .. } = &mut tracked;
+                    observed.event(metrics, &event);
+                    let too_much = backlog_of_sink.add(&event);
+                    if pace == Pace::Client && too_much {
+                        backlog_of_sink.hold(&runtime, stall_timeout);
+                    }
+                    // After holding, so that the receiver, which lets go, sees something after that.
+                    sender.send((prompt, event)).is_ok()
+                })
             };
-            let handle = engine.submit(request, Box::new(sink)).inspect_err(|error| match error {
+            let handle = replicas.submit(request, sink).inspect_err(|error| match error {
                 SubmitError::Full => metrics.reject(Rejection::QueueFull),
                 SubmitError::ShuttingDown => metrics.reject(Rejection::ShuttingDown),
                 _ => {}
@@ -145,13 +144,14 @@ impl Events {
             backlog.flow().add(handle.valve());
             handles.push(handle);
         }
+        let valves: Vec<Valve> = handles.iter().map(RequestHandle::valve).collect();
         let aborted = Box::pin(async move {
             let named = |abort: &Abort| names.iter().any(|name| abort.ids.contains(name));
-            let given_up = |abort: &Abort| abort.engines > engines;
-            let abort = abort.wait_for(|abort| abort.everything || given_up(abort) || named(abort)).await;
+            let given_up = || valves.iter().any(Valve::abandoned);
+            let abort = abort.wait_for(|abort| abort.everything || given_up() || named(abort)).await;
             // An error means that the server is gone.
             match abort {
-                Ok(abort) if !abort.everything && given_up(&abort) => Cause::EngineGivenUp,
+                Ok(abort) if !abort.everything && given_up() => Cause::EngineGivenUp,
                 Ok(abort) if !abort.everything => Cause::Aborted,
                 _ => Cause::ShuttingDown,
             }

@@ -355,6 +355,7 @@ fn rendered(id: &str, model: &str, ids: &[u32], params: &SamplingParams) -> serd
 /// A valid request on its way through the engine.
 struct Call<'a> {
     state: &'a Arc<State>,
+    /// One of those that may take it.
     engine: &'a Engine,
     log: RequestLog,
     identity: Identity,
@@ -536,10 +537,12 @@ impl<'a> Call<'a> {
             stall_timeout: state.client_stall_timeout,
             account,
         };
-        Events::submit(self.engine, requests, terms).map_err(|error| match error {
+        // None: the server has fallen asleep since the request came.
+        let replicas = state.loaded().ok_or(ApiError::ShuttingDown)?;
+        Events::submit(&replicas, requests, terms).map_err(|error| match error {
             SubmitError::Full => {
-                let stats = self.engine.stats();
-                ApiError::Busy { seconds: state.retry_after(stats.running + stats.waiting) }
+                let queued = state.stats().iter().map(|stats| stats.running + stats.waiting).sum();
+                ApiError::Busy { seconds: state.retry_after(queued) }
             }
             error => refusal(&error, self.log.request_id()),
         })

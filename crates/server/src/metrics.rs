@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use engine::{Engine, Event, FinishReason, Request, STEP_SECONDS, STEP_TOKENS};
+use engine::{Engine, Event, FinishReason, Place, Replicas, Request, STEP_SECONDS, STEP_TOKENS, Stats};
 use gptoss::BLOCK_TOKENS;
 use harmony::REPAIRS;
 
@@ -18,6 +18,25 @@ use crate::clock;
 #[derive(Debug)]
 pub(crate) struct Metrics {
     start_time: u64,
+    /// By replica.
+    replicas: Vec<Served>,
+    disconnects: AtomicU64,
+    /// By reason, in the order of `REJECTIONS`.
+    rejected: [AtomicU64; REJECTIONS.len()],
+    /// Phases of the start, with the seconds that they took.
+    startup: Mutex<BTreeMap<&'static str, f64>>,
+    tokenizer: Histogram,
+    grammar: Histogram,
+    /// Names of fields that were ignored, at most `MAX_FIELDS` of them.
+    unknown_fields: Mutex<BTreeMap<String, u64>>,
+    http: Mutex<BTreeMap<Route, Http>>,
+    /// Series under the names of earlier versions.
+    legacy: bool,
+}
+
+/// What has happened to the requests that one replica took.
+#[derive(Debug)]
+struct Served {
     first_token: Histogram,
     between_tokens: Histogram,
     per_token: Histogram,
@@ -33,22 +52,10 @@ pub(crate) struct Metrics {
     choices: Histogram,
     preemptions: Histogram,
     cached_tokens: AtomicU64,
-    disconnects: AtomicU64,
     restarts: AtomicU64,
     /// By reason, in the order of `REASONS`.
     finished: [AtomicU64; REASONS.len()],
-    /// By reason, in the order of `REJECTIONS`.
-    rejected: [AtomicU64; REJECTIONS.len()],
     repairs: Mutex<BTreeMap<&'static str, u64>>,
-    /// Phases of the start, with the seconds that they took.
-    startup: Mutex<BTreeMap<&'static str, f64>>,
-    tokenizer: Histogram,
-    grammar: Histogram,
-    /// Names of fields that were ignored, at most `MAX_FIELDS` of them.
-    unknown_fields: Mutex<BTreeMap<String, u64>>,
-    http: Mutex<BTreeMap<Route, Http>>,
-    /// Series under the names of earlier versions.
-    legacy: bool,
 }
 
 const REASONS: [&str; 5] = ["stop", "length", "abort", "error", "repetition"];
@@ -103,30 +110,13 @@ const HTTP_FINE: &[f64] = &[
 const SHORT: &[f64] = &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0];
 
 impl Metrics {
-    /// `legacy`: with the names of earlier versions.
-    pub(crate) fn new(legacy: bool) -> Metrics {
+    /// Of so many replicas; `legacy`: with the names of earlier versions.
+    pub(crate) fn new(replicas: usize, legacy: bool) -> Metrics {
         Metrics {
             start_time: clock::unix_seconds(),
-            first_token: Histogram::new(FIRST_TOKEN),
-            between_tokens: Histogram::new(PER_TOKEN),
-            per_token: Histogram::new(PER_TOKEN),
-            whole: Histogram::new(PER_REQUEST),
-            queue: Histogram::new(PER_REQUEST),
-            inference: Histogram::new(PER_REQUEST),
-            prefill: Histogram::new(PER_REQUEST),
-            decode: Histogram::new(PER_REQUEST),
-            prompt_tokens: Histogram::new(TOKENS),
-            generated_tokens: Histogram::new(TOKENS),
-            max_tokens: Histogram::new(TOKENS),
-            computed_tokens: Histogram::new(TOKENS),
-            choices: Histogram::new(CHOICES),
-            preemptions: Histogram::new(PREEMPTIONS),
-            cached_tokens: AtomicU64::new(0),
+            replicas: (0..replicas).map(|_| Served::new()).collect(),
             disconnects: AtomicU64::new(0),
-            restarts: AtomicU64::new(0),
-            finished: Default::default(),
             rejected: Default::default(),
-            repairs: Mutex::new(REPAIRS.into_iter().map(|kind| (kind, 0)).collect()),
             startup: Mutex::default(),
             tokenizer: Histogram::new(SHORT),
             grammar: Histogram::new(SHORT),
@@ -168,7 +158,7 @@ impl Metrics {
 
     /// Choices that have ended, whichever way.
     pub(crate) fn ended(&self) -> u64 {
-        self.finished.iter().map(|count| count.load(Relaxed)).sum()
+        self.replicas.iter().flat_map(|served| &served.finished).map(|count| count.load(Relaxed)).sum()
     }
 
     /// A client went away while its request ran.
@@ -176,9 +166,9 @@ impl Metrics {
         self.disconnects.fetch_add(1, Relaxed);
     }
 
-    /// An engine was lost or hung, and is being replaced.
-    pub(crate) fn restarted(&self) {
-        self.restarts.fetch_add(1, Relaxed);
+    /// The engine of a replica was lost and is replaced.
+    pub(crate) fn restarted(&self, replica: usize) {
+        self.replicas[replica].restarts.fetch_add(1, Relaxed);
     }
 
     /// An HTTP request was answered; `route` is a template.
@@ -198,80 +188,112 @@ impl Metrics {
         self.http.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// All series; those of the engine are 0 while it is being loaded.
+    /// All series; those of an engine are 0 while it is being loaded.
     pub(crate) fn text(
         &self,
-        engine: Option<&Engine>,
+        replicas: Option<&Replicas>,
         asleep: Option<u8>,
         model: &str,
         open_metrics: bool,
     ) -> String {
-        let stats = engine.map(Engine::stats).unwrap_or_default();
-        let own = format!("model_name=\"{}\",engine=\"0\"", escape(model));
-        let mut text = Text { out: String::new(), own, open_metrics };
+        let all: Vec<Replica<'_>> = self
+            .replicas
+            .iter()
+            .enumerate()
+            .map(|(number, served)| {
+                let engine = match replicas.and_then(|replicas| replicas.places().get(number)) {
+                    Some(Place::Serving(engine)) => Some(engine),
+                    _ => None,
+                };
+                Replica {
+                    labels: format!("model_name=\"{}\",engine=\"{number}\"", escape(model)),
+                    stats: engine.map(Engine::stats).unwrap_or_default(),
+                    grammar_hits: engine.map_or(0, |engine| engine.grammars().cache_hits()),
+                    served,
+                }
+            })
+            .collect();
+        let mut text = Text { out: String::new(), replicas: &all, open_metrics };
 
-        let usage = stats.full_blocks_used as f64 / stats.full_blocks.max(1) as f64;
-        text.gauge("vllm:num_requests_running", "Sequences that are computed.", stats.running as f64);
-        let waiting = (stats.waiting + stats.paused) as f64;
-        text.gauge("vllm:num_requests_waiting", "Requests that wait.", waiting);
-        text.begin("vllm:num_requests_waiting_by_reason", "gauge", "Requests that wait, by what for.");
-        text.sample("vllm:num_requests_waiting_by_reason", "reason=\"capacity\"", stats.waiting as f64);
-        text.sample("vllm:num_requests_waiting_by_reason", "reason=\"deferred\"", stats.paused as f64);
+        text.gauge("vllm:num_requests_running", "Sequences that are computed.", |one| {
+            one.stats.running as f64
+        });
+        text.gauge("vllm:num_requests_waiting", "Requests that wait.", |one| {
+            (one.stats.waiting + one.stats.paused) as f64
+        });
+        let name = "vllm:num_requests_waiting_by_reason";
+        text.begin(name, "gauge", "Requests that wait, by what for.");
+        text.samples(name, "reason=\"capacity\"", |one| one.stats.waiting as f64);
+        text.samples(name, "reason=\"deferred\"", |one| one.stats.paused as f64);
         let names = |legacy: &'static [&'static str]| if self.legacy { legacy } else { &legacy[..1] };
         if self.legacy {
-            text.gauge("vllm:num_requests_swapped", "Always 0.", 0.0);
+            text.gauge("vllm:num_requests_swapped", "Always 0.", |_| 0.0);
         }
         for name in names(&["vllm:kv_cache_usage_perc", "vllm:gpu_cache_usage_perc"]) {
-            text.gauge(name, "Share of the key/value cache in use, 0 to 1.", usage);
+            text.gauge(name, "Share of the key/value cache in use, 0 to 1.", |one| {
+                one.stats.full_blocks_used as f64 / one.stats.full_blocks.max(1) as f64
+            });
         }
         text.begin("vllm:engine_sleep_state", "gauge", "Whether the engine is awake.");
         for (state, level) in [("awake", None), ("weights_offloaded", Some(1)), ("discard_all", Some(2))] {
             let value = f64::from(u8::from(asleep == level));
-            text.sample("vllm:engine_sleep_state", &format!("sleep_state=\"{state}\""), value);
+            text.samples("vllm:engine_sleep_state", &format!("sleep_state=\"{state}\""), |_| value);
         }
         text.begin("vllm:cache_config_info", "gauge", "The shape of the key/value cache.");
-        let shape = format!("block_size=\"{BLOCK_TOKENS}\",num_gpu_blocks=\"{}\"", stats.full_blocks);
-        text.sample("vllm:cache_config_info", &shape, 1.0);
-
-        let cached = self.cached_tokens.load(Relaxed);
-        text.counter("vllm:prompt_tokens", "Tokens of prompts.", stats.prompt_tokens);
-        text.counter("vllm:generation_tokens", "Tokens generated.", stats.generated_tokens);
-        text.begin("vllm:prompt_tokens_by_source", "counter", "Tokens of prompts, by where they came from.");
-        let computed = stats.prompt_tokens.saturating_sub(cached);
-        for (source, count) in
-            [("local_compute", computed), ("local_cache_hit", cached), ("external_kv_transfer", 0)]
-        {
-            let label = format!("source=\"{source}\"");
-            text.sample("vllm:prompt_tokens_by_source_total", &label, count as f64);
+        for one in &all {
+            let blocks = one.stats.full_blocks;
+            let shape = format!("block_size=\"{BLOCK_TOKENS}\",num_gpu_blocks=\"{blocks}\"");
+            text.sample(one, "vllm:cache_config_info", &shape, 1.0);
         }
+
+        let cached = |one: &Replica<'_>| one.served.cached_tokens.load(Relaxed);
+        text.counter("vllm:prompt_tokens", "Tokens of prompts.", |one| one.stats.prompt_tokens);
+        text.counter("vllm:generation_tokens", "Tokens generated.", |one| one.stats.generated_tokens);
+        text.begin("vllm:prompt_tokens_by_source", "counter", "Tokens of prompts, by where they came from.");
+        let name = "vllm:prompt_tokens_by_source_total";
+        text.samples(name, "source=\"local_compute\"", |one| {
+            one.stats.prompt_tokens.saturating_sub(cached(one)) as f64
+        });
+        text.samples(name, "source=\"local_cache_hit\"", |one| cached(one) as f64);
+        text.samples(name, "source=\"external_kv_transfer\"", |_| 0.0);
         text.counter("vllm:prompt_tokens_cached", "Tokens of prompts that were cached.", cached);
         for name in names(&["vllm:prefix_cache", "vllm:gpu_prefix_cache"]) {
-            let (queries, hits) = (stats.prefix_queries, stats.prefix_hits);
-            text.counter(&format!("{name}_queries"), "Tokens looked up in the prefix cache.", queries);
-            text.counter(&format!("{name}_hits"), "Tokens found in the prefix cache.", hits);
+            text.counter(&format!("{name}_queries"), "Tokens looked up in the prefix cache.", |one| {
+                one.stats.prefix_queries
+            });
+            text.counter(&format!("{name}_hits"), "Tokens found in the prefix cache.", |one| {
+                one.stats.prefix_hits
+            });
         }
-        text.counter("vllm:external_prefix_cache_queries", "Always 0.", 0);
-        text.counter("vllm:external_prefix_cache_hits", "Always 0.", 0);
-        text.counter("vllm:num_preemptions", "Times a sequence started over.", stats.preemptions);
-        let guessed = &stats.speculation;
-        text.counter("vllm:spec_decode_num_drafts", "Guesses that were verified.", guessed.drafts);
-        text.counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", guessed.draft_tokens);
-        text.counter(
-            "vllm:spec_decode_num_accepted_tokens",
-            "Those that were right.",
-            guessed.accepted_tokens,
-        );
+        text.counter("vllm:external_prefix_cache_queries", "Always 0.", |_| 0);
+        text.counter("vllm:external_prefix_cache_hits", "Always 0.", |_| 0);
+        text.counter("vllm:num_preemptions", "Times a sequence started over.", |one| one.stats.preemptions);
+        text.counter("vllm:spec_decode_num_drafts", "Guesses that were verified.", |one| {
+            one.stats.speculation.drafts
+        });
+        text.counter("vllm:spec_decode_num_draft_tokens", "Tokens guessed.", |one| {
+            one.stats.speculation.draft_tokens
+        });
+        text.counter("vllm:spec_decode_num_accepted_tokens", "Those that were right.", |one| {
+            one.stats.speculation.accepted_tokens
+        });
         let name = "vllm:spec_decode_num_accepted_tokens_per_pos";
         text.begin(name, "counter", "Those that were right, by their place in the guess.");
-        for (position, &count) in guessed.accepted_per_position.iter().enumerate() {
-            text.sample(&format!("{name}_total"), &format!("position=\"{position}\""), count as f64);
+        for one in &all {
+            for (position, &count) in one.stats.speculation.accepted_per_position.iter().enumerate() {
+                let label = format!("position=\"{position}\"");
+                text.sample(one, &format!("{name}_total"), &label, count as f64);
+            }
         }
-        let corrupted = stats.corrupted_requests;
-        text.counter("vllm:corrupted_requests", "Requests whose logits were no finite numbers.", corrupted);
+        text.counter("vllm:corrupted_requests", "Requests whose logits were no finite numbers.", |one| {
+            one.stats.corrupted_requests
+        });
         text.begin("vllm:request_success", "counter", "Choices that ended, by reason.");
-        for (reason, count) in REASONS.iter().zip(&self.finished) {
+        for (index, reason) in REASONS.iter().enumerate() {
             let label = format!("finished_reason=\"{reason}\"");
-            text.sample("vllm:request_success_total", &label, count.load(Relaxed) as f64);
+            text.samples("vllm:request_success_total", &label, |one| {
+                one.served.finished[index].load(Relaxed) as f64
+            });
         }
         text.begin("vllm:admission_rejections", "counter", "Requests refused, by reason.");
         for (reason, count) in REJECTIONS.iter().zip(&self.rejected) {
@@ -279,69 +301,73 @@ impl Metrics {
             text.bare("vllm:admission_rejections_total", &labels, count.load(Relaxed) as f64);
         }
 
-        text.histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", &self.first_token);
+        text.histogram("vllm:time_to_first_token_seconds", "Arrival to first token.", |served| {
+            &served.first_token
+        });
         for name in names(&["vllm:inter_token_latency_seconds", "vllm:time_per_output_token_seconds"]) {
-            text.histogram(name, "From one token of a choice to the next.", &self.between_tokens);
+            text.histogram(name, "From one token of a choice to the next.", |served| &served.between_tokens);
         }
         let name = "vllm:request_time_per_output_token_seconds";
-        text.histogram(name, "Mean time per token after the first.", &self.per_token);
-        text.histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", &self.whole);
-        text.histogram("vllm:request_queue_time_seconds", "Arrival to first computed.", &self.queue);
-        text.histogram("vllm:request_inference_time_seconds", "First computed to end.", &self.inference);
+        text.histogram(name, "Mean time per token after the first.", |served| &served.per_token);
+        text.histogram("vllm:e2e_request_latency_seconds", "Arrival to end.", |served| &served.whole);
+        text.histogram("vllm:request_queue_time_seconds", "Arrival to first computed.", |served| {
+            &served.queue
+        });
+        text.histogram("vllm:request_inference_time_seconds", "First computed to end.", |served| {
+            &served.inference
+        });
         let name = "vllm:request_prefill_time_seconds";
-        text.histogram(name, "First computed to first token.", &self.prefill);
-        text.histogram("vllm:request_decode_time_seconds", "First token to end.", &self.decode);
-        text.histogram("vllm:request_prompt_tokens", "Tokens per prompt.", &self.prompt_tokens);
-        text.histogram("vllm:request_generation_tokens", "Tokens per choice.", &self.generated_tokens);
+        text.histogram(name, "First computed to first token.", |served| &served.prefill);
+        text.histogram("vllm:request_decode_time_seconds", "First token to end.", |served| &served.decode);
+        text.histogram("vllm:request_prompt_tokens", "Tokens per prompt.", |served| &served.prompt_tokens);
+        text.histogram("vllm:request_generation_tokens", "Tokens per choice.", |served| {
+            &served.generated_tokens
+        });
         for name in ["vllm:request_max_num_generation_tokens", "vllm:request_params_max_tokens"] {
-            text.histogram(name, "Most tokens asked for.", &self.max_tokens);
+            text.histogram(name, "Most tokens asked for.", |served| &served.max_tokens);
         }
         let name = "vllm:request_prefill_kv_computed_tokens";
-        text.histogram(name, "Tokens per prompt that were not cached.", &self.computed_tokens);
+        text.histogram(name, "Tokens per prompt that were not cached.", |served| &served.computed_tokens);
         let name = "vllm:iteration_tokens_total";
         text.begin(name, "histogram", "Tokens per step.");
         let bounds = STEP_TOKENS.map(|bound| bound as f64);
-        text.counted(name, "", &bounds, &stats.step_tokens, stats.step_tokens_sum as f64);
-        text.histogram("vllm:request_params_n", "Choices asked for.", &self.choices);
+        for one in &all {
+            let sum = one.stats.step_tokens_sum as f64;
+            text.buckets(name, &one.labels, &bounds, &one.stats.step_tokens, sum);
+        }
+        text.histogram("vllm:request_params_n", "Choices asked for.", |served| &served.choices);
         let name = "vllm:request_num_preemptions";
-        text.histogram(name, "Times that a choice started over.", &self.preemptions);
+        text.histogram(name, "Times that a choice started over.", |served| &served.preemptions);
 
         text.begin("gptoss_harmony_repairs", "counter", "Malformed output that was mended, by kind.");
-        for (kind, count) in &*self.repairs.lock().unwrap_or_else(PoisonError::into_inner) {
-            text.sample("gptoss_harmony_repairs_total", &format!("kind=\"{kind}\""), *count as f64);
+        for one in &all {
+            for (kind, count) in &*one.served.repairs.lock().unwrap_or_else(PoisonError::into_inner) {
+                text.sample(one, "gptoss_harmony_repairs_total", &format!("kind=\"{kind}\""), *count as f64);
+            }
         }
-        let gone = self.disconnects.load(Relaxed);
-        text.counter("gptoss_client_disconnects", "Clients that went away before the end.", gone);
         let name = "gptoss_step_seconds";
         text.begin(name, "histogram", "Time that the device took for a step.");
-        for (kind, phase) in ["decode", "prefill"].iter().enumerate() {
-            let label = format!("phase=\"{phase}\"");
-            let (counts, sum) = (&stats.step_seconds[kind], stats.step_seconds_sum[kind]);
-            text.counted(name, &label, &STEP_SECONDS, counts, sum);
+        for one in &all {
+            for (kind, phase) in ["decode", "prefill"].iter().enumerate() {
+                let labels = format!("{},phase=\"{phase}\"", one.labels);
+                let (counts, sum) = (&one.stats.step_seconds[kind], one.stats.step_seconds_sum[kind]);
+                text.buckets(name, &labels, &STEP_SECONDS, counts, sum);
+            }
         }
-        text.counter("gptoss_failed_steps", "Steps in which the device failed.", stats.failed_steps);
-        let restarts = self.restarts.load(Relaxed);
-        text.counter("gptoss_engine_restarts", "Engines that were lost or hung and were replaced.", restarts);
-        text.begin("gptoss_startup_seconds", "gauge", "Time that phases of the start took.");
-        for (phase, seconds) in &*self.startup.lock().unwrap_or_else(PoisonError::into_inner) {
-            text.sample("gptoss_startup_seconds", &format!("phase=\"{phase}\""), *seconds);
-        }
+        text.counter("gptoss_failed_steps", "Steps in which the device failed.", |one| {
+            one.stats.failed_steps
+        });
+        text.counter("gptoss_engine_restarts", "Engines that were lost and were replaced.", |one| {
+            one.served.restarts.load(Relaxed)
+        });
         let name = "gptoss_device_memory_bytes";
         text.begin(name, "gauge", "What the weights and the key/value cache take.");
-        for (kind, bytes) in [("weights", stats.weight_bytes), ("kv_cache", stats.cache_bytes)] {
-            text.sample(name, &format!("kind=\"{kind}\""), bytes as f64);
-        }
-        let name = "gptoss_tokenizer_seconds";
-        text.histogram(name, "From a request's text to its tokens.", &self.tokenizer);
-        let name = "gptoss_grammar_compile_seconds";
-        text.histogram(name, "From a demand on an answer to its grammar.", &self.grammar);
-        let hits = engine.map_or(0, |engine| engine.grammars().cache_hits());
-        text.counter("gptoss_grammar_cache_hits", "Grammars that were known already.", hits);
-        text.begin("gptoss_unknown_request_fields", "counter", "Fields of requests that were ignored.");
-        for (field, count) in &*self.unknown_fields.lock().unwrap_or_else(PoisonError::into_inner) {
-            let label = format!("field=\"{field}\"");
-            text.sample("gptoss_unknown_request_fields_total", &label, *count as f64);
-        }
+        text.samples(name, "kind=\"weights\"", |one| one.stats.weight_bytes as f64);
+        text.samples(name, "kind=\"kv_cache\"", |one| one.stats.cache_bytes as f64);
+        text.counter("gptoss_grammar_cache_hits", "Grammars that were known already.", |one| {
+            one.grammar_hits
+        });
+        self.server_text(&mut text);
         self.http_text(&mut text);
         process(&mut text, self.start_time);
         if open_metrics {
@@ -350,7 +376,29 @@ impl Metrics {
         text.out
     }
 
-    fn http_text(&self, text: &mut Text) {
+    /// What is the server's, not a replica's: it has the labels of the first.
+    fn server_text(&self, text: &mut Text<'_>) {
+        let Some(first) = text.replicas.first() else { return };
+        text.begin("gptoss_client_disconnects", "counter", "Clients that went away before the end.");
+        text.sample(first, "gptoss_client_disconnects_total", "", self.disconnects.load(Relaxed) as f64);
+        text.begin("gptoss_startup_seconds", "gauge", "Time that phases of the start took.");
+        for (phase, seconds) in &*self.startup.lock().unwrap_or_else(PoisonError::into_inner) {
+            text.sample(first, "gptoss_startup_seconds", &format!("phase=\"{phase}\""), *seconds);
+        }
+        let name = "gptoss_tokenizer_seconds";
+        text.begin(name, "histogram", "From a request's text to its tokens.");
+        text.observed(name, &first.labels, &self.tokenizer);
+        let name = "gptoss_grammar_compile_seconds";
+        text.begin(name, "histogram", "From a demand on an answer to its grammar.");
+        text.observed(name, &first.labels, &self.grammar);
+        text.begin("gptoss_unknown_request_fields", "counter", "Fields of requests that were ignored.");
+        for (field, count) in &*self.unknown_fields.lock().unwrap_or_else(PoisonError::into_inner) {
+            let label = format!("field=\"{field}\"");
+            text.sample(first, "gptoss_unknown_request_fields_total", &label, *count as f64);
+        }
+    }
+
+    fn http_text(&self, text: &mut Text<'_>) {
         let http = self.http();
         text.begin("http_requests", "counter", "Answers, by method, status and path.");
         for ((method, handler), entry) in &*http {
@@ -362,12 +410,37 @@ impl Metrics {
         text.begin("http_request_duration_seconds", "histogram", "Time to the head of the answer.");
         for ((method, handler), entry) in &*http {
             let labels = format!("method=\"{method}\",handler=\"{handler}\"");
-            text.buckets("http_request_duration_seconds", &labels, &entry.duration);
+            text.observed("http_request_duration_seconds", &labels, &entry.duration);
         }
         let name = "http_request_duration_highr_seconds";
         text.begin(name, "histogram", "The same in finer steps.");
         for ((method, handler), entry) in &*http {
-            text.buckets(name, &format!("method=\"{method}\",handler=\"{handler}\""), &entry.fine);
+            text.observed(name, &format!("method=\"{method}\",handler=\"{handler}\""), &entry.fine);
+        }
+    }
+}
+
+impl Served {
+    fn new() -> Served {
+        Served {
+            first_token: Histogram::new(FIRST_TOKEN),
+            between_tokens: Histogram::new(PER_TOKEN),
+            per_token: Histogram::new(PER_TOKEN),
+            whole: Histogram::new(PER_REQUEST),
+            queue: Histogram::new(PER_REQUEST),
+            inference: Histogram::new(PER_REQUEST),
+            prefill: Histogram::new(PER_REQUEST),
+            decode: Histogram::new(PER_REQUEST),
+            prompt_tokens: Histogram::new(TOKENS),
+            generated_tokens: Histogram::new(TOKENS),
+            max_tokens: Histogram::new(TOKENS),
+            computed_tokens: Histogram::new(TOKENS),
+            choices: Histogram::new(CHOICES),
+            preemptions: Histogram::new(PREEMPTIONS),
+            cached_tokens: AtomicU64::new(0),
+            restarts: AtomicU64::new(0),
+            finished: Default::default(),
+            repairs: Mutex::new(REPAIRS.into_iter().map(|kind| (kind, 0)).collect()),
         }
     }
 }
@@ -375,10 +448,13 @@ impl Metrics {
 /// One request on its way through the engine. Told on the engine's thread, so that slow clients do not matter.
 #[derive(Debug)]
 pub(crate) struct Observed {
+    /// Which took it.
+    replica: usize,
     arrival: Instant,
     started: Option<Instant>,
     first: Option<Instant>,
     prompt_tokens: usize,
+    max_tokens: Option<usize>,
     generated: usize,
     /// When each choice had its last token.
     last: Vec<Option<Instant>>,
@@ -386,72 +462,81 @@ pub(crate) struct Observed {
 }
 
 impl Observed {
-    pub(crate) fn new(metrics: &Metrics, request: &Request) -> Observed {
-        metrics.choices.observe(request.params.n as f64);
-        if let Some(max) = request.params.max_tokens {
-            metrics.max_tokens.observe(max as f64);
-        }
+    pub(crate) fn new(request: &Request) -> Observed {
         Observed {
+            replica: 0,
             arrival: Instant::now(),
             started: None,
             first: None,
             prompt_tokens: request.prompt.len(),
+            max_tokens: request.params.max_tokens,
             generated: 0,
             last: vec![None; request.params.n],
             ended: false,
         }
     }
 
+    /// It goes to this replica.
+    pub(crate) fn begin(&mut self, metrics: &Metrics, replica: usize) {
+        self.replica = replica;
+        let served = &metrics.replicas[replica];
+        served.choices.observe(self.last.len() as f64);
+        if let Some(max) = self.max_tokens {
+            served.max_tokens.observe(max as f64);
+        }
+    }
+
     pub(crate) fn event(&mut self, metrics: &Metrics, event: &Event) {
+        let served = &metrics.replicas[self.replica];
         let now = Instant::now();
         let since = |start: Instant| now.duration_since(start).as_secs_f64();
         match event {
             Event::Started { cached_tokens, queued, .. } => {
-                metrics.cached_tokens.fetch_add(*cached_tokens as u64, Relaxed);
-                metrics.queue.observe(queued.as_secs_f64());
-                metrics.prompt_tokens.observe(self.prompt_tokens as f64);
-                metrics.computed_tokens.observe(self.prompt_tokens.saturating_sub(*cached_tokens) as f64);
+                served.cached_tokens.fetch_add(*cached_tokens as u64, Relaxed);
+                served.queue.observe(queued.as_secs_f64());
+                served.prompt_tokens.observe(self.prompt_tokens as f64);
+                served.computed_tokens.observe(self.prompt_tokens.saturating_sub(*cached_tokens) as f64);
                 self.started = Some(self.arrival + *queued);
             }
             Event::Tokens { choice, token_ids, .. } => {
                 self.generated += token_ids.len();
                 if self.first.is_none() {
                     self.first = Some(now);
-                    metrics.first_token.observe(since(self.arrival));
-                    metrics.prefill.observe(since(self.started.unwrap_or(self.arrival)));
+                    served.first_token.observe(since(self.arrival));
+                    served.prefill.observe(since(self.started.unwrap_or(self.arrival)));
                 }
                 if let Some(last) = self.last.get_mut(*choice)
                     && let Some(before) = last.replace(now)
                 {
-                    metrics.between_tokens.observe(since(before));
+                    served.between_tokens.observe(since(before));
                 }
             }
             Event::Finished { reason, completion_tokens, repairs, preemptions, .. } => {
-                metrics.preemptions.observe(*preemptions as f64);
+                served.preemptions.observe(*preemptions as f64);
                 let reason = match reason {
                     FinishReason::Stop | FinishReason::ToolCalls => 0,
                     FinishReason::Length => 1,
                     FinishReason::Repetition => 4,
                 };
-                metrics.finished[reason].fetch_add(1, Relaxed);
-                metrics.generated_tokens.observe(*completion_tokens as f64);
+                served.finished[reason].fetch_add(1, Relaxed);
+                served.generated_tokens.observe(*completion_tokens as f64);
                 if let Some(first) = self.first.filter(|_| *completion_tokens > 1) {
-                    metrics.per_token.observe(since(first) / (*completion_tokens - 1) as f64);
+                    served.per_token.observe(since(first) / (*completion_tokens - 1) as f64);
                 }
                 if !repairs.is_empty() {
-                    let mut all = metrics.repairs.lock().unwrap_or_else(PoisonError::into_inner);
+                    let mut all = served.repairs.lock().unwrap_or_else(PoisonError::into_inner);
                     repairs.iter().for_each(|(kind, count)| *all.entry(kind).or_default() += count);
                 }
             }
             Event::Done => {
                 self.ended = true;
-                metrics.whole.observe(since(self.arrival));
-                metrics.inference.observe(since(self.started.unwrap_or(self.arrival)));
-                metrics.decode.observe(self.first.map_or(0.0, since));
+                served.whole.observe(since(self.arrival));
+                served.inference.observe(since(self.started.unwrap_or(self.arrival)));
+                served.decode.observe(self.first.map_or(0.0, since));
             }
             Event::Failed(_) => {
                 self.ended = true;
-                metrics.finished[3].fetch_add(1, Relaxed);
+                served.finished[3].fetch_add(1, Relaxed);
             }
         }
     }
@@ -464,7 +549,7 @@ impl Observed {
     /// The engine has forgotten the request.
     pub(crate) fn end(&self, metrics: &Metrics) {
         if !self.ended {
-            metrics.finished[2].fetch_add(1, Relaxed);
+            metrics.replicas[self.replica].finished[2].fetch_add(1, Relaxed);
         }
     }
 }
@@ -494,50 +579,52 @@ impl Histogram {
     }
 }
 
+/// A replica's series.
+struct Replica<'a> {
+    labels: String,
+    stats: Stats,
+    grammar_hits: u64,
+    served: &'a Served,
+}
+
 /// The text in the making.
-struct Text {
+struct Text<'a> {
     out: String,
-    /// Labels of the engine's series.
-    own: String,
+    replicas: &'a [Replica<'a>],
     open_metrics: bool,
 }
 
-impl Text {
+impl<'a> Text<'a> {
     fn begin(&mut self, name: &str, kind: &str, help: &str) {
         // The older format names a counter as its samples are named.
         let suffix = if kind == "counter" && !self.open_metrics { "_total" } else { "" };
         let _ = writeln!(self.out, "# HELP {name}{suffix} {help}\n# TYPE {name}{suffix} {kind}");
     }
 
-    fn gauge(&mut self, name: &str, help: &str, value: f64) {
+    fn gauge(&mut self, name: &str, help: &str, value: impl Fn(&Replica<'a>) -> f64) {
         self.begin(name, "gauge", help);
-        self.sample(name, "", value);
+        self.samples(name, "", value);
     }
 
-    fn counter(&mut self, name: &str, help: &str, value: u64) {
+    fn counter(&mut self, name: &str, help: &str, value: impl Fn(&Replica<'a>) -> u64) {
         self.begin(name, "counter", help);
-        self.sample(&format!("{name}_total"), "", value as f64);
+        self.samples(&format!("{name}_total"), "", |replica| value(replica) as f64);
     }
 
-    fn histogram(&mut self, name: &str, help: &str, histogram: &Histogram) {
+    fn histogram(&mut self, name: &str, help: &str, histogram: fn(&Served) -> &Histogram) {
         self.begin(name, "histogram", help);
-        self.buckets(name, &self.own.clone(), histogram);
+        for replica in self.replicas {
+            self.observed(name, &replica.labels, histogram(replica.served));
+        }
     }
 
-    fn buckets(&mut self, name: &str, labels: &str, histogram: &Histogram) {
+    fn observed(&mut self, name: &str, labels: &str, histogram: &Histogram) {
         let counts: Vec<u64> = histogram.counts.iter().map(|count| count.load(Relaxed)).collect();
         let sum = f64::from_bits(histogram.sum.load(Relaxed));
-        self.all_buckets(name, labels, histogram.bounds, &counts, sum);
+        self.buckets(name, labels, histogram.bounds, &counts, sum);
     }
 
-    /// Buckets of what the engine has counted; with its labels.
-    fn counted(&mut self, name: &str, labels: &str, bounds: &[f64], counts: &[u64], sum: f64) {
-        let comma = if labels.is_empty() { "" } else { "," };
-        let labels = format!("{}{comma}{labels}", self.own);
-        self.all_buckets(name, &labels, bounds, counts, sum);
-    }
-
-    fn all_buckets(&mut self, name: &str, labels: &str, bounds: &[f64], counts: &[u64], sum: f64) {
+    fn buckets(&mut self, name: &str, labels: &str, bounds: &[f64], counts: &[u64], sum: f64) {
         let mut total = 0;
         let bounds = bounds.iter().map(f64::to_string).chain(["+Inf".to_owned()]);
         for (bound, count) in bounds.zip(counts) {
@@ -548,10 +635,17 @@ impl Text {
         self.bare(&format!("{name}_count"), labels, total as f64);
     }
 
-    /// A sample with the engine's labels.
-    fn sample(&mut self, name: &str, labels: &str, value: f64) {
+    /// A sample of each replica.
+    fn samples(&mut self, name: &str, labels: &str, value: impl Fn(&Replica<'a>) -> f64) {
+        for replica in self.replicas {
+            self.sample(replica, name, labels, value(replica));
+        }
+    }
+
+    /// A sample with a replica's labels.
+    fn sample(&mut self, replica: &Replica<'_>, name: &str, labels: &str, value: f64) {
         let comma = if labels.is_empty() { "" } else { "," };
-        self.bare(name, &format!("{}{comma}{labels}", self.own), value);
+        self.bare(name, &format!("{}{comma}{labels}", replica.labels), value);
     }
 
     fn bare(&mut self, name: &str, labels: &str, value: f64) {
@@ -567,7 +661,7 @@ fn escape(label: &str) -> String {
 }
 
 /// What the system knows of this process, where it says so.
-fn process(text: &mut Text, start_time: u64) {
+fn process(text: &mut Text<'_>, start_time: u64) {
     let mut show = |name: &str, kind: &str, help: &str, value: Option<f64>| {
         if let Some(value) = value {
             text.begin(name, kind, help);

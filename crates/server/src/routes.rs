@@ -10,7 +10,7 @@ use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
 use axum::{Json, Router};
-use engine::Engine;
+use engine::{Engine, Place};
 use serde::{Deserialize, Serialize};
 
 use crate::admin;
@@ -111,12 +111,12 @@ pub(crate) static ROUTES: &[Route] = &[
     json("/detokenize", Access::Key, "The text of tokens"),
     json("/v1/detokenize", Access::Key, "The same"),
     json("/invocations", Access::Key, "Chat, completion or response, told apart by the body's shape"),
-    route("/health", GET, Access::Public, "200 while the engine makes progress"),
+    route("/health", GET, Access::Public, "200 while all engines make progress"),
     route("/live", GET, Access::Public, "200 while the process runs"),
     route("/ready", GET, Access::Public, "200 while requests are taken"),
     route("/ping", &["get", "post"], Access::Public, "The same"),
     route("/version", GET, Access::Public, "The server's version"),
-    route("/load", GET, Access::Public, "How many requests are in the engine"),
+    route("/load", GET, Access::Public, "How many requests are in the engines"),
     route("/metrics", GET, Access::Metrics, "Counts and times for Prometheus"),
     only(Offered::Page, route("/", GET, Access::Public, "A chat page")),
     only(Offered::Docs, route("/docs", GET, Access::Public, "This list for people")),
@@ -457,17 +457,25 @@ async fn model(Shared(state): Shared<Arc<State>>, Path(id): Path<String>) -> Res
     }
 }
 
-/// 200 while the engine makes progress, or has none to make.
+/// 200 while all engines make progress, or have none to make. One that is being replaced is none as long as others serve.
 async fn health(Shared(state): Shared<Arc<State>>) -> Result<StatusCode, ApiError> {
-    let Some(engine) = state.loaded() else {
-        return match state.asleep() {
-            Some(_) => Ok(StatusCode::OK),
-            None => state.engine().map(|_| StatusCode::OK),
-        };
+    if state.asleep().is_some() {
+        return Ok(StatusCode::OK);
+    }
+    let Some(replicas) = state.loaded() else { return state.engine().map(|_| StatusCode::OK) };
+    let well = |place: &Place| match place {
+        Place::Serving(engine) => {
+            let stats = engine.stats();
+            !stats.unhealthy && !stats.lost && !watchdog::hangs(&stats, state.health_stall_timeout)
+        }
+        Place::Loading => true,
+        Place::Gone => false,
     };
-    let stats = engine.stats();
-    let hangs = watchdog::hangs(&stats, state.health_stall_timeout);
-    if stats.unhealthy || stats.lost || hangs { Err(ApiError::Unhealthy) } else { Ok(StatusCode::OK) }
+    match (replicas.places().iter().all(well), replicas.serving().next()) {
+        (false, _) => Err(ApiError::Unhealthy),
+        (true, Some(_)) => Ok(StatusCode::OK),
+        (true, None) => state.engine().map(|_| StatusCode::OK),
+    }
 }
 
 /// 200 while requests are taken.

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use engine::{Engine, SamplingParams, Stats};
+use engine::{Engine, Place, Replicas, SamplingParams, Stats};
 use tokio::sync::watch;
 
 use crate::auth::{Keys, digest, hex};
@@ -123,6 +123,8 @@ pub struct Options {
     pub log_outputs: bool,
     /// Most characters of a prompt or an answer in the log. Default: all.
     pub max_log_len: Option<usize>,
+    /// Engines that [`Handle::ready`] will bring. Default 1.
+    pub replicas: usize,
     /// What `/server_info` says of how the server was started; no secrets. Default null.
     pub info: serde_json::Value,
 }
@@ -174,6 +176,7 @@ impl Default for Options {
             log_requests: false,
             log_outputs: false,
             max_log_len: None,
+            replicas: 1,
             info: serde_json::Value::Null,
         }
     }
@@ -271,13 +274,19 @@ pub struct Handle {
     state: Arc<State>,
 }
 
-/// Makes an engine anew after a sleep or a failure. It may take its time, and tell the handle how far it is.
-pub type Loader = Box<dyn Fn(&Handle) -> Result<Engine, String> + Send + Sync>;
+/// Makes engines anew after a sleep or a failure: those of these numbers, one of each. It may take its time, and tell the handle
+/// how far it is.
+pub type Loader = Box<dyn Fn(&Handle, &[usize]) -> Result<Vec<Engine>, String> + Send + Sync>;
 
 impl Handle {
-    /// Serves this engine from now on; until then requests are told to come back.
-    pub fn ready(&self, engine: Engine) {
-        *self.state.life.write().unwrap_or_else(PoisonError::into_inner) = Life::Awake(engine);
+    /// Serves with these engines from now on; until then requests are told to come back.
+    ///
+    /// # Panics
+    /// Unless there are as many as [`Options::replicas`].
+    pub fn ready(&self, engines: Vec<Engine>) {
+        assert_eq!(engines.len(), self.state.replicas, "as many engines as `Options::replicas`");
+        *self.state.life.write().unwrap_or_else(PoisonError::into_inner) =
+            Life::Awake(Replicas::new(engines));
     }
 
     /// How far loading is, for those who ask meanwhile.
@@ -291,7 +300,7 @@ impl Handle {
         self.state.metrics.started(phase, time);
     }
 
-    /// How to make the engine anew. Without it `/sleep` refuses, and a server whose device is lost stays unhealthy.
+    /// How to make engines anew. Without it `/sleep` refuses, and a server that has lost a device stays unhealthy.
     pub fn reload_with(&self, loader: Loader) {
         *self.state.loader.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(loader));
     }
@@ -354,7 +363,8 @@ impl Server {
     }
 
     /// Serves until `shutdown` comes, then takes nothing new and finishes what runs; what still runs after the timeout of
-    /// the options ends with an error. Or until the engine cannot be replaced within this process; then what runs has failed.
+    /// the options ends with an error. Or until there is no engine, and none to be had within this process; then what runs has
+    /// failed.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Ended {
         let state = self.state;
         let (down, draining) = watch::channel(false);
@@ -387,7 +397,6 @@ impl Server {
         let beyond_repair = async {
             watchdog::watch(&state).await;
             // The last words of those that failed.
-            state.abort.send_modify(|abort| abort.engines += 1);
             tokio::time::sleep(ABORT_GRACE).await;
         };
         tokio::select! {
@@ -418,7 +427,7 @@ async fn wait(mut signal: watch::Receiver<bool>) {
 /// What the server has of its model.
 enum Life {
     Loading,
-    Awake(Engine),
+    Awake(Replicas),
     /// At the level that was asked for.
     Asleep(u8),
 }
@@ -431,6 +440,10 @@ pub(crate) enum Restart {
     Failed(String),
     /// The server has no way to make one, or sleeps.
     NotPossible,
+}
+
+fn is_loading(replicas: &Replicas) -> bool {
+    replicas.places().iter().any(|place| matches!(place, Place::Loading))
 }
 
 /// What all requests share.
@@ -476,9 +489,10 @@ pub(crate) struct State {
     pub(crate) log_requests: bool,
     pub(crate) log_outputs: bool,
     pub(crate) max_log_len: usize,
+    pub(crate) replicas: usize,
     pub(crate) info: serde_json::Value,
-    /// Since when a profile is taken, and what the engine had done by then.
-    pub(crate) profile: Mutex<Option<(Instant, Stats)>>,
+    /// Since when a profile is taken, and what the engines had done by then.
+    pub(crate) profile: Mutex<Option<(Instant, Vec<Stats>)>>,
     /// Requests that ended in the last seconds, per second.
     pub(crate) ended_per_second: AtomicU32,
     system_date: Option<String>,
@@ -539,7 +553,7 @@ impl State {
             force_include_usage: options.force_include_usage,
             request_metrics: options.request_metrics,
             error_style: options.error_style,
-            metrics: Arc::new(Metrics::new(options.legacy_metrics)),
+            metrics: Arc::new(Metrics::new(options.replicas, options.legacy_metrics)),
             responses: Arc::new(Store::new(options.responses_store)),
             memory: Arc::default(),
             bodies: Arc::new(BodyLimits::new(options.max_body_bytes)),
@@ -555,6 +569,7 @@ impl State {
             log_requests: options.log_requests,
             log_outputs: options.log_outputs,
             max_log_len: options.max_log_len.unwrap_or(usize::MAX),
+            replicas: options.replicas,
             info: options.info.clone(),
             profile: Mutex::default(),
             ended_per_second: AtomicU32::new(0),
@@ -565,25 +580,35 @@ impl State {
         }
     }
 
-    /// The engine, if requests are taken.
+    /// An engine, if requests are taken: one of several that answer alike.
     pub(crate) fn engine(&self) -> Result<Engine, ApiError> {
         if self.draining.load(Ordering::Acquire) {
             return Err(ApiError::ShuttingDown);
         }
+        let loading = || ApiError::Loading { percent: self.loaded_percent.load(Ordering::Relaxed) };
         match &*self.life.read().unwrap_or_else(PoisonError::into_inner) {
-            Life::Awake(engine) if engine.stats().lost => Err(ApiError::Unhealthy),
-            Life::Awake(engine) => Ok(engine.clone()),
+            Life::Awake(replicas) => match replicas.serving().find(|(_, engine)| !engine.stats().lost) {
+                Some((_, engine)) => Ok(engine.clone()),
+                None if is_loading(replicas) => Err(loading()),
+                None => Err(ApiError::Unhealthy),
+            },
             Life::Asleep(_) => Err(ApiError::Asleep),
-            Life::Loading => Err(ApiError::Loading { percent: self.loaded_percent.load(Ordering::Relaxed) }),
+            Life::Loading => Err(loading()),
         }
     }
 
-    /// The engine, even if it takes nothing new.
-    pub(crate) fn loaded(&self) -> Option<Engine> {
+    /// The engines, even if they take nothing new.
+    pub(crate) fn loaded(&self) -> Option<Replicas> {
         match &*self.life.read().unwrap_or_else(PoisonError::into_inner) {
-            Life::Awake(engine) => Some(engine.clone()),
+            Life::Awake(replicas) => Some(replicas.clone()),
             _ => None,
         }
+    }
+
+    /// What each engine has done and has to do.
+    pub(crate) fn stats(&self) -> Vec<Stats> {
+        let replicas = self.loaded();
+        replicas.iter().flat_map(Replicas::serving).map(|(_, engine)| engine.stats()).collect()
     }
 
     /// The level of the server's sleep, if it sleeps.
@@ -600,26 +625,28 @@ impl State {
         if self.loader.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
             return Err(ApiError::body("This server cannot load its model again."));
         }
-        let engine = {
+        let replicas = {
             let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
-            match std::mem::replace(&mut *life, Life::Asleep(level)) {
-                Life::Awake(engine) => engine,
+            match &*life {
+                Life::Awake(replicas) if !is_loading(replicas) => {
+                    let replicas = replicas.clone();
+                    *life = Life::Asleep(level);
+                    replicas
+                }
                 Life::Asleep(_) => return Ok(()),
-                Life::Loading => {
-                    *life = Life::Loading;
-                    drop(life);
+                Life::Awake(_) | Life::Loading => {
                     return Err(ApiError::Loading { percent: self.loaded_percent.load(Ordering::Relaxed) });
                 }
             }
         };
-        engine.shutdown();
+        replicas.serving().for_each(|(_, engine)| engine.shutdown());
         let mut ended = {
-            let engine = engine.clone();
-            tokio::task::spawn_blocking(move || engine.wait())
+            let replicas = replicas.clone();
+            tokio::task::spawn_blocking(move || replicas.serving().for_each(|(_, engine)| engine.wait()))
         };
         if tokio::time::timeout(self.shutdown_timeout, &mut ended).await.is_err() {
-            engine.abort();
-            // The thread ends after the step in progress.
+            replicas.serving().for_each(|(_, engine)| engine.abort());
+            // The threads end after the step in progress.
             let _ = ended.await;
         }
         Ok(())
@@ -643,47 +670,70 @@ impl State {
             }
         };
         let Some(loader) = loader else { return Ok(()) };
-        let (next, result) = match self.load(loader).await {
-            Ok(engine) => (Life::Awake(engine), Ok(())),
+        let (next, result) = match self.load(loader, (0..self.replicas).collect()).await {
+            Ok(engines) => (Life::Awake(Replicas::new(engines)), Ok(())),
             Err(error) => (Life::Asleep(level), Err(internal(&error))),
         };
         *self.life.write().unwrap_or_else(PoisonError::into_inner) = next;
         result
     }
 
-    async fn load(self: &Arc<State>, loader: Arc<Loader>) -> Result<Engine, String> {
+    async fn load(
+        self: &Arc<State>,
+        loader: Arc<Loader>,
+        numbers: Vec<usize>,
+    ) -> Result<Vec<Engine>, String> {
         self.loaded_percent.store(0, Ordering::Relaxed);
         let handle = Handle { state: Arc::clone(self) };
-        let loaded = tokio::task::spawn_blocking(move || loader(&handle)).await;
-        loaded.unwrap_or_else(|error| Err(error.to_string()))
+        let wanted = numbers.len();
+        let loaded = tokio::task::spawn_blocking(move || loader(&handle, &numbers)).await;
+        let engines = loaded.unwrap_or_else(|error| Err(error.to_string()))?;
+        match engines.len() {
+            found if found == wanted => Ok(engines),
+            found => Err(format!("expected {wanted} engines of the loader, found {found}")),
+        }
     }
 
-    /// Makes a new engine in place of one that is lost or hangs; until then requests are told to come back. An engine that hangs
-    /// may hold its device, so there is nothing to try.
-    pub(crate) async fn restart(self: &Arc<State>, engine: Engine, hangs: bool) -> Restart {
+    /// Makes a new engine in place of one that is lost or hangs; until then the others serve, or requests are told to come back.
+    /// An engine that hangs may hold its device, so there is nothing to try.
+    pub(crate) async fn restart(self: &Arc<State>, number: usize, engine: Engine, hangs: bool) -> Restart {
         let Some(loader) = self.loader.lock().unwrap_or_else(PoisonError::into_inner).clone() else {
             return Restart::NotPossible;
         };
-        {
-            let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
-            if !matches!(*life, Life::Awake(_)) {
-                return Restart::NotPossible;
-            }
-            *life = Life::Loading;
+        if !self.set(number, if hangs { Place::Gone } else { Place::Loading }) {
+            return Restart::NotPossible;
         }
         if hangs {
             engine.abandon();
+            // Those that wait for it look again.
+            self.abort.send_modify(|_| {});
             return Restart::Failed("its step does not come back".to_owned());
         }
-        // Two models are never in memory at once.
+        // It gives its memory back first.
         let _ = tokio::task::spawn_blocking(move || engine.wait()).await;
-        match self.load(loader).await {
-            Ok(engine) => {
-                *self.life.write().unwrap_or_else(PoisonError::into_inner) = Life::Awake(engine);
-                self.metrics.restarted();
+        match self.load(loader, vec![number]).await {
+            Ok(engines) => {
+                for engine in engines {
+                    self.set(number, Place::Serving(engine));
+                }
+                self.metrics.restarted(number);
                 Restart::Done
             }
-            Err(error) => Restart::Failed(error),
+            Err(error) => {
+                self.set(number, Place::Gone);
+                Restart::Failed(error)
+            }
+        }
+    }
+
+    /// Changes what there is of an engine, unless the server sleeps.
+    fn set(&self, number: usize, place: Place) -> bool {
+        match &mut *self.life.write().unwrap_or_else(PoisonError::into_inner) {
+            Life::Awake(replicas) => {
+                replicas.set(number, place);
+                true
+            }
+            _ => false,
         }
     }
 

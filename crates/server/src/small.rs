@@ -84,10 +84,10 @@ pub(crate) async fn detokenize(
     Ok(Json(answer.await?).into_response())
 }
 
-/// `GET /load`: how many requests are in the engine.
+/// `GET /load`: how many requests are in the engines.
 pub(crate) async fn load(Shared(state): Shared<Arc<State>>) -> Response {
-    let stats = state.loaded().map(|engine| engine.stats()).unwrap_or_default();
-    Json(json!({"server_load": stats.running + stats.waiting + stats.paused})).into_response()
+    let load: usize = state.stats().iter().map(|stats| stats.running + stats.waiting + stats.paused).sum();
+    Json(json!({"server_load": load})).into_response()
 }
 
 /// `GET /metrics`

@@ -1,40 +1,45 @@
-//! What the engine does, every ten seconds: a line in the log as vLLM writes it, and how fast requests end.
+//! What the engines do, every ten seconds: a line each in the log as vLLM writes it, and how fast requests end.
 
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use engine::Stats;
+use engine::{Replicas, Stats};
 
 use crate::server::State;
 
 const PERIOD: Duration = Duration::from_secs(10);
 
-/// Looks at the engine again and again. A line is written while it is at work and once when it has stopped.
+/// Looks at the engines again and again. A line is written while one is at work and once when it has stopped.
 pub(crate) async fn watch(state: &State, log: bool) {
     let mut timer = tokio::time::interval(PERIOD);
     timer.tick().await;
-    let (mut before, mut ended, mut active) = (Stats::default(), 0, false);
+    let mut ended = 0;
+    let mut before = vec![Stats::default(); state.replicas];
+    let mut active = vec![false; state.replicas];
     loop {
         timer.tick().await;
-        let Some(engine) = state.loaded() else { continue };
-        let now = engine.stats();
         let ended_before = std::mem::replace(&mut ended, state.metrics.ended());
         let per_second = (ended - ended_before) as f64 / PERIOD.as_secs_f64();
         state.ended_per_second.store(per_second.ceil() as u32, Ordering::Relaxed);
-        let was_active = std::mem::replace(&mut active, now.steps != before.steps || now.running > 0);
-        if log && (active || was_active) {
-            tracing::info!("{}", line(&before, &now));
+        let replicas = state.loaded();
+        for (number, engine) in replicas.iter().flat_map(Replicas::serving) {
+            let now = engine.stats();
+            let before = std::mem::replace(&mut before[number], now.clone());
+            let is_active = now.steps != before.steps || now.running > 0;
+            let was_active = std::mem::replace(&mut active[number], is_active);
+            if log && (is_active || was_active) {
+                tracing::info!("{}", line(number, &before, &now));
+            }
         }
-        before = now;
     }
 }
 
-fn line(before: &Stats, now: &Stats) -> String {
+fn line(number: usize, before: &Stats, now: &Stats) -> String {
     // A new engine counts from 0.
     let rate = |before: u64, now: u64| now.saturating_sub(before) as f64 / PERIOD.as_secs_f64();
     let share = |part: f64, whole: f64| if whole > 0.0 { 100.0 * part / whole } else { 0.0 };
     format!(
-        "Engine 000: Avg prompt throughput: {:.1} tokens/s, Avg generation throughput: {:.1} tokens/s, Running: {} reqs, \
+        "Engine {number:03}: Avg prompt throughput: {:.1} tokens/s, Avg generation throughput: {:.1} tokens/s, Running: {} reqs, \
          Waiting: {} reqs, GPU KV cache usage: {:.1}%, Prefix cache hit rate: {:.1}%",
         rate(before.prompt_tokens, now.prompt_tokens),
         rate(before.generated_tokens, now.generated_tokens),
@@ -65,7 +70,7 @@ mod tests {
             ..Stats::default()
         };
         assert_eq!(
-            line(&before, &now),
+            line(0, &before, &now),
             "Engine 000: Avg prompt throughput: 100.0 tokens/s, Avg generation throughput: 0.5 tokens/s, Running: 2 reqs, \
              Waiting: 2 reqs, GPU KV cache usage: 12.5%, Prefix cache hit rate: 50.0%"
         );

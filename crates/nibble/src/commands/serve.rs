@@ -13,11 +13,12 @@ use server::{
 };
 
 use crate::args::{AccessFlags, Answers, Common, Guessing, Limits, Logs, Network, Serve};
-use crate::engine::{scripted, start};
+use crate::engine::{Places, scripted, start_all};
 use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::model::{BUILT_IN, Model};
 use crate::modelopt::flag;
+use crate::replicas::places;
 use crate::ui::Ui;
 
 pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
@@ -32,7 +33,8 @@ pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
     }
     // Wrong files are an error before the port is open.
     let name = args.model.clone().or_else(|| args.model_flag.clone());
-    let source = Source::open(&args, name.as_deref(), ui)?;
+    let all: Vec<usize> = (0..args.data_parallel_size.into()).collect();
+    let source = Source::open(&args, common, name.as_deref(), &all, ui)?;
     let root = name.unwrap_or_else(|| source.name().to_owned());
     let options = options(&args, common, &source, root)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -174,6 +176,7 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
         log_requests: logs.enable_log_requests,
         log_outputs: logs.enable_log_outputs,
         max_log_len: logs.max_log_len,
+        replicas: args.data_parallel_size.into(),
         info,
     })
 }
@@ -234,6 +237,7 @@ fn info(args: &Serve, common: &Common) -> Value {
         "quantization": run.quantization,
         "batch_invariant": run.batch_invariant,
         "seed": args.seed,
+        "data_parallel_size": args.data_parallel_size,
         "max_num_seqs": capacity.max_num_seqs,
         "max_num_batched_tokens": capacity.max_num_batched_tokens,
         "kv_cache_dtype": flag(&run.kv_cache_dtype),
@@ -281,22 +285,27 @@ fn base(args: &Serve, limits: &Limits) -> EngineOptions {
 
 /// Where tokens come from.
 enum Source {
-    Model(Box<Model>),
-    Script(Engine),
+    /// And where to compute them.
+    Model(Box<Model>, Vec<Common>),
+    Script(Vec<Engine>),
 }
 
 impl Source {
-    fn open(args: &Serve, name: Option<&str>, ui: Ui) -> Result<Source> {
+    /// For the engines of these numbers.
+    fn open(args: &Serve, common: &Common, name: Option<&str>, numbers: &[usize], ui: Ui) -> Result<Source> {
         match args.engine.split_once(':') {
             Some(("scripted", file)) => {
-                Ok(Source::Script(scripted(file, &args.capacity, &base(args, &args.limits))?))
+                let engine = || scripted(file, &args.capacity, &base(args, &args.limits));
+                Ok(Source::Script(numbers.iter().map(|_| engine()).collect::<Result<_>>()?))
             }
             _ if args.engine == "auto" => {
                 let mut model = Model::open_from(name, &args.hub, ui)?;
                 if let Some(name) = &args.tokenizer {
                     model.use_tokenizer(name, args.tokenizer_revision.as_deref(), &args.hub, ui)?;
                 }
-                Ok(Source::Model(Box::new(model)))
+                let all = places(common, args.data_parallel_size.into(), args.run.tensor_parallel_size)?;
+                let these = numbers.iter().map(|&number| all[number].clone()).collect();
+                Ok(Source::Model(Box::new(model), these))
             }
             _ => {
                 let found = &args.engine;
@@ -307,29 +316,38 @@ impl Source {
 
     fn generation(&self) -> GenerationConfig {
         match self {
-            Source::Model(model) => model.checkpoint.generation_config().clone(),
+            Source::Model(model, _) => model.checkpoint.generation_config().clone(),
             Source::Script(_) => GenerationConfig::default(),
         }
     }
 
     fn name(&self) -> &'static str {
         match self {
-            Source::Model(_) => BUILT_IN,
+            Source::Model(..) => BUILT_IN,
             Source::Script(_) => "scripted",
         }
     }
 
-    fn start(self, args: &Serve, common: &Common, ui: Ui, handle: &Handle) -> Result<Engine> {
+    /// Where `context` is given it is that of other engines, which serve already.
+    fn start(
+        self,
+        args: &Serve,
+        common: &Common,
+        context: Option<usize>,
+        ui: Ui,
+        handle: &Handle,
+    ) -> Result<Vec<Engine>> {
         match self {
-            Source::Model(model) => {
+            Source::Model(model, places) => {
                 let mut watch = |done, total| handle.progress(done, total);
-                let base = base(args, &args.limits);
+                let base = EngineOptions { max_model_len: context, ..base(args, &args.limits) };
                 let loading = Instant::now();
-                let running = start(*model, &args.run, &args.capacity, &base, common, ui, &mut watch)?;
+                let places = Places { common, of: args.data_parallel_size.into(), these: &places };
+                let engines = start_all(*model, &args.run, &args.capacity, &base, &places, ui, &mut watch)?;
                 handle.started("load", loading.elapsed());
-                Ok(running.engine)
+                Ok(engines)
             }
-            Source::Script(engine) => Ok(engine),
+            Source::Script(engines) => Ok(engines),
         }
     }
 }
@@ -349,12 +367,12 @@ async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Commo
     let handle = server.handle();
     let loading = {
         let (args, common, handle) = (Arc::clone(&args), common.clone(), handle.clone());
-        tokio::task::spawn_blocking(move || source.start(&args, &common, ui, &handle))
+        tokio::task::spawn_blocking(move || source.start(&args, &common, None, ui, &handle))
     };
     let limit = args.limits.ready_timeout.map_or(Duration::MAX, Duration::from_secs);
     let serving = tokio::spawn(server.run(shutdown()));
     let failed = |e: tokio::task::JoinError| Failure::machine(format!("the server failed: {e}"));
-    let engine = tokio::select! {
+    let engines = tokio::select! {
         loaded = loading => loaded.map_err(failed)??,
         // A signal while the model loads: there is nothing to finish, and loading need not be waited for.
         () = shutdown() => std::process::exit(0),
@@ -365,9 +383,12 @@ async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Commo
             std::process::exit(3);
         }
     };
-    tracing::info!("ready: {}, context {}", engine.device(), engine.max_model_len());
-    handle.ready(engine);
-    reload(&handle, args, common, ui);
+    for engine in &engines {
+        tracing::info!("ready: {}, context {}", engine.device(), engine.max_model_len());
+    }
+    let context = engines.first().map(Engine::max_model_len);
+    handle.ready(engines);
+    reload(&handle, args, common, context, ui);
     match serving.await.map_err(failed)? {
         Ended::ShutDown => Ok(()),
         Ended::BeyondRepair => Err(begin_again(port)),
@@ -397,12 +418,13 @@ fn begin_again(port: Option<u16>) -> Failure {
     }
 }
 
-/// How the model comes back after a sleep.
-fn reload(handle: &Handle, args: Arc<Serve>, common: Common, ui: Ui) {
-    handle.reload_with(Box::new(move |handle| {
+/// How engines come back after a sleep or a failure. One among others takes what they take.
+fn reload(handle: &Handle, args: Arc<Serve>, common: Common, context: Option<usize>, ui: Ui) {
+    handle.reload_with(Box::new(move |handle, numbers| {
         let name = args.model.as_deref().or(args.model_flag.as_deref());
-        let source = Source::open(&args, name, ui).map_err(|failure| failure.message)?;
-        source.start(&args, &common, ui, handle).map_err(|failure| failure.message)
+        let context = context.filter(|_| numbers.len() < args.data_parallel_size.into());
+        let source = Source::open(&args, &common, name, numbers, ui).map_err(|failure| failure.message)?;
+        source.start(&args, &common, context, ui, handle).map_err(|failure| failure.message)
     }));
 }
 

@@ -303,6 +303,11 @@ fn flags_of_others_are_listed_or_refused() {
         (vec!["--distributed-executor-backend", "ray"], "Ray"),
         (vec!["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
         (vec!["--enable-lora"], "adapters"),
+        (vec!["-dp", "0"], "--data-parallel-size"),
+        (
+            vec!["-dp", "3", "--device", "cpu", "--threads", "2"],
+            "expected at most 2, a thread for each, found 3",
+        ),
         (vec!["--block-size", "128"], "16"),
         (vec!["--api-kye", "x"], "--api-key"),
         (vec!["--served-model-nam", "x"], "--served-model-name"),
@@ -325,6 +330,49 @@ fn flags_of_others_are_listed_or_refused() {
         let all = [&["serve", "--port", "0"], &args[..]].concat();
         let status = if named.is_empty() { 3 } else { 2 };
         fails(&all, status, named);
+    }
+}
+
+/// Tokens of some requests without a seed, one after the other.
+fn drawn(server: &Scripted) -> Vec<Value> {
+    let ask = |prompt: &str| {
+        let request =
+            json!({"prompt": prompt, "max_tokens": 8, "ignore_eos": true, "return_token_ids": true});
+        let (status, body) = server.post("/v1/completions", &request);
+        assert_eq!(status, 200, "{body}");
+        serde_json::from_str::<Value>(&body).unwrap()["choices"][0]["token_ids"].clone()
+    };
+    ["Once", "Once", "Upon", "Once", "a time", "Upon"].map(ask).to_vec()
+}
+
+#[test]
+fn several_engines_answer_like_one() {
+    let start = |replicas: &str| {
+        let args = ["--device", "cpu", "--threads", "2", "--seed", "7", "-dp", replicas];
+        Scripted::run(tempfile::tempdir().unwrap(), &args)
+    };
+    let (one, two) = (start("1"), start("2"));
+    let expected = drawn(&one);
+    assert_ne!(expected[0], expected[1]);
+    assert_eq!(drawn(&two), expected);
+    let took = |engine: usize| {
+        let labels = format!("{{model_name=\"tiny-gpt-oss\",engine=\"{engine}\"}}");
+        two.metric(&format!("vllm:request_params_n_count{labels}"))
+    };
+    assert_eq!((took(0), took(1)), (3.0, 3.0));
+    assert_eq!(two.log().matches("ready: ").count(), 2);
+}
+
+#[test]
+fn several_engines_play_scripts() {
+    let server = Scripted::start(&["--data_parallel_size=3"]);
+    for _ in 0..3 {
+        let (status, body) = server.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 2}));
+        assert!(status == 200 && body.contains("hello world"), "{body}");
+    }
+    for engine in 0..3 {
+        let labels = format!("{{model_name=\"scripted\",engine=\"{engine}\"}}");
+        assert_eq!(server.metric(&format!("vllm:generation_tokens_total{labels}")), 2.0);
     }
 }
 

@@ -101,10 +101,11 @@ fn sleep_frees_the_engine_and_waking_loads_it_again() {
     let mut server = serving(&options);
     let post = |server: &Fixture, path: &str| server.request("POST", path, "", b"");
     assert_eq!(post(&server, "/sleep").error().0, 400, "without a loader");
-    server.handle.reload_with(Box::new(|handle| {
+    server.handle.reload_with(Box::new(|handle, _| {
         handle.progress(1, 2);
         let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]);
-        Engine::start(Box::new(backend), harmony(), engine_options()).map_err(|error| error.to_string())
+        let engine = Engine::start(Box::new(backend), harmony(), engine_options());
+        engine.map(|engine| vec![engine]).map_err(|error| error.to_string())
     }));
     let engine = server.engine.take().unwrap();
     for (query, state) in [("", "weights_offloaded"), ("?level=2", "discard_all")] {
@@ -128,7 +129,7 @@ fn sleep_frees_the_engine_and_waking_loads_it_again() {
 fn sleep_waits_for_what_runs() {
     let options = Options { dev_mode: true, sleep_mode: true, ..options() };
     let (mut server, steps) = Fixture::stepwise(HI, &options);
-    server.handle.reload_with(Box::new(|_| Err("no".to_owned())));
+    server.handle.reload_with(Box::new(|_, _| Err("no".to_owned())));
     server.engine = None;
     let mut request = hi();
     request["stream"] = true.into();

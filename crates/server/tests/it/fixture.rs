@@ -71,10 +71,15 @@ impl Fixture {
     }
 
     pub(crate) fn start(options: &Options, backend: Scripted, engine_options: EngineOptions) -> Fixture {
-        let mut fixture = Fixture::loading(options);
         let engine = Engine::start(Box::new(backend), harmony(), engine_options).unwrap();
-        fixture.handle.ready(engine.clone());
-        fixture.engine = Some(engine);
+        let fixture = Fixture::several(options, vec![engine.clone()]);
+        Fixture { engine: Some(engine), ..fixture }
+    }
+
+    /// A server with these engines.
+    pub(crate) fn several(options: &Options, engines: Vec<Engine>) -> Fixture {
+        let fixture = Fixture::loading(&Options { replicas: engines.len(), ..options.clone() });
+        fixture.handle.ready(engines);
         fixture
     }
 

@@ -31,7 +31,7 @@ fn while_the_model_is_loaded() {
 
     let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]);
     let engine = engine::Engine::start(Box::new(backend), harmony(), engine_options()).unwrap();
-    server.handle.ready(engine.clone());
+    server.handle.ready(vec![engine.clone()]);
     server.engine = Some(engine);
     for path in ["/health", "/ready", "/ping"] {
         let response = server.get(path);
@@ -165,9 +165,10 @@ fn what_does_not_finish_in_time_is_told() {
 fn replaceable(options: &Options) -> (Fixture, std::sync::mpsc::Sender<Step>) {
     let (mut server, steps) = Fixture::stepwise(HI, options);
     server.engine = None;
-    server.handle.reload_with(Box::new(|_| {
+    server.handle.reload_with(Box::new(|_, _| {
         let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]);
         engine::Engine::start(Box::new(backend), harmony(), engine_options())
+            .map(|engine| vec![engine])
             .map_err(|error| error.to_string())
     }));
     (server, steps)
@@ -213,7 +214,7 @@ fn a_server_whose_engine_hangs_ends_so_that_another_process_can_begin() {
 #[test]
 fn a_server_whose_device_does_not_come_back_ends_so_that_another_process_can_begin() {
     let (mut server, steps) = replaceable(&options());
-    server.handle.reload_with(Box::new(|_| Err("an illegal memory access was encountered".to_owned())));
+    server.handle.reload_with(Box::new(|_, _| Err("an illegal memory access was encountered".to_owned())));
     steps.send(Step::Lose("an illegal memory access was encountered".to_owned())).unwrap();
     assert_eq!(server.chat(&hi()).error().0, 503);
     assert_eq!(server.ended(), server::Ended::BeyondRepair);

@@ -13,6 +13,7 @@ mod life;
 mod limits;
 mod network;
 mod operations;
+mod replicas;
 mod responses;
 mod soup;
 mod streams;
