@@ -56,17 +56,6 @@ struct SharedOne {
 static_assert(sizeof(SharedOne) == 488);
 
 constexpr uint32_t NOT_GIVEN = ~0u;
-__device__ __forceinline__ void give(float* to, float v) { asm volatile("st.relaxed.sys.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory"); }
-__device__ __forceinline__ uint32_t look(const float* from) {
-    uint32_t v;
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-    return v;
-}
-__device__ __forceinline__ uint4 look_at_four(const float4* from) {
-    uint4 v;
-    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-    return v;
-}
 
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
 constexpr int EXPERT_WARPS = 24, DOWN_WARPS = 22; // of a block of the experts, and those that the second product has

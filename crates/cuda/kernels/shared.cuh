@@ -64,3 +64,16 @@ __device__ __forceinline__ float4 add_all(const Peers& p, size_t vector, float4 
         if (r < p.ranks) sum.x += v[r].x, sum.y += v[r].y, sum.z += v[r].z, sum.w += v[r].w;
     return sum;
 }
+
+// A number for another GPU, and as `load_word` and `load_words` what others have given.
+__device__ __forceinline__ void give(float* to, float v) { asm volatile("st.relaxed.sys.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory"); }
+__device__ __forceinline__ uint32_t look(const float* from) {
+    uint32_t v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 look_at_four(const float4* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
