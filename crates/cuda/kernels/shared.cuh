@@ -8,7 +8,7 @@ constexpr unsigned long long PATIENCE = 60ull * 1000 * 1000 * 1000; // nanosecon
 struct Peers {
     float* added[MAX_GPUS];      // [n, hidden]: what each rank adds to the residual stream, on its GPU
     uint32_t* arrived[MAX_GPUS]; // [ranks, places] on each GPU: the round to which each place of each rank has come
-    uint32_t* rounds;              // [places] of this GPU
+    uint32_t* rounds;            // [places] of this GPU
     uint32_t rank, ranks, places, padding;
 };
 static_assert(sizeof(Peers) == 152);
@@ -26,6 +26,19 @@ struct Wait {
         if (nanoseconds() - begin > PATIENCE) __trap();
     }
 };
+
+// A number for another GPU, and as `load_word` and `load_words` what others have given.
+__device__ __forceinline__ void give(float* to, float v) { asm volatile("st.relaxed.sys.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory"); }
+__device__ __forceinline__ uint32_t look(const float* from) {
+    uint32_t v;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint4 look_at_four(const float4* from) {
+    uint4 v;
+    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
 
 // A block waits for those of its place on the other GPUs. What they, and the kernels before them, have written before can then be read.
 __device__ __forceinline__ void meet(const Peers& p, uint32_t place) {
@@ -51,29 +64,10 @@ __device__ __forceinline__ void meet(const Peers& p, uint32_t place) {
 __device__ __forceinline__ float4 add_all(const Peers& p, size_t vector, float4 sum) {
     float4 v[MAX_GPUS];
 #pragma unroll
-    for (int r = 0; r < MAX_GPUS; r++) {
-        // Not from a cache of this multiprocessor.
-        if (r < p.ranks)
-            asm volatile("ld.relaxed.sys.global.v4.f32 {%0, %1, %2, %3}, [%4];"
-                         : "=f"(v[r].x), "=f"(v[r].y), "=f"(v[r].z), "=f"(v[r].w)
-                         : "l"((const float4*)p.added[r] + vector)
-                         : "memory");
-    }
+    for (int r = 0; r < MAX_GPUS; r++)
+        if (r < p.ranks) (uint4&)v[r] = look_at_four((const float4*)p.added[r] + vector);
 #pragma unroll
     for (int r = 0; r < MAX_GPUS; r++)
         if (r < p.ranks) sum.x += v[r].x, sum.y += v[r].y, sum.z += v[r].z, sum.w += v[r].w;
     return sum;
-}
-
-// A number for another GPU, and as `load_word` and `load_words` what others have given.
-__device__ __forceinline__ void give(float* to, float v) { asm volatile("st.relaxed.sys.global.f32 [%0], %1;" ::"l"(to), "f"(v) : "memory"); }
-__device__ __forceinline__ uint32_t look(const float* from) {
-    uint32_t v;
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(v) : "l"(from) : "memory");
-    return v;
-}
-__device__ __forceinline__ uint4 look_at_four(const float4* from) {
-    uint4 v;
-    asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
-    return v;
 }

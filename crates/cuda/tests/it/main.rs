@@ -364,17 +364,7 @@ fn gpus_that_share_a_model_agree_with_the_reference() {
 fn gpus_that_share_a_model_share_its_logits() {
     let Some(device) = device() else { return };
     let Some(devices) = gpus(&device, 2) else { return };
-    let mut config = Config { vocab_size: 6528, ..odd_config() };
-    config.layer_kinds.truncate(1);
-    let weights: Arc<dyn Weights> = Arc::new(Synthetic::new(config, |_| Format::Bf16, 7));
-    let mut reference = Reference::new(Arc::clone(&weights));
-    reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
-    let expected = logits(&mut reference, &tokens(100), 100);
-    let mut cuda = load_shared(&devices, &*weights, Options::default());
-    for chunk in [1, 5, 9, 17, 32, 100] {
-        let found = logits(&mut cuda, &tokens(100), chunk);
-        check_logits(&found, &expected, 6528, &format!("in chunks of {chunk}"));
-    }
+    let mut cuda = check_large_vocabulary(|weights| load_shared(&devices, weights, Options::default()));
     cuda.allocate_kv(256, 256).unwrap();
     for batch in [1, 2, 40, 130, 256] {
         let plan = |logits| -> Vec<SequencePlan> {
@@ -426,21 +416,26 @@ fn gpus_that_share_a_model_give_the_same_bits_again_and_close_to_those_of_one() 
     }
 }
 
-#[test]
-fn logits_of_a_large_vocabulary() {
-    let Some(device) = device() else { return };
-    // More rows than the kernels of few rows take.
+/// Loads a model with more rows of logits than the kernels of few rows take, and checks it.
+fn check_large_vocabulary(load: impl FnOnce(&dyn Weights) -> Cuda) -> Cuda {
     let mut config = Config { vocab_size: 6528, ..odd_config() };
     config.layer_kinds.truncate(1);
     let weights: Arc<dyn Weights> = Arc::new(Synthetic::new(config, |_| Format::Bf16, 7));
     let mut reference = Reference::new(Arc::clone(&weights));
     reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
     let expected = logits(&mut reference, &tokens(100), 100);
-    let mut cuda = load(&device, &*weights);
+    let mut cuda = load(&*weights);
     for chunk in [1, 5, 9, 17, 32, 100] {
         let found = logits(&mut cuda, &tokens(100), chunk);
         check_logits(&found, &expected, 6528, &format!("in chunks of {chunk}"));
     }
+    cuda
+}
+
+#[test]
+fn logits_of_a_large_vocabulary() {
+    let Some(device) = device() else { return };
+    check_large_vocabulary(|weights| load(&device, weights));
 }
 
 #[test]
