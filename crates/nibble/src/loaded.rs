@@ -147,25 +147,26 @@ pub(crate) enum Device {
     Cuda(Vec<Arc<cuda::Device>>),
 }
 
-/// What `--device` names, with as many GPUs as share a model: the one that it names and those after it.
+/// The GPU that `--device` names, for `auto` the first; `None` on a CPU, where `auto` also goes if there is no GPU.
 #[cfg(feature = "cuda")]
-pub(crate) fn devices(name: &str, count: usize) -> Result<Device> {
+pub(crate) fn first_gpu(name: &str) -> Result<Option<usize>> {
     let ordinal = match name.split_once(':') {
         Some(("cuda", ordinal)) => ordinal.parse().ok(),
         _ => (name == "cuda").then_some(0),
     };
-    let first: usize = match (name, ordinal) {
-        ("cpu", _) => return Ok(Device::Cpu),
+    match (name, ordinal) {
+        ("cpu", _) => Ok(None),
         // A machine without a GPU is what `auto` is for; a GPU that does not work is worth an error.
-        ("auto", _) if cuda::device_count().is_err() => return Ok(Device::Cpu),
-        ("auto", _) => 0,
-        (_, Some(ordinal)) => ordinal,
-        _ => {
-            return Err(Failure::input(format!(
-                "--device: expected auto, cpu, cuda or cuda:N, found {name}"
-            )));
-        }
-    };
+        ("auto", _) => Ok(cuda::device_count().is_ok().then_some(0)),
+        (_, Some(ordinal)) => Ok(Some(ordinal)),
+        _ => Err(Failure::input(format!("--device: expected auto, cpu, cuda or cuda:N, found {name}"))),
+    }
+}
+
+/// What `--device` names, with as many GPUs as share a model: the one that it names and those after it.
+#[cfg(feature = "cuda")]
+pub(crate) fn devices(name: &str, count: usize) -> Result<Device> {
+    let Some(first) = first_gpu(name)? else { return Ok(Device::Cpu) };
     let there = cuda::device_count()?.saturating_sub(first);
     if count == 0 || (count > 1 && count > there) {
         return Err(Failure::input(format!(
@@ -197,13 +198,19 @@ fn check_kernels(device: &cuda::Device) -> Result<()> {
     }
 }
 
+/// A build without GPU kernels uses none.
+#[cfg(not(feature = "cuda"))]
+pub(crate) fn first_gpu(name: &str) -> Result<Option<usize>> {
+    match name {
+        "auto" | "cpu" => Ok(None),
+        _ => Err(Failure::input(format!("--device: expected auto or cpu in this build, found {name}"))),
+    }
+}
+
 /// What `--device` names.
 #[cfg(not(feature = "cuda"))]
 pub(crate) fn devices(name: &str, _count: usize) -> Result<Device> {
-    match name {
-        "auto" | "cpu" => Ok(Device::Cpu),
-        _ => Err(Failure::input(format!("--device: expected auto or cpu in this build, found {name}"))),
-    }
+    first_gpu(name).map(|_| Device::Cpu)
 }
 
 impl Loaded {

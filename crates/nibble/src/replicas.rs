@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use crate::args::Common;
 use crate::failure::{Failure, Result};
+use crate::loaded::first_gpu;
 use crate::model::threads;
 
 /// As many places as engines, from what the command line says for all of them. On GPUs each takes so many.
@@ -11,30 +12,21 @@ pub(crate) fn places(common: &Common, count: usize, gpus_each: usize) -> Result<
     if count == 1 {
         return Ok(vec![common.clone()]);
     }
-    match gpus(&common.device) {
-        Some((first, there)) => on_gpus(common, count, gpus_each, first..there),
-        None if matches!(common.device.as_str(), "auto" | "cpu") => {
-            on_threads(common, count, threads(common))
-        }
-        None => Ok(vec![common.clone(); count]),
+    match first_gpu(&common.device)? {
+        Some(first) => on_gpus(common, count, gpus_each, first..gpu_count()?),
+        None => on_threads(common, count, threads(common)),
     }
 }
 
-/// The GPU that `--device` names first, and how many there are; `None` on a CPU, and of a name that loading refuses.
 #[cfg(feature = "cuda")]
-fn gpus(device: &str) -> Option<(usize, usize)> {
-    let there = cuda::device_count().ok()?;
-    let first = match device {
-        "auto" | "cuda" => 0,
-        _ => device.strip_prefix("cuda:")?.parse().ok()?,
-    };
-    Some((first, there))
+fn gpu_count() -> Result<usize> {
+    Ok(cuda::device_count()?)
 }
 
 /// A build without GPU kernels uses none.
 #[cfg(not(feature = "cuda"))]
-fn gpus(_device: &str) -> Option<(usize, usize)> {
-    None
+fn gpu_count() -> Result<usize> {
+    Ok(0)
 }
 
 /// `gpus`: from the first to use to the last that there is.
