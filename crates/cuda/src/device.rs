@@ -245,6 +245,11 @@ impl Device {
         &self.name
     }
 
+    /// Its number among the GPUs that the driver shows.
+    pub fn ordinal(&self) -> usize {
+        self.ordinal
+    }
+
     /// Compute capability whose kernels it takes: 90 for 9.0.
     pub fn capability(&self) -> u32 {
         self.capability

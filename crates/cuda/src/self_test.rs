@@ -2,8 +2,10 @@
 
 use std::sync::Arc;
 
-use checkpoint::{Config, Format, MatrixId, Synthetic, Weights};
-use gptoss::{BLOCK_TOKENS, Backend, Error, Plan, Reference, SequencePlan};
+use checkpoint::{Config, Format, MatrixId, MatrixKind, Synthetic};
+use gptoss::{
+    BLOCK_TOKENS, Backend, Error, Logprobs, Plan, Reference, Sampled, Sampling, SequencePlan, sample,
+};
 
 use crate::{CacheFormat, Cuda, Device, Options};
 
@@ -15,61 +17,113 @@ const LIMIT_E4M3: f64 = 0.08;
 /// What came out for one family of kernels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SelfTest {
-    /// What was run: `decode`, `few tokens`, `chunk`, `long chunk`, and two of them with keys and values in FP8.
+    /// What was run: steps of so many tokens, some with keys and values in FP8 or in the mode in which a batch changes no bit; or
+    /// `drawn tokens`.
     pub kernel: &'static str,
     /// Format of the experts.
     pub format: &'static str,
-    /// Root mean square of the difference from the reference's logits, relative to theirs.
+    /// Root mean square of the difference from the reference's logits, relative to theirs; the share of drawn tokens that are not what
+    /// the host draws from the same logits.
     pub error: f64,
     /// Whether the error is small enough.
     pub passed: bool,
 }
 
-/// Runs every kernel family on small models and compares with the reference.
-pub fn self_test(device: &Arc<Device>) -> Result<Vec<SelfTest>, Error> {
+/// Runs every kernel family on small models and compares with the reference; on several GPUs as [`Cuda::load_shared`] has them share a
+/// model.
+pub fn self_test(devices: &[Arc<Device>]) -> Result<Vec<SelfTest>, Error> {
+    let models = [Format::Nvfp4, Format::Mxfp4, Format::Bf16]
+        .map(|format| (format, Arc::new(model(format, devices.len()))));
+    let expected = std::thread::scope(|scope| {
+        let threads = models.each_ref().map(|(_, weights)| scope.spawn(|| reference(Arc::clone(weights))));
+        threads.map(|thread| thread.join().expect("the reference does not panic"))
+    });
     let mut tests = Vec::new();
-    for format in [Format::Nvfp4, Format::Mxfp4, Format::Bf16] {
-        let weights: Arc<dyn Weights> = Arc::new(model(format));
-        let mut reference = Reference::new(Arc::clone(&weights));
-        let mut cuda = Cuda::load(device, &*weights, Options::default(), &mut |_, _| {})?;
-        let (blocks, tokens) = (TOKENS.div_ceil(BLOCK_TOKENS), tokens());
-        reference.allocate_kv(blocks, blocks)?;
-        let expected = run(&mut reference, &tokens, TOKENS)?;
-        for (kernel, chunk, cache, limit) in [
-            ("decode", 1, CacheFormat::Bf16, LIMIT),
-            ("few tokens", 6, CacheFormat::Bf16, LIMIT),
-            ("chunk", 40, CacheFormat::Bf16, LIMIT),
-            ("long chunk", TOKENS, CacheFormat::Bf16, LIMIT),
-            ("decode, FP8 cache", 1, CacheFormat::E4m3, LIMIT_E4M3),
-            ("chunk, FP8 cache", 40, CacheFormat::E4m3, LIMIT_E4M3),
-        ] {
-            cuda.options.cache = cache;
-            cuda.allocate_kv(blocks, blocks)?;
-            let error = relative(&run(&mut cuda, &tokens, chunk)?, &expected);
-            tests.push(SelfTest { kernel, format: format.name(), error, passed: error <= limit });
-        }
+    for ((format, weights), expected) in models.iter().zip(expected) {
+        let mut cuda = match devices {
+            [device] => Cuda::load(device, &**weights, Options::default(), &mut |_, _| {})?,
+            several => Cuda::load_shared(several, &**weights, Options::default(), &mut |_, _| {})?,
+        };
+        test(&mut cuda, *format, &expected?, &mut tests)?;
     }
     Ok(tests)
 }
 
-/// Beyond the window, and several blocks.
-const TOKENS: usize = 150;
+fn test(cuda: &mut Cuda, format: Format, expected: &[f32], tests: &mut Vec<SelfTest>) -> Result<(), Error> {
+    let (tokens, vocabulary) = (tokens(), cuda.config().vocab_size);
+    let blocks = COPIES * TOKENS.div_ceil(BLOCK_TOKENS);
+    let (mut drawn, mut wrong) = (0, 0);
+    let (bf16, e4m3) = (CacheFormat::Bf16, CacheFormat::E4m3);
+    for (kernel, cache, batch_invariant, copies, chunk, total) in [
+        ("1 token", bf16, false, 1, 1, FEW),
+        ("6 tokens", bf16, false, 1, 6, FEW),
+        ("12 tokens", bf16, false, 1, 12, FEW),
+        ("40 tokens", bf16, false, 1, 40, SOME),
+        ("150 tokens", bf16, false, 1, 150, SOME),
+        ("600 tokens", bf16, false, 1, 600, TOKENS),
+        ("3600 tokens", bf16, false, COPIES, 600, TOKENS),
+        ("1 token, FP8 cache", e4m3, false, 1, 1, FEW),
+        ("40 tokens, FP8 cache", e4m3, false, 1, 40, SOME),
+        ("600 tokens, FP8 cache", e4m3, false, 1, 600, TOKENS),
+        ("40 tokens, invariant", bf16, true, 1, 40, SOME),
+        ("600 tokens, invariant", bf16, true, 1, 600, TOKENS),
+    ] {
+        set(cuda, Options { cache, batch_invariant, ..cuda.options });
+        cuda.allocate_kv(blocks, blocks)?;
+        let found = run(cuda, &tokens[..total], copies, chunk, true)?;
+        // Where nobody wants the logits they may not be stored at all.
+        let again = run(cuda, &tokens[..total], copies, chunk, false)?;
+        let limit = if cache == e4m3 { LIMIT_E4M3 } else { LIMIT };
+        let errors = found.iter().map(|found| relative(&found.logits, &expected[..total * vocabulary]));
+        let error = errors.fold(0.0, f64::max);
+        tests.push(SelfTest { kernel, format: format.name(), error, passed: error <= limit });
+        for (found, again) in found.iter().zip(&again) {
+            drawn += total;
+            for (at, row) in found.logits.chunks_exact(vocabulary).enumerate() {
+                let host = sample(&mut row.to_vec(), &sampling(at));
+                wrong += usize::from(found.drawn[at] != host || again.drawn[at] != host);
+            }
+        }
+    }
+    let error = wrong as f64 / drawn as f64;
+    tests.push(SelfTest { kernel: "drawn tokens", format: format.name(), error, passed: wrong == 0 });
+    Ok(())
+}
 
-/// Widths that are no whole tiles, in the layer kinds and formats that models have.
-fn model(format: Format) -> Synthetic {
+/// Has these options of all GPUs that share the model; those of loading are as they were.
+fn set(cuda: &mut Cuda, options: Options) {
+    cuda.options = options;
+    cuda.shared.iter_mut().flat_map(|shared| &mut shared.followers).for_each(|cuda| set(cuda, options));
+}
+
+/// Beyond the window, and several blocks.
+const FEW: usize = 60;
+const SOME: usize = 150;
+/// More than the kernels of hundreds of tokens take.
+const TOKENS: usize = 600;
+/// Sequences of so many in one step, for the kernels that take thousands.
+const COPIES: usize = 6;
+
+/// The layer kinds that models have, in widths of whole tiles and others. With NVFP4 all is in it but the router, with MXFP4 the experts
+/// alone.
+fn model(format: Format, gpus: usize) -> Synthetic {
     let mut config = Config::gpt_oss_20b();
-    config.hidden_size = 160;
-    config.intermediate_size = 96;
-    config.query_heads = 8;
-    config.kv_heads = 2;
+    (config.hidden_size, config.vocab_size) = match format {
+        Format::Mxfp4 => (256, 1024),
+        Format::Nvfp4 => (160, 1024),
+        _ => (160, 1003),
+    };
+    // Each GPU has a head, and a block of units.
+    config.kv_heads = gpus.max(2);
+    config.query_heads = 4 * config.kv_heads;
+    config.intermediate_size = 32 * gpus.max(3);
     config.experts = 6;
     config.experts_per_token = 3;
-    config.vocab_size = 1003;
     config.sliding_window = 20;
     config.layer_kinds.truncate(3);
-    let pick = move |id: MatrixId| match format {
-        Format::Nvfp4 if id.kind.is_attention() => Format::Nvfp4,
-        format if id.kind.is_expert() => format,
+    let pick = move |id: MatrixId| match id.kind {
+        MatrixKind::Router => Format::Bf16,
+        kind if kind.is_expert() || format == Format::Nvfp4 => format,
         _ => Format::Bf16,
     };
     Synthetic::new(config, pick, 7)
@@ -79,23 +133,66 @@ fn tokens() -> Vec<u32> {
     (0..TOKENS as u32).map(|i| (i * i * 31 + 7 * i) % 1003).collect()
 }
 
-/// The logits of all positions, computed `chunk` at a time.
-fn run(backend: &mut dyn Backend, tokens: &[u32], chunk: usize) -> Result<Vec<f32>, Error> {
-    let blocks: Vec<u32> = (0..tokens.len().div_ceil(BLOCK_TOKENS) as u32).rev().collect();
-    let blocks = Arc::new(blocks);
-    let mut logits = Vec::new();
+/// How to draw at this position.
+fn sampling(at: usize) -> Sampling {
+    let drawn = Sampling { temperature: 1.0, seed: 7, position: at as u64, ..Sampling::default() };
+    match at % 4 {
+        0 | 1 => Sampling::default(),
+        2 => Sampling { top_p: 0.9, top_k: 50, ..drawn },
+        _ => Sampling { logprobs: Some(Logprobs { top: 5, ids: Vec::new(), processed: false }), ..drawn },
+    }
+}
+
+/// The reference's logits at all positions.
+fn reference(weights: Arc<Synthetic>) -> Result<Vec<f32>, Error> {
+    let mut reference = Reference::new(weights);
+    let blocks = TOKENS.div_ceil(BLOCK_TOKENS);
+    reference.allocate_kv(blocks, blocks)?;
+    let sequence = SequencePlan { logits: true, ..SequencePlan::in_blocks(&tokens(), 0, 0) };
+    Ok(reference.step(&Plan { sequences: vec![sequence] })?.remove(0).logits)
+}
+
+/// What steps find at each position of a sequence.
+#[derive(Clone, Default)]
+struct Found {
+    logits: Vec<f32>,
+    drawn: Vec<Sampled>,
+}
+
+/// The logits of all positions, if they are wanted, and the tokens drawn there, of `copies` of a sequence, `chunk` tokens of each at a
+/// time.
+fn run(
+    cuda: &mut Cuda,
+    tokens: &[u32],
+    copies: usize,
+    chunk: usize,
+    logits: bool,
+) -> Result<Vec<Found>, Error> {
+    let each = tokens.len().div_ceil(BLOCK_TOKENS);
+    // Not in the order of the tokens.
+    let blocks = |copy: usize| -> Arc<Vec<u32>> {
+        Arc::new((copy * each..(copy + 1) * each).rev().map(|block| block as u32).collect())
+    };
+    let blocks: Vec<_> = (0..copies).map(blocks).collect();
+    let mut found = vec![Found::default(); copies];
     for (i, part) in tokens.chunks(chunk).enumerate() {
-        let sequence = SequencePlan {
+        let position = i * chunk;
+        let sequence = |blocks: &Arc<Vec<u32>>| SequencePlan {
             tokens: part.to_vec(),
-            position: i * chunk,
-            full_blocks: blocks.clone(),
-            sliding_blocks: blocks.clone(),
-            logits: true,
+            position,
+            full_blocks: Arc::clone(blocks),
+            sliding_blocks: Arc::clone(blocks),
+            logits,
+            sample: (position..position + part.len()).map(sampling).collect(),
             ..SequencePlan::default()
         };
-        logits.extend(backend.step(&Plan { sequences: vec![sequence] })?.remove(0).logits);
+        let outputs = cuda.step(&Plan { sequences: blocks.iter().map(sequence).collect() })?;
+        for (found, output) in found.iter_mut().zip(outputs) {
+            found.logits.extend(output.logits);
+            found.drawn.extend(output.sampled);
+        }
     }
-    Ok(logits)
+    Ok(found)
 }
 
 fn relative(found: &[f32], expected: &[f32]) -> f64 {

@@ -93,19 +93,23 @@ pub(crate) fn watched_backend(
                 },
                 batch_invariant: run.batch_invariant,
             };
-            let (checked, loaded) = std::thread::scope(|scope| {
-                let checks: Vec<_> =
-                    devices.iter().map(|device| scope.spawn(|| check_kernels(device))).collect();
-                let loaded = match &devices[..] {
-                    [device] => cuda::Cuda::load(device, &*weights, options, &mut progress),
-                    several => cuda::Cuda::load_shared(several, &*weights, options, &mut progress),
-                };
-                (checks.into_iter().map(|check| check.join()).collect::<Vec<_>>(), loaded)
+            let mut loaded = Box::new(match &devices[..] {
+                [device] => {
+                    let beside = [device.beside()?];
+                    let (checked, loaded) = std::thread::scope(|scope| {
+                        let check = scope.spawn(|| check_kernels(&beside));
+                        let loaded = cuda::Cuda::load(device, &*weights, options, &mut progress);
+                        (check.join(), loaded)
+                    });
+                    checked.map_err(|_| Failure::machine("the check of the kernels panicked"))??;
+                    loaded?
+                }
+                // Not beside the loading: the driver may hold what one GPU is to do until another, which waits for it, is done.
+                several => {
+                    check_kernels(several)?;
+                    cuda::Cuda::load_shared(several, &*weights, options, &mut progress)?
+                }
             });
-            for check in checked {
-                check.map_err(|_| Failure::machine("the check of the kernels panicked"))??;
-            }
-            let mut loaded = Box::new(loaded?);
             if run.activations == ActivationBits::Nvfp4 {
                 drop(bar);
                 ui.note(format_args!("{}", use_fp4(&devices[0], &mut loaded, &*weights)?));
@@ -178,24 +182,24 @@ pub(crate) fn devices(name: &str, count: usize) -> Result<Device> {
     Ok(Device::Cuda(opened.collect::<std::result::Result<_, Error>>()?))
 }
 
-/// Refuses a GPU that computes wrong numbers.
+/// Refuses GPUs that compute wrong numbers, as they run a model: one alone, several together.
 #[cfg(feature = "cuda")]
-fn check_kernels(device: &cuda::Device) -> Result<()> {
-    let device = device.beside()?;
-    match cuda::self_test(&device)?.into_iter().find(|test| !test.passed) {
-        None => Ok(()),
-        Some(test) => Err(Failure::new(
-            crate::failure::Status::Machine,
-            format!(
-                "{}: the kernels for {} with {} experts give wrong numbers, a relative error of {:.1e}",
-                device.name(),
-                test.kernel,
-                test.format,
-                test.error
-            ),
-        )
-        .hint("nibble doctor shows all of them; --device cpu runs without the GPU")),
-    }
+fn check_kernels(devices: &[Arc<cuda::Device>]) -> Result<()> {
+    let Some(test) = cuda::self_test(devices)?.into_iter().find(|test| !test.passed) else {
+        return Ok(());
+    };
+    let names: Vec<_> = devices.iter().map(|device| device.name()).collect();
+    Err(Failure::new(
+        crate::failure::Status::Machine,
+        format!(
+            "{}: {} with {} experts give wrong numbers, a relative error of {:.1e}",
+            names.join(" and "),
+            test.kernel,
+            test.format,
+            test.error
+        ),
+    )
+    .hint("nibble doctor shows all of them; --device cpu runs without the GPU"))
 }
 
 /// A build without GPU kernels uses none.

@@ -11,7 +11,9 @@ mod sampling;
 use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use checkpoint::{Config, Format, KvScales, Matrix, MatrixId, Synthetic, Vector, VectorId, Weights};
+use checkpoint::{
+    Config, Format, KvScales, Matrix, MatrixId, MatrixKind, Synthetic, Vector, VectorId, Weights,
+};
 use cuda::{CacheFormat, Cuda, Device, Options};
 use gptoss::{
     BLOCK_TOKENS, Backend, Logprobs, Mask, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan,
@@ -301,6 +303,10 @@ fn experts_in_nvfp4(id: MatrixId) -> Format {
     if id.kind.is_expert() { Format::Nvfp4 } else { Format::Bf16 }
 }
 
+fn all_in_nvfp4(id: MatrixId) -> Format {
+    if id.kind == MatrixKind::Router { Format::Bf16 } else { Format::Nvfp4 }
+}
+
 fn tokens(count: usize) -> Vec<u32> {
     (0..count as u32).map(|i| (i * i * 31 + 7 * i) % 331).collect()
 }
@@ -364,20 +370,24 @@ fn gpus_that_share_a_model_agree_with_the_reference() {
 fn gpus_that_share_a_model_share_its_logits() {
     let Some(device) = device() else { return };
     let Some(devices) = gpus(&device, 2) else { return };
-    let mut cuda = check_large_vocabulary(|weights| load_shared(&devices, weights, Options::default()));
-    cuda.allocate_kv(256, 256).unwrap();
-    for batch in [1, 2, 40, 130, 256] {
-        let plan = |logits| -> Vec<SequencePlan> {
-            let one = |s: u32| SequencePlan {
-                logits,
-                sample: vec![Sampling::default()],
-                ..sequence(&[s * 31 % 6528], 0, s)
+    for format in [Format::Bf16, Format::Nvfp4] {
+        let load = |weights: &dyn Weights| load_shared(&devices, weights, Options::default());
+        let mut cuda = check_large_vocabulary(format, load);
+        cuda.allocate_kv(256, 256).unwrap();
+        for batch in [1, 2, 40, 130, 256] {
+            let plan = |logits| -> Vec<SequencePlan> {
+                let one = |s: u32| SequencePlan {
+                    logits,
+                    sample: vec![Sampling::default()],
+                    ..sequence(&[s * 31 % 6528], 0, s)
+                };
+                (0..batch).map(one).collect()
             };
-            (0..batch).map(one).collect()
-        };
-        let drawn = run(&mut cuda, plan(false));
-        for (drawn, with) in drawn.iter().zip(run(&mut cuda, plan(true))) {
-            assert_eq!(drawn.sampled[0].token as usize, argmax(&with.logits), "in a batch of {batch}");
+            let drawn = run(&mut cuda, plan(false));
+            for (drawn, with) in drawn.iter().zip(run(&mut cuda, plan(true))) {
+                let largest = argmax(&with.logits);
+                assert_eq!(drawn.sampled[0].token as usize, largest, "{format:?} in a batch of {batch}");
+            }
         }
     }
 }
@@ -417,17 +427,20 @@ fn gpus_that_share_a_model_give_the_same_bits_again_and_close_to_those_of_one() 
 }
 
 /// Loads a model with more rows of logits than the kernels of few rows take, and checks it.
-fn check_large_vocabulary(load: impl FnOnce(&dyn Weights) -> Cuda) -> Cuda {
+fn check_large_vocabulary(format: Format, load: impl FnOnce(&dyn Weights) -> Cuda) -> Cuda {
     let mut config = Config { vocab_size: 6528, ..odd_config() };
     config.layer_kinds.truncate(1);
-    let weights: Arc<dyn Weights> = Arc::new(Synthetic::new(config, |_| Format::Bf16, 7));
+    let weights: Arc<dyn Weights> = match format {
+        Format::Nvfp4 => Arc::new(Synthetic::new(config, all_in_nvfp4, 7)),
+        format => Arc::new(Synthetic::new(config, move |_| format, 7)),
+    };
     let mut reference = Reference::new(Arc::clone(&weights));
     reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
     let expected = logits(&mut reference, &tokens(100), 100);
     let mut cuda = load(&*weights);
     for chunk in [1, 5, 9, 17, 32, 100] {
         let found = logits(&mut cuda, &tokens(100), chunk);
-        check_logits(&found, &expected, 6528, &format!("in chunks of {chunk}"));
+        check_logits(&found, &expected, 6528, &format!("{format:?} in chunks of {chunk}"));
     }
     cuda
 }
@@ -435,7 +448,9 @@ fn check_large_vocabulary(load: impl FnOnce(&dyn Weights) -> Cuda) -> Cuda {
 #[test]
 fn logits_of_a_large_vocabulary() {
     let Some(device) = device() else { return };
-    check_large_vocabulary(|weights| load(&device, weights));
+    for format in [Format::Bf16, Format::Nvfp4] {
+        check_large_vocabulary(format, |weights| load(&device, weights));
+    }
 }
 
 #[test]
@@ -740,14 +755,14 @@ fn a_batch_changes_no_bit_where_that_is_asked_for() {
 #[test]
 fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
     let Some(device) = device() else { return };
-    let weights = Synthetic::new(wide_config(), experts_in_nvfp4, 1);
     let plan = |which: std::ops::Range<u32>| -> Vec<SequencePlan> {
         let one = |s: u32| SequencePlan { hidden_after_layer: Some(1), ..sequence(&[s * 31 % 4096], 0, s) };
         which.map(one).collect()
     };
-    for batch_invariant in [false, true] {
+    let pick = [experts_in_nvfp4, all_in_nvfp4];
+    for (pick, batch_invariant) in pick.into_iter().flat_map(|pick| [(pick, false), (pick, true)]) {
         let options = Options { batch_invariant, ..Options::default() };
-        let mut cuda = load_with(&device, &weights, options);
+        let mut cuda = load_with(&device, &Synthetic::new(wide_config(), pick, 1), options);
         cuda.allocate_kv(4000, 4000).unwrap();
         let alone: Vec<Vec<f32>> =
             (0..128).map(|s| run(&mut cuda, plan(s..s + 1)).remove(0).hidden).collect();
@@ -776,19 +791,25 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
 /// Steps of full width in batches of all sizes at which kernels change, and prompts in pieces of such sizes.
 #[test]
 fn a_batch_of_full_width_changes_no_bit_where_that_is_asked_for() {
+    let Some(device) = device() else { return };
+    for pick in [experts_in_nvfp4, all_in_nvfp4] {
+        let options = Options { batch_invariant: true, ..Options::default() };
+        let mut cuda = load_with(&device, &Synthetic::new(wide_config(), pick, 1), options);
+        cuda.allocate_kv(9000, 9000).unwrap();
+        check_full_width(&mut cuda);
+    }
+}
+
+fn check_full_width(cuda: &mut Cuda) {
     const SEQUENCES: u32 = 600;
     const ALONE: u32 = 70;
-    let Some(device) = device() else { return };
-    let options = Options { batch_invariant: true, ..Options::default() };
-    let mut cuda = load_with(&device, &Synthetic::new(wide_config(), experts_in_nvfp4, 1), options);
-    cuda.allocate_kv(9000, 9000).unwrap();
     let tokens = |s: u32| -> Vec<u32> {
         let len = if s == 3 { 2300 } else { 2 + s * 37 % 190 };
         (0..len).map(|i| (i * i * 31 + 7 * i + s * 101) % 4096).collect()
     };
     let first = |s: u32| if s > 3 { s * 12 + 144 } else { s * 12 };
     let prompts = (0..SEQUENCES).map(|s| sequence(&tokens(s), 0, first(s)));
-    run(&mut cuda, prompts.collect());
+    run(cuda, prompts.collect());
     let last = |s: u32| {
         let tokens = tokens(s);
         let position = tokens.len() - 1;
@@ -801,9 +822,9 @@ fn a_batch_of_full_width_changes_no_bit_where_that_is_asked_for() {
             ..sequence(&tokens, 0, first(s))
         }
     };
-    let alone: Vec<SequenceOutput> = (0..ALONE).map(|s| run(&mut cuda, vec![last(s)]).remove(0)).collect();
+    let alone: Vec<SequenceOutput> = (0..ALONE).map(|s| run(cuda, vec![last(s)]).remove(0)).collect();
     for batch in [2, 7, 9, 16, 17, 31, 33, 40, 64, 65, 128, 129, 200, 256, 257, 400, 528, 529, SEQUENCES] {
-        let together = run(&mut cuda, (0..batch).map(last).collect());
+        let together = run(cuda, (0..batch).map(last).collect());
         for (s, (found, alone)) in together.iter().zip(&alone).enumerate() {
             assert!(found.logits == alone.logits, "sequence {s} in a batch of {batch}");
         }
@@ -815,11 +836,11 @@ fn a_batch_of_full_width_changes_no_bit_where_that_is_asked_for() {
         logits: true,
         ..sequence(&text, 0, 8000)
     };
-    let whole = run(&mut cuda, vec![piece(0, 1500)]).remove(0).logits;
+    let whole = run(cuda, vec![piece(0, 1500)]).remove(0).logits;
     let mut from = 0;
     // Alone, and beside answers.
     for (len, beside) in [(1, 0), (8, 2), (30, 0), (100, 0), (161, 100), (300, 0), (900, 100)] {
-        let mut found = run(&mut cuda, (0..beside).map(last).chain([piece(from, from + len)]).collect());
+        let mut found = run(cuda, (0..beside).map(last).chain([piece(from, from + len)]).collect());
         let prompt = found.pop().unwrap().logits;
         assert!(prompt == whole[from * 4096..][..len * 4096], "{len} tokens from {from} on beside {beside}");
         for (s, (found, alone)) in found.iter().zip(&alone).enumerate() {
@@ -889,11 +910,13 @@ fn what_does_not_fit_is_an_error() {
 #[test]
 fn the_self_test_passes() {
     let Some(device) = device() else { return };
-    for device in [Arc::clone(&device), device.as_generation(80).unwrap()] {
-        let tests = cuda::self_test(&device).unwrap();
-        assert_eq!(tests.len(), 18);
+    let mut all = vec![vec![Arc::clone(&device)], vec![device.as_generation(80).unwrap()]];
+    all.extend(gpus(&device, 8).map(|devices| devices[..1 << devices.len().ilog2()].to_vec()));
+    for devices in all {
+        let tests = cuda::self_test(&devices).unwrap();
+        assert_eq!(tests.len(), 39);
         for test in tests {
-            eprintln!("{test:?}");
+            eprintln!("{} GPUs: {test:?}", devices.len());
             assert!(test.passed, "{test:?}");
         }
     }

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use cpu::{Activations, Cpu, Isa, Options};
 use gptoss::{BLOCK_TOKENS, Backend, Plan, SequencePlan};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::args::Common;
 use crate::failure::{Failure, Result, Status};
@@ -15,14 +15,14 @@ use crate::model::{Model, threads};
 use crate::ui::{Ui, bold, dim, green};
 
 pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
-    let gpu = gpu(&common.device)?;
+    let gpus = gpus(&common.device)?;
     let threads = threads(common);
     let best = Isa::best();
     let pool = cpu::Pool::new(threads);
     let bandwidth = cpu::read_bandwidth(&pool, 5)?;
     let tests: Vec<_> = Isa::ALL.into_iter().flat_map(cpu::self_test).collect();
     let coarser = coarser(threads)?;
-    let passed = tests.iter().all(|test| test.passed) && gpu.passed;
+    let passed = tests.iter().all(|test| test.passed) && !gpus.failed;
 
     if ui.json {
         let rows: Vec<_> = tests
@@ -36,7 +36,8 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
             coarser.iter().map(|(flags, error)| json!({"options": flags, "error": error})).collect();
         ui.document(&json!({
             "version": env!("CARGO_PKG_VERSION"), "machine": machine(), "threads": threads, "isa": best.name(),
-            "bandwidth_bytes_per_second": bandwidth, "kernels": rows, "coarser": coarser, "gpu": gpu.json, "passed": passed,
+            "bandwidth_bytes_per_second": bandwidth, "kernels": rows, "coarser": coarser, "gpus": gpus.json,
+            "gpus_together": gpus.together, "passed": passed,
         }));
     } else {
         println!("{}  {}", bold("processor "), processor());
@@ -48,7 +49,10 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
             best.name(),
             dim("(activations f32, or as --activations says)")
         );
-        println!("{}  {}\n", bold("GPU       "), gpu.summary);
+        for summary in &gpus.summaries {
+            println!("{}  {summary}", bold("GPU       "));
+        }
+        println!();
         println!("{}", bold("kernel          set       error     bits equal scalar"));
         for test in &tests {
             let verdict = if test.passed { green("ok") } else { "WRONG".to_owned() };
@@ -62,7 +66,7 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         for (flags, error) in &coarser {
             println!("{flags:<45}{error:.1e}");
         }
-        gpu.lines.iter().for_each(|line| println!("{line}"));
+        gpus.lines.iter().for_each(|line| println!("{line}"));
     }
     if passed {
         Ok(())
@@ -106,63 +110,103 @@ fn coarser(threads: usize) -> Result<Vec<(&'static str, f64)>> {
     .collect()
 }
 
-/// What there is to say about the GPU.
-struct Gpu {
-    summary: String,
+/// What there is to say about GPUs.
+#[derive(Default)]
+struct Gpus {
+    /// One line for each, or why there is none.
+    summaries: Vec<String>,
     lines: Vec<String>,
-    json: serde_json::Value,
-    passed: bool,
+    json: Vec<Value>,
+    /// Those of them that share a model.
+    together: Value,
+    failed: bool,
+}
+
+impl Gpus {
+    fn none(why: String) -> Gpus {
+        Gpus { summaries: vec![why], ..Gpus::default() }
+    }
 }
 
 #[cfg(not(feature = "cuda"))]
-fn gpu(name: &str) -> Result<Gpu> {
+fn gpus(name: &str) -> Result<Gpus> {
     devices(name, 1)?;
-    let summary = "none: this build runs on CPUs".to_owned();
-    Ok(Gpu { summary, lines: Vec::new(), json: serde_json::Value::Null, passed: true })
+    Ok(Gpus::none("none: this build runs on CPUs".to_owned()))
 }
 
+/// Adds a table of these tests to what is printed, and gives them as JSON.
 #[cfg(feature = "cuda")]
-fn gpu(name: &str) -> Result<Gpu> {
-    let Device::Cuda(devices) = devices(name, 1)? else {
-        let summary = match cuda::device_count() {
+fn table(title: &str, tests: &[cuda::SelfTest], lines: &mut Vec<String>) -> Value {
+    lines.extend([String::new(), bold(&format!("{title:<23} experts   error"))]);
+    lines.extend(tests.iter().map(|t| {
+        let verdict = if t.passed { green("ok") } else { "WRONG".to_owned() };
+        format!("{:<23} {:<9} {:<9.1e} {verdict}", t.kernel, t.format, t.error)
+    }));
+    let row = |t: &cuda::SelfTest| json!({"kernel": t.kernel, "format": t.format, "error": t.error, "passed": t.passed});
+    tests.iter().map(row).collect()
+}
+
+/// All GPUs, or the one that `--device` names by its number.
+#[cfg(feature = "cuda")]
+fn gpus(name: &str) -> Result<Gpus> {
+    let there = cuda::device_count();
+    let count = if name.contains(':') { 1 } else { *there.as_ref().unwrap_or(&1) };
+    let Device::Cuda(devices) = devices(name, count)? else {
+        return Ok(Gpus::none(match there {
             Ok(_) => "left out, as --device cpu asks for".to_owned(),
             Err(error) => format!("none: {error}"),
-        };
-        return Ok(Gpu { summary, lines: Vec::new(), json: serde_json::Value::Null, passed: true });
+        }));
     };
-    let device = &devices[0];
-    let tests = cuda::self_test(device)?;
-    let (free, total) = device.memory()?;
-    let capability = format!("{}.{}", device.capability() / 10, device.capability() % 10);
-    let summary = format!(
-        "{}, compute capability {capability}, {} multiprocessors, {:.1} of {:.1} GB free",
-        device.name(),
-        device.multiprocessors(),
-        free as f64 / 1e9,
-        total as f64 / 1e9
-    );
-    let line = |t: &cuda::SelfTest| {
-        let verdict = if t.passed { green("ok") } else { "WRONG".to_owned() };
-        format!("{:<15} {:<9} {:<9.1e} {verdict}", t.kernel, t.format, t.error)
-    };
-    let mut lines = vec![String::new(), bold("GPU kernels     experts   error")];
-    lines.extend(tests.iter().map(line));
-    // Off unless asked for: a failure is shown, and does not make the machine unfit. Last, since it may end the context.
-    let fp4 = cuda::fp4_self_test(device);
-    match &fp4 {
-        Ok(tests) if tests.is_empty() => lines.push(dim("--activations nvfp4 does not apply to this chip")),
-        Ok(tests) => lines.extend(tests.iter().map(line)),
-        Err(error) => lines.push(format!("--activations nvfp4 fails on this chip: {error}")),
+    let mut gpus = Gpus::default();
+    for device in &devices {
+        let (free, total) = device.memory()?;
+        let capability = format!("{}.{}", device.capability() / 10, device.capability() % 10);
+        gpus.summaries.push(format!(
+            "{}, compute capability {capability}, {} multiprocessors, {:.1} of {:.1} GB free",
+            device.name(),
+            device.multiprocessors(),
+            free as f64 / 1e9,
+            total as f64 / 1e9
+        ));
+        let tests = cuda::self_test(std::slice::from_ref(device))?;
+        gpus.failed |= tests.iter().any(|test| !test.passed);
+        let kernels = table(&format!("kernels of cuda:{}", device.ordinal()), &tests, &mut gpus.lines);
+        gpus.json.push(json!({"name": device.name(), "compute_capability": capability, "free_bytes": free,
+            "total_bytes": total, "multiprocessors": device.multiprocessors(), "kernels": kernels}));
     }
-    let row = |t: &cuda::SelfTest| json!({"kernel": t.kernel, "format": t.format, "error": t.error, "passed": t.passed});
-    let rows: Vec<_> = tests.iter().map(row).collect();
-    let fp4 = match fp4 {
-        Ok(tests) => json!(tests.iter().map(row).collect::<Vec<_>>()),
-        Err(error) => json!(error.to_string()),
-    };
-    let json = json!({"name": device.name(), "compute_capability": capability, "multiprocessors": device.multiprocessors(),
-        "free_bytes": free, "total_bytes": total, "kernels": rows, "fp4_products": fp4});
-    Ok(Gpu { summary, lines, json, passed: tests.iter().all(|t| t.passed) })
+    // As many as can divide the heads of gpt-oss.
+    let count = 1 << devices.len().min(8).ilog2();
+    if count > 1 {
+        gpus.together = match cuda::self_test(&devices[..count]) {
+            Ok(tests) => {
+                gpus.failed |= tests.iter().any(|test| !test.passed);
+                let kernels = table(&format!("{count} GPUs that share a model"), &tests, &mut gpus.lines);
+                json!({"gpus": count, "kernels": kernels})
+            }
+            // Some machines are made so.
+            Err(gptoss::Error::Unsupported(why)) => {
+                gpus.lines.push(format!("\nno model for {count} GPUs: {why}"));
+                json!({"gpus": count, "error": why})
+            }
+            Err(error) => return Err(error.into()),
+        };
+    }
+    // Off unless asked for: a failure is shown, and does not make the machine unfit. Last, since it may end the context.
+    for (device, found) in devices.iter().zip(&mut gpus.json) {
+        let name = format!("cuda:{}, --activations nvfp4", device.ordinal());
+        found["fp4_products"] = match cuda::fp4_self_test(device) {
+            Ok(tests) if tests.is_empty() => {
+                gpus.lines.push(dim(&format!("\n{name} does not apply to this chip")));
+                json!([])
+            }
+            Ok(tests) => table(&name, &tests, &mut gpus.lines),
+            Err(error) => {
+                gpus.lines.push(format!("\n{name} fails on this chip: {error}"));
+                json!(error.to_string())
+            }
+        };
+    }
+    Ok(gpus)
 }
 
 /// One line that identifies the machine of a measurement.

@@ -232,6 +232,7 @@ fn measurements() {
     assert_eq!(rows, expected.concat());
     let found = ok(&["doctor", "--json"]).json();
     assert!(found["passed"].as_bool().unwrap());
+    assert!(found["gpus"].is_array(), "{}", found["gpus"]);
     // The same bits on every machine; half and twice leave room for another order of sums.
     let coarser = found["coarser"].as_array().unwrap();
     assert_eq!(coarser.len(), 5);
