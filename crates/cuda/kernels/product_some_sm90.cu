@@ -1,4 +1,4 @@
-// Dense products of BF16 weights with tens to hundreds of tokens on Hopper: each multiprocessor has one block, 128 rows at a time, all tokens.
+// Dense products with tens to hundreds of tokens on Hopper: each multiprocessor has one block, 128 rows at a time, all tokens.
 // Where there are few rows, blocks share the inputs, exchange their sums through the second-level cache, as they lie in registers, and
 // each finishes some of the tokens. Each warp brings its weights to shared memory by bulk copies, as many as there is room for before
 // the kernel waits for the one before; one warp brings the activations. What runs only once is short or in loops: code that lies in one
@@ -25,7 +25,6 @@ struct Exchanged {
 static_assert(sizeof(Exchanged) == 200);
 
 constexpr int MAX_SHARES = 5;
-constexpr int TILE_BYTES = 2048;              // of weights
 constexpr int EIGHT_BYTES = THREADS * 16;     // a block's sums of eight tokens
 constexpr int MAX_EIGHTS = 32;
 constexpr int FILLER = 1;                     // the warp that brings activations
@@ -80,43 +79,62 @@ template <int HALVES> struct Activations {
     }
 };
 
-// A warp's tiles of weights, all columns of a row tile after the other.
-struct Weights {
+// A warp's tiles of weights, all columns of a row tile after the other. A slot has one chunk of tiles, of four-bit ones with their scales.
+template <Format F> struct Weights {
+    static constexpr int CHUNK = F == FP4 ? 5 : 1, TILE_BYTES = Tile<F>::VECTORS * 16, SCALE_BYTES = F == FP4 ? WARP * 2 : 0;
+    static constexpr int SLOT_BYTES = CHUNK * (TILE_BYTES + SCALE_BYTES);
     uint32_t slots, barriers;  // addresses
     int count;                 // slots
-    const uint8_t* from;       // the tile to be brought next
-    size_t row_step;           // from the end of the columns to their beginning in the next row tile of this warp
-    int column_tiles, column;  // of a row; of the tile to be brought next
+    int column_tiles;          // of a row
+    size_t row_step;           // tiles from the end of the columns to their beginning in the next row tile of this warp
+    const uint8_t *from, *scales; // of the tile to be brought next
     int left;                  // tiles to be brought
     uint64_t policy;
-    Place place;               // that is read next
-    Place empty;               // that is filled next
-    // By the whole warp, in the order of the slots, each of which is free.
+    int column = 0;            // of the tile to be brought next
+    int read = 0, in_chunk = 0; // column of the tile that is read next; its place in its chunk
+    bool vacant = true;        // there is a slot to be filled
+    Place place = {};          // that is read next
+    Place empty = {};          // that is filled next
+    // By the whole warp, in the order of the slots.
     __device__ __forceinline__ void fill() {
-        if (left == 0) return;
+        if (left == 0 || !vacant) return;
+        const int tiles = min(CHUNK, column_tiles - column);
         if (elected()) {
-            const uint32_t full = barriers + 8 * empty.i;
-            expect_bytes(full, TILE_BYTES);
-            copy_bulk(slots + empty.i * TILE_BYTES, from, TILE_BYTES, full, policy);
+            const uint32_t full = barriers + 8 * empty.i, slot = slots + empty.i * SLOT_BYTES;
+            expect_bytes(full, tiles * (TILE_BYTES + SCALE_BYTES));
+            copy_bulk(slot, from, tiles * TILE_BYTES, full, policy);
+            if (F == FP4) copy_bulk(slot + CHUNK * TILE_BYTES, scales, tiles * SCALE_BYTES, full, policy);
         }
         empty.next(count);
-        from += TILE_BYTES, left--;
-        if (++column == column_tiles) column = 0, from += row_step;
+        from += tiles * TILE_BYTES, scales += tiles * SCALE_BYTES, left -= tiles;
+        if ((column += tiles) == column_tiles) column = 0, from += row_step * TILE_BYTES, scales += row_step * SCALE_BYTES;
     }
     __device__ __forceinline__ void load(uint32_t (&to)[4][4]) {
-        wait_barrier(barriers + 8 * place.i, place.parity);
+        const uint32_t slot = slots + place.i * SLOT_BYTES;
+        if (in_chunk == 0) wait_barrier(barriers + 8 * place.i, place.parity);
+        if constexpr (F == FP4) {
+            decode_shared(slot + in_chunk * TILE_BYTES, slot + CHUNK * TILE_BYTES + in_chunk * SCALE_BYTES, to);
+        } else {
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            const uint4 v = load_shared(slots + place.i * TILE_BYTES + (j * WARP + threadIdx.x % WARP) * 16);
-            to[j][0] = v.x, to[j][1] = v.y, to[j][2] = v.z, to[j][3] = v.w;
+            for (int j = 0; j < 4; j++) {
+                const uint4 v = load_shared(slot + (j * WARP + threadIdx.x % WARP) * 16);
+                to[j][0] = v.x, to[j][1] = v.y, to[j][2] = v.z, to[j][3] = v.w;
+            }
         }
-        place.next(count);
+        if (CHUNK == 1) {
+            place.next(count);
+            return;
+        }
+        const bool last = ++read == column_tiles;
+        if (last) read = 0;
+        vacant = ++in_chunk == CHUNK || last;
+        if (vacant) in_chunk = 0, place.next(count);
     }
 };
 
 // One warpgroup's sums over all column tiles. Weights come to registers while those of the column tile before are multiplied. There is little
 // in the loop beside the products: what a warp does for 64 inputs must not take longer than they do.
-template <int N, int HALVES> __device__ __forceinline__ void consume(float (&d)[HALVES][64], Weights& weights, Activations<HALVES>& activations, int warp) {
+template <Format F, int N, int HALVES> __device__ __forceinline__ void consume(float (&d)[HALVES][64], Weights<F>& weights, Activations<HALVES>& activations, int warp) {
     const int count = activations.column_tiles;
     uint32_t a[2][4][4];
     // Here, not between the products, where the compiler would otherwise put some of it.
@@ -134,7 +152,7 @@ template <int N, int HALVES> __device__ __forceinline__ void consume(float (&d)[
             begin_products();
             const uint32_t b = descriptor_of(activations.stage());
 #pragma unroll
-            for (int j = 0; j < 4; j++) multiply<BF16, N>(d[half], now[j], descriptor(b, 32 * j));
+            for (int j = 0; j < 4; j++) multiply<F, N>(d[half], now[j], descriptor(b, 32 * j));
             commit_products();
             wait_for_products<1>();
             leave();
@@ -252,7 +270,7 @@ template <int HALVES> __device__ __forceinline__ void find_largest(const float (
 
 // `blockIdx.x`: 128 rows, with STORE every `gridDim.x`, else those of every so many row tiles: the rows of values, which take long to be
 // written, are then spread over all blocks. `blockIdx.y`: a share of the inputs.
-template <After KIND, int HALVES> __device__ __forceinline__ void product(const Exchanged& p) {
+template <After KIND, Format F, int HALVES> __device__ __forceinline__ void product(const Exchanged& p) {
     using S = Sizes<HALVES>;
     extern __shared__ __align__(1024) uint8_t shared[];
     __shared__ __align__(8) uint64_t barriers[2 * S::MAX_STAGES + ROW_TILES * S::MAX_SLOTS];
@@ -270,11 +288,13 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
     const int stages = min(S::MAX_STAGES, int(S::ACTIVATIONS / stage_bytes));
     Activations<HALVES> activations = {shared_address(shared), barrier, p.input + size_t(begin) * p.stack * TILE_COLS, size_t(p.stack) * TILE_COLS,
                                        stage_bytes, stages, count, HALVES * rounds * count, 0, 0};
-    const int slots = min(S::MAX_SLOTS, int((S::RINGS - stages * stage_bytes) / (ROW_TILES * TILE_BYTES)));
+    using W = Weights<F>;
+    const int slots = min(S::MAX_SLOTS, int((S::RINGS - stages * stage_bytes) / (ROW_TILES * W::SLOT_BYTES)));
     // Of rows that are not there, others.
-    Weights weights = {activations.stages + S::RINGS - (warp + 1) * slots * TILE_BYTES, barrier + 8 * (2 * S::MAX_STAGES + warp * S::MAX_SLOTS), slots,
-                       (const uint8_t*)m.weights + (size_t(min(row_tile, row_tiles - 1)) * column_tiles + begin) * TILE_BYTES,
-                       (size_t(gridDim.x) * ROW_TILES * column_tiles - count) * TILE_BYTES, count, 0, rounds * count, read_once()};
+    const size_t tile = size_t(min(row_tile, row_tiles - 1)) * column_tiles + begin;
+    W weights = {activations.stages + S::RINGS - (warp + 1) * slots * W::SLOT_BYTES, barrier + 8 * (2 * S::MAX_STAGES + warp * S::MAX_SLOTS), slots,
+                 count, size_t(gridDim.x) * ROW_TILES * column_tiles - count, (const uint8_t*)m.weights + tile * W::TILE_BYTES,
+                 (const uint8_t*)m.scales + tile * W::SCALE_BYTES, rounds * count, read_once()};
     if (threadIdx.x < S::MAX_STAGES) init_barrier(activations.full(threadIdx.x), 1), init_barrier(activations.free(threadIdx.x), GROUPS);
     if (threadIdx.x % WARP < slots) init_barrier(weights.barriers + 8 * (threadIdx.x % WARP), 1);
     fence_barriers();
@@ -298,7 +318,7 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
     }
     const int g = lane_row(), t = lane_quarter();
 #define WIDTH(N) \
-    if (width == N) consume<N, HALVES>(d, weights, activations, warp);
+    if (width == N) consume<F, N, HALVES>(d, weights, activations, warp);
 #define WIDTHS                                                             \
     if constexpr (HALVES == 1) { WIDTH(16) WIDTH(32) WIDTH(48) WIDTH(64) } \
     WIDTH(80) WIDTH(96) WIDTH(112) WIDTH(128)
@@ -311,7 +331,12 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
         for (int round = 0; round < rounds; round++) {
             float d[HALVES][64];
             WIDTHS
-            const int row = ((blockIdx.x + round * gridDim.x) * ROW_TILES + warp) * TILE_ROWS + g;
+            const int tile = (blockIdx.x + round * gridDim.x) * ROW_TILES + warp, row = tile * TILE_ROWS + g;
+            if constexpr (F == FP4) {
+                const float scale = m.tile_scale[tile];
+#pragma unroll
+                for (int i = 0; i < HALVES * 64; i++) d[i / 64][i % 64] *= scale;
+            }
             find_largest<HALVES>(d, width, p.first + row, best + warp * TOKENS);
             if (!e.out) continue;
             float* out = e.out + row;
@@ -442,11 +467,17 @@ template <After KIND, int HALVES> __device__ __forceinline__ void product(const 
     }
 }
 
-#define KERNEL(NAME, KIND, HALVES)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(THREADS, KIND != STORE && HALVES == 1 ? 2 : 1) NAME(const __grid_constant__ Exchanged p) { product<KIND, HALVES>(p); }
-KERNEL(product_some_qkv_128, QKV, 1)
-KERNEL(product_some_qkv_256, QKV, 2)
-KERNEL(product_some_residual_128, RESIDUAL, 1)
-KERNEL(product_some_residual_256, RESIDUAL, 2)
-KERNEL(product_some_128, STORE, 1)
-KERNEL(product_some_256, STORE, 2)
+#define KERNEL(NAME, KIND, F, HALVES)                                                                                     \
+    extern "C" __global__ void __launch_bounds__(THREADS, KIND != STORE && HALVES == 1 ? 2 : 1) NAME(const __grid_constant__ Exchanged p) { product<KIND, F, HALVES>(p); }
+KERNEL(product_some_qkv_bf16_128, QKV, BF16, 1)
+KERNEL(product_some_qkv_bf16_256, QKV, BF16, 2)
+KERNEL(product_some_qkv_fp4_128, QKV, FP4, 1)
+KERNEL(product_some_qkv_fp4_256, QKV, FP4, 2)
+KERNEL(product_some_residual_bf16_128, RESIDUAL, BF16, 1)
+KERNEL(product_some_residual_bf16_256, RESIDUAL, BF16, 2)
+KERNEL(product_some_residual_fp4_128, RESIDUAL, FP4, 1)
+KERNEL(product_some_residual_fp4_256, RESIDUAL, FP4, 2)
+KERNEL(product_some_bf16_128, STORE, BF16, 1)
+KERNEL(product_some_bf16_256, STORE, BF16, 2)
+KERNEL(product_some_fp4_128, STORE, FP4, 1)
+KERNEL(product_some_fp4_256, STORE, FP4, 2)

@@ -83,13 +83,24 @@ impl PackedMatrix {
 }
 
 impl params::Matrix {
-    /// Some row tiles of a matrix of BF16 without a bias.
+    /// What its weights are.
+    pub(crate) fn format(&self) -> u32 {
+        if self.tile_scale == 0 { BF16 } else { FP4 }
+    }
+
+    /// Some row tiles of a matrix without a bias.
     pub(crate) fn row_tiles(self, tiles: Range<usize>) -> params::Matrix {
-        let bytes = tiles.start * (self.cols as usize / TILE_COLS) * 2048;
-        params::Matrix {
-            weights: self.weights + bytes as u64,
-            rows: (tiles.len() * TILE_ROWS) as u32,
-            ..self
+        let before = (tiles.start * (self.cols as usize / TILE_COLS)) as u64;
+        let rows = (tiles.len() * TILE_ROWS) as u32;
+        match self.format() {
+            BF16 => params::Matrix { weights: self.weights + before * 2048, rows, ..self },
+            _ => params::Matrix {
+                weights: self.weights + before * 512,
+                scales: self.scales + before * 64,
+                tile_scale: self.tile_scale + 4 * tiles.start as u64,
+                rows,
+                ..self
+            },
         }
     }
 }

@@ -102,11 +102,15 @@ impl Cuda {
     /// If a product with this matrix, which is dense, takes product_some_sm90.cu: by how many blocks the inputs are shared.
     pub(crate) fn some(&self, matrix: &PackedMatrix, n: usize, epilogue: &Epilogue) -> Option<usize> {
         let shares = self.shares(matrix);
-        let from = if epilogue.kind == STORE || self.options.batch_invariant { 0 } else { DENSE_TOKENS };
+        let from = match (matrix.format(), epilogue.kind) {
+            _ if self.options.batch_invariant => 0,
+            (BF16, STORE) => 0,
+            (BF16, _) => DENSE_TOKENS,
+            _ => FEW_TOKENS,
+        };
         let fits = self.device.capability() == 90
             && n > from
             && n <= SOME_TOKENS
-            && matrix.format() == BF16
             && !self.few(matrix, n)
             && match epilogue.kind {
                 QKV | RESIDUAL => shares > 1,
@@ -136,13 +140,19 @@ impl Cuda {
     ) -> Result<(), Error> {
         let multiprocessors = self.device.multiprocessors();
         let few = n <= GEMM_TOKENS;
-        let name = match (epilogue.kind, few) {
-            (QKV, true) => "product_some_qkv_128",
-            (QKV, false) => "product_some_qkv_256",
-            (RESIDUAL, true) => "product_some_residual_128",
-            (RESIDUAL, false) => "product_some_residual_256",
-            (_, true) => "product_some_128",
-            (_, false) => "product_some_256",
+        let name = match (epilogue.kind, matrix.format(), few) {
+            (QKV, BF16, true) => "product_some_qkv_bf16_128",
+            (QKV, BF16, false) => "product_some_qkv_bf16_256",
+            (QKV, _, true) => "product_some_qkv_fp4_128",
+            (QKV, _, false) => "product_some_qkv_fp4_256",
+            (RESIDUAL, BF16, true) => "product_some_residual_bf16_128",
+            (RESIDUAL, BF16, false) => "product_some_residual_bf16_256",
+            (RESIDUAL, _, true) => "product_some_residual_fp4_128",
+            (RESIDUAL, _, false) => "product_some_residual_fp4_256",
+            (_, BF16, true) => "product_some_bf16_128",
+            (_, BF16, false) => "product_some_bf16_256",
+            (_, _, true) => "product_some_fp4_128",
+            (_, _, false) => "product_some_fp4_256",
         };
         let logits = logits.unwrap_or(LogitRows { all: matrix.rows, ..LogitRows::default() });
         let params = Exchanged {
