@@ -119,7 +119,7 @@ struct Scratch {
     h: Vec<f32>,
     /// The records of what is multiplied next, as f32 and as limbs.
     float_words: Vec<u32>,
-    limb_words: Vec<u32>,
+    coarser_words: Vec<u32>,
     /// `[tokens, (query heads + 2 · kv heads) · head size]`
     qkv: Vec<f32>,
     /// `[tokens, query heads · head size]`
@@ -335,7 +335,7 @@ impl Cpu {
         x: &[f32],
         width: usize,
         float_words: &'a mut Vec<u32>,
-        limb_words: &'a mut Vec<u32>,
+        coarser_words: &'a mut Vec<u32>,
     ) -> Prepared<'a> {
         let make = |kind: Kind, words: &'a mut Vec<u32>| {
             let layout = Layout { kind, tokens: x.len() / width, cols: width.next_multiple_of(COLUMNS) };
@@ -347,13 +347,13 @@ impl Cpu {
             });
             layout.records(words)
         };
-        let kind = |limbs: bool| {
-            let kinds = matrices.iter().map(|m| m.records(self.options.activations));
-            kinds.into_iter().find(|kind| matches!(kind, Kind::Limbs(_)) == limbs)
+        let kind = |float: bool| {
+            let mut kinds = matrices.iter().map(|m| m.records(self.options.activations));
+            kinds.find(|&kind| (kind == Kind::Float) == float)
         };
         Prepared {
-            float: kind(false).map(|kind| make(kind, float_words)),
-            limbs: kind(true).map(|kind| make(kind, limb_words)),
+            float: kind(true).map(|kind| make(kind, float_words)),
+            coarser: kind(false).map(|kind| make(kind, coarser_words)),
         }
     }
 
@@ -395,12 +395,12 @@ impl Cpu {
         let stride = q_width + 2 * kv_width;
         let tokens = tables.rows.len();
         let d = config.hidden_size;
-        let Scratch { h, float_words, limb_words, qkv, context, times, .. } = scratch;
+        let Scratch { h, float_words, coarser_words, qkv, context, times, .. } = scratch;
 
         let h = room(h, tokens * d);
         let records = times.run("norm", || {
             self.norm(x, &layer.input_norm, h);
-            self.records(&[&layer.query, &layer.key, &layer.value], h, d, float_words, limb_words)
+            self.records(&[&layer.query, &layer.key, &layer.value], h, d, float_words, coarser_words)
         });
         let qkv = room(qkv, tokens * stride);
         times.run("query, key, value", || {
@@ -472,7 +472,7 @@ impl Cpu {
         let context = room(context, tokens * q_width);
         times.run("attention", || self.attend(index, qkv, plan, tables, context));
         times.run("attention output", || {
-            let records = self.records(&[&layer.output], context, q_width, float_words, limb_words);
+            let records = self.records(&[&layer.output], context, q_width, float_words, coarser_words);
             self.product(&layer.output, &records, Some(&layer.output_bias), Then::Add, x);
         });
     }
@@ -600,12 +600,12 @@ impl Cpu {
         let (config, layer) = (&self.config, &self.layers[index]);
         let (d, i, k) = (config.hidden_size, config.intermediate_size, config.experts_per_token);
         let tokens = x.len() / d;
-        let Scratch { h, float_words, limb_words, router, inner, results, times, .. } = scratch;
+        let Scratch { h, float_words, coarser_words, router, inner, results, times, .. } = scratch;
         let h = room(h, tokens * d);
         times.run("norm", || self.norm(x, &layer.post_attention_norm, h));
         let router = room(router, tokens * config.experts);
         let groups = times.run("router", || {
-            let records = self.records(&[&layer.router], h, d, float_words, limb_words);
+            let records = self.records(&[&layer.router], h, d, float_words, coarser_words);
             self.product(&layer.router, &records, Some(&layer.router_bias), Then::Set, router);
             Groups::new(
                 router.chunks_exact(config.experts).map(|g| gptoss::top_experts(g, k)),
@@ -620,11 +620,11 @@ impl Cpu {
             let then = Then::SwiGlu { limit: config.swiglu_limit, alpha: config.swiglu_alpha };
             let records = if tokens == 1 {
                 // All experts take the same.
-                let records = self.records(&[&layer.gate_up], h, d, float_words, limb_words);
+                let records = self.records(&[&layer.gate_up], h, d, float_words, coarser_words);
                 vec![records.of(layer.gate_up.records(self.options.activations)); groups.active.len()]
             } else {
                 let row = |slot: usize| &h[groups.tokens[slot] * d..][..d];
-                self.group_records(&groups, &layer.gate_up, d, &row, limb_words)
+                self.group_records(&groups, &layer.gate_up, d, &row, coarser_words)
             };
             let jobs = groups.jobs(&records, &layer.gate_up, &layer.gate_up_bias, then, out, i);
             multiply(&self.pool, self.kernels, &jobs);
@@ -632,7 +632,7 @@ impl Cpu {
         let results = room(results, slots * d);
         times.run("down", || {
             let row = |slot: usize| &inner[slot * i..][..i];
-            let records = self.group_records(&groups, &layer.down, i, &row, limb_words);
+            let records = self.group_records(&groups, &layer.down, i, &row, coarser_words);
             let out = Output::new(results);
             let jobs = groups.jobs(&records, &layer.down, &layer.down_bias, Then::Set, out, d);
             multiply(&self.pool, self.kernels, &jobs);
@@ -688,12 +688,12 @@ impl Cpu {
     /// The logits of the rows of `x`.
     fn logits<'a>(&self, x: &[f32], scratch: &'a mut Scratch) -> &'a mut [f32] {
         let d = self.config.hidden_size;
-        let Scratch { h, float_words, limb_words, logits, times, .. } = scratch;
+        let Scratch { h, float_words, coarser_words, logits, times, .. } = scratch;
         let h = room(h, x.len());
         let logits = room(logits, x.len() / d * self.config.vocab_size);
         times.run("output layer", || {
             self.norm(x, &self.final_norm, h);
-            let records = self.records(&[&self.unembedding], h, d, float_words, limb_words);
+            let records = self.records(&[&self.unembedding], h, d, float_words, coarser_words);
             self.product(&self.unembedding, &records, None, Then::Set, logits);
         });
         logits
@@ -855,12 +855,12 @@ impl Backend for Cpu {
 /// Records of the same activations in the kinds that some matrices need.
 struct Prepared<'a> {
     float: Option<Records<'a>>,
-    limbs: Option<Records<'a>>,
+    coarser: Option<Records<'a>>,
 }
 
 impl<'a> Prepared<'a> {
     fn of(&self, kind: Kind) -> Records<'a> {
-        let records = if kind == Kind::Float { self.float } else { self.limbs };
+        let records = if kind == Kind::Float { self.float } else { self.coarser };
         records.expect("records were made for this matrix")
     }
 }

@@ -1,10 +1,12 @@
 //! The table of kernels for each instruction set, chosen at run time, and their self-test.
 
+#[cfg(target_arch = "x86_64")]
+use crate::amx;
 use crate::attention::{self, Attend, Found};
 use crate::bandwidth;
 use crate::panels;
-use crate::products::{self, Finish, Panel, PanelKernel, Records};
-use crate::records::{self, Kind};
+use crate::products::{self, Bf16Slab, E2m1Slab, Finish, Int8Slab, Panel, PanelKernel, Records, Slab};
+use crate::records::{self, Kind, Limbs, Rounded};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
 use crate::simd::{LANES, Lanes, Scalar};
@@ -25,7 +27,7 @@ pub(crate) type DenseSums = [[f32; COLUMNS]; ROWS];
 pub(crate) type DenseKernel =
     unsafe fn(a: [*const f32; ROWS], b: *const f32, depth: usize, sums: &mut DenseSums);
 
-/// See [`records::quantize`].
+/// See [`records::write`].
 ///
 /// # Safety
 /// What it needs, and that the CPU has the table's instruction set.
@@ -40,6 +42,7 @@ pub(crate) struct Kernels {
     pub(crate) mxfp4: [PanelKernel; 3],
     pub(crate) int8: [PanelKernel; 3],
     pub(crate) bf16: PanelKernel,
+    pub(crate) by_bf16: ByBf16,
     pub(crate) pack_e2m1: unsafe fn(&panels::Rows<'_>, &panels::Rows<'_>, usize, &mut [u8]),
     pub(crate) pack_e2m1_by_inputs: unsafe fn(&panels::Inputs<'_>, &mut [u8]),
     pub(crate) pack_bf16: unsafe fn(&panels::Rows<'_>, &mut [u8]),
@@ -47,12 +50,22 @@ pub(crate) struct Kernels {
     pub(crate) finish: unsafe fn(&Finish<'_>),
     pub(crate) finish_swiglu: unsafe fn(&Finish<'_>, &Finish<'_>, f32, f32),
     pub(crate) quantize: [QuantizeKernel; 3],
+    /// To BF16.
+    pub(crate) round: QuantizeKernel,
     pub(crate) checksum: unsafe fn(&[u8]) -> u64,
     pub(crate) dense: DenseKernel,
     pub(crate) attend: unsafe fn(&Attend<'_>, span: usize) -> Found,
     pub(crate) merge: unsafe fn(&Attend<'_>, &mut Found, &Found),
     /// The three slices have the same length, a multiple of 16.
     pub(crate) rms_norm: unsafe fn(x: &[f32], scale: &[f32], epsilon: f32, out: &mut [f32]),
+}
+
+/// For activations in BF16, by the format of the weights.
+pub(crate) struct ByBf16 {
+    pub(crate) nvfp4: PanelKernel,
+    pub(crate) mxfp4: PanelKernel,
+    pub(crate) int8: PanelKernel,
+    pub(crate) bf16: PanelKernel,
 }
 
 /// An instruction set that kernels exist for.
@@ -64,11 +77,13 @@ pub enum Isa {
     Avx2,
     /// AVX-512 with VNNI and VBMI: Ice Lake, Zen 4 and what came after.
     Avx512,
+    /// The same with AMX for BF16: Sapphire Rapids and what came after.
+    Amx,
 }
 
 impl Isa {
     /// Every instruction set, the slowest first.
-    pub const ALL: [Isa; 3] = [Isa::Scalar, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx];
 
     /// Whether this CPU has it.
     pub fn is_available(self) -> bool {
@@ -89,6 +104,8 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vnni")
                     && is_x86_feature_detected!("avx512vbmi")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Isa::Avx512.is_available() && *amx::IS_AVAILABLE,
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -105,6 +122,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "AVX2",
             Isa::Avx512 => "AVX-512",
+            Isa::Amx => "AMX",
         }
     }
 
@@ -116,6 +134,8 @@ impl Isa {
             Isa::Avx2 => &avx2::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => &amx_and_avx512::KERNELS,
             #[cfg(not(target_arch = "x86_64"))]
             _ => return None,
         };
@@ -123,10 +143,10 @@ impl Isa {
     }
 }
 
-/// Compiles every kernel for one instruction set. `$rows` rows times `$vectors` sixteens of columns of a dense product are kept
+/// Compiles every kernel for one instruction set; `$by_bf16` is the module of those for activations in BF16. `$rows` rows times `$vectors` sixteens of columns of a dense product are kept
 /// in registers at a time.
 macro_rules! instantiate {
-    ($module:ident, $isa:expr, $lanes:ty, $rows:literal, $vectors:literal $(, $features:literal)?) => {
+    ($module:ident, $isa:expr, $lanes:ty, $by_bf16:ident, $rows:literal, $vectors:literal $(, $features:literal)?) => {
         mod $module {
             use super::*;
 
@@ -136,13 +156,20 @@ macro_rules! instantiate {
                 mxfp4: [e2m1::<true, 1>, e2m1::<true, 2>, e2m1::<true, 3>],
                 int8: [int8::<1>, int8::<2>, int8::<3>],
                 bf16,
+                by_bf16: ByBf16 {
+                    nvfp4: by_bf16::<E2m1Slab<false>>,
+                    mxfp4: by_bf16::<E2m1Slab<true>>,
+                    int8: by_bf16::<Int8Slab>,
+                    bf16: by_bf16::<Bf16Slab>,
+                },
                 pack_e2m1,
                 pack_e2m1_by_inputs,
                 pack_bf16,
                 pack_int8,
                 finish,
                 finish_swiglu,
-                quantize: [quantize::<1>, quantize::<2>, quantize::<3>],
+                quantize: [write::<Limbs<1>>, write::<Limbs<2>>, write::<Limbs<3>>],
+                round: write::<Rounded>,
                 checksum,
                 dense,
                 attend,
@@ -170,6 +197,11 @@ macro_rules! instantiate {
             unsafe fn bf16(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
                 // SAFETY: as stated above.
                 unsafe { products::bf16::<$lanes>(panel, x, sums) }
+            }
+            $(#[target_feature(enable = $features)])?
+            unsafe fn by_bf16<S: Slab<$lanes>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+                // SAFETY: as stated above.
+                unsafe { $by_bf16::by_bf16::<$lanes, S>(panel, x, sums) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_e2m1(
@@ -207,9 +239,9 @@ macro_rules! instantiate {
                 unsafe { products::finish_swiglu::<$lanes>(gates, ups, limit, alpha) }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn quantize<const LIMBS: usize>(x: &[f32], count: usize, out: *mut u32, stride: usize) {
+            unsafe fn write<R: records::Record>(x: &[f32], count: usize, out: *mut u32, stride: usize) {
                 // SAFETY: as stated above.
-                unsafe { records::quantize::<LIMBS>(x, count, out, stride) }
+                unsafe { records::write::<R>(x, count, out, stride) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn checksum(bytes: &[u8]) -> u64 {
@@ -240,14 +272,25 @@ macro_rules! instantiate {
     };
 }
 
-instantiate!(scalar, Isa::Scalar, Scalar, 2, 1);
+instantiate!(scalar, Isa::Scalar, Scalar, products, 2, 1);
 #[cfg(target_arch = "x86_64")]
-instantiate!(avx2, Isa::Avx2, Avx2, 4, 1, "avx,avx2,fma,f16c");
+instantiate!(avx2, Isa::Avx2, Avx2, products, 4, 1, "avx,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512,
     Isa::Avx512,
     Avx512,
+    products,
+    8,
+    3,
+    "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
+);
+#[cfg(target_arch = "x86_64")]
+instantiate!(
+    amx_and_avx512,
+    Isa::Amx,
+    Avx512,
+    amx,
     8,
     3,
     "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
@@ -327,7 +370,7 @@ pub struct SelfTest {
 /// Runs every kernel family of `isa` on small cases against plain arithmetic. Empty if this CPU lacks it.
 pub fn self_test(isa: Isa) -> Vec<SelfTest> {
     let Some(kernels) = isa.kernels() else { return Vec::new() };
-    let families: [(&'static str, cases::Case); 14] = [
+    let families: [(&'static str, cases::Case); 18] = [
         ("nvfp4 × f32", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(3))),
         ("nvfp4 × int16", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(2))),
         ("nvfp4 × int8", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(1))),
@@ -338,6 +381,10 @@ pub fn self_test(isa: Isa) -> Vec<SelfTest> {
         ("int8 × int16", |k| cases::product(k, cases::Weights::Int8, Kind::Limbs(2))),
         ("int8 × int8", |k| cases::product(k, cases::Weights::Int8, Kind::Limbs(1))),
         ("bf16 × f32", |k| cases::product(k, cases::Weights::Bf16, Kind::Float)),
+        ("nvfp4 × bf16", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Bf16)),
+        ("mxfp4 × bf16", |k| cases::product(k, cases::Weights::Mxfp4, Kind::Bf16)),
+        ("int8 × bf16", |k| cases::product(k, cases::Weights::Int8, Kind::Bf16)),
+        ("bf16 × bf16", |k| cases::product(k, cases::Weights::Bf16, Kind::Bf16)),
         ("attention", |k| cases::attention(k, false)),
         ("attention, bf16", |k| cases::attention(k, true)),
         ("rms norm", cases::norm),
@@ -401,11 +448,11 @@ mod cases {
         noise(len, seed).into_iter().map(|v| ((v + 1.0) * 127.5) as u8).collect()
     }
 
-    /// A panel of five slabs and seven tokens. The activations are what the records say, so the error is that of the sum.
+    /// A panel of five slabs and some tokens. The activations are what the records say, so the error is that of the sum.
     pub(super) fn product(kernels: &Kernels, weights: Weights, kind: Kind) -> Outcome {
         const SLABS: usize = 5;
         const COLS: usize = SLABS * COLUMNS;
-        const COUNT: usize = 7;
+        const COUNT: usize = 61;
         let (data, weight) = panel(weights, SLABS);
         let layout = Layout { kind, tokens: COUNT, cols: COLS };
         let mut words = vec![0; layout.len()];
@@ -420,6 +467,14 @@ mod cases {
             let at = col % COLUMNS;
             match kind {
                 Kind::Float => f64::from(f32::from_bits(record[at])),
+                Kind::Bf16 => {
+                    let half = if at.is_multiple_of(2) {
+                        record[at / 2] << 16
+                    } else {
+                        record[at / 2] & 0xffff_0000
+                    };
+                    f64::from(f32::from_bits(half))
+                }
                 Kind::Limbs(limbs) => {
                     let byte = |l: usize| record[8 * l + records::word(at)].to_le_bytes()[at % 4] as i8;
                     let whole: i64 = (0..limbs).map(|l| i64::from(byte(l)) << (8 * l)).sum();
@@ -431,10 +486,14 @@ mod cases {
             (Weights::Nvfp4, Kind::Limbs(limbs)) => kernels.nvfp4[limbs - 1],
             (Weights::Mxfp4, Kind::Limbs(limbs)) => kernels.mxfp4[limbs - 1],
             (Weights::Int8, Kind::Limbs(limbs)) => kernels.int8[limbs - 1],
-            (_, _) => kernels.bf16,
+            (Weights::Nvfp4, _) => kernels.by_bf16.nvfp4,
+            (Weights::Mxfp4, _) => kernels.by_bf16.mxfp4,
+            (Weights::Int8, _) => kernels.by_bf16.int8,
+            (Weights::Bf16, Kind::Bf16) => kernels.by_bf16.bf16,
+            (Weights::Bf16, _) => kernels.bf16,
         };
         let (mut found, mut expected) = (Vec::new(), Vec::new());
-        for (from, to) in [(0, COUNT), (2, 3)] {
+        for (from, to) in [(0, COUNT), (2, 3), (1, 8), (5, 25), (5, 53)] {
             let mut sums = [[0.0; LANES]; COUNT];
             let x = layout.records(&words).part(from, to);
             let panel = Panel { data: data.as_ptr(), slabs: SLABS };

@@ -3,6 +3,8 @@
 //! Every kernel is written once over sixteen lanes and compiled for AVX-512, AVX2 and scalar code; sums have a fixed order, so
 //! all three give the same bits, whatever the batch and the number of threads.
 
+#[cfg(target_arch = "x86_64")]
+mod amx;
 mod attention;
 mod backend;
 mod bandwidth;

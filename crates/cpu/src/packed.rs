@@ -50,6 +50,8 @@ pub(crate) struct Shape {
     packing: Packing,
     /// Whether rows alternate between two panels.
     paired: bool,
+    /// Whether it chooses the experts.
+    router: bool,
 }
 
 impl Shape {
@@ -62,7 +64,8 @@ impl Shape {
             Format::Mxfp4 => Packing::Mxfp4,
             Format::Nvfp4 => Packing::Nvfp4,
         };
-        Shape { count, rows, cols, packing, paired: id.kind == MatrixKind::GateUp }
+        let (paired, router) = (id.kind == MatrixKind::GateUp, id.kind == MatrixKind::Router);
+        Shape { count, rows, cols, packing, paired, router }
     }
 
     /// Panels per matrix.
@@ -283,8 +286,9 @@ impl PackedMatrix {
     /// The records that its products take.
     pub(crate) fn records(&self, activations: Activations) -> Kind {
         match self.shape.packing {
-            Packing::Bf16 => Kind::Float,
-            Packing::Int8 | Packing::Mxfp4 | Packing::Nvfp4 => Kind::Limbs(activations.limbs()),
+            // Routers are exact: a token that takes another expert costs more than they do.
+            Packing::Bf16 if activations != Activations::Bf16 || self.shape.router => Kind::Float,
+            _ => activations.kind(),
         }
     }
 
@@ -294,6 +298,10 @@ impl PackedMatrix {
             (Packing::Int8, Kind::Limbs(limbs)) => kernels.int8[limbs - 1],
             (Packing::Mxfp4, Kind::Limbs(limbs)) => kernels.mxfp4[limbs - 1],
             (Packing::Nvfp4, Kind::Limbs(limbs)) => kernels.nvfp4[limbs - 1],
+            (Packing::Bf16, Kind::Bf16) => kernels.by_bf16.bf16,
+            (Packing::Int8, Kind::Bf16) => kernels.by_bf16.int8,
+            (Packing::Mxfp4, Kind::Bf16) => kernels.by_bf16.mxfp4,
+            (Packing::Nvfp4, Kind::Bf16) => kernels.by_bf16.nvfp4,
             (packing, kind) => panic!("records of {kind:?} for weights of {packing:?}"),
         }
     }

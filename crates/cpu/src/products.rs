@@ -7,7 +7,7 @@ use std::marker::PhantomData;
 use std::mem::MaybeUninit;
 use std::sync::LazyLock;
 
-use crate::records::{COLUMNS, Kind, Words};
+use crate::records::{COLUMNS, INT8_OFFSET, Kind, Words};
 use crate::simd::{LANES, Lanes, Scalar};
 
 /// Weights of sixteen rows.
@@ -21,9 +21,9 @@ pub(crate) struct Panel {
 /// The records of some tokens.
 #[derive(Clone, Copy)]
 pub(crate) struct Records<'a> {
-    start: *const u32,
+    pub(crate) start: *const u32,
     /// Words between the records of one token.
-    stride: usize,
+    pub(crate) stride: usize,
     pub(crate) tokens: usize,
     pub(crate) kind: Kind,
     /// Groups of 32 columns.
@@ -626,6 +626,143 @@ impl<L: Lanes> Format<L> for Bf16 {
                 chains[i % 4] = if i < 4 { weight.mul(x) } else { weight.fma(x, chains[i % 4]) };
             }
             total.add(chains[0].add(chains[1]).add(chains[2].add(chains[3])))
+        }
+    }
+}
+
+/// What is done with the weights of two columns, the even and the odd, of which there are sixteen pairs in a slab.
+pub(crate) trait Put<L: Lanes> {
+    /// # Safety
+    /// As for a [`PanelKernel`].
+    unsafe fn put(&mut self, pair: usize, weights: [L; 2]);
+}
+
+/// How a slab of weights becomes numbers that BF16 holds.
+pub(crate) trait Slab<L: Lanes> {
+    const BYTES: usize;
+    /// Whether it is BF16 already, in pairs of columns.
+    const PAIRS: bool = false;
+
+    /// # Safety
+    /// As for a [`PanelKernel`]; `slab` is valid for the bytes.
+    unsafe fn each<P: Put<L>>(slab: *const u8, to: &mut P);
+}
+
+/// E2M1 codes, twice their values.
+pub(crate) struct E2m1Slab<const MX: bool>;
+
+impl<L: Lanes, const MX: bool> Slab<L> for E2m1Slab<MX> {
+    const BYTES: usize = if MX { LANES } else { 2 * LANES } + CODE_BYTES;
+
+    #[inline(always)]
+    unsafe fn each<P: Put<L>>(slab: *const u8, to: &mut P) {
+        // SAFETY: the contract.
+        unsafe {
+            let scales = e2m1_scales::<L, MX>(slab);
+            let codes = slab.add(if MX { LANES } else { 2 * LANES });
+            let mut pair = 0;
+            while pair < COLUMNS / 2 {
+                let words = L::load_ints(codes.add(pair / 4 * 64).cast());
+                let shift = (16 * (pair % 2) + 4 * (pair / 2 % 2)) as u32;
+                let (even, odd) = (L::e2m1_at(words, shift), L::e2m1_at(words, shift + 8));
+                to.put(pair, [even.mul(scales[pair / 8]), odd.mul(scales[pair / 8])]);
+                pair += 1;
+            }
+        }
+    }
+}
+
+/// Weights of eight bits.
+pub(crate) struct Int8Slab;
+
+impl<L: Lanes> Slab<L> for Int8Slab {
+    const BYTES: usize = LANES * COLUMNS;
+
+    #[inline(always)]
+    unsafe fn each<P: Put<L>>(slab: *const u8, to: &mut P) {
+        // SAFETY: the contract.
+        unsafe {
+            let offset = L::splat(-(INT8_OFFSET as f32));
+            let mut pair = 0;
+            while pair < COLUMNS / 2 {
+                let words = L::load_ints(slab.add(pair / 2 * 64).cast());
+                let shift = (16 * (pair % 2)) as u32;
+                let (even, odd) = (L::byte_at(words, shift), L::byte_at(words, shift + 8));
+                to.put(pair, [even.add(offset), odd.add(offset)]);
+                pair += 1;
+            }
+        }
+    }
+}
+
+/// BF16.
+pub(crate) struct Bf16Slab;
+
+impl<L: Lanes> Slab<L> for Bf16Slab {
+    const BYTES: usize = 2 * LANES * COLUMNS;
+    const PAIRS: bool = true;
+
+    #[inline(always)]
+    unsafe fn each<P: Put<L>>(slab: *const u8, to: &mut P) {
+        let mut pair = 0;
+        while pair < COLUMNS / 2 {
+            // SAFETY: the contract.
+            unsafe { to.put(pair, L::load_bf16(slab.add(64 * pair).cast())) };
+            pair += 1;
+        }
+    }
+}
+
+/// Weights by activations in BF16, in the order of Intel's units for that: of a slab first the even columns, the odd ones, and both
+/// together.
+///
+/// # Safety
+/// As for a [`PanelKernel`].
+#[inline(always)]
+pub(crate) unsafe fn by_bf16<L: Lanes, S: Slab<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+    // SAFETY: the contract.
+    unsafe { panel_sums::<L, ByBf16<S>>(panel, x, sums) }
+}
+
+struct ByBf16<S>(PhantomData<S>);
+
+struct Pairs<L>([[L; 2]; COLUMNS / 2]);
+
+impl<L: Lanes> Put<L> for Pairs<L> {
+    #[inline(always)]
+    unsafe fn put(&mut self, pair: usize, weights: [L; 2]) {
+        self.0[pair] = weights;
+    }
+}
+
+impl<L: Lanes, S: Slab<L>> Format<L> for ByBf16<S> {
+    const BYTES: usize = S::BYTES;
+    const STEPS: usize = 1;
+    const WORDS: usize = COLUMNS / 2;
+    const SLOW: bool = true;
+    type Decoded = Pairs<L>;
+
+    #[inline(always)]
+    unsafe fn decode(tile: *const u8) -> Pairs<L> {
+        // SAFETY: the contract.
+        unsafe {
+            let mut pairs = Pairs([[L::splat(0.0); 2]; COLUMNS / 2]);
+            S::each(tile, &mut pairs);
+            pairs
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(weights: &Pairs<L>, record: *const i32, _step: usize, total: L) -> L {
+        // SAFETY: the contract.
+        unsafe {
+            let (mut even, mut odd) = (L::splat(0.0), L::splat(0.0));
+            for (pair, weights) in weights.0.iter().enumerate() {
+                let word = record.add(pair).read() as u32;
+                even = weights[0].fma(L::splat(f32::from_bits(word << 16)), even);
+                odd = weights[1].fma(L::splat(f32::from_bits(word & 0xffff_0000)), odd);
+            }
+            total.add(even.add(odd))
         }
     }
 }

@@ -3,7 +3,8 @@
 //! Weights of four and eight bits are multiplied as integers: a record holds 32 activations in fixed point with a scale of
 //! their own, cut into signed bytes, the limbs. Three limbs are 24 bits, which is the precision of f32; with fewer the products
 //! are faster and the activations coarser. Sums of integers are exact, so their order does not matter. BF16 weights take
-//! the activations as they are. The records of 32 columns lie side by side for all tokens of a product.
+//! the activations as they are. Or weights of all formats take activations rounded to BF16, for CPUs with units for that. The
+//! records of 32 columns lie side by side for all tokens of a product.
 
 use crate::kernels::Kernels;
 use crate::products::Records;
@@ -15,12 +16,15 @@ pub(crate) const COLUMNS: usize = 32;
 /// What is added to an eight-bit weight to make it an unsigned byte.
 pub(crate) const INT8_OFFSET: i32 = 128;
 
-/// How precise the activations are that meet weights of four or eight bits. BF16 weights meet f32 in any case.
+/// How precise the activations are that meet weights of four or eight bits. BF16 weights meet f32 but with [`Activations::Bf16`],
+/// and the router's always.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Activations {
     /// 24 bits in fixed point, a scale per 32: the precision of f32.
     #[default]
     F32,
+    /// Rounded to BF16, eight bits of precision.
+    Bf16,
     /// 16 bits in fixed point, a scale per 32.
     Int16,
     /// 8 bits, a scale per 32.
@@ -28,12 +32,13 @@ pub enum Activations {
 }
 
 impl Activations {
-    /// Bytes per activation.
-    pub(crate) fn limbs(self) -> usize {
+    /// The records that weights of four and eight bits take.
+    pub(crate) fn kind(self) -> Kind {
         match self {
-            Activations::F32 => 3,
-            Activations::Int16 => 2,
-            Activations::Int8 => 1,
+            Activations::F32 => Kind::Limbs(3),
+            Activations::Bf16 => Kind::Bf16,
+            Activations::Int16 => Kind::Limbs(2),
+            Activations::Int8 => Kind::Limbs(1),
         }
     }
 
@@ -41,6 +46,7 @@ impl Activations {
     pub fn name(self) -> &'static str {
         match self {
             Activations::F32 => "f32",
+            Activations::Bf16 => "bf16",
             Activations::Int16 => "int16",
             Activations::Int8 => "int8",
         }
@@ -52,6 +58,8 @@ impl Activations {
 pub(crate) enum Kind {
     /// 32 f32.
     Float,
+    /// 32 BF16, of which a word has two.
+    Bf16,
     /// See [`Words`].
     Limbs(usize),
 }
@@ -81,6 +89,7 @@ impl Kind {
     pub(crate) fn words(self) -> usize {
         match self {
             Kind::Float => COLUMNS,
+            Kind::Bf16 => COLUMNS / 2,
             Kind::Limbs(limbs) => 9 * limbs + 3,
         }
     }
@@ -127,10 +136,20 @@ impl Layout {
             }
             return;
         }
-        let Kind::Limbs(limbs) = self.kind else { return };
+        let quantize = match self.kind {
+            Kind::Limbs(limbs) => kernels.quantize[limbs - 1],
+            _ => kernels.round,
+        };
         // SAFETY: the records of one token are `stride` apart, one per 32 columns; the kernels were chosen for this CPU.
-        unsafe { (kernels.quantize[limbs - 1])(x, self.cols / COLUMNS, at, stride) };
+        unsafe { quantize(x, self.cols / COLUMNS, at, stride) };
     }
+}
+
+/// How a record is made of 32 activations.
+pub(crate) trait Record {
+    /// # Safety
+    /// `out` is valid for the words of a record.
+    unsafe fn write(x: &[f32; COLUMNS], out: *mut u32);
 }
 
 /// The records of one token.
@@ -138,20 +157,58 @@ impl Layout {
 /// # Safety
 /// Every `stride` words from `out` on there is room for a record, `count` times; `x` is not longer than `32 · count`.
 #[inline(always)]
-pub(crate) unsafe fn quantize<const LIMBS: usize>(x: &[f32], count: usize, out: *mut u32, stride: usize) {
+pub(crate) unsafe fn write<R: Record>(x: &[f32], count: usize, out: *mut u32, stride: usize) {
     let whole = x.len() / COLUMNS;
     // SAFETY: within `x`; the rest is the contract.
     unsafe {
         for s in 0..whole {
-            record::<LIMBS>(&*x.as_ptr().add(s * COLUMNS).cast::<[f32; COLUMNS]>(), out.add(s * stride));
+            R::write(&*x.as_ptr().add(s * COLUMNS).cast::<[f32; COLUMNS]>(), out.add(s * stride));
         }
         for s in whole..count {
             let mut block = [0.0f32; COLUMNS];
             for i in s * COLUMNS..x.len() {
                 block[i - s * COLUMNS] = x[i];
             }
-            record::<LIMBS>(&block, out.add(s * stride));
+            R::write(&block, out.add(s * stride));
         }
+    }
+}
+
+/// Activations in BF16.
+pub(crate) struct Rounded;
+
+impl Record for Rounded {
+    #[inline(always)]
+    unsafe fn write(x: &[f32; COLUMNS], out: *mut u32) {
+        for i in 0..COLUMNS / 2 {
+            // SAFETY: the contract.
+            unsafe { out.add(i).write(bf16(x[2 * i]) | bf16(x[2 * i + 1]) << 16) };
+        }
+    }
+}
+
+/// The nearest BF16, of two the even one. What is so small that a product with it might be subnormal is zero: the units for BF16 take
+/// subnormal numbers for zeros.
+#[inline(always)]
+fn bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    // A NaN stays one, whatever its bits.
+    let rounded = if x.is_nan() { 0x7fc0 } else { rounded };
+    if x.abs() < SMALLEST_BF16 { 0 } else { rounded }
+}
+
+/// 2^-60
+const SMALLEST_BF16: f32 = 1.0 / (1u64 << 60) as f32;
+
+/// Activations in so many limbs.
+pub(crate) struct Limbs<const LIMBS: usize>;
+
+impl<const LIMBS: usize> Record for Limbs<LIMBS> {
+    #[inline(always)]
+    unsafe fn write(x: &[f32; COLUMNS], out: *mut u32) {
+        // SAFETY: the contract.
+        unsafe { record::<LIMBS>(x, out) }
     }
 }
 

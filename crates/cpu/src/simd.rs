@@ -13,6 +13,10 @@ pub(crate) const E2M1_OFFSET: i32 = 12;
 /// Twice the value of each E2M1 code plus [`E2M1_OFFSET`].
 const E2M1_BYTES: [u8; 16] = [12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0];
 
+/// Twice the value of each E2M1 code.
+const E2M1_TWICE: [f32; 16] =
+    [0.0, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, -0.0, -1.0, -2.0, -3.0, -4.0, -6.0, -8.0, -12.0];
+
 /// By how much a sum of 32 columns of weights of at most 12 and activations of at most 127 can be shifted in 32 bits.
 pub(crate) const MOST_SHIFT: u8 = 15;
 
@@ -40,6 +44,12 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// The even and the odd of two columns of BF16: row `r` in elements `2 r` and `2 r + 1`.
     unsafe fn load_bf16(from: *const u16) -> [Self; 2];
+    /// The other way, for numbers that BF16 holds.
+    unsafe fn store_bf16(pair: [Self; 2], to: *mut u16);
+    /// Twice the values of the E2M1 codes that are `shift` bits up in the words.
+    unsafe fn e2m1_at(words: Self::Ints, shift: u32) -> Self;
+    /// The unsigned bytes that are `shift` bits up in the words.
+    unsafe fn byte_at(words: Self::Ints, shift: u32) -> Self;
     /// Sixteen BF16.
     unsafe fn widen_bf16(from: *const u16) -> Self;
     unsafe fn store(self, to: *mut f32);
@@ -196,6 +206,21 @@ impl Lanes for Scalar {
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: valid for sixteen elements by the trait's contract.
         Scalar(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn store_bf16([even, odd]: [Self; 2], to: *mut u16) {
+        let words: [u32; LANES] =
+            std::array::from_fn(|l| even.0[l].to_bits() >> 16 | odd.0[l].to_bits() & 0xffff_0000);
+        // SAFETY: valid for 64 bytes by the trait's contract.
+        unsafe { to.cast::<[u32; LANES]>().write_unaligned(words) };
+    }
+    #[inline(always)]
+    unsafe fn e2m1_at(words: Self::Ints, shift: u32) -> Self {
+        Scalar(words.map(|word| E2M1_TWICE[(word as u32 >> shift & 15) as usize]))
+    }
+    #[inline(always)]
+    unsafe fn byte_at(words: Self::Ints, shift: u32) -> Self {
+        Scalar(words.map(|word| (word as u32 >> shift & 255) as f32))
     }
     #[inline(always)]
     unsafe fn load_bf16(from: *const u16) -> [Self; 2] {
@@ -395,6 +420,33 @@ mod x86 {
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: the trait's contract.
             Avx512(unsafe { _mm512_loadu_ps(from) })
+        }
+        #[inline(always)]
+        unsafe fn store_bf16([even, odd]: [Self; 2], to: *mut u16) {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let even = _mm512_srli_epi32::<16>(_mm512_castps_si512(even.0));
+                let upper = _mm512_set1_epi32(0xffff_0000_u32 as i32);
+                // The first, or both of the others.
+                let words = _mm512_ternarylogic_epi32::<0xf8>(even, _mm512_castps_si512(odd.0), upper);
+                _mm512_storeu_si512(to.cast(), words);
+            }
+        }
+        #[inline(always)]
+        unsafe fn e2m1_at(words: Self::Ints, shift: u32) -> Self {
+            // SAFETY: the trait's contract. A choice looks at four bits of a word.
+            unsafe {
+                let codes = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
+                Avx512(_mm512_permutexvar_ps(codes, _mm512_loadu_ps(super::E2M1_TWICE.as_ptr())))
+            }
+        }
+        #[inline(always)]
+        unsafe fn byte_at(words: Self::Ints, shift: u32) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let bytes = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
+                Avx512(_mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(255))))
+            }
         }
         #[inline(always)]
         unsafe fn load_bf16(from: *const u16) -> [Self; 2] {
@@ -800,6 +852,42 @@ mod x86 {
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: the trait's contract.
             unsafe { Avx2(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn store_bf16([even, odd]: [Self; 2], to: *mut u16) {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let half = |even: __m256, odd: __m256| {
+                    let even = _mm256_srli_epi32::<16>(_mm256_castps_si256(even));
+                    _mm256_blend_epi16::<0xaa>(even, _mm256_castps_si256(odd))
+                };
+                _mm256_storeu_si256(to.cast(), half(even.0, odd.0));
+                _mm256_storeu_si256(to.cast::<__m256i>().add(1), half(even.1, odd.1));
+            }
+        }
+        #[inline(always)]
+        unsafe fn e2m1_at(words: Self::Ints, shift: u32) -> Self {
+            // SAFETY: the trait's contract. A choice looks at three bits of a word; the fourth is the sign.
+            unsafe {
+                let magnitudes = _mm256_loadu_ps(super::E2M1_TWICE.as_ptr());
+                let half = |words: __m256i| {
+                    let codes = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
+                    let sign = _mm256_and_si256(_mm256_slli_epi32::<28>(codes), _mm256_set1_epi32(i32::MIN));
+                    _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, codes), _mm256_castsi256_ps(sign))
+                };
+                Avx2(half(words.0), half(words.1))
+            }
+        }
+        #[inline(always)]
+        unsafe fn byte_at(words: Self::Ints, shift: u32) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let half = |words: __m256i| {
+                    let bytes = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
+                    _mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(255)))
+                };
+                Avx2(half(words.0), half(words.1))
+            }
         }
         #[inline(always)]
         unsafe fn load_bf16(from: *const u16) -> [Self; 2] {

@@ -101,7 +101,8 @@ pub(crate) struct Run {
     #[arg(long, value_enum, default_value = "as-stored")]
     pub(crate) weights: WeightBits,
     /// What weights of four and eight bits are multiplied with, on a CPU: numbers of 24 bits, which are as good as f32, of 16
-    /// or of 8, one scale per 32. BENCHMARKS.md has speed and divergence of each. On a Blackwell GPU, `nvfp4` multiplies W4A4
+    /// or of 8, one scale per 32; or all weights with BF16, as GPUs do, which is fast on CPUs with AMX. BENCHMARKS.md has speed
+    /// and divergence of each. On a Blackwell GPU, `nvfp4` multiplies W4A4
     /// models in four bits where there are many tokens: these kernels have not yet run on the chip, and are used only if their
     /// self-test passes; the weights are in memory twice
     #[arg(long, value_enum, default_value = "f32")]
@@ -150,6 +151,7 @@ pub(crate) enum WeightBits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(crate) enum ActivationBits {
     F32,
+    Bf16,
     Int16,
     Int8,
     Nvfp4,

@@ -56,6 +56,7 @@ pub(crate) fn watched_backend(
                 bf16_cache: run.kv_cache_dtype == CacheType::Bf16,
                 activations: match run.activations {
                     ActivationBits::F32 => cpu::Activations::F32,
+                    ActivationBits::Bf16 => cpu::Activations::Bf16,
                     ActivationBits::Int16 => cpu::Activations::Int16,
                     ActivationBits::Int8 => cpu::Activations::Int8,
                     ActivationBits::Nvfp4 => {
@@ -76,10 +77,10 @@ pub(crate) fn watched_backend(
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(devices) => {
-            let integers = matches!(run.activations, ActivationBits::Int16 | ActivationBits::Int8);
-            if run.weights != WeightBits::AsStored || integers {
+            let on_gpus = matches!(run.activations, ActivationBits::F32 | ActivationBits::Nvfp4);
+            if run.weights != WeightBits::AsStored || !on_gpus {
                 return Err(Failure::input(
-                    "--weights fast and --activations int16 or int8: expected --device cpu, found a GPU",
+                    "--weights fast and --activations bf16, int16 or int8: expected --device cpu, found a GPU",
                 ));
             }
             if run.packed_cache.is_some() {

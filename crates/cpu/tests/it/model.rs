@@ -165,6 +165,7 @@ fn coarser_activations_weights_and_caches_stay_near() {
     // Twice the error that each had when it was written: a wrong scale or limb is far beyond.
     for (activations, fast_weights, bf16_cache, bound) in [
         (Activations::Int16, false, false, 6e-5),
+        (Activations::Bf16, false, false, 1e-2),
         (Activations::Int8, false, false, 1.3e-2),
         (Activations::F32, true, false, 1.5e-2),
         (Activations::Int8, true, false, 2.3e-2),
@@ -196,6 +197,9 @@ fn the_same_bits_on_every_instruction_set_and_thread_count() {
         (Format::Nvfp4, Activations::F32, false),
         (Format::Nvfp4, Activations::Int16, true),
         (Format::Nvfp4, Activations::Int8, true),
+        (Format::Bf16, Activations::Bf16, false),
+        (Format::Mxfp4, Activations::Bf16, false),
+        (Format::Nvfp4, Activations::Bf16, true),
     ] {
         let plan = SequencePlan { logits: true, ..sequence(&tokens(40), 0, 0) };
         let logits = |isa, threads| {
@@ -224,7 +228,7 @@ fn the_same_bits_on_every_instruction_set_and_thread_count() {
 
 #[test]
 fn the_same_bits_whatever_the_chunks_and_the_company() {
-    for activations in [Activations::F32, Activations::Int8] {
+    for activations in [Activations::F32, Activations::Bf16, Activations::Int8] {
         let fast_weights = activations == Activations::Int8;
         let options = Options { activations, fast_weights, bf16_cache: fast_weights, ..Options::default() };
         cuts_and_company(&mut load(odd(Format::Nvfp4), options));

@@ -96,6 +96,7 @@ fn coarser(threads: usize) -> Result<Vec<(&'static str, f64)>> {
     let energy: f64 = exact.iter().map(|&e| f64::from(e).powi(2)).sum();
     [
         ("--kv-cache-dtype bf16", false, true, Activations::F32),
+        ("--activations bf16", false, false, Activations::Bf16),
         ("--activations int16", false, false, Activations::Int16),
         ("--activations int8", false, false, Activations::Int8),
         ("--weights fast", true, false, Activations::F32),

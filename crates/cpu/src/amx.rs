@@ -1,0 +1,171 @@
+//! Products with activations in BF16 by Intel's AMX, which multiplies tiles: activations of sixteen tokens, weights of sixteen rows, 32
+//! columns of both at a time. The sums stay in tiles until the panel is done.
+
+use std::arch::asm;
+use std::sync::LazyLock;
+
+use crate::products::{MOST_TOKENS, Panel, Put, Records, Slab, ask};
+use crate::records::COLUMNS;
+use crate::simd::{LANES, Lanes};
+
+/// Rows of a tile, and bytes of one of its rows.
+const TILE_ROWS: usize = 16;
+const ROW_BYTES: usize = 64;
+
+/// Whether the CPU has AMX for BF16, and the system lets this process use it, for which it is asked here.
+pub(crate) static IS_AVAILABLE: LazyLock<bool> = LazyLock::new(|| {
+    #[cfg(target_os = "linux")]
+    {
+        // CPUID leaf 7: AMX-BF16 and AMX-TILE.
+        const FEATURES: u32 = 1 << 22 | 1 << 24;
+        const ARCH_REQ_XCOMP_PERM: libc::c_long = 0x1023;
+        const XTILEDATA: libc::c_long = 18;
+        let (most, _) = std::arch::x86_64::__get_cpuid_max(0);
+        most >= 7
+            && std::arch::x86_64::__cpuid_count(7, 0).edx & FEATURES == FEATURES
+            // SAFETY: permits larger states of the process's threads; where there are none of these it fails.
+            && unsafe { libc::syscall(libc::SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XTILEDATA) } == 0
+    }
+    #[cfg(not(target_os = "linux"))]
+    false
+});
+
+/// What `ldtilecfg` reads.
+#[repr(C, align(64))]
+struct Config {
+    palette: u8,
+    start_row: u8,
+    reserved: [u8; 14],
+    row_bytes: [u16; 16],
+    rows: [u8; 16],
+}
+
+/// A slab of weights as a tile: row `k` has the columns `2 k` and `2 k + 1` of all rows of the panel.
+#[repr(C, align(64))]
+struct Tile([u16; LANES * COLUMNS]);
+
+impl<L: Lanes> Put<L> for Tile {
+    #[inline(always)]
+    unsafe fn put(&mut self, pair: usize, weights: [L; 2]) {
+        // SAFETY: there are sixteen pairs of 32 numbers.
+        unsafe { L::store_bf16(weights, self.0.as_mut_ptr().add(pair * 2 * LANES)) };
+    }
+}
+
+/// As [`crate::products::by_bf16`], to the same bits.
+///
+/// # Safety
+/// As for a [`crate::products::PanelKernel`]; AMX [is available](IS_AVAILABLE).
+#[inline(always)]
+pub(crate) unsafe fn by_bf16<L: Lanes, S: Slab<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+    const { assert!(MOST_TOKENS == 4 * TILE_ROWS) };
+    // SAFETY: the contract.
+    unsafe {
+        match x.tokens {
+            0 => {}
+            1..=16 => product::<L, S, 1>(panel, x, sums),
+            17..=32 => product::<L, S, 2>(panel, x, sums),
+            33..=48 => product::<L, S, 3>(panel, x, sums),
+            49..=64 => product::<L, S, 4>(panel, x, sums),
+            tokens => panic!("{tokens} tokens, more than a product takes at a time"),
+        }
+    }
+}
+
+/// Adds to the sums in tile `$sums` the products of the tokens whose records begin at `$from`, which come to tile `$x`.
+macro_rules! multiply {
+    ($sums:literal, $x:literal, $from:expr) => {
+        asm!(
+            concat!("tileloadd tmm", $x, ", [{from} + {stride}]"),
+            concat!("tdpbf16ps tmm", $sums, ", tmm", $x, ", tmm4"),
+            from = in(reg) $from,
+            stride = in(reg) ROW_BYTES,
+            options(nostack),
+        )
+    };
+}
+
+/// `GROUPS` of sixteen tokens, of the last of which some may be missing. Tiles 0 to 3 have their sums, 4 the weights, 5 and 6 in turn the
+/// activations of whole groups, 7 those of the last one.
+///
+/// # Safety
+/// As for [`by_bf16`]; there are so many groups.
+#[inline(always)]
+unsafe fn product<L: Lanes, S: Slab<L>, const GROUPS: usize>(
+    panel: Panel,
+    x: Records<'_>,
+    sums: *mut [f32; LANES],
+) {
+    let mut config =
+        Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+    let last = (x.tokens - TILE_ROWS * (GROUPS - 1)) as u8;
+    config.row_bytes[..8].fill(ROW_BYTES as u16);
+    config.rows[..8].fill(TILE_ROWS as u8);
+    (config.rows[GROUPS - 1], config.rows[7]) = (last, last);
+    let mut tiles = [const { Tile([0; LANES * COLUMNS]) }; 2];
+    // SAFETY: the contract; the compiler uses no tiles, so they keep what they have from one statement to the next.
+    unsafe {
+        asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly));
+        asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+        let mut slab = panel.data;
+        let mut records = x.start;
+        if !S::PAIRS {
+            S::each(slab, &mut tiles[0]);
+        }
+        for s in 0..panel.slabs {
+            ask::<L>(slab, S::BYTES);
+            let mut weights = slab.cast::<u16>();
+            slab = slab.add(S::BYTES);
+            if !S::PAIRS {
+                // One ahead, so that what is loaded has long been stored.
+                if s + 1 < panel.slabs {
+                    S::each(slab, &mut tiles[(s + 1) % 2]);
+                }
+                weights = tiles[s % 2].0.as_ptr();
+            }
+            asm!(
+                "tileloadd tmm4, [{from} + {stride}]",
+                from = in(reg) weights,
+                stride = in(reg) ROW_BYTES,
+                options(nostack),
+            );
+            let group = |g: usize| records.wrapping_add(g * TILE_ROWS * ROW_BYTES / 4);
+            match GROUPS {
+                1 => multiply!(0, 7, group(0)),
+                2 => {
+                    multiply!(0, 5, group(0));
+                    multiply!(1, 7, group(1));
+                }
+                3 => {
+                    multiply!(0, 5, group(0));
+                    multiply!(1, 6, group(1));
+                    multiply!(2, 7, group(2));
+                }
+                _ => {
+                    multiply!(0, 5, group(0));
+                    multiply!(1, 6, group(1));
+                    multiply!(2, 5, group(2));
+                    multiply!(3, 7, group(3));
+                }
+            }
+            records = records.wrapping_add(x.stride);
+        }
+        macro_rules! store {
+            ($group:literal) => {
+                if $group < GROUPS {
+                    asm!(
+                        concat!("tilestored [{to} + {stride}], tmm", $group),
+                        to = in(reg) sums.wrapping_add($group * TILE_ROWS),
+                        stride = in(reg) ROW_BYTES,
+                        options(nostack),
+                    );
+                }
+            };
+        }
+        store!(0);
+        store!(1);
+        store!(2);
+        store!(3);
+        asm!("tilerelease", options(nostack, nomem));
+    }
+}
