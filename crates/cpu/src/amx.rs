@@ -1,10 +1,11 @@
 //! Products with activations in BF16 by Intel's AMX, which multiplies tiles: activations of sixteen tokens, weights of sixteen rows, 32
-//! columns of both at a time. The sums stay in tiles until the panel is done.
+//! columns of both at a time. The sums stay in tiles.
 
 use std::arch::asm;
+use std::ops::Range;
 use std::sync::LazyLock;
 
-use crate::products::{MOST_TOKENS, Panel, Put, Records, Slab, ask};
+use crate::products::{MOST_TOKENS, Panel, Panels, Part, Put, Slab, ask};
 use crate::records::COLUMNS;
 use crate::simd::{LANES, Lanes};
 
@@ -52,24 +53,76 @@ impl<L: Lanes> Put<L> for Tile {
     }
 }
 
+/// Slabs of which the activations of a block are multiplied with all panels before the next ones: they stay in the first-level cache.
+const CHUNK: usize = 8;
+
 /// As [`crate::products::by_bf16`], to the same bits.
 ///
 /// # Safety
 /// As for a [`crate::products::PanelKernel`]; AMX [is available](IS_AVAILABLE).
 #[inline(always)]
-pub(crate) unsafe fn by_bf16<L: Lanes, S: Slab<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+pub(crate) unsafe fn by_bf16<L: Lanes, S: Slab<L>>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
     const { assert!(MOST_TOKENS == 4 * TILE_ROWS) };
     // SAFETY: the contract.
     unsafe {
         match x.tokens {
             0 => {}
-            1..=16 => product::<L, S, 1>(panel, x, sums),
-            17..=32 => product::<L, S, 2>(panel, x, sums),
-            33..=48 => product::<L, S, 3>(panel, x, sums),
-            49..=64 => product::<L, S, 4>(panel, x, sums),
+            1..=16 => product::<L, S, 1>(panels, x, sums),
+            17..=32 => product::<L, S, 2>(panels, x, sums),
+            33..=48 => product::<L, S, 3>(panels, x, sums),
+            49..=64 => product::<L, S, 4>(panels, x, sums),
             tokens => panic!("{tokens} tokens, more than a product takes at a time"),
         }
     }
+}
+
+/// `GROUPS` of sixteen tokens, of the last of which some may be missing. Tiles 0 to 3 have their sums, 4 the weights, 5 and 6 in turn the
+/// activations of whole groups, 7 those of the last one.
+///
+/// # Safety
+/// As for [`by_bf16`]; there are so many groups.
+#[inline(always)]
+unsafe fn product<L: Lanes, S: Slab<L>, const GROUPS: usize>(
+    panels: Panels,
+    x: Part<'_>,
+    sums: *mut [f32; LANES],
+) {
+    let mut config =
+        Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
+    let last = (x.tokens - TILE_ROWS * (GROUPS - 1)) as u8;
+    config.row_bytes[..8].fill(ROW_BYTES as u16);
+    config.rows[..8].fill(TILE_ROWS as u8);
+    (config.rows[GROUPS - 1], config.rows[7]) = (last, last);
+    // Few tokens' activations stay there anyway, and their weights come from memory, in order.
+    let chunk = if GROUPS == 1 { panels.first.slabs } else { CHUNK };
+    // SAFETY: the contract; the compiler uses no tiles, so they keep what they have from one statement to the next.
+    unsafe {
+        asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly));
+        for first in (0..panels.first.slabs).step_by(chunk) {
+            let slabs = first..(first + chunk).min(panels.first.slabs);
+            for p in 0..panels.count {
+                panel::<L, S, GROUPS>(panels.panel(p), slabs.clone(), x, sums.add(p * MOST_TOKENS));
+            }
+        }
+        asm!("tilerelease", options(nostack, nomem));
+    }
+}
+
+/// Does an instruction with the tile of each group's sums, whose number comes between the texts, and with their place in memory.
+macro_rules! each_group {
+    ($sums:expr, $before:literal, $after:literal) => {
+        each_group!($sums, $before, $after, 0, 1, 2, 3)
+    };
+    ($sums:expr, $before:literal, $after:literal, $($group:literal),*) => {
+        $(if $group < GROUPS {
+            asm!(
+                concat!($before, $group, $after),
+                at = in(reg) $sums.wrapping_add($group * TILE_ROWS),
+                stride = in(reg) ROW_BYTES,
+                options(nostack),
+            );
+        })*
+    };
 }
 
 /// Adds to the sums in tile `$sums` the products of the tokens whose records begin at `$from`, which come to tile `$x`.
@@ -85,40 +138,37 @@ macro_rules! multiply {
     };
 }
 
-/// `GROUPS` of sixteen tokens, of the last of which some may be missing. Tiles 0 to 3 have their sums, 4 the weights, 5 and 6 in turn the
-/// activations of whole groups, 7 those of the last one.
+/// Some slabs of one panel; the sums go on from what they are, but with the first slab.
 ///
 /// # Safety
-/// As for [`by_bf16`]; there are so many groups.
+/// As for [`product`], which has told the CPU what the tiles are.
 #[inline(always)]
-unsafe fn product<L: Lanes, S: Slab<L>, const GROUPS: usize>(
+unsafe fn panel<L: Lanes, S: Slab<L>, const GROUPS: usize>(
     panel: Panel,
-    x: Records<'_>,
+    slabs: Range<usize>,
+    x: Part<'_>,
     sums: *mut [f32; LANES],
 ) {
-    let mut config =
-        Config { palette: 1, start_row: 0, reserved: [0; 14], row_bytes: [0; 16], rows: [0; 16] };
-    let last = (x.tokens - TILE_ROWS * (GROUPS - 1)) as u8;
-    config.row_bytes[..8].fill(ROW_BYTES as u16);
-    config.rows[..8].fill(TILE_ROWS as u8);
-    (config.rows[GROUPS - 1], config.rows[7]) = (last, last);
     let mut tiles = [const { Tile([0; LANES * COLUMNS]) }; 2];
-    // SAFETY: the contract; the compiler uses no tiles, so they keep what they have from one statement to the next.
+    // SAFETY: the contract.
     unsafe {
-        asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly));
-        asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
-        let mut slab = panel.data;
-        let mut records = x.start;
+        if slabs.start == 0 {
+            asm!("tilezero tmm0", "tilezero tmm1", "tilezero tmm2", "tilezero tmm3", options(nostack, nomem));
+        } else {
+            each_group!(sums, "tileloadd tmm", ", [{at} + {stride}]");
+        }
+        let mut slab = panel.data.wrapping_add(slabs.start * S::BYTES);
+        let mut records = x.start.wrapping_add(slabs.start * x.stride);
         if !S::PAIRS {
             S::each(slab, &mut tiles[0]);
         }
-        for s in 0..panel.slabs {
+        for s in 0..slabs.len() {
             ask::<L>(slab, S::BYTES);
             let mut weights = slab.cast::<u16>();
-            slab = slab.add(S::BYTES);
+            slab = slab.wrapping_add(S::BYTES);
             if !S::PAIRS {
                 // One ahead, so that what is loaded has long been stored.
-                if s + 1 < panel.slabs {
+                if s + 1 < slabs.len() {
                     S::each(slab, &mut tiles[(s + 1) % 2]);
                 }
                 weights = tiles[s % 2].0.as_ptr();
@@ -150,22 +200,6 @@ unsafe fn product<L: Lanes, S: Slab<L>, const GROUPS: usize>(
             }
             records = records.wrapping_add(x.stride);
         }
-        macro_rules! store {
-            ($group:literal) => {
-                if $group < GROUPS {
-                    asm!(
-                        concat!("tilestored [{to} + {stride}], tmm", $group),
-                        to = in(reg) sums.wrapping_add($group * TILE_ROWS),
-                        stride = in(reg) ROW_BYTES,
-                        options(nostack),
-                    );
-                }
-            };
-        }
-        store!(0);
-        store!(1);
-        store!(2);
-        store!(3);
-        asm!("tilerelease", options(nostack, nomem));
+        each_group!(sums, "tilestored [{at} + {stride}], tmm", "");
     }
 }

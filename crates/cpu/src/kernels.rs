@@ -5,7 +5,9 @@ use crate::amx;
 use crate::attention::{self, Attend, Found};
 use crate::bandwidth;
 use crate::panels;
-use crate::products::{self, Bf16Slab, E2m1Slab, Finish, Int8Slab, Panel, PanelKernel, Records, Slab};
+use crate::products::{
+    self, Bf16Slab, E2m1Slab, Finish, Int8Slab, MOST_TOKENS, PanelKernel, Panels, Part, Slab,
+};
 use crate::records::{self, Kind, Limbs, Rounded};
 #[cfg(target_arch = "x86_64")]
 use crate::simd::{Avx2, Avx512};
@@ -181,27 +183,33 @@ macro_rules! instantiate {
             // need are enabled here.
             $(#[target_feature(enable = $features)])?
             unsafe fn e2m1<const MX: bool, const LIMBS: usize>(
-                panel: Panel,
-                x: Records<'_>,
+                panels: Panels,
+                x: Part<'_>,
                 sums: *mut [f32; LANES],
             ) {
-                // SAFETY: as stated above.
-                unsafe { products::e2m1::<$lanes, MX, LIMBS>(panel, x, sums) }
+                for p in 0..panels.count {
+                    // SAFETY: as stated above.
+                    unsafe { products::e2m1::<$lanes, MX, LIMBS>(panels.panel(p), x, sums.add(p * MOST_TOKENS)) }
+                }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn int8<const LIMBS: usize>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
-                // SAFETY: as stated above.
-                unsafe { products::int8::<$lanes, LIMBS>(panel, x, sums) }
+            unsafe fn int8<const LIMBS: usize>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
+                for p in 0..panels.count {
+                    // SAFETY: as stated above.
+                    unsafe { products::int8::<$lanes, LIMBS>(panels.panel(p), x, sums.add(p * MOST_TOKENS)) }
+                }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn bf16(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
-                // SAFETY: as stated above.
-                unsafe { products::bf16::<$lanes>(panel, x, sums) }
+            unsafe fn bf16(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
+                for p in 0..panels.count {
+                    // SAFETY: as stated above.
+                    unsafe { products::bf16::<$lanes>(panels.panel(p), x, sums.add(p * MOST_TOKENS)) }
+                }
             }
             $(#[target_feature(enable = $features)])?
-            unsafe fn by_bf16<S: Slab<$lanes>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+            unsafe fn by_bf16<S: Slab<$lanes>>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
                 // SAFETY: as stated above.
-                unsafe { $by_bf16::by_bf16::<$lanes, S>(panel, x, sums) }
+                unsafe { $by_bf16::by_bf16::<$lanes, S>(panels, x, sums) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_e2m1(
@@ -412,7 +420,7 @@ pub fn self_test(isa: Isa) -> Vec<SelfTest> {
 mod cases {
     use super::*;
     use crate::attention::Stored;
-    use crate::products::CODE_BYTES;
+    use crate::products::{CODE_BYTES, Panel};
     use crate::records::{COLUMNS, Layout};
 
     /// What a kernel gave, and what plain arithmetic gives.
@@ -448,12 +456,13 @@ mod cases {
         noise(len, seed).into_iter().map(|v| ((v + 1.0) * 127.5) as u8).collect()
     }
 
-    /// A panel of five slabs and some tokens. The activations are what the records say, so the error is that of the sum.
+    /// Panels of some slabs and some tokens. The activations are what the records say, so the error is that of the sum.
     pub(super) fn product(kernels: &Kernels, weights: Weights, kind: Kind) -> Outcome {
-        const SLABS: usize = 5;
+        const SLABS: usize = 19;
         const COLS: usize = SLABS * COLUMNS;
         const COUNT: usize = 61;
-        let (data, weight) = panel(weights, SLABS);
+        const PANELS: usize = 2;
+        let (data, weight) = panel(weights, PANELS * SLABS);
         let layout = Layout { kind, tokens: COUNT, cols: COLS };
         let mut words = vec![0; layout.len()];
         for t in 0..COUNT {
@@ -494,17 +503,19 @@ mod cases {
         };
         let (mut found, mut expected) = (Vec::new(), Vec::new());
         for (from, to) in [(0, COUNT), (2, 3), (1, 8), (5, 25), (5, 53)] {
-            let mut sums = [[0.0; LANES]; COUNT];
+            let mut sums = [[[0.0; LANES]; MOST_TOKENS]; PANELS];
             let x = layout.records(&words).part(from, to);
-            let panel = Panel { data: data.as_ptr(), slabs: SLABS };
-            // SAFETY: the table is that of an available instruction set; panel and records have five slabs.
-            unsafe { kernel(panel, x, sums.as_mut_ptr()) };
-            for t in from..to {
-                found.extend(sums[t - from]);
-                expected.extend(
-                    (0..LANES)
-                        .map(|row| (0..COLS).map(|col| weight(row, col) * activation(t, col)).sum::<f64>()),
-                );
+            let first = Panel { data: data.as_ptr(), slabs: SLABS };
+            let panels = Panels { first, bytes: data.len() / PANELS, count: PANELS };
+            // SAFETY: the table is that of an available instruction set; panels and records have as many slabs.
+            unsafe { kernel(panels, x, sums.as_flattened_mut().as_mut_ptr()) };
+            for (p, sums) in sums.iter().enumerate() {
+                for t in from..to {
+                    found.extend(sums[t - from]);
+                    let product = |row, col| weight(row, p * COLS + col) * activation(t, col);
+                    let sum = |row| (0..COLS).map(|col| product(row, col)).sum::<f64>();
+                    expected.extend((0..LANES).map(sum));
+                }
             }
         }
         (found, expected)

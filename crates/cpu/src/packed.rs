@@ -14,7 +14,7 @@ use memmap2::{Mmap, MmapMut};
 use crate::kernels::Kernels;
 use crate::panels::{Inputs, Rows};
 use crate::pool::Pool;
-use crate::products::{CODE_BYTES, Finish, MOST_TOKENS, Panel, PanelKernel, Records};
+use crate::products::{CODE_BYTES, Finish, MOST_TOKENS, Panel, PanelKernel, Panels, Records, block};
 use crate::records::{Activations, COLUMNS, Kind};
 use crate::simd::{LANES, MOST_SHIFT};
 
@@ -306,12 +306,11 @@ impl PackedMatrix {
         }
     }
 
-    fn panel(&self, expert: usize, panel: usize) -> Panel {
-        let at = (expert * self.shape.panels() + panel) * self.shape.panel_bytes();
-        Panel {
-            data: self.data.as_slice()[at..][..self.shape.panel_bytes()].as_ptr(),
-            slabs: self.shape.slabs(),
-        }
+    fn panels(&self, expert: usize, panels: Range<usize>) -> Panels {
+        let bytes = self.shape.panel_bytes();
+        let at = (expert * self.shape.panels() + panels.start) * bytes;
+        let data = self.data.as_slice()[at..][..panels.len() * bytes].as_ptr();
+        Panels { first: Panel { data, slabs: self.shape.slabs() }, bytes, count: panels.len() }
     }
 
     fn scale(&self, expert: usize, panel: usize) -> [f32; LANES] {
@@ -408,8 +407,8 @@ const BATCH_TASK_BYTES: usize = 112 << 10;
 /// Bytes of weights times tokens that one thread multiplies sooner than several are woken.
 const ALONE: usize = 64 << 10;
 
-/// Bytes of records that are multiplied with all panels of a task before the next ones: they stay in the second-level cache.
-const RECORD_BYTES: usize = 384 << 10;
+/// Panels that a product takes at a time.
+const PANELS: usize = 4;
 
 /// Runs products side by side as one phase.
 pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
@@ -420,9 +419,9 @@ pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
         let matrix = job.matrix;
         assert_eq!(matrix.shape.slabs(), job.x.slabs, "records as wide as the matrix");
         let width = if matrix.shape.paired { 2 } else { 1 };
-        let bytes = if job.x.tokens > 8 { BATCH_TASK_BYTES } else { few };
+        let (bytes, least) = if job.x.tokens > 8 { (BATCH_TASK_BYTES, PANELS / width) } else { (few, 1) };
         let units = matrix.shape.panels() / width;
-        let step = (bytes / (width * matrix.shape.panel_bytes())).max(1);
+        let step = (bytes / (width * matrix.shape.panel_bytes())).max(least);
         tasks.extend((0..units).step_by(step).map(|u| (j, u, (u + step).min(units))));
     }
     let task = |task: usize| {
@@ -440,49 +439,47 @@ pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
 fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
     let matrix = job.matrix;
     let kernel = matrix.kernel(kernels, job.x.kind);
-    let token_bytes = matrix.shape.slabs() * job.x.kind.words() * 4;
-    let block = (RECORD_BYTES / token_bytes.max(1)).clamp(1, MOST_TOKENS);
-    let mut sums = [[const { MaybeUninit::<[f32; LANES]>::uninit() }; MOST_TOKENS]; 2];
+    let block = block(job.x.kind, matrix.shape.slabs());
+    let width = if matrix.shape.paired { 2 } else { 1 };
+    let mut sums = [[const { MaybeUninit::<[f32; LANES]>::uninit() }; MOST_TOKENS]; PANELS];
     for first in (0..job.x.tokens).step_by(block) {
         let x = job.x.part(first, (first + block).min(job.x.tokens));
-        let sums_of = |panel: usize, sums: &mut [MaybeUninit<[f32; LANES]>; MOST_TOKENS]| {
-            // SAFETY: the kernels were chosen for this CPU; the panel has as many slabs as the records, and there is room
-            // for a block of tokens.
-            unsafe { kernel(matrix.panel(job.expert, panel), x, sums.as_mut_ptr().cast()) };
-        };
-        for unit in from..to {
-            let [a, b] = &mut sums;
-            let width = if matrix.shape.paired { 2 } else { 1 };
-            sums_of(unit * width, a);
-            let rows = LANES.min(matrix.shape.rows / width - unit * LANES);
-            let at = first * job.stride + job.offset + unit * LANES;
-            assert!(at + (x.tokens - 1) * job.stride + rows <= job.out.len, "an output within its slice");
-            let scale = matrix.scale(job.expert, unit * width);
-            let bias = matrix.bias(job.bias, unit * width);
-            let finish = Finish {
+        for start in (from..to).step_by(PANELS / width) {
+            let end = (start + PANELS / width).min(to);
+            let panels = matrix.panels(job.expert, start * width..end * width);
+            // SAFETY: the kernels were chosen for this CPU; the panels have as many slabs as the records, and there is room for the
+            // sums of a block of tokens with each.
+            unsafe { kernel(panels, x, sums.as_mut_ptr().cast()) };
+            for (unit, sums) in (start..end).zip(sums.chunks_exact(width)) {
                 // SAFETY: the kernel has written the sums of these tokens.
-                sums: unsafe { std::slice::from_raw_parts(a.as_ptr().cast(), x.tokens) },
-                scale: &scale,
-                bias: &bias,
-                // SAFETY: within the slice by the assertion.
-                out: unsafe { job.out.start.add(at) },
-                stride: job.stride,
-                rows,
-                add: job.then == Then::Add,
-            };
-            if let Then::SwiGlu { limit, alpha } = job.then {
-                assert_eq!(rows, LANES, "an intermediate size that is a multiple of sixteen");
-                sums_of(unit * width + 1, b);
-                let scale = matrix.scale(job.expert, unit * width + 1);
-                let bias = matrix.bias(job.bias, unit * width + 1);
-                // SAFETY: the kernel has written the sums of these tokens.
-                let sums = unsafe { std::slice::from_raw_parts(b.as_ptr().cast(), x.tokens) };
-                let ups = Finish { sums, scale: &scale, bias: &bias, ..finish };
-                // SAFETY: the kernels were chosen for this CPU; this task alone has these rows, which are within the slice.
-                unsafe { (kernels.finish_swiglu)(&finish, &ups, limit, alpha) };
-            } else {
-                // SAFETY: as above.
-                unsafe { (kernels.finish)(&finish) };
+                let sums_of =
+                    |i: usize| unsafe { std::slice::from_raw_parts(sums[i].as_ptr().cast(), x.tokens) };
+                let rows = LANES.min(matrix.shape.rows / width - unit * LANES);
+                let at = first * job.stride + job.offset + unit * LANES;
+                assert!(at + (x.tokens - 1) * job.stride + rows <= job.out.len, "an output within its slice");
+                let scale = matrix.scale(job.expert, unit * width);
+                let bias = matrix.bias(job.bias, unit * width);
+                let finish = Finish {
+                    sums: sums_of(0),
+                    scale: &scale,
+                    bias: &bias,
+                    // SAFETY: within the slice by the assertion.
+                    out: unsafe { job.out.start.add(at) },
+                    stride: job.stride,
+                    rows,
+                    add: job.then == Then::Add,
+                };
+                if let Then::SwiGlu { limit, alpha } = job.then {
+                    assert_eq!(rows, LANES, "an intermediate size that is a multiple of sixteen");
+                    let scale = matrix.scale(job.expert, unit * width + 1);
+                    let bias = matrix.bias(job.bias, unit * width + 1);
+                    let ups = Finish { sums: sums_of(1), scale: &scale, bias: &bias, ..finish };
+                    // SAFETY: the kernels were chosen for this CPU; this task alone has these rows, which are within the slice.
+                    unsafe { (kernels.finish_swiglu)(&finish, &ups, limit, alpha) };
+                } else {
+                    // SAFETY: as above.
+                    unsafe { (kernels.finish)(&finish) };
+                }
             }
         }
     }

@@ -18,12 +18,27 @@ pub(crate) struct Panel {
     pub(crate) slabs: usize,
 }
 
-/// The records of some tokens.
+/// Panels of a matrix that lie side by side.
+#[derive(Clone, Copy)]
+pub(crate) struct Panels {
+    pub(crate) first: Panel,
+    /// Bytes of one of them.
+    pub(crate) bytes: usize,
+    pub(crate) count: usize,
+}
+
+impl Panels {
+    pub(crate) fn panel(&self, index: usize) -> Panel {
+        assert!(index < self.count, "one of the panels");
+        Panel { data: self.first.data.wrapping_add(index * self.bytes), ..self.first }
+    }
+}
+
+/// The records of some tokens, in blocks of as many as a product takes at a time. A block is one piece of memory: if the records of a
+/// token were as far apart as all tokens need, many would want the same place in a cache.
 #[derive(Clone, Copy)]
 pub(crate) struct Records<'a> {
-    pub(crate) start: *const u32,
-    /// Words between the records of one token.
-    pub(crate) stride: usize,
+    start: *const u32,
     pub(crate) tokens: usize,
     pub(crate) kind: Kind,
     /// Groups of 32 columns.
@@ -36,29 +51,61 @@ unsafe impl Sync for Records<'_> {}
 // SAFETY: as above.
 unsafe impl Send for Records<'_> {}
 
+/// Records of tokens of one block.
+#[derive(Clone, Copy)]
+pub(crate) struct Part<'a> {
+    pub(crate) start: *const u32,
+    /// Words between the records of one token.
+    pub(crate) stride: usize,
+    pub(crate) tokens: usize,
+    words: PhantomData<&'a [u32]>,
+}
+
+/// Bytes of records that are multiplied with all panels of a task before the next ones: they stay in the second-level cache.
+const RECORD_BYTES: usize = 384 << 10;
+
+/// The tokens of a block.
+pub(crate) fn block(kind: Kind, slabs: usize) -> usize {
+    let fitting = RECORD_BYTES / (slabs * kind.words() * 4).max(1);
+    let block = fitting.clamp(1, MOST_TOKENS);
+    // Whole tiles of AMX.
+    if block > 16 { block / 16 * 16 } else { block }
+}
+
 impl<'a> Records<'a> {
     pub(crate) fn new(words: &'a [u32], tokens: usize, kind: Kind) -> Records<'a> {
-        let stride = tokens * kind.words();
-        let slabs = words.len() / stride.max(1);
-        Records { start: words.as_ptr(), stride, tokens, kind, slabs, words: PhantomData }
+        let slabs = words.len() / (tokens * kind.words()).max(1);
+        Records { start: words.as_ptr(), tokens, kind, slabs, words: PhantomData }
     }
 
-    /// Those of the tokens `from .. to`.
-    pub(crate) fn part(&self, from: usize, to: usize) -> Records<'a> {
-        assert!(from <= to && to <= self.tokens, "tokens of the records");
-        Records { start: self.start.wrapping_add(from * self.kind.words()), tokens: to - from, ..*self }
+    /// Where those of token `t` begin in a block that begins with token `from`, in words, and how far they are apart.
+    pub(crate) fn place(tokens: usize, kind: Kind, slabs: usize, t: usize) -> (usize, usize) {
+        let block = block(kind, slabs);
+        let first = t / block * block;
+        let stride = block.min(tokens - first) * kind.words();
+        (first * slabs * kind.words() + (t - first) * kind.words(), stride)
+    }
+
+    /// Those of the tokens `from .. to`, which are of one block.
+    pub(crate) fn part(&self, from: usize, to: usize) -> Part<'a> {
+        assert!(from < to && to <= self.tokens, "tokens of the records");
+        let block = block(self.kind, self.slabs);
+        assert_eq!(from / block, (to - 1) / block, "tokens of one block");
+        let (at, stride) = Self::place(self.tokens, self.kind, self.slabs, from);
+        Part { start: self.start.wrapping_add(at), stride, tokens: to - from, words: PhantomData }
     }
 }
 
 /// Tokens that a product takes at a time: their sums stay in the first-level cache.
 pub(crate) const MOST_TOKENS: usize = 64;
 
-/// The sums of a panel for each token, at most [`MOST_TOKENS`], before the scales of rows or matrix: `sums[token][row]`.
+/// The sums of panels for each token, at most [`MOST_TOKENS`], before the scales of rows or matrix: `sums[panel][token][row]`, with room
+/// for as many tokens.
 ///
 /// # Safety
-/// The CPU has the table's instruction set; `panel` and the records, which are of the kernel's kind, are valid for its
-/// slabs; `sums` is valid for the tokens.
-pub(crate) type PanelKernel = unsafe fn(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]);
+/// The CPU has the table's instruction set; the panels and the records, which are of the kernel's kind, are valid for their
+/// slabs; `sums` is valid for all panels.
+pub(crate) type PanelKernel = unsafe fn(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]);
 
 /// Bytes of a slab of E2M1 codes without the scales.
 pub(crate) const CODE_BYTES: usize = LANES * COLUMNS / 2;
@@ -104,7 +151,7 @@ impl ByInt8 for Scalar {
 
 /// See [`PanelKernel`].
 #[inline(always)]
-unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Part<'_>, sums: *mut [f32; LANES]) {
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
         let mut tile = panel.data;
@@ -147,7 +194,7 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Records<'_>, sums:
 #[inline(always)]
 unsafe fn token_sums<L: Lanes, F: Format<L>, const FAR: bool>(
     panel: Panel,
-    x: Records<'_>,
+    x: Part<'_>,
     sums: *mut [f32; LANES],
 ) {
     // SAFETY: the contract of `PanelKernel`.
@@ -219,7 +266,7 @@ pub(crate) unsafe fn ask<L: Lanes>(tile: *const u8, bytes: usize) {
 #[inline(always)]
 pub(crate) unsafe fn e2m1<L: ByInt8, const MX: bool, const LIMBS: usize>(
     panel: Panel,
-    x: Records<'_>,
+    x: Part<'_>,
     sums: *mut [f32; LANES],
 ) {
     // SAFETY: the contract of `PanelKernel`.
@@ -240,7 +287,7 @@ pub(crate) unsafe fn e2m1<L: ByInt8, const MX: bool, const LIMBS: usize>(
 #[inline(always)]
 unsafe fn e2m1_by_halves<L: Lanes, const MX: bool, const LIMBS: usize>(
     panel: Panel,
-    x: Records<'_>,
+    x: Part<'_>,
     sums: *mut [f32; LANES],
 ) {
     assert!(x.tokens <= MOST_TOKENS, "no more tokens than a product takes at a time");
@@ -504,11 +551,7 @@ unsafe fn e2m1_sums<L: Lanes, const LIMBS: usize>(
 
 /// Weights of eight bits plus 128: byte `64 k + 4 r + j` is row `r`, column `4 k + j`.
 #[inline(always)]
-pub(crate) unsafe fn int8<L: Lanes, const LIMBS: usize>(
-    panel: Panel,
-    x: Records<'_>,
-    sums: *mut [f32; LANES],
-) {
+pub(crate) unsafe fn int8<L: Lanes, const LIMBS: usize>(panel: Panel, x: Part<'_>, sums: *mut [f32; LANES]) {
     // SAFETY: the contract of `PanelKernel`.
     unsafe { panel_sums::<L, Int8<LIMBS>>(panel, x, sums) }
 }
@@ -585,7 +628,7 @@ unsafe fn int8_sums<L: Lanes, const LIMBS: usize>(
 
 /// BF16 weights: element `32 k + 2 r + j` is row `r`, column `2 k + j`.
 #[inline(always)]
-pub(crate) unsafe fn bf16<L: Lanes>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
+pub(crate) unsafe fn bf16<L: Lanes>(panel: Panel, x: Part<'_>, sums: *mut [f32; LANES]) {
     // SAFETY: the contract of `PanelKernel`.
     unsafe { panel_sums::<L, Bf16>(panel, x, sums) }
 }
@@ -660,13 +703,15 @@ impl<L: Lanes, const MX: bool> Slab<L> for E2m1Slab<MX> {
         unsafe {
             let scales = e2m1_scales::<L, MX>(slab);
             let codes = slab.add(if MX { LANES } else { 2 * LANES });
-            let mut pair = 0;
-            while pair < COLUMNS / 2 {
-                let words = L::load_ints(codes.add(pair / 4 * 64).cast());
-                let shift = (16 * (pair % 2) + 4 * (pair / 2 % 2)) as u32;
-                let (even, odd) = (L::e2m1_at(words, shift), L::e2m1_at(words, shift + 8));
-                to.put(pair, [even.mul(scales[pair / 8]), odd.mul(scales[pair / 8])]);
-                pair += 1;
+            for k in 0..4 {
+                let words = L::load_ints(codes.add(64 * k).cast());
+                let scale = scales[k / 2];
+                let both =
+                    |shift| [L::e2m1_at(words, shift).mul(scale), L::e2m1_at(words, shift + 8).mul(scale)];
+                to.put(4 * k, both(0));
+                to.put(4 * k + 1, both(16));
+                to.put(4 * k + 2, both(4));
+                to.put(4 * k + 3, both(20));
             }
         }
     }
@@ -683,13 +728,12 @@ impl<L: Lanes> Slab<L> for Int8Slab {
         // SAFETY: the contract.
         unsafe {
             let offset = L::splat(-(INT8_OFFSET as f32));
-            let mut pair = 0;
-            while pair < COLUMNS / 2 {
-                let words = L::load_ints(slab.add(pair / 2 * 64).cast());
-                let shift = (16 * (pair % 2)) as u32;
-                let (even, odd) = (L::byte_at(words, shift), L::byte_at(words, shift + 8));
-                to.put(pair, [even.add(offset), odd.add(offset)]);
-                pair += 1;
+            for k in 0..8 {
+                let words = L::load_ints(slab.add(64 * k).cast());
+                let both =
+                    |shift| [L::byte_at(words, shift).add(offset), L::byte_at(words, shift + 8).add(offset)];
+                to.put(2 * k, both(0));
+                to.put(2 * k + 1, both(16));
             }
         }
     }
@@ -719,9 +763,11 @@ impl<L: Lanes> Slab<L> for Bf16Slab {
 /// # Safety
 /// As for a [`PanelKernel`].
 #[inline(always)]
-pub(crate) unsafe fn by_bf16<L: Lanes, S: Slab<L>>(panel: Panel, x: Records<'_>, sums: *mut [f32; LANES]) {
-    // SAFETY: the contract.
-    unsafe { panel_sums::<L, ByBf16<S>>(panel, x, sums) }
+pub(crate) unsafe fn by_bf16<L: Lanes, S: Slab<L>>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
+    for p in 0..panels.count {
+        // SAFETY: the contract.
+        unsafe { panel_sums::<L, ByBf16<S>>(panels.panel(p), x, sums.add(p * MOST_TOKENS)) };
+    }
 }
 
 struct ByBf16<S>(PhantomData<S>);
@@ -758,9 +804,8 @@ impl<L: Lanes, S: Slab<L>> Format<L> for ByBf16<S> {
         unsafe {
             let (mut even, mut odd) = (L::splat(0.0), L::splat(0.0));
             for (pair, weights) in weights.0.iter().enumerate() {
-                let word = record.add(pair).read() as u32;
-                even = weights[0].fma(L::splat(f32::from_bits(word << 16)), even);
-                odd = weights[1].fma(L::splat(f32::from_bits(word & 0xffff_0000)), odd);
+                let x = L::splat_bf16(record.add(pair).cast());
+                (even, odd) = (weights[0].fma(x[0], even), weights[1].fma(x[1], odd));
             }
             total.add(even.add(odd))
         }
@@ -876,9 +921,10 @@ mod tests {
     /// The bits of the sums of a panel.
     fn sums(kernel: PanelKernel, data: &[u8], x: Records<'_>) -> Vec<[u32; LANES]> {
         let mut sums = vec![[0.0; LANES]; x.tokens];
-        let panel = Panel { data: data.as_ptr(), slabs: x.slabs };
+        let first = Panel { data: data.as_ptr(), slabs: x.slabs };
+        let panel = Panels { first, bytes: data.len(), count: 1 };
         // SAFETY: the instruction set is available; panel and records have as many slabs.
-        unsafe { kernel(panel, x, sums.as_mut_ptr()) };
+        unsafe { kernel(panel, x.part(0, x.tokens), sums.as_mut_ptr()) };
         sums.into_iter().map(|sums| sums.map(f32::to_bits)).collect()
     }
 

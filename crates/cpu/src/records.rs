@@ -95,7 +95,7 @@ impl Kind {
     }
 }
 
-/// The records of several tokens: those of columns `32 s ..` from word `s · tokens · words` on.
+/// The records of several tokens: in each block of them those of columns `32 s ..` side by side.
 pub(crate) struct Layout {
     pub(crate) kind: Kind,
     pub(crate) tokens: usize,
@@ -120,9 +120,9 @@ impl Layout {
     /// `words` is valid for [`Layout::len`] words, and nobody else touches those of this token meanwhile.
     pub(crate) unsafe fn write(&self, kernels: &Kernels, t: usize, x: &[f32], words: *mut u32) {
         assert!(t < self.tokens && x.len() <= self.cols, "a token that fits the layout");
-        let (size, stride) = (self.kind.words(), self.tokens * self.kind.words());
+        let (at, stride) = Records::place(self.tokens, self.kind, self.cols / COLUMNS, t);
         // SAFETY: the token is one of the layout's, by the assertion.
-        let mut at = unsafe { words.add(t * size) };
+        let mut at = unsafe { words.add(at) };
         if self.kind == Kind::Float {
             for s in 0..self.cols / COLUMNS {
                 let x = x.get(s * COLUMNS..).unwrap_or_default();

@@ -44,7 +44,9 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// The even and the odd of two columns of BF16: row `r` in elements `2 r` and `2 r + 1`.
     unsafe fn load_bf16(from: *const u16) -> [Self; 2];
-    /// The other way, for numbers that BF16 holds.
+    /// Two BF16, each in all lanes.
+    unsafe fn splat_bf16(from: *const u16) -> [Self; 2];
+    /// The other way than [`Lanes::load_bf16`], for numbers that BF16 holds.
     unsafe fn store_bf16(pair: [Self; 2], to: *mut u16);
     /// Twice the values of the E2M1 codes that are `shift` bits up in the words.
     unsafe fn e2m1_at(words: Self::Ints, shift: u32) -> Self;
@@ -206,6 +208,14 @@ impl Lanes for Scalar {
     unsafe fn load(from: *const f32) -> Self {
         // SAFETY: valid for sixteen elements by the trait's contract.
         Scalar(unsafe { from.cast::<[f32; LANES]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn splat_bf16(from: *const u16) -> [Self; 2] {
+        // SAFETY: valid for two elements by the trait's contract.
+        unsafe {
+            let one = |i: usize| f32::from_bits(u32::from(from.add(i).read()) << 16);
+            [Self::splat(one(0)), Self::splat(one(1))]
+        }
     }
     #[inline(always)]
     unsafe fn store_bf16([even, odd]: [Self; 2], to: *mut u16) {
@@ -420,6 +430,16 @@ mod x86 {
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: the trait's contract.
             Avx512(unsafe { _mm512_loadu_ps(from) })
+        }
+        #[inline(always)]
+        unsafe fn splat_bf16(from: *const u16) -> [Self; 2] {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let pairs = _mm512_set1_epi32(from.cast::<i32>().read_unaligned());
+                let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
+                let even = _mm512_slli_epi32::<16>(pairs);
+                [Avx512(_mm512_castsi512_ps(even)), Avx512(_mm512_castsi512_ps(odd))]
+            }
         }
         #[inline(always)]
         unsafe fn store_bf16([even, odd]: [Self; 2], to: *mut u16) {
@@ -852,6 +872,17 @@ mod x86 {
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: the trait's contract.
             unsafe { Avx2(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+        }
+        #[inline(always)]
+        unsafe fn splat_bf16(from: *const u16) -> [Self; 2] {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let pairs = _mm256_set1_epi32(from.cast::<i32>().read_unaligned());
+                let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32));
+                let (even, odd) =
+                    (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), _mm256_castsi256_ps(odd));
+                [Avx2(even, even), Avx2(odd, odd)]
+            }
         }
         #[inline(always)]
         unsafe fn store_bf16([even, odd]: [Self; 2], to: *mut u16) {
