@@ -706,14 +706,21 @@ impl<L: Lanes, const MX: bool> Slab<L> for E2m1Slab<MX> {
             for k in 0..4 {
                 let words = L::load_ints(codes.add(64 * k).cast());
                 let scale = scales[k / 2];
-                let both =
-                    |shift| [L::e2m1_at(words, shift).mul(scale), L::e2m1_at(words, shift + 8).mul(scale)];
-                to.put(4 * k, both(0));
-                to.put(4 * k + 1, both(16));
-                to.put(4 * k + 2, both(4));
-                to.put(4 * k + 3, both(20));
+                put_pair::<L, P, 0>(to, 4 * k, words, scale);
+                put_pair::<L, P, 16>(to, 4 * k + 1, words, scale);
+                put_pair::<L, P, 4>(to, 4 * k + 2, words, scale);
+                put_pair::<L, P, 20>(to, 4 * k + 3, words, scale);
             }
         }
+    }
+}
+
+/// Puts the codes that are `SHIFT` bits up in the words and those of the byte behind.
+#[inline(always)]
+unsafe fn put_pair<L: Lanes, P: Put<L>, const SHIFT: u32>(to: &mut P, pair: usize, words: L::Ints, scale: L) {
+    // SAFETY: the contract of `Slab::each`.
+    unsafe {
+        to.put(pair, [L::e2m1_at(words, SHIFT).mul(scale), L::e2m1_at(words, SHIFT + 8).mul(scale)]);
     }
 }
 
@@ -730,10 +737,8 @@ impl<L: Lanes> Slab<L> for Int8Slab {
             let offset = L::splat(-(INT8_OFFSET as f32));
             for k in 0..8 {
                 let words = L::load_ints(slab.add(64 * k).cast());
-                let both =
-                    |shift| [L::byte_at(words, shift).add(offset), L::byte_at(words, shift + 8).add(offset)];
-                to.put(2 * k, both(0));
-                to.put(2 * k + 1, both(16));
+                to.put(2 * k, [L::byte_at(words, 0).add(offset), L::byte_at(words, 8).add(offset)]);
+                to.put(2 * k + 1, [L::byte_at(words, 16).add(offset), L::byte_at(words, 24).add(offset)]);
             }
         }
     }
