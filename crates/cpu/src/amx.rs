@@ -66,7 +66,6 @@ pub(crate) unsafe fn by_bf16<L: Lanes, S: Slab<L>>(panels: Panels, x: Part<'_>, 
     // SAFETY: the contract.
     unsafe {
         match x.tokens {
-            0 => {}
             1..=16 => product::<L, S, 1>(panels, x, sums),
             17..=32 => product::<L, S, 2>(panels, x, sums),
             33..=48 => product::<L, S, 3>(panels, x, sums),
