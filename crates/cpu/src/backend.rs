@@ -117,7 +117,7 @@ struct Scratch {
     x: Vec<f32>,
     /// A norm of it.
     h: Vec<f32>,
-    /// The records of what is multiplied next, as f32 and as limbs.
+    /// The records of what is multiplied next, as f32 and coarser.
     float_words: Vec<u32>,
     coarser_words: Vec<u32>,
     /// `[tokens, (query heads + 2 · kv heads) · head size]`

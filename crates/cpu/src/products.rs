@@ -78,7 +78,7 @@ impl<'a> Records<'a> {
         Records { start: words.as_ptr(), tokens, kind, slabs, words: PhantomData }
     }
 
-    /// Where those of token `t` begin in a block that begins with token `from`, in words, and how far they are apart.
+    /// Where those of token `t` begin, and how far they are apart, in words.
     pub(crate) fn place(tokens: usize, kind: Kind, slabs: usize, t: usize) -> (usize, usize) {
         let block = block(kind, slabs);
         let first = t / block * block;

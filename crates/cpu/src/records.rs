@@ -4,7 +4,7 @@
 //! their own, cut into signed bytes, the limbs. Three limbs are 24 bits, which is the precision of f32; with fewer the products
 //! are faster and the activations coarser. Sums of integers are exact, so their order does not matter. BF16 weights take
 //! the activations as they are. Or weights of all formats take activations rounded to BF16, for CPUs with units for that. The
-//! records of 32 columns lie side by side for all tokens of a product.
+//! records of 32 columns lie side by side for all tokens that a product takes at a time.
 
 use crate::kernels::Kernels;
 use crate::products::Records;
