@@ -94,13 +94,15 @@ unsafe fn product<L: Lanes, S: Slab<L>, const GROUPS: usize>(
     (config.rows[GROUPS - 1], config.rows[7]) = (last, last);
     // Few tokens' activations stay there anyway, and their weights come from memory, in order.
     let chunk = if GROUPS == 1 { panels.first.slabs } else { CHUNK };
+    let mut tiles = [const { Tile([0; LANES * COLUMNS]) }; 2];
     // SAFETY: the contract; the compiler uses no tiles, so they keep what they have from one statement to the next.
     unsafe {
         asm!("ldtilecfg [{}]", in(reg) &raw const config, options(nostack, readonly));
         for first in (0..panels.first.slabs).step_by(chunk) {
             let slabs = first..(first + chunk).min(panels.first.slabs);
             for p in 0..panels.count {
-                panel::<L, S, GROUPS>(panels.panel(p), slabs.clone(), x, sums.add(p * MOST_TOKENS));
+                let sums = sums.add(p * MOST_TOKENS);
+                panel::<L, S, GROUPS>(panels.panel(p), slabs.clone(), x, &mut tiles, sums);
             }
         }
         asm!("tilerelease", options(nostack, nomem));
@@ -137,7 +139,7 @@ macro_rules! multiply {
     };
 }
 
-/// Some slabs of one panel; the sums go on from what they are, but with the first slab.
+/// Some slabs of one panel; the sums go on from what they are, but with the first slab. `tiles` is room for weights.
 ///
 /// # Safety
 /// As for [`product`], which has told the CPU what the tiles are.
@@ -146,9 +148,9 @@ unsafe fn panel<L: Lanes, S: Slab<L>, const GROUPS: usize>(
     panel: Panel,
     slabs: Range<usize>,
     x: Part<'_>,
+    tiles: &mut [Tile; 2],
     sums: *mut [f32; LANES],
 ) {
-    let mut tiles = [const { Tile([0; LANES * COLUMNS]) }; 2];
     // SAFETY: the contract.
     unsafe {
         if slabs.start == 0 {

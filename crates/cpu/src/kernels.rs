@@ -145,10 +145,10 @@ impl Isa {
     }
 }
 
-/// Compiles every kernel for one instruction set; `$by_bf16` is the module of those for activations in BF16. `$rows` rows times `$vectors` sixteens of columns of a dense product are kept
+/// Compiles every kernel for one instruction set. `$rows` rows times `$vectors` sixteens of columns of a dense product are kept
 /// in registers at a time.
 macro_rules! instantiate {
-    ($module:ident, $isa:expr, $lanes:ty, $by_bf16:ident, $rows:literal, $vectors:literal $(, $features:literal)?) => {
+    ($module:ident, $isa:expr, $lanes:ty, $rows:literal, $vectors:literal $(, $features:literal)?) => {
         mod $module {
             use super::*;
 
@@ -209,7 +209,7 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn by_bf16<S: Slab<$lanes>>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
                 // SAFETY: as stated above.
-                unsafe { $by_bf16::by_bf16::<$lanes, S>(panels, x, sums) }
+                unsafe { products::by_bf16::<$lanes, S>(panels, x, sums) }
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn pack_e2m1(
@@ -280,29 +280,40 @@ macro_rules! instantiate {
     };
 }
 
-instantiate!(scalar, Isa::Scalar, Scalar, products, 2, 1);
+instantiate!(scalar, Isa::Scalar, Scalar, 2, 1);
 #[cfg(target_arch = "x86_64")]
-instantiate!(avx2, Isa::Avx2, Avx2, products, 4, 1, "avx,avx2,fma,f16c");
+instantiate!(avx2, Isa::Avx2, Avx2, 4, 1, "avx,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512,
     Isa::Avx512,
     Avx512,
-    products,
     8,
     3,
     "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
 );
+/// Those of AVX-512, but for activations in BF16.
 #[cfg(target_arch = "x86_64")]
-instantiate!(
-    amx_and_avx512,
-    Isa::Amx,
-    Avx512,
-    amx,
-    8,
-    3,
-    "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"
-);
+mod amx_and_avx512 {
+    use super::*;
+
+    pub(super) const KERNELS: Kernels = Kernels {
+        isa: Isa::Amx,
+        by_bf16: ByBf16 {
+            nvfp4: by_bf16::<E2m1Slab<false>>,
+            mxfp4: by_bf16::<E2m1Slab<true>>,
+            int8: by_bf16::<Int8Slab>,
+            bf16: by_bf16::<Bf16Slab>,
+        },
+        ..avx512::KERNELS
+    };
+
+    #[target_feature(enable = "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")]
+    unsafe fn by_bf16<S: Slab<Avx512>>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
+        // SAFETY: the caller's obligations are handed on unchanged; the features that the lanes need are enabled here.
+        unsafe { amx::by_bf16::<Avx512, S>(panels, x, sums) }
+    }
+}
 
 /// See [`DenseKernel`]; `R` rows times `V` vectors of columns at a time.
 #[inline(always)]
