@@ -55,8 +55,6 @@ struct SharedOne {
 };
 static_assert(sizeof(SharedOne) == 488);
 
-constexpr uint32_t NOT_GIVEN = ~0u;
-
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
 constexpr int EXPERT_WARPS = 24, DOWN_WARPS = 22; // of a block of the experts, and those that the second product has
 constexpr int MAX_RANKS = 16;
@@ -392,14 +390,14 @@ template <int THREADS> struct Stream {
         const Wait wait;
 #pragma unroll 1
         for (uint32_t r = 0; r < together.ranks; r++) {
-            const float4* shares = (const float4*)(together.read + r * together.share_words);
+            const uint4* shares = (const uint4*)(together.read + r * together.share_words);
             uint4 words[VALUES][NEAR];
             while (true) {
                 bool missing = false;
 #pragma unroll
                 for (int i = 0; i < VALUES; i++)
 #pragma unroll
-                    for (int j = 0; j < NEAR; j++) words[i][j] = at[i][j] >= 0 ? look_at_four(shares + at[i][j]) : make_uint4(0, 0, 0, 0);
+                    for (int j = 0; j < NEAR; j++) words[i][j] = at[i][j] >= 0 ? look(shares + at[i][j]) : make_uint4(0, 0, 0, 0);
 #pragma unroll
                 for (int i = 0; i < VALUES; i++)
 #pragma unroll

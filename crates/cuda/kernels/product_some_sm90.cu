@@ -216,7 +216,6 @@ struct Outputs {
 
 // Sums that one block gives another are words that had all bits set until they came, so that none has to say that they did. A sum never is
 // such a word: what is no number comes out of an addition as another.
-constexpr uint32_t NOT_GIVEN = ~0u;
 __device__ __forceinline__ float4 sums_of(const float* d) { return make_float4(d[0] + 0.f, d[1] + 0.f, d[2] + 0.f, d[3] + 0.f); }
 // Without a branch, of which there would be one for each.
 __device__ __forceinline__ void give(uint8_t* to, bool given, const float4& v) {

@@ -150,9 +150,8 @@ extern "C" __global__ void __launch_bounds__(MAX_NORM_THREADS) rms_norm(const __
 struct SharedNorm {
     Norm norm;
     Peers peers;
-    float* zeroed; // [n, hidden]: what this GPU had added for the sum before, which all have read when they meet
 };
-static_assert(sizeof(SharedNorm) == 240);
+static_assert(sizeof(SharedNorm) == 160);
 
 // The same, where several GPUs share the model: what the experts of all of them found is added.
 extern "C" __global__ void __launch_bounds__(MAX_NORM_THREADS) rms_norm_shared(const __grid_constant__ SharedNorm s) {
@@ -161,15 +160,18 @@ extern "C" __global__ void __launch_bounds__(MAX_NORM_THREADS) rms_norm_shared(c
     start_next();
     if (p.out) scale.load(p.scale, p.hidden);
     wait_for_previous();
-    const size_t row = size_t(blockIdx.x) * p.hidden;
-    store_row(s.peers.added[s.peers.rank] + row, sum_experts(p, blockIdx.x), p.hidden);
-    x.load(p.residual + row, p.hidden);
-    meet(s.peers, blockIdx.x);
+    float* residual = p.residual + size_t(blockIdx.x) * p.hidden;
+    Row sum = sum_experts(p, blockIdx.x);
+    x.load(residual, p.hidden);
+    uint32_t at[NORM_VALUES];
 #pragma unroll
-    for (int i = 0; i < NORM_VALUES; i++)
-        if (const uint32_t at = i * blockDim.x + threadIdx.x; at < p.hidden / 4) x.v[i] = add_all(s.peers, row / 4 + at, x.v[i]);
-    store_row(p.residual + row, x, p.hidden);
-    store_row(s.zeroed + row, Row{}, p.hidden);
+    for (int i = 0; i < NORM_VALUES; i++) {
+        const uint32_t vector = i * blockDim.x + threadIdx.x;
+        at[i] = vector < p.hidden / 4 ? blockIdx.x * (p.hidden / 4) + vector : NOT_GIVEN;
+    }
+    add_all(s.peers, at, sum.v);
+    add_row(x, 1, sum);
+    store_row(residual, x, p.hidden);
     norm_row(p, x, scale);
 }
 

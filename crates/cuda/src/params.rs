@@ -100,12 +100,12 @@ params! {
         one: One, together: Together,
     }
     /// shared.cuh
-    Peers, 152 {
-        added: [Address; 8], arrived: [Address; 8], rounds: Address, rank: u32, ranks: u32, places: u32, padding: u32,
+    Peers, 80 {
+        received: [Address; 8], rank: u32, ranks: u32, stride: u32, divided: u32,
     }
     /// all_reduce.cu
-    AllReduce, 168 {
-        peers: Peers, residual: Address, vectors: u32, padding: u32,
+    AllReduce, 104 {
+        peers: Peers, added: Address, residual: Address, vectors: u32, padding: u32,
     }
     /// gemm_sm90.cu
     Gemm, 160 {
@@ -160,8 +160,8 @@ params! {
         hidden: u32, cols: u32, n: u32, experts_count: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32,
     }
     /// stream.cu
-    SharedNorm, 240 {
-        norm: Norm, peers: Peers, zeroed: Address,
+    SharedNorm, 160 {
+        norm: Norm, peers: Peers,
     }
     /// stream.cu
     Router, 104 {

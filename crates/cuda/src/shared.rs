@@ -17,9 +17,14 @@ use crate::products::{GEMM_ROW_TILES, LogitRows, SOME_TOKENS};
 
 /// shared.cuh
 const MAX_GPUS: usize = 8;
-/// all_reduce.cu: blocks, and their threads.
-const MAX_BLOCKS: usize = 256;
-const THREADS: usize = 256;
+/// all_reduce.cu: threads of a block, and vectors of a thread.
+const THREADS: usize = 64;
+const TOGETHER: usize = 4;
+/// shared.cuh: vectors in a row that are one GPU's, and bytes of a vector.
+const OWNED: usize = 16;
+const VECTOR_BYTES: usize = 8;
+/// Tokens times GPUs beyond the second from which on each GPU sums a share instead of all: fewer bytes, but two ways.
+const DIVIDED_FROM: usize = 128;
 
 /// What a GPU has beside its share of the weights. The first one leads: it also has the others, which take the same steps.
 pub(crate) struct Shared {
@@ -27,25 +32,16 @@ pub(crate) struct Shared {
     /// Of the whole model.
     pub(crate) config: Config,
     pub(crate) followers: Vec<Cuda>,
-    attention: Exchange,
-    experts: Exchange,
+    /// f32 `[tokens, hidden]`: what attention adds; zero before a layer
+    added: Buffer,
+    /// Of the two sums of a layer, behind attention and behind the experts: see shared.cuh. All bits are set before and after.
+    received: [Buffer; 2],
     /// u64 `[MAX_GPUS, SOME_TOKENS]`, see product_some_sm90.cu
     bests: Buffer,
     /// For steps of one token, where all ranks have kernels for those.
     words: Option<Words>,
     /// Where each rank has what the others read or write.
     ranks: Vec<Places>,
-}
-
-/// One of the two sums of a layer: see shared.cuh.
-struct Exchange {
-    /// f32 `[tokens, hidden]`; that of attention is zero before a layer
-    added: Buffer,
-    /// u32 `[MAX_GPUS, places]`
-    arrived: Buffer,
-    /// u32 `[places]`
-    rounds: Buffer,
-    places: usize,
 }
 
 /// Sums that come to the others as words: see one.cu. All bits are set before and after.
@@ -60,28 +56,16 @@ struct Words {
 /// Addresses on one GPU.
 #[derive(Debug, Clone, Copy)]
 struct Places {
-    /// `added` and `arrived`.
-    attention: [Address; 2],
-    experts: [Address; 2],
+    received: [Address; 2],
     shares: [Address; 2],
     projected: Address,
     logits: Address,
     bests: Address,
 }
 
-impl Exchange {
-    fn new(device: &Arc<Device>, config: &Config, places: usize) -> Result<Exchange, Error> {
-        Ok(Exchange {
-            added: device.buffer(MAX_TOKENS * config.hidden_size * 4)?,
-            arrived: device.buffer(MAX_GPUS * places * 4)?,
-            rounds: device.buffer(places * 4)?,
-            places,
-        })
-    }
-
-    fn addresses(&self) -> [Address; 2] {
-        [self.added.address(), self.arrived.address()]
-    }
+/// Of so many vectors those that a GPU sums, with what fills up the last group.
+fn share_of(vectors: usize, ranks: usize) -> usize {
+    vectors.div_ceil(OWNED * ranks) * OWNED
 }
 
 impl Words {
@@ -93,14 +77,19 @@ impl Words {
 }
 
 impl Shared {
-    fn new(device: &Arc<Device>, rank: usize, config: &Config) -> Result<Shared, Error> {
+    fn new(device: &Arc<Device>, rank: usize, ranks: usize, config: &Config) -> Result<Shared, Error> {
+        let vectors = MAX_TOKENS * config.hidden_size / 4;
+        let room = match ranks {
+            ..=2 => vectors,
+            _ => vectors + (ranks - 1) * share_of(vectors, ranks),
+        };
+        let received = || device.filled(room * VECTOR_BYTES, 0xff);
         Ok(Shared {
             rank,
             config: config.clone(),
             followers: Vec::new(),
-            attention: Exchange::new(device, config, MAX_BLOCKS)?,
-            // A block for each token.
-            experts: Exchange::new(device, config, MAX_TOKENS)?,
+            added: device.buffer(MAX_TOKENS * config.hidden_size * 4)?,
+            received: [received()?, received()?],
             bests: device.buffer(MAX_GPUS * SOME_TOKENS * 8)?,
             words: None,
             ranks: Vec::new(),
@@ -111,8 +100,7 @@ impl Shared {
     fn places(&self, logits: Address) -> Places {
         let words = self.words.as_ref();
         Places {
-            attention: self.attention.addresses(),
-            experts: self.experts.addresses(),
+            received: self.received.each_ref().map(Buffer::address),
             shares: words.map_or([0; 2], |words| words.shares.each_ref().map(Buffer::address)),
             projected: words.map_or(0, |words| words.projected.address()),
             logits,
@@ -120,16 +108,19 @@ impl Shared {
         }
     }
 
-    fn peers(&self, exchange: &Exchange, of: impl Fn(&Places) -> [Address; 2]) -> Peers {
+    /// How the first or the second sum of a layer goes for `n` tokens.
+    fn peers(&self, sum: usize, n: usize) -> Peers {
+        let (ranks, vectors) = (self.ranks.len(), n * self.config.hidden_size / 4);
+        let divided = n * ranks.saturating_sub(2) >= DIVIDED_FROM;
         let mut peers = Peers {
-            rounds: exchange.rounds.address(),
             rank: self.rank as u32,
-            ranks: self.ranks.len() as u32,
-            places: exchange.places as u32,
+            ranks: ranks as u32,
+            stride: if divided { share_of(vectors, ranks) } else { vectors } as u32,
+            divided: divided.into(),
             ..Zeroable::zeroed()
         };
         for (i, places) in self.ranks.iter().enumerate() {
-            [peers.added[i], peers.arrived[i]] = of(places);
+            peers.received[i] = places.received[sum];
         }
         peers
     }
@@ -152,20 +143,21 @@ impl Shared {
 
     /// Where the projection of attention adds what it finds.
     pub(crate) fn attention(&self) -> Address {
-        self.attention.added.address()
+        self.added.address()
     }
 
     /// Adds what all ranks found behind attention to the residual stream of `n` tokens.
     pub(crate) fn add_attention(&self, cuda: &Cuda, n: usize) -> Result<(), Error> {
         let vectors = n * self.config.hidden_size / 4;
         let params = AllReduce {
-            peers: self.peers(&self.attention, |places| places.attention),
+            peers: self.peers(0, n),
+            added: self.added.address(),
             residual: cuda.arena.residual.address(),
             vectors: vectors as u32,
             padding: 0,
         };
-        let blocks = vectors.div_ceil(THREADS).min(MAX_BLOCKS);
-        // SAFETY: `added` has MAX_TOKENS rows on each GPU, whose memory this one may read. All ranks launch the same kernels in the same
+        let blocks = vectors.div_ceil(THREADS * TOGETHER);
+        // SAFETY: `received` has room for MAX_TOKENS rows on each GPU, whose memory this one may write. All ranks launch the same kernels in the same
         // order, and blocks that wait come to their multiprocessors in the order of their numbers.
         unsafe { cuda.device.launch("all_reduce", [blocks as u32, 1, 1], THREADS as u32, 0, &params) }
     }
@@ -197,11 +189,7 @@ impl Shared {
 
     /// Adds what the experts of all ranks found, and does `norm`.
     pub(crate) fn add_experts(&self, cuda: &Cuda, norm: Norm) -> Result<(), Error> {
-        let params = SharedNorm {
-            norm,
-            peers: self.peers(&self.experts, |places| places.experts),
-            zeroed: self.attention(),
-        };
+        let params = SharedNorm { norm, peers: self.peers(1, norm.n as usize) };
         // SAFETY: as in `add_attention`; the routes are of the same tokens.
         unsafe { cuda.device.launch("rms_norm_shared", [norm.n, 1, 1], cuda.norm_threads(), 0, &params) }
     }
@@ -241,7 +229,7 @@ impl Cuda {
             }
         }
         let load = |rank: usize, progress: &mut dyn FnMut(usize, usize)| {
-            let shared = Shared::new(&devices[rank], rank, config)?;
+            let shared = Shared::new(&devices[rank], rank, count, config)?;
             Cuda::load_with(&devices[rank], &shards[rank], options, Some(shared), progress)
         };
         let (first, others) = std::thread::scope(|scope| {

@@ -420,8 +420,12 @@ fn gpus_that_share_a_model_give_the_same_bits_again_and_close_to_those_of_one() 
             let rows = first.iter().zip(&alone);
             let close = rows.filter(|(f, a)| relative(&f.hidden, &a.hidden) < 1e-2).count();
             eprintln!("{count} GPUs, batch of {batch}: {close} tokens close to those of one");
-            // One token in hundreds may take another expert.
-            assert!(close * 100 >= batch as usize * 96, "{count} GPUs, batch of {batch}: {close}");
+            // One token in hundreds is so near a tie that it takes another expert, perhaps one of these few.
+            let far = batch as usize - close;
+            assert!(
+                far <= (batch / 25).max(u32::from(batch > 8)) as usize,
+                "{count} GPUs, batch of {batch}: {close}"
+            );
         }
     }
 }
