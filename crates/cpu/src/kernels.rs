@@ -548,7 +548,8 @@ mod cases {
                 (data, Box::new(weight))
             }
             Weights::Int8 => {
-                let data = bytes(slabs * COLUMNS * LANES, 5);
+                let data: Vec<u8> =
+                    bytes(slabs * COLUMNS * LANES, 5).into_iter().map(|byte| byte.max(1)).collect();
                 let copy = data.clone();
                 let weight =
                     move |row: usize, col: usize| f64::from(copy[col / 4 * 64 + 4 * row + col % 4]) - 128.0;

@@ -125,6 +125,8 @@ pub(crate) trait Format<L: Lanes> {
     const UNIT: f32 = 1.0;
     /// Whether to multiply one token takes about as long as to read the weights.
     const SLOW: bool = false;
+    /// Whether decoded weights do not fit the registers, so that two tokens at a time share what is loaded of them.
+    const LOADED: bool = false;
     type Decoded;
 
     /// # Safety
@@ -136,7 +138,30 @@ pub(crate) trait Format<L: Lanes> {
     /// # Safety
     /// As for a [`PanelKernel`].
     unsafe fn add(weights: &Self::Decoded, record: *const i32, step: usize, total: L) -> L;
+
+    /// The same of [`TOGETHER`] tokens, to the same bits.
+    ///
+    /// # Safety
+    /// As for a [`PanelKernel`].
+    #[inline(always)]
+    unsafe fn add_some(
+        weights: &Self::Decoded,
+        records: [*const i32; TOGETHER],
+        step: usize,
+        mut totals: [L; TOGETHER],
+    ) -> [L; TOGETHER] {
+        let mut n = 0;
+        while n < TOGETHER {
+            // SAFETY: the same contract.
+            totals[n] = unsafe { Self::add(weights, records[n], step, totals[n]) };
+            n += 1;
+        }
+        totals
+    }
 }
+
+/// Tokens that share what is loaded of weights that do not fit the registers.
+const TOGETHER: usize = 2;
 
 /// How E2M1 codes meet several tokens of one limb with these lanes.
 pub(crate) trait ByInt8: Lanes {
@@ -173,10 +198,29 @@ unsafe fn panel_sums<L: Lanes, F: Format<L>>(panel: Panel, x: Part<'_>, sums: *m
                 let weights = F::decode(tile);
                 tile = tile.add(F::BYTES);
                 let mut record = records;
-                for t in 0..x.tokens {
+                let mut t = 0;
+                while F::LOADED && t + TOGETHER <= x.tokens {
+                    let (mut some, mut totals) = ([record; TOGETHER], [L::splat(0.0); TOGETHER]);
+                    let mut n = 0;
+                    while n < TOGETHER {
+                        some[n] = record.wrapping_add(n * F::WORDS);
+                        totals[n] = L::load(sums.add(t + n).cast());
+                        n += 1;
+                    }
+                    totals = F::add_some(&weights, some, step, totals);
+                    let mut n = 0;
+                    while n < TOGETHER {
+                        totals[n].store(sums.add(t + n).cast());
+                        n += 1;
+                    }
+                    record = record.wrapping_add(TOGETHER * F::WORDS);
+                    t += TOGETHER;
+                }
+                while t < x.tokens {
                     let total = sums.add(t).cast::<f32>();
                     F::add(&weights, record, step, L::load(total)).store(total);
                     record = record.wrapping_add(F::WORDS);
+                    t += 1;
                 }
             }
             records = records.wrapping_add(x.stride);
@@ -549,7 +593,7 @@ unsafe fn e2m1_sums<L: Lanes, const LIMBS: usize>(
     }
 }
 
-/// Weights of eight bits plus 128: byte `64 k + 4 r + j` is row `r`, column `4 k + j`.
+/// Weights from -127 to 127, plus 128: byte `64 k + 4 r + j` is row `r`, column `4 k + j`.
 #[inline(always)]
 pub(crate) unsafe fn int8<L: Lanes, const LIMBS: usize>(panel: Panel, x: Part<'_>, sums: *mut [f32; LANES]) {
     // SAFETY: the contract of `PanelKernel`.
@@ -563,6 +607,7 @@ impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
     const STEPS: usize = 1;
     const WORDS: usize = Words::<LIMBS>::COUNT;
     const SLOW: bool = L::FEW_REGISTERS;
+    const LOADED: bool = L::FEW_REGISTERS;
     type Decoded = [[L::Bytes; 4]; 2];
 
     #[inline(always)]
@@ -574,29 +619,55 @@ impl<L: Lanes, const LIMBS: usize> Format<L> for Int8<LIMBS> {
     #[inline(always)]
     unsafe fn add(weights: &Self::Decoded, record: *const i32, _step: usize, total: L) -> L {
         // SAFETY: the contract.
-        unsafe {
-            let mut limbs = [L::splat_ints(0); LIMBS];
-            let mut l = 0;
-            while l < LIMBS {
-                limbs[l] = int8_sums::<L, LIMBS>(weights, record, l);
-                l += 1;
-            }
-            let scale = L::splat(record.add(Words::<LIMBS>::SCALE).cast::<f32>().read());
-            int8_whole(limbs, scale, total)
-        }
+        unsafe { int8_totals::<L, LIMBS, 1>(weights, [record], [total])[0] }
+    }
+
+    #[inline(always)]
+    unsafe fn add_some(
+        weights: &Self::Decoded,
+        records: [*const i32; TOGETHER],
+        _step: usize,
+        totals: [L; TOGETHER],
+    ) -> [L; TOGETHER] {
+        // SAFETY: the contract.
+        unsafe { int8_totals::<L, LIMBS, TOGETHER>(weights, records, totals) }
     }
 }
 
-/// The total plus the sums of a slab with each limb, times the scale of the record.
+/// The totals of some tokens plus their products with a slab.
 #[inline(always)]
-unsafe fn int8_whole<L: Lanes, const LIMBS: usize>(limbs: [L::Ints; LIMBS], scale: L, total: L) -> L {
+unsafe fn int8_totals<L: Lanes, const LIMBS: usize, const N: usize>(
+    weights: &[[L::Bytes; 4]; 2],
+    records: [*const i32; N],
+    mut totals: [L; N],
+) -> [L; N] {
     // SAFETY: the contract of `PanelKernel`.
     unsafe {
-        let mut sum = L::from_ints(limbs[0]);
-        for l in 1..LIMBS {
-            sum = L::from_ints(limbs[l]).fma(L::splat([256.0, 65_536.0][l - 1]), sum);
+        let mut limbs = [[L::splat_ints(0); N]; LIMBS];
+        let mut l = 0;
+        while l < LIMBS {
+            let (mut offsets, mut x) = (records, records);
+            let mut n = 0;
+            while n < N {
+                (offsets[n], x[n]) = (records[n].add(Words::<LIMBS>::INT8 + l), records[n].add(8 * l));
+                n += 1;
+            }
+            limbs[l] = L::dot_int8(offsets, weights, x);
+            l += 1;
         }
-        sum.fma(scale, total)
+        let mut n = 0;
+        while n < N {
+            let mut sum = L::from_ints(limbs[0][n]);
+            let mut l = 1;
+            while l < LIMBS {
+                sum = L::from_ints(limbs[l][n]).fma(L::splat([256.0, 65_536.0][l - 1]), sum);
+                l += 1;
+            }
+            let scale = L::splat(records[n].add(Words::<LIMBS>::SCALE).cast::<f32>().read());
+            totals[n] = sum.fma(scale, totals[n]);
+            n += 1;
+        }
+        totals
     }
 }
 
@@ -607,22 +678,6 @@ unsafe fn int8_block<L: Lanes>(tile: *const u8) -> [L::Bytes; 4] {
     unsafe {
         let (a, b) = (L::load_bytes(tile), L::load_bytes(tile.add(64)));
         [a, b, L::load_bytes(tile.add(128)), L::load_bytes(tile.add(192))]
-    }
-}
-
-/// The sums of a slab with one limb.
-#[inline(always)]
-unsafe fn int8_sums<L: Lanes, const LIMBS: usize>(
-    weights: &[[L::Bytes; 4]; 2],
-    record: *const i32,
-    limb: usize,
-) -> L::Ints {
-    // SAFETY: the contract of `PanelKernel`.
-    unsafe {
-        let offset = L::splat_ints(record.add(Words::<LIMBS>::INT8 + limb).read());
-        // Two chains: with one, more tokens would have to be in flight than the CPU keeps track of.
-        let first = L::dot(offset, &weights[0], record.add(8 * limb));
-        L::add_ints(first, L::dot(L::splat_ints(0), &weights[1], record.add(8 * limb + 1)))
     }
 }
 
@@ -642,6 +697,7 @@ impl<L: Lanes> Format<L> for Bf16 {
     const BYTES: usize = 2 * LANES * HALF;
     const STEPS: usize = COLUMNS / HALF;
     const WORDS: usize = COLUMNS;
+    const LOADED: bool = L::FEW_REGISTERS;
     /// The even and the odd of two columns.
     type Decoded = [[L; 2]; HALF / 2];
 
@@ -670,6 +726,58 @@ impl<L: Lanes> Format<L> for Bf16 {
             }
             total.add(chains[0].add(chains[1]).add(chains[2].add(chains[3])))
         }
+    }
+
+    #[inline(always)]
+    unsafe fn add_some(
+        pairs: &Self::Decoded,
+        records: [*const i32; TOGETHER],
+        step: usize,
+        mut totals: [L; TOGETHER],
+    ) -> [L; TOGETHER] {
+        // SAFETY: the contract.
+        unsafe {
+            // The chains one after the other, as those of all tokens would not fit the registers.
+            let (a, b) = (bf16_chain::<L, 0>(pairs, records, step), bf16_chain::<L, 1>(pairs, records, step));
+            let mut first = a;
+            let mut n = 0;
+            while n < TOGETHER {
+                first[n] = a[n].add(b[n]);
+                n += 1;
+            }
+            let (c, d) = (bf16_chain::<L, 2>(pairs, records, step), bf16_chain::<L, 3>(pairs, records, step));
+            let mut n = 0;
+            while n < TOGETHER {
+                totals[n] = totals[n].add(first[n].add(c[n].add(d[n])));
+                n += 1;
+            }
+            totals
+        }
+    }
+}
+
+/// Every fourth column from `FIRST` on, for some tokens.
+#[inline(always)]
+unsafe fn bf16_chain<L: Lanes, const FIRST: usize>(
+    pairs: &[[L; 2]; HALF / 2],
+    records: [*const i32; TOGETHER],
+    step: usize,
+) -> [L; TOGETHER] {
+    // SAFETY: the contract of `PanelKernel`.
+    unsafe {
+        let mut sums = [L::splat(0.0); TOGETHER];
+        let mut i = FIRST;
+        while i < HALF {
+            let weight = pairs[i / 2][i % 2];
+            let mut n = 0;
+            while n < TOGETHER {
+                let x = L::splat(records[n].cast::<f32>().add(step * HALF + i).read());
+                sums[n] = if i < 4 { weight.mul(x) } else { weight.fma(x, sums[n]) };
+                n += 1;
+            }
+            i += 4;
+        }
+        sums
     }
 }
 
@@ -933,7 +1041,7 @@ mod tests {
         sums.into_iter().map(|sums| sums.map(f32::to_bits)).collect()
     }
 
-    /// The largest weights, 6 · 448 and 6 · 2^15, and activations of 127 units add up exactly, whatever the signs.
+    /// The largest weights, 6 · 448, 6 · 2^15 and 127, and activations of 127 units add up exactly, whatever the signs.
     #[test]
     fn the_largest_sums_fit() {
         const TOKENS: usize = 4;
@@ -958,6 +1066,16 @@ mod tests {
                     let expected = [all, 0.0, 0.0, -all].map(|sum| [sum.to_bits(); LANES]);
                     assert_eq!(sums(kernel, &panel, layout.records(&words)), expected, "{isa:?}, {scale}");
                 }
+            }
+            for (byte, weight) in [(255, 127.0f32), (1, -127.0)] {
+                let all = 32.0 * 127.0 * weight;
+                let expected = [all, 0.0, 0.0, -all].map(|sum| [sum.to_bits(); LANES]);
+                let panel = vec![byte; COLUMNS * LANES];
+                assert_eq!(
+                    sums(kernels.int8[0], &panel, layout.records(&words)),
+                    expected,
+                    "{isa:?}, {weight}"
+                );
             }
         }
     }

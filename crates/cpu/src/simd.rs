@@ -103,29 +103,19 @@ pub(crate) trait Lanes: Copy {
     unsafe fn load_ints(from: *const i32) -> Self::Ints;
     unsafe fn store_ints(ints: Self::Ints, to: *mut i32);
     /// Adds the products of sixteen columns, weights of at most 24, with sixteen numbers of several signed bytes, the next limbs of
-    /// which are eight words behind.
-    #[inline(always)]
+    /// which are eight words behind: four bytes of a limb in every second word from `x` on.
     unsafe fn dot_e2m1<const LIMBS: usize>(
         offset: Self::Ints,
         weights: &[Self::Bytes; 4],
         x: *const i32,
-    ) -> Self::Ints {
-        // SAFETY: the same contract. Limbs are chains of their own, so that one does not wait for another.
-        unsafe {
-            let mut sum = Self::dot(offset, weights, x);
-            if LIMBS > 1 {
-                let mut high = Self::dot(Self::splat_ints(0), weights, x.add(8));
-                if LIMBS > 2 {
-                    let highest = Self::dot(Self::splat_ints(0), weights, x.add(16));
-                    high = Self::add_ints(high, Self::shift_byte(highest));
-                }
-                sum = Self::add_ints(sum, Self::shift_byte(high));
-            }
-            sum
-        }
-    }
-    /// Adds the products of sixteen columns with sixteen signed bytes, four in every second word from `x` on.
-    unsafe fn dot(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints;
+    ) -> Self::Ints;
+    /// For some tokens, the products of 32 columns of weights from -127 to 127, plus 128, with 32 signed bytes, in eight words from `x`
+    /// on. `offsets`: where the sum of these bytes is, times -128.
+    unsafe fn dot_int8<const N: usize>(
+        offsets: [*const i32; N],
+        weights: &[[Self::Bytes; 4]; 2],
+        x: [*const i32; N],
+    ) -> [Self::Ints; N];
     /// Times 256.
     unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints;
     unsafe fn add_ints(a: Self::Ints, b: Self::Ints) -> Self::Ints;
@@ -185,6 +175,55 @@ pub(crate) trait Lanes: Copy {
     }
 }
 
+/// Lanes that add products of any unsigned with signed bytes.
+trait Dot: Lanes {
+    /// Adds the products of sixteen columns with sixteen signed bytes, four in every second word from `x` on.
+    unsafe fn dot(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints;
+}
+
+/// See [`Lanes::dot_e2m1`].
+#[inline(always)]
+unsafe fn dot_e2m1<L: Dot, const LIMBS: usize>(
+    offset: L::Ints,
+    weights: &[L::Bytes; 4],
+    x: *const i32,
+) -> L::Ints {
+    // SAFETY: the same contract. Limbs are chains of their own, so that one does not wait for another.
+    unsafe {
+        let mut sum = L::dot(offset, weights, x);
+        if LIMBS > 1 {
+            let mut high = L::dot(L::splat_ints(0), weights, x.add(8));
+            if LIMBS > 2 {
+                let highest = L::dot(L::splat_ints(0), weights, x.add(16));
+                high = L::add_ints(high, L::shift_byte(highest));
+            }
+            sum = L::add_ints(sum, L::shift_byte(high));
+        }
+        sum
+    }
+}
+
+/// See [`Lanes::dot_int8`].
+#[inline(always)]
+unsafe fn dot_int8<L: Dot, const N: usize>(
+    offsets: [*const i32; N],
+    weights: &[[L::Bytes; 4]; 2],
+    x: [*const i32; N],
+) -> [L::Ints; N] {
+    // SAFETY: the same contract.
+    unsafe {
+        let mut sums = [L::splat_ints(0); N];
+        let mut n = 0;
+        while n < N {
+            // Two chains: with one, more tokens would have to be in flight than the CPU keeps track of.
+            let first = L::dot(L::splat_ints(offsets[n].read()), &weights[0], x[n]);
+            sums[n] = L::add_ints(first, L::dot(sums[n], &weights[1], x[n].add(1)));
+            n += 1;
+        }
+        sums
+    }
+}
+
 /// Plain arrays: the road of every CPU without AVX2.
 #[derive(Clone, Copy)]
 pub(crate) struct Scalar([f32; LANES]);
@@ -193,6 +232,21 @@ impl Scalar {
     #[inline(always)]
     fn zip(self, other: Scalar, f: impl Fn(f32, f32) -> f32) -> Scalar {
         Scalar(std::array::from_fn(|l| f(self.0[l], other.0[l])))
+    }
+}
+
+impl Dot for Scalar {
+    #[inline(always)]
+    unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+        // SAFETY: valid for sixteen bytes by the trait's contract.
+        let x: [[i8; 4]; 4] = std::array::from_fn(|i| unsafe { x.add(2 * i).cast::<[i8; 4]>().read() });
+        for (weights, x) in weights.iter().zip(x) {
+            for (sum, weights) in sum.iter_mut().zip(weights.as_chunks::<4>().0) {
+                let products = weights.iter().zip(x).map(|(&w, x)| i32::from(w) * i32::from(x));
+                *sum = sum.wrapping_add(products.sum());
+            }
+        }
+        sum
     }
 }
 
@@ -330,16 +384,22 @@ impl Lanes for Scalar {
         unsafe { to.cast::<Self::Ints>().write_unaligned(ints) }
     }
     #[inline(always)]
-    unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
-        // SAFETY: valid for sixteen bytes by the trait's contract.
-        let x: [[i8; 4]; 4] = std::array::from_fn(|i| unsafe { x.add(2 * i).cast::<[i8; 4]>().read() });
-        for (weights, x) in weights.iter().zip(x) {
-            for (sum, weights) in sum.iter_mut().zip(weights.as_chunks::<4>().0) {
-                let products = weights.iter().zip(x).map(|(&w, x)| i32::from(w) * i32::from(x));
-                *sum = sum.wrapping_add(products.sum());
-            }
-        }
-        sum
+    unsafe fn dot_e2m1<const LIMBS: usize>(
+        offset: Self::Ints,
+        weights: &[Self::Bytes; 4],
+        x: *const i32,
+    ) -> Self::Ints {
+        // SAFETY: the trait's contract.
+        unsafe { dot_e2m1::<Self, LIMBS>(offset, weights, x) }
+    }
+    #[inline(always)]
+    unsafe fn dot_int8<const N: usize>(
+        offsets: [*const i32; N],
+        weights: &[[Self::Bytes; 4]; 2],
+        x: [*const i32; N],
+    ) -> [Self::Ints; N] {
+        // SAFETY: the trait's contract.
+        unsafe { dot_int8::<Self, N>(offsets, weights, x) }
     }
     #[inline(always)]
     unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints {
@@ -416,6 +476,19 @@ mod x86 {
     /// Sixteen lanes in one register.
     #[derive(Clone, Copy)]
     pub(crate) struct Avx512(__m512);
+
+    impl super::Dot for Avx512 {
+        #[inline(always)]
+        unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+            // SAFETY: the trait's contract.
+            unsafe {
+                for (i, &weights) in weights.iter().enumerate() {
+                    sum = _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.add(2 * i).read()));
+                }
+            }
+            sum
+        }
+    }
 
     impl Lanes for Avx512 {
         type Bytes = __m512i;
@@ -596,14 +669,22 @@ mod x86 {
             unsafe { _mm512_storeu_si512(to.cast(), ints) }
         }
         #[inline(always)]
-        unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+        unsafe fn dot_e2m1<const LIMBS: usize>(
+            offset: Self::Ints,
+            weights: &[Self::Bytes; 4],
+            x: *const i32,
+        ) -> Self::Ints {
             // SAFETY: the trait's contract.
-            unsafe {
-                for (i, &weights) in weights.iter().enumerate() {
-                    sum = _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.add(2 * i).read()));
-                }
-            }
-            sum
+            unsafe { super::dot_e2m1::<Self, LIMBS>(offset, weights, x) }
+        }
+        #[inline(always)]
+        unsafe fn dot_int8<const N: usize>(
+            offsets: [*const i32; N],
+            weights: &[[Self::Bytes; 4]; 2],
+            x: [*const i32; N],
+        ) -> [Self::Ints; N] {
+            // SAFETY: the trait's contract.
+            unsafe { super::dot_int8::<Self, N>(offsets, weights, x) }
         }
         #[inline(always)]
         unsafe fn shift_byte(ints: Self::Ints) -> Self::Ints {
@@ -1074,17 +1155,27 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn dot(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+        unsafe fn dot_int8<const N: usize>(
+            _offsets: [*const i32; N],
+            weights: &[[Self::Bytes; 4]; 2],
+            x: [*const i32; N],
+        ) -> [Self::Ints; N] {
             // SAFETY: the trait's contract.
             unsafe {
-                let mut sum = sum;
+                let mut sums = [(_mm256_setzero_si256(), _mm256_setzero_si256()); N];
                 let mut i = 0;
-                while i < 4 {
-                    let x = _mm256_set1_epi32(x.add(2 * i).read());
-                    sum = (dot8(sum.0, weights[i].0, x), dot8(sum.1, weights[i].1, x));
+                while i < 8 {
+                    let weights = weights[i / 4][i % 4];
+                    let (a, b) = (less_128(weights.0), less_128(weights.1));
+                    let mut n = 0;
+                    while n < N {
+                        let x = _mm256_set1_epi32(x[n].add(i % 4 * 2 + i / 4).read());
+                        sums[n] = (multiply_signed(sums[n].0, a, x), multiply_signed(sums[n].1, b, x));
+                        n += 1;
+                    }
                     i += 1;
                 }
-                sum
+                sums
             }
         }
         #[inline(always)]
@@ -1307,16 +1398,20 @@ mod x86 {
         unsafe { _mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15))) }
     }
 
-    /// Adds products with unsigned bytes: pairs of products of seven bits fit 16, and the eighth bit counts 128.
     #[inline(always)]
-    unsafe fn dot8(sum: __m256i, weights: __m256i, x: __m256i) -> __m256i {
+    unsafe fn less_128(bytes: __m256i) -> __m256i {
+        // SAFETY: as above.
+        unsafe { _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)) }
+    }
+
+    /// Adds products of signed bytes. One factor is to be unsigned, so the other takes its sign; a pair of products is at most
+    /// 127 · 128 · 2, which fits 16 bits.
+    #[inline(always)]
+    unsafe fn multiply_signed(sum: __m256i, weights: __m256i, x: __m256i) -> __m256i {
         // SAFETY: as above.
         unsafe {
-            let low = _mm256_and_si256(weights, _mm256_set1_epi8(0x7f));
-            let high = _mm256_and_si256(_mm256_srli_epi16::<7>(weights), _mm256_set1_epi8(1));
-            let low = _mm256_madd_epi16(_mm256_maddubs_epi16(low, x), _mm256_set1_epi16(1));
-            let high = _mm256_madd_epi16(_mm256_maddubs_epi16(high, x), _mm256_set1_epi16(128));
-            _mm256_add_epi32(sum, _mm256_add_epi32(low, high))
+            let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(weights, x));
+            _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
         }
     }
 
