@@ -1,4 +1,4 @@
-// What GPUs that share a model tell one another. They read one another's memory, over the links between them.
+// What GPUs that share a model tell one another. They read and write one another's memory, over the links between them.
 #pragma once
 #include "common.cuh"
 
