@@ -32,4 +32,5 @@ extern "C" __global__ void __launch_bounds__(64) all_reduce(const __grid_constan
         ((float4*)p.added)[at[k]] = make_float4(0, 0, 0, 0);
         residual[at[k]] = make_float4(before[k].x + sum[k].x, before[k].y + sum[k].y, before[k].z + sum[k].z, before[k].w + sum[k].w);
     }
+    end_of_sum(p.peers);
 }

@@ -1,4 +1,4 @@
-// What GPUs that share a model tell one another. They read and write one another's memory, over the links between them.
+// What GPUs that share a model tell one another. They read and write one another's memory, over the links between them, or the host's.
 #pragma once
 #include "common.cuh"
 
@@ -8,9 +8,10 @@ constexpr unsigned long long PATIENCE = 60ull * 1000 * 1000 * 1000; // nanosecon
 
 // How a sum of all GPUs goes. A vector is four numbers in 16 bits each; one with all bits set has not come yet.
 struct Peers {
-    uint2* received[MAX_GPUS]; // on each GPU: [ranks - 1, stride] vectors that the others add, then [vectors] sums; all bits set before and after
+    uint2* received[MAX_GPUS]; // of each GPU: [ranks - 1, stride] vectors that the others add, then [vectors] sums; all bits set before and after
     uint32_t rank, ranks, stride;
-    uint32_t divided; // 1: each GPU sums a share of all and gives the sums to the others; 0: each sums all
+    uint16_t divided; // 1: each GPU sums a share of all and gives the sums to the others; 0: each sums all
+    uint16_t by_host; // 1: `received` is memory of the host
 };
 static_assert(sizeof(Peers) == 80);
 constexpr uint32_t OWNED = 16; // vectors in a row that are one GPU's where the sum is divided
@@ -120,4 +121,10 @@ template <int COUNT> __device__ __forceinline__ void add_all(const Peers& p, con
 #pragma unroll
     for (int k = 0; k < COUNT; k++)
         if (at[k] != NOT_GIVEN) sum[k] = from_wire(v[k]);
+}
+
+// By each thread at its end. Another GPU writes to the same places when it has heard from a later kernel of this one: by then it is known
+// everywhere that nothing has come there yet. In a GPU's own memory it is without this.
+__device__ __forceinline__ void end_of_sum(const Peers& p) {
+    if (p.by_host) __threadfence_system();
 }

@@ -173,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(MAX_NORM_THREADS) rms_norm_shared(c
     add_row(x, 1, sum);
     store_row(residual, x, p.hidden);
     norm_row(p, x, scale);
+    end_of_sum(s.peers);
 }
 
 struct Router {

@@ -322,7 +322,14 @@ impl Backend for Cuda {
             1 => String::new(),
             count => format!("{count} × "),
         };
-        format!("{count}{}, 16-bit activations{fp4}, {cache} keys and values{graphs}", self.device.name())
+        let far = match &self.shared {
+            Some(shared) if shared.is_by_host() => ", which exchange sums by the host's memory",
+            _ => "",
+        };
+        format!(
+            "{count}{}{far}, 16-bit activations{fp4}, {cache} keys and values{graphs}",
+            self.device.name()
+        )
     }
 
     fn kv_layout(&self) -> KvLayout {
@@ -522,7 +529,7 @@ impl Cuda {
     /// Whether GPUs that share the model share the rows of the output layer, too, in this step.
     fn divides_logits(&self, shape: &Shape) -> bool {
         let epilogue = self.epilogue(After::Store);
-        self.shared.is_some()
+        self.shared.as_ref().is_some_and(|shared| !shared.is_by_host())
             && (1..=LOGIT_ROWS).contains(&shape.outputs)
             // What many rows of logits take from GPU to GPU is more than they save.
             && (!shape.logits || shape.outputs <= SENT_LOGIT_ROWS)

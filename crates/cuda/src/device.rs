@@ -144,6 +144,8 @@ pub struct Device {
     capability: u32,
     multiprocessors: usize,
     shared_bytes: usize,
+    /// It is to be taken for a GPU that cannot reach another's memory.
+    apart: bool,
     /// While a profile is taken: the kernels launched so far.
     timed: Mutex<Option<Vec<Timed>>>,
 }
@@ -170,11 +172,11 @@ unsafe impl Sync for Device {}
 impl Device {
     /// Opens the device of this number and loads the kernels.
     pub fn open(ordinal: usize) -> Result<Arc<Device>, Error> {
-        Device::open_with(ordinal, u32::MAX)
+        Device::open_with(ordinal, u32::MAX, false)
     }
 
     /// Opens it with the kernels of compute capability `most`, if its own is later.
-    fn open_with(ordinal: usize, most: u32) -> Result<Arc<Device>, Error> {
+    fn open_with(ordinal: usize, most: u32, apart: bool) -> Result<Arc<Device>, Error> {
         let count = device_count()?;
         if ordinal >= count {
             return Err(Error::Unsupported(format!(
@@ -221,6 +223,7 @@ impl Device {
             capability,
             multiprocessors: attribute(16)?,
             shared_bytes: attribute(97)?,
+            apart,
             timed: Mutex::new(None),
         };
         opened.bind()?;
@@ -237,13 +240,18 @@ impl Device {
 
     /// The same GPU with a stream of its own, for work beside that of this one.
     pub fn beside(&self) -> Result<Arc<Device>, Error> {
-        Device::open_with(self.ordinal, self.capability)
+        Device::open_with(self.ordinal, self.capability, self.apart)
     }
 
     /// The same GPU as if it were of an older generation, 80 being compute capability 8.0: with the kernels of that one, which run on
     /// later ones too. So every generation's choice of kernels can be tested on a later GPU.
     pub fn as_generation(&self, capability: u32) -> Result<Arc<Device>, Error> {
-        Device::open_with(self.ordinal, capability)
+        Device::open_with(self.ordinal, capability, self.apart)
+    }
+
+    /// The same GPU as if it could not reach the memory of others, as many cannot. So that way can be tested where they can.
+    pub fn set_apart(&self) -> Result<Arc<Device>, Error> {
+        Device::open_with(self.ordinal, self.capability, true)
     }
 
     /// Device name as the driver gives it.
@@ -281,10 +289,13 @@ impl Device {
         self.shared_bytes
     }
 
-    /// Lets this device's kernels read and write the memory of another one.
-    pub(crate) fn read_memory_of(&self, peer: &Device) -> Result<(), Error> {
+    /// Lets this device's kernels read and write the memory of another one, if they can.
+    pub(crate) fn reaches_memory_of(&self, peer: &Device) -> Result<bool, Error> {
         if self.ordinal == peer.ordinal {
-            return Ok(());
+            return Ok(true);
+        }
+        if self.apart {
+            return Ok(false);
         }
         self.bind()?;
         let mut can = 0;
@@ -292,17 +303,14 @@ impl Device {
         let result = unsafe { (self.driver.can_access_peer)(&raw mut can, self.device, peer.device) };
         self.driver.check(result, "asking whether one GPU can read another's memory")?;
         if can == 0 {
-            return Err(Error::Unsupported(format!(
-                "cuda:{} cannot read the memory of cuda:{}, without which they cannot share a model",
-                self.ordinal, peer.ordinal
-            )));
+            return Ok(false);
         }
         /// It was allowed before.
         const PEER_ACCESS_ALREADY_ENABLED: c_int = 704;
         // SAFETY: both contexts are live.
         match unsafe { (self.driver.enable_peer_access)(peer.context, 0) } {
-            PEER_ACCESS_ALREADY_ENABLED => Ok(()),
-            result => self.driver.check(result, "letting one GPU read another's memory"),
+            PEER_ACCESS_ALREADY_ENABLED => Ok(true),
+            result => self.driver.check(result, "letting one GPU read another's memory").map(|()| true),
         }
     }
 
@@ -598,7 +606,7 @@ impl Drop for Buffer {
     }
 }
 
-/// Page-locked memory of the host.
+/// Page-locked memory of the host, which all GPUs can read and write.
 pub(crate) struct Pinned {
     device: Arc<Device>,
     pointer: *mut u8,

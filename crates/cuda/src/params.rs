@@ -101,7 +101,7 @@ params! {
     }
     /// shared.cuh
     Peers, 80 {
-        received: [Address; 8], rank: u32, ranks: u32, stride: u32, divided: u32,
+        received: [Address; 8], rank: u32, ranks: u32, stride: u32, divided: u16, by_host: u16,
     }
     /// all_reduce.cu
     AllReduce, 104 {

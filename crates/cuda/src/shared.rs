@@ -8,7 +8,7 @@ use gptoss::Error;
 
 use crate::arena::MAX_TOKENS;
 use crate::backend::{Cuda, Options};
-use crate::device::{Buffer, Device};
+use crate::device::{Buffer, Device, Pinned};
 use crate::driver::Address;
 use crate::one::OneToken;
 use crate::packed::TILE_ROWS;
@@ -35,13 +35,43 @@ pub(crate) struct Shared {
     /// f32 `[tokens, hidden]`: what attention adds; zero before a layer
     added: Buffer,
     /// Of the two sums of a layer, behind attention and behind the experts: see shared.cuh. All bits are set before and after.
-    received: [Buffer; 2],
+    received: [Received; 2],
     /// u64 `[MAX_GPUS, SOME_TOKENS]`, see product_some_sm90.cu
     bests: Buffer,
     /// For steps of one token, where all ranks have kernels for those.
     words: Option<Words>,
     /// Where each rank has what the others read or write.
     ranks: Vec<Places>,
+}
+
+/// What other GPUs write for this one.
+enum Received {
+    /// Into its memory.
+    Near(Buffer),
+    /// Into the host's, where one cannot reach another's.
+    ByHost(Pinned),
+}
+
+impl Received {
+    fn new(device: &Arc<Device>, bytes: usize, near: bool) -> Result<Received, Error> {
+        if near {
+            return Ok(Received::Near(device.filled(bytes, 0xff)?));
+        }
+        let mut memory = device.pinned(bytes)?;
+        memory.slice_mut::<u8>().fill(0xff);
+        Ok(Received::ByHost(memory))
+    }
+
+    fn address(&self) -> Address {
+        match self {
+            Received::Near(buffer) => buffer.address(),
+            Received::ByHost(memory) => memory.address(),
+        }
+    }
+
+    fn is_by_host(&self) -> bool {
+        matches!(self, Received::ByHost(_))
+    }
 }
 
 /// Sums that come to the others as words: see one.cu. All bits are set before and after.
@@ -77,13 +107,20 @@ impl Words {
 }
 
 impl Shared {
-    fn new(device: &Arc<Device>, rank: usize, ranks: usize, config: &Config) -> Result<Shared, Error> {
+    /// `near`: all GPUs can reach one another's memory.
+    fn new(
+        device: &Arc<Device>,
+        rank: usize,
+        ranks: usize,
+        config: &Config,
+        near: bool,
+    ) -> Result<Shared, Error> {
         let vectors = MAX_TOKENS * config.hidden_size / 4;
         let room = match ranks {
             ..=2 => vectors,
             _ => vectors + (ranks - 1) * share_of(vectors, ranks),
         };
-        let received = || device.filled(room * VECTOR_BYTES, 0xff);
+        let received = || Received::new(device, room * VECTOR_BYTES, near);
         Ok(Shared {
             rank,
             config: config.clone(),
@@ -100,7 +137,7 @@ impl Shared {
     fn places(&self, logits: Address) -> Places {
         let words = self.words.as_ref();
         Places {
-            received: self.received.each_ref().map(Buffer::address),
+            received: self.received.each_ref().map(Received::address),
             shares: words.map_or([0; 2], |words| words.shares.each_ref().map(Buffer::address)),
             projected: words.map_or(0, |words| words.projected.address()),
             logits,
@@ -117,12 +154,18 @@ impl Shared {
             ranks: ranks as u32,
             stride: if divided { share_of(vectors, ranks) } else { vectors } as u32,
             divided: divided.into(),
+            by_host: self.is_by_host().into(),
             ..Zeroable::zeroed()
         };
         for (i, places) in self.ranks.iter().enumerate() {
             peers.received[i] = places.received[sum];
         }
         peers
+    }
+
+    /// Whether the host's memory is what these GPUs exchange sums by.
+    pub(crate) fn is_by_host(&self) -> bool {
+        self.received.iter().any(Received::is_by_host)
     }
 
     /// What the kernels of one token in this layer have of the others.
@@ -157,7 +200,7 @@ impl Shared {
             padding: 0,
         };
         let blocks = vectors.div_ceil(THREADS * TOGETHER);
-        // SAFETY: `received` has room for MAX_TOKENS rows on each GPU, whose memory this one may write. All ranks launch the same kernels in the same
+        // SAFETY: `received` has room for MAX_TOKENS rows of each GPU, and this one may write there. All ranks launch the same kernels in the same
         // order, and blocks that wait come to their multiprocessors in the order of their numbers.
         unsafe { cuda.device.launch("all_reduce", [blocks as u32, 1, 1], THREADS as u32, 0, &params) }
     }
@@ -197,10 +240,10 @@ impl Shared {
 
 impl Cuda {
     /// As [`Cuda::load`], on several GPUs that share every layer's heads and every expert's units (tensor parallelism). Each has the
-    /// keys and values of its own heads; the first has the answers.
+    /// keys and values of its own heads; the first has the answers. Where one cannot reach another's memory, they exchange by the host's.
     ///
     /// # Errors
-    /// Also if the model cannot be divided among so many, or one GPU cannot read another's memory.
+    /// Also if the model cannot be divided among so many.
     pub fn load_shared(
         devices: &[Arc<Device>],
         weights: &dyn Weights,
@@ -216,6 +259,7 @@ impl Cuda {
                 config.kv_heads
             ))
         })?;
+        let mut near = true;
         for device in devices {
             if device.capability() != devices[0].capability() {
                 return Err(Error::Unsupported(format!(
@@ -225,11 +269,11 @@ impl Cuda {
                 )));
             }
             for peer in devices {
-                device.read_memory_of(peer)?;
+                near &= device.reaches_memory_of(peer)?;
             }
         }
         let load = |rank: usize, progress: &mut dyn FnMut(usize, usize)| {
-            let shared = Shared::new(&devices[rank], rank, count, config)?;
+            let shared = Shared::new(&devices[rank], rank, count, config, near)?;
             Cuda::load_with(&devices[rank], &shards[rank], options, Some(shared), progress)
         };
         let (first, others) = std::thread::scope(|scope| {
@@ -256,7 +300,8 @@ impl Cuda {
     }
 }
 
-/// Prepares steps of one token, if all ranks have kernels for those that fit together; else none has.
+/// Prepares steps of one token, if all ranks have kernels for those that fit together; else none has. Every block of those reads what all
+/// ranks give, for which the host's memory is too far away.
 fn share_single_tokens(all: &mut [Cuda]) -> Result<(), Error> {
     let shapes =
         all.iter().map(|cuda| cuda.one.as_ref().filter(|one| one.shares_are_near()).map(OneToken::shares));
@@ -264,7 +309,7 @@ fn share_single_tokens(all: &mut [Cuda]) -> Result<(), Error> {
     shapes.dedup();
     for cuda in all {
         match (&shapes[..], &mut cuda.shared) {
-            (&[Some((share_words, _))], Some(shared)) => {
+            (&[Some((share_words, _))], Some(shared)) if !shared.is_by_host() => {
                 shared.words = Some(Words::new(&cuda.device, share_words, cuda.config.hidden_size)?);
             }
             _ => cuda.one = None,
