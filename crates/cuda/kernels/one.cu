@@ -58,7 +58,7 @@ static_assert(sizeof(SharedOne) == 488);
 constexpr int WARPS = 16, THREADS = WARPS * WARP, NARROW = 8; // of a block, and of one of the output layer
 constexpr int EXPERT_WARPS = 24, DOWN_WARPS = 22; // of a block of the experts, and those that the second product has
 constexpr int MAX_RANKS = 16;
-constexpr int SHARES = 4; // row tiles that a block of the experts may touch
+constexpr int SHARES = 7; // row tiles that a block of the experts may touch
 
 // `a / b` of numbers below 2^20, where the error of the fast division is below half of `1 / b`. Divisions stand before the first weights of
 // blocks that begin late, and that of integers takes four times as many instructions.
@@ -259,8 +259,9 @@ __device__ __forceinline__ uint32_t parts_row(const One& p) { return (p.part_cou
 // The choice of experts, by all threads of a block. Between its steps are barriers.
 struct Routing {
     static constexpr int WARPS = EXPERT_WARPS, ROWS = 2, VECTORS = MAX_HIDDEN / TILE_ROWS / 4 / WARP, EIGHTS = WARPS * WARP / 8;
-    // Sums over the parts: of the experts, then of the squares.
-    __align__(16) float sums[MAX_EXPERTS + 4];
+    // Sums over the parts: of the experts, then of the squares. Later what `both_products` has there, of a row tile for each warp.
+    __align__(16) float sums[WARPS * (TILE_ROWS + 1)];
+    static_assert(WARPS * (TILE_ROWS + 1) >= MAX_EXPERTS + 4);
     __align__(16) float bias[MAX_EXPERTS + 4];
     uint32_t experts[MAX_RANKS];
     float logits[MAX_RANKS], weights[MAX_RANKS]; // of those experts
@@ -853,6 +854,10 @@ KERNEL(one_attended_bf16, 56, attended<BF16, 1, 3>)
 KERNEL(one_attended_fp4, 56, attended<FP4, 4, 1>)
 KERNEL(one_experts_bf16, 48, both_products<BF16, 1, 2>)
 KERNEL(one_experts_fp4, 48, both_products<FP4, 3, 2>)
+// For multiprocessors of 100 KB of shared memory, which have less bandwidth and need less on its way: two blocks of the projection have room.
+KERNEL(one_qkv_bf16_small, 56, qkv<BF16, 1, 2>)
+KERNEL(one_attended_bf16_small, 56, attended<BF16, 1, 1>)
+KERNEL(one_experts_fp4_small, 48, both_products<FP4, 2, 2>)
 KERNEL(one_norm_bf16, 64, last_norm<BF16>)
 KERNEL(one_norm_fp4, 64, last_norm<FP4>)
 #define OUTPUT(NAME, ...) \

@@ -57,6 +57,12 @@ const MODULES: &[Module] = &[
             "one_experts_bf16_shared",
             "one_experts_fp4",
             "one_experts_fp4_shared",
+            "one_qkv_bf16_small",
+            "one_qkv_bf16_small_shared",
+            "one_attended_bf16_small",
+            "one_attended_bf16_small_shared",
+            "one_experts_fp4_small",
+            "one_experts_fp4_small_shared",
             "one_norm_bf16",
             "one_norm_bf16_shared",
             "one_norm_fp4",
@@ -199,7 +205,12 @@ impl Device {
         let result = unsafe { (driver.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) };
         driver.check(result, "asking the GPU for its name")?;
         let name = name.split(|&b| b == 0).next().unwrap_or_default();
-        let capability = most.min((attribute(75)? * 10 + attribute(76)?) as u32);
+        let own_capability = (attribute(75)? * 10 + attribute(76)?) as u32;
+        let capability = most.min(own_capability);
+        let (most_multiprocessors, most_shared_bytes) = match capability {
+            older if older < own_capability => size_of_generation(older),
+            _ => (usize::MAX, usize::MAX),
+        };
         let name = String::from_utf8_lossy(name).into_owned();
         if capability < 80 {
             return Err(Error::Unsupported(format!(
@@ -221,8 +232,8 @@ impl Device {
             name,
             ordinal,
             capability,
-            multiprocessors: attribute(16)?,
-            shared_bytes: attribute(97)?,
+            multiprocessors: attribute(16)?.min(most_multiprocessors),
+            shared_bytes: attribute(97)?.min(most_shared_bytes),
             apart,
             timed: Mutex::new(None),
         };
@@ -244,7 +255,7 @@ impl Device {
     }
 
     /// The same GPU as if it were of an older generation, 80 being compute capability 8.0: with the kernels of that one, which run on
-    /// later ones too. So every generation's choice of kernels can be tested on a later GPU.
+    /// later ones too, and as many multiprocessors with as much shared memory as one of its chips has. So every generation's choice of kernels can be tested on a later GPU.
     pub fn as_generation(&self, capability: u32) -> Result<Arc<Device>, Error> {
         Device::open_with(self.ordinal, capability, self.apart)
     }
@@ -544,6 +555,16 @@ impl Device {
         // SAFETY: the allocation is of at least this size.
         unsafe { std::ptr::write_bytes(pointer.cast::<u8>(), 0, bytes) };
         Ok(Pinned { device: Arc::clone(self), pointer: pointer.cast(), bytes })
+    }
+}
+
+/// Multiprocessors of one of the smaller chips of a generation (A100, RTX 3090, RTX 4070 Ti SUPER), and bytes of shared memory that a block can
+/// have there (CUDA C++ Programming Guide, technical specifications per compute capability).
+fn size_of_generation(capability: u32) -> (usize, usize) {
+    match capability {
+        86 => (82, 99 << 10),
+        89 => (66, 99 << 10),
+        _ => (108, 163 << 10),
     }
 }
 

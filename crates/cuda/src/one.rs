@@ -17,21 +17,66 @@ const WARPS: usize = 16;
 const EXPERT_WARPS: usize = 24;
 const DOWN_WARPS: usize = 22;
 const NARROW: usize = 8;
-/// Row tiles of a block of the experts in its first product, at most: their scales and biases lie where the router's logits were.
-const GROUPS: usize = 15;
 /// Row tiles that a block of the experts may touch in its second product.
-const SHARES: usize = 4;
+const SHARES: usize = 7;
 
 /// Bytes of shared memory that the device takes for each block, and that one of the projection of attention has itself, at most.
 const BLOCK_SHARED: usize = 1 << 10;
 const ATTENDED_SHARED: usize = 2 << 10;
 
+/// Bytes of shared memory that any of the kernels has itself, at most.
+const OWN_SHARED: usize = 7 << 10;
+
 /// Blocks of the output layer that a multiprocessor has registers for.
 const OUTPUT_BLOCKS: usize = 4;
 
-/// Bytes of the slots of a warp's flow in `one.cu`, by format: the tiles of a chunk, and the slots.
-fn flow_bytes(format: u32, bf16: (usize, usize), fp4: (usize, usize)) -> usize {
-    let ((chunk, slots), tile) = if format == FP4 { (fp4, 512 + 64) } else { (bf16, 2048) };
+/// A kernel of `one.cu`.
+struct Kernel {
+    name: &'static str,
+    /// The one for several GPUs that share the model.
+    shared: &'static str,
+    /// Of a warp's flow: the tiles of a chunk, and the slots.
+    flow: (usize, usize),
+}
+
+macro_rules! kernel {
+    ($name:literal, $chunk:literal, $slots:literal) => {
+        Kernel { name: $name, shared: concat!($name, "_shared"), flow: ($chunk, $slots) }
+    };
+}
+
+/// The kernels of a layer, each for weights in BF16 and in four bits.
+struct Kernels {
+    qkv: [Kernel; 2],
+    attended: [Kernel; 2],
+    experts: [Kernel; 2],
+}
+
+/// With much on its way, and for multiprocessors of 100 KB of shared memory.
+static KERNELS: [Kernels; 2] = [
+    Kernels {
+        qkv: [kernel!("one_qkv_bf16", 1, 3), kernel!("one_qkv_fp4", 9, 1)],
+        attended: [kernel!("one_attended_bf16", 1, 3), kernel!("one_attended_fp4", 4, 1)],
+        experts: [kernel!("one_experts_bf16", 1, 2), kernel!("one_experts_fp4", 3, 2)],
+    },
+    Kernels {
+        qkv: [kernel!("one_qkv_bf16_small", 1, 2), kernel!("one_qkv_fp4", 9, 1)],
+        attended: [kernel!("one_attended_bf16_small", 1, 1), kernel!("one_attended_fp4", 4, 1)],
+        experts: [kernel!("one_experts_bf16", 1, 2), kernel!("one_experts_fp4_small", 2, 2)],
+    },
+];
+
+/// The final norm, which has no flow.
+static NORM: [Kernel; 2] = [kernel!("one_norm_bf16", 0, 0), kernel!("one_norm_fp4", 0, 0)];
+
+/// The one for such weights.
+fn of_format(kernels: &[Kernel; 2], format: u32) -> &Kernel {
+    &kernels[usize::from(format == FP4)]
+}
+
+/// Bytes of the slots of a warp's flow.
+fn flow_bytes(format: u32, (chunk, slots): (usize, usize)) -> usize {
+    let tile = if format == FP4 { 512 + 64 } else { 2048 };
     slots * (chunk * tile + 16)
 }
 
@@ -59,6 +104,7 @@ pub(crate) struct OneToken {
     ranks: usize,
     /// Half of the memory that the blocks of a multiprocessor share.
     half: usize,
+    kernels: &'static Kernels,
 }
 
 /// How the row tiles of a rank are divided among its blocks.
@@ -112,7 +158,7 @@ impl OneToken {
         let fresh = config.query_heads * HEAD * 2;
         let whole = 2 * fresh + 2 * config.kv_heads * HEAD * 2;
         let awaited = (whole + config.hidden_size * 4).next_multiple_of(16);
-        let one = OneToken {
+        let mut one = OneToken {
             awaited: device.filled(awaited, 0xff)?,
             fresh: fresh as u64,
             whole: whole as u64,
@@ -128,39 +174,51 @@ impl OneToken {
             share_warps,
             ranks,
             half: (device.shared_bytes() + BLOCK_SHARED) / 2,
+            kernels: &KERNELS[0],
         };
-        // The kernels' own shared memory is below 16 KiB.
-        let room = device.shared_bytes().saturating_sub(16 << 10);
-        let output = output_shared(unembedding);
-        let fits = |layer: &Layer| {
-            layer.gate_up.format() == layer.down.format()
-                && one.qkv_shared(layer) <= room
-                && one.attended_shared(layer) <= room
-                && one.experts_shared(layer) <= room
-        };
+        let room = device.shared_bytes().saturating_sub(OWN_SHARED);
         let reach = (DOWN_WARPS - 1).checked_div(share_warps).map_or(usize::MAX, |n| n + 2);
-        let possible =
-            one.experts.groups <= GROUPS && reach <= SHARES && output <= room && layers.iter().all(fits);
-        Ok(possible.then_some(one))
+        if one.experts.groups > EXPERT_WARPS || reach > SHARES || output_shared(unembedding) > room {
+            return Ok(None);
+        }
+        for kernels in &KERNELS {
+            one.kernels = kernels;
+            if layers.iter().all(|layer| one.fits(layer, room)) {
+                return Ok(Some(one));
+            }
+        }
+        Ok(None)
+    }
+
+    fn fits(&self, layer: &Layer, room: usize) -> bool {
+        layer.gate_up.format() == layer.down.format()
+            && self.qkv_shared(layer) <= room
+            && self.attended_shared(layer) <= room
+            && self.experts_shared(layer) <= room
     }
 
     fn qkv_shared(&self, layer: &Layer) -> usize {
-        let needed = layer.qkv.padded_cols() * 2 + WARPS * flow_bytes(layer.qkv.format(), (1, 3), (9, 1));
+        let format = layer.qkv.format();
+        let flow = flow_bytes(format, of_format(&self.kernels.qkv, format).flow);
+        let needed = layer.qkv.padded_cols() * 2 + WARPS * flow;
         // In BF16 a block takes more than it needs, so that one of the projection of attention has no room beside it: its weights
         // would keep those waiting that attention waits for. Two of the projection have room.
-        if layer.qkv.format() == BF16 { needed.max(self.half) } else { needed }
+        if format == BF16 { needed.max(self.half) } else { needed }
     }
 
     fn attended_shared(&self, layer: &Layer) -> usize {
-        let needed =
-            layer.output.padded_cols() * 2 + WARPS * flow_bytes(layer.output.format(), (1, 3), (4, 1));
+        let format = layer.output.format();
+        let flow = flow_bytes(format, of_format(&self.kernels.attended, format).flow);
+        let needed = layer.output.padded_cols() * 2 + WARPS * flow;
         let half = self.half - BLOCK_SHARED - ATTENDED_SHARED;
-        if layer.output.format() == BF16 { needed.max(half) } else { needed }
+        if format == BF16 { needed.max(half) } else { needed }
     }
 
     fn experts_shared(&self, layer: &Layer) -> usize {
+        let format = layer.gate_up.format();
+        let flow = flow_bytes(format, of_format(&self.kernels.experts, format).flow);
         let (first, second) = (layer.gate_up.padded_cols() * 2, self.ranks * layer.down.padded_cols() * 2);
-        EXPERT_WARPS * flow_bytes(layer.gate_up.format(), (1, 2), (3, 2)) + first.max(second)
+        EXPERT_WARPS * flow + first.max(second)
     }
 
     fn params(&self, cuda: &Cuda, matrix: &PackedMatrix, epilogue: Epilogue) -> One {
@@ -224,25 +282,25 @@ impl OneToken {
         self.share_warps <= DOWN_WARPS + 1
     }
 
-    /// A kernel of this layer, or what comes behind the last one: the first, or where several GPUs share the model the second.
+    /// A kernel of this layer, or what comes behind the last one.
     ///
     /// # Safety
     /// As [`Device::launch`].
     unsafe fn launch(
         &self,
         cuda: &Cuda,
-        (alone, together): (&'static str, &'static str),
+        kernel: &Kernel,
         layer: usize,
         (grid, threads, shared): ([u32; 3], usize, usize),
         one: One,
     ) -> Result<(), Error> {
         match cuda.shared.as_ref().and_then(|shared| shared.together(layer)) {
             // SAFETY: the caller's promise.
-            None => unsafe { cuda.device.launch(alone, grid, threads as u32, shared, &one) },
+            None => unsafe { cuda.device.launch(kernel.name, grid, threads as u32, shared, &one) },
             Some(others) => {
                 let params = SharedOne { one, together: others };
                 // SAFETY: the caller's promise; what GPUs exchange has the shape of what each has.
-                unsafe { cuda.device.launch(together, grid, threads as u32, shared, &params) }
+                unsafe { cuda.device.launch(kernel.shared, grid, threads as u32, shared, &params) }
             }
         }
     }
@@ -262,13 +320,10 @@ impl OneToken {
             share_warps: self.pending(pending),
             ..self.params(cuda, &layer.qkv, epilogue)
         };
-        let names = match layer.qkv.format() {
-            BF16 => ("one_qkv_bf16", "one_qkv_bf16_shared"),
-            _ => ("one_qkv_fp4", "one_qkv_fp4_shared"),
-        };
+        let kernel = of_format(&self.kernels.qkv, layer.qkv.format());
         let size = ([self.qkv.1 as u32, 1, 1], 32 * WARPS, self.qkv_shared(layer));
         // SAFETY: the arena has a row of everything; the cache's block was checked with the plan.
-        unsafe { self.launch(cuda, names, index, size, params) }
+        unsafe { self.launch(cuda, kernel, index, size, params) }
     }
 
     /// The projection of what attention found, and the router's logits.
@@ -280,13 +335,10 @@ impl OneToken {
             router: layer.router.address(),
             ..self.params(cuda, &layer.output, cuda.epilogue(After::Residual))
         };
-        let names = match layer.output.format() {
-            BF16 => ("one_attended_bf16", "one_attended_bf16_shared"),
-            _ => ("one_attended_fp4", "one_attended_fp4_shared"),
-        };
+        let kernel = of_format(&self.kernels.attended, layer.output.format());
         let size = ([layer.output.row_tiles() as u32, 1, 1], 32 * WARPS, self.attended_shared(layer));
         // SAFETY: the arena has a row of everything.
-        unsafe { self.launch(cuda, names, index, size, params) }
+        unsafe { self.launch(cuda, kernel, index, size, params) }
     }
 
     /// The experts. What they add is left in `shares`.
@@ -300,15 +352,12 @@ impl OneToken {
             late_groups: self.experts.late_groups as u32,
             ..self.params(cuda, &layer.gate_up, cuda.epilogue(After::Swiglu))
         };
-        let names = match layer.gate_up.format() {
-            BF16 => ("one_experts_bf16", "one_experts_bf16_shared"),
-            _ => ("one_experts_fp4", "one_experts_fp4_shared"),
-        };
+        let kernel = of_format(&self.kernels.experts, layer.gate_up.format());
         let grid = [self.ranks as u32, self.per_rank as u32, 1];
         // SAFETY: `exchange` has room for what the first product finds. There are not more blocks than multiprocessors, and each fits
         // on one, so that all are at work when they wait for one another.
         unsafe {
-            self.launch(cuda, names, index, (grid, 32 * EXPERT_WARPS, self.experts_shared(layer)), params)
+            self.launch(cuda, kernel, index, (grid, 32 * EXPERT_WARPS, self.experts_shared(layer)), params)
         }
     }
 
@@ -323,14 +372,11 @@ impl OneToken {
             stack,
             ..self.params(cuda, matrix, cuda.epilogue(After::Store))
         };
-        let names = match matrix.format() {
-            BF16 => ("one_norm_bf16", "one_norm_bf16_shared"),
-            _ => ("one_norm_fp4", "one_norm_fp4_shared"),
-        };
+        let kernel = of_format(&NORM, matrix.format());
         // Behind that layer.
         let next = pending.map_or(0, |layer| layer + 1);
         // SAFETY: one block, which changes what it alone has read.
-        unsafe { self.launch(cuda, names, next, ([1, 1, 1], 32 * WARPS, 0), params) }
+        unsafe { self.launch(cuda, kernel, next, ([1, 1, 1], 32 * WARPS, 0), params) }
     }
 
     /// The logits and the largest of them.
@@ -353,5 +399,6 @@ impl OneToken {
 }
 
 fn output_shared(matrix: &PackedMatrix) -> usize {
-    matrix.padded_cols() * 2 + NARROW * flow_bytes(matrix.format(), (1, 4), (5, 3))
+    let flow = if matrix.format() == FP4 { (5, 3) } else { (1, 4) };
+    matrix.padded_cols() * 2 + NARROW * flow_bytes(matrix.format(), flow)
 }
