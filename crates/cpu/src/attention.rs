@@ -140,9 +140,9 @@ impl Found {
         found
     }
 
-    /// Nothing.
+    /// Nothing. The largest score is finite, so that the distance from it is a number even for a score of -∞.
     pub(crate) fn nothing(job: &Attend<'_>) -> Found {
-        Found { values: vec![0.0; job.queries.len()], largest: [f32::NEG_INFINITY; TILE], sums: [0.0; TILE] }
+        Found { values: vec![0.0; job.queries.len()], largest: [f32::MIN; TILE], sums: [0.0; TILE] }
     }
 
     /// The result, `[queries, head size]`.

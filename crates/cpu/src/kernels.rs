@@ -614,7 +614,9 @@ mod cases {
                 values = halves.1.iter().map(|x| x.to_f32()).collect();
             }
             let queries = noise(size * count, 23);
-            let sinks = noise(count, 27).iter().map(|s| 3.0 * s).collect::<Vec<f32>>();
+            let mut sinks = noise(count, 27).iter().map(|s| 3.0 * s).collect::<Vec<f32>>();
+            // Some have none.
+            sinks.iter_mut().step_by(3).for_each(|sink| *sink = f32::NEG_INFINITY);
             let positions: Vec<usize> = (0..count).map(|q| position + q / heads).collect();
             let job = Attend {
                 queries: &queries,

@@ -966,7 +966,7 @@ pub(crate) unsafe fn finish<L: Lanes>(job: &Finish<'_>) {
     }
 }
 
-/// gpt-oss's clamped SwiGLU: `(up + 1) · gate · sigmoid(alpha · gate)`, to where the gates are to go.
+/// gpt-oss's clamped SwiGLU: `(up + 1) · gate · sigmoid(alpha · gate)`, to where the gates are to go. NaN stays NaN.
 ///
 /// # Safety
 /// As for [`finish`], with sixteen rows; `ups` has as many tokens as `gates`.
@@ -979,9 +979,9 @@ pub(crate) unsafe fn finish_swiglu<L: Lanes>(gates: &Finish<'_>, ups: &Finish<'_
         let one = L::splat(1.0);
         for t in 0..gates.sums.len() {
             let gate = L::load(gates.sums.as_ptr().add(t).cast()).mul(gate_scale).add(gate_bias);
-            let gate = gate.min(L::splat(limit));
+            let gate = L::splat(limit).min(gate);
             let up = L::load(ups.sums.as_ptr().add(t).cast()).mul(up_scale).add(up_bias);
-            let up = up.min(L::splat(limit)).max(L::splat(-limit));
+            let up = L::splat(-limit).max(L::splat(limit).min(up));
             let sigmoid = one.div(one.add(gate.mul(L::splat(-alpha)).exp()));
             up.add(one).mul(gate).mul(sigmoid).store(gates.out.add(t * gates.stride));
         }

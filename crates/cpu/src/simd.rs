@@ -59,7 +59,9 @@ pub(crate) trait Lanes: Copy {
     unsafe fn sub(self, other: Self) -> Self;
     unsafe fn mul(self, other: Self) -> Self;
     unsafe fn div(self, other: Self) -> Self;
+    /// Where one of them is NaN, `other`: what must keep its NaN comes second.
     unsafe fn min(self, other: Self) -> Self;
+    /// The same.
     unsafe fn max(self, other: Self) -> Self;
     /// `self · b + c`, rounded once.
     unsafe fn fma(self, b: Self, c: Self) -> Self;
@@ -154,12 +156,12 @@ pub(crate) trait Lanes: Copy {
     /// The same into the second-level cache only.
     unsafe fn prefetch_second(at: *const u8);
 
-    /// e^self to about one unit in the last place, for arguments up to 88; below -87 the result stays at e^-87.
+    /// e^self to about one unit in the last place, for arguments up to 88; below -87 the result stays at e^-87. That of NaN is NaN.
     #[inline(always)]
     unsafe fn exp(self) -> Self {
         // SAFETY: the caller vouches for the CPU's features; no pointer is used.
         unsafe {
-            let x = self.max(Self::splat(-87.0)).min(Self::splat(88.0));
+            let x = Self::splat(88.0).min(Self::splat(-87.0).max(self));
             let rounded = x.fma(Self::splat(std::f32::consts::LOG2_E), Self::splat(ROUND));
             let n = rounded.sub(Self::splat(ROUND));
             // ln 2 in two parts (Cody and Waite), then the polynomial of Cephes' expf.
@@ -321,7 +323,7 @@ impl Lanes for Scalar {
     }
     #[inline(always)]
     unsafe fn min(self, other: Self) -> Self {
-        // As the vector instructions: the second operand if they are not ordered.
+        // As the vector instructions.
         self.zip(other, |a, b| if a < b { a } else { b })
     }
     #[inline(always)]

@@ -300,7 +300,8 @@ pub fn top_experts(logits: &[f32], k: usize) -> Vec<(usize, f32)> {
 pub fn swiglu(z: &[f32], config: &Config) -> Vec<f32> {
     z.chunks_exact(2)
         .map(|pair| {
-            let gate = pair[0].min(config.swiglu_limit);
+            // Not `min`, which would make a NaN the limit.
+            let gate = if pair[0] > config.swiglu_limit { config.swiglu_limit } else { pair[0] };
             let up = pair[1].clamp(-config.swiglu_limit, config.swiglu_limit);
             (up + 1.0) * gate / (1.0 + (-config.swiglu_alpha * gate).exp())
         })

@@ -4,13 +4,13 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use checkpoint::{
-    Checkpoint, Config, Format, Layout, MatrixId, MatrixKind, Synthetic, Target, Weights, write,
+    Checkpoint, Config, Format, Layout, MatrixId, MatrixKind, Synthetic, Target, VectorKind, Weights, write,
 };
 use cpu::{Activations, Cpu, Isa, Options};
 use gptoss::{Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan};
 use serde_json::Value;
 
-use crate::models::{DAMAGED, Damaged, golden, ids, json, open, relative, root, sequence};
+use crate::models::{DAMAGED, Damaged, NoNumbers, golden, ids, json, open, relative, root, sequence};
 
 const BLOCKS: usize = 70;
 
@@ -306,6 +306,43 @@ fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
         // What it left in its block reaches nobody who has the block after it.
         let after = run(&mut cpu, vec![sampled(&[1], 1), scored(&healthy, 3)]);
         assert!(after.iter().all(|output| !output.corrupted), "{activations:?}");
+    }
+}
+
+/// A weight that is no number makes the logits no numbers, whichever tensor it is in: nothing on the way takes it for a number.
+#[test]
+fn weights_that_are_no_numbers_are_not_lost() {
+    let matrices = [MatrixKind::Embedding, MatrixKind::Unembedding].into_iter().chain(MatrixKind::LAYER);
+    let vectors = VectorKind::LAYER.into_iter().chain([VectorKind::FinalNorm]);
+    let kinds: Vec<(Option<MatrixKind>, Option<VectorKind>)> =
+        matrices.map(|kind| (Some(kind), None)).chain(vectors.map(|kind| (None, Some(kind)))).collect();
+    let tokens = [0, 1, 2, 3];
+    for (matrix, vector) in kinds {
+        for row in [0, 1] {
+            let weights = || Arc::new(NoNumbers { weights: odd(Format::Bf16), matrix, vector, row });
+            let case = format!("{matrix:?} {vector:?} {row}");
+            // Of the token that was damaged, if it is one.
+            let plan =
+                || SequencePlan { sample: vec![Sampling::default()], ..sequence(&tokens[..=row], 0, 0) };
+            let mut reference = Reference::new(weights());
+            reference.allocate_kv(1, 1).unwrap();
+            assert!(run(&mut reference, vec![plan()])[0].corrupted, "the reference, {case}");
+            for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
+                for (activations, fast_weights, bf16_cache) in [
+                    (Activations::F32, false, false),
+                    (Activations::Int16, true, true),
+                    (Activations::Int8, true, false),
+                    (Activations::Bf16, false, true),
+                ] {
+                    let options =
+                        Options { isa: Some(isa), threads: Some(1), fast_weights, bf16_cache, activations };
+                    let mut cpu = Cpu::load(weights(), options, &mut |_, _| {}).unwrap();
+                    cpu.allocate_kv(1, 1).unwrap();
+                    let output = run(&mut cpu, vec![plan()]).remove(0);
+                    assert!(output.corrupted, "{isa:?}, {activations:?}, {case}");
+                }
+            }
+        }
     }
 }
 

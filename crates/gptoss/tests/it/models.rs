@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use checkpoint::{
-    Checkpoint, Config, Format, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, Weights,
+    Checkpoint, Config, Format, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights,
 };
 use gptoss::{BLOCK_TOKENS, SequencePlan};
 use half::bf16;
@@ -54,6 +54,42 @@ pub(crate) fn sequence(tokens: &[u32], position: usize, first: u32) -> SequenceP
         full_blocks: (0..count).map(|i| first + i).collect::<Vec<_>>().into(),
         sliding_blocks: (0..count).map(|i| first + count - 1 - i).collect::<Vec<_>>().into(),
         ..SequencePlan::default()
+    }
+}
+
+/// Weights of which a few are no numbers: the first or second row of the matrices, the first or second value of the vectors of a kind, in every
+/// layer and of every expert.
+pub(crate) struct NoNumbers {
+    pub(crate) weights: Arc<dyn Weights>,
+    pub(crate) matrix: Option<MatrixKind>,
+    pub(crate) vector: Option<VectorKind>,
+    /// 0 or 1: of the first product of experts, gate or up.
+    pub(crate) row: usize,
+}
+
+impl Weights for NoNumbers {
+    fn config(&self) -> &Config {
+        self.weights.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.weights.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
+        let mut matrix = self.weights.matrix(id, expert)?;
+        if self.matrix == Some(id.kind) {
+            let Values::Bf16(values) = &mut matrix.values else { panic!("values that can be no numbers") };
+            values.to_mut()[self.row * matrix.cols] = bf16::NAN;
+        }
+        Ok(matrix)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
+        let mut vector = self.weights.vector(id)?;
+        if self.vector == Some(id.kind) {
+            let Vector::Bf16(values) = &mut vector else { panic!("BF16, as the others") };
+            let (_, length) = id.kind.shape(self.config());
+            values.to_mut().iter_mut().skip(self.row).step_by(length).for_each(|v| *v = bf16::NAN);
+        }
+        Ok(vector)
     }
 }
 
