@@ -53,6 +53,18 @@ __device__ __forceinline__ void start_next() {
 // Weights are read once per step: they should not push activations out of the cache.
 __device__ __forceinline__ uint4 load_once(const uint4* p) { return __ldcs(p); }
 
+// The smaller and the larger of two. What is no number stays so, else a damaged weight would go unseen.
+__device__ __forceinline__ float smaller(float a, float b) {
+    float v;
+    asm("min.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+__device__ __forceinline__ float larger(float a, float b) {
+    float v;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(v) : "f"(a), "f"(b));
+    return v;
+}
+
 template <Format F> struct Number;
 template <> struct Number<BF16> {
     using Type = __nv_bfloat16;
@@ -68,7 +80,7 @@ template <> struct Number<FP4> {
     // Four-bit weights times their block scales are exact in FP16, and FP16 activations keep three more bits than BF16.
     using Type = __half;
     // Saturates: an infinity would turn into NaN further on.
-    static __device__ __forceinline__ Type from(float v) { return __float2half_rn(fminf(fmaxf(v, -65504.f), 65504.f)); }
+    static __device__ __forceinline__ Type from(float v) { return __float2half_rn(smaller(larger(v, -65504.f), 65504.f)); }
     static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
         asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
             : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])

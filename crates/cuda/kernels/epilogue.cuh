@@ -22,8 +22,8 @@ struct Epilogue {
 static_assert(sizeof(Epilogue) == 80);
 
 __device__ __forceinline__ float swiglu(float gate, float up, float limit, float alpha) {
-    gate = fminf(gate, limit);
-    up = fminf(fmaxf(up, -limit), limit);
+    gate = smaller(gate, limit);
+    up = smaller(larger(up, -limit), limit);
     // The error of the fast functions is some units of f32; what follows is 16 bits.
     return __fdividef((up + 1.f) * gate, 1.f + __expf(-alpha * gate));
 }
@@ -76,6 +76,9 @@ __device__ __forceinline__ void finish(
         uint32_t unit = row_tile * 8 + pair;
         uint16_t y = activation(e.out_format, swiglu(a, b, e.limit, e.alpha));
         if (unit < e.out_cols) e.out16[activation_place(e.out_stack, e.out_cols, token, unit)] = y;
+        // Behind the last rows zeros, which the next product multiplies by weights that are.
+        if ((row_tile + 1) * TILE_ROWS < m.rows) return;
+        for (unit += 8; unit < e.out_cols; unit += 8) e.out16[activation_place(e.out_stack, e.out_cols, token, unit)] = 0;
     } else {
         uint32_t head = row_tile / 4, first = rows.x % HEAD, second = rows.y % HEAD;
         bool rotated = head < e.query_heads + e.kv_heads;

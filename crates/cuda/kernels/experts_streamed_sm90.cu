@@ -321,6 +321,11 @@ __device__ __forceinline__ void take_pass(const Streamed& p, Weights& weights, I
 #define WIDTH(N) case N / 8: multiply_pass<N>(d, weights, inputs, columns, pass.tokens.n > 0); break;
         WIDTH(8) WIDTH(16) WIDTH(24) WIDTH(32) WIDTH(40) WIDTH(48) WIDTH(56) WIDTH(64) WIDTH(72) WIDTH(80) WIDTH(88)
     }
+    // Where there are no more rows, what the first product finds is zeros: the second multiplies it by weights that are.
+#pragma unroll
+    for (int i = 0; i < EACH; i++)
+        if (row_tile_of(pass, i) >= row_tiles)
+            for (float& sum : d[i]) sum = 0;
     if (product == 0) finish_first(d, part.epilogue, affine, pass);
     else finish_second(d, part.epilogue, affine, pass, part.matrix.rows);
 }

@@ -302,7 +302,7 @@ struct Routing {
     __device__ __forceinline__ void choose(const One& p, float inverse) {
         auto logit = [&](float sum, float bias) {
             const float v = sum * inverse + bias;
-            return isnan(v) ? -INFINITY : v;
+            return isnan(v) ? INFINITY : v;
         };
 #pragma unroll 1
         for (uint32_t first = threadIdx.x / WARP * 4; first < p.experts; first += EIGHTS) {
@@ -321,9 +321,9 @@ struct Routing {
             if (e < p.experts && threadIdx.x % 8 == 0 && before < p.experts_per_token) experts[before] = e, logits[before] = own;
         }
     }
-    // What a rank counts for: the softmax over those that are taken. Of infinities each counts as much as any other.
+    // What a rank counts for: the softmax over those that are taken. An infinite logit makes that no number.
     __device__ __forceinline__ void weigh(const One& p, uint32_t rank) {
-        auto share = [&](float v) { return v == logits[0] ? 1.f : expf(v - logits[0]); };
+        auto share = [&](float v) { return expf(v - logits[0]); };
         float sum = 0;
 #pragma unroll 1
         for (uint32_t i = 0; i < p.experts_per_token; i++) sum += share(logits[i]);

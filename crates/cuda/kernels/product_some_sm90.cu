@@ -226,9 +226,8 @@ __device__ __forceinline__ void give(uint8_t* to, bool given, const float4& v) {
 
 // Of pairs of a value and an id the larger value's, the lower id of equal ones; what is no number is larger.
 __device__ __forceinline__ void take_larger(float& v, uint32_t& id, float other, uint32_t other_id) {
-    float larger;
-    asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(v), "f"(other));
-    id = min(v == larger ? id : ~0u, other == larger ? other_id : ~0u), v = larger;
+    const float most = larger(v, other);
+    id = min(v == most ? id : ~0u, other == most ? other_id : ~0u), v = most;
 }
 
 // The larger of what a warp had of each token and of its sixteen rows, of which this thread has `row` and `row + 8`.

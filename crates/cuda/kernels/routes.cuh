@@ -66,7 +66,7 @@ template <int TOKENS> __device__ __forceinline__ bool find(Work& work, const Rou
 }
 
 // The experts of `COUNT` tokens, one every `step`: those with the largest logits, descending, the lower index first on a tie, weighted by the
-// softmax over them. One warp; `words` are the routes, `logit_of` gives the logit of an expert for one of the tokens. A lane has up to `EACH`
+// softmax over them. A logit that is no number is the largest, and makes the weights no numbers, as an infinite one does. One warp; `words` are the routes, `logit_of` gives the logit of an expert for one of the tokens. A lane has up to `EACH`
 // experts.
 template <int COUNT, int EACH, class Logit>
 __device__ __forceinline__ void choose_by(
@@ -81,7 +81,7 @@ __device__ __forceinline__ void choose_by(
 #pragma unroll
         for (int t = 0; t < COUNT; t++) {
             const float v = e < experts ? logit_of(t, e) : 0.f;
-            const uint32_t bits = __float_as_uint(isnan(v) ? -INFINITY : v == 0.f ? 0.f : v);
+            const uint32_t bits = isnan(v) ? 0x7fffffffu : __float_as_uint(v == 0.f ? 0.f : v);
             keys[t][i] = e < experts ? bits >> 31 ? ~bits : bits | 0x80000000u : 0;
         }
     }
@@ -110,7 +110,7 @@ __device__ __forceinline__ void choose_by(
                 if (at[t] == i * WARP + lane) keys[t][i] = 0;
             const float logit = __uint_as_float(key[t] >> 31 ? key[t] & 0x7fffffffu : ~key[t]);
             if (rank == 0) largest[t] = logit;
-            const float weight = logit == largest[t] ? 1.f : expf(logit - largest[t]);
+            const float weight = expf(logit - largest[t]);
             sum[t] += weight;
             if (rank == lane) own[t] = weight, own_expert[t] = at[t];
         }

@@ -12,7 +12,7 @@ use std::ops::Deref;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use checkpoint::{
-    Config, Format, KvScales, Matrix, MatrixId, MatrixKind, Synthetic, Vector, VectorId, Weights,
+    Config, Format, KvScales, Matrix, MatrixId, MatrixKind, Synthetic, Vector, VectorId, VectorKind, Weights,
 };
 use cuda::{CacheFormat, Cuda, Device, Options};
 use gptoss::{
@@ -20,7 +20,7 @@ use gptoss::{
 };
 use serde_json::Value;
 
-use crate::models::{DAMAGED, Damaged, golden, ids, json, open, relative, sequence};
+use crate::models::{DAMAGED, Damaged, NoNumbers, golden, ids, json, open, relative, sequence};
 
 /// The first GPU, for one test at a time: kernels whose blocks wait for one another must all have room.
 struct Gpu {
@@ -599,6 +599,35 @@ impl Weights for Scaled {
 
 fn scaled(weights: Arc<dyn Weights>, cache: KvScales) -> Scaled {
     Scaled { weights, cache: Some(cache), input: None }
+}
+
+/// A weight that is no number makes the logits no numbers, whichever tensor it is in: nothing on the way takes it for a number.
+#[test]
+fn weights_that_are_no_numbers_are_not_lost() {
+    let Some(device) = device() else { return };
+    let vectors =
+        || VectorKind::LAYER.into_iter().chain([VectorKind::FinalNorm]).map(|kind| (None, Some(kind)));
+    let matrices =
+        MatrixKind::LAYER.into_iter().chain([MatrixKind::Unembedding]).map(|kind| (Some(kind), None));
+    // Four-bit weights are numbers, whatever their bits.
+    for (format, kinds) in
+        [(Format::Bf16, matrices.chain(vectors()).collect::<Vec<_>>()), (Format::Nvfp4, vectors().collect())]
+    {
+        for (matrix, vector) in kinds {
+            for row in [0, 1] {
+                let mut cuda = load(&device, &NoNumbers { weights: odd(format), matrix, vector, row });
+                // One token, and as many as there are kernels for.
+                for count in [1, 2, 12, 40, 130, 400] {
+                    let plan = SequencePlan {
+                        sample: vec![Sampling::default()],
+                        ..sequence(&tokens(400)[..count], 0, 0)
+                    };
+                    let what = format!("{count} tokens, {format:?}, {matrix:?} {vector:?} {row}");
+                    assert!(run(&mut cuda, vec![plan]).remove(0).corrupted, "{what}");
+                }
+            }
+        }
+    }
 }
 
 #[test]
