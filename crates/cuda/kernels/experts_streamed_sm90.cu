@@ -321,11 +321,6 @@ __device__ __forceinline__ void take_pass(const Streamed& p, Weights& weights, I
 #define WIDTH(N) case N / 8: multiply_pass<N>(d, weights, inputs, columns, pass.tokens.n > 0); break;
         WIDTH(8) WIDTH(16) WIDTH(24) WIDTH(32) WIDTH(40) WIDTH(48) WIDTH(56) WIDTH(64) WIDTH(72) WIDTH(80) WIDTH(88)
     }
-    // Where there are no more rows, what the first product finds is zeros: the second multiplies it by weights that are.
-#pragma unroll
-    for (int i = 0; i < EACH; i++)
-        if (row_tile_of(pass, i) >= row_tiles)
-            for (float& sum : d[i]) sum = 0;
     if (product == 0) finish_first(d, part.epilogue, affine, pass);
     else finish_second(d, part.epilogue, affine, pass, part.matrix.rows);
 }
@@ -410,6 +405,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) experts_streamed(const 
         init_barrier(shared_address(&shared.known[threadIdx.x]), 1);
         // The bringers of weights but the one that finds the passes, and the bringer of inputs, which waits for those who multiply.
         init_barrier(shared_address(&shared.over[threadIdx.x]), GROUPS);
+    }
+    // Where there are no more rows, the first product finds zeros, but of numbers alone: the second multiplies them by weights that are zeros.
+    if (row_tiles_of(p.parts[0].matrix) % UNIT) {
+        for (uint32_t i = threadIdx.x; i < sizeof(shared.slots) / 16; i += THREADS) ((uint4*)shared.slots)[i] = make_uint4(0, 0, 0, 0);
+        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
     }
     fence_barriers();
     wait_for_previous();
