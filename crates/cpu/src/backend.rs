@@ -281,6 +281,36 @@ impl Cpu {
         Ok(bandwidth::read(&self.pool, self.kernels, &memory, passes))
     }
 
+    /// Makes zeros of the keys and values that `plan` reads. What nobody has written is one page of zeros for all of it, which stays
+    /// in the CPU's cache: a measurement that reads it does not read memory.
+    pub fn clear_kv(&mut self, plan: &Plan) -> Result<(), Error> {
+        plan.check(&self.config, self.blocks.0, self.blocks.1)?;
+        let config = &self.config;
+        let block_len = config.head_dim * BLOCK_TOKENS * if self.options.bf16_cache { 2 } else { 4 };
+        let caches = Output::new(&mut self.cache);
+        self.pool.run(config.layer_kinds.len(), &|layer| {
+            // SAFETY: each layer is one task's.
+            let [cache] = (unsafe { caches.slice(layer, 1) }) else { unreachable!("a slice of one") };
+            let sliding = config.layer_kinds[layer] == LayerKind::Sliding;
+            for sequence in &plan.sequences {
+                let (blocks, window) = if sliding {
+                    (&sequence.sliding_blocks, config.sliding_window)
+                } else {
+                    (&sequence.full_blocks, usize::MAX)
+                };
+                let first = (sequence.position + 1).saturating_sub(window) / BLOCK_TOKENS;
+                for &block in &blocks[first..sequence.position.div_ceil(BLOCK_TOKENS)] {
+                    for head in 0..config.kv_heads {
+                        let at = place(block as usize, head, config.kv_heads, block_len);
+                        cache.keys.as_mut_slice()[at..][..block_len].fill(0);
+                        cache.values.as_mut_slice()[at..][..block_len].fill(0);
+                    }
+                }
+            }
+        });
+        Ok(())
+    }
+
     /// Runs one step and says how long each kind of phase took.
     pub fn profile(&mut self, plan: &Plan) -> Result<Vec<Timing>, Error> {
         self.scratch.times.on = true;

@@ -267,6 +267,17 @@ impl Loaded {
         })
     }
 
+    /// Has the keys and values that `plan` reads lie in memory; what they were is lost.
+    pub(crate) fn clear_kv(&mut self, plan: &Plan) -> Result<()> {
+        match self {
+            Loaded::Cpu(cpu) => cpu.clear_kv(plan)?,
+            // A GPU's memory always is.
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(_) => {}
+        }
+        Ok(())
+    }
+
     /// Whether a token's keys and values have the same bits in an answer and in a prompt.
     pub(crate) fn answers_are_prompts(&self) -> bool {
         match self {

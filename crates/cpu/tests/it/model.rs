@@ -285,6 +285,22 @@ fn the_same_bits_deep_in_a_context() {
     assert!(last(COUNT - 1) == expected);
 }
 
+/// Of the sequences of the plan and of no other; of sliding layers what the window reaches.
+#[test]
+fn keys_and_values_can_be_made_zeros() {
+    for bf16_cache in [false, true] {
+        let mut cpu = load(odd(Format::Nvfp4), Options { bf16_cache, ..Options::default() });
+        let plan = |first| SequencePlan { logits: true, ..sequence(&[5], 40, first) };
+        let zeros = run(&mut cpu, vec![plan(4)]).remove(0).logits;
+        run(&mut cpu, vec![sequence(&tokens(40), 0, 4), sequence(&tokens(40), 0, 20)]);
+        let written = run(&mut cpu, vec![plan(4)]).remove(0).logits;
+        assert!(written != zeros);
+        cpu.clear_kv(&Plan { sequences: vec![plan(4)] }).unwrap();
+        assert!(run(&mut cpu, vec![plan(4)]).remove(0).logits == zeros, "BF16: {bf16_cache}");
+        assert!(run(&mut cpu, vec![plan(20)]).remove(0).logits == written, "BF16: {bf16_cache}");
+    }
+}
+
 #[test]
 fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
     for activations in [Activations::F32, Activations::Int16, Activations::Int8] {

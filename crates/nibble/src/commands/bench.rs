@@ -110,6 +110,7 @@ impl Test {
         }
         let blocks = length.div_ceil(BLOCK_TOKENS);
         model.allocate_kv(blocks * self.batch, blocks * self.batch)?;
+        model.clear_kv(&self.plan(model, seed, self.depth, 1))?;
         if self.prompt {
             let chunk = model.step_tokens();
             let start = Instant::now();
@@ -130,7 +131,7 @@ impl Test {
     }
 
     /// A step of `count` tokens per sequence. The cache holds zeros up to the depth: reading them costs what reading
-    /// anything costs.
+    /// anything costs, as long as they lie in memory.
     fn plan(&self, model: &Loaded, seed: u32, position: usize, count: usize) -> Plan {
         let warm_up = if self.prompt { 0 } else { WARM_UP };
         let blocks = (self.depth + self.tokens + warm_up).div_ceil(BLOCK_TOKENS) as u32;
