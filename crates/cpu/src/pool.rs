@@ -6,6 +6,7 @@
 //! run while the machine is shared costs nothing but its help.
 
 use std::cell::UnsafeCell;
+use std::collections::HashSet;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -223,12 +224,26 @@ impl Drop for Pool {
     }
 }
 
-/// The number of physical cores that this process may use: logical ones divided by the threads that share a core.
+/// The number of physical cores that this process may use, or of the CPUs that it may keep busy, if that is less.
 pub fn physical_cores() -> usize {
     let logical = std::thread::available_parallelism().map_or(1, usize::from);
-    let siblings = std::fs::read_to_string("/sys/devices/system/cpu/cpu0/topology/thread_siblings_list")
-        .map_or(1, |list| list.trim().split([',', '-']).count());
-    (logical / siblings.max(1)).max(1)
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let allowed = status.lines().find_map(|line| line.strip_prefix("Cpus_allowed_list:"));
+    let siblings = |cpu| {
+        let list = format!("/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list");
+        std::fs::read_to_string(list).ok()
+    };
+    allowed.and_then(|allowed| cores(allowed, siblings)).map_or(logical, |cores| cores.min(logical))
+}
+
+/// On how many cores the CPUs of a list such as `0-3,8` are. `siblings` names those on the core of a CPU, if there is such a CPU.
+fn cores(list: &str, siblings: impl Fn(usize) -> Option<String>) -> Option<usize> {
+    let mut cores = HashSet::new();
+    for part in list.trim().split(',') {
+        let (first, last) = part.split_once('-').unwrap_or((part, part));
+        cores.extend((first.parse().ok()?..=last.parse().ok()?).filter_map(&siblings));
+    }
+    (!cores.is_empty()).then_some(cores.len())
 }
 
 #[cfg(test)]
@@ -248,6 +263,25 @@ mod tests {
                 });
                 assert!(counts.iter().all(|c| c.load(Ordering::Relaxed) == 1));
             }
+        }
+    }
+
+    /// Eight CPUs, each with the one four further on, on four cores.
+    #[test]
+    fn cores_are_counted_over_the_cpus_that_may_be_used() {
+        let siblings = |cpu| (cpu < 8).then(|| format!("{},{}\n", cpu % 4, cpu % 4 + 4));
+        for (list, expected) in [
+            ("\t0-7\n", Some(4)),
+            ("\t0-3", Some(4)),
+            ("4-7", Some(4)),
+            ("1,5", Some(1)),
+            ("0,2,4-5", Some(3)),
+            // Of those that are possible, not all are there.
+            ("0-63", Some(4)),
+            ("8-63", None),
+            ("", None),
+        ] {
+            assert_eq!(cores(list, siblings), expected, "{list}");
         }
     }
 
