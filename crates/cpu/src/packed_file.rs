@@ -31,8 +31,8 @@ use crate::pool::Pool;
 /// How a file begins, whatever its version.
 const MAGIC: &[u8; 16] = b"nibble, packed\r\n";
 
-/// The version of the layout: of the packing in `packed.rs`, of the places below, and of the sum. Another one is made anew.
-const VERSION: u64 = 3;
+/// The version of the layout: of the packing in `packed.rs`, of the places below, of the sum, and of what identities are made of. Another one is made anew.
+const VERSION: u64 = 4;
 
 /// Where the first matrix begins, and what every part is a multiple of.
 const ALIGN: usize = 4096;

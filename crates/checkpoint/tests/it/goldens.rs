@@ -1,5 +1,7 @@
 //! Folders written by other programs open, and hold the values that those programs say.
 
+use std::os::unix::fs::FileExt;
+
 use checkpoint::*;
 use half::bf16;
 use numerics::{e2m1, e4m3, e8m0};
@@ -169,12 +171,26 @@ fn identities_tell_files_apart_and_know_them_again() {
     let checkpoint = Checkpoint::open(folder.path()).unwrap();
     let path = checkpoint.files()[0].path().to_owned();
     drop(checkpoint);
-    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
     let time = file.metadata().unwrap().modified().unwrap();
     file.set_modified(time + std::time::Duration::from_nanos(50_000_000)).unwrap();
     assert_ne!(identity(), first);
     file.set_modified(time).unwrap();
     assert_eq!(identity(), first);
+
+    // Other weights of the same time: the first byte of a tensor, and the last of the file.
+    let end = file.metadata().unwrap().len();
+    let start = Checkpoint::open(folder.path()).unwrap().files()[0].tensors()[5].range.start as u64;
+    for at in [start, end - 1] {
+        let mut byte = [0];
+        file.read_exact_at(&mut byte, at).unwrap();
+        file.write_all_at(&[byte[0] ^ 1], at).unwrap();
+        file.set_modified(time).unwrap();
+        assert_ne!(identity(), first, "byte {at}");
+        file.write_all_at(&byte, at).unwrap();
+        file.set_modified(time).unwrap();
+        assert_eq!(identity(), first);
+    }
     let config = folder.path().join("config.json");
     let text = std::fs::read_to_string(&config).unwrap().replacen('{', "{\"later\": 1,", 1);
     std::fs::write(&config, text).unwrap();
