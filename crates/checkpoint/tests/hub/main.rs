@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::io::{BufRead, BufReader, Write};
 use std::net::{TcpListener, TcpStream};
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -185,10 +186,13 @@ fn the_cache_is_laid_out_as_others_expect_and_serves_offline() {
     for name in ["pytorch_model.bin", "original"] {
         assert!(!snapshot.join(name).exists(), "{name}");
     }
-    // The second time nothing is sent, and offline nothing is asked.
+    // The second time nothing is sent or written, and offline nothing is asked.
     let sent = server.behaviour.sent.load(Ordering::SeqCst);
+    let reference = || std::fs::metadata(folder.join("refs/main")).unwrap().ino();
+    let written = reference();
     assert_eq!(fetch(&hub(&server, cache.path())).unwrap(), snapshot);
     assert_eq!(server.behaviour.sent.load(Ordering::SeqCst), sent);
+    assert_eq!(reference(), written);
     let offline =
         Hub { endpoint: "http://127.0.0.1:1".to_owned(), offline: true, ..hub(&server, cache.path()) };
     assert_eq!(fetch(&offline).unwrap(), snapshot);
