@@ -8,6 +8,7 @@ use gptoss::{Backend, Error, KvLayout, Plan, SequenceOutput, Traffic};
 
 use crate::args::{ActivationBits, CacheType, Common, Run, WeightBits};
 use crate::failure::{Failure, Result};
+use crate::memory;
 use crate::model::threads;
 use crate::ui::Ui;
 
@@ -258,10 +259,11 @@ impl Loaded {
     #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "a CPU has no such share"))]
     pub(crate) fn cache_memory(&self, share: Option<f64>, replicas: usize) -> Result<Option<usize>> {
         Ok(match self {
-            // A quarter of what is free: pages are only taken when they are used.
-            Loaded::Cpu(_) => {
-                available_memory().map(|available| (available / 4).clamp(64 << 20, 64 << 30) / replicas)
-            }
+            // A quarter of what is free, since pages are only taken when they are used; where that is little, up to a half.
+            Loaded::Cpu(_) => memory::available().map(|available| {
+                let enough = (64 << 20).min(available / 2);
+                (available / 4).clamp(enough, 64 << 30) / replicas
+            }),
             #[cfg(feature = "cuda")]
             Loaded::Cuda(cuda) => Some(cuda.cache_memory(share)?),
         })
@@ -317,12 +319,6 @@ impl Loaded {
             Loaded::Cuda(_) => 256,
         }
     }
-}
-
-fn available_memory() -> Option<usize> {
-    let info = std::fs::read_to_string("/proc/meminfo").ok()?;
-    let line = info.lines().find_map(|line| line.strip_prefix("MemAvailable:"))?;
-    line.trim().trim_end_matches(" kB").trim().parse::<usize>().ok().map(|kb| kb * 1024)
 }
 
 impl Backend for Loaded {

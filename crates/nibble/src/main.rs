@@ -9,6 +9,7 @@ mod failure;
 mod foreign;
 mod interrupt;
 mod loaded;
+mod memory;
 mod model;
 mod modelopt;
 mod replicas;
