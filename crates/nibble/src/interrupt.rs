@@ -1,10 +1,15 @@
 //! Signals. Ctrl-C: commands with something to leave in order ask for it; all others end at once. A closed pipe ends those that
 //! print, and none that serves.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU8, Ordering};
 
-static GRACEFUL: AtomicBool = AtomicBool::new(false);
-static INTERRUPTED: AtomicBool = AtomicBool::new(false);
+use crate::failure::{Failure, Result, Status};
+
+/// What an interrupt does: it ends the process, is noted, or has been noted.
+static STATE: AtomicU8 = AtomicU8::new(AT_ONCE);
+const AT_ONCE: u8 = 0;
+const GRACEFUL: u8 = 1;
+const INTERRUPTED: u8 = 2;
 
 /// Watches for SIGINT on a thread of its own. A second one always ends the process.
 pub(crate) fn watch() {
@@ -12,7 +17,7 @@ pub(crate) fn watch() {
         let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
         runtime.block_on(async {
             while tokio::signal::ctrl_c().await.is_ok() {
-                if !GRACEFUL.load(Ordering::Relaxed) || INTERRUPTED.swap(true, Ordering::Relaxed) {
+                if !change(GRACEFUL, INTERRUPTED) {
                     std::process::exit(130);
                 }
             }
@@ -24,12 +29,25 @@ pub(crate) fn watch() {
 
 /// From here on an interrupt only sets the flag that [`interrupted`] reads.
 pub(crate) fn handle_gracefully() {
-    GRACEFUL.store(true, Ordering::Relaxed);
+    change(AT_ONCE, GRACEFUL);
+}
+
+/// The same while `work` runs. After an interrupt that is the result, whatever `work` returned.
+pub(crate) fn gracefully<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    handle_gracefully();
+    let result = work();
+    change(GRACEFUL, AT_ONCE);
+    if interrupted() { Err(Failure::new(Status::Interrupted, "interrupted")) } else { result }
 }
 
 /// Whether the user asked to stop.
 pub(crate) fn interrupted() -> bool {
-    INTERRUPTED.load(Ordering::Relaxed)
+    STATE.load(Ordering::Relaxed) == INTERRUPTED
+}
+
+/// Whether it was the state `from`, which is `to` then.
+fn change(from: u8, to: u8) -> bool {
+    STATE.compare_exchange(from, to, Ordering::Relaxed, Ordering::Relaxed).is_ok()
 }
 
 /// A closed pipe ends the process silently, as it does other command-line programs, instead of a panic in `println!`.

@@ -25,14 +25,13 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
         date: Some(server::today()),
         ..ChatPrompt::new(args.system.iter().map(|text| ChatMessage::new("system", text)).collect())
     };
-    let terminal = std::io::stdin().is_terminal();
-    if terminal {
+    let ask = std::io::stdin().is_terminal() && !ui.json;
+    if ask {
         println!("{}", dim(&format!("{name}; an empty line or Ctrl-D ends the conversation")));
     }
-    interrupt::handle_gracefully();
     let mut line = String::new();
     loop {
-        if terminal {
+        if ask {
             print!("{} ", bold(">"));
             let _ = std::io::stdout().flush();
         }
@@ -44,10 +43,12 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
             return Ok(());
         }
         prompt.messages.push(ChatMessage::new("user", question));
-        let turn = answer(&running.engine, &prompt, &params, &mut |delta| {
-            if !ui.json {
-                show(delta);
-            }
+        let turn = interrupt::gracefully(|| {
+            answer(&running.engine, &prompt, &params, &mut |delta| {
+                if !ui.json {
+                    show(delta);
+                }
+            })
         })?;
         if ui.json {
             ui.document(&turn);

@@ -1,8 +1,10 @@
 //! `demo`, `generate`, `chat`, `eval`, `bench`, `doctor`, `serve`: what runs a model.
 
+use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::process::Stdio;
+use std::os::fd::{FromRawFd, OwnedFd};
+use std::process::{Child, Stdio};
 
 use serde_json::{Value, json};
 
@@ -33,6 +35,11 @@ fn the_demo_for_scripts() {
     assert_eq!((&found["identical"], &found["changed_values"]), (&true.into(), &0.into()));
     assert_eq!(found["quantized"][0]["divergence"]["kl_mean"], 0.0);
     assert_eq!(found["answers"][2]["answer"]["tool_calls"][0]["name"], "get_weather");
+}
+
+fn interrupt(child: &Child) {
+    // SAFETY: a signal to a child that has not been waited for.
+    assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
 }
 
 #[test]
@@ -141,6 +148,36 @@ fn a_conversation_goes_on_until_its_input_ends() {
     let turns: Vec<Value> = outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let contents: Vec<&str> = turns.iter().map(|turn| turn["content"].as_str().unwrap()).collect();
     assert_eq!(contents, ["2 + 2 = 4.", "The capital of France is Paris."]);
+}
+
+#[test]
+fn an_interrupt_ends_a_conversation_that_waits_for_a_question() {
+    let chat = ["chat", "--temperature", "0", "--json"];
+    let mut child = nibble(&chat).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut questions = child.stdin.take().unwrap();
+    questions.write_all(b"What is 2 + 2?\n").unwrap();
+    let mut answers = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(answers.next().unwrap().unwrap().contains("2 + 2 = 4."));
+    interrupt(&child);
+    // Its input goes on.
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    drop(questions);
+}
+
+#[test]
+fn a_conversation_for_scripts_prompts_nobody_on_a_terminal() {
+    let (mut terminal, mut end) = (0, 0);
+    let (name, modes, size) = (std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
+    // SAFETY: the first two are written, and are files that nobody else closes; the rest may be null.
+    let (mut terminal, end) = unsafe {
+        assert_eq!(libc::openpty(&raw mut terminal, &raw mut end, name, modes, size), 0);
+        (File::from_raw_fd(terminal), OwnedFd::from_raw_fd(end))
+    };
+    terminal.write_all(b"What is 2 + 2?\n\n").unwrap();
+    let output = nibble(&["chat", "--temperature", "0", "--json"]).stdin(end).output().unwrap();
+    assert_eq!(output.status.code(), Some(0));
+    let turn: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(turn["content"], "2 + 2 = 4.");
 }
 
 #[test]
