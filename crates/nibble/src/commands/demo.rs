@@ -16,6 +16,7 @@ use crate::args::Common;
 use crate::commands::chat::{answer, show};
 use crate::commands::eval::text_windows;
 use crate::failure::{Failure, Result};
+use crate::interrupt;
 use crate::loaded::{Loaded, backend};
 use crate::model::{Model, threads};
 use crate::ui::{Ui, bold, bytes, dim, green, grouped};
@@ -37,7 +38,6 @@ const CONTEXT: usize = 1024;
 
 pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     let started = Instant::now();
-    let folder = Scratch::new()?;
     let original = Arc::new(Model::built_in()?.checkpoint);
     say!(ui, "{}", bold("nibble: gpt-oss in four bits, without losing one"));
     say!(
@@ -50,40 +50,8 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         ))
     );
 
-    heading(ui, 1, "Quantize: MXFP4, as gpt-oss is published, to NVFP4");
-    let cast = quantized(Arc::clone(&original) as Arc<dyn Weights>, Algorithm::Cast, common)?;
-    let counts = cast.cast_counts();
-    let cast_folder = folder.0.join("nvfp4");
-    write(&cast, &original, &cast_folder)?;
-    say!(
-        ui,
-        "   {} of {} blocks lossless, {} values changed",
-        green(&grouped(counts.lossless_blocks)),
-        grouped(counts.blocks),
-        counts.changed_values
-    );
-    let cast = Arc::new(Checkpoint::open(&cast_folder)?);
-    let comparison = checkpoint::compare(&*original, &*cast, None)?;
-    let verdict = if comparison.identical { green("identical") } else { "different".to_owned() };
-    say!(ui, "   read back and compared with the original: {verdict}, {} tensors", comparison.tensors);
-    if !comparison.identical {
-        return Err(Failure::machine("the cast checkpoint differs from the original"));
-    }
-
-    heading(ui, 2, "The usual way, for comparison: up to BF16, then scales from the largest value");
-    let upcast: Arc<dyn Weights> = Arc::new(Quantized::new(
-        Arc::clone(&original) as Arc<dyn Weights>,
-        Options::Bf16,
-        threads(common),
-        &mut |_, _| {},
-    )?);
-    let usual = quantized(upcast, Algorithm::Max, common)?;
-    let usual_folder = folder.0.join("max");
-    write(&usual, &original, &usual_folder)?;
-    let (changed, values) =
-        usual.report().iter().fold((0, 0), |(c, v), t| (c + t.totals.changed, v + t.totals.values));
-    say!(ui, "   {} of {} expert weights changed", grouped(changed), grouped(values));
-    let usual = Arc::new(Checkpoint::open(&usual_folder)?);
+    // An interrupt waits until the folder is gone.
+    let (view, cast, usual) = interrupt::gracefully(|| checkpoints(&original, common, ui))?;
 
     heading(ui, 3, "Measure: what did it cost?");
     let tokenizer = Model::built_in()?.tokenizer()?;
@@ -134,14 +102,57 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         say!(ui, "   {command:<60} {}", dim(remark));
     }
     if ui.json {
+        let counts = view.cast_counts();
         ui.document(&json!({
             "blocks": counts.blocks, "lossless_blocks": counts.lossless_blocks, "changed_values": counts.changed_values,
-            "identical": comparison.identical, "original": {"bytes": original.tensor_bytes(), "perplexity": base},
+            "identical": true, "original": {"bytes": original.tensor_bytes(), "perplexity": base},
             "quantized": measured, "answers": answers, "seconds": started.elapsed().as_secs_f64(),
         }));
     }
     say!(ui, "\n{}", dim(&format!("done in {:.1} s", started.elapsed().as_secs_f64())));
     Ok(())
+}
+
+/// Steps 1 and 2: the cast, its checkpoint, and that of the usual way. The folder in which they were written is gone afterwards:
+/// both are mapped.
+fn checkpoints(
+    original: &Arc<Checkpoint>,
+    common: &Common,
+    ui: Ui,
+) -> Result<(Quantized, Arc<Checkpoint>, Arc<Checkpoint>)> {
+    let folder = Scratch::new()?;
+    heading(ui, 1, "Quantize: MXFP4, as gpt-oss is published, to NVFP4");
+    let source: Arc<dyn Weights> = original.clone();
+    let view = quantized(Arc::clone(&source), Algorithm::Cast, common)?;
+    let counts = view.cast_counts();
+    let cast_folder = folder.0.join("nvfp4");
+    write(&view, original, &cast_folder)?;
+    say!(
+        ui,
+        "   {} of {} blocks lossless, {} values changed",
+        green(&grouped(counts.lossless_blocks)),
+        grouped(counts.blocks),
+        counts.changed_values
+    );
+    let cast = Arc::new(Checkpoint::open(&cast_folder)?);
+    let comparison = checkpoint::compare(&**original, &*cast, None)?;
+    let verdict = if comparison.identical { green("identical") } else { "different".to_owned() };
+    say!(ui, "   read back and compared with the original: {verdict}, {} tensors", comparison.tensors);
+    if !comparison.identical {
+        return Err(Failure::machine("the cast checkpoint differs from the original"));
+    }
+
+    heading(ui, 2, "The usual way, for comparison: up to BF16, then scales from the largest value");
+    let upcast: Arc<dyn Weights> =
+        Arc::new(Quantized::new(source, Options::Bf16, threads(common), &mut |_, _| {})?);
+    let usual = quantized(upcast, Algorithm::Max, common)?;
+    let usual_folder = folder.0.join("max");
+    write(&usual, original, &usual_folder)?;
+    let (changed, values) =
+        usual.report().iter().fold((0, 0), |(c, v), t| (c + t.totals.changed, v + t.totals.values));
+    say!(ui, "   {} of {} expert weights changed", grouped(changed), grouped(values));
+    let usual = Arc::new(Checkpoint::open(&usual_folder)?);
+    Ok((view, cast, usual))
 }
 
 fn heading(ui: Ui, number: usize, text: &str) {
@@ -163,7 +174,9 @@ fn quantized(source: Arc<dyn Weights>, algorithm: Algorithm, common: &Common) ->
 
 fn write(weights: &dyn Weights, source: &Checkpoint, out: &Path) -> Result<()> {
     let target = Target::new(source.config_json().clone(), Layout::ModelOpt);
-    checkpoint::write(weights, &target, out, &mut |_| ControlFlow::Continue(()))?;
+    checkpoint::write(weights, &target, out, &mut |_| {
+        if interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    })?;
     Ok(())
 }
 
@@ -227,7 +240,7 @@ fn ask(model: Loaded, ui: Ui) -> Result<Vec<Value>> {
     Ok(answers)
 }
 
-/// A folder that is gone when the demo is.
+/// A folder that is gone when this is.
 struct Scratch(PathBuf);
 
 impl Scratch {

@@ -37,6 +37,18 @@ fn the_demo_for_scripts() {
     assert_eq!(found["answers"][2]["answer"]["tool_calls"][0]["name"], "get_weather");
 }
 
+#[test]
+fn an_interrupted_demo_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = nibble(&["demo"]).env("TMPDIR", folder.path()).stdout(Stdio::piped()).spawn().unwrap();
+    // When the first step begins, its folder is there.
+    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(lines.any(|line| line.unwrap().contains("Quantize")));
+    interrupt(&child);
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
 fn interrupt(child: &Child) {
     // SAFETY: a signal to a child that has not been waited for.
     assert_eq!(unsafe { libc::kill(child.id() as i32, libc::SIGINT) }, 0);
