@@ -77,6 +77,12 @@ pub enum Error {
         /// The output folder.
         path: PathBuf,
     },
+    /// A folder of unfinished work that another command left.
+    #[error("{}: expected unfinished work of this very command, or nothing, found that of another", path.display())]
+    OtherWork {
+        /// The folder.
+        path: PathBuf,
+    },
     /// The writer was told to stop. What is done stays for the same call to continue.
     #[error("interrupted; unfinished work is in {}", partial.display())]
     Interrupted {

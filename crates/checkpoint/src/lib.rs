@@ -12,6 +12,7 @@ mod reader;
 mod shard;
 mod synthetic;
 mod transpose;
+mod unfinished;
 mod weights;
 mod write;
 
@@ -26,6 +27,7 @@ pub use reader::{Checkpoint, Packed};
 pub use safetensors::Dtype;
 pub use shard::Shard;
 pub use synthetic::Synthetic;
+pub use unfinished::Unfinished;
 pub use weights::{
     Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights,
     matrices, vectors,

@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::io::Write;
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -22,6 +22,7 @@ use crate::layout::{self, Role, Slot};
 use crate::quantization::Description;
 use crate::reader::{FAKE_FOLDER, FAKE_SCALES, INDEX, SINGLE};
 use crate::transpose::transpose;
+use crate::unfinished::{JOURNAL, Unfinished};
 use crate::{
     Checkpoint, Config, Error, Format, KvCache, Layout, Matrix, MatrixId, MatrixKind, Values, Vector,
     VectorId, VectorKind, Weights, matrices,
@@ -150,14 +151,13 @@ pub fn write(
         _ => Path::new("."),
     };
     fs::create_dir_all(parent).map_err(Error::io(parent))?;
-    let mut work = Work::begin(&plan, partial, target.overwrite)?;
+    let mut work = Work::begin(&plan, &partial, target.overwrite)?;
     let result = work.run(weights, &plan, progress);
     // After a failure too: what is done need not be done again. Its own failure adds nothing to the first.
     let journaled = work.commit();
     result.and(journaled)?;
     let files = work.finish(&plan)?;
 
-    let partial = &work.directory;
     let aside = beside(".replaced");
     if exists {
         // Left behind by a call that ended between the two renames.
@@ -168,7 +168,7 @@ pub fn write(
     }
     let journal = partial.join(JOURNAL);
     fs::remove_file(&journal).map_err(Error::io(&journal))?;
-    fs::rename(partial, out).map_err(Error::io(out))?;
+    fs::rename(&partial, out).map_err(Error::io(out))?;
     sync(parent)?;
     if exists {
         fs::remove_dir_all(&aside).map_err(Error::io(&aside))?;
@@ -548,13 +548,11 @@ fn headers(files: &mut [PlannedFile], units: &mut [Unit]) {
     }
 }
 
-/// The unfinished folder.
+/// The unfinished folder, and what of it is done.
 struct Work {
-    directory: PathBuf,
+    folder: Unfinished,
     layout: Layout,
     files: Vec<(PathBuf, File)>,
-    /// Held open for its lock: one writer at a time.
-    journal: File,
     done: HashSet<String>,
     /// Items that are written but not yet in the journal, and their bytes.
     pending: Vec<String>,
@@ -562,47 +560,12 @@ struct Work {
     resumed_bytes: u64,
 }
 
-/// Says whose the unfinished work is and what of it is done.
-const JOURNAL: &str = ".nibble-journal";
-
 /// The journal is written after so many bytes: what a power cut can cost.
 const BYTES_PER_COMMIT: u64 = 256 << 20;
 
 impl Work {
-    fn begin(plan: &Plan, directory: PathBuf, overwrite: bool) -> Result<Work, Error> {
-        let path = directory.join(JOURNAL);
-        let foreign =
-            || Error::file(&directory, "unfinished work of this very command, or nothing", "something else");
-        fs::create_dir_all(&directory).map_err(Error::io(&directory))?;
-        let empty = fs::read_dir(&directory).map_err(Error::io(&directory))?.next().is_none();
-        if !empty && !path.is_file() && !overwrite {
-            return Err(foreign());
-        }
-        let mut open = OpenOptions::new();
-        open.create(true).read(true).append(true);
-        let mut journal = open.open(&path).map_err(Error::io(&path))?;
-        journal
-            .try_lock()
-            .map_err(|_| Error::file(&directory, "no other process that writes there", "one that does"))?;
-        let mut text = String::new();
-        journal.read_to_string(&mut text).map_err(Error::io(&path))?;
-        // A last line without its end was cut off.
-        let whole = text.rfind('\n').map_or(0, |at| at + 1);
-        let mut lines = text[..whole].lines();
-        let first = lines.next();
-        let ours = first == Some(plan.identity.as_str());
-        if first.is_some() && !ours && !overwrite {
-            return Err(foreign());
-        }
-        let done: HashSet<String> = if ours { lines.map(str::to_owned).collect() } else { HashSet::new() };
-        if ours {
-            journal.set_len(whole as u64).map_err(Error::io(&path))?;
-        } else {
-            clear(&directory)?;
-            journal.set_len(0).map_err(Error::io(&path))?;
-            writeln!(journal, "{}", plan.identity).map_err(Error::io(&path))?;
-        }
-
+    fn begin(plan: &Plan, directory: &Path, overwrite: bool) -> Result<Work, Error> {
+        let (folder, done) = Unfinished::begin(directory, &plan.identity, overwrite)?;
         let mut files = Vec::new();
         for file in &plan.files {
             let path = directory.join(&file.name);
@@ -616,11 +579,10 @@ impl Work {
             files.push((path, handle));
         }
         Ok(Work {
-            directory,
+            folder,
             layout: plan.layout,
             files,
-            journal,
-            done,
+            done: done.into_iter().collect(),
             pending: Vec::new(),
             pending_bytes: 0,
             resumed_bytes: 0,
@@ -646,7 +608,7 @@ impl Work {
                 } else {
                     let at = Progress { tensor: &unit.name, done_bytes, total_bytes: plan.total_bytes };
                     if progress(at).is_break() {
-                        return Err(Error::Interrupted { partial: self.directory.clone() });
+                        return Err(Error::Interrupted { partial: self.folder.directory().to_owned() });
                     }
                     self.item(weights, unit, item)?;
                     self.pending.push(key);
@@ -848,11 +810,7 @@ impl Work {
         for (path, file) in &self.files {
             file.sync_data().map_err(Error::io(path))?;
         }
-        let mut lines = self.pending.join("\n");
-        lines.push('\n');
-        let path = self.directory.join(JOURNAL);
-        self.journal.write_all(lines.as_bytes()).map_err(Error::io(&path))?;
-        self.journal.sync_data().map_err(Error::io(&path))?;
+        self.folder.record(&self.pending)?;
         self.pending.clear();
         self.pending_bytes = 0;
         Ok(())
@@ -860,6 +818,7 @@ impl Work {
 
     /// Completes the folder but for its name, and gives the names of its files.
     fn finish(&self, plan: &Plan) -> Result<Vec<String>, Error> {
+        let directory = self.folder.directory();
         for (planned, (path, file)) in plan.files.iter().zip(&self.files) {
             let found = file.metadata().map_err(Error::io(path))?.len();
             if found != planned.bytes {
@@ -869,14 +828,14 @@ impl Work {
             file.sync_all().map_err(Error::io(path))?;
         }
         for (name, contents) in &plan.documents {
-            let path = self.directory.join(name);
+            let path = directory.join(name);
             let mut file = File::create(&path).map_err(Error::io(&path))?;
             file.write_all(contents).and_then(|()| file.sync_all()).map_err(Error::io(&path))?;
         }
         if plan.layout == Layout::FakeBf16 {
-            sync(&self.directory.join(FAKE_FOLDER))?;
+            sync(&directory.join(FAKE_FOLDER))?;
         }
-        sync(&self.directory)?;
+        sync(directory)?;
         let tensors = plan.files.iter().map(|file| &file.name);
         Ok(tensors.chain(plan.documents.iter().map(|(name, _)| name)).cloned().collect())
     }
@@ -920,20 +879,6 @@ fn pretty(value: &Value) -> Vec<u8> {
     let mut text = serde_json::to_vec_pretty(value).expect("JSON values print");
     text.push(b'\n');
     text
-}
-
-/// Removes everything from an unfinished folder but its journal, which is locked.
-fn clear(directory: &Path) -> Result<(), Error> {
-    for entry in fs::read_dir(directory).map_err(Error::io(directory))? {
-        let entry = entry.map_err(Error::io(directory))?;
-        let path = entry.path();
-        if entry.file_name() == JOURNAL {
-            continue;
-        }
-        let is_dir = entry.file_type().map_err(Error::io(&path))?.is_dir();
-        if is_dir { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }.map_err(Error::io(&path))?;
-    }
-    Ok(())
 }
 
 /// Makes the names in a folder last.

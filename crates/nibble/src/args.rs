@@ -216,7 +216,7 @@ pub(crate) struct Quantize {
     /// Cast even where values change
     #[arg(long)]
     pub(crate) allow_loss: bool,
-    /// Replace DIR if it exists
+    /// Replace DIR if it exists, and drop what another command left unfinished
     #[arg(long)]
     pub(crate) overwrite: bool,
     /// Largest size of one file

@@ -9,7 +9,7 @@ use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::slice;
 
-use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, VectorKind, Weights};
+use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, Unfinished, VectorKind, Weights};
 use cpu::{Pool, Rows, Update, products};
 use gptoss::{Rotary, rotate, swiglu, top_experts};
 use half::bf16;
@@ -30,10 +30,13 @@ pub struct Calibration {
     pub windows: Vec<Vec<u32>>,
     /// Every token goes through every expert for the statistics; the model's outputs are unchanged.
     pub all_experts: bool,
-    /// A folder for activations and finished layers. Work that is found there continues if it has the same fingerprint.
+    /// A folder for activations and finished layers, locked as long as what was calibrated is in use. Work that is found
+    /// there continues if it has the same fingerprint.
     pub scratch: PathBuf,
     /// Of everything that the result depends on.
     pub fingerprint: String,
+    /// Whether unfinished work of another fingerprint is dropped.
+    pub overwrite: bool,
 }
 
 /// Fewer tokens than this say too little about an expert: it falls back to `mse`.
@@ -85,7 +88,8 @@ pub(crate) fn calibrate(
             return Err(Error::Shape { found: size });
         }
     }
-    let done = prepare(folder, &job.calibration.fingerprint, layers)?;
+    let (claim, _) = Unfinished::begin(folder, &job.calibration.fingerprint, job.calibration.overwrite)?;
+    let done = (0..layers).take_while(|&layer| Done::exists(folder, layer)).count();
     let per_layer = config.experts + 2;
     let mut step = |layer: usize, part: usize| {
         let flow = progress(layer * per_layer + part, layers * per_layer);
@@ -101,7 +105,7 @@ pub(crate) fn calibrate(
     }
     let _ = progress(layers * per_layer, layers * per_layer);
     let final_amax = final_amax(job)?;
-    Ok(Calibrated::open(folder, config, kinds, final_amax)?)
+    Ok(Calibrated::open(claim, config, kinds, final_amax)?)
 }
 
 /// The largest magnitude that the output layer sees.
@@ -116,20 +120,6 @@ fn final_amax(job: &Job<'_>) -> Result<f32, Error> {
         largest = largest.max(nvfp4::amax(&x));
     }
     Ok(largest)
-}
-
-/// Makes the scratch folder, or finds one of the same fingerprint; returns the layers done.
-fn prepare(folder: &Path, fingerprint: &str, layers: usize) -> Result<usize, Error> {
-    let state = folder.join("fingerprint");
-    if std::fs::read_to_string(&state).is_ok_and(|found| found == fingerprint) {
-        return Ok((0..layers).take_while(|&layer| Done::exists(folder, layer)).count());
-    }
-    if folder.exists() {
-        std::fs::remove_dir_all(folder).map_err(|source| io(folder, source))?;
-    }
-    std::fs::create_dir_all(folder).map_err(|source| io(folder, source))?;
-    std::fs::write(&state, fingerprint).map_err(|source| io(&state, source))?;
-    Ok(0)
 }
 
 /// The tokens' embeddings as the input of the first layer, in both streams.

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
-use checkpoint::{Config, MatrixId, MatrixKind, VectorId, VectorKind};
+use checkpoint::{Config, MatrixId, MatrixKind, Unfinished, VectorId, VectorKind};
 use half::bf16;
 use numerics::nvfp4::BLOCK;
 
@@ -55,6 +55,8 @@ impl Done {
 
 /// Quantized layers and facts in the scratch folder.
 pub(crate) struct Calibrated {
+    /// Keeps others from the folder.
+    _claim: Unfinished,
     config: Config,
     kinds: Vec<MatrixKind>,
     files: Vec<(PathBuf, File)>,
@@ -64,13 +66,14 @@ pub(crate) struct Calibrated {
 }
 
 impl Calibrated {
-    /// What all layers of a calibration of `kinds` have left in `folder`.
+    /// What all layers of a calibration of `kinds` have left in their folder.
     pub(crate) fn open(
-        folder: &Path,
+        claim: Unfinished,
         config: &Config,
         kinds: Vec<MatrixKind>,
         final_amax: f32,
     ) -> Result<Calibrated, checkpoint::Error> {
+        let folder = claim.directory();
         let (mut files, mut done) = (Vec::new(), Vec::new());
         for layer in 0..config.layer_kinds.len() {
             let path = layer_file(folder, layer);
@@ -78,7 +81,7 @@ impl Calibrated {
             files.push((path, file));
             done.push(Done::read(folder, layer)?);
         }
-        Ok(Calibrated { config: config.clone(), kinds, files, done, final_amax })
+        Ok(Calibrated { _claim: claim, config: config.clone(), kinds, files, done, final_amax })
     }
 
     /// What was found out about each layer.

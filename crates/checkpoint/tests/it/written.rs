@@ -325,9 +325,9 @@ fn other_unfinished_work_is_not_continued() {
     assert!(matches!(interrupted(&one, 30), Err(Error::Interrupted { .. })));
     let two = Target { fingerprint: "two".to_owned(), ..one.clone() };
     let error = write_all(&weights, &two, &out).unwrap_err();
-    assert!(matches!(&error, Error::File { path, .. } if path.ends_with("out.partial")), "{error}");
+    assert!(matches!(&error, Error::OtherWork { path } if path.ends_with("out.partial")), "{error}");
     let other_shards = Target { shard_bytes: 1 << 30, ..one.clone() };
-    assert!(matches!(write_all(&weights, &other_shards, &out), Err(Error::File { .. })));
+    assert!(matches!(write_all(&weights, &other_shards, &out), Err(Error::OtherWork { .. })));
 
     // A journal that was cut off in the middle of a line costs that line.
     let journal = folder.path().join("out.partial/.nibble-journal");
@@ -343,11 +343,14 @@ fn other_unfinished_work_is_not_continued() {
     assert_eq!(written.resumed_bytes, 0);
     assert_same_storage(&weights, &Checkpoint::open(&out).unwrap());
 
-    // A folder of that name that is nobody's unfinished work.
+    // A folder of that name that is nobody's unfinished work is not deleted whatever was asked for.
     std::fs::remove_dir_all(&out).unwrap();
     std::fs::create_dir(folder.path().join("out.partial")).unwrap();
     std::fs::write(folder.path().join("out.partial/letter.txt"), "dear").unwrap();
-    assert!(matches!(write_all(&weights, &one, &out), Err(Error::File { .. })));
+    for overwrite in [false, true] {
+        let target = Target { overwrite, ..one.clone() };
+        assert!(matches!(write_all(&weights, &target, &out), Err(Error::File { .. })));
+    }
     assert!(folder.path().join("out.partial/letter.txt").exists());
 }
 

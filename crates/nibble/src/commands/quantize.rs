@@ -55,6 +55,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         windows,
         all_experts: args.all_experts,
         scratch: scratch.clone(),
+        overwrite: args.overwrite,
     };
     let facts = report::SourceFacts::of(&model);
 
@@ -84,7 +85,8 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     }
 
     interrupt::handle_gracefully();
-    if view.needs_calibration() {
+    let calibrates = view.needs_calibration();
+    if calibrates {
         let mut bar = ui.progress("Calibrating", 1);
         let calibrated = view.calibrate(&calibration, &mut |done, total| {
             bar.set_total(total as u64);
@@ -98,6 +100,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
                 format!("interrupted; the layers calibrated so far are in {}", scratch.display()),
             )
             .hint("the same command continues"),
+            quantize::Error::Checkpoint(error) => unfinished(error),
             error => error.into(),
         })?;
     }
@@ -109,12 +112,8 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         if interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     });
     drop(bar);
-    let written = written.map_err(|error| match error {
-        checkpoint::Error::File { .. } => Failure::from(error)
-            .hint("--overwrite drops the unfinished work of another command and begins anew"),
-        error => error.into(),
-    })?;
-    if scratch.exists() {
+    let written = written.map_err(unfinished)?;
+    if calibrates {
         std::fs::remove_dir_all(&scratch).map_err(|error| Failure::io(&scratch, &error))?;
     }
     let bits = written.tensor_bytes as f64 * 8.0 / parameters as f64;
@@ -165,6 +164,16 @@ fn check(args: &Quantize) -> Result<()> {
         checkpoint::Error::Exists { .. } => Failure::from(error).hint("--overwrite replaces it"),
         error => error.into(),
     })
+}
+
+/// An error of calibrating or writing, which may have met the unfinished work of another command.
+fn unfinished(error: checkpoint::Error) -> Failure {
+    match error {
+        checkpoint::Error::OtherWork { .. } => {
+            Failure::from(error).hint("--overwrite drops it and begins anew")
+        }
+        error => error.into(),
+    }
 }
 
 /// Whether the algorithm calibrates and there is something in BF16 for it.

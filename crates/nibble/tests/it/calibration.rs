@@ -169,6 +169,20 @@ fn the_published_form_needs_no_calibration() {
 }
 
 #[test]
+fn a_folder_beside_the_output_is_deleted_by_its_own_calibration_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let beside = folder.path().join("out.calibration");
+    std::fs::create_dir(&beside).unwrap();
+    let data = write(&beside, "data.txt", "A text of somebody.");
+    let calibrated = ["--algorithm", "gptq", "--calibration", &data, "--overwrite"];
+    let source = bf16();
+    fails(&[&["quantize", &source, "--out", &out], &calibrated[..]].concat(), 2, "out.calibration: expected");
+    ok(&["quantize", &small(), "--out", &out]);
+    assert_eq!(std::fs::read_to_string(data).unwrap(), "A text of somebody.");
+}
+
+#[test]
 fn an_interrupted_calibration_is_continued_by_the_same_command() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
@@ -195,6 +209,8 @@ fn an_interrupted_calibration_is_continued_by_the_same_command() {
     assert_eq!(stopped.status.code(), Some(130), "{stderr}");
     assert!(stderr.contains("the same command continues"), "{stderr}");
     assert!(!Path::new(&halved).exists() && first.exists());
+    let other = fails(&[&args[..], &["--seed", "1"]].concat(), 2, "halved.calibration: expected");
+    assert!(other.stderr.contains("--overwrite drops it"), "{}", other.stderr);
 
     ok(&args);
     let weights = |folder: &str| std::fs::read(Path::new(folder).join("model.safetensors")).unwrap();

@@ -47,6 +47,7 @@ fn static_scales_equal_those_of_model_optimizers_calibration() {
         all_experts: false,
         scratch: scratch.path().join("calibration"),
         fingerprint: String::new(),
+        overwrite: false,
     };
     for (name, recipe) in [("nvfp4_default_kv_fp8", Recipe::Linear), ("nvfp4_experts_only", Recipe::Experts)]
     {

@@ -224,6 +224,7 @@ fn calibration(folder: &std::path::Path, seed: u32) -> quantize::Calibration {
         all_experts: false,
         scratch: folder.join("calibration"),
         fingerprint: format!("{seed}"),
+        overwrite: false,
     }
 }
 
@@ -266,6 +267,47 @@ fn an_interrupted_calibration_continues_to_the_same_result() {
         assert_eq!(facts.coverage.iter().sum::<u64>(), 4 * 96 * 4, "every token goes to four experts");
         assert!(facts.input_amax.iter().all(|&a| a > 0.0) && facts.key_amax > 0.0 && facts.value_amax > 0.0);
     }
+}
+
+#[test]
+fn a_scratch_folder_belongs_to_one_calibration() {
+    let folder = tempfile::tempdir().unwrap();
+    let one = calibration(folder.path(), 1);
+    let calibrate = |calibration: &quantize::Calibration, stop: usize| {
+        let source = Arc::new(Synthetic::new(config(), |_| Format::Bf16, 3));
+        let mut view = view(source, nvfp4(Recipe::Experts, Algorithm::Gptq));
+        let progress = &mut |done, _| {
+            if done < stop { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        };
+        view.calibrate(calibration, progress).map(|()| view).map_err(|error| error.to_string())
+    };
+
+    // What is nobody's unfinished work is not deleted, whatever was asked for.
+    std::fs::create_dir(&one.scratch).unwrap();
+    let letter = one.scratch.join("letter.txt");
+    std::fs::write(&letter, "dear").unwrap();
+    for overwrite in [false, true] {
+        let error = calibrate(&quantize::Calibration { overwrite, ..one.clone() }, 99).err().unwrap();
+        assert!(error.contains("expected unfinished work, or nothing"), "{error}");
+    }
+    assert_eq!(std::fs::read_to_string(&letter).unwrap(), "dear");
+    std::fs::remove_file(letter).unwrap();
+
+    // Nor is the work of another, unless that is asked for.
+    assert_eq!(calibrate(&one, 2).err().unwrap(), "interrupted");
+    let two = quantize::Calibration { fingerprint: "two".to_owned(), ..one.clone() };
+    let error = calibrate(&two, 99).err().unwrap();
+    assert!(error.contains("found that of another"), "{error}");
+    let two = quantize::Calibration { overwrite: true, ..two };
+    let in_use = calibrate(&two, 99).unwrap();
+
+    // As long as somebody reads from it, nobody else works there.
+    for calibration in [&one, &two] {
+        let error = calibrate(calibration, 99).err().unwrap();
+        assert!(error.contains("no other process that writes there"), "{error}");
+    }
+    drop(in_use);
+    assert!(calibrate(&two, 99).is_ok());
 }
 
 /// The rows of a matrix as they act on what stands before its norm: each column times the norm's weight.
@@ -371,8 +413,11 @@ fn one_token_leaves_every_expert_at_the_sweep() {
     let nothing = quantize::Calibration { windows: vec![], ..calibration.clone() };
     let error = refined.calibrate(&nothing, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(error, quantize::Error::NoTokens));
-    let unknown =
-        quantize::Calibration { windows: vec![vec![4096]], fingerprint: "unknown".to_owned(), ..calibration };
+    let unknown = quantize::Calibration {
+        windows: vec![vec![4096]],
+        scratch: folder.path().join("unknown"),
+        ..calibration
+    };
     let error = refined.calibrate(&unknown, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
     assert!(error.to_string().contains("4096"), "{error}");
 }
