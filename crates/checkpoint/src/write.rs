@@ -133,16 +133,8 @@ pub fn write(
     out: &Path,
     progress: &mut dyn FnMut(Progress<'_>) -> ControlFlow<()>,
 ) -> Result<Written, Error> {
-    let Some(name) = out.file_name() else {
-        return Err(Error::file(out, "the name of a folder to write", "none"));
-    };
-    let beside = |suffix: &str| {
-        let mut name = name.to_owned();
-        name.push(suffix);
-        out.with_file_name(name)
-    };
-    let partial = beside(".partial");
     may_write(out, target.overwrite)?;
+    let (partial, aside) = (beside(out, ".partial")?, beside(out, REPLACED)?);
     let exists = fs::symlink_metadata(out).is_ok();
 
     let plan = Plan::new(weights, target)?;
@@ -158,12 +150,7 @@ pub fn write(
     result.and(journaled)?;
     let files = work.finish(&plan)?;
 
-    let aside = beside(".replaced");
     if exists {
-        // Left behind by a call that ended between the two renames.
-        if fs::symlink_metadata(&aside).is_ok() {
-            fs::remove_dir_all(&aside).map_err(Error::io(&aside))?;
-        }
         fs::rename(out, &aside).map_err(Error::io(out))?;
     }
     let journal = partial.join(JOURNAL);
@@ -180,16 +167,45 @@ pub fn write(
 /// Whether [`write`] may write to `out`, which a caller can ask before long work.
 ///
 /// # Errors
-/// [`Error::Exists`] for a model folder without `overwrite`; [`Error::File`] for anything else that is there.
+/// [`Error::Exists`] for a model folder without `overwrite`; [`Error::File`] for anything else that is there or in the way.
 pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
+    let aside = beside(out, REPLACED)?;
     if fs::symlink_metadata(out).is_err() {
         return Ok(());
     }
-    if !out.join("config.json").is_file() {
+    if !is_model(out) {
         return Err(Error::file(out, "nothing there, or a model folder to replace", "something else"));
     }
-    if overwrite { Ok(()) } else { Err(Error::Exists { path: out.to_owned() }) }
+    if !overwrite {
+        return Err(Error::Exists { path: out.to_owned() });
+    }
+    // A call that ended between its renames leaves the old model there: who knows whether it is still wanted.
+    if fs::symlink_metadata(&aside).is_ok() {
+        return Err(Error::file(&aside, "nothing there, where what is replaced goes first", "something"));
+    }
+    Ok(())
 }
+
+fn is_model(folder: &Path) -> bool {
+    let mut entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    let weights =
+        entries.any(|entry| Path::new(&entry.file_name()).extension() == Some("safetensors".as_ref()));
+    weights && folder.join("config.json").is_file()
+}
+
+/// The path beside `out` whose name goes on with `suffix`: where unfinished work lies.
+///
+/// # Errors
+/// [`Error::File`] if `out` has no name.
+pub fn beside(out: &Path, suffix: &str) -> Result<PathBuf, Error> {
+    let name = out.file_name().ok_or_else(|| Error::file(out, "the name of a folder to write", "none"))?;
+    let mut name = name.to_owned();
+    name.push(suffix);
+    Ok(out.with_file_name(name))
+}
+
+/// Where a model that is replaced lies until the new one is in its place.
+const REPLACED: &str = ".replaced";
 
 /// Everything about the output that is known before the first byte is written.
 struct Plan {

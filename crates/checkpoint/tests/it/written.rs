@@ -260,10 +260,19 @@ fn an_existing_output_is_replaced_on_request_only() {
     assert_eq!(Checkpoint::open(&out).unwrap().layout(), Layout::Bf16);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 
+    // Nor is anything deleted where the old model goes for a moment.
+    let aside = folder.path().join("out.replaced");
+    std::fs::create_dir(&aside).unwrap();
+    std::fs::write(aside.join("letter.txt"), "dear").unwrap();
+    let error = write_all(&weights, &target, &out).unwrap_err();
+    assert!(matches!(&error, Error::File { path, .. } if *path == aside), "{error}");
+    assert_eq!(std::fs::read_to_string(aside.join("letter.txt")).unwrap(), "dear");
+
     // A folder that is no model is not deleted whatever was asked for.
     let home = folder.path().join("home");
     std::fs::create_dir(&home).unwrap();
     std::fs::write(home.join("letter.txt"), "dear").unwrap();
+    std::fs::write(home.join("config.json"), "{}").unwrap();
     for overwrite in [false, true] {
         target.overwrite = overwrite;
         for out in [&home, &home.join("letter.txt")] {

@@ -2,7 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -49,7 +49,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         calibration::Data::default()
     };
     let windows = data.windows();
-    let scratch = scratch(args);
+    let scratch = checkpoint::beside(&args.out, ".calibration")?;
     let calibration = quantize::Calibration {
         fingerprint: format!("{} {}", target.fingerprint, digest(&windows)),
         windows,
@@ -163,7 +163,20 @@ fn check(args: &Quantize) -> Result<()> {
     checkpoint::may_write(&args.out, args.overwrite).map_err(|error| match error {
         checkpoint::Error::Exists { .. } => Failure::from(error).hint("--overwrite replaces it"),
         error => error.into(),
-    })
+    })?;
+    let inside = |path: &Path| match (path.canonicalize(), args.out.canonicalize()) {
+        (Ok(path), Ok(out)) => path != out && path.starts_with(out),
+        _ => false,
+    };
+    let mut inputs = args.calibration.iter().map(PathBuf::as_path).chain([Path::new(&args.source)]);
+    match inputs.find(|path| inside(path)) {
+        Some(path) => Err(Failure::input(format!(
+            "{}: expected no input inside {}, which is to be replaced, found one",
+            path.display(),
+            args.out.display()
+        ))),
+        None => Ok(()),
+    }
 }
 
 /// An error of calibrating or writing, which may have met the unfinished work of another command.
@@ -186,13 +199,6 @@ fn wants_calibration(model: &Model, args: &Quantize) -> bool {
     let calibrates =
         algorithm.calibrates() && model.checkpoint.format(kind.at(0)) == checkpoint::Format::Bf16;
     activations || kv_scales || calibrates
-}
-
-/// Where calibration keeps activations and finished layers.
-fn scratch(args: &Quantize) -> PathBuf {
-    let mut path = args.out.clone().into_os_string();
-    path.push(".calibration");
-    path.into()
 }
 
 /// Tells calibration data apart.

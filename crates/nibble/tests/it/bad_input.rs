@@ -86,6 +86,16 @@ fn an_output_that_exists_is_kept() {
     fails(&["quantize", &small(), "--out", &checkpoint], 2, "--overwrite");
     ok(&["quantize", &small(), "--out", &checkpoint, "--overwrite", "--algorithm", "max"]);
     assert_eq!(run(&["verify", &small(), &checkpoint]).status, 1);
+
+    // What is read must not be deleted with it.
+    let (inner, text) = (format!("{checkpoint}/inner"), format!("{checkpoint}/data.txt"));
+    copy_small(Path::new(&inner));
+    fails(&["quantize", &inner, "--out", &checkpoint, "--overwrite"], 2, "expected no input inside");
+    std::fs::write(&text, "A text of somebody.").unwrap();
+    let calibrated = ["quantize", &bf16(), "--out", &checkpoint, "--overwrite", "--calibration", &text];
+    fails(&calibrated, 2, "data.txt: expected no input inside");
+    assert!(Path::new(&inner).exists() && Path::new(&text).exists());
+    fails(&["quantize", &small(), "--out", ".."], 2, "expected the name of a folder");
 }
 
 fn copy_small(folder: &Path) {
