@@ -25,7 +25,6 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     let model = Model::open(Some(&args.source), ui)?;
     let source_bytes = model.checkpoint.tensor_bytes();
     let parameters = model.checkpoint.parameters();
-    let fingerprint = fingerprint(&model.checkpoint, args);
     let names = Names::of(&model.checkpoint);
     let layout = layout(args.format);
     let mut target = Target {
@@ -33,7 +32,6 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         version: env!("CARGO_PKG_VERSION").to_owned(),
         scales_per_expert: args.scales_per == args::ScalesPer::Expert,
         overwrite: args.overwrite,
-        fingerprint,
         ..Target::like(&model.checkpoint, layout)?
     };
     if args.kv_cache == args::KvCache::Fp8 {
@@ -47,15 +45,6 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         calibration::read(&model, &args.calibration, args.calibration_tokens as usize, args.seed, ui)?
     } else {
         calibration::Data::default()
-    };
-    let windows = data.windows();
-    let scratch = checkpoint::beside(&args.out, ".calibration")?;
-    let calibration = quantize::Calibration {
-        fingerprint: format!("{} {}", target.fingerprint, digest(&windows)),
-        windows,
-        all_experts: args.all_experts,
-        scratch: scratch.clone(),
-        overwrite: args.overwrite,
     };
     let facts = report::SourceFacts::of(&model);
 
@@ -86,7 +75,17 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
 
     interrupt::handle_gracefully();
     let calibrates = view.needs_calibration();
+    let windows = if calibrates { data.windows() } else { Vec::new() };
+    target.fingerprint = fingerprint(&view, args, &windows);
+    let scratch = checkpoint::beside(&args.out, ".calibration")?;
     if calibrates {
+        let calibration = quantize::Calibration {
+            windows,
+            all_experts: args.all_experts,
+            scratch: scratch.clone(),
+            fingerprint: target.fingerprint.clone(),
+            overwrite: args.overwrite,
+        };
         let mut bar = ui.progress("Calibrating", 1);
         let calibrated = view.calibrate(&calibration, &mut |done, total| {
             bar.set_total(total as u64);
@@ -201,13 +200,6 @@ fn wants_calibration(model: &Model, args: &Quantize) -> bool {
     activations || kv_scales || calibrates
 }
 
-/// Tells calibration data apart.
-fn digest(windows: &[Vec<u32>]) -> u64 {
-    let mut hasher = std::hash::DefaultHasher::new();
-    windows.hash(&mut hasher);
-    hasher.finish()
-}
-
 /// Fake-quantized weights are taken as the codes that they stand for, unless they are to be plain BF16 again.
 pub(crate) fn source(model: Model, format: Format) -> Arc<dyn Weights> {
     match model.checkpoint.layout() {
@@ -263,29 +255,18 @@ pub(crate) fn layout(format: Format) -> Layout {
     }
 }
 
-/// Source and options: only the same command continues unfinished work.
-fn fingerprint(source: &Checkpoint, args: &Quantize) -> String {
-    let files: Vec<String> = source
-        .files()
-        .iter()
-        .map(|file| {
-            let metadata = std::fs::metadata(file.path()).ok();
-            let modified = metadata.as_ref().and_then(|m| m.modified().ok());
-            format!("{} {:?} {modified:?}", file.path().display(), metadata.map(|m| m.len()))
-        })
-        .collect();
-    let options = (
-        args.recipe,
-        args.algorithm,
-        args.format,
-        args.embedding,
-        args.scales_per,
-        args.max_shard_size,
-        args.all_experts,
-        args.activations,
-        args.kv_cache,
-    );
-    format!("{files:?} {options:?} {}", env!("CARGO_PKG_VERSION"))
+/// Stands for everything that the result depends on: only the same command continues unfinished work.
+fn fingerprint(view: &Quantized, args: &Quantize, windows: &[Vec<u32>]) -> String {
+    // Of the source's files, its configuration and the options.
+    let weights = view.identity();
+    format!("{weights:?} {} {:x} {}", args.all_experts, digest(windows), env!("CARGO_PKG_VERSION"))
+}
+
+/// Tells calibration data apart.
+fn digest(windows: &[Vec<u32>]) -> u64 {
+    let mut hasher = std::hash::DefaultHasher::new();
+    windows.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// The names of the source's matrices, kept for the report.

@@ -203,6 +203,48 @@ fn a_full_disk_leaves_nothing_under_the_final_name() {
 }
 
 #[test]
+fn unfinished_work_is_continued_with_the_same_data_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (source, out) = (path("source"), path("model"));
+    std::fs::create_dir(&source).unwrap();
+    for entry in std::fs::read_dir(bf16()).unwrap() {
+        let file = entry.unwrap();
+        std::fs::copy(file.path(), Path::new(&source).join(file.file_name())).unwrap();
+    }
+    let partial = |args: &[&str]| {
+        // Room for the experts of the first layer.
+        let script = "ulimit -f 10000; trap '' XFSZ; exec \"$0\" \"$@\"";
+        let binary = env!("CARGO_BIN_EXE_nibble");
+        let limited = Command::new("bash").args(["-c", script, binary]).args(args).output().unwrap();
+        assert_eq!(limited.status.code(), Some(3), "{}", String::from_utf8_lossy(&limited.stderr));
+        assert!(folder.path().join("model.partial").exists(), "it was being written");
+    };
+    let weights = |folder: &str| std::fs::read(Path::new(folder).join("model.safetensors")).unwrap();
+
+    // Another seed draws other windows.
+    let calibrated =
+        ["quantize", &source, "--algorithm", "gptq", "--calibration-tokens", "256", "--overwrite"];
+    partial(&[&calibrated[..], &["--out", &out, "--seed", "1"]].concat());
+    let whole = path("whole");
+    for out in [&out, &whole] {
+        ok(&[&calibrated[..], &["--out", out, "--seed", "2"]].concat());
+    }
+    assert!(weights(&out) == weights(&whole), "nothing is left of the first seed");
+
+    // A source whose configuration was changed is another one.
+    std::fs::remove_dir_all(&out).unwrap();
+    let rounded = ["quantize", &source, "--out", &out, "--algorithm", "max"];
+    partial(&rounded);
+    let config = Path::new(&source).join("config.json");
+    let text = std::fs::read_to_string(&config).unwrap();
+    let changed = text.replace("\"sliding_window\": ", "\"sliding_window\": 1");
+    assert_ne!(text, changed);
+    std::fs::write(&config, changed).unwrap();
+    fails(&rounded, 2, "model.partial: expected unfinished work of this very command");
+}
+
+#[test]
 fn a_closed_pipe_is_no_error() {
     let mut child =
         nibble(&["inspect", &small()]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
