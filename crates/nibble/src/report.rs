@@ -20,7 +20,7 @@ use crate::model::{Model, is_on_hub, threads};
 use crate::modelopt::flag;
 use crate::ui::Ui;
 
-/// What is to be told of the source, which is gone when the report is made.
+/// What is to be told of the source's files, which may have been replaced when the report is made.
 pub(crate) struct SourceFacts {
     layout: &'static str,
     license: Option<String>,
@@ -49,6 +49,7 @@ impl SourceFacts {
 pub(crate) struct Run<'a> {
     pub(crate) args: &'a Quantize,
     pub(crate) common: &'a Common,
+    pub(crate) source: Arc<dyn Weights>,
     pub(crate) facts: SourceFacts,
     pub(crate) data: &'a Data,
     pub(crate) view: &'a Quantized,
@@ -68,7 +69,7 @@ pub(crate) fn write(
     let args = run.args;
     let (seconds, peak_memory_bytes) = (run.started.elapsed().as_secs_f64(), command::peak_memory());
     let coverage: Vec<Vec<u64>> = run.view.facts().iter().map(|facts| facts.coverage.clone()).collect();
-    let max = max_rule(run, ui)?;
+    let max = max_rule(run)?;
     let (quality, algorithms) = measure(run, max.as_ref(), ui)?;
     let report = Report {
         run: evaluate::report::Run {
@@ -131,7 +132,7 @@ pub(crate) fn write(
 }
 
 /// The same source by the max rule, for comparison; none if the run itself went by it, or lost nothing.
-fn max_rule(run: &Run<'_>, ui: Ui) -> Result<Option<Arc<Quantized>>> {
+fn max_rule(run: &Run<'_>) -> Result<Option<Arc<Quantized>>> {
     let Options::Nvfp4 { recipe, embedding, scales_per, experts_in_bf16, .. } = command::options(run.args)
     else {
         return Ok(None);
@@ -149,8 +150,7 @@ fn max_rule(run: &Run<'_>, ui: Ui) -> Result<Option<Arc<Quantized>>> {
         kv_scales: false,
         experts_in_bf16,
     };
-    let source = command::source(Model::open(Some(&run.args.source), ui)?, run.args.format);
-    let max = Quantized::new(source, options, threads(run.common), &mut |_, _| {})?;
+    let max = Quantized::new(Arc::clone(&run.source), options, threads(run.common), &mut |_, _| {})?;
     // Its errors are known once every matrix has been read.
     for id in matrices(max.config()) {
         for expert in 0..id.kind.shape(max.config()).0 {
@@ -175,8 +175,7 @@ fn measure(
         );
         return Ok((quality, algorithms));
     };
-    let source = Model::open(Some(&run.args.source), ui)?;
-    let mut reference = backend(Arc::new(source.checkpoint), &args::Run::exact(), run.common, ui)?;
+    let mut reference = backend(Arc::clone(&run.source), &args::Run::exact(), run.common, ui)?;
     let mut model = backend(Arc::new(Checkpoint::open(&run.args.out)?), &args::Run::exact(), run.common, ui)?;
     for set in &sets {
         let found = divergence(&mut model, &mut reference, &set.held_out, ui)?;

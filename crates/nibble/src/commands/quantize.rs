@@ -49,8 +49,9 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     let facts = report::SourceFacts::of(&model);
 
     let mut bar = ui.progress("Looking", 1);
+    let source = source(model, args.format);
     let mut view =
-        Quantized::new(source(model, args.format), options(args), threads(common), &mut |done, total| {
+        Quantized::new(Arc::clone(&source), options(args), threads(common), &mut |done, total| {
             bar.set_total(total as u64);
             bar.set(done as u64);
         })?;
@@ -130,7 +131,8 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         println!("{}", dim(&format!("nibble verify {} {}", args.source, args.out.display())));
     }
     if let Some(folder) = &args.report {
-        let run = report::Run { args, common, facts, data: &data, view: &view, started, source_bytes, bits };
+        let data = &data;
+        let run = report::Run { args, common, source, facts, data, view: &view, started, source_bytes, bits };
         report::write(&run, &written, &|id| names.name(id).to_owned(), folder, ui)?;
     }
     Ok(())
@@ -201,7 +203,7 @@ fn wants_calibration(model: &Model, args: &Quantize) -> bool {
 }
 
 /// Fake-quantized weights are taken as the codes that they stand for, unless they are to be plain BF16 again.
-pub(crate) fn source(model: Model, format: Format) -> Arc<dyn Weights> {
+fn source(model: Model, format: Format) -> Arc<dyn Weights> {
     match model.checkpoint.layout() {
         Layout::FakeBf16 if format != Format::Bf16 => Arc::new(model.checkpoint.into_packed()),
         _ => Arc::new(model.checkpoint),

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::{bf16, fails, nibble, ok, run, run_with_input, small};
+use crate::{bf16, copy_model, fails, nibble, ok, run, run_with_input, small};
 
 #[test]
 fn wrong_usage_is_refused_by_name() {
@@ -89,7 +89,7 @@ fn an_output_that_exists_is_kept() {
 
     // What is read must not be deleted with it.
     let (inner, text) = (format!("{checkpoint}/inner"), format!("{checkpoint}/data.txt"));
-    copy_small(Path::new(&inner));
+    copy_model(&small(), Path::new(&inner));
     fails(&["quantize", &inner, "--out", &checkpoint, "--overwrite"], 2, "expected no input inside");
     std::fs::write(&text, "A text of somebody.").unwrap();
     let calibrated = ["quantize", &bf16(), "--out", &checkpoint, "--overwrite", "--calibration", &text];
@@ -98,18 +98,11 @@ fn an_output_that_exists_is_kept() {
     fails(&["quantize", &small(), "--out", ".."], 2, "expected the name of a folder");
 }
 
-fn copy_small(folder: &Path) {
-    std::fs::create_dir(folder).unwrap();
-    for file in ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"] {
-        std::fs::copy(format!("{}/{file}", small()), folder.join(file)).unwrap();
-    }
-}
-
 #[test]
 fn damaged_checkpoints_name_the_tensor() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("model");
-    copy_small(&copy);
+    copy_model(&small(), &copy);
     let path = copy.to_str().unwrap();
     let weights = copy.join("model.safetensors");
     let whole = std::fs::read(&weights).unwrap();
@@ -145,7 +138,7 @@ fn damaged_checkpoints_name_the_tensor() {
 fn weights_that_are_no_numbers_are_not_answered_with() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("model");
-    copy_small(&copy);
+    copy_model(&small(), &copy);
     let path = copy.to_str().unwrap();
     let weights = copy.join("model.safetensors");
     let mut bytes = std::fs::read(&weights).unwrap();
@@ -207,11 +200,7 @@ fn unfinished_work_is_continued_with_the_same_data_alone() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (source, out) = (path("source"), path("model"));
-    std::fs::create_dir(&source).unwrap();
-    for entry in std::fs::read_dir(bf16()).unwrap() {
-        let file = entry.unwrap();
-        std::fs::copy(file.path(), Path::new(&source).join(file.file_name())).unwrap();
-    }
+    copy_model(&bf16(), Path::new(&source));
     let partial = |args: &[&str]| {
         // Room for the experts of the first layer.
         let script = "ulimit -f 10000; trap '' XFSZ; exec \"$0\" \"$@\"";

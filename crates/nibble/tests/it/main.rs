@@ -9,7 +9,7 @@ mod models;
 mod serving;
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use serde_json::Value;
@@ -28,6 +28,15 @@ fn small() -> String {
 
 fn bf16() -> String {
     path("testdata/tiny-gpt-oss-bf16")
+}
+
+/// Copies a model's folder, so that it can be changed.
+fn copy_model(model: &str, folder: &Path) {
+    std::fs::create_dir(folder).unwrap();
+    for entry in std::fs::read_dir(model).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
 }
 
 fn nibble(args: &[&str]) -> Command {
