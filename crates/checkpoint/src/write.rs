@@ -164,6 +164,14 @@ pub fn write(
     Ok(Written { directory, files, tensor_bytes: plan.total_bytes, resumed_bytes: work.resumed_bytes })
 }
 
+/// Whether the target can hold `weights`, which a caller can ask before long work.
+///
+/// # Errors
+/// Those of [`write`] for what the layout has no place for.
+pub fn can_hold(target: &Target, weights: &dyn Weights) -> Result<(), Error> {
+    Plan::new(weights, target).map(drop)
+}
+
 /// Whether [`write`] may write to `out`, which a caller can ask before long work.
 ///
 /// # Errors

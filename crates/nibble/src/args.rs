@@ -195,7 +195,7 @@ pub(crate) struct Quantize {
     /// Quantize the embedding too
     #[arg(long, value_enum, default_value = "none")]
     pub(crate) embedding: Embedding,
-    /// One global scale for a stack of experts, or one each
+    /// One global scale for a stack of experts, or one each; what is NVFP4 already keeps its own
     #[arg(long, value_enum, default_value = "stack")]
     pub(crate) scales_per: ScalesPer,
     /// What to calibrate on: .txt; .jsonl with `messages`, with `prompt`, or arrays of ids [default: a built-in set]

@@ -365,8 +365,12 @@ impl Weights for Quantized {
     }
 
     fn input_scale(&self, id: MatrixId) -> Option<f32> {
-        let Some(calibrated) = self.calibrated.as_ref().filter(|_| self.activations) else {
-            return self.source.input_scale(id);
+        if !self.activations || self.format(id) != Format::Nvfp4 {
+            return None;
+        }
+        let Some(calibrated) = &self.calibrated else {
+            // So far it is known only that there will be one.
+            return Some(nvfp4::global_scale(UNSEEN_AMAX));
         };
         let inputs = |layer: usize| calibrated.facts().nth(layer).map(|facts| facts.input_amax);
         let amax = match id.kind {
@@ -377,8 +381,7 @@ impl Weights for Quantized {
             MatrixKind::Unembedding => calibrated.final_amax,
             MatrixKind::Embedding | MatrixKind::Router => UNSEEN_AMAX,
         };
-        (self.format(id) == Format::Nvfp4)
-            .then(|| nvfp4::global_scale(if amax > 0.0 { amax } else { UNSEEN_AMAX }))
+        Some(nvfp4::global_scale(if amax > 0.0 { amax } else { UNSEEN_AMAX }))
     }
 
     fn kv_scales(&self, layer: usize) -> Option<KvScales> {

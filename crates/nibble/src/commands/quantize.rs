@@ -30,7 +30,8 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     let mut target = Target {
         shard_bytes: args.max_shard_size,
         version: env!("CARGO_PKG_VERSION").to_owned(),
-        scales_per_expert: args.scales_per == args::ScalesPer::Expert,
+        scales_per_expert: args.scales_per == args::ScalesPer::Expert
+            || keeps_scales_per_expert(&model.checkpoint, args),
         overwrite: args.overwrite,
         ..Target::like(&model.checkpoint, layout)?
     };
@@ -74,6 +75,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         return Err(failure.hint("--allow-loss casts all the same; --scales-per expert may lose less"));
     }
 
+    checkpoint::can_hold(&target, &view)?;
     interrupt::handle_gracefully();
     let calibrates = view.needs_calibration();
     let windows = if calibrates { data.windows() } else { Vec::new() };
@@ -200,6 +202,12 @@ fn wants_calibration(model: &Model, args: &Quantize) -> bool {
     let calibrates =
         algorithm.calibrates() && model.checkpoint.format(kind.at(0)) == checkpoint::Format::Bf16;
     activations || kv_scales || calibrates
+}
+
+/// Whether a stack that stays as it is has more than one global scale. All algorithms but `max` keep what is NVFP4.
+fn keeps_scales_per_expert(source: &Checkpoint, args: &Quantize) -> bool {
+    let several = |id| source.global_scales(id).windows(2).any(|pair| pair[0] != pair[1]);
+    args.algorithm != args::Algorithm::Max && checkpoint::matrices(source.config()).any(several)
 }
 
 /// Fake-quantized weights are taken as the codes that they stand for, unless they are to be plain BF16 again.

@@ -46,6 +46,11 @@ fn combinations_without_a_meaning_are_refused() {
     refused(&["--algorithm", "awq"], "expected --recipe linear or all, found experts");
     refused(&["--format", "mxfp4", "--activations", "nvfp4"], "--activations nvfp4");
     refused(&["--format", "bf16", "--kv-cache", "fp8"], "--kv-cache fp8");
+    refused(
+        &["--format", "compressed-tensors", "--recipe", "linear", "--embedding", "nvfp4"],
+        "model.embed_tokens.weight",
+    );
+    assert!(!folder.path().join("out.calibration").exists(), "nothing was calibrated");
     refused(&["--config", "NVFP4_AWESOME_CFG"], "NVFP4_DEFAULT_CFG, W4A16_NVFP4_CFG");
     refused(&["--config", "NVFP4_DEFAULT_CFG", "--algorithm", "mse"], "cannot be used with");
     assert!(!Path::new(&out).exists());

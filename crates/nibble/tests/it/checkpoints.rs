@@ -100,6 +100,15 @@ fn layouts_convert_into_one_another() {
 }
 
 #[test]
+fn scales_per_expert_are_kept() {
+    let folder = Folder::new();
+    let (each, fake) = (folder.path("each"), folder.path("fake"));
+    ok(&["quantize", &bf16(), "--out", &each, "--algorithm", "max", "--scales-per", "expert"]);
+    ok(&["quantize", &each, "--out", &fake, "--format", "fake-bf16"]);
+    identical(&each, &fake);
+}
+
+#[test]
 fn several_files_hold_the_same_model() {
     let folder = Folder::new();
     let out = folder.path("shards");

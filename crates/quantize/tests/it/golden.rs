@@ -5,8 +5,8 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use checkpoint::{
-    Checkpoint, Config, Error, Format, Matrix, MatrixId, MatrixKind, TensorFile, Values, Vector, VectorId,
-    Weights, matrices,
+    Checkpoint, Config, Error, Format, Layout, Matrix, MatrixId, MatrixKind, Target, TensorFile, Values,
+    Vector, VectorId, Weights, can_hold, matrices,
 };
 use quantize::{Algorithm, Options, Recipe, ScalesPer};
 
@@ -33,6 +33,31 @@ fn weights_equal_model_optimizers_exports() {
             }
         }
         assert_eq!(packed, if recipe == Recipe::Linear { 2 * 6 } else { 2 * 2 });
+    }
+}
+
+#[test]
+fn scales_of_activations_are_those_that_were_asked_for() {
+    // The experts of the source have them, its attention has none.
+    let source = || open("testdata/quant/tiny_gptoss/nvfp4_experts_only");
+    assert!(source().input_scale(MatrixKind::Down.at(1)).is_some());
+    for activations in [false, true] {
+        let options = Options::Nvfp4 {
+            recipe: Recipe::Linear,
+            algorithm: Algorithm::Mse,
+            embedding: false,
+            scales_per: ScalesPer::Stack,
+            activations,
+            kv_scales: false,
+            experts_in_bf16: false,
+        };
+        let found = view(source(), options);
+        for id in matrices(found.config()) {
+            let expected = activations && found.format(id) == Format::Nvfp4;
+            assert_eq!(found.input_scale(id).is_some(), expected, "{id:?}");
+        }
+        let target = Target::new(found.config().to_json(), Layout::ModelOpt);
+        can_hold(&target, &found).unwrap();
     }
 }
 
