@@ -23,7 +23,7 @@ pub use generation::GenerationConfig;
 pub use layout::Layout;
 pub use mapped::{StoredTensor, TensorFile};
 pub use quantization::{KvCache, Quantization};
-pub use reader::{Checkpoint, Packed};
+pub use reader::{Checkpoint, Packed, read_file};
 pub use safetensors::Dtype;
 pub use shard::Shard;
 pub use synthetic::Synthetic;

@@ -1,7 +1,7 @@
 //! One safetensors file, mapped into memory, its header checked before anything is believed.
 
 use std::fmt;
-use std::fs::File;
+use std::fs::{self, File};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::SystemTime;
@@ -48,11 +48,12 @@ impl TensorFile {
     /// # Errors
     /// [`Error::Io`] if it cannot be opened, [`Error::File`] if it is not a well-formed safetensors file.
     pub fn open(path: &Path) -> Result<TensorFile, Error> {
-        let file = File::open(path).map_err(Error::io(path))?;
-        let metadata = file.metadata().map_err(Error::io(path))?;
-        if !metadata.is_file() {
+        // Asked by name, since opening a pipe waits for its writer.
+        if !fs::metadata(path).map_err(Error::io(path))?.is_file() {
             return Err(Error::file(path, "a regular file", "something else"));
         }
+        let file = File::open(path).map_err(Error::io(path))?;
+        let metadata = file.metadata().map_err(Error::io(path))?;
         if metadata.len() < LENGTH_BYTES as u64 {
             return Err(Error::file(path, "a safetensors file", format!("{} bytes", metadata.len())));
         }

@@ -784,20 +784,27 @@ fn open_files(directory: &Path) -> Result<Vec<TensorFile>, Error> {
     Ok(files)
 }
 
-/// A JSON file, `None` if there is none.
-fn read_json(path: &Path) -> Result<Option<Value>, Error> {
-    // The largest real one, an index of thousands of tensors, has some hundred kilobytes.
-    const LARGEST: u64 = 64 << 20;
+/// A file of at most `largest` bytes, `None` if there is none.
+///
+/// # Errors
+/// [`Error::File`] if it is larger or no regular file, of which nobody knows whether it ends; [`Error::Io`] if it cannot be read.
+pub fn read_file(path: &Path, largest: u64) -> Result<Option<Vec<u8>>, Error> {
     let metadata = match fs::metadata(path) {
         Ok(metadata) => metadata,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io(path)(error)),
     };
-    if !metadata.is_file() || metadata.len() > LARGEST {
-        let expected = format!("a JSON file of at most {LARGEST} bytes");
+    if !metadata.is_file() || metadata.len() > largest {
+        let expected = format!("a regular file of at most {largest} bytes");
         return Err(Error::file(path, expected, "something else"));
     }
-    let text = fs::read(path).map_err(Error::io(path))?;
+    fs::read(path).map(Some).map_err(Error::io(path))
+}
+
+/// A JSON file, `None` if there is none.
+fn read_json(path: &Path) -> Result<Option<Value>, Error> {
+    // The largest real one, an index of thousands of tensors, has some hundred kilobytes.
+    let Some(text) = read_file(path, 64 << 20)? else { return Ok(None) };
     serde_json::from_slice(&text).map(Some).map_err(|source| Error::Json { path: path.to_owned(), source })
 }
 

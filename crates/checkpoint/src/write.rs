@@ -20,7 +20,7 @@ use sha2::{Digest, Sha256};
 
 use crate::layout::{self, Role, Slot};
 use crate::quantization::Description;
-use crate::reader::{FAKE_FOLDER, FAKE_SCALES, INDEX, SINGLE};
+use crate::reader::{FAKE_FOLDER, FAKE_SCALES, INDEX, SINGLE, read_file};
 use crate::transpose::transpose;
 use crate::unfinished::{JOURNAL, Unfinished};
 use crate::{
@@ -55,16 +55,13 @@ impl Target {
     /// A target that takes configuration, tokenizer and the like from a source folder.
     ///
     /// # Errors
-    /// [`Error::Io`] if one of those files cannot be read.
+    /// [`Error::Io`] or [`Error::File`] if one of those files cannot be read.
     pub fn like(source: &Checkpoint, layout: Layout) -> Result<Target, Error> {
         let mut files = Vec::new();
         for name in COMPANIONS {
             let path = source.directory().join(name);
-            match fs::read(&path) {
-                Ok(contents) => files.push((name.to_owned(), contents)),
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-                Err(error) => return Err(Error::io(&path)(error)),
-            }
+            let contents = read_file(&path, MAX_COMPANION_BYTES)?;
+            files.extend(contents.map(|contents| (name.to_owned(), contents)));
         }
         Ok(Target { files, kv_cache: source.kv_cache(), ..Target::new(source.config_json().clone(), layout) })
     }
@@ -93,6 +90,9 @@ const COMPANIONS: [&str; 5] = [
     "special_tokens_map.json",
     "chat_template.jinja",
 ];
+
+/// As much as the tokenizer reads. The published `tokenizer.json` of gpt-oss has 27 million.
+const MAX_COMPANION_BYTES: u64 = 256 << 20;
 
 /// How far the writer is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -30,8 +30,8 @@ pub(crate) struct SourceFacts {
 
 impl SourceFacts {
     pub(crate) fn of(model: &Model) -> SourceFacts {
-        let card =
-            std::fs::read_to_string(model.checkpoint.directory().join("README.md")).unwrap_or_default();
+        let card = checkpoint::read_file(&model.checkpoint.directory().join("README.md"), 1 << 20);
+        let card = String::from_utf8(card.ok().flatten().unwrap_or_default()).unwrap_or_default();
         SourceFacts {
             layout: model.checkpoint.layout().name(),
             license: front_matter(&card, "license"),

@@ -108,10 +108,16 @@ impl Tokenizer {
 
     /// Reads `tokenizer.json` or a tiktoken file, told apart by content.
     pub fn from_file(path: &Path) -> Result<Tokenizer, Error> {
+        let io = |source| Error::Io { path: path.to_owned(), source };
+        // Asked by name, since opening a pipe waits for its writer.
+        if !std::fs::metadata(path).map_err(io)?.is_file() {
+            let source = Error::Invalid("expected a regular file, found something else".to_owned());
+            return Err(Error::File { path: path.to_owned(), source: Box::new(source) });
+        }
         let mut bytes = Vec::new();
         std::fs::File::open(path)
             .and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes))
-            .map_err(|source| Error::Io { path: path.to_owned(), source })?;
+            .map_err(io)?;
         let read = match bytes.iter().find(|b| !b.is_ascii_whitespace()) {
             _ if bytes.len() as u64 > MAX_FILE => Err(Error::TooLarge {
                 what: "too many bytes".to_owned(),

@@ -135,6 +135,35 @@ fn damaged_checkpoints_name_the_tensor() {
 }
 
 #[test]
+fn what_is_no_file_is_refused_instead_of_waited_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("model");
+    copy_model(&small(), &copy);
+    let path = copy.to_str().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let commands =
+        [&["inspect", path][..], &["quantize", path, "--out", &out], &["generate", path, "-p", "x"]];
+    // A pipe that nobody writes to, and a file without an end.
+    for make in [&["mkfifo"][..], &["ln", "-s", "/dev/zero"]] {
+        for (name, commands) in [
+            ("config.json", &commands[..]),
+            ("model.safetensors", &commands),
+            ("tokenizer.json", &commands[1..]),
+        ] {
+            let file = copy.join(name);
+            std::fs::rename(&file, folder.path().join("whole")).unwrap();
+            assert!(Command::new(make[0]).args(&make[1..]).arg(&file).status().unwrap().success());
+            for command in commands {
+                let refused = fails(command, 2, name);
+                assert!(refused.stderr.contains("a regular file"), "{command:?}: {}", refused.stderr);
+            }
+            std::fs::remove_file(&file).unwrap();
+            std::fs::rename(folder.path().join("whole"), &file).unwrap();
+        }
+    }
+}
+
+#[test]
 fn weights_that_are_no_numbers_are_not_answered_with() {
     let folder = tempfile::tempdir().unwrap();
     let copy = folder.path().join("model");
