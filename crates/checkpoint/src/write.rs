@@ -153,9 +153,10 @@ pub fn write(
     if exists {
         fs::rename(out, &aside).map_err(Error::io(out))?;
     }
-    let journal = partial.join(JOURNAL);
-    fs::remove_file(&journal).map_err(Error::io(&journal))?;
     fs::rename(&partial, out).map_err(Error::io(out))?;
+    // Only now: without it nobody would continue a call that ended here.
+    let journal = out.join(JOURNAL);
+    fs::remove_file(&journal).map_err(Error::io(&journal))?;
     sync(parent)?;
     if exists {
         fs::remove_dir_all(&aside).map_err(Error::io(&aside))?;
