@@ -117,7 +117,7 @@ fn final_amax(job: &Job<'_>) -> Result<f32, Error> {
     let mut largest = 0.0f32;
     for window in windows(job.calibration) {
         let x = normed(config, &stream.read(window.start, window.len())?, &norm);
-        largest = largest.max(nvfp4::amax(&x));
+        largest = largest.max(input_amax(MatrixKind::Unembedding.at(0), &x)?);
     }
     Ok(largest)
 }
@@ -273,7 +273,7 @@ impl LayerPass<'_> {
         let mut moments = self.moments(&kinds, self.config.hidden_size);
         for window in windows(self.job.calibration) {
             let x = normed(&window, &norms)?;
-            facts.input_amax[0] = facts.input_amax[0].max(nvfp4::amax(&x[0]));
+            facts.input_amax[0] = facts.input_amax[0].max(self.input_amax(MatrixKind::Query, &x[0])?);
             if let Some(moments) = &mut moments {
                 self.add(moments, &kinds, &x, &vec![1.0; window.len()]);
             }
@@ -298,7 +298,7 @@ impl LayerPass<'_> {
                 *x = self.attend(&projections[i], x, (i == 0).then_some(&mut *facts))?;
                 context[i].write(window.start, x)?;
             }
-            facts.input_amax[1] = facts.input_amax[1].max(nvfp4::amax(&x[0]));
+            facts.input_amax[1] = facts.input_amax[1].max(self.input_amax(MatrixKind::Output, &x[0])?);
             if let Some(moments) = &mut moments {
                 self.add(moments, &kinds, &x, &vec![1.0; window.len()]);
             }
@@ -343,7 +343,7 @@ impl LayerPass<'_> {
                 output[i].write(window.start, &x)?;
                 let h = normed(self.config, &x, &norms[i]);
                 if i == 0 {
-                    facts.input_amax[2] = facts.input_amax[2].max(nvfp4::amax(&h));
+                    facts.input_amax[2] = facts.input_amax[2].max(self.input_amax(MatrixKind::GateUp, &h)?);
                 }
                 for (t, logits) in router.apply(pool, &h).chunks_exact(config.experts).enumerate() {
                     for (expert, weight) in top_experts(logits, config.experts_per_token) {
@@ -379,7 +379,7 @@ impl LayerPass<'_> {
                     let x = normed(self.config, &middle[i].gather(tokens)?, &norms[i]);
                     let y = swiglu(&up.apply(pool, &x), config);
                     if i == 0 {
-                        facts.input_amax[3] = facts.input_amax[3].max(nvfp4::amax(&y));
+                        facts.input_amax[3] = facts.input_amax[3].max(self.input_amax(MatrixKind::Down, &y)?);
                     }
                     let mut z = down.apply(pool, &y);
                     for (row, weight) in z.chunks_exact_mut(config.hidden_size).zip(weights) {
@@ -441,6 +441,10 @@ impl LayerPass<'_> {
         Ok([up, down])
     }
 
+    fn input_amax(&self, kind: MatrixKind, x: &[f32]) -> Result<f32, Error> {
+        input_amax(kind.at(self.layer), x)
+    }
+
     /// How these matrices are quantized, if they are calibrated.
     fn method(&self, kinds: &[MatrixKind]) -> Option<Method> {
         kinds.iter().find_map(|kind| self.job.methods.get(&kind.at(self.layer)).copied())
@@ -492,6 +496,9 @@ impl LayerPass<'_> {
         let hessians =
             (enough && method == Some(Method::LocalHessian)).then(|| diagonal_blocks(&second, cols));
         let factor = (enough && hessians.is_none()).then(|| Factor::new(pool, second, cols, DAMPING));
+        let factor = factor
+            .transpose()
+            .map_err(|found| Error::Inputs { tensor: kinds[0].at(self.layer).name(), found })?;
         let mut results = Vec::new();
         for (&kind, source) in kinds.iter().zip(source) {
             let id = kind.at(self.layer);
@@ -664,6 +671,12 @@ impl LayerPass<'_> {
 /// The element of an array of one.
 fn only<T>(mut linears: Vec<T>) -> T {
     linears.remove(0)
+}
+
+/// The largest magnitude of what goes into a matrix.
+fn input_amax(id: MatrixId, x: &[f32]) -> Result<f32, Error> {
+    let found = nvfp4::amax(x);
+    if found.is_finite() { Ok(found) } else { Err(Error::Inputs { tensor: id.name(), found }) }
 }
 
 /// RMS norm of rows.

@@ -24,10 +24,16 @@ pub(crate) struct Factor {
 }
 
 impl Factor {
-    /// Factorizes `moment` (`[cols, cols]`, symmetric, finite) after adding `damping` times the mean of its diagonal to the
-    /// diagonal. A matrix that is too close to singular for f32 is damped ten times as much, as often as needed.
-    pub(crate) fn new(pool: &Pool, mut moment: Vec<f32>, cols: usize, damping: f32) -> Factor {
+    /// Factorizes `moment` (`[cols, cols]`, symmetric) after adding `damping` times the mean of its diagonal to the diagonal. A
+    /// matrix that is too close to singular for f32 is damped ten times as much, as often as needed.
+    ///
+    /// # Errors
+    /// The mean of the diagonal, if that is not finite: no damping helps such a matrix.
+    pub(crate) fn new(pool: &Pool, mut moment: Vec<f32>, cols: usize, damping: f32) -> Result<Factor, f32> {
         let mean = (0..cols).map(|i| f64::from(moment[i * cols + i])).sum::<f64>() / cols.max(1) as f64;
+        if !mean.is_finite() {
+            return Err(mean as f32);
+        }
         // Inputs that were always zero carry no information: any diagonal does.
         let mean = if mean > f64::from(f32::MIN_POSITIVE) { mean as f32 } else { 1.0 };
         let mut added = damping * mean;
@@ -36,7 +42,7 @@ impl Factor {
             // Reversed rows and columns turn the upper factor into the ordinary lower one.
             let mut lower: Vec<f32> = moment.iter().rev().copied().collect();
             if cholesky(pool, &mut lower, cols) {
-                return Factor::from_reversed(moment, &lower, cols);
+                return Ok(Factor::from_reversed(moment, &lower, cols));
             }
             added = 9.0 * added.max(f32::EPSILON * mean);
         }
@@ -167,7 +173,7 @@ mod tests {
         let x: Vec<f32> = (0..cols * 400).map(|_| next()).collect();
         let mut moment = vec![0.0; cols * cols];
         products(&pool, Rows::new(&x, 400), Rows::new(&x, 400), &mut moment, cols, Update::Set);
-        let factor = Factor::new(&pool, moment.clone(), cols, 0.01);
+        let factor = Factor::new(&pool, moment.clone(), cols, 0.01).unwrap();
         for i in 0..cols {
             for j in 0..cols {
                 // M D Mᵀ, where Mᵀ has a unit diagonal that is not stored.
@@ -198,9 +204,19 @@ mod tests {
 
     #[test]
     fn a_singular_moment_is_damped_until_it_can_be_factorized() {
-        let factor = Factor::new(&Pool::new(1), vec![0.0; 32 * 32], 32, 0.01);
+        let factor = Factor::new(&Pool::new(1), vec![0.0; 32 * 32], 32, 0.01).unwrap();
         assert!(factor.pivots.iter().all(|&d| d > 0.0 && d.is_finite()));
-        let factor = Factor::new(&Pool::new(1), vec![1.0; 32 * 32], 32, 0.0);
+        let factor = Factor::new(&Pool::new(1), vec![1.0; 32 * 32], 32, 0.0).unwrap();
         assert!(factor.pivots.iter().all(|&d| d > 0.0 && d.is_finite()));
+    }
+
+    #[test]
+    fn a_moment_that_is_not_finite_is_refused() {
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut moment = vec![0.0; 32 * 32];
+            moment[5 * 32 + 5] = bad;
+            let found = Factor::new(&Pool::new(1), moment, 32, 0.01).err().unwrap();
+            assert!(!found.is_finite());
+        }
     }
 }

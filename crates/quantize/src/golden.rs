@@ -77,7 +77,7 @@ fn searched_scales_and_error_feedback_give_the_same_bits() {
     let hessians = diagonal_blocks(&moments.second, COLS);
     golden.assert_bits("local_hessian", &sweep(&pool, &weights, COLS, amax, Some(&hessians)), scale);
     // There activations were in four bits too, and GPTQ sees what the layer sees.
-    let factor = Factor::new(&pool, golden.moments(&pool, true).second, COLS, 0.01);
+    let factor = Factor::new(&pool, golden.moments(&pool, true).second, COLS, 0.01).unwrap();
     golden.assert_bits("gptq", &round(&pool, &weights, &factor, amax, Scales::Max), scale);
 }
 

@@ -378,7 +378,7 @@ mod tests {
         let weights: Vec<f32> = (0..rows * cols).map(|_| next() * next()).collect();
         let mut moment = vec![0.0; cols * cols];
         products(&pool, Rows::new(&x, tokens), Rows::new(&x, tokens), &mut moment, cols, Update::Set);
-        let factor = Factor::new(&pool, moment, cols, 0.01);
+        let factor = Factor::new(&pool, moment, cols, 0.01).unwrap();
         let amax = nvfp4::amax(&weights);
         let global = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
 

@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint::{
     Config, Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, Weights,
-    matrices,
+    matrices, vectors,
 };
 use cpu::Pool;
 use half::bf16;
@@ -26,23 +26,19 @@ pub enum Error {
     /// The source cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::Error),
-    /// NaN and infinity have no code.
-    #[error("{kind:?} of layer {layer}: expected finite weights, found {found}")]
+    /// NaN and infinity have no code, and nothing can be calibrated on what they make.
+    #[error("tensor `{tensor}`: expected finite values, found {found}")]
     NotFinite {
-        /// Which matrix.
-        kind: MatrixKind,
-        /// In which layer.
-        layer: usize,
+        /// The tensor's name.
+        tensor: String,
         /// The value.
         found: f32,
     },
     /// A row is not a whole number of blocks.
-    #[error("{kind:?} of layer {layer}: expected rows of a multiple of {block} values, found {cols}")]
+    #[error("tensor `{tensor}`: expected rows of a multiple of {block} values, found {cols}")]
     Ragged {
-        /// Which matrix.
-        kind: MatrixKind,
-        /// In which layer.
-        layer: usize,
+        /// The tensor's name.
+        tensor: String,
         /// Elements per block.
         block: usize,
         /// Elements per row.
@@ -61,6 +57,14 @@ pub enum Error {
         found: u32,
         /// Tokens of the vocabulary.
         vocabulary: usize,
+    },
+    /// The model's own products overflow on the calibration data.
+    #[error("calibration: expected finite inputs of tensor `{tensor}`, found {found}")]
+    Inputs {
+        /// The name of the matrix that they go into.
+        tensor: String,
+        /// The largest input, or the mean of their squares.
+        found: f32,
     },
     /// The model's shape does not allow calibration.
     #[error("calibration: expected hidden, intermediate and head sizes of a multiple of 16, found {found}")]
@@ -98,8 +102,9 @@ struct Plan {
 }
 
 impl Quantized {
-    /// A view of `source`, with the global scales found (which reads each matrix that `max` quantizes once, and the scales
-    /// of those that are cast). `progress` is called with the matrices looked at and their number.
+    /// A view of `source`, with the global scales found and all values in BF16 and F32 known to be finite (which reads each
+    /// of these tensors once, and the scales of those that are cast). `progress` is called with the matrices looked at and
+    /// their number.
     pub fn new(
         source: Arc<dyn Weights>,
         options: Options,
@@ -107,6 +112,11 @@ impl Quantized {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Quantized, Error> {
         let pool = Pool::new(threads);
+        for id in vectors(source.config()) {
+            if let Some(found) = source.vector(id)?.to_f32().into_iter().find(|value| !value.is_finite()) {
+                return Err(Error::NotFinite { tensor: id.name(), found });
+            }
+        }
         let ids: Vec<MatrixId> = matrices(source.config()).collect();
         let (scales_per, activations, kv_scales) = match options {
             Options::Nvfp4 { scales_per, activations, kv_scales, .. } => (scales_per, activations, kv_scales),
@@ -422,8 +432,9 @@ impl Plan {
         let mut plan =
             Plan { method, max_scales: Vec::new(), amaxes: Vec::new(), cast: CastCounts::default() };
         match method {
-            Method::Keep | Method::Bf16 => {}
-            Method::Mxfp4 => {
+            // No code stands for NaN or infinity.
+            Method::Keep | Method::Bf16 if source.format(id) != Format::Bf16 => {}
+            Method::Keep | Method::Bf16 | Method::Mxfp4 => {
                 for expert in 0..count {
                     amax(&source.matrix(id, expert)?, id, pool)?;
                     source.release(id, expert);
@@ -432,9 +443,7 @@ impl Plan {
             Method::Cast => {
                 for expert in 0..count {
                     let matrix = source.matrix(id, expert)?;
-                    matrix
-                        .values
-                        .check_scales(&format!("{:?} of layer {}, matrix {expert}", id.kind, id.layer))?;
+                    matrix.values.check_scales(&id.name())?;
                     if let Values::Mxfp4 { scales, .. } = &matrix.values {
                         plan.max_scales.push(nvfp4::cast_max_scale(scales));
                     }
@@ -517,16 +526,12 @@ fn check_shape(source: &dyn Weights, id: MatrixId, method: Method) -> Result<(),
         Method::Mxfp4 => mxfp4::BLOCK,
         _ => nvfp4::BLOCK,
     };
-    if cols % block == 0 {
-        Ok(())
-    } else {
-        Err(Error::Ragged { kind: id.kind, layer: id.layer, block, cols })
-    }
+    if cols % block == 0 { Ok(()) } else { Err(Error::Ragged { tensor: id.name(), block, cols }) }
 }
 
 /// The largest magnitude of a matrix; an error if a value is not finite.
 fn amax(matrix: &Matrix<'_>, id: MatrixId, pool: &Pool) -> Result<f32, Error> {
-    matrix.values.check_scales(&format!("{:?} of layer {}", id.kind, id.layer))?;
+    matrix.values.check_scales(&id.name())?;
     let parts: Vec<Mutex<f32>> = (0..matrix.rows.div_ceil(ROWS_PER_TASK)).map(|_| Mutex::new(0.0)).collect();
     pool.run(parts.len(), &|task| {
         let mut values = vec![0.0; matrix.cols];
@@ -548,7 +553,7 @@ fn amax(matrix: &Matrix<'_>, id: MatrixId, pool: &Pool) -> Result<f32, Error> {
     for part in parts {
         let own = part.into_inner().unwrap_or_else(PoisonError::into_inner);
         if !own.is_finite() {
-            return Err(Error::NotFinite { kind: id.kind, layer: id.layer, found: own });
+            return Err(Error::NotFinite { tensor: id.name(), found: own });
         }
         largest = largest.max(own);
     }

@@ -77,11 +77,12 @@ fn query_key_and_value_share_their_global_scale() {
     assert_ne!(scale(MatrixKind::Query), scale(MatrixKind::Output));
 }
 
-/// Made-up weights in which one matrix was replaced.
+/// Made-up weights in which one matrix, or also a vector, was replaced.
 struct With {
     rest: Synthetic,
     id: MatrixId,
     values: Values<'static>,
+    vector: Option<(VectorId, bf16)>,
 }
 
 impl Weights for With {
@@ -99,7 +100,13 @@ impl Weights for With {
         Ok(Matrix { rows, cols, values: self.values.clone() })
     }
     fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
-        self.rest.vector(id)
+        match self.vector {
+            Some((own, value)) if own == id => {
+                let (n, length) = id.kind.shape(self.config());
+                Ok(Vector::Bf16(Cow::Owned(vec![value; n * length])))
+            }
+            _ => self.rest.vector(id),
+        }
     }
 }
 
@@ -114,20 +121,40 @@ fn config() -> Config {
 
 fn with(id: MatrixId, values: impl FnOnce(usize, usize) -> Values<'static>) -> Arc<With> {
     let (_, rows, cols) = id.kind.shape(&config());
-    Arc::new(With { rest: Synthetic::new(config(), |_| Format::Bf16, 3), id, values: values(rows, cols) })
+    let rest = Synthetic::new(config(), |_| Format::Bf16, 3);
+    Arc::new(With { rest, id, values: values(rows, cols), vector: None })
+}
+
+/// Made-up weights with one vector of this value.
+fn with_vector(id: VectorId, value: bf16) -> Arc<With> {
+    let rest = Synthetic::new(config(), |_| Format::Bf16, 3);
+    let values = rest.matrix(MatrixKind::Router.at(0), 0).unwrap().values;
+    let Values::Bf16(values) = values else { panic!("BF16 was asked for") };
+    let values = Values::Bf16(Cow::Owned(values.into_owned()));
+    Arc::new(With { rest, id: MatrixKind::Router.at(0), values, vector: Some((id, value)) })
 }
 
 #[test]
 fn values_that_are_not_finite_are_refused_by_name() {
+    let refused = |source: Arc<With>, options: Options, name: &str| {
+        let error = Quantized::new(source, options, 2, &mut |_, _| {}).err().unwrap().to_string();
+        assert!(error.starts_with(&format!("tensor `{name}`: expected finite values, found ")), "{error}");
+    };
     for bad in [bf16::NAN, bf16::INFINITY, bf16::NEG_INFINITY] {
-        let source = with(MatrixKind::Down.at(0), |rows, cols| {
-            let mut values = vec![bf16::ONE; rows * cols];
-            values[rows * cols / 2] = bad;
-            Values::Bf16(Cow::Owned(values))
-        });
-        let error =
-            Quantized::new(source, nvfp4(Recipe::Experts, Algorithm::Auto), 2, &mut |_, _| {}).err().unwrap();
-        assert!(error.to_string().contains("Down of layer 0"), "{error}");
+        // Of those that are quantized and of those that stay.
+        for options in [nvfp4(Recipe::Experts, Algorithm::Auto), Options::Mxfp4, Options::Bf16] {
+            for id in checkpoint::matrices(&config()) {
+                let source = with(id, |rows, cols| {
+                    let mut values = vec![bf16::ONE; rows * cols];
+                    values[rows * cols / 2] = bad;
+                    Values::Bf16(Cow::Owned(values))
+                });
+                refused(source, options, &id.name());
+            }
+            for id in checkpoint::vectors(&config()) {
+                refused(with_vector(id, bad), options, &id.name());
+            }
+        }
     }
     let source = with(MatrixKind::GateUp.at(0), |rows, cols| Values::Mxfp4 {
         codes: Cow::Owned(vec![0x11; rows * cols / 2]),
@@ -136,6 +163,23 @@ fn values_that_are_not_finite_are_refused_by_name() {
     let error =
         Quantized::new(source, nvfp4(Recipe::Experts, Algorithm::Auto), 2, &mut |_, _| {}).err().unwrap();
     assert!(error.to_string().contains("NaN"), "{error}");
+}
+
+#[test]
+fn a_model_whose_products_overflow_is_refused_by_calibration() {
+    let folder = tempfile::tempdir().unwrap();
+    for (norm, name) in [
+        (VectorKind::InputNorm.at(0), "model.layers.0.self_attn.q_proj.weight"),
+        (VectorKind::PostAttentionNorm.at(0), "model.layers.0.mlp.experts.gate_up_proj"),
+        (VectorKind::FinalNorm.at(0), "lm_head.weight"),
+    ] {
+        for algorithm in [Algorithm::Auto, Algorithm::Gptq, Algorithm::LocalHessian, Algorithm::Awq] {
+            let mut found = view(with_vector(norm, bf16::MAX), nvfp4(Recipe::Linear, algorithm));
+            let calibration = calibration(&folder.path().join(format!("{norm:?} {algorithm:?}")), 0);
+            let error = found.calibrate(&calibration, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
+            assert!(error.to_string().contains(&format!("finite inputs of tensor `{name}`")), "{error}");
+        }
+    }
 }
 
 #[test]
