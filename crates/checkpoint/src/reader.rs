@@ -418,9 +418,15 @@ impl<C: Borrow<Checkpoint> + Send + Sync> Weights for Packed<C> {
         let scales = checkpoint.bytes(span, stack, expert);
         let global_scale = stack.global_scale(expert);
         let mut codes = vec![0; values.len() / 2];
-        nvfp4::recover_codes(values, &scales, global_scale, &mut codes);
-        let values = Values::Nvfp4 { codes: Cow::Owned(codes), scales, global_scale };
-        checkpoint.check(stack, &values, expert)?;
+        let recovered = nvfp4::recover_codes(values, &scales, global_scale, &mut codes);
+        let packed = Values::Nvfp4 { codes: Cow::Owned(codes), scales, global_scale };
+        checkpoint.check(stack, &packed, expert)?;
+        recovered.map_err(|at| Error::Format {
+            tensor: checkpoint.name_of(id).to_owned(),
+            expected: format!("values that its scales in {FAKE_FOLDER}/ make of four bits"),
+            found: format!("{} at {at} of matrix {expert}", values[at]),
+        })?;
+        let values = packed;
         Ok(Matrix { rows: source.rows, cols: source.cols, values })
     }
 

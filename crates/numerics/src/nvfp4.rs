@@ -209,20 +209,32 @@ pub fn dequantize(codes: &[u8], scales: &[u8], global_scale: f32, out: &mut [f32
 /// Recovers the codes of fake-quantized weights, `values = bf16(E2M1(code) · S)`, from the scales that made them.
 /// Exact, the sign of zero included, if S / 2 ≥ 2^-126 for every block with a non-zero value: BF16 moves a value by at
 /// most 0.2 %, and the nearest rounding border is 12.5 % away.
-pub fn recover_codes(values: &[bf16], scales: &[u8], global_scale: f32, codes: &mut [u8]) {
-    for ((values, codes), &scale) in
-        values.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK / 2)).zip(scales)
-    {
+///
+/// # Errors
+/// The index of the first value that these scales do not make of any code.
+pub fn recover_codes(
+    values: &[bf16],
+    scales: &[u8],
+    global_scale: f32,
+    codes: &mut [u8],
+) -> Result<(), usize> {
+    let blocks = values.chunks_exact(BLOCK).zip(codes.chunks_exact_mut(BLOCK / 2)).zip(scales);
+    for (block, ((values, codes), &scale)) in blocks.enumerate() {
         let s = e4m3::decode(scale) * global_scale;
-        let code = |v: bf16| {
-            // A scale byte of 0 makes every value of its block 0, and 0 / 0 is no code.
-            let v = v.to_f32();
-            e2m1::encode_signed_zero(if v == 0.0 { v } else { v / s })
-        };
-        for (pair, out) in values.chunks_exact(2).zip(codes) {
-            *out = code(pair[0]) | (code(pair[1]) << 4);
+        for (at, value) in values.iter().enumerate() {
+            let code = recover_code(value.to_f32(), s).ok_or(block * BLOCK + at)?;
+            codes[at / 2] = if at % 2 == 0 { code } else { codes[at / 2] | (code << 4) };
         }
     }
+    Ok(())
+}
+
+/// The code of a value of scale `s`; `None` if it is more than a step of BF16 from what that code stands for, or no number.
+fn recover_code(value: f32, s: f32) -> Option<u8> {
+    // A scale byte of 0 makes every value of its block 0, and 0 / 0 is no code.
+    let code = e2m1::encode_signed_zero(if value == 0.0 { value } else { value / s });
+    let made = e2m1::decode(code) * s;
+    ((value - made).abs() <= made.abs() / 256.0).then_some(code)
 }
 
 /// Quantizes `values` to NVFP4 and back with a static global scale, as W4A4 kernels treat activations: block scales

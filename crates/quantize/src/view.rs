@@ -357,6 +357,13 @@ impl Weights for Quantized {
                         *rounded = value.to_f32();
                         out.push(value);
                     }
+                    if let Some(at) = rounded.iter().position(|value| !value.is_finite()) {
+                        return Err(checkpoint::Error::Format {
+                            tensor: id.name(),
+                            expected: "values in the range of BF16".to_owned(),
+                            found: format!("{} in row {row} of matrix {expert}", values[at]),
+                        });
+                    }
                     totals.add((expert, row), &values, &rounded);
                 }
                 self.add_totals(id, &totals);

@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use checkpoint::*;
+use half::bf16;
 use proptest::prelude::*;
 use serde_json::{Map, Value, json};
 use tempfile::{TempDir, tempdir};
@@ -372,6 +373,28 @@ fn fake_scales_are_accounted_for_too() {
     let checkpoint = Checkpoint::open(&out).unwrap();
     assert!(checkpoint.matrix(MatrixKind::Down.at(0), 0).is_ok());
     assert!(checkpoint.packed().matrix(MatrixKind::Down.at(0), 0).is_err());
+
+    // Values that the scales do not make are not rounded to some that they do.
+    std::fs::write(&path, &whole).unwrap();
+    let model = out.join("model.safetensors");
+    let name = "model.layers.0.mlp.experts.down_proj";
+    for bad in [bf16::NAN, bf16::INFINITY, bf16::MAX] {
+        let mut parts = Parts::read(&model);
+        let start = parts.range(name).start;
+        parts.data[start..start + 2].copy_from_slice(&bad.to_le_bytes());
+        std::fs::write(&model, parts.bytes()).unwrap();
+        let checkpoint = Checkpoint::open(&out).unwrap();
+        let packed = checkpoint.packed();
+        let error = packed.matrix(MatrixKind::Down.at(0), 0).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            format!(
+                "tensor `{name}`: expected values that its scales in fake_quant/ make of four bits, found {bad} at 0 of \
+                 matrix 0"
+            )
+        );
+        assert!(packed.matrix(MatrixKind::Down.at(0), 1).is_ok());
+    }
 
     // Beside packed weights the folder has no meaning.
     std::fs::write(&path, whole).unwrap();

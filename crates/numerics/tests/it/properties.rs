@@ -59,8 +59,14 @@ proptest! {
         let fake: Vec<bf16> = values.iter().map(|&v| bf16::from_f32(v)).collect();
         prop_assume!(fake.iter().all(|v| v.is_finite()));
         let mut recovered = vec![0; 32];
-        nvfp4::recover_codes(&fake, &scales, global, &mut recovered);
-        prop_assert_eq!(codes, recovered);
+        prop_assert_eq!(nvfp4::recover_codes(&fake, &scales, global, &mut recovered), Ok(()));
+        prop_assert_eq!(&codes, &recovered);
+        // What no code makes is found: halfway between two values, beyond the largest, or no number.
+        for (at, level) in [(3, 2.5), (17, -7.0), (40, f32::NAN), (63, f32::INFINITY)] {
+            let mut changed = fake.clone();
+            changed[at] = bf16::from_f32(level * e4m3::decode(scales[at / 16]) * global);
+            prop_assert_eq!(nvfp4::recover_codes(&changed, &scales, global, &mut recovered), Err(at));
+        }
     }
 
     #[test]

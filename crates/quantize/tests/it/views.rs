@@ -166,6 +166,25 @@ fn values_that_are_not_finite_are_refused_by_name() {
 }
 
 #[test]
+fn values_beyond_bf16_are_refused_by_name() {
+    let source = |scale: u8| {
+        with(MatrixKind::GateUp.at(0), move |rows, cols| Values::Mxfp4 {
+            codes: Cow::Owned(vec![0x77; rows * cols / 2]),
+            scales: Cow::Owned(vec![scale; rows * cols / 32]),
+        })
+    };
+    // 6 · 2^125 is a BF16 value, 6 · 2^127 is not even one of F32.
+    let found = view(source(252), Options::Bf16);
+    assert!(compare(&found, &*source(252), None).unwrap().identical);
+    let error = view(source(254), Options::Bf16).matrix(MatrixKind::GateUp.at(0), 1).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "tensor `model.layers.0.mlp.experts.gate_up_proj`: expected values in the range of BF16, found inf in row 0 of \
+         matrix 1"
+    );
+}
+
+#[test]
 fn a_model_whose_products_overflow_is_refused_by_calibration() {
     let folder = tempfile::tempdir().unwrap();
     for (norm, name) in [
