@@ -16,8 +16,8 @@ use half::bf16;
 use numerics::nvfp4::{self, BLOCK};
 
 use crate::factor::Factor;
-use crate::gptq::{Scales, refine, round};
-use crate::moments::Moments;
+use crate::gptq::{Scales, leave_out_zeros, refine, round};
+use crate::moments::{Moments, seen};
 use crate::rounded::{Rounded, diagonal_blocks, sweep};
 use crate::saved::{Calibrated, Done, LayerFacts, Record, bias_of, io};
 use crate::stream::Stream;
@@ -63,6 +63,8 @@ pub(crate) struct Job<'a> {
     pub(crate) quantized: &'a dyn Weights,
     /// Matrices to calibrate, and how.
     pub(crate) methods: BTreeMap<MatrixId, Method>,
+    /// Whether inputs will be in four bits, too.
+    pub(crate) activations: bool,
     /// The largest magnitude behind the global scale of a matrix.
     pub(crate) amax: &'a dyn Fn(MatrixId, usize) -> f32,
     pub(crate) pool: &'a Pool,
@@ -153,6 +155,8 @@ struct Linear {
     weights: Vec<f32>,
     bias: Vec<f32>,
     cols: usize,
+    /// Of inputs that are in four bits.
+    input_scale: Option<f32>,
 }
 
 impl Linear {
@@ -163,7 +167,7 @@ impl Linear {
             std::iter::repeat_n(&self.bias, x.len() / self.cols).flatten().copied().collect();
         products(
             pool,
-            Rows::new(x, self.cols),
+            Rows::new(&seen(x, self.input_scale), self.cols),
             Rows::new(&self.weights, self.cols),
             &mut out,
             rows,
@@ -270,12 +274,14 @@ impl LayerPass<'_> {
         };
         let kinds = [MatrixKind::Query, MatrixKind::Key, MatrixKind::Value];
         let mut projections = vec![self.linears(&kinds)?];
-        let mut moments = self.moments(&kinds, self.config.hidden_size);
         for window in windows(self.job.calibration) {
             let x = normed(&window, &norms)?;
             facts.input_amax[0] = facts.input_amax[0].max(self.input_amax(MatrixKind::Query, &x[0])?);
-            if let Some(moments) = &mut moments {
-                self.add(moments, &kinds, &x, &vec![1.0; window.len()]);
+        }
+        let mut moments = self.moments(&kinds, self.config.hidden_size, facts);
+        if let Some(moments) = &mut moments {
+            for window in windows(self.job.calibration) {
+                self.add(moments, &kinds, &normed(&window, &norms)?, &vec![1.0; window.len()]);
             }
         }
         if let Some(norm) = norms.get_mut(1) {
@@ -290,8 +296,6 @@ impl LayerPass<'_> {
         let facts = &mut done.facts;
         let width = self.config.query_heads * self.config.head_dim;
         let context = self.scratch_streams("context", width)?;
-        let kinds = [MatrixKind::Output];
-        let mut moments = self.moments(&kinds, width);
         for window in windows(self.job.calibration) {
             let mut x = normed(&window, &norms)?;
             for (i, x) in x.iter_mut().enumerate() {
@@ -299,7 +303,13 @@ impl LayerPass<'_> {
                 context[i].write(window.start, x)?;
             }
             facts.input_amax[1] = facts.input_amax[1].max(self.input_amax(MatrixKind::Output, &x[0])?);
-            if let Some(moments) = &mut moments {
+        }
+        let kinds = [MatrixKind::Output];
+        let mut moments = self.moments(&kinds, width, facts);
+        if let Some(moments) = &mut moments {
+            for window in windows(self.job.calibration) {
+                let x = context.iter().map(|from| from.read(window.start, window.len()));
+                let x = x.collect::<Result<Vec<_>, _>>()?;
                 self.add(moments, &kinds, &x, &vec![1.0; window.len()]);
             }
         }
@@ -362,20 +372,24 @@ impl LayerPass<'_> {
 
         // The record holds all experts of a kind one after the other, so the down matrices wait for their turn.
         let mut downs = Vec::new();
-        for (expert, others) in others.iter().enumerate() {
-            step(2 + expert)?;
-            let mut experts = vec![[
-                self.linear(self.job.source, MatrixKind::GateUp, expert)?,
-                self.linear(self.job.source, MatrixKind::Down, expert)?,
-            ]];
-            if let Some(routes) = routes.get(1) {
-                let mut down = Record::in_memory();
-                let seen = [&routes[expert], others];
-                experts.push(self.expert(expert, &experts[0], seen, middle, &norms, record, &mut down)?);
-                downs.push(down);
-            }
-            for (i, [up, down]) in experts.iter().enumerate() {
-                for (tokens, weights) in routes[i][expert].chunks() {
+        // The source goes first: the input scales that it gives are known when the first expert is quantized.
+        for (i, routes) in routes.iter().enumerate() {
+            let last = i + 1 == self.sides.len();
+            for (expert, others) in others.iter().enumerate() {
+                step(if last { 2 + expert } else { 1 })?;
+                let mut matrices = [
+                    self.linear(self.job.source, MatrixKind::GateUp, expert)?,
+                    self.linear(self.job.source, MatrixKind::Down, expert)?,
+                ];
+                if i > 0 {
+                    let mut down = Record::in_memory();
+                    let routes = [&routes[expert], others];
+                    matrices =
+                        self.expert(expert, &matrices, routes, middle, &norms, facts, record, &mut down)?;
+                    downs.push(down);
+                }
+                let [up, down] = matrices;
+                for (tokens, weights) in routes[expert].chunks() {
                     let x = normed(self.config, &middle[i].gather(tokens)?, &norms[i]);
                     let y = swiglu(&up.apply(pool, &x), config);
                     if i == 0 {
@@ -387,9 +401,9 @@ impl LayerPass<'_> {
                     }
                     output[i].add(tokens, &z)?;
                 }
+                self.job.source.release(MatrixKind::GateUp.at(self.layer), expert);
+                self.job.source.release(MatrixKind::Down.at(self.layer), expert);
             }
-            self.job.source.release(MatrixKind::GateUp.at(self.layer), expert);
-            self.job.source.release(MatrixKind::Down.at(self.layer), expert);
         }
         for down in downs {
             record.append(&down.bytes)?;
@@ -406,6 +420,7 @@ impl LayerPass<'_> {
         routes: [&Route; 2],
         middle: &[Stream],
         norms: &[Vec<f32>],
+        facts: &LayerFacts,
         up_record: &mut Record,
         down_record: &mut Record,
     ) -> Result<[Linear; 2], Error> {
@@ -416,7 +431,7 @@ impl LayerPass<'_> {
             each.map(|(from, norm)| Ok(normed(self.config, &from.gather(tokens)?, norm))).collect()
         };
         let kinds = [MatrixKind::GateUp];
-        let mut moments = self.moments(&kinds, self.config.hidden_size);
+        let mut moments = self.moments(&kinds, self.config.hidden_size, facts);
         if let Some(moments) = &mut moments {
             for (tokens, weights) in chunks() {
                 let x = inputs(tokens)?;
@@ -427,7 +442,7 @@ impl LayerPass<'_> {
         let up = only(self.quantize(&kinds, expert, slice::from_ref(source_up), moments, up_record)?);
 
         let kinds = [MatrixKind::Down];
-        let mut moments = self.moments(&kinds, self.config.intermediate_size);
+        let mut moments = self.moments(&kinds, self.config.intermediate_size, facts);
         if let Some(moments) = &mut moments {
             for (tokens, weights) in chunks() {
                 let mut x = inputs(tokens)?;
@@ -450,9 +465,12 @@ impl LayerPass<'_> {
         kinds.iter().find_map(|kind| self.job.methods.get(&kind.at(self.layer)).copied())
     }
 
-    /// Where their statistics go, if they are calibrated.
-    fn moments(&self, kinds: &[MatrixKind], cols: usize) -> Option<Moments> {
-        kinds.iter().any(|kind| self.kinds.contains(kind)).then(|| Moments::new(cols))
+    /// Where their statistics go, if they are calibrated; `facts` are those about their inputs.
+    fn moments(&self, kinds: &[MatrixKind], cols: usize, facts: &LayerFacts) -> Option<Moments> {
+        // GPTQ sees what the product will see.
+        let rounded = self.job.activations && self.method(kinds) == Some(Method::Gptq);
+        let input_scale = rounded.then(|| facts.input_scale(kinds[0]));
+        kinds.iter().any(|kind| self.kinds.contains(kind)).then(|| Moments::new(cols, input_scale))
     }
 
     /// Adds tokens to the statistics: the inputs `x` that both sides give, and the `weights` of their answers.
@@ -487,7 +505,7 @@ impl LayerPass<'_> {
         let method = self.method(kinds);
         let refined = method == Some(Method::Refine);
         moments.finish(refined);
-        let Moments { cols, second, cross, mean, source_mean, .. } = moments;
+        let Moments { cols, input_scale, second, cross, mean, source_mean, .. } = moments;
         // Σ x (s - x)ᵀ, before the damping.
         let difference: Vec<f32> =
             if refined { cross.iter().zip(&second).map(|(c, h)| c - h).collect() } else { Vec::new() };
@@ -495,16 +513,24 @@ impl LayerPass<'_> {
         let enough = tokens >= FEWEST_TOKENS;
         let hessians =
             (enough && method == Some(Method::LocalHessian)).then(|| diagonal_blocks(&second, cols));
-        let factor = (enough && hessians.is_none()).then(|| Factor::new(pool, second, cols, DAMPING));
-        let factor = factor
-            .transpose()
-            .map_err(|found| Error::Inputs { tensor: kinds[0].at(self.layer).name(), found })?;
+        let factor = |id: MatrixId, weights: &[f32]| {
+            let mut moment = second.clone();
+            if method == Some(Method::Gptq) {
+                leave_out_zeros(&mut moment, weights, cols);
+            }
+            let factor = Factor::new(pool, moment, cols, DAMPING);
+            factor.map_err(|found| Error::Inputs { tensor: id.name(), found })
+        };
         let mut results = Vec::new();
         for (&kind, source) in kinds.iter().zip(source) {
             let id = kind.at(self.layer);
             let amax = (self.job.amax)(id, expert);
             let global_scale = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
             let mut bias = source.bias.clone();
+            let factor = match enough && hessians.is_none() {
+                true => Some(factor(id, &source.weights)?),
+                false => None,
+            };
             let rounded = match &factor {
                 _ if amax == 0.0 => Rounded::zeros(source.weights.len()),
                 None => sweep(pool, &source.weights, cols, amax, hessians.as_deref()),
@@ -535,7 +561,7 @@ impl LayerPass<'_> {
                 }
             }
             record.matrix(&rounded, &bias)?;
-            results.push(Linear { weights, bias, cols });
+            results.push(Linear { weights, bias, cols, input_scale });
         }
         Ok(results)
     }
@@ -571,6 +597,7 @@ impl LayerPass<'_> {
                 row.iter_mut().zip(&scale).for_each(|(weight, scale)| *weight /= scale);
             }
             moments.scale(&scale);
+            done.facts.input_amax[0] = nvfp4::amax(&moments.source_amax);
             done.norm = Some(norm.clone());
         }
         let all = weights.concat();
@@ -586,7 +613,7 @@ impl LayerPass<'_> {
             let rounded = Rounded::by_max_rule(weights, amax);
             record.matrix(&rounded, &source.bias)?;
             let weights = rounded.values(nvfp4::global_scale(amax));
-            results.push(Linear { weights, bias: source.bias.clone(), cols });
+            results.push(Linear { weights, bias: source.bias.clone(), cols, input_scale: None });
         }
         Ok(results)
     }
@@ -654,7 +681,7 @@ impl LayerPass<'_> {
         let matrix = weights.matrix(kind.at(self.layer), expert)?;
         let bias = weights.vector(bias_of(kind).at(self.layer))?.to_f32();
         let bias = bias[expert * matrix.rows..(expert + 1) * matrix.rows].to_vec();
-        Ok(Linear { weights: matrix.to_f32(), bias, cols: matrix.cols })
+        Ok(Linear { weights: matrix.to_f32(), bias, cols: matrix.cols, input_scale: None })
     }
 
     /// The source's matrices.

@@ -36,15 +36,10 @@ impl Golden {
         self.numbers(name)[0]
     }
 
-    /// Statistics of the inputs, which came in three calls; of the inputs in NVFP4 if `quantized`.
-    fn moments(&self, pool: &Pool, quantized: bool) -> Moments {
-        let mut inputs = self.numbers("activations");
-        if quantized {
-            let input_scale = nvfp4::global_scale(self.number("gptq.input_amax"));
-            nvfp4::fake_quantize_activations(&inputs.clone(), input_scale, &mut inputs);
-        }
-        let mut moments = Moments::new(COLS);
-        for call in inputs.chunks_exact(32 * COLS) {
+    /// Statistics of the inputs, which came in three calls; of the inputs in NVFP4 if there is a scale.
+    fn moments(&self, pool: &Pool, input_scale: Option<f32>) -> Moments {
+        let mut moments = Moments::new(COLS, input_scale);
+        for call in self.numbers("activations").chunks_exact(32 * COLS) {
             moments.add(pool, call, call, &[1.0 / 32.0; 32]);
         }
         moments.finish(false);
@@ -72,12 +67,13 @@ fn searched_scales_and_error_feedback_give_the_same_bits() {
     let weights = golden.numbers("weight");
     let amax = nvfp4::amax(&weights);
     let scale = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
-    let moments = golden.moments(&pool, false);
+    let moments = golden.moments(&pool, None);
     golden.assert_bits("mse_fp8_sweep", &sweep(&pool, &weights, COLS, amax, None), scale);
     let hessians = diagonal_blocks(&moments.second, COLS);
     golden.assert_bits("local_hessian", &sweep(&pool, &weights, COLS, amax, Some(&hessians)), scale);
     // There activations were in four bits too, and GPTQ sees what the layer sees.
-    let factor = Factor::new(&pool, golden.moments(&pool, true).second, COLS, 0.01).unwrap();
+    let input_scale = Some(nvfp4::global_scale(golden.number("gptq.input_amax")));
+    let factor = Factor::new(&pool, golden.moments(&pool, input_scale).second, COLS, 0.01).unwrap();
     golden.assert_bits("gptq", &round(&pool, &weights, &factor, amax, Scales::Max), scale);
 }
 
@@ -85,12 +81,15 @@ fn searched_scales_and_error_feedback_give_the_same_bits() {
 fn scaled_columns_and_the_clipped_scale_are_the_same() {
     let (golden, pool) = (Golden::open(), Pool::new(2));
     let weights = golden.numbers("weight");
-    let moments = golden.moments(&pool, false);
+    let moments = golden.moments(&pool, None);
     let scale = awq::lite(&pool, &weights, &moments);
     golden.assert_close("awq_lite.pre_quant_scale", &scale);
     let scaled: Vec<f32> =
         weights.chunks_exact(COLS).flat_map(|row| row.iter().zip(&scale).map(|(w, p)| w / p)).collect();
     golden.assert_close("awq_lite.weight_after", &scaled);
+    let mut scaled_inputs = golden.moments(&pool, None);
+    scaled_inputs.scale(&scale);
+    golden.assert_close("awq_lite.input_amax", &[nvfp4::amax(&scaled_inputs.source_amax)]);
 
     let clipped = awq::clip(&pool, &weights, &moments, nvfp4::amax(&weights)) * nvfp4::amax(&weights);
     assert_eq!(clipped, golden.number("awq_clip.weight_amax"));

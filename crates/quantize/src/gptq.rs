@@ -75,6 +75,19 @@ pub(crate) fn round(pool: &Pool, weights: &[f32], factor: &Factor, amax: f32, sc
     out
 }
 
+/// Takes the columns in which all `weights` are zero out of a second moment: they stay zero and make up for no other's error.
+pub(crate) fn leave_out_zeros(moment: &mut [f32], weights: &[f32], cols: usize) {
+    let mut zero = vec![true; cols];
+    for row in weights.chunks_exact(cols) {
+        zero.iter_mut().zip(row).for_each(|(zero, &weight)| *zero &= weight == 0.0);
+    }
+    for at in (0..cols).filter(|&at| zero[at]) {
+        moment[at * cols..][..cols].fill(0.0);
+        moment.iter_mut().skip(at).step_by(cols).for_each(|h| *h = 0.0);
+        moment[at * cols + at] = 1.0;
+    }
+}
+
 /// Goes over all blocks `passes` times and rounds each anew, scale included, to what compensates the errors of all others
 /// best (coordinate descent on `e H eᵀ`); a block keeps its codes where nothing better is found, so the loss never grows.
 pub(crate) fn refine(

@@ -36,7 +36,7 @@ pub enum Algorithm {
     /// Optimizer's `awq_full`), `Max` for the rest, whose inputs have no norm of their own to scale.
     Awq,
     /// The cast for what is MXFP4; GPTQ (Frantar et al., 2022) for the rest, as Model Optimizer does it: max scales, each layer
-    /// fed by the quantized ones before it.
+    /// fed by the quantized ones before it, inputs seen in four bits if they will be.
     Gptq,
     /// The cast for what is MXFP4; for the rest GPTQ with scales searched by its own loss, tokens weighted by their routing,
     /// half of the earlier layers' errors made up for, the mean error taken by the bias, and a refinement block by block.

@@ -6,11 +6,12 @@ use std::path::{Path, PathBuf};
 
 use checkpoint::{Config, MatrixId, MatrixKind, Unfinished, VectorId, VectorKind};
 use half::bf16;
-use numerics::nvfp4::BLOCK;
+use numerics::nvfp4::{self, BLOCK};
 
 use crate::rounded::Rounded;
 
-/// What calibration found out about one layer. Magnitudes are those of the source's forward pass.
+/// What calibration found out about one layer. Magnitudes are those of the source's forward pass; of inputs whose columns are
+/// scaled, those of the scaled ones.
 #[derive(Debug, Clone, Default, PartialEq, serde::Serialize, serde::Deserialize)]
 pub struct LayerFacts {
     /// Largest magnitudes of the inputs of: query, key and value; output; gate and up; down.
@@ -21,6 +22,24 @@ pub struct LayerFacts {
     pub value_amax: f32,
     /// Tokens routed to each expert.
     pub coverage: Vec<u64>,
+}
+
+impl LayerFacts {
+    /// The static scale of the input of one of the layer's quantized matrices.
+    pub(crate) fn input_scale(&self, kind: MatrixKind) -> f32 {
+        input_scale(match kind {
+            MatrixKind::Query | MatrixKind::Key | MatrixKind::Value => self.input_amax[0],
+            MatrixKind::Output => self.input_amax[1],
+            MatrixKind::GateUp => self.input_amax[2],
+            MatrixKind::Down => self.input_amax[3],
+            MatrixKind::Router | MatrixKind::Embedding | MatrixKind::Unembedding => 0.0,
+        })
+    }
+}
+
+/// The static scale of inputs of this largest magnitude. Where calibration saw none or only zeros Model Optimizer takes 6.
+pub(crate) fn input_scale(amax: f32) -> f32 {
+    nvfp4::global_scale(if amax > 0.0 { amax } else { 6.0 })
 }
 
 /// What is left of a layer besides its record. That it exists says that the layer is finished.

@@ -17,7 +17,7 @@ use numerics::{e4m3, mxfp4, nvfp4};
 use crate::calibrate::{self, Calibration, Job};
 use crate::recipe::{Method, Options, ScalesPer};
 use crate::report::{TensorReport, Totals};
-use crate::saved::{Calibrated, LayerFacts};
+use crate::saved::{Calibrated, LayerFacts, input_scale};
 
 /// What can be wrong with weights that are to be quantized.
 #[derive(Debug, thiserror::Error)]
@@ -164,6 +164,7 @@ impl Quantized {
                 source: &*self.source,
                 quantized: self,
                 methods,
+                activations: self.activations,
                 amax: &|id, expert| self.plans.get(&id).map_or(0.0, |plan| plan.amaxes[expert]),
                 pool: &self.pool,
                 calibration,
@@ -387,18 +388,12 @@ impl Weights for Quantized {
         }
         let Some(calibrated) = &self.calibrated else {
             // So far it is known only that there will be one.
-            return Some(nvfp4::global_scale(UNSEEN_AMAX));
+            return Some(input_scale(0.0));
         };
-        let inputs = |layer: usize| calibrated.facts().nth(layer).map(|facts| facts.input_amax);
-        let amax = match id.kind {
-            MatrixKind::Query | MatrixKind::Key | MatrixKind::Value => inputs(id.layer)?[0],
-            MatrixKind::Output => inputs(id.layer)?[1],
-            MatrixKind::GateUp => inputs(id.layer)?[2],
-            MatrixKind::Down => inputs(id.layer)?[3],
-            MatrixKind::Unembedding => calibrated.final_amax,
-            MatrixKind::Embedding | MatrixKind::Router => UNSEEN_AMAX,
-        };
-        Some(nvfp4::global_scale(if amax > 0.0 { amax } else { UNSEEN_AMAX }))
+        match id.kind {
+            MatrixKind::Unembedding => Some(input_scale(calibrated.final_amax)),
+            kind => calibrated.facts().nth(id.layer).map(|facts| facts.input_scale(kind)),
+        }
     }
 
     fn kv_scales(&self, layer: usize) -> Option<KvScales> {
@@ -414,9 +409,6 @@ impl Weights for Quantized {
         self.source.release(id, expert);
     }
 }
-
-/// The input's largest magnitude where calibration saw none or only zeros: Model Optimizer's.
-const UNSEEN_AMAX: f32 = 6.0;
 
 /// Rows that one task of the pool encodes: some tens of kilobytes.
 const ROWS_PER_TASK: usize = 16;

@@ -463,6 +463,81 @@ fn odd_shapes_and_many_experts_are_calibrated_for_w4a4() {
     assert_eq!(found.kv_scales(0), written.kv_scales(0));
 }
 
+/// Calibrated for W4A4.
+fn w4a4(
+    source: Arc<dyn Weights>,
+    algorithm: Algorithm,
+    activations: bool,
+    scratch: &std::path::Path,
+) -> Quantized {
+    let Options::Nvfp4 { recipe, algorithm, embedding, scales_per, kv_scales, experts_in_bf16, .. } =
+        nvfp4(Recipe::Linear, algorithm)
+    else {
+        panic!("not NVFP4");
+    };
+    let options =
+        Options::Nvfp4 { recipe, algorithm, embedding, scales_per, activations, kv_scales, experts_in_bf16 };
+    let mut found = view(source, options);
+    found.calibrate(&calibration(scratch, 0), &mut |_, _| ControlFlow::Continue(())).unwrap();
+    found
+}
+
+#[test]
+fn the_input_scale_behind_scaled_columns_is_that_of_the_scaled_inputs() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = Arc::new(Synthetic::new(config(), |_| Format::Bf16, 3));
+    let found = w4a4(source, Algorithm::Awq, true, &folder.path().join("awq"));
+    let scale = |weights: &dyn Weights| weights.input_scale(MatrixKind::Key.at(0)).unwrap();
+    let stated = scale(&found);
+    // What the norm gives that AWQ made.
+    let seen = scale(&w4a4(Arc::new(found), Algorithm::Max, true, &folder.path().join("max")));
+    assert!((stated - seen).abs() < 1e-5 * seen, "{stated} {seen}");
+}
+
+#[test]
+fn gptq_sees_inputs_in_four_bits_where_they_will_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = || Arc::new(Synthetic::new(config(), |_| Format::Bf16, 3));
+    for algorithm in [Algorithm::Gptq, Algorithm::Refine] {
+        let [with, without] = [true, false].map(|activations| {
+            let scratch = folder.path().join(format!("{algorithm:?} {activations}"));
+            w4a4(source(), algorithm, activations, &scratch)
+        });
+        let different = compare(&with, &without, None).unwrap().different;
+        let names: Vec<&str> = different.iter().map(|d| d.name.rsplit('.').next().unwrap()).collect();
+        match algorithm {
+            Algorithm::Gptq => {
+                assert_eq!(names, ["weight", "weight", "weight", "weight", "gate_up_proj", "down_proj"])
+            }
+            _ => assert!(names.is_empty(), "{names:?}"),
+        }
+    }
+}
+
+#[test]
+fn gptq_leaves_columns_of_zeros_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let zero = 21;
+    let source = with(MatrixKind::GateUp.at(0), |rows, cols| {
+        let rest = Synthetic::new(config(), |_| Format::Bf16, 4);
+        let mut values: Vec<bf16> = rest
+            .matrix(MatrixKind::GateUp.at(0), 1)
+            .unwrap()
+            .to_f32()
+            .into_iter()
+            .map(bf16::from_f32)
+            .collect();
+        assert_eq!(values.len(), rows * cols);
+        values.iter_mut().skip(zero).step_by(cols).for_each(|value| *value = bf16::ZERO);
+        Values::Bf16(Cow::Owned(values))
+    });
+    let found = w4a4(source, Algorithm::Gptq, false, folder.path());
+    for expert in 0..3 {
+        let matrix = found.matrix(MatrixKind::GateUp.at(0), expert).unwrap();
+        assert!(matrix.to_f32().iter().skip(zero).step_by(matrix.cols).all(|&value| value == 0.0));
+    }
+}
+
 #[test]
 fn one_token_leaves_every_expert_at_the_sweep() {
     let folder = tempfile::tempdir().unwrap();
