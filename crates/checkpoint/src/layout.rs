@@ -85,9 +85,9 @@ pub(crate) enum Role {
     Codes,
     /// One scale byte per block.
     Scales,
-    /// The scale of the tensor; also legal as `[1]` or one per expert.
+    /// The scale of the tensor.
     GlobalScale,
-    /// The static scale of its input; also legal as `[1]` or one per expert.
+    /// The static scale of its input.
     InputScale,
     /// `k_scale`
     KeyScale,
@@ -112,6 +112,8 @@ pub(crate) struct Slot {
     /// Types that are read; the writer uses the first unless the tensor comes with its own.
     pub(crate) dtypes: &'static [Dtype],
     pub(crate) shape: Vec<usize>,
+    /// Of a scale of a stack: one for each of so many matrices is legal, too.
+    pub(crate) experts: Option<usize>,
     /// Where the logical rows begin in the stored tensor (fused q/k/v).
     pub(crate) first_row: usize,
     /// Whether the model is incomplete without it.
@@ -120,13 +122,13 @@ pub(crate) struct Slot {
 
 impl Slot {
     fn new(role: Role, name: String, dtypes: &'static [Dtype], shape: Vec<usize>) -> Slot {
-        Slot { role, name, alias: None, dtypes, shape, first_row: 0, required: true }
+        Slot { role, name, alias: None, dtypes, shape, experts: None, first_row: 0, required: true }
     }
 
     /// Whether a stored tensor of this shape is this one.
-    pub(crate) fn fits(&self, shape: &[usize], experts: usize) -> bool {
-        shape == self.shape
-            || (self.role.is_scalar() && (shape.is_empty() || shape == [1] || shape == [experts]))
+    pub(crate) fn fits(&self, shape: &[usize]) -> bool {
+        let one = self.role.is_scalar() && (shape.is_empty() || shape == [1]);
+        one || shape == self.shape || self.experts.is_some_and(|experts| shape == [experts])
     }
 }
 
@@ -200,13 +202,13 @@ pub(crate) fn scales(config: &Config, id: MatrixId) -> Vec<Slot> {
         slot.alias = stack.then_some(dotted);
         slot
     };
+    let mut global = slot(Role::GlobalScale, "weight_scale_2", F32, vec![]);
     let mut input = slot(Role::InputScale, "input_scale", F32, vec![]);
     input.required = false;
-    vec![
-        slot(Role::Scales, "weight_scale", F8_E4M3, shape),
-        slot(Role::GlobalScale, "weight_scale_2", F32, vec![]),
-        input,
-    ]
+    for scale in [&mut global, &mut input] {
+        scale.experts = stack.then_some(n);
+    }
+    vec![slot(Role::Scales, "weight_scale", F8_E4M3, shape), global, input]
 }
 
 /// The stored tensor of a vector.

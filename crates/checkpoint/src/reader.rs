@@ -120,7 +120,7 @@ impl Checkpoint {
         let has_fake = fake.is_some();
         files.extend(fake.map(|(file, _)| file));
 
-        let mut ledger = Ledger::new(&directory, &files[..main_files], 0, config.experts)?;
+        let mut ledger = Ledger::new(&directory, &files[..main_files], 0)?;
         let layout = match &quantization {
             Some(quantization) => quantization.layout,
             None => detect(&files[..main_files], has_fake),
@@ -160,7 +160,7 @@ impl Checkpoint {
 
         let mut fake = HashMap::new();
         if has_fake {
-            let mut ledger = Ledger::new(&directory, &files[main_files..], main_files, config.experts)?;
+            let mut ledger = Ledger::new(&directory, &files[main_files..], main_files)?;
             for id in matrices(&config) {
                 let slots = layout::scales(&config, id);
                 let (_, _, cols) = id.kind.shape(&config);
@@ -516,19 +516,13 @@ struct Ledger<'a> {
     files: &'a [TensorFile],
     /// Index of the first of `files` in the checkpoint.
     first_file: usize,
-    experts: usize,
     tensors: HashMap<&'a str, (usize, &'a StoredTensor)>,
     claimed: BTreeSet<&'a str>,
     mismatch: Mismatch,
 }
 
 impl<'a> Ledger<'a> {
-    fn new(
-        directory: &Path,
-        files: &'a [TensorFile],
-        first_file: usize,
-        experts: usize,
-    ) -> Result<Ledger<'a>, Error> {
+    fn new(directory: &Path, files: &'a [TensorFile], first_file: usize) -> Result<Ledger<'a>, Error> {
         let mut tensors = HashMap::new();
         for (index, file) in files.iter().enumerate() {
             for tensor in file.tensors() {
@@ -547,7 +541,7 @@ impl<'a> Ledger<'a> {
             }
         }
         let (claimed, mismatch) = (BTreeSet::new(), Mismatch::default());
-        Ok(Ledger { files, first_file, experts, tensors, claimed, mismatch })
+        Ok(Ledger { files, first_file, tensors, claimed, mismatch })
     }
 
     fn find(&self, slot: &Slot) -> Option<(usize, &'a StoredTensor)> {
@@ -565,7 +559,7 @@ impl<'a> Ledger<'a> {
             return None;
         };
         let again = !self.claimed.insert(&tensor.name);
-        if !slot.dtypes.contains(&tensor.dtype) || !slot.fits(&tensor.shape, self.experts) {
+        if !slot.dtypes.contains(&tensor.dtype) || !slot.fits(&tensor.shape) {
             if !again {
                 let expected: Vec<String> = slot.dtypes.iter().map(ToString::to_string).collect();
                 self.mismatch.misshapen.push(format!(
