@@ -8,7 +8,7 @@ use std::time::SystemTime;
 
 use memmap2::Mmap;
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::tensor::TensorInfo;
 use serde::de::{Deserialize, Deserializer, MapAccess, Visitor};
 use sha2::{Digest, Sha256};
 
@@ -189,23 +189,38 @@ fn read_header(bytes: &[u8]) -> Result<Vec<StoredTensor>, String> {
         serde_json::from_str(text).map_err(|e| format!("an unreadable header: {}", brief(&e.to_string())))?;
 
     tensors.sort_by_key(|(_, info)| info.data_offsets);
-    let listed: Vec<(String, TensorInfo)> = tensors.clone();
-    // Checks that offsets follow each other without gap or overlap and agree with type and shape.
-    let metadata = Metadata::new(None, tensors).map_err(|e| brief(&e.to_string()))?;
-    let (data, expected) = (rest.len() - header.len(), metadata.data_len());
+    // Each begins where the one before it ends, and has the size of its type and shape.
+    let mut expected = 0usize;
+    for (name, TensorInfo { dtype, shape, data_offsets: (first, end) }) in &tensors {
+        let bits = shape.iter().try_fold(dtype.bitsize(), |bits, &size| bits.checked_mul(size));
+        let size = bits.filter(|bits| bits.is_multiple_of(8)).map(|bits| bits / 8);
+        let wanted = size.and_then(|size| expected.checked_add(size));
+        if (Some(*first), Some(*end)) != (Some(expected), wanted) {
+            let place = wanted.map_or_else(
+                || "where no such tensor has room".to_owned(),
+                |wanted| format!("instead of {expected} to {wanted}"),
+            );
+            let what = format!("{dtype} {shape:?}");
+            return Err(format!(
+                "tensor `{}`, {}, at bytes {first} to {end} {place}",
+                brief(name),
+                brief(&what)
+            ));
+        }
+        expected = *end;
+    }
+    let data = rest.len() - header.len();
     if data != expected {
         return Err(format!("{data} bytes of data where the header describes {expected}"));
     }
     let start = LENGTH_BYTES + header.len();
-    Ok(listed
-        .into_iter()
-        .map(|(name, info)| StoredTensor {
-            name,
-            dtype: info.dtype,
-            shape: info.shape,
-            range: start + info.data_offsets.0..start + info.data_offsets.1,
-        })
-        .collect())
+    let stored = |(name, TensorInfo { dtype, shape, data_offsets: (first, end) })| StoredTensor {
+        name,
+        dtype,
+        shape,
+        range: start + first..start + end,
+    };
+    Ok(tensors.into_iter().map(stored).collect())
 }
 
 /// The header's JSON. Read by hand because a map would silently keep the last of two equal names.

@@ -23,7 +23,10 @@ const CONVERSATIONS: &str = include_str!("../../../models/calibration/conversati
 
 /// A line of a `.jsonl` file.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected an array of token ids, {\"prompt\"} or {\"messages\"} of a chat, found another document"
+)]
 enum Line {
     Ids(Vec<u32>),
     Prompt { prompt: String },

@@ -275,6 +275,15 @@ fn headers_that_lie_are_refused() {
         let message = error.to_string();
         assert!(message.contains("lying.safetensors") && message.len() < 600, "{name}: {message}");
     }
+    for (tensor, named) in [
+        (tensor("F32", "[2]", "0", "4"), "tensor `a`, F32 [2], at bytes 0 to 4 instead of 0 to 8"),
+        (tensor("U8", "[4]", "1", "5"), "tensor `a`, U8 [4], at bytes 1 to 5 instead of 0 to 4"),
+        (tensor("F4", "[3]", "0", "2"), "tensor `a`, F4 [3], at bytes 0 to 2 where no such tensor has room"),
+    ] {
+        std::fs::write(&path, file(&format!("{{\"a\":{tensor}}}"), &[0; 8])).unwrap();
+        let message = TensorFile::open(&path).unwrap_err().to_string();
+        assert!(message.ends_with(&format!("expected a safetensors file, found {named}")), "{message}");
+    }
     std::fs::write(&path, file(&format!("{{\"a\":{one}}}"), &[1, 2, 3, 4])).unwrap();
     let file = TensorFile::open(&path).unwrap();
     assert_eq!(file.data(file.tensor("a").unwrap()), [1, 2, 3, 4]);

@@ -17,7 +17,10 @@ use crate::ui::{Ui, bold, dim};
 
 /// A line of `--prompts`.
 #[derive(Deserialize)]
-#[serde(untagged)]
+#[serde(
+    untagged,
+    expecting = "expected a text, {\"prompt\"}, {\"messages\"}, {\"prompt_token_ids\"} or an array of token ids, found another document"
+)]
 enum Line {
     Text(String),
     Chat { messages: Vec<ChatMessage> },

@@ -17,7 +17,11 @@ fn bad_calibration_data_are_refused_before_any_work() {
     let out = folder.path().join("out").to_str().unwrap().to_owned();
     for (name, text, named) in [
         ("broken.jsonl", "[1, 2, 3]\n{\"messages\": [", "line 2"),
-        ("shape.jsonl", "{\"text\": \"no such field\"}\n", "line 1"),
+        (
+            "shape.jsonl",
+            "{\"text\": \"no such field\"}\n",
+            "line 1: expected an array of token ids, {\"prompt\"} or {\"messages\"} of a chat, found another document",
+        ),
         ("unknown.jsonl", "[1, 2, 4096]\n", "expected ids below 4096, found 4096"),
         ("negative.jsonl", "[-1]\n", "line 1"),
         ("empty.txt", "", "expected at least one token"),
