@@ -12,6 +12,8 @@ use std::time::Duration;
 use serde::Deserialize;
 use sha2::{Digest, Sha256};
 
+use crate::sha1::Sha1;
+
 /// A hub and the cache of what came from it.
 pub struct Hub {
     /// Such as `https://huggingface.co`.
@@ -511,21 +513,30 @@ fn check(file: &Remote, out: &mut File, path: &Path) -> Result<(), Error> {
     if size != file.size {
         return damaged(format!("{} bytes", file.size), format!("at least {size} bytes"));
     }
-    if !file.sha256 {
-        return Ok(());
-    }
-    out.rewind().map_err(io(path))?;
-    let mut hasher = Sha256::new();
+    let (kind, digest) = if file.sha256 {
+        let mut hasher = Sha256::new();
+        read(out, path, &mut |bytes| hasher.update(bytes))?;
+        ("SHA-256", hasher.finalize().to_vec())
+    } else {
+        let mut hasher = Sha1::new();
+        hasher.update(format!("blob {size}\0").as_bytes());
+        read(out, path, &mut |bytes| hasher.update(bytes))?;
+        ("git", hasher.finish().to_vec())
+    };
+    let found: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+    if found == file.digest { Ok(()) } else { damaged(format!("the {kind} digest {}", file.digest), found) }
+}
+
+/// Gives all of a file to `each`, part by part.
+fn read(file: &mut File, path: &Path, each: &mut dyn FnMut(&[u8])) -> Result<(), Error> {
+    file.rewind().map_err(io(path))?;
     let mut buffer = vec![0; 1 << 20];
     loop {
-        let read = out.read(&mut buffer).map_err(io(path))?;
-        if read == 0 {
-            break;
+        match file.read(&mut buffer).map_err(io(path))? {
+            0 => return Ok(()),
+            read => each(&buffer[..read]),
         }
-        hasher.update(&buffer[..read]);
     }
-    let found: String = hasher.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
-    if found == file.digest { Ok(()) } else { damaged(format!("the SHA-256 digest {}", file.digest), found) }
 }
 
 /// `snapshots/<commit>/<file>` as a relative link to the blob, as other programs make it.

@@ -51,13 +51,22 @@ fn contents() -> HashMap<String, Vec<u8>> {
     ])
 }
 
-/// The listing of these files; `change` may make it lie.
+/// What `git hash-object` says of the small files.
+fn git_digest(name: &str) -> &'static str {
+    match name {
+        "config.json" => "4a036f56bb619924ec4189bd84ed716c766971ae",
+        "tokenizer.json" => "ff3420861b9adb318afe9f3fdabec320ac79c011",
+        _ => COMMIT,
+    }
+}
+
+/// The listing of these files.
 fn listing(files: &HashMap<String, Vec<u8>>) -> serde_json::Value {
     let siblings: Vec<_> = files
         .iter()
         .map(|(name, bytes)| {
             let mut sibling = serde_json::json!({
-                "rfilename": name, "size": bytes.len(), "blobId": hex(name.as_bytes())[..40],
+                "rfilename": name, "size": bytes.len(), "blobId": git_digest(name),
             });
             if name.ends_with(".safetensors") {
                 sibling["lfs"] = serde_json::json!({"sha256": hex(bytes), "size": bytes.len()});
@@ -264,10 +273,10 @@ fn a_rest_of_an_earlier_run_is_continued_or_begun_anew() {
 #[test]
 fn damaged_files_are_deleted_and_named() {
     let files = contents();
-    let lie = |change: &dyn Fn(&mut serde_json::Value)| {
+    let lie = |name: &str, change: &dyn Fn(&mut serde_json::Value)| {
         let mut listing = listing(&files);
         for sibling in listing["siblings"].as_array_mut().unwrap() {
-            if sibling["rfilename"] == "model.safetensors" {
+            if sibling["rfilename"] == name {
                 change(sibling);
             }
         }
@@ -278,12 +287,17 @@ fn damaged_files_are_deleted_and_named() {
         assert!(!left.iter().any(|name| name.ends_with(".incomplete")), "{left:?}");
         error.to_string()
     };
-    let wrong_digest = lie(&|s| s["lfs"]["sha256"] = hex(b"other").into());
+    let wrong_digest = lie("model.safetensors", &|s| s["lfs"]["sha256"] = hex(b"other").into());
     assert!(
         wrong_digest.contains("model.safetensors") && wrong_digest.contains(&hex(b"other")),
         "{wrong_digest}"
     );
-    let too_long = lie(&|s| s["lfs"]["size"] = 1000.into());
+    let other = "89e6c98d92887913cadf06b2adb97f26cde4849b";
+    let wrong_digest = lie("config.json", &|s| s["blobId"] = other.into());
+    let expected =
+        format!("config.json: expected the git digest {other}, found {}", git_digest("config.json"));
+    assert_eq!(wrong_digest, expected);
+    let too_long = lie("model.safetensors", &|s| s["lfs"]["size"] = 1000.into());
     assert!(too_long.contains("expected 1000 bytes"), "{too_long}");
 }
 
