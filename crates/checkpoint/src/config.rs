@@ -246,7 +246,7 @@ impl Config {
             LayerKind::Sliding => "sliding_attention",
             LayerKind::Full => "full_attention",
         });
-        json!({
+        let mut config = json!({
             "architectures": ["GptOssForCausalLM"],
             "attention_bias": true,
             "attention_dropout": 0.0,
@@ -284,7 +284,17 @@ impl Config {
             "tie_word_embeddings": false,
             "use_cache": true,
             "vocab_size": self.vocab_size,
-        })
+        });
+        if self.has_o200k_vocabulary() {
+            config["eos_token_id"] = json!(200_002);
+            config["pad_token_id"] = json!(199_999);
+        }
+        config
+    }
+
+    /// Whether the vocabulary is that of the published models, which says what its special tokens are.
+    pub(crate) fn has_o200k_vocabulary(&self) -> bool {
+        self.vocab_size == Config::gpt_oss_20b().vocab_size
     }
 
     fn check(&self) -> Result<(), Error> {

@@ -1,8 +1,8 @@
 //! `generation_config.json`: where generation stops and how it samples by default.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use crate::{Error, config::kind_of};
+use crate::{Config, Error, config::kind_of};
 
 /// The defaults of generation that come with a model.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -20,6 +20,17 @@ pub struct GenerationConfig {
 }
 
 impl GenerationConfig {
+    /// The file that published checkpoints have, its name and contents, for a model of their vocabulary that comes without one.
+    pub fn published(config: &Config) -> Option<(String, Vec<u8>)> {
+        let document = json!({
+            "bos_token_id": 199_998,
+            "do_sample": true,
+            "eos_token_id": [200_002, 199_999, 200_012],
+            "pad_token_id": 199_999,
+        });
+        config.has_o200k_vocabulary().then(|| (FILE.to_owned(), format!("{document:#}\n").into_bytes()))
+    }
+
     /// Reads `generation_config.json`, if there is one; `config` is `config.json`.
     pub(crate) fn read(generation: Option<&Value>, config: &Value) -> Result<Self, Error> {
         let mut read = GenerationConfig::default();

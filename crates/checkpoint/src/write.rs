@@ -24,8 +24,8 @@ use crate::reader::{FAKE_FOLDER, FAKE_SCALES, INDEX, SINGLE, read_file};
 use crate::transpose::transpose;
 use crate::unfinished::{JOURNAL, Unfinished};
 use crate::{
-    Checkpoint, Config, Error, Format, KvCache, Layout, Matrix, MatrixId, MatrixKind, Values, Vector,
-    VectorId, VectorKind, Weights, matrices,
+    Checkpoint, Config, Error, Format, GenerationConfig, KvCache, Layout, Matrix, MatrixId, MatrixKind,
+    Values, Vector, VectorId, VectorKind, Weights, matrices,
 };
 
 /// What to write.
@@ -62,6 +62,10 @@ impl Target {
             let path = source.directory().join(name);
             let contents = read_file(&path, MAX_COMPANION_BYTES)?;
             files.extend(contents.map(|contents| (name.to_owned(), contents)));
+        }
+        // OpenAI's own folders say nowhere where an answer ends.
+        if source.layout() == Layout::Original && !files.iter().any(|(name, _)| name == COMPANIONS[0]) {
+            files.extend(GenerationConfig::published(source.config()));
         }
         Ok(Target { files, kv_cache: source.kv_cache(), ..Target::new(source.config_json().clone(), layout) })
     }

@@ -103,6 +103,71 @@ fn fake_quantized_weights_pack_back_to_their_codes() {
 }
 
 #[test]
+fn openais_own_folders_are_told_where_answers_end() {
+    let folder = tempdir().unwrap();
+    let source = folder.path().join("original");
+    std::fs::create_dir(&source).unwrap();
+    let config = json!({
+        "num_hidden_layers": 1, "num_experts": 2, "experts_per_token": 1, "vocab_size": 201_088,
+        "hidden_size": 32, "intermediate_size": 32, "swiglu_limit": 7.0, "head_dim": 16,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "sliding_window": 16,
+        "initial_context_length": 256, "rope_theta": 150_000.0, "rope_scaling_factor": 32.0,
+        "rope_ntk_alpha": 1, "rope_ntk_beta": 32
+    });
+    std::fs::write(source.join("config.json"), config.to_string()).unwrap();
+    let shapes: [(&str, &str, &[usize]); 18] = [
+        ("embedding.weight", "BF16", &[201_088, 32]),
+        ("unembedding.weight", "BF16", &[201_088, 32]),
+        ("norm.scale", "BF16", &[32]),
+        ("block.0.attn.norm.scale", "BF16", &[32]),
+        ("block.0.attn.qkv.weight", "BF16", &[64, 32]),
+        ("block.0.attn.qkv.bias", "BF16", &[64]),
+        ("block.0.attn.out.weight", "BF16", &[32, 32]),
+        ("block.0.attn.out.bias", "BF16", &[32]),
+        ("block.0.attn.sinks", "BF16", &[2]),
+        ("block.0.mlp.norm.scale", "BF16", &[32]),
+        ("block.0.mlp.gate.weight", "BF16", &[2, 32]),
+        ("block.0.mlp.gate.bias", "BF16", &[2]),
+        ("block.0.mlp.mlp1_weight.blocks", "U8", &[2, 64, 1, 16]),
+        ("block.0.mlp.mlp1_weight.scales", "U8", &[2, 64, 1]),
+        ("block.0.mlp.mlp1_bias", "BF16", &[2, 64]),
+        ("block.0.mlp.mlp2_weight.blocks", "U8", &[2, 32, 1, 16]),
+        ("block.0.mlp.mlp2_weight.scales", "U8", &[2, 32, 1]),
+        ("block.0.mlp.mlp2_bias", "BF16", &[2, 32]),
+    ];
+    let (mut header, mut end) = (serde_json::Map::new(), 0);
+    for (name, dtype, shape) in shapes {
+        let start = end;
+        end += shape.iter().product::<usize>() * if dtype == "U8" { 1 } else { 2 };
+        let tensor = json!({"dtype": dtype, "shape": shape, "data_offsets": [start, end]});
+        header.insert(name.to_owned(), tensor);
+    }
+    let header = serde_json::Value::from(header).to_string();
+    let path = source.join("model.safetensors");
+    let bytes = [&(header.len() as u64).to_le_bytes(), header.as_bytes()].concat();
+    std::fs::write(&path, &bytes).unwrap();
+    // All weights are zeros, for which nothing need be written.
+    let file = std::fs::File::options().write(true).open(&path).unwrap();
+    file.set_len((bytes.len() + end) as u64).unwrap();
+
+    let original = Checkpoint::open(&source).unwrap();
+    assert_eq!(original.layout(), Layout::Original);
+    let out = folder.path().join("out");
+    write_all(&original, &Target::like(&original, Layout::Mxfp4).unwrap(), &out).unwrap();
+    let config = json_file(&out.join("config.json"));
+    assert_eq!((&config["eos_token_id"], &config["pad_token_id"]), (&json!(200_002), &json!(199_999)));
+    let generation = json_file(&out.join("generation_config.json"));
+    assert_eq!((&generation["bos_token_id"], &generation["do_sample"]), (&json!(199_998), &json!(true)));
+    let ends = Checkpoint::open(&out).unwrap().generation_config().eos_token_ids.clone();
+    assert_eq!(ends, [200_002, 199_999, 200_012]);
+
+    // Another vocabulary has other ids, which nobody knows.
+    let small = Checkpoint::open(&testdata("model/original-mxfp4")).unwrap();
+    assert!(Target::like(&small, Layout::Mxfp4).unwrap().files.is_empty());
+    assert_eq!(small.config().to_json().get("eos_token_id"), None);
+}
+
+#[test]
 fn fake_quantization_keeps_the_scales_of_activations_and_cache() {
     let folder = tempdir().unwrap();
     let golden = open("quant/tiny_gptoss/nvfp4_default_kv_fp8");

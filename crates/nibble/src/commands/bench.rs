@@ -4,7 +4,7 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
-use checkpoint::{Config, Format, Layout, MatrixKind, Synthetic, Target, Weights};
+use checkpoint::{Config, Format, GenerationConfig, Layout, MatrixKind, Synthetic, Target, Weights};
 use gptoss::{BLOCK_TOKENS, Backend, Plan, Sampling, SequencePlan};
 use serde_json::{Value, json};
 
@@ -249,6 +249,7 @@ fn write(weights: &dyn Weights, args: &Bench, out: &std::path::Path, ui: Ui) -> 
         BenchFormat::Bf16 => Layout::Bf16,
     };
     let target = Target {
+        files: GenerationConfig::published(weights.config()).into_iter().collect(),
         fingerprint: format!("{:?} {:?} {:?}", args.synthetic, args.format, args.recipe),
         ..Target::new(weights.config().to_json(), layout)
     };
