@@ -38,8 +38,8 @@ pub(crate) struct Common {
     /// No progress on standard error
     #[arg(long, global = true)]
     pub(crate) quiet: bool,
-    /// Where to run
-    #[arg(long, global = true, value_name = "auto|cpu|cuda[:N]", default_value = "auto")]
+    /// Where to run. Several GPUs share a model, unless --tensor-parallel-size and --data-parallel-size say otherwise
+    #[arg(long, global = true, value_name = "auto|cpu|cuda[:N[,N…]]", default_value = "auto")]
     pub(crate) device: String,
     /// Threads [default: one per physical core]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -112,9 +112,9 @@ pub(crate) struct Run {
     #[arg(long, value_name = "FILE")]
     pub(crate) packed_cache: Option<PathBuf>,
     /// GPUs that share the model, `--device`'s and those after it: each has some heads of every layer and some units of every
-    /// expert
-    #[arg(long, visible_alias = "tp", value_name = "N", default_value_t = 1)]
-    pub(crate) tensor_parallel_size: usize,
+    /// expert [default: 1, or as many as --device names]
+    #[arg(long, visible_alias = "tp", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub(crate) tensor_parallel_size: Option<u16>,
 }
 
 impl Run {
@@ -128,7 +128,7 @@ impl Run {
             weights: WeightBits::AsStored,
             activations: ActivationBits::F32,
             packed_cache: None,
-            tensor_parallel_size: 1,
+            tensor_parallel_size: None,
         }
     }
 }
@@ -477,8 +477,9 @@ pub(crate) struct Serve {
     pub(crate) seed: u64,
     #[command(flatten)]
     pub(crate) scheduling: Scheduling,
-    /// Engines with a copy of the model each, which share the requests. They take GPUs from the one of --device on, each as
-    /// many as --tensor-parallel-size says, or divide the CPU's threads; what bounds an engine is for each of them
+    /// Engines with a copy of the model each, which share the requests. They divide the GPUs of --device, take those from the
+    /// one that it names on, each as many as --tensor-parallel-size says, or divide the CPU's threads; what bounds an engine is
+    /// for each of them
     #[arg(long, visible_alias = "dp", value_name = "N", default_value_t = 1,
         value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) data_parallel_size: u16,

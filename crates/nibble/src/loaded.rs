@@ -8,6 +8,7 @@ use gptoss::{Backend, Error, KvLayout, Plan, SequenceOutput, Traffic};
 
 use crate::args::{ActivationBits, CacheType, Common, Run, WeightBits};
 use crate::failure::{Failure, Result};
+use crate::gpus::gpus;
 use crate::memory;
 use crate::model::threads;
 use crate::ui::Ui;
@@ -32,8 +33,7 @@ pub(crate) fn watched_backend(
     ui: Ui,
     watch: &mut dyn FnMut(usize, usize),
 ) -> Result<Loaded> {
-    let count = run.tensor_parallel_size;
-    let device = devices(&common.device, count)?;
+    let device = devices(&common.device, run.tensor_parallel_size.map(usize::from))?;
     let mut bar = ui.progress("Loading", 1);
     let mut progress = |done: usize, total: usize| {
         bar.set_total(total as u64);
@@ -42,7 +42,7 @@ pub(crate) fn watched_backend(
     };
     Ok(match device {
         Device::Cpu => {
-            if count != 1 {
+            if let Some(count) = run.tensor_parallel_size.filter(|&count| count > 1) {
                 return Err(Failure::input(format!(
                     "--tensor-parallel-size: expected 1 on a CPU, found {count}"
                 )));
@@ -153,34 +153,11 @@ pub(crate) enum Device {
     Cuda(Vec<Arc<cuda::Device>>),
 }
 
-/// The GPU that `--device` names, for `auto` the first; `None` on a CPU, where `auto` also goes if there is no GPU.
+/// What `--device` names for one model; `count` GPUs share it, if that is said.
 #[cfg(feature = "cuda")]
-pub(crate) fn first_gpu(name: &str) -> Result<Option<usize>> {
-    let ordinal = match name.split_once(':') {
-        Some(("cuda", ordinal)) => ordinal.parse().ok(),
-        _ => (name == "cuda").then_some(0),
-    };
-    match (name, ordinal) {
-        ("cpu", _) => Ok(None),
-        // A machine without a GPU is what `auto` is for; a GPU that does not work is worth an error.
-        ("auto", _) => Ok(cuda::device_count().is_ok().then_some(0)),
-        (_, Some(ordinal)) => Ok(Some(ordinal)),
-        _ => Err(Failure::input(format!("--device: expected auto, cpu, cuda or cuda:N, found {name}"))),
-    }
-}
-
-/// What `--device` names, with as many GPUs as share a model: the one that it names and those after it.
-#[cfg(feature = "cuda")]
-pub(crate) fn devices(name: &str, count: usize) -> Result<Device> {
-    let Some(first) = first_gpu(name)? else { return Ok(Device::Cpu) };
-    let there = cuda::device_count()?.saturating_sub(first);
-    if count == 0 || (count > 1 && count > there) {
-        return Err(Failure::input(format!(
-            "--tensor-parallel-size: expected 1 to {}, the GPUs from cuda:{first} on, found {count}",
-            there.max(1)
-        )));
-    }
-    let opened = (first..first + count).map(cuda::Device::open);
+pub(crate) fn devices(name: &str, count: Option<usize>) -> Result<Device> {
+    let Some(gpus) = gpus(name)? else { return Ok(Device::Cpu) };
+    let opened = gpus.divided(1, count)?.into_iter().flatten().map(cuda::Device::open);
     Ok(Device::Cuda(opened.collect::<std::result::Result<_, Error>>()?))
 }
 
@@ -204,19 +181,10 @@ fn check_kernels(devices: &[Arc<cuda::Device>]) -> Result<()> {
     .hint("nibble doctor shows all of them; --device cpu runs without the GPU"))
 }
 
-/// A build without GPU kernels uses none.
-#[cfg(not(feature = "cuda"))]
-pub(crate) fn first_gpu(name: &str) -> Result<Option<usize>> {
-    match name {
-        "auto" | "cpu" => Ok(None),
-        _ => Err(Failure::input(format!("--device: expected auto or cpu in this build, found {name}"))),
-    }
-}
-
 /// What `--device` names.
 #[cfg(not(feature = "cuda"))]
-pub(crate) fn devices(name: &str, _count: usize) -> Result<Device> {
-    first_gpu(name).map(|_| Device::Cpu)
+pub(crate) fn devices(name: &str, _count: Option<usize>) -> Result<Device> {
+    gpus(name).map(|_| Device::Cpu)
 }
 
 impl Loaded {

@@ -7,6 +7,7 @@ mod commands;
 mod engine;
 mod failure;
 mod foreign;
+mod gpus;
 mod interrupt;
 mod loaded;
 mod memory;

@@ -131,7 +131,7 @@ impl Gpus {
 
 #[cfg(not(feature = "cuda"))]
 fn gpus(name: &str) -> Result<Gpus> {
-    devices(name, 1)?;
+    devices(name, None)?;
     Ok(Gpus::none("none: this build runs on CPUs".to_owned()))
 }
 
@@ -147,11 +147,11 @@ fn table(title: &str, tests: &[cuda::SelfTest], lines: &mut Vec<String>) -> Valu
     tests.iter().map(row).collect()
 }
 
-/// All GPUs, or the one that `--device` names by its number.
+/// All GPUs, or those that `--device` names by their numbers.
 #[cfg(feature = "cuda")]
 fn gpus(name: &str) -> Result<Gpus> {
     let there = cuda::device_count();
-    let count = if name.contains(':') { 1 } else { *there.as_ref().unwrap_or(&1) };
+    let count = (!name.contains(':')).then(|| *there.as_ref().unwrap_or(&1));
     let Device::Cuda(devices) = devices(name, count)? else {
         return Ok(Gpus::none(match there {
             Ok(_) => "left out, as --device cpu asks for".to_owned(),

@@ -28,6 +28,14 @@ fn wrong_usage_is_refused_by_name() {
         (vec!["generate", "-p", "x", "--tensor-parallel-size", "2"], "--tensor-parallel-size"),
         (vec!["generate", "-p", "x", "--device", "cuda"], "--device"),
         (vec!["doctor", "--device", "cuda"], "--device"),
+        (
+            vec!["generate", "-p", "x", "--device", "cuda:0,1"],
+            "expected auto or cpu in this build, found a GPU",
+        ),
+        (
+            vec!["generate", "-p", "x", "--device", "cuda:1,1"],
+            "cuda:N[,N…] without a number twice, found cuda:1,1",
+        ),
         (vec!["generate", "-p", ""], "prompt"),
         (vec!["generate", "--prompts", "no-such-file"], "no-such-file"),
         (vec!["eval", &small, "perplexity"], "--text"),
