@@ -312,13 +312,13 @@ impl Cpu {
     }
 
     /// Runs one step and says how long each kind of phase took.
-    pub fn profile(&mut self, plan: &Plan) -> Result<Vec<Timing>, Error> {
+    pub fn profile(&mut self, plan: &Plan) -> Result<(Vec<SequenceOutput>, Vec<Timing>), Error> {
         self.scratch.times.on = true;
         let result = self.step(plan);
         let mut timings = std::mem::take(&mut self.scratch.times).timings;
-        result?;
+        let outputs = result?;
         timings.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
-        Ok(timings)
+        Ok((outputs, timings))
     }
 
     fn embed(&self, plan: &Plan, x: &mut [f32]) -> Result<(), Error> {

@@ -262,12 +262,16 @@ impl Cuda {
     }
 
     /// Runs one step kernel by kernel and times each.
-    pub fn profile(&mut self, plan: &Plan) -> Result<Vec<KernelTime>, Error> {
+    pub fn profile(&mut self, plan: &Plan) -> Result<(Vec<SequenceOutput>, Vec<KernelTime>), Error> {
         let device = Arc::clone(&self.device);
         let eager = std::mem::replace(&mut self.options.eager, true);
-        let times = device.profile(|| self.step(plan).map(drop));
+        let mut outputs = Vec::new();
+        let times = device.profile(|| {
+            outputs = self.step(plan)?;
+            Ok(())
+        });
         self.options.eager = eager;
-        times
+        Ok((outputs, times?))
     }
 
     /// Bytes per second that the device reads from its memory: the best of some passes over the weights.

@@ -115,6 +115,10 @@ pub(crate) struct Run {
     /// expert [default: 1, or as many as --device names]
     #[arg(long, visible_alias = "tp", value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
     pub(crate) tensor_parallel_size: Option<u16>,
+    /// Prints the time per kernel to standard error at the end; `bench` times one more run of each test. A GPU runs its
+    /// kernels one after the other meanwhile
+    #[arg(long)]
+    pub(crate) profile: bool,
 }
 
 impl Run {
@@ -129,6 +133,7 @@ impl Run {
             activations: ActivationBits::F32,
             packed_cache: None,
             tensor_parallel_size: None,
+            profile: false,
         }
     }
 }
@@ -846,9 +851,6 @@ pub(crate) struct Bench {
     /// Repetitions
     #[arg(short = 'r', long = "repetitions", value_name = "N", default_value_t = 3)]
     pub(crate) repetitions: usize,
-    /// Time per kernel of one more run of each test; on a GPU, the kernels one after the other
-    #[arg(long)]
-    pub(crate) profile: bool,
     #[command(flatten)]
     pub(crate) run: Run,
 }

@@ -93,18 +93,18 @@ pub(crate) fn start_all(
         if run.batch_invariant && !backend.answers_are_prompts() {
             options.prefix_caching = false;
         }
-        engine(backend, Arc::clone(&harmony), options)
+        engine(backend.at_work(run), Arc::clone(&harmony), options)
     };
     backends.into_iter().map(start).collect()
 }
 
 /// An engine over a loaded model.
 pub(crate) fn engine(
-    backend: impl Backend + 'static,
+    backend: Box<dyn Backend>,
     harmony: Arc<Harmony>,
     options: EngineOptions,
 ) -> Result<Engine> {
-    Ok(Engine::start(Box::new(backend), harmony, options)?)
+    Ok(Engine::start(backend, harmony, options)?)
 }
 
 /// An engine that says what a file tells it to, for tests of clients.
@@ -117,7 +117,7 @@ pub(crate) fn scripted(file: &str, capacity: &Capacity, base: &EngineOptions) ->
     // Scripts are played as they are written.
     let base = EngineOptions { speculation: None, harmony_guard: false, ..base.clone() };
     let options = options(&backend, capacity, &GenerationConfig::default(), &base)?;
-    engine(backend, Arc::new(harmony), options)
+    engine(Box::new(backend), Arc::new(harmony), options)
 }
 
 fn options(

@@ -11,6 +11,7 @@ use crate::failure::{Failure, Result};
 use crate::gpus::gpus;
 use crate::memory;
 use crate::model::threads;
+use crate::profile::{KernelTime, Profiled};
 use crate::ui::Ui;
 
 /// Weights packed for a device.
@@ -257,17 +258,27 @@ impl Loaded {
         }
     }
 
-    /// Runs one step and times each kernel: name, runs, seconds of all of them.
-    pub(crate) fn profile(&mut self, plan: &Plan) -> Result<Vec<(&'static str, usize, f64)>> {
+    /// Runs one step and times each kernel.
+    pub(crate) fn profile(
+        &mut self,
+        plan: &Plan,
+    ) -> std::result::Result<(Vec<SequenceOutput>, Vec<KernelTime>), Error> {
         match self {
             Loaded::Cpu(cpu) => {
-                Ok(cpu.profile(plan)?.into_iter().map(|t| (t.kernel, t.count, t.seconds)).collect())
+                let (outputs, times) = cpu.profile(plan)?;
+                Ok((outputs, times.into_iter().map(|t| (t.kernel, t.count, t.seconds)).collect()))
             }
             #[cfg(feature = "cuda")]
             Loaded::Cuda(cuda) => {
-                Ok(cuda.profile(plan)?.into_iter().map(|t| (t.kernel, t.count, t.seconds)).collect())
+                let (outputs, times) = cuda.profile(plan)?;
+                Ok((outputs, times.into_iter().map(|t| (t.kernel, t.count, t.seconds)).collect()))
             }
         }
+    }
+
+    /// For a command that runs it: with `--profile` it says at the end how long each kernel took.
+    pub(crate) fn at_work(self, run: &Run) -> Box<dyn Backend> {
+        if run.profile { Box::new(Profiled::new(self)) } else { Box::new(self) }
     }
 
     /// Tokens per step that use the device well; on CPUs larger steps are hardly more efficient.

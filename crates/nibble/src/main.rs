@@ -13,6 +13,7 @@ mod loaded;
 mod memory;
 mod model;
 mod modelopt;
+mod profile;
 mod replicas;
 mod report;
 mod spelling;

@@ -85,7 +85,7 @@ pub(crate) async fn start_profile(Shared(state): Shared<Arc<State>>) -> Result<S
     Ok(StatusCode::OK)
 }
 
-/// `POST /stop_profile`: what the engines have done since the start. Kernels are timed by `nibble bench --profile`.
+/// `POST /stop_profile`: what the engines have done since the start. Kernels are timed by `--profile`.
 pub(crate) async fn stop_profile(Shared(state): Shared<Arc<State>>) -> Result<Response, ApiError> {
     state.engine()?;
     let now = state.stats();

@@ -14,6 +14,7 @@ use crate::commands::doctor::machine;
 use crate::failure::{Failure, Result};
 use crate::loaded::{Loaded, backend};
 use crate::model::Model;
+use crate::profile::{KernelTime, line};
 use crate::ui::{Ui, bold, bytes, dim};
 
 /// Steps that are not counted before each measurement.
@@ -68,7 +69,7 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
             min: speeds[0],
             max: speeds[speeds.len() - 1],
             bytes: (!test.prompt).then(|| traffic.step_bytes(test.batch, test.depth) / test.batch as f64),
-            kernels: if args.profile { test.profile(&mut model)? } else { Vec::new() },
+            kernels: if args.run.profile { test.profile(&mut model)? } else { Vec::new() },
         });
     }
     drop(bar);
@@ -152,10 +153,10 @@ impl Test {
     }
 
     /// Seconds per kernel of the test's first step, the cache being as the last run left it.
-    fn profile(&self, model: &mut Loaded) -> Result<Vec<(&'static str, usize, f64)>> {
+    fn profile(&self, model: &mut Loaded) -> Result<Vec<KernelTime>> {
         let count = if self.prompt { self.tokens.min(model.step_tokens()) } else { 1 };
         let plan = self.plan(model, 0, self.depth, count);
-        model.profile(&plan)
+        Ok(model.profile(&plan)?.1)
     }
 
     fn name(&self) -> String {
@@ -169,8 +170,8 @@ struct Row {
     min: f64,
     max: f64,
     bytes: Option<f64>,
-    /// Of a profile: name, runs, seconds of all of them.
-    kernels: Vec<(&'static str, usize, f64)>,
+    /// Of a profile.
+    kernels: Vec<KernelTime>,
 }
 
 impl Row {
@@ -202,13 +203,7 @@ impl Row {
             self.test.batch,
             self.test.depth
         );
-        for (kernel, count, seconds) in &self.kernels {
-            let each = seconds * 1e6 / *count as f64;
-            println!(
-                "{}",
-                dim(&format!("    {kernel:<20} {count:>5} × {each:>9.2} µs = {:>9.3} ms", seconds * 1e3))
-            );
-        }
+        self.kernels.iter().for_each(|time| println!("{}", dim(&line(time))));
     }
 }
 

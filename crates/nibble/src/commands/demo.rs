@@ -189,7 +189,7 @@ fn ask(model: Loaded, ui: Ui) -> Result<Vec<Value>> {
         kv_cache_bytes: 256 << 20,
         ..EngineOptions::default()
     };
-    let engine = crate::engine::engine(model, Model::built_in()?.harmony()?, options)?;
+    let engine = crate::engine::engine(Box::new(model), Model::built_in()?.harmony()?, options)?;
     let params = SamplingParams { temperature: 0.0, max_tokens: Some(128), ..SamplingParams::default() };
     let weather = ChatTool {
         function: FunctionTool {

@@ -22,11 +22,11 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
     let windows = windows(&model, options)?;
     let weights = model.weights(&options.run, common, ui)?;
     check_ids(&windows, weights.config().vocab_size)?;
-    let mut model = backend(weights, &options.run, common, ui)?;
+    let mut model = backend(weights, &options.run, common, ui)?.at_work(&options.run);
     let mut bar = ui.progress("Measuring", windows.len() as u64);
     match reference {
         None => {
-            let found = evaluate::perplexity(&mut model, &windows, &mut |done| bar.set(done as u64))?;
+            let found = evaluate::perplexity(&mut *model, &windows, &mut |done| bar.set(done as u64))?;
             drop(bar);
             if ui.json {
                 ui.document(&found);
@@ -39,7 +39,7 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
         Some(name) => {
             let weights = Model::open(Some(name), ui)?.weights(&Run::exact(), common, ui)?;
             let mut reference = backend(weights, &Run::exact(), common, ui)?;
-            let found = evaluate::divergence(&mut model, &mut reference, &windows, &mut |done| {
+            let found = evaluate::divergence(&mut *model, &mut reference, &windows, &mut |done| {
                 bar.set(done as u64);
             })?;
             drop(bar);

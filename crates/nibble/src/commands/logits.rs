@@ -2,7 +2,7 @@
 
 use std::io::Write;
 
-use gptoss::{BLOCK_TOKENS, Backend, Plan, SequencePlan};
+use gptoss::{BLOCK_TOKENS, Plan, SequencePlan};
 use serde_json::{Map, json};
 
 use crate::args::{Common, Logits};
@@ -21,7 +21,7 @@ pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
         let layers = config.layer_kinds.len();
         return Err(Failure::input(format!("--layer: expected a layer below {layers}, found {layer}")));
     }
-    let mut backend = backend(weights, &args.run, common, ui)?;
+    let mut backend = backend(weights, &args.run, common, ui)?.at_work(&args.run);
     let blocks = args.ids.len().div_ceil(BLOCK_TOKENS);
     backend.allocate_kv(blocks, blocks)?;
     let (mut logits, mut hidden) = (Vec::new(), Vec::new());

@@ -352,6 +352,28 @@ impl Drop for Serving {
 }
 
 #[test]
+fn a_profile_names_the_kernels_whatever_the_command() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("logits.safetensors");
+    let (small, text) = (small(), path("testdata/data/books-valid.txt"));
+    let named = |stderr: &str| {
+        let line = stderr.lines().find(|line| line.trim_start().starts_with("query, key, value "));
+        assert!(line.is_some_and(|line| line.contains(" × ") && line.ends_with(" ms")), "{stderr}");
+    };
+    for args in [
+        &["generate", &small, "-p", "Once", "--max-tokens", "3"][..],
+        &["logits", &small, "--ids", "1,2,3", "--out", out.to_str().unwrap()],
+        &["eval", &small, "perplexity", "--text", &text, "--context", "16", "--windows", "1"],
+    ] {
+        let done = ok(&[args, &["--profile", "--json"]].concat());
+        named(&done.stderr);
+        assert!(done.json().is_object());
+    }
+    named(&run_with_input(&["chat", "--profile", "--max-tokens", "3"], b"Hi\n").stderr);
+    assert!(!ok(&["generate", &small, "-p", "Once", "--max-tokens", "3"]).stderr.contains('×'));
+}
+
+#[test]
 fn the_server_answers_and_ends_on_sigterm() {
     let key = "Authorization: Bearer one\r\n";
     let mut server = Serving::start(&[

@@ -520,6 +520,16 @@ fn a_server_that_was_killed_is_there_again() {
 }
 
 #[test]
+fn a_profile_comes_when_the_server_ends() {
+    let mut server = Scripted::run(tempfile::tempdir().unwrap(), &["--profile"]);
+    assert_eq!(server.post("/v1/completions", &json!({"prompt": "x", "max_tokens": 2})).0, 200);
+    server.signal(libc::SIGTERM);
+    assert_eq!(server.child.wait().unwrap().code(), Some(0));
+    let log = server.log();
+    assert!(log.contains("query, key, value ") && log.contains(" × "), "{log}");
+}
+
+#[test]
 fn a_second_signal_ends_at_once() {
     let mut server = Scripted::start(&["--shutdown-timeout", "3600"]);
     let mut stream = server.connect();
