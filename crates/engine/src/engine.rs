@@ -11,7 +11,7 @@ use harmony::Harmony;
 
 use crate::grammar::Grammars;
 use crate::kv::Blocks;
-use crate::masks::Masks;
+use crate::masks::{self, Masks};
 use crate::scheduler::{Limits, Scheduler};
 use crate::speculation::MAX_STEP_TOKENS;
 use crate::worker::{Settings, Worker, default_seed};
@@ -390,7 +390,7 @@ impl Engine {
             sequences: options.max_num_seqs,
             blocks: (capacity.full_blocks, capacity.sliding_blocks),
         };
-        let masks = Masks::new().map_err(Error::Thread)?;
+        let masks = Masks::new(masks::threads()).map_err(Error::Thread)?;
         let worker =
             Worker::new(backend, Arc::clone(&shared), Scheduler::new(limits, blocks), masks, settings);
         let thread = std::thread::Builder::new()

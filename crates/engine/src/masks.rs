@@ -8,8 +8,12 @@ use llguidance::Matcher;
 use crate::grammar::Grammar;
 use crate::output::Rules;
 
-/// A device waits for all masks of its step, each some 50 microseconds.
-const MAX_THREADS: usize = 4;
+/// How many threads make masks: a device waits for all those of its step, each some 50 microseconds.
+pub(crate) fn threads() -> usize {
+    const MAX: usize = 4;
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    (cores / 4).clamp(1, MAX)
+}
 
 /// The threads; they end when the engine's last constraint is gone.
 pub(crate) struct Masks {
@@ -17,11 +21,10 @@ pub(crate) struct Masks {
 }
 
 impl Masks {
-    pub(crate) fn new() -> std::io::Result<Masks> {
+    pub(crate) fn new(threads: usize) -> std::io::Result<Masks> {
         let (work, queue) = mpsc::channel::<Box<dyn FnOnce() + Send>>();
         let queue = Arc::new(Mutex::new(queue));
-        let cores = std::thread::available_parallelism().map_or(1, usize::from);
-        for _ in 0..(cores / 4).clamp(1, MAX_THREADS) {
+        for _ in 0..threads {
             let queue = Arc::clone(&queue);
             std::thread::Builder::new().name("masks".to_owned()).spawn(move || {
                 loop {
@@ -89,6 +92,8 @@ impl Constraint {
         let (tokens, may_stop) = (tokens.to_vec(), may_stop.to_vec());
         // An error drops the job, which sets the masks.
         let _ = self.work.send(Box::new(move || {
+            // Whoever makes it needs the state, and began before: jobs leave the queue in order.
+            next.wait();
             let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
             state.look_ahead(&rules, &next, &tokens, &may_stop, &promises);
         }));
@@ -191,5 +196,45 @@ struct Promise(Mask);
 impl Drop for Promise {
     fn drop(&mut self) {
         self.0.set(Vec::new());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use harmony::Harmony;
+    use tokenizer::Tokenizer;
+
+    use super::{Constraint, Masks};
+    use crate::grammar::{Form, Grammars};
+    use crate::output::Rules;
+    use crate::{OutputMode, SamplingParams};
+
+    #[test]
+    fn threads_do_not_wait_for_each_other() {
+        let harmony = Arc::new(Harmony::new(Tokenizer::o200k_harmony()).unwrap());
+        let grammar = Grammars::new(Arc::clone(&harmony)).text(&Form::Regex("(ab)*".to_owned())).unwrap();
+        let ab = harmony.tokenizer().encode("ab");
+        let rules = Arc::new(Rules {
+            harmony,
+            mode: OutputMode::Text,
+            params: SamplingParams::default(),
+            stop_tokens: Vec::new(),
+            allowed: None,
+            bad_words: Vec::new(),
+            grammar: None,
+            guard: None,
+        });
+        let masks = Masks::new(4).unwrap();
+        let mut constraint = Constraint::new(&masks, &rules, &grammar, true);
+        for _ in 0..1000 {
+            let guesses = [ab[0]; 3];
+            for mask in constraint.masks_after(&guesses, &[true; 3]) {
+                assert!(mask.allows(ab[0]));
+            }
+            constraint.advance(vec![ab[0]], true);
+        }
+        assert_eq!(constraint.failure(), None);
     }
 }
