@@ -56,10 +56,11 @@ impl SleepQuery {
 /// `POST /sleep?level=1`
 pub(crate) async fn sleep(
     Shared(state): Shared<Arc<State>>,
+    Extension(origin): Extension<Origin>,
     Query(query): Query<SleepQuery>,
 ) -> Result<StatusCode, ApiError> {
     match query.level {
-        1 | 2 => state.sleep(query.level).await.map(|()| StatusCode::OK),
+        level @ (1 | 2) => to_the_end(&origin, async move { state.sleep(level).await }).await,
         level => Err(ApiError::invalid("level", format!("level must be 1 or 2, got {level}."))),
     }
 }
@@ -69,7 +70,21 @@ pub(crate) async fn wake_up(
     Shared(state): Shared<Arc<State>>,
     Extension(origin): Extension<Origin>,
 ) -> Result<StatusCode, ApiError> {
-    state.wake(origin.log.request_id()).await.map(|()| StatusCode::OK)
+    let request_id = origin.log.request_id().to_owned();
+    to_the_end(&origin, async move { state.wake(&request_id).await }).await
+}
+
+/// Does something on a task of its own, so that a client that goes away does not leave it half done.
+async fn to_the_end(
+    origin: &Origin,
+    work: impl Future<Output = Result<(), ApiError>> + Send + 'static,
+) -> Result<StatusCode, ApiError> {
+    let done = tokio::spawn(work).await;
+    done.unwrap_or_else(|error| {
+        tracing::error!(request_id = origin.log.request_id(), %error, "sleeping or waking failed");
+        Err(ApiError::Internal { request_id: origin.log.request_id().to_owned() })
+    })
+    .map(|()| StatusCode::OK)
 }
 
 /// `GET /is_sleeping`

@@ -585,16 +585,19 @@ impl State {
         if self.draining.load(Ordering::Acquire) {
             return Err(ApiError::ShuttingDown);
         }
-        let loading = || ApiError::Loading { percent: self.loaded_percent.load(Ordering::Relaxed) };
         match &*self.life.read().unwrap_or_else(PoisonError::into_inner) {
             Life::Awake(replicas) => match replicas.serving().find(|(_, engine)| !engine.stats().lost) {
                 Some((_, engine)) => Ok(engine.clone()),
-                None if is_loading(replicas) => Err(loading()),
+                None if is_loading(replicas) => Err(self.loading()),
                 None => Err(ApiError::Unhealthy),
             },
             Life::Asleep(_) => Err(ApiError::Asleep),
-            Life::Loading => Err(loading()),
+            Life::Loading => Err(self.loading()),
         }
+    }
+
+    fn loading(&self) -> ApiError {
+        ApiError::Loading { percent: self.loaded_percent.load(Ordering::Relaxed) }
     }
 
     /// The engines, even if they take nothing new.
@@ -634,9 +637,7 @@ impl State {
                     replicas
                 }
                 Life::Asleep(_) => return Ok(()),
-                Life::Awake(_) | Life::Loading => {
-                    return Err(ApiError::Loading { percent: self.loaded_percent.load(Ordering::Relaxed) });
-                }
+                Life::Awake(_) | Life::Loading => return Err(self.loading()),
             }
         };
         replicas.serving().for_each(|(_, engine)| engine.shutdown());
@@ -666,6 +667,7 @@ impl State {
                     *life = Life::Loading;
                     level
                 }
+                (Life::Loading, _) => return Err(self.loading()),
                 _ => return Ok(()),
             }
         };

@@ -126,6 +126,38 @@ fn sleep_frees_the_engine_and_waking_loads_it_again() {
 }
 
 #[test]
+fn who_wakes_the_server_need_not_wait() {
+    use std::io::Write;
+    // The next connection is accepted when the one before is gone.
+    let options = Options { dev_mode: true, sleep_mode: true, max_connections: 1, ..options() };
+    let mut server = serving(&options);
+    let (entered, entries) = std::sync::mpsc::channel();
+    let (go, going) = std::sync::mpsc::channel::<()>();
+    let going = std::sync::Mutex::new(going);
+    server.handle.reload_with(Box::new(move |_, _| {
+        entered.send(()).unwrap();
+        going.lock().unwrap().recv().unwrap();
+        let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]);
+        let engine = Engine::start(Box::new(backend), harmony(), engine_options());
+        engine.map(|engine| vec![engine]).map_err(|error| error.to_string())
+    }));
+    server.engine = None;
+    assert_eq!(server.request("POST", "/sleep", "", b"").status, 200);
+    let mut connection = server.connect();
+    connection.write_all(&message("POST", "/wake_up", "", b"")).unwrap();
+    entries.recv().unwrap();
+    drop(connection);
+    // It is as with the first loading.
+    let again = server.request("POST", "/wake_up", "", b"");
+    assert_eq!((again.error().0, again.header("retry-after")), (503, Some("3")));
+    go.send(()).unwrap();
+    while server.get("/ready").status != 200 {
+        std::thread::yield_now();
+    }
+    assert_eq!(server.chat(&hi()).status, 200);
+}
+
+#[test]
 fn sleep_waits_for_what_runs() {
     let options = Options { dev_mode: true, sleep_mode: true, ..options() };
     let (mut server, steps) = Fixture::stepwise(HI, &options);
