@@ -151,6 +151,8 @@ const COMPILE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Grammars compiled at a time, and how long others wait for their turn.
 const COMPILERS: usize = 2;
 const COMPILE_WAIT: Duration = Duration::from_secs(10);
+/// How many wait at a time, each on a thread that its caller may need for others.
+const MAX_WAITING: usize = 128;
 /// The compiler is recursive. Only what is used of a stack takes memory.
 const COMPILE_STACK: usize = 256 << 20;
 /// Longest message about a form.
@@ -568,28 +570,67 @@ impl Cache {
 /// Lets a few compile at a time.
 #[derive(Default)]
 struct Gate {
-    inside: Mutex<usize>,
+    crowd: Mutex<Crowd>,
     left: Condvar,
+}
+
+#[derive(Default)]
+struct Crowd {
+    inside: usize,
+    waiting: usize,
 }
 
 struct Pass(Arc<Gate>);
 
 impl Gate {
     fn enter(gate: &Arc<Gate>) -> Option<Pass> {
-        let inside = gate.inside.lock().unwrap_or_else(PoisonError::into_inner);
-        let waited = gate.left.wait_timeout_while(inside, COMPILE_WAIT, |inside| *inside >= COMPILERS);
-        let (mut inside, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        let mut crowd = gate.crowd();
+        if crowd.waiting == MAX_WAITING {
+            return None;
+        }
+        crowd.waiting += 1;
+        let waited = gate.left.wait_timeout_while(crowd, COMPILE_WAIT, |crowd| crowd.inside >= COMPILERS);
+        let (mut crowd, timeout) = waited.unwrap_or_else(PoisonError::into_inner);
+        crowd.waiting -= 1;
         if timeout.timed_out() {
             return None;
         }
-        *inside += 1;
+        crowd.inside += 1;
         Some(Pass(Arc::clone(gate)))
+    }
+
+    fn crowd(&self) -> MutexGuard<'_, Crowd> {
+        self.crowd.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Pass {
     fn drop(&mut self) {
-        *self.0.inside.lock().unwrap_or_else(PoisonError::into_inner) -= 1;
+        self.0.crowd().inside -= 1;
         self.0.left.notify_one();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_gate_turns_away_those_that_would_wait_behind_too_many() {
+        let gate = Arc::new(Gate::default());
+        let inside: Vec<Pass> = (0..COMPILERS).map(|_| Gate::enter(&gate).unwrap()).collect();
+        std::thread::scope(|scope| {
+            let waiting: Vec<_> =
+                (0..MAX_WAITING).map(|_| scope.spawn(|| Gate::enter(&gate).is_some())).collect();
+            while gate.crowd().waiting < MAX_WAITING {
+                std::thread::yield_now();
+            }
+            assert!(Gate::enter(&gate).is_none());
+            // It did not wait until they gave up.
+            assert_eq!(gate.crowd().waiting, MAX_WAITING);
+            drop(inside);
+            assert!(waiting.into_iter().all(|thread| thread.join().unwrap()));
+        });
+        assert!(Gate::enter(&gate).is_some());
     }
 }
