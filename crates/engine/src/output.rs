@@ -90,9 +90,12 @@ impl Output {
         count
     }
 
-    /// Whether the budget for reasoning is spent and reasoning goes on.
+    /// Whether the budget for reasoning is spent and reasoning goes on. A grammar has no half characters: one that was begun may
+    /// be completed.
     pub(crate) fn must_conclude(&self) -> bool {
-        self.reasoning_left().is_some_and(|(parser, left)| parser.is_reasoning() && left == 0)
+        let completes = |parser: &Parser| self.rules.grammar.is_some() && parser.is_inside_character();
+        self.reasoning_left()
+            .is_some_and(|(parser, left)| parser.is_reasoning() && left == 0 && !completes(parser))
     }
 
     /// Of chats with a limit: how many tokens of reasoning may still come, and what knows whether it goes on.

@@ -279,6 +279,11 @@ impl Parser {
         matches!(&self.state, State::Content(_))
     }
 
+    /// Whether the content that is being read ends inside a character.
+    pub fn is_inside_character(&self) -> bool {
+        matches!(&self.state, State::Content(open) if open.detokenizer.is_inside_character())
+    }
+
     /// Text tokens of what went to reasoning.
     pub fn reasoning_tokens(&self) -> usize {
         self.reasoning_tokens

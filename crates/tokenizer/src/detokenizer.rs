@@ -43,6 +43,11 @@ impl Detokenizer {
         }
     }
 
+    /// Whether the bytes so far end inside a character.
+    pub fn is_inside_character(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
     /// The end: what waits becomes one U+FFFD.
     pub fn finish(&mut self) -> String {
         let incomplete = !self.pending.is_empty();

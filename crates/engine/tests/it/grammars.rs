@@ -500,6 +500,15 @@ fn reasoning_has_a_budget() {
             assert!(spelled.starts_with(&begin), "{spelled}");
         }
     }
+    // A grammar lets no character be cut: one that the budget ends in is completed.
+    let parts = harmony().tokenizer().encode("𒐫").len();
+    assert!(parts > 1);
+    for budget in 1..=2 * parts {
+        let params = SamplingParams { thinking_token_budget: Some(budget), ..at_most(40) };
+        let said = "<|channel|>analysis<|message|>𒐫𒐫𒐫<|end|><|start|>assistant<|channel|>final<|message|>Yes<|return|>";
+        let (turn, ..) = chat(said, &answering(Form::Choice(vec!["Yes".to_owned()])), params);
+        assert_eq!(turn.reasoning, Some("𒐫".repeat(budget.div_ceil(parts))), "{budget}");
+    }
     let header = harmony().answer_header();
     let params = SamplingParams { max_tokens: Some(2), ..unlimited() };
     let begun = OutputMode::Chat { tools: Vec::new(), begun: header };
