@@ -29,7 +29,7 @@ pub(crate) async fn reset_prefix_cache(Shared(state): Shared<Arc<State>>) -> Res
     Ok(StatusCode::OK)
 }
 
-/// `POST /abort_requests`: by the id of the answer, or of the request.
+/// `POST /abort_requests`: those that run, by the id of the answer or of the request.
 pub(crate) async fn abort_requests(
     Shared(state): Shared<Arc<State>>,
     body: Body,
@@ -37,7 +37,7 @@ pub(crate) async fn abort_requests(
     let body = body::read(body, &state.bodies).await?;
     let object = Field::root(json::document(&body)?).object(&["request_ids"])?;
     let ids = object.required("request_ids")?.array(MAX_IDS)?;
-    state.abort_requests(ids.iter().map(Field::string).collect::<Result<_, _>>()?);
+    state.running.abort(&ids.iter().map(Field::string).collect::<Result<_, _>>()?);
     Ok(StatusCode::OK)
 }
 

@@ -1,5 +1,6 @@
 //! The bridge from the engine's thread to a connection: events of one HTTP request, in order, in bounded memory.
 
+use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -7,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use engine::{Event, Failure, Replicas, Request, RequestHandle, Sink, SubmitError, Valve};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Sleep;
 
 use crate::metrics::{Metrics, Observed, Rejection};
@@ -31,11 +32,13 @@ pub(crate) struct Events {
 
 /// What a request's events depend on beside the engine.
 pub(crate) struct Terms {
-    /// The answer's and the request's, for [`Abort`].
+    /// The answer's and the request's.
     pub(crate) names: [String; 2],
+    pub(crate) running: Arc<Running>,
     pub(crate) pace: Pace,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) abort: watch::Receiver<Abort>,
+    /// Becomes true when the server's time to finish is over.
+    pub(crate) abort: watch::Receiver<bool>,
     /// Longest time for the whole answer.
     pub(crate) timeout: Option<Duration>,
     /// Longest time that a client may leave a full backlog unread.
@@ -44,16 +47,49 @@ pub(crate) struct Terms {
     pub(crate) account: Account,
 }
 
-/// What is to end early.
+/// The requests that run, so that an operator can end them by name.
 #[derive(Debug, Default)]
-pub(crate) struct Abort {
-    /// The server's time to finish is over.
-    pub(crate) everything: bool,
-    /// Names of requests that an operator has no patience with.
-    pub(crate) ids: Vec<String>,
+pub(crate) struct Running(Mutex<Vec<Arc<Named>>>);
+
+#[derive(Debug)]
+struct Named {
+    names: [String; 2],
+    aborted: Notify,
 }
 
-/// A request that the engine holds; gone when the engine has forgotten it.
+impl Running {
+    /// Ends the requests of these names that run now.
+    pub(crate) fn abort(&self, names: &HashSet<String>) {
+        let running = self.all();
+        let named = running.iter().filter(|request| request.names.iter().any(|name| names.contains(name)));
+        // Kept for a request that does not wait yet.
+        named.for_each(|request| request.aborted.notify_one());
+    }
+
+    fn enter(self: &Arc<Running>, names: [String; 2]) -> Entry {
+        let request = Arc::new(Named { names, aborted: Notify::new() });
+        self.all().push(Arc::clone(&request));
+        Entry { running: Arc::clone(self), request }
+    }
+
+    fn all(&self) -> MutexGuard<'_, Vec<Arc<Named>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A request among those that run, as long as it does.
+struct Entry {
+    running: Arc<Running>,
+    request: Arc<Named>,
+}
+
+impl Drop for Entry {
+    fn drop(&mut self) {
+        self.running.all().retain(|other| !Arc::ptr_eq(other, &self.request));
+    }
+}
+
+/// A prompt that the engine holds; gone when the engine has forgotten it.
 struct Tracked {
     observed: Observed,
     metrics: Arc<Metrics>,
@@ -112,7 +148,17 @@ impl Events {
         requests: Vec<Request>,
         terms: Terms,
     ) -> Result<Events, SubmitError> {
-        let Terms { names, pace, metrics, mut abort, timeout, stall_timeout, account } = terms;
+        let Terms {
+            names,
+            running: all,
+            pace,
+            metrics,
+            mut abort,
+            timeout,
+            stall_timeout,
+            account,
+        } = terms;
+        let entry = all.enter(names);
         let (sender, receiver) = mpsc::unbounded_channel();
         let backlog = Arc::new(Backlog::default());
         let running = requests.len();
@@ -146,14 +192,15 @@ impl Events {
         }
         let valves: Vec<Valve> = handles.iter().map(RequestHandle::valve).collect();
         let aborted = Box::pin(async move {
-            let named = |abort: &Abort| names.iter().any(|name| abort.ids.contains(name));
             let given_up = || valves.iter().any(Valve::abandoned);
-            let abort = abort.wait_for(|abort| abort.everything || given_up() || named(abort)).await;
-            // An error means that the server is gone.
-            match abort {
-                Ok(abort) if !abort.everything && given_up() => Cause::EngineGivenUp,
-                Ok(abort) if !abort.everything => Cause::Aborted,
-                _ => Cause::ShuttingDown,
+            tokio::select! {
+                biased;
+                abort = abort.wait_for(|everything| *everything || given_up()) => match abort {
+                    Ok(everything) if !*everything => Cause::EngineGivenUp,
+                    // An error means that the server is gone.
+                    _ => Cause::ShuttingDown,
+                },
+                () = entry.request.aborted.notified() => Cause::Aborted,
             }
         });
         let deadline = timeout.map(|timeout| Box::pin(tokio::time::sleep(timeout)));

@@ -530,6 +530,7 @@ impl<'a> Call<'a> {
         })?;
         let terms = Terms {
             names: [self.identity.id.clone(), self.id.clone()],
+            running: Arc::clone(&state.running),
             pace,
             metrics: Arc::clone(&state.metrics),
             abort: state.abort(),

@@ -16,7 +16,7 @@ use crate::clock;
 use crate::connections::{self, Settings};
 use crate::cors::Cors;
 use crate::error::{ApiError, ErrorStyle};
-use crate::events::Abort;
+use crate::events::Running;
 use crate::listener::Listener;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
@@ -391,7 +391,7 @@ impl Server {
         let give_up = async {
             wait(draining).await;
             tokio::time::sleep(self.shutdown_timeout).await;
-            state.abort.send_modify(|abort| abort.everything = true);
+            state.abort.send_modify(|everything| *everything = true);
             tokio::time::sleep(ABORT_GRACE).await;
         };
         let beyond_repair = async {
@@ -497,7 +497,9 @@ pub(crate) struct State {
     pub(crate) ended_per_second: AtomicU32,
     system_date: Option<String>,
     draining: AtomicBool,
-    abort: watch::Sender<Abort>,
+    /// What still runs is to end.
+    abort: watch::Sender<bool>,
+    pub(crate) running: Arc<Running>,
     /// Responses that are being made while nobody need wait for them.
     pub(crate) in_background: watch::Sender<usize>,
 }
@@ -575,7 +577,8 @@ impl State {
             ended_per_second: AtomicU32::new(0),
             system_date: options.system_date.clone(),
             draining: AtomicBool::new(false),
-            abort: watch::Sender::new(Abort::default()),
+            abort: watch::Sender::new(false),
+            running: Arc::default(),
             in_background: watch::Sender::new(0),
         }
     }
@@ -739,14 +742,9 @@ impl State {
         }
     }
 
-    /// Becomes true of what still runs and is to end.
-    pub(crate) fn abort(&self) -> watch::Receiver<Abort> {
+    /// Becomes true when what still runs is to end.
+    pub(crate) fn abort(&self) -> watch::Receiver<bool> {
         self.abort.subscribe()
-    }
-
-    /// Ends the requests of these names.
-    pub(crate) fn abort_requests(&self, ids: Vec<String>) {
-        self.abort.send_modify(|abort| abort.ids = ids);
     }
 
     /// Seconds until a queue of this length may have got shorter.

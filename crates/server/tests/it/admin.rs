@@ -78,10 +78,17 @@ fn requests_are_ended_by_name() {
         }
         crate::fixture::Stream::new(connection)
     };
+    let abort = |ids: Value| server.post("/abort_requests", &json!({"request_ids": ids})).status;
+    // What does not run yet is not meant.
+    assert_eq!(abort(json!(["first", "second"])), 200);
     let mut by_request = open("first");
     let mut by_answer = open("second");
-    let abort = |ids: Value| server.post("/abort_requests", &json!({"request_ids": ids})).status;
-    assert_eq!(abort(json!(["nobody", "first", "chatcmpl-second"])), 200);
+    for stream in [&mut by_request, &mut by_answer] {
+        assert_eq!(stream.status, 200);
+        assert!(parse_data(&stream.next().unwrap())["error"].is_null());
+    }
+    assert_eq!(abort(json!(["nobody", "first"])), 200);
+    assert_eq!(abort(json!(["chatcmpl-second"])), 200);
     for stream in [&mut by_request, &mut by_answer] {
         let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
         let [.., error, done] = &events[..] else { panic!("{events:?}") };
