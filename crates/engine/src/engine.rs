@@ -475,15 +475,37 @@ impl Engine {
         if prompt + request.params.max_tokens.unwrap_or(1).min(1) > max_model_len {
             return Err(SubmitError::TooLong { prompt, max_model_len });
         }
-        if let Some(count) = request.params.prompt_logprobs
-            && prompt.saturating_mul(count + 1) > MAX_PROMPT_LOGPROBS
-        {
-            let message = format!(
-                "times the {prompt} tokens of the prompt must be at most {MAX_PROMPT_LOGPROBS} entries, got {count}."
-            );
-            return Err(InvalidParam { field: "prompt_logprobs", message }.into());
-        }
+        self.bound_logprobs(std::slice::from_ref(&request))?;
         Ok(request)
+    }
+
+    /// Refuses requests that belong together if there may be too many log-probabilities of them: those of each token of prompts and
+    /// answers, with its alternatives.
+    ///
+    /// # Errors
+    /// Names the field of which there may be more.
+    pub fn bound_logprobs(&self, requests: &[Request]) -> Result<(), InvalidParam> {
+        let (mut of_prompts, mut of_answers) = (0usize, 0usize);
+        for Request { prompt, params, .. } in requests {
+            let entries = |tokens: usize, others: usize| tokens.saturating_mul(others.saturating_add(1));
+            let room = self.inner.max_model_len.saturating_sub(prompt.len());
+            let tokens = params.max_tokens.unwrap_or(room).min(room).saturating_mul(params.n);
+            let ids = params.logprob_token_ids.as_ref().map_or(0, Vec::len);
+            let prompt = params.prompt_logprobs.map_or(0, |top| entries(prompt.len(), top));
+            let answers = params.logprobs.map_or(0, |top| entries(tokens, top.max(ids)));
+            of_prompts = of_prompts.saturating_add(prompt);
+            of_answers = of_answers.saturating_add(answers);
+        }
+        let entries = of_prompts.saturating_add(of_answers);
+        if entries <= MAX_LOGPROBS {
+            return Ok(());
+        }
+        let field = if of_prompts > of_answers { "prompt_logprobs" } else { "logprobs" };
+        let message = format!(
+            "must be so few, or of so few tokens, that there are at most {MAX_LOGPROBS} entries with those of all alternatives, got \
+             up to {entries}."
+        );
+        Err(InvalidParam { field, message })
     }
 
     /// The engine at this moment.
@@ -593,8 +615,8 @@ impl Drop for Inner {
     }
 }
 
-/// Entries (token and alternatives) that the log-probabilities of one prompt may take: some 200 MB.
-const MAX_PROMPT_LOGPROBS: usize = 16 << 20;
+/// Entries (token and alternatives) that log-probabilities may take: some 200 MB.
+const MAX_LOGPROBS: usize = 16 << 20;
 
 impl Shared {
     pub(crate) fn mailbox(&self) -> MutexGuard<'_, Mailbox> {

@@ -71,14 +71,29 @@ fn requests_that_cannot_be_served_are_refused() {
 }
 
 #[test]
-fn prompt_log_probabilities_are_bounded() {
+fn log_probabilities_are_bounded() {
     let engine = start(Scripted::new(Scripted::gpt_oss(), vec![vec![5]]), small(200));
-    let params = SamplingParams { prompt_logprobs: Some(201_088), ..unlimited() };
-    let refused = engine.submit(text_request(&[1; 100], params), channel_sink().0).err().unwrap();
-    assert!(
-        matches!(&refused, SubmitError::Invalid(invalid) if invalid.field == "prompt_logprobs"),
-        "{refused:?}"
-    );
+    let room = engine.max_model_len() - 100;
+    let of_prompt = SamplingParams { prompt_logprobs: Some(201_087), ..unlimited() };
+    let of_answers = SamplingParams { n: 128, logprobs: Some((16 << 20) / (128 * room)), ..unlimited() };
+    let of_ids = SamplingParams {
+        logprobs: Some(0),
+        logprob_token_ids: Some(vec![1; 128]),
+        n: (16 << 20) / (129 * room) + 1,
+        ..unlimited()
+    };
+    for (params, field) in
+        [(of_prompt, "prompt_logprobs"), (of_answers.clone(), "logprobs"), (of_ids, "logprobs")]
+    {
+        let refused = engine.submit(text_request(&[1; 100], params), channel_sink().0).err().unwrap();
+        assert!(
+            matches!(&refused, SubmitError::Invalid(invalid) if invalid.field == field),
+            "{field}: {refused:?}"
+        );
+    }
+    // What a client limits itself is counted so.
+    let few = SamplingParams { max_tokens: Some(4), ..of_answers };
+    engine.validate(text_request(&[1; 100], few)).unwrap();
 }
 
 #[test]

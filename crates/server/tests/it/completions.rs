@@ -129,6 +129,15 @@ fn scoring_a_prompt() {
 }
 
 #[test]
+fn log_probabilities_of_all_prompts_are_bounded_together() {
+    let server = Fixture::saying(&["x"]);
+    let mut request = json!({"prompt": ["a", "b", "c"], "n": 100, "max_tokens": 4000, "logprobs": 20});
+    assert_eq!(server.complete(&request).error().2.as_deref(), Some("logprobs"));
+    request["max_tokens"] = 1.into();
+    assert_eq!(server.complete(&request).status, 200);
+}
+
+#[test]
 fn prompt_logprobs() {
     let server = Fixture::saying(&[" x<|return|>"]);
     let whole = server.complete(&json!({"prompt": ["Hello world", "Hello"], "prompt_logprobs": 1})).ok();
