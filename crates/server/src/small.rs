@@ -75,6 +75,11 @@ pub(crate) async fn detokenize(
         check_model(object.string("model")?.as_deref(), &state.model_names)?;
         let field = object.required("tokens")?;
         let tokens = field.ids()?;
+        let (count, max) = (tokens.len(), engine.max_model_len());
+        if count > max {
+            let message = format!("tokens must be at most the {max} of this model's context, got {count}.");
+            return Err(field.error(message));
+        }
         let tokenizer = engine.harmony().tokenizer();
         if let Some(token) = tokens.iter().find(|&&token| tokenizer.token_bytes(token).is_none()) {
             return Err(field.error(format!("There is no token with the id {token}.")));

@@ -220,6 +220,7 @@ fn tokens_and_back() {
         ("/detokenize", json!({}), "tokens"),
         ("/detokenize", json!({"tokens": [-1]}), "tokens"),
         ("/detokenize", json!({"tokens": [1, 999_999]}), "tokens"),
+        ("/detokenize", json!({"tokens": vec![1; 8193]}), "tokens"),
     ] {
         let (status, _, found, message) = server.post(path, &body).error();
         assert_eq!((status, found.as_deref()), (400, Some(param)), "{body}: {message}");
