@@ -65,6 +65,7 @@ async fn run(mut answer: ResponseAnswer, mut events: Events, place: InMaking, lo
             }
         };
         if !more {
+            events.complete();
             log.complete();
             break answer.complete(nowhere);
         }

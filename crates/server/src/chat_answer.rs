@@ -35,8 +35,10 @@ pub(crate) struct Shape {
     stream: StreamOptions,
     /// What comes before the answer.
     echo: String,
-    /// Tokens of reasoning are not shown, whoever asks for tokens; the functions, by which they are told apart.
-    hidden: Option<Vec<String>>,
+    /// The functions that may be called.
+    tools: Vec<String>,
+    /// Tokens of reasoning are not shown, whoever asks for tokens.
+    hides_tokens: bool,
     /// The last tokens of the prompt, if they begin the answer.
     begun: Vec<u32>,
 }
@@ -46,7 +48,8 @@ impl Shape {
         let tokens = request.params.logprobs.is_some() || request.common.return_token_ids;
         Shape {
             echo: request.continued.clone().filter(|_| request.echo).unwrap_or_default(),
-            hidden: (tokens && !request.include_reasoning).then(|| request.tools.clone()),
+            tools: request.tools.clone(),
+            hides_tokens: tokens && !request.include_reasoning,
             begun: begun.to_vec(),
             rules: Rules {
                 calls_allowed: request.choice != CallChoice::None,
@@ -128,12 +131,13 @@ impl ChatAnswer {
         memory: Option<&Arc<Memory>>,
     ) -> ChatAnswer {
         let parser = || {
-            let mut parser = harmony.parser(shape.hidden.as_ref()?);
+            let mut parser = harmony.parser(&shape.tools);
             shape.begun.iter().for_each(|&token| drop(parser.push(token)));
-            Some(parser)
+            parser
         };
         let record = || memory.map(|memory| Record::new(memory, &shape.begun));
-        let choice = |_| Choice { parser: parser(), record: record(), ..Choice::default() };
+        let choice =
+            |_| Choice { parser: shape.hides_tokens.then(parser), record: record(), ..Choice::default() };
         let choices = (0..n).map(choice).collect();
         ChatAnswer {
             harmony,
@@ -207,6 +211,11 @@ impl ChatAnswer {
                     shown.extend(choice.visible.show(delta, &self.shape.rules));
                 }
                 let finished = choice.finished;
+                if finished {
+                    // The engine will not say.
+                    let count = |record: &Record| record.reasoning_tokens(&self.harmony, &self.shape.tools);
+                    choice.reasoning_tokens = choice.record.as_ref().map(count);
+                }
                 changes.push(Change::Delta { choice: index, deltas: shown, token_ids, logprobs });
                 if finished {
                     let finish = Finish { reason: FinishReason::ToolCalls, stop: None };

@@ -27,6 +27,7 @@ pub(crate) struct Events {
     /// Prompts that are not done.
     running: usize,
     handles: Vec<RequestHandle>,
+    fate: Arc<Fate>,
     metrics: Arc<Metrics>,
 }
 
@@ -94,11 +95,23 @@ struct Tracked {
     observed: Observed,
     metrics: Arc<Metrics>,
     account: Account,
+    fate: Arc<Fate>,
+}
+
+/// What became of a request.
+#[derive(Default)]
+struct Fate {
+    /// The engine took all its prompts.
+    accepted: AtomicBool,
+    /// Its answer is complete, whatever the engine still makes of it.
+    complete: AtomicBool,
 }
 
 impl Drop for Tracked {
     fn drop(&mut self) {
-        self.observed.end(&self.metrics);
+        if self.fate.accepted.load(Ordering::Acquire) {
+            self.observed.end(&self.metrics, self.fate.complete.load(Ordering::Acquire));
+        }
         self.account.charge(self.observed.generated());
     }
 }
@@ -163,14 +176,19 @@ impl Events {
         let backlog = Arc::new(Backlog::default());
         let running = requests.len();
         let runtime = tokio::runtime::Handle::current();
+        let fate = Arc::new(Fate::default());
         let mut handles = Vec::with_capacity(running);
         for (prompt, request) in requests.into_iter().enumerate() {
             let (sender, backlog_of_sink) = (sender.clone(), Arc::clone(&backlog));
-            let observed = Observed::new(&request);
-            let mut tracked = Tracked { observed, metrics: Arc::clone(&metrics), account: account.clone() };
+            let mut tracked = Tracked {
+                observed: Observed::new(&request),
+                metrics: Arc::clone(&metrics),
+                account: account.clone(),
+                fate: Arc::clone(&fate),
+            };
             let runtime = runtime.clone();
             let sink = |replica| -> Sink {
-                tracked.observed.begin(&tracked.metrics, replica);
+                tracked.observed.goes_to(replica);
                 Box::new(move |event| {
                     let Tracked { observed, metrics, .. } = &mut tracked;
                     observed.event(metrics, &event);
@@ -190,6 +208,7 @@ impl Events {
             backlog.flow().add(handle.valve());
             handles.push(handle);
         }
+        fate.accepted.store(true, Ordering::Release);
         let valves: Vec<Valve> = handles.iter().map(RequestHandle::valve).collect();
         let aborted = Box::pin(async move {
             let given_up = || valves.iter().any(Valve::abandoned);
@@ -204,7 +223,7 @@ impl Events {
             }
         });
         let deadline = timeout.map(|timeout| Box::pin(tokio::time::sleep(timeout)));
-        Ok(Events { receiver, backlog, aborted, deadline, running, handles, metrics })
+        Ok(Events { receiver, backlog, aborted, deadline, running, handles, fate, metrics })
     }
 
     /// Waits for the next event.
@@ -240,13 +259,19 @@ impl Events {
         Poll::Ready(self.end(Next::Done))
     }
 
-    /// The answer is complete: what still runs is not needed, and nobody has gone away.
-    pub(crate) fn close(mut self) {
+    /// The answer is complete: what still runs is not needed.
+    pub(crate) fn complete(&mut self) {
+        self.fate.complete.store(true, Ordering::Release);
+        self.close();
+    }
+
+    /// What still runs is not wanted any more, and nobody has gone away.
+    pub(crate) fn close(&mut self) {
         self.handles.clear();
     }
 
     fn end(&mut self, next: Next) -> Next {
-        self.handles.clear();
+        self.close();
         self.receiver.close();
         next
     }

@@ -452,7 +452,7 @@ impl<'a> Call<'a> {
                 Next::Failed(cause) => return Err(sse::error(&cause, self.log.request_id())),
             }
         }
-        events.close();
+        events.complete();
         self.log.complete();
         Ok(())
     }

@@ -108,8 +108,11 @@ impl RequestLog {
         self.facts().usage = Some(usage);
     }
 
+    /// The answer is complete. Where the engine has not said why, it ends with the last call that may be made.
     pub(crate) fn complete(&self) {
-        self.facts().incomplete = false;
+        let mut facts = self.facts();
+        facts.incomplete = false;
+        facts.finish.get_or_insert(FinishReason::ToolCalls);
     }
 
     fn facts(&self) -> MutexGuard<'_, Facts> {

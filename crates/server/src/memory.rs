@@ -4,7 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use harmony::ChatMessage;
+use harmony::{ChatMessage, Harmony};
 
 /// Tokens of all remembered turns together: 16 MiB.
 const MAX_TOKENS: usize = 4 << 20;
@@ -65,6 +65,13 @@ impl Record {
     /// What was generated.
     pub(crate) fn push(&mut self, tokens: &[u32]) {
         self.turn.extend(tokens);
+    }
+
+    /// How much of it is reasoning, of a turn that may call these functions.
+    pub(crate) fn reasoning_tokens(&self, harmony: &Harmony, tools: &[String]) -> usize {
+        let mut parser = harmony.parser(tools);
+        self.turn.iter().for_each(|&token| drop(parser.push(token)));
+        parser.reasoning_tokens()
     }
 
     /// A call is known to the client by this id.

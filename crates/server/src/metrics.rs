@@ -458,6 +458,8 @@ pub(crate) struct Observed {
     generated: usize,
     /// When each choice had its last token.
     last: Vec<Option<Instant>>,
+    /// Choices that have ended.
+    finished: usize,
     ended: bool,
 }
 
@@ -472,18 +474,13 @@ impl Observed {
             max_tokens: request.params.max_tokens,
             generated: 0,
             last: vec![None; request.params.n],
+            finished: 0,
             ended: false,
         }
     }
 
-    /// It goes to this replica.
-    pub(crate) fn begin(&mut self, metrics: &Metrics, replica: usize) {
+    pub(crate) fn goes_to(&mut self, replica: usize) {
         self.replica = replica;
-        let served = &metrics.replicas[replica];
-        served.choices.observe(self.last.len() as f64);
-        if let Some(max) = self.max_tokens {
-            served.max_tokens.observe(max as f64);
-        }
     }
 
     pub(crate) fn event(&mut self, metrics: &Metrics, event: &Event) {
@@ -492,6 +489,10 @@ impl Observed {
         let since = |start: Instant| now.duration_since(start).as_secs_f64();
         match event {
             Event::Started { cached_tokens, queued, .. } => {
+                served.choices.observe(self.last.len() as f64);
+                if let Some(max) = self.max_tokens {
+                    served.max_tokens.observe(max as f64);
+                }
                 served.cached_tokens.fetch_add(*cached_tokens as u64, Relaxed);
                 served.queue.observe(queued.as_secs_f64());
                 served.prompt_tokens.observe(self.prompt_tokens as f64);
@@ -518,6 +519,7 @@ impl Observed {
                     FinishReason::Length => 1,
                     FinishReason::Repetition => 4,
                 };
+                self.finished += 1;
                 served.finished[reason].fetch_add(1, Relaxed);
                 served.generated_tokens.observe(*completion_tokens as f64);
                 if let Some(first) = self.first.filter(|_| *completion_tokens > 1) {
@@ -530,9 +532,7 @@ impl Observed {
             }
             Event::Done => {
                 self.ended = true;
-                served.whole.observe(since(self.arrival));
-                served.inference.observe(since(self.started.unwrap_or(self.arrival)));
-                served.decode.observe(self.first.map_or(0.0, since));
+                self.done(metrics);
             }
             Event::Failed(_) => {
                 self.ended = true;
@@ -546,11 +546,27 @@ impl Observed {
         self.generated
     }
 
-    /// The engine has forgotten the request.
-    pub(crate) fn end(&self, metrics: &Metrics) {
-        if !self.ended {
-            metrics.replicas[self.replica].finished[2].fetch_add(1, Relaxed);
+    /// The engine has forgotten the request. `complete`: the answer was, though the engine went on.
+    pub(crate) fn end(&self, metrics: &Metrics, complete: bool) {
+        let served = &metrics.replicas[self.replica];
+        match (self.ended, complete) {
+            (true, _) => {}
+            (false, true) => {
+                served.finished[0].fetch_add((self.last.len() - self.finished) as u64, Relaxed);
+                self.done(metrics);
+            }
+            (false, false) => {
+                served.finished[2].fetch_add(1, Relaxed);
+            }
         }
+    }
+
+    fn done(&self, metrics: &Metrics) {
+        let served = &metrics.replicas[self.replica];
+        let since = |start: Instant| start.elapsed().as_secs_f64();
+        served.whole.observe(since(self.arrival));
+        served.inference.observe(since(self.started.unwrap_or(self.arrival)));
+        served.decode.observe(self.first.map_or(0.0, since));
     }
 }
 

@@ -25,6 +25,8 @@ pub(crate) struct ResponseAnswer {
     harmony: Arc<Harmony>,
     identity: Identity,
     rules: Rules,
+    /// The functions that may be called; those whose argument is a text; those in a namespace.
+    tools: Vec<String>,
     free_tools: Vec<String>,
     namespaced_tools: Vec<(String, String)>,
     logprobs: bool,
@@ -175,6 +177,7 @@ impl ResponseAnswer {
                 max_calls: request.max_calls,
                 include_reasoning: request.include_reasoning,
             },
+            tools: request.tools.clone(),
             free_tools: std::mem::take(&mut request.free_tools),
             namespaced_tools: std::mem::take(&mut request.namespaced_tools),
             logprobs: request.logprobs,
@@ -270,6 +273,9 @@ impl ResponseAnswer {
         for delta in deltas {
             if self.visible.is_beyond(&delta, &self.rules) {
                 self.finish = Some(FinishReason::ToolCalls);
+                // The engine will not say.
+                let count = |record: &Record| record.reasoning_tokens(&self.harmony, &self.tools);
+                self.reasoning_tokens = self.record.as_ref().map(count);
                 return;
             }
             match self.visible.show(delta, &self.rules) {

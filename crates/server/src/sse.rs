@@ -115,19 +115,17 @@ impl<E: Encoder> Chunks<E> {
             Next::Done => false,
             Next::Failed(cause) => {
                 self.encoder.fail(&error(&cause, self.log.request_id()), self.style, out);
-                return self.close();
+                self.log.usage(self.encoder.usage());
+                self.events = None;
+                return;
             }
         };
         if !more {
             self.encoder.end(out);
-            self.close();
+            self.log.usage(self.encoder.usage());
+            self.log.complete();
+            self.events.take().iter_mut().for_each(Events::complete);
         }
-    }
-
-    fn close(&mut self) {
-        self.log.usage(self.encoder.usage());
-        self.log.complete();
-        self.events.take().into_iter().for_each(Events::close);
     }
 }
 

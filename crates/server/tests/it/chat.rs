@@ -265,6 +265,34 @@ fn one_call_at_most() {
 }
 
 #[test]
+fn a_turn_that_ends_with_its_last_call_is_counted_like_others() {
+    // The engine would go on for long.
+    let said = format!(
+        "<|channel|>analysis<|message|>hm<|end|><|start|>assistant{}",
+        "<|channel|>commentary to=functions.f<|message|>{}<|end|><|start|>assistant".repeat(99)
+    );
+    let server = Fixture::saying(&[&said]);
+    let request = json!({"messages": ask("Hi"), "tools": [tool("f")], "parallel_tool_calls": false});
+    let usage = server.chat(&request).ok()["usage"].clone();
+    assert_eq!(usage["completion_tokens_details"]["reasoning_tokens"], 1);
+    let stream = json!({
+        "messages": ask("Hi"), "tools": [tool("f")], "parallel_tool_calls": false, "stream": true,
+        "stream_options": {"include_usage": true}
+    });
+    let chunks = server.chunks("/v1/chat/completions", &stream);
+    assert_eq!(chunks.last().unwrap()["usage"]["completion_tokens_details"]["reasoning_tokens"], 1);
+    let flat = json!({"type": "function", "name": "f", "parameters": {"type": "object"}});
+    let request = json!({"input": "Hi", "tools": [flat], "max_tool_calls": 1});
+    let usage = server.post("/v1/responses", &request).ok()["usage"].clone();
+    assert_eq!(usage["output_tokens_details"]["reasoning_tokens"], 1);
+    server.until(|stats| stats.running == 0);
+    let metrics = server.get("/metrics").body;
+    for expected in ["finished_reason=\"stop\"} 3\n", "finished_reason=\"abort\"} 0\n"] {
+        assert!(metrics.contains(expected), "{expected}: {metrics}");
+    }
+}
+
+#[test]
 fn calls_that_were_not_allowed_are_reasoning() {
     let server = Fixture::saying(&[TWO_CALLS]);
     let mut request = json!({"messages": ask("Hi")});

@@ -89,6 +89,9 @@ fn a_full_queue() {
         drop(steps);
         assert_eq!(first.join().unwrap().status, 200);
     });
+    // What was never taken was not given up.
+    let metrics = server.get("/metrics").body;
+    assert!(metrics.contains("finished_reason=\"abort\"} 0\n"), "{metrics}");
 }
 
 #[test]
