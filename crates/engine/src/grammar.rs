@@ -472,7 +472,7 @@ fn brackets(text: &str) -> usize {
     deepest
 }
 
-fn shorten(message: &str) -> String {
+pub(crate) fn shorten(message: &str) -> String {
     let message = message.lines().next().unwrap_or_default();
     match message.char_indices().nth(MAX_MESSAGE) {
         Some((end, _)) => format!("{}…", &message[..end]),

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use gptoss::Mask;
 use llguidance::Matcher;
 
-use crate::grammar::Grammar;
+use crate::grammar::{Grammar, shorten};
 use crate::output::Rules;
 
 /// How many threads make masks: a device waits for all those of its step, each some 50 microseconds.
@@ -125,7 +125,7 @@ impl Constraint {
             let made = step(&mut state).and_then(|()| state.mask(&rules, may_stop));
             match made {
                 Ok(words) => promise.0.set(words),
-                Err(failure) => state.failure = Some(failure),
+                Err(failure) => state.failure = Some(shorten(&failure)),
             }
         }));
     }

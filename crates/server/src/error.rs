@@ -48,9 +48,6 @@ pub(crate) enum ApiError {
     LargeHead,
     #[error("The request body must be of type application/json.")]
     MediaType,
-    /// What the client demands excludes itself, or takes too much to follow.
-    #[error("The form of the answer cannot be kept to: {}.", excerpt(.0))]
-    GrammarFailed(String),
     #[error("The model is being loaded ({percent} % done). Please retry.")]
     Loading { percent: u32 },
     #[error("The engine makes no progress.")]
@@ -107,7 +104,6 @@ impl ApiError {
         match self {
             ApiError::Body(_)
             | ApiError::Invalid { .. }
-            | ApiError::GrammarFailed(_)
             // Not 5xx: clients would send it again.
             | ApiError::Aborted => StatusCode::BAD_REQUEST,
             ApiError::UnknownModel { .. } | ApiError::UnknownResponse { .. } | ApiError::UnknownPath => {
@@ -137,7 +133,6 @@ impl ApiError {
         match self {
             ApiError::Body(_)
             | ApiError::Invalid { .. }
-            | ApiError::GrammarFailed(_)
             | ApiError::TooLarge { .. }
             | ApiError::LongPath { .. }
             | ApiError::ManyHeaders { .. }

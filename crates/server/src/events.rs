@@ -24,6 +24,8 @@ pub(crate) struct Events {
     backlog: Arc<Backlog>,
     aborted: Pin<Box<dyn Future<Output = Cause> + Send>>,
     deadline: Option<Pin<Box<Sleep>>>,
+    /// The field that asks for a form of the answer.
+    form_param: String,
     /// Prompts that are not done.
     running: usize,
     handles: Vec<RequestHandle>,
@@ -36,6 +38,8 @@ pub(crate) struct Terms {
     /// The answer's and the request's.
     pub(crate) names: [String; 2],
     pub(crate) running: Arc<Running>,
+    /// The field that asks for a form of the answer, to complain about.
+    pub(crate) form_param: String,
     pub(crate) pace: Pace,
     pub(crate) metrics: Arc<Metrics>,
     /// Becomes true when the server's time to finish is over.
@@ -131,6 +135,11 @@ pub(crate) enum Next {
 #[derive(Debug)]
 pub(crate) enum Cause {
     Engine(Failure),
+    /// What the client demands excludes itself, or takes too much to follow.
+    Form {
+        param: String,
+        reason: String,
+    },
     /// The engine's thread is gone.
     EngineGone,
     /// The engine hung and was given up.
@@ -164,6 +173,7 @@ impl Events {
         let Terms {
             names,
             running: all,
+            form_param,
             pace,
             metrics,
             mut abort,
@@ -223,7 +233,7 @@ impl Events {
             }
         });
         let deadline = timeout.map(|timeout| Box::pin(tokio::time::sleep(timeout)));
-        Ok(Events { receiver, backlog, aborted, deadline, running, handles, fate, metrics })
+        Ok(Events { receiver, backlog, aborted, deadline, form_param, running, handles, fate, metrics })
     }
 
     /// Waits for the next event.
@@ -251,7 +261,11 @@ impl Events {
             match event {
                 Event::Done => self.running -= 1,
                 Event::Failed(failure) => {
-                    return Poll::Ready(self.end(Next::Failed(Cause::Engine(failure))));
+                    let cause = match failure {
+                        Failure::Grammar(reason) => Cause::Form { param: self.form_param.clone(), reason },
+                        failure => Cause::Engine(failure),
+                    };
+                    return Poll::Ready(self.end(Next::Failed(cause)));
                 }
                 event => return Poll::Ready(Next::Event(prompt, event)),
             }

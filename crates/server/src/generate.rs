@@ -69,7 +69,8 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
         .await?
     };
 
-    let call = Call::new(&state, &engine, &origin, &mut request.common, "chatcmpl");
+    let form_param = &request.turn.answer_param;
+    let call = Call::new(&state, &engine, &origin, &mut request.common, form_param, "chatcmpl");
     let shape = chat_answer::Shape::new(&request, &prompt.begun);
     let memory = (!request.tools.is_empty()).then_some(&state.memory);
     let n = request.params.n;
@@ -135,7 +136,8 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
         .await?
     };
 
-    let mut call = Call::new(&state, &engine, &origin, &mut request.common, "resp");
+    let form_param = &request.turn.answer_param;
+    let mut call = Call::new(&state, &engine, &origin, &mut request.common, form_param, "resp");
     // Others must not guess it, whatever the client called its request.
     call.identity.id = format!("resp_{}", identifier());
     let items = std::mem::take(&mut request.items);
@@ -259,7 +261,8 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
         .await?
     };
 
-    let call = Call::new(&state, &engine, &origin, &mut request.common, "cmpl");
+    let form_param = request.wanted.as_ref().map_or("", |wanted| &wanted.param);
+    let call = Call::new(&state, &engine, &origin, &mut request.common, form_param, "cmpl");
     let shape = completion_answer::Shape::new(&request);
     let engine_request = |prompt: &completion_answer::Prompt| Request {
         grammar: grammar.clone(),
@@ -365,6 +368,8 @@ struct Call<'a> {
     priority: Option<i64>,
     /// The client's name for the request, or ours.
     id: String,
+    /// The field that asks for a form of the answer; empty if none does.
+    form_param: String,
 }
 
 impl<'a> Call<'a> {
@@ -373,6 +378,7 @@ impl<'a> Call<'a> {
         engine: &'a Engine,
         origin: &Origin,
         common: &mut Common,
+        form_param: &str,
         prefix: &str,
     ) -> Call<'a> {
         if state.force_include_usage && common.stream.is_some() {
@@ -400,6 +406,7 @@ impl<'a> Call<'a> {
             owner: origin.owner,
             priority: origin.priority,
             id,
+            form_param: form_param.to_owned(),
         }
     }
 
@@ -532,6 +539,7 @@ impl<'a> Call<'a> {
         let terms = Terms {
             names: [self.identity.id.clone(), self.id.clone()],
             running: Arc::clone(&state.running),
+            form_param: self.form_param.clone(),
             pace,
             metrics: Arc::clone(&state.metrics),
             abort: state.abort(),

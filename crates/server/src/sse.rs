@@ -15,6 +15,7 @@ use crate::answer::Usage;
 use crate::body::Source;
 use crate::error::{ApiError, ErrorStyle};
 use crate::events::{Cause, Events, Next};
+use crate::json::excerpt;
 use crate::log::RequestLog;
 
 /// Turns events into `data:` lines.
@@ -200,7 +201,10 @@ pub(crate) fn error(cause: &Cause, request_id: &str) -> ApiError {
         Cause::SlowReader => ApiError::SlowReader,
         Cause::Aborted => ApiError::Aborted,
         Cause::Timeout => ApiError::Timeout,
-        Cause::Engine(engine::Failure::Grammar(reason)) => ApiError::GrammarFailed(reason.clone()),
+        Cause::Form { param, reason } => {
+            let message = format!("The form of the answer cannot be kept to: {}.", excerpt(reason));
+            ApiError::invalid(param, message)
+        }
         Cause::Engine(failure @ engine::Failure::Corrupted) => {
             tracing::error!(request_id, %failure, "a request failed");
             ApiError::Corrupted { request_id: request_id.to_owned() }

@@ -20,7 +20,7 @@ const MAX_TOOL_NAME: usize = 64;
 pub(crate) struct Turn {
     rules: Option<TurnRules>,
     /// The fields to complain about.
-    answer_param: String,
+    pub(crate) answer_param: String,
     call_params: Vec<String>,
     /// The prompt is to go on with the header of the final answer.
     pub(crate) answer_at_once: bool,

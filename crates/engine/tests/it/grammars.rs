@@ -455,9 +455,13 @@ fn hostile_forms() {
                 let said = "<|channel|>final<|message|>aaaa";
                 let engine = says(said);
                 let (_handle, events) = submit(&engine, request(&answering(form), at_most(9)));
-                let last = events.iter().last();
-                let ended = matches!(last, Some(Event::Done | Event::Failed(Failure::Grammar(_))));
-                assert!(ended, "{what}: {last:?}");
+                match events.iter().last() {
+                    Some(Event::Done) => {}
+                    Some(Event::Failed(Failure::Grammar(reason))) => {
+                        assert!(!reason.contains('\n'), "{what}: {reason}");
+                    }
+                    last => panic!("{what}: {last:?}"),
+                }
             }
         }
     }

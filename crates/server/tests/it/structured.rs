@@ -269,7 +269,11 @@ fn fields_that_exclude_each_other() {
     let request = json!({
         "messages": ask(), "response_format": {"type": "regex", "pattern": "[0-9]+"}, "allowed_token_ids": [5]
     });
-    let (status, kind, _, message) = server.chat(&request).error();
+    let (status, kind, param, message) = server.chat(&request).error();
     assert_eq!((status, kind.as_str()), (400, "BadRequestError"), "{message}");
+    assert_eq!(param.as_deref(), Some("response_format.pattern"));
     assert!(message.contains("cannot be kept to"), "{message}");
+    let request =
+        json!({"prompt": "Hi", "allowed_token_ids": [5], "structured_outputs": {"regex": "[0-9]+"}});
+    assert_eq!(server.complete(&request).error().2.as_deref(), Some("structured_outputs.regex"));
 }
