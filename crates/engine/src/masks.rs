@@ -166,12 +166,11 @@ impl State {
             let allowed = allowed.wait().iter().copied().chain(std::iter::repeat(0));
             words.iter_mut().zip(allowed).for_each(|(word, allowed)| *word &= allowed);
         }
-        if !may_stop {
-            let longer = without(&words, &rules.stop_tokens);
+        if !may_stop
             // Where the grammar ends the answer ends, however short.
-            if longer.iter().any(|&word| word != 0) {
-                words = longer;
-            }
+            && let Some(longer) = others(&words, &rules.stop_tokens)
+        {
+            words = longer;
         }
         if words.iter().all(|&word| word == 0) {
             return Err("no token that is allowed continues the grammar".to_owned());
@@ -180,14 +179,15 @@ impl State {
     }
 }
 
-fn without(words: &[u32], tokens: &[u32]) -> Vec<u32> {
+/// A mask without these tokens, if it has others.
+pub(crate) fn others(words: &[u32], tokens: &[u32]) -> Option<Vec<u32>> {
     let mut words = words.to_vec();
     for &token in tokens {
         if let Some(word) = words.get_mut(token as usize / 32) {
             *word &= !(1 << (token % 32));
         }
     }
-    words
+    words.iter().any(|&word| word != 0).then_some(words)
 }
 
 /// Whoever waits for the mask does not wait for ever.

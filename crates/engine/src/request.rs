@@ -149,4 +149,7 @@ pub enum Failure {
     /// The request's grammar cannot be followed any further: it is too complex, or other fields forbid what it demands.
     #[error("the grammar cannot be followed: {0}")]
     Grammar(String),
+    /// `bad_words` forbid every token that other fields let come.
+    #[error("bad_words forbid every token that may come next")]
+    Forbidden,
 }

@@ -14,7 +14,7 @@ use tokenizer::Tokenizer;
 
 use crate::engine::{Job, Phase, Shared};
 use crate::kv::{SHARED, Tokens};
-use crate::masks::{Constraint, Masks};
+use crate::masks::{Constraint, Masks, others};
 use crate::outbox::{News, Outbox};
 use crate::output::{End, Output, Rules, Transcript};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
@@ -506,9 +506,8 @@ impl Worker {
         }
         let (mut taken, mut end) = (0, None);
         for (&Sampled { token, .. }, sampling) in drawn.iter().zip(samplings) {
-            // Behind a guess that may not come, nothing may.
-            let allowed = || sampling.mask.as_ref().is_none_or(|mask| mask.allows(token));
-            if taken > 0 && !allowed() {
+            // A token is drawn even where none may come: behind a guess that may not, or where fields forbid what others demand.
+            if forbids(sampling, token) {
                 break;
             }
             let room = self.scheduler.push(id, token) < self.settings.max_model_len;
@@ -517,6 +516,9 @@ impl Worker {
             if end.is_some() || share.guesses.get(taken - 1) != Some(&token) {
                 break;
             }
+        }
+        if taken == 0 {
+            return self.end(id.request, Event::Failed(Failure::Forbidden));
         }
         drawn.truncate(taken);
         let right = taken - 1;
@@ -793,7 +795,11 @@ impl Choice {
         let params = &rules.params;
         let mut bias: Vec<(u32, f32)> = params.logit_bias.iter().map(|(&t, &b)| (t, b)).collect();
         // A grammar's mask sees to it itself.
-        if !self.output.may_stop_after(guessed.len()) && self.constraint.is_none() {
+        if self.forced.is_empty()
+            && self.constraint.is_none()
+            && !self.output.may_stop_after(guessed.len())
+            && mask.as_ref().is_none_or(|mask| others(mask.wait(), &rules.stop_tokens).is_some())
+        {
             bias.extend(rules.stop_tokens.iter().map(|&t| (t, f32::NEG_INFINITY)));
         }
         if self.forced.is_empty() {
@@ -830,6 +836,12 @@ impl Choice {
             }),
         }
     }
+}
+
+/// Whether no rule lets a token come.
+fn forbids(sampling: &Sampling, token: u32) -> bool {
+    sampling.mask.as_ref().is_some_and(|mask| !mask.allows(token))
+        || sampling.bias.iter().any(|&(biased, bias)| biased == token && bias == f32::NEG_INFINITY)
 }
 
 /// Salts whose prefixes can be found again.

@@ -205,6 +205,9 @@ pub(crate) fn error(cause: &Cause, request_id: &str) -> ApiError {
             let message = format!("The form of the answer cannot be kept to: {}.", excerpt(reason));
             ApiError::invalid(param, message)
         }
+        Cause::Engine(failure @ engine::Failure::Forbidden) => {
+            ApiError::invalid("bad_words", format!("{failure}."))
+        }
         Cause::Engine(failure @ engine::Failure::Corrupted) => {
             tracing::error!(request_id, %failure, "a request failed");
             ApiError::Corrupted { request_id: request_id.to_owned() }

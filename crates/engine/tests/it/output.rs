@@ -1,9 +1,9 @@
 //! From tokens to text, message fields and reasons, over scripts.
 
-use engine::{Event, FinishReason, OutputMode, Request, SamplingParams, StopReason};
+use engine::{Event, Failure, FinishReason, OutputMode, Request, SamplingParams, StopReason};
 use harmony::{Delta, Turn};
 
-use crate::common::{CALL, RETURN, run, says, text_request, tokens, tokens_of, unlimited};
+use crate::common::{CALL, RETURN, run, says, submit, text_request, tokens, tokens_of, unlimited};
 
 type End = (FinishReason, Option<StopReason>);
 
@@ -94,11 +94,39 @@ fn texts_and_how_they_end() {
 #[test]
 fn stop_tokens_are_not_drawn_before_min_tokens() {
     let params = SamplingParams { min_tokens: 3, max_tokens: Some(6), ..unlimited() };
-    let events = run(&says("<|return|>"), text_request(&[1], params));
+    let events = run(&says("<|return|>"), text_request(&[1], params.clone()));
     let found = tokens_of(&events, 0);
     assert_eq!(found.len(), 4);
     assert!(!found[..3].contains(&RETURN) && found[3] == RETURN, "{found:?}");
     assert_eq!(ending(&events), (FinishReason::Stop, None));
+    // Where no others may come they come, and end nothing yet.
+    let only = SamplingParams { allowed_token_ids: Some(vec![RETURN]), ..params };
+    assert_eq!(tokens_of(&run(&says("x"), text_request(&[1], only)), 0), [RETURN; 4]);
+    // So does what the end of reasoning demands.
+    let end = tokens("<|end|>");
+    let spent = SamplingParams {
+        thinking_token_budget: Some(0),
+        stop_token_ids: end.clone(),
+        min_tokens: 8,
+        max_tokens: Some(10),
+        ..unlimited()
+    };
+    let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let script = "<|channel|>analysis<|message|>one two";
+    let found = tokens_of(&run(&says(script), Request::new(vec![1], spent, output)), 0);
+    assert_eq!(found[..4], [tokens("<|channel|>analysis<|message|>"), end].concat());
+}
+
+#[test]
+fn fields_that_leave_no_token_fail_the_request() {
+    let params = SamplingParams {
+        allowed_token_ids: Some(tokens("the")),
+        bad_words: vec!["the".to_owned()],
+        ..unlimited()
+    };
+    let engine = says("x");
+    let (_handle, events) = submit(&engine, text_request(&[1], params));
+    assert_eq!(events.iter().last(), Some(Event::Failed(Failure::Forbidden)));
 }
 
 #[test]

@@ -276,4 +276,8 @@ fn fields_that_exclude_each_other() {
     let request =
         json!({"prompt": "Hi", "allowed_token_ids": [5], "structured_outputs": {"regex": "[0-9]+"}});
     assert_eq!(server.complete(&request).error().2.as_deref(), Some("structured_outputs.regex"));
+    let request =
+        json!({"prompt": "Hi", "structured_outputs": {"choice": ["the"]}, "bad_words": ["the", "th", "t"]});
+    let (status, _, param, message) = server.complete(&request).error();
+    assert_eq!((status, param.as_deref()), (400, Some("bad_words")), "{message}");
 }
