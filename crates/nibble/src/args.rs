@@ -632,6 +632,21 @@ pub(crate) struct Answers {
     /// Date in the system message, as YYYY-MM-DD [default: today, UTC]
     #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE")]
     pub(crate) system_date: Option<String>,
+    /// No date in the system message, whatever --system-date says, so that cached prefixes outlive midnight
+    #[arg(long)]
+    pub(crate) no_system_date: bool,
+    /// Refuse `reasoning_effort` other than low, medium and high
+    #[arg(long)]
+    pub(crate) strict_reasoning_effort: bool,
+    /// Do not tell the model of tools where `tool_choice` is none
+    #[arg(long)]
+    pub(crate) exclude_tools_when_tool_choice_none: bool,
+    /// Do not repeat `reasoning` as `reasoning_content`
+    #[arg(long)]
+    pub(crate) no_reasoning_content_alias: bool,
+    /// Streams begin when a request is taken, not with its first token
+    #[arg(long)]
+    pub(crate) eager_stream_start: bool,
 }
 
 /// Where a model on the hub comes from.

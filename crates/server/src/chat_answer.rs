@@ -31,6 +31,8 @@ pub(crate) struct Shape {
     prompt_logprobs: Option<usize>,
     token_ids: bool,
     tokens_as_ids: bool,
+    /// Reasoning is repeated as `reasoning_content`.
+    reasoning_content: bool,
     prompt_text: bool,
     stream: StreamOptions,
     /// What comes before the answer.
@@ -44,7 +46,7 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    pub(crate) fn new(request: &ChatRequest, begun: &[u32]) -> Shape {
+    pub(crate) fn new(request: &ChatRequest, begun: &[u32], reasoning_content: bool) -> Shape {
         let tokens = request.params.logprobs.is_some() || request.common.return_token_ids;
         Shape {
             echo: request.continued.clone().filter(|_| request.echo).unwrap_or_default(),
@@ -61,6 +63,7 @@ impl Shape {
             prompt_logprobs: request.params.prompt_logprobs,
             token_ids: request.common.return_token_ids,
             tokens_as_ids: request.common.return_tokens_as_token_ids,
+            reasoning_content,
             prompt_text: request.return_prompt_text,
             stream: request.stream().unwrap_or_default(),
         }
@@ -333,7 +336,7 @@ impl WholeChat {
                     annotations: None,
                     audio: None,
                     function_call: None,
-                    reasoning_content: turn.reasoning.clone(),
+                    reasoning_content: shape.reasoning_content.then(|| turn.reasoning.clone()),
                     reasoning: turn.reasoning,
                     tool_calls: turn
                         .tool_calls
@@ -407,7 +410,8 @@ struct WholeMessage {
     audio: Option<()>,
     function_call: Option<()>,
     reasoning: Option<String>,
-    reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<Option<String>>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<WholeCall>,
 }
@@ -478,8 +482,8 @@ impl ChatChunks {
                 Delta::End => {}
             }
         }
-        message.reasoning_content = message.reasoning.clone();
         let shape = &self.answer.shape;
+        message.reasoning_content = message.reasoning.clone().filter(|_| shape.reasoning_content);
         let names = self.answer.names();
         let logprobs = shape.logprobs.then(|| ChatLogprobs {
             content: logprobs.iter().map(|entry| ChatLogprob::new(entry, names)).collect(),

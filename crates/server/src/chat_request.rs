@@ -129,7 +129,9 @@ impl ChatRequest {
             },
         };
         let params = wire.sampling.params(endpoint, context.defaults, context.limits)?;
-        let effort = wire.reasoning_effort.as_deref().map(reasoning_effort).transpose()?;
+        let strict = context.strict_reasoning_effort;
+        let read_effort = |effort| reasoning_effort(effort, strict);
+        let effort = wire.reasoning_effort.as_deref().map(read_effort).transpose()?;
         if let Some(tools) = &wire.tools {
             tools.check()?;
         }
@@ -153,7 +155,7 @@ impl ChatRequest {
         request::refuse_unsupported(&object)?;
         refuse_unsupported(&object)?;
         let kwargs = wire.chat_template_kwargs;
-        let kwargs_effort = kwargs.reasoning_effort.as_deref().map(reasoning_effort).transpose()?;
+        let kwargs_effort = kwargs.reasoning_effort.as_deref().map(read_effort).transpose()?;
         let effort = effort.or(kwargs_effort).unwrap_or_default();
         let turn = Turn::new(
             wire.tools.as_ref(),
@@ -171,10 +173,14 @@ impl ChatRequest {
             tools: wire.tools.as_ref().map_or_else(Vec::new, Tools::names),
             prompt: ChatPrompt {
                 messages,
-                tools: wire.tools.as_ref().map_or_else(Vec::new, Tools::shown),
+                tools: wire
+                    .tools
+                    .as_ref()
+                    .filter(|_| !context.hides_tools(&choice))
+                    .map_or_else(Vec::new, Tools::shown),
                 response_format: wire.wanted.and_then(|wanted| wanted.shown).map(Box::new),
                 reasoning_effort: Some(effort.shown().to_owned()),
-                date: Some(context.date.to_owned()),
+                date: context.date.map(str::to_owned),
                 builtin_tools: kwargs.builtin_tools,
                 model_identity: kwargs.model_identity,
                 // Whoever continues a message says that no other is to begin.
@@ -530,19 +536,21 @@ impl Effort {
     }
 }
 
-pub(crate) fn reasoning_effort(effort: &str) -> Result<Effort, ApiError> {
+/// `strict`: only those that the model has.
+pub(crate) fn reasoning_effort(effort: &str, strict: bool) -> Result<Effort, ApiError> {
     match effort {
-        "none" => Ok(Effort::None),
-        "minimal" | "low" => Ok(Effort::Low),
+        "low" => Ok(Effort::Low),
         "medium" => Ok(Effort::Medium),
-        "high" | "xhigh" | "max" => Ok(Effort::High),
-        other => Err(ApiError::invalid(
-            "reasoning_effort",
-            format!(
-                "reasoning_effort must be one of none, minimal, low, medium, high, xhigh, max, got {}.",
-                excerpt(other)
-            ),
-        )),
+        "high" => Ok(Effort::High),
+        "none" if !strict => Ok(Effort::None),
+        "minimal" if !strict => Ok(Effort::Low),
+        "xhigh" | "max" if !strict => Ok(Effort::High),
+        other => {
+            let known =
+                if strict { "low, medium, high" } else { "none, minimal, low, medium, high, xhigh, max" };
+            let message = format!("reasoning_effort must be one of {known}, got {}.", excerpt(other));
+            Err(ApiError::invalid("reasoning_effort", message))
+        }
     }
 }
 

@@ -49,7 +49,7 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
             let date = state.date();
-            let mut request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
+            let mut request = ChatRequest::new(&body, &context(&state, &engine, date.as_deref()))?;
             if !request.prompt.add_generation_prompt && !request.turn.is_free() {
                 let message =
                     "add_generation_prompt: false cannot be used with tools or a form of the answer.";
@@ -71,7 +71,7 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
 
     let form_param = &request.turn.answer_param;
     let call = Call::new(&state, &engine, &origin, &mut request.common, form_param, "chatcmpl");
-    let shape = chat_answer::Shape::new(&request, &prompt.begun);
+    let shape = chat_answer::Shape::new(&request, &prompt.begun, state.reasoning_content);
     let memory = (!request.tools.is_empty()).then_some(&state.memory);
     let n = request.params.n;
     let harmony = Arc::clone(engine.harmony());
@@ -117,7 +117,8 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
             let earlier = previous.map(|id| state.responses.conversation(&id, owner));
             let earlier = earlier.transpose()?.unwrap_or_default();
             let date = state.date();
-            let mut request = ResponseRequest::new(&body, &earlier, &context(&state, &engine, &date))?;
+            let mut request =
+                ResponseRequest::new(&body, &earlier, &context(&state, &engine, date.as_deref()))?;
             if request.background && !state.responses.keeps() {
                 let message = "background needs responses to be kept: the server's flag --responses-store.";
                 return Err(ApiError::invalid("background", message));
@@ -179,7 +180,7 @@ struct Fed {
 /// The ids that the chat endpoint would feed.
 pub(crate) fn chat_ids(body: &[u8], state: &State, engine: &Engine) -> Result<Vec<u32>, ApiError> {
     let date = state.date();
-    let mut request = ChatRequest::new(body, &context(state, engine, &date))?;
+    let mut request = ChatRequest::new(body, &context(state, engine, date.as_deref()))?;
     bound_text(request.text_bytes, engine)?;
     let at_once = request.turn.answer_at_once;
     let truncation = truncation(&request.common, &request.params, engine);
@@ -244,7 +245,7 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
         let (state, engine) = (Arc::clone(&state), engine.clone());
         blocking(&origin, move || {
             let date = state.date();
-            let mut request = CompletionRequest::new(&body, &context(&state, &engine, &date))?;
+            let mut request = CompletionRequest::new(&body, &context(&state, &engine, date.as_deref()))?;
             let prompts = std::mem::take(&mut request.prompts);
             let truncation = truncation(&request.common, &request.params, &engine);
             let start = Instant::now();
@@ -293,7 +294,7 @@ pub(crate) async fn render_chat(state: Arc<State>, origin: Origin, body: Body) -
     let id = format!("chatcmpl-{}", origin.log.request_id());
     let rendered = blocking(&origin, move || {
         let date = state.date();
-        let mut request = ChatRequest::new(&body, &context(&state, &engine, &date))?;
+        let mut request = ChatRequest::new(&body, &context(&state, &engine, date.as_deref()))?;
         bound_text(request.text_bytes, &engine)?;
         let at_once = request.turn.answer_at_once;
         let truncation = truncation(&request.common, &request.params, &engine);
@@ -315,7 +316,7 @@ pub(crate) async fn render_completions(
     let id = format!("cmpl-{}", origin.log.request_id());
     let all = blocking(&origin, move || {
         let date = state.date();
-        let mut request = CompletionRequest::new(&body, &context(&state, &engine, &date))?;
+        let mut request = CompletionRequest::new(&body, &context(&state, &engine, date.as_deref()))?;
         let render = |prompt| {
             let truncation = truncation(&request.common, &request.params, &engine);
             let ids = tokenize(prompt, truncation, &engine)?.ids;
@@ -464,12 +465,24 @@ impl<'a> Call<'a> {
         Ok(())
     }
 
-    /// Answers with a stream once there is something to send, so that what fails before is an ordinary error.
+    /// Answers with a stream once there is something to send, so that what fails before is an ordinary error; or at once.
     async fn stream(&self, encoder: impl Encoder, mut requests: Vec<Request>) -> Result<Response, ApiError> {
         for Request { params, .. } in &mut requests {
             params.stream_interval = params.stream_interval.max(self.state.stream_interval);
         }
         let mut events = self.submit(requests, Pace::Client)?;
+        let first = match self.state.eager_streams {
+            true => VecDeque::new(),
+            false => self.first(&mut events).await?,
+        };
+        let (keep_alive, style) = (self.state.sse_keep_alive, self.state.error_style);
+        let rules = StreamRules { keep_alive, style };
+        let chunks = Chunks::new(encoder, first, events, self.log.clone(), rules);
+        Ok(self.events(chunks))
+    }
+
+    /// The events up to the first that there is something to send of.
+    async fn first(&self, events: &mut Events) -> Result<VecDeque<(usize, Event)>, ApiError> {
         let mut first = VecDeque::new();
         loop {
             match events.next().await {
@@ -477,18 +490,14 @@ impl<'a> Call<'a> {
                     let started = matches!(event, Event::Started { .. });
                     first.push_back((prompt, event));
                     if !started {
-                        break;
+                        return Ok(first);
                     }
                 }
                 // The stream will meet it again.
-                Next::Done => break,
+                Next::Done => return Ok(first),
                 Next::Failed(cause) => return Err(sse::error(&cause, self.log.request_id())),
             }
         }
-        let (keep_alive, style) = (self.state.sse_keep_alive, self.state.error_style);
-        let rules = StreamRules { keep_alive, style };
-        let chunks = Chunks::new(encoder, first, events, self.log.clone(), rules);
-        Ok(self.events(chunks))
     }
 
     /// Answers at once, with the response as it is or the events as they come; the response is made meanwhile.
@@ -586,7 +595,7 @@ pub(crate) async fn blocking<T: Send + 'static>(
     })
 }
 
-fn context<'a>(state: &'a State, engine: &Engine, date: &'a str) -> Context<'a> {
+fn context<'a>(state: &'a State, engine: &Engine, date: Option<&'a str>) -> Context<'a> {
     Context {
         defaults: &state.defaults,
         limits: Limits {
@@ -596,6 +605,8 @@ fn context<'a>(state: &'a State, engine: &Engine, date: &'a str) -> Context<'a> 
         },
         model_names: &state.model_names,
         date,
+        strict_reasoning_effort: state.strict_reasoning_effort,
+        exclude_tools_of_choice_none: state.exclude_tools_of_choice_none,
         priorities: engine.policy() == SchedulingPolicy::Priority,
     }
 }

@@ -51,5 +51,7 @@ mod watchdog;
 
 pub use clock::today;
 pub use error::ErrorStyle;
-pub use server::{CorsOptions, Ended, Error, Fingerprint, Handle, Loader, Options, SamplingDefaults, Server};
+pub use server::{
+    CorsOptions, Ended, Error, Fingerprint, Handle, Loader, Options, SamplingDefaults, Server, SystemDate,
+};
 pub use tls::{ClientCertificates, TlsOptions};

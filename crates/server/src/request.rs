@@ -4,6 +4,7 @@ use crate::error::ApiError;
 use crate::json::{Object, excerpt};
 use crate::sampling::Limits;
 use crate::server::SamplingDefaults;
+use crate::turn::Choice;
 
 /// What a request is checked against.
 pub(crate) struct Context<'a> {
@@ -12,9 +13,20 @@ pub(crate) struct Context<'a> {
     /// Names that the model answers to, the default first.
     pub(crate) model_names: &'a [String],
     /// Today, for the prompt.
-    pub(crate) date: &'a str,
+    pub(crate) date: Option<&'a str>,
+    /// Efforts that the model does not have are refused.
+    pub(crate) strict_reasoning_effort: bool,
+    /// The model is not told of tools that it may not call.
+    pub(crate) exclude_tools_of_choice_none: bool,
     /// Requests may go before others.
     pub(crate) priorities: bool,
+}
+
+impl Context<'_> {
+    /// Whether the model is not told of the tools.
+    pub(crate) fn hides_tools(&self, choice: &Choice) -> bool {
+        self.exclude_tools_of_choice_none && *choice == Choice::None
+    }
 }
 
 /// How an answer is streamed.

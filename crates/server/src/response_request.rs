@@ -132,7 +132,7 @@ impl ResponseRequest {
         let max_calls = sampling::tokens("max_tool_calls", wire.max_tool_calls, 1)?;
         let params = wire.sampling.params(endpoint, context.defaults, context.limits)?;
         let effort = wire.effort.as_deref().map(|effort| {
-            let found = reasoning_effort(effort);
+            let found = reasoning_effort(effort, context.strict_reasoning_effort);
             found.map_err(|error| ApiError::invalid("reasoning.effort", error))
         });
         let effort = effort.transpose()?.unwrap_or_default();
@@ -177,10 +177,10 @@ impl ResponseRequest {
             free_tools: tools.map_or_else(Vec::new, Tools::free),
             namespaced_tools: tools.map_or_else(Vec::new, Tools::namespaced),
             prompt: ChatPrompt {
-                tools: tools.map_or_else(Vec::new, Tools::shown),
+                tools: tools.filter(|_| !context.hides_tools(&choice)).map_or_else(Vec::new, Tools::shown),
                 response_format: wire.wanted.and_then(|wanted| wanted.shown).map(Box::new),
                 reasoning_effort: Some(effort.shown().to_owned()),
-                date: Some(context.date.to_owned()),
+                date: context.date.map(str::to_owned),
                 ..ChatPrompt::new(messages)
             },
             common,

@@ -64,8 +64,12 @@ pub struct Options {
     pub rate_limit_requests: Option<u64>,
     /// Tokens of prompts and answers per key and minute. Default: no limit.
     pub rate_limit_tokens: Option<u64>,
-    /// The date in prompts, `YYYY-MM-DD`. `None`: today in UTC.
-    pub system_date: Option<String>,
+    /// The date in prompts. Default today.
+    pub system_date: SystemDate,
+    /// A request may ask for the efforts that the model has, and for no others. Default false.
+    pub strict_reasoning_effort: bool,
+    /// The model is not told of tools that it may not call. Default false.
+    pub exclude_tools_of_choice_none: bool,
     /// For requests that leave fields out.
     pub defaults: SamplingDefaults,
     /// Most alternatives per token that a request may ask for; `usize::MAX`: all of the vocabulary, and -1 asks for them.
@@ -77,6 +81,10 @@ pub struct Options {
     pub isolate_prefix_cache: bool,
     /// Tokens per part of a stream. Default 1.
     pub stream_interval: usize,
+    /// Streams begin when the engine has taken the request, not with its first token. Default false.
+    pub eager_streams: bool,
+    /// Chats have their reasoning twice, as `reasoning` and as `reasoning_content`. Default true.
+    pub reasoning_content: bool,
     /// Tokens that reasoning leaves for the answer. Default 0: it may take all.
     pub answer_reserve: usize,
     /// Every part of every stream says how many tokens there are. Default false.
@@ -147,12 +155,16 @@ impl Default for Options {
             dev_mode: false,
             rate_limit_requests: None,
             rate_limit_tokens: None,
-            system_date: None,
+            system_date: SystemDate::Today,
+            strict_reasoning_effort: false,
+            exclude_tools_of_choice_none: false,
             defaults: SamplingDefaults::default(),
             max_logprobs: 20,
             max_n: SamplingParams::MAX_N,
             isolate_prefix_cache: false,
             stream_interval: 1,
+            eager_streams: false,
+            reasoning_content: true,
             answer_reserve: 0,
             force_include_usage: false,
             request_metrics: false,
@@ -180,6 +192,17 @@ impl Default for Options {
             info: serde_json::Value::Null,
         }
     }
+}
+
+/// The date in prompts.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum SystemDate {
+    /// That of the day in UTC.
+    Today,
+    /// Always this, `YYYY-MM-DD`.
+    Fixed(String),
+    /// None, so that prefixes outlive midnight.
+    None,
 }
 
 /// Which pages of other origins may use the server.
@@ -469,6 +492,8 @@ pub(crate) struct State {
     pub(crate) max_n: usize,
     pub(crate) isolate_prefix_cache: bool,
     pub(crate) stream_interval: usize,
+    pub(crate) eager_streams: bool,
+    pub(crate) reasoning_content: bool,
     pub(crate) answer_reserve: usize,
     pub(crate) force_include_usage: bool,
     pub(crate) request_metrics: bool,
@@ -495,7 +520,9 @@ pub(crate) struct State {
     pub(crate) profile: Mutex<Option<(Instant, Vec<Stats>)>>,
     /// Requests that ended in the last seconds, per second.
     pub(crate) ended_per_second: AtomicU32,
-    system_date: Option<String>,
+    system_date: SystemDate,
+    pub(crate) strict_reasoning_effort: bool,
+    pub(crate) exclude_tools_of_choice_none: bool,
     draining: AtomicBool,
     /// What still runs is to end.
     abort: watch::Sender<bool>,
@@ -551,6 +578,8 @@ impl State {
             max_n: options.max_n,
             isolate_prefix_cache: options.isolate_prefix_cache,
             stream_interval: options.stream_interval,
+            eager_streams: options.eager_streams,
+            reasoning_content: options.reasoning_content,
             answer_reserve: options.answer_reserve,
             force_include_usage: options.force_include_usage,
             request_metrics: options.request_metrics,
@@ -576,6 +605,8 @@ impl State {
             profile: Mutex::default(),
             ended_per_second: AtomicU32::new(0),
             system_date: options.system_date.clone(),
+            strict_reasoning_effort: options.strict_reasoning_effort,
+            exclude_tools_of_choice_none: options.exclude_tools_of_choice_none,
             draining: AtomicBool::new(false),
             abort: watch::Sender::new(false),
             running: Arc::default(),
@@ -758,8 +789,12 @@ impl State {
         }
     }
 
-    /// The date in prompts.
-    pub(crate) fn date(&self) -> String {
-        self.system_date.clone().unwrap_or_else(clock::today)
+    /// The date in prompts, if they have one.
+    pub(crate) fn date(&self) -> Option<String> {
+        match &self.system_date {
+            SystemDate::Today => Some(clock::today()),
+            SystemDate::Fixed(date) => Some(date.clone()),
+            SystemDate::None => None,
+        }
     }
 }

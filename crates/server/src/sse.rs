@@ -104,10 +104,6 @@ impl<E: Encoder> Chunks<E> {
 
     /// Adds the chunks of what came; may be nothing.
     fn encode(&mut self, next: Next, out: &mut Vec<u8>) {
-        if !self.begun {
-            self.begun = true;
-            self.encoder.begin(out);
-        }
         let more = match next {
             Next::Event(prompt, event) => {
                 self.log.event(&event);
@@ -133,6 +129,10 @@ impl<E: Encoder> Chunks<E> {
 impl<E: Encoder> Source for Chunks<E> {
     fn poll_part(&mut self, cx: &mut Context<'_>) -> Poll<Option<Bytes>> {
         let mut out = Vec::new();
+        if !self.begun {
+            self.begun = true;
+            self.encoder.begin(&mut out);
+        }
         while out.len() < MAX_PART
             && let Poll::Ready(next) = self.poll_next(cx)
         {

@@ -184,11 +184,12 @@ impl Tools {
                         tools.tools.last_mut().expect("one was added").put_in(&name);
                     }
                 }
+                name @ ("local_shell" | "shell") => tools.tools.push(Tool::shell(name, tool.path())),
                 // Nobody searches here. The model is not told of it, and answers from what it knows.
                 kind if is_search(kind) => {}
                 other => {
                     let message = format!(
-                        "Tools of type {} are not supported: only function, custom and namespace are.",
+                        "Tools of type {} are not supported: only function, custom, namespace and shell are.",
                         excerpt(other)
                     );
                     return Err(kind.error(message));
@@ -273,6 +274,27 @@ impl Tool {
     fn put_in(&mut self, namespace: &str) {
         self.tool.function.name = format!("{namespace}.{}", self.tool.function.name);
         self.namespace = Some(namespace.to_owned());
+    }
+
+    /// A function that runs a command on the client's machine.
+    fn shell(name: &str, path: &str) -> Tool {
+        let parameters = json!({
+            "type": "object",
+            "properties": {
+                "command": {"type": "array", "items": {"type": "string"}},
+                "workdir": {"type": "string"},
+                "timeout_ms": {"type": "number"}
+            },
+            "required": ["command"]
+        });
+        let description = "Runs a shell command and returns its output.";
+        let function = FunctionTool {
+            name: name.to_owned(),
+            description: Some(description.to_owned()),
+            parameters: Some(parameters),
+        };
+        let tool = ChatTool { function };
+        Tool { tool, strict: None, free: false, namespace: None, path: path.to_owned() }
     }
 
     fn make_free(&mut self) {

@@ -9,7 +9,7 @@ use engine::{Engine, EngineOptions, SchedulingPolicy};
 use serde_json::{Value, json};
 use server::{
     ClientCertificates, CorsOptions, Ended, ErrorStyle, Fingerprint, Handle, Options, SamplingDefaults,
-    Server, TlsOptions,
+    Server, SystemDate, TlsOptions,
 };
 
 use crate::args::{AccessFlags, Answers, Common, Guessing, Limits, Logs, Network, Serve};
@@ -133,7 +133,13 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
         dev_mode: access.dev_mode,
         rate_limit_requests: access.rate_limit_requests,
         rate_limit_tokens: access.rate_limit_tokens,
-        system_date: answers.system_date.clone(),
+        system_date: match &answers.system_date {
+            _ if answers.no_system_date => SystemDate::None,
+            Some(date) => SystemDate::Fixed(date.clone()),
+            None => SystemDate::Today,
+        },
+        strict_reasoning_effort: answers.strict_reasoning_effort,
+        exclude_tools_of_choice_none: answers.exclude_tools_when_tool_choice_none,
         defaults: defaults(answers, &source.generation()),
         max_logprobs: match usize::try_from(answers.max_logprobs) {
             Ok(max) => max,
@@ -145,6 +151,8 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
         max_n: answers.max_n.into(),
         isolate_prefix_cache: access.isolate_prefix_cache_per_key,
         stream_interval: answers.stream_interval.into(),
+        eager_streams: answers.eager_stream_start,
+        reasoning_content: !answers.no_reasoning_content_alias,
         answer_reserve: if args.scheduling.never_empty_content { ANSWER_RESERVE } else { 0 },
         force_include_usage: answers.enable_force_include_usage,
         request_metrics: answers.enable_per_request_metrics,

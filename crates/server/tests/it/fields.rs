@@ -2,9 +2,9 @@
 
 use engine::{EngineOptions, SchedulingPolicy, Scripted};
 use serde_json::{Value, json};
-use server::Options;
+use server::{Options, SystemDate};
 
-use crate::fixture::{Fixture, JSON, engine_options, options, tokens};
+use crate::fixture::{Fixture, JSON, engine_options, options, parse_data, tokens};
 use crate::harmony_turns::{join, tool};
 
 const CHAT: &str = "/v1/chat/completions";
@@ -298,4 +298,59 @@ fn an_operator_sets_how_many_answers_and_alternatives_there_may_be() {
     assert!(top > 190_000, "{top}");
     let (status, _, param, _) = server.complete(&json!({"prompt": "x", "logprobs": -2})).error();
     assert_eq!((status, param.as_deref()), (400, Some("logprobs")));
+}
+
+#[test]
+fn what_a_server_sets_for_prompts_and_chats() {
+    let options = Options {
+        system_date: SystemDate::None,
+        strict_reasoning_effort: true,
+        exclude_tools_of_choice_none: true,
+        reasoning_content: false,
+        ..options()
+    };
+    let server =
+        Fixture::start(&options, Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]), engine_options());
+    let mut request = json!({"messages": ask("Hi"), "tools": [tool("f")], "return_prompt_text": true});
+    let told = server.chat(&request).ok();
+    let prompt = told["prompt_text"].as_str().unwrap();
+    assert!(!prompt.contains("Current date") && prompt.contains("type f"), "{prompt}");
+    let message = &told["choices"][0]["message"];
+    assert_eq!((&message["reasoning"], message.get("reasoning_content")), (&json!("Say hi."), None));
+    request["tool_choice"] = "none".into();
+    let untold = server.chat(&request).ok();
+    assert!(!untold["prompt_text"].as_str().unwrap().contains("type f"), "{untold}");
+    request["stream"] = true.into();
+    let chunks = server.chunks(CHAT, &request);
+    assert!(!json!(chunks).to_string().contains("reasoning_content"), "{chunks:?}");
+    for effort in ["none", "minimal", "xhigh", "max"] {
+        let refused = server.chat(&json!({"messages": ask("Hi"), "reasoning_effort": effort}));
+        assert_eq!(refused.error().2.as_deref(), Some("reasoning_effort"));
+        let refused = server.post("/v1/responses", &json!({"input": "Hi", "reasoning": {"effort": effort}}));
+        assert_eq!(refused.error().2.as_deref(), Some("reasoning.effort"));
+    }
+}
+
+#[test]
+fn streams_may_begin_before_the_first_token() {
+    let (server, steps) = Fixture::stepwise(HELLO, &Options { eager_streams: true, ..options() });
+    let mut stream = server.stream(CHAT, &json!({"messages": ask("Hi"), "stream": true}));
+    let first = parse_data(&stream.next().unwrap());
+    assert_eq!(first["choices"][0]["delta"]["role"], "assistant");
+    drop(steps);
+    assert_eq!(std::iter::from_fn(|| stream.next()).last().as_deref(), Some("data: [DONE]"));
+}
+
+#[test]
+fn a_shell_is_a_function() {
+    let call = r#"<|channel|>commentary to=functions.local_shell <|constrain|>json<|message|>{"command": ["ls"]}<|call|>"#;
+    let server = Fixture::saying(&[call]);
+    let request = json!({"input": "Hi", "tools": [{"type": "local_shell"}]});
+    let response = server.post("/v1/responses", &request).ok();
+    let item = &response["output"][0];
+    assert_eq!(
+        (&item["type"], &item["name"], &item["arguments"]),
+        (&json!("function_call"), &json!("local_shell"), &json!(r#"{"command": ["ls"]}"#))
+    );
+    assert_eq!(response["tools"], request["tools"]);
 }

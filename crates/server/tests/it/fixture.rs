@@ -8,7 +8,7 @@ use std::sync::{Arc, mpsc};
 use engine::{Engine, EngineOptions, Scripted, Stats, Step};
 use harmony::Harmony;
 use serde_json::Value;
-use server::{Handle, Options, Server};
+use server::{Handle, Options, Server, SystemDate};
 use tokenizer::Tokenizer;
 
 pub(crate) const MODEL: &str = "tiny";
@@ -30,7 +30,7 @@ pub(crate) fn options() -> Options {
         port: 0,
         served_model_names: vec![MODEL.to_owned(), "org/alias".to_owned()],
         root: "/somewhere/private/tiny-gpt-oss".to_owned(),
-        system_date: Some("2026-11-24".to_owned()),
+        system_date: SystemDate::Fixed("2026-11-24".to_owned()),
         // No comment, lest a test that waits for something else wait for ever.
         sse_keep_alive: std::time::Duration::ZERO,
         ..Options::default()
