@@ -10,9 +10,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use serde::Deserialize;
+use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use crate::sha1::Sha1;
+use crate::unfinished::hex;
 
 /// A hub and the cache of what came from it.
 pub struct Hub {
@@ -513,28 +514,22 @@ fn check(file: &Remote, out: &mut File, path: &Path) -> Result<(), Error> {
     if size != file.size {
         return damaged(format!("{} bytes", file.size), format!("at least {size} bytes"));
     }
-    let (kind, digest) = if file.sha256 {
-        let mut hasher = Sha256::new();
-        read(out, path, &mut |bytes| hasher.update(bytes))?;
-        ("SHA-256", hasher.finalize().to_vec())
+    let (kind, found) = if file.sha256 {
+        ("SHA-256", digest(Sha256::new(), out, path)?)
     } else {
-        let mut hasher = Sha1::new();
-        hasher.update(format!("blob {size}\0").as_bytes());
-        read(out, path, &mut |bytes| hasher.update(bytes))?;
-        ("git", hasher.finish().to_vec())
+        ("git", digest(Sha1::new_with_prefix(format!("blob {size}\0")), out, path)?)
     };
-    let found: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
     if found == file.digest { Ok(()) } else { damaged(format!("the {kind} digest {}", file.digest), found) }
 }
 
-/// Gives all of a file to `each`, part by part.
-fn read(file: &mut File, path: &Path, each: &mut dyn FnMut(&[u8])) -> Result<(), Error> {
+/// The digest of all of a file, behind what `hasher` has had.
+fn digest(mut hasher: impl Digest, file: &mut File, path: &Path) -> Result<String, Error> {
     file.rewind().map_err(io(path))?;
     let mut buffer = vec![0; 1 << 20];
     loop {
         match file.read(&mut buffer).map_err(io(path))? {
-            0 => return Ok(()),
-            read => each(&buffer[..read]),
+            0 => return Ok(hex(&hasher.finalize())),
+            read => hasher.update(&buffer[..read]),
         }
     }
 }

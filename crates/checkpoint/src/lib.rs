@@ -9,7 +9,6 @@ mod layout;
 mod mapped;
 mod quantization;
 mod reader;
-mod sha1;
 mod shard;
 mod synthetic;
 mod transpose;

@@ -51,8 +51,7 @@ impl Unfinished {
         // A last line without its end was cut off.
         let whole = text.rfind('\n').map_or(0, |at| at + 1);
         let mut lines = text[..whole].lines();
-        let digest = Sha256::digest(identity);
-        let identity: String = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        let identity = hex(&Sha256::digest(identity));
         let ours = match lines.next() {
             None => false,
             Some(first) if first == identity => true,
@@ -82,6 +81,11 @@ impl Unfinished {
         let written = self.journal.write_all(text.as_bytes()).and_then(|()| self.journal.sync_data());
         written.map_err(Error::io(&self.directory.join(JOURNAL)))
     }
+}
+
+/// A digest as it is written.
+pub(crate) fn hex(digest: &[u8]) -> String {
+    digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Removes everything from an unfinished folder but its journal, which is locked.

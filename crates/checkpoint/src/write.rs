@@ -22,7 +22,7 @@ use crate::layout::{self, Role, Slot};
 use crate::quantization::Description;
 use crate::reader::{FAKE_FOLDER, FAKE_SCALES, INDEX, SINGLE, read_file};
 use crate::transpose::transpose;
-use crate::unfinished::{JOURNAL, Unfinished};
+use crate::unfinished::{JOURNAL, Unfinished, hex};
 use crate::{
     Checkpoint, Config, Error, Format, GenerationConfig, KvCache, Layout, Matrix, MatrixId, MatrixKind,
     Values, Vector, VectorId, VectorKind, Weights, matrices,
@@ -306,7 +306,7 @@ impl Plan {
             hash.update(&file.name);
             hash.update(&file.header);
         }
-        plan.identity = hash.finalize().iter().map(|byte| format!("{byte:02x}")).collect();
+        plan.identity = hex(&hash.finalize());
         Ok(plan)
     }
 
