@@ -17,14 +17,15 @@ template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p
     const int first = tile[0], count = tile[1], start = p.positions[first];
     const uint32_t* table = p.table + (int)p.table_starts[p.sequences[first]];
     const uint32_t stages = shared_address(shared);
-    const int begin = p.window ? max(0, start + 1 - (int)p.window) / KEYS : 0, end = (start + count - 1) / KEYS + 1;
-    const int last_page = (start + count - 1) / BLOCK_TOKENS;
+    const int first_key = p.window ? max(0, start + 1 - (int)p.window) : 0, last_key = start + count - 1;
+    const int begin = first_key / KEYS, end = last_key / KEYS + 1, first_page = first_key / BLOCK_TOKENS, last_page = last_key / BLOCK_TOKENS;
 
     // This thread brings pieces of one page: of keys `threadIdx.x % 8` of two keys, of values one half of two dimensions.
     const int page = threadIdx.x / 64, key = threadIdx.x % 64 / 8 * 2, piece = threadIdx.x % 8;
     const int d = threadIdx.x % 64 / 2 * 2, half = threadIdx.x % 2;
-    // Pages beyond the last are not read: their keys are masked, but what is multiplied by zero must be a number.
-    auto block_of = [&](int step) { return step < end ? table[min(step * PAGES + page, last_page)] : 0; };
+    // Pages before the first and beyond the last, which are not in the table, are not read: their keys are masked, but what is
+    // multiplied by zero must be a number.
+    auto block_of = [&](int step) { return step < end ? table[max(first_page, min(step * PAGES + page, last_page))] : 0; };
     // E4M3 comes through registers, a step ahead of the copy to shared memory, and is widened on the way.
     uint2 fetched[4];
     auto fetch = [&](int step, uint32_t block) {

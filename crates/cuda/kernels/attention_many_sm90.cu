@@ -24,15 +24,18 @@ template <CacheFormat C> struct Copies {
     const uint32_t* table;
     uint32_t shared;       // address
     int begin, end;        // steps
-    int last_page;
+    int first_page, last_page;
     __device__ __forceinline__ int page() const { return threadIdx.x / 64; }
     __device__ __forceinline__ int row() const { return threadIdx.x % 64 / 8 * 2; }
     __device__ __forceinline__ int piece() const { return threadIdx.x % 8; }
     __device__ __forceinline__ int dimension() const { return threadIdx.x % 64 / 2 * 2; }
     __device__ __forceinline__ int part() const { return threadIdx.x % 2; }
     __device__ __forceinline__ uint32_t stage(int step) const { return shared + (step - begin) % STAGES * STAGE; }
-    // Pages beyond the last are not read: their keys are masked, but what is multiplied by zero must be a number.
-    __device__ __forceinline__ uint32_t block(int step) const { return step < end ? table[min(step * PAGES + page(), last_page)] : 0; }
+    // Pages before the first and beyond the last, which are not in the table, are not read: their keys are masked, but what is
+    // multiplied by zero must be a number.
+    __device__ __forceinline__ uint32_t block(int step) const {
+        return step < end ? table[max(first_page, min(step * PAGES + page(), last_page))] : 0;
+    }
     __device__ __forceinline__ void bring(int step, uint32_t block) const {
         if (step < end) {
             const size_t at = (size_t(block) * p.kv_heads + blockIdx.y) * (BLOCK_TOKENS * HEAD);
@@ -96,9 +99,10 @@ template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p
     // The last tiles of a prompt see most keys: they begin first.
     const uint32_t* tile = p.tiles + 2 * (gridDim.x - 1 - blockIdx.x);
     const int first = tile[0], count = tile[1], start = p.positions[first];
-    const int begin = p.window ? max(0, start + 1 - (int)p.window) / KEYS : 0, end = (start + count - 1) / KEYS + 1;
+    const int first_key = p.window ? max(0, start + 1 - (int)p.window) : 0, last_key = start + count - 1;
+    const int begin = first_key / KEYS, end = last_key / KEYS + 1;
     const Copies<C> copies = {p, p.table + (int)p.table_starts[p.sequences[first]], shared_address(shared), begin, end,
-                              (start + count - 1) / BLOCK_TOKENS};
+                              first_key / BLOCK_TOKENS, last_key / BLOCK_TOKENS};
 #pragma unroll
     for (int i = 0; i < AHEAD; i++) copies.bring(begin + i, copies.block(begin + i));
     uint32_t next_block = copies.block(begin + AHEAD);

@@ -717,7 +717,7 @@ template <Format F, int CHUNK, int SLOTS, class Others> __device__ __forceinline
     // What follows overwrites inputs and sums of the first product.
     __syncthreads();
     // A warp needs the activations of its own columns, of which few blocks have some; eight at a time. Who waits for one has others on their
-    // way. Those that fill up a rank's columns never come.
+    // way. Those that fill up a rank's columns never come. Warps of one rank that have the same columns store the same words to one place.
     uint16_t* inputs = x + own.rank * down.cols + own.begin * TILE_COLS;
     const uint16_t* from = now + own.rank * down.cols + own.begin * TILE_COLS;
     const int vectors = own.count * (TILE_COLS / 8), some = (row_tiles_of(m) * TILE_ROWS / 2 - own.begin * TILE_COLS) / 8;

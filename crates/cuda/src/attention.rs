@@ -48,11 +48,13 @@ impl Cuda {
             ..4 => 1,
             blocks => power_below(blocks).min(MAX_SPLITS),
         };
+        let heads = self.attention_heads();
+        // For the parts of eight tokens.
+        let room = power_below(MAX_PARTS / (8 * heads));
         if self.options.batch_invariant {
-            let full = Sharing { warps: ATTENTION_WARPS, splits: useful.min(INVARIANT_SPLITS) };
+            let full = Sharing { warps: ATTENTION_WARPS, splits: useful.min(INVARIANT_SPLITS).min(room) };
             return (full, Sharing { warps: INVARIANT_SLIDING, splits: 1 });
         }
-        let heads = self.attention_heads();
         let fitting = ATTENTION_BLOCKS * ATTENTION_WARPS * self.device.multiprocessors();
         // As many warps as find room at a time; or so many that hardly any room is left over, where each has some pages even so, and more
         // of them if another block's parts must be waited for.
@@ -65,7 +67,6 @@ impl Cuda {
         // Where one token has many more pages than others, it should not keep them waiting.
         let mean = total * heads / fitting;
         let sharers = full.max(most.div_ceil((2 * mean).max(8)).next_power_of_two());
-        let room = power_below(MAX_PARTS / (8 * heads));
         let splits = (sharers / ATTENTION_WARPS).clamp(1, useful.min(room));
         let warps = |sharers: usize| sharers.min(ATTENTION_WARPS);
         (Sharing { warps: warps(sharers), splits }, Sharing { warps: warps(sliding), splits: 1 })

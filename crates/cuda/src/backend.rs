@@ -33,6 +33,13 @@ const SENT_LOGIT_ROWS: usize = 32;
 /// Device memory that is left to the driver, graphs and other programs.
 const RESERVE: usize = 512 << 20;
 
+/// Graphs that are kept. Each has memory on the device, which nobody counts, for some 200 kernels; steps repeat, so few are in use at a time.
+const MOST_GRAPHS: usize = 256;
+
+/// The number of tokens of a decode step, how full and sliding layers share their keys, whether those are read ahead, and whether logits are
+/// stored.
+type GraphKey = (usize, Sharing, Sharing, bool, bool);
+
 /// How a model is run. `Default` is the fastest that is exact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Options {
@@ -61,9 +68,8 @@ pub struct Cuda {
     blocks: (usize, usize),
     /// Blocks of full and of sliding layers in which a sequence may have left what is no number.
     tainted: (BTreeSet<BlockId>, BTreeSet<BlockId>),
-    /// Decode steps by their number of tokens, how the full layers share their keys, whether those are read ahead, and whether logits
-    /// are wanted.
-    graphs: HashMap<(usize, Sharing, bool, bool), Graph>,
+    /// Decode steps by what decides their kernels, at most [`MOST_GRAPHS`].
+    graphs: HashMap<GraphKey, Graph>,
     sampler: Sampler,
     pub(crate) options: Options,
     /// Room for quantized activations, if matrices are packed for FP4 products.
@@ -117,33 +123,32 @@ impl Cuda {
         let config = weights.config().clone();
         check_shape(&config)?;
         device.bind()?;
-        let arena = Arena::new(device, &config).map_err(|e| no_room(e, device, "activations"))?;
-        let sampler =
-            Sampler::new(device, config.vocab_size).map_err(|e| no_room(e, device, "activations"))?;
-        let mut loader = Loader::new(device, weights)?;
+        let activations = |e| no_room(e, device, "activations");
+        let rest = |e| no_room(e, device, "the weights");
+        let arena = Arena::new(device, &config).map_err(activations)?;
+        let sampler = Sampler::new(device, config.vocab_size).map_err(activations)?;
+        let mut loader = Loader::new(device, weights).map_err(rest)?;
         // Said at once, not after minutes of loading.
         let needed = least_bytes(weights) + RESERVE;
         if needed > device.memory()?.0 {
-            return Err(no_room(Error::Memory { needed }, device, "the weights"));
+            return Err(rest(Error::Memory { needed }));
         }
         let count = config.layer_kinds.len();
         let mut layers = Vec::with_capacity(count);
         for layer in 0..count {
             progress(layer, count);
-            layers.push(Layer::load(&mut loader, layer).map_err(|e| no_room(e, device, "the weights"))?);
+            layers.push(Layer::load(&mut loader, layer).map_err(rest)?);
         }
-        let rest = |e| no_room(e, device, "the weights");
         let unembedding =
             loader.matrix(&[(MatrixKind::Unembedding.at(0), RowOrder::Plain, None)]).map_err(rest)?;
         let embedding = loader.table(MatrixKind::Embedding.at(0)).map_err(rest)?;
-        let final_norm = loader.vector(VectorKind::FinalNorm.at(0))?;
+        let final_norm = loader.vector(VectorKind::FinalNorm.at(0)).map_err(rest)?;
         let rotary = Rotary::new(&config.rope, config.head_dim);
-        let frequencies = loader.floats(&rotary.frequencies)?;
+        let frequencies = loader.floats(&rotary.frequencies).map_err(rest)?;
         drop(loader);
         let one = match options.batch_invariant {
             true => None,
-            false => OneToken::new(device, &config, &layers, &unembedding)
-                .map_err(|e| no_room(e, device, "activations"))?,
+            false => OneToken::new(device, &config, &layers, &unembedding).map_err(activations)?,
         };
         device.synchronize()?;
         progress(count, count);
@@ -180,13 +185,13 @@ impl Cuda {
             return Ok(0);
         }
         let device = Arc::clone(&self.device);
-        let mut loader = Loader::new(&device, weights)?;
+        let beside = |e| no_room(e, &device, "the weights for FP4 products, beside the others,");
+        let mut loader = Loader::new(&device, weights).map_err(beside)?;
         let mut packed = Vec::new();
         for layer in 0..self.layers.len() {
             let mut load = |parts: &[(MatrixKind, RowOrder)]| {
                 let parts: Vec<_> = parts.iter().map(|(kind, order)| (kind.at(layer), *order)).collect();
-                Fp4Matrix::load(&device, &mut loader, weights, &parts)
-                    .map_err(|e| no_room(e, &device, "the weights for FP4 products, beside the others,"))
+                Fp4Matrix::load(&device, &mut loader, weights, &parts).map_err(beside)
             };
             packed.push([
                 load(&[
@@ -205,7 +210,7 @@ impl Cuda {
             let (config, padded) = (&self.config, |cols: usize| cols.next_multiple_of(TILE_COLS));
             let dense = MAX_TOKENS * (config.query_heads * HEAD).max(padded(config.hidden_size));
             let slots = max_slots(config, MAX_TOKENS) * padded(config.intermediate_size);
-            self.fp4 = Some(fp4::Scratch::new(&device, dense.max(slots))?);
+            self.fp4 = Some(fp4::Scratch::new(&device, dense.max(slots)).map_err(beside)?);
         }
         for (layer, [qkv, output, gate_up, down]) in self.layers.iter_mut().zip(packed) {
             (layer.qkv.fp4, layer.output.fp4) = (qkv, output);
@@ -483,15 +488,25 @@ impl Cuda {
         results: &mut [SequenceOutput],
         meanwhile: &mut Meanwhile<'_>,
     ) -> Result<(), Error> {
-        // They are at work before this one: it waits in the midst of some steps.
-        for follower in self.followers_mut() {
-            follower.follow(batch)?;
-        }
+        let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
+        // First what can fail for want of memory, on all GPUs: none may begin what others do not.
+        let prepared = self.followers_mut().iter_mut().map(|follower| {
+            follower.device.bind()?;
+            let shape = follower.upload(batch)?;
+            let output = follower.divides_logits(&shape);
+            Ok((shape, output, follower.graph(batch, &shape, output)?))
+        });
+        let prepared = prepared.collect::<Result<Vec<_>, Error>>()?;
         self.device.bind()?;
         let shape = self.upload(batch)?;
-        let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
-        if batch.decodes() && !hidden && !self.options.eager {
-            self.replay(&shape, true)?;
+        let graph = if hidden { None } else { self.graph(batch, &shape, true)? };
+        // They are at work before this one: it waits in the midst of some steps.
+        for (follower, (shape, output, graph)) in self.followers().iter().zip(&prepared) {
+            follower.follow(shape, *output, *graph)?;
+        }
+        self.device.bind()?;
+        if let Some(graph) = graph {
+            self.graphs[&graph].launch()?;
             run_once(meanwhile);
             return self.collect(batch, 0..batch.tokens, results);
         }
@@ -519,42 +534,49 @@ impl Cuda {
     }
 
     /// This GPU's part of a step, from which the one that leads brings back what is wanted.
-    fn follow(&mut self, batch: &Batch<'_>) -> Result<(), Error> {
+    fn follow(&self, shape: &Shape, output: bool, graph: Option<GraphKey>) -> Result<(), Error> {
         self.device.bind()?;
-        let shape = self.upload(batch)?;
-        let output = self.divides_logits(&shape);
-        if batch.decodes() && !self.options.eager {
-            return self.replay(&shape, output);
+        match graph {
+            Some(graph) => self.graphs[&graph].launch(),
+            None => self.whole_step(shape, output),
         }
-        self.embed(&shape)?;
-        self.all_layers(&shape, output)
     }
 
     /// Whether GPUs that share the model share the rows of the output layer, too, in this step.
     fn divides_logits(&self, shape: &Shape) -> bool {
-        let epilogue = self.epilogue(After::Store);
         self.shared.as_ref().is_some_and(|shared| !shared.is_by_host())
             && (1..=LOGIT_ROWS).contains(&shape.outputs)
             // What many rows of logits take from GPU to GPU is more than they save.
             && (!shape.logits || shape.outputs <= SENT_LOGIT_ROWS)
-            && self.some(&self.unembedding, shape.outputs, &epilogue).is_some()
+            && self.finds_largest(shape.outputs)
     }
 
-    /// A decode step as a graph, which is recorded when there is none.
-    fn replay(&mut self, shape: &Shape, output: bool) -> Result<(), Error> {
-        let key = (shape.tokens, shape.full, shape.ahead, shape.logits);
+    /// Whether the product for so many rows of logits finds the largest of each, too, and stores logits only where they are wanted.
+    fn finds_largest(&self, rows: usize) -> bool {
+        self.some(&self.unembedding, rows, &self.epilogue(After::Store)).is_some()
+    }
+
+    /// The graph of a decode step, which is recorded when there is none.
+    fn graph(&mut self, batch: &Batch<'_>, shape: &Shape, output: bool) -> Result<Option<GraphKey>, Error> {
+        if !batch.decodes() || self.options.eager {
+            return Ok(None);
+        }
+        let logits = shape.logits && self.finds_largest(shape.outputs);
+        let key = (shape.tokens, shape.full, shape.sliding, shape.ahead, logits);
         if !self.graphs.contains_key(&key) {
-            let graph = self.device.capture(|| {
-                self.embed(shape)?;
-                self.all_layers(shape, output)
-            })?;
+            if self.graphs.len() == MOST_GRAPHS {
+                self.device.synchronize()?;
+                self.graphs.clear();
+            }
+            let graph = self.device.capture(|| self.whole_step(shape, output))?;
             self.graphs.insert(key, graph);
         }
-        self.graphs[&key].launch()
+        Ok(Some(key))
     }
 
     /// All layers, and the logits if those are wanted.
-    fn all_layers(&self, shape: &Shape, output: bool) -> Result<(), Error> {
+    fn whole_step(&self, shape: &Shape, output: bool) -> Result<(), Error> {
+        self.embed(shape)?;
         let pending =
             (0..self.layers.len()).try_fold(None, |pending, layer| self.layer(layer, shape, pending))?;
         match pending {
@@ -598,7 +620,7 @@ impl Cuda {
             let mut put = |from: &[BlockId], skipped: usize| {
                 host[table..table + from.len()].copy_from_slice(from);
                 table += from.len();
-                // May be negative: entries before the window are not looked at.
+                // May be negative: entries before the window are not read.
                 (table - from.len()) as i32 - skipped as i32
             };
             let full = put(&sequence.full_blocks[..end], 0);
@@ -778,7 +800,7 @@ impl Cuda {
     fn output(&self, shape: &Shape, outputs: Range<usize>, pending: Option<usize>) -> Result<(), Error> {
         let n = outputs.len();
         let epilogue = Epilogue { out: self.arena.logits.address(), ..self.epilogue(After::Store) };
-        let some = self.some(&self.unembedding, n, &epilogue).is_some();
+        let some = self.finds_largest(n);
         let stack = if some { stack_rows(n) as u32 } else { self.stack(&self.unembedding, n) };
         if let Some(one) = self.one_token(shape) {
             one.norm(self, pending, stack)?;
@@ -935,7 +957,7 @@ fn least_bytes(weights: &dyn Weights) -> usize {
 }
 
 /// Says what did not fit, with the numbers of the device.
-fn no_room(error: Error, device: &Device, what: &str) -> Error {
+pub(crate) fn no_room(error: Error, device: &Device, what: &str) -> Error {
     match (error, device.memory()) {
         (Error::Memory { needed }, Ok((free, total))) => Error::Unsupported(format!(
             "{what} do not fit {}: {needed} bytes more are needed, {free} of {total} are free",

@@ -686,6 +686,47 @@ fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
     }
 }
 
+/// Blocks of full and of sliding layers have numbers of their own, and those of sliding layers begin with the window.
+#[test]
+fn a_prompt_reads_no_blocks_but_its_own() {
+    let Some(device) = device() else { return };
+    for cache in [CacheFormat::Bf16, CacheFormat::E4m3] {
+        let options = Options { cache, ..Options::default() };
+        let mut cuda = load_with(&device, &Damaged(odd(Format::Nvfp4)), options);
+        // What is no number in all of these sliding blocks.
+        let (bad, window) = (90..100, odd_config().sliding_window);
+        let damaged = vec![DAMAGED; BLOCK_TOKENS * bad.len()];
+        let sample = vec![Sampling::default()];
+        assert!(
+            run(&mut cuda, vec![SequencePlan { sample: sample.clone(), ..sequence(&damaged, 0, bad.start) }])
+                [0]
+            .corrupted
+        );
+        let mut text = tokens(BLOCK_TOKENS * 10);
+        text.iter_mut().filter(|token| **token == DAMAGED).for_each(|token| *token += 1);
+        for start in window..text.len() - 2 {
+            let pages = text.len() / BLOCK_TOKENS;
+            let mut full: Vec<u32> = (0..pages as u32).collect();
+            let whole = |from: usize, to: usize, full: &[u32]| SequencePlan {
+                tokens: text[from..to].to_vec(),
+                position: from,
+                full_blocks: full.to_vec().into(),
+                sliding_blocks: (20..20 + pages as u32).collect::<Vec<_>>().into(),
+                sample: sample.clone(),
+                ..SequencePlan::default()
+            };
+            assert!(!run(&mut cuda, vec![whole(0, start, &full)])[0].corrupted, "a prompt of {start}");
+            // The next blocks of the full layers have the same numbers as those sliding ones.
+            let next = start.div_ceil(BLOCK_TOKENS);
+            full[next..].iter_mut().zip(bad.clone().rev()).for_each(|(block, bad)| *block = bad);
+            assert!(
+                !run(&mut cuda, vec![whole(start, text.len(), &full)])[0].corrupted,
+                "the rest from {start} on"
+            );
+        }
+    }
+}
+
 #[test]
 fn keys_and_values_in_eight_bits() {
     let Some(device) = device() else { return };
@@ -918,6 +959,45 @@ fn other_work_on_the_device_changes_no_bit() {
             });
         }
     });
+}
+
+/// By how many blocks and warps keys are shared depends on the depth of all sequences. A step before must not decide it.
+#[test]
+fn a_step_gives_the_same_bits_whatever_came_before() {
+    let Some(device) = device() else { return };
+    const SEQUENCES: u32 = 150;
+    let weights = Synthetic::new(wide_config(), experts_in_nvfp4, 1);
+    let text = tokens(52 * BLOCK_TOKENS);
+    // All have read the same text up to a depth of their own, and have the block for what follows to themselves.
+    let steps = |least: usize, most: usize| -> Vec<SequencePlan> {
+        let one = |s: u32| {
+            let pages = least + s as usize % (most - least);
+            let mut blocks: Vec<u32> = (0..pages as u32).collect();
+            blocks.push(100 + s);
+            let blocks = Arc::new(blocks);
+            SequencePlan {
+                tokens: vec![s],
+                position: pages * BLOCK_TOKENS,
+                full_blocks: Arc::clone(&blocks),
+                sliding_blocks: blocks,
+                logits: true,
+                ..SequencePlan::default()
+            }
+        };
+        (0..SEQUENCES).map(one).collect()
+    };
+    let new = || {
+        let mut cuda = load(&device, &weights);
+        cuda.allocate_kv(100 + SEQUENCES as usize, 100 + SEQUENCES as usize).unwrap();
+        run(&mut cuda, vec![sequence(&text, 0, 0)]);
+        cuda
+    };
+    let expected = run(&mut new(), steps(28, 52));
+    for (least, most) in [(1, 2), (2, 6), (3, 11), (5, 11), (8, 20), (20, 30)] {
+        let mut cuda = new();
+        run(&mut cuda, steps(least, most));
+        assert!(run(&mut cuda, steps(28, 52)) == expected, "after a step of {least} to {most} pages");
+    }
 }
 
 #[test]
