@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use checkpoint::{Config, Format, MatrixId, MatrixKind, Synthetic};
 use gptoss::{
-    BLOCK_TOKENS, Backend, Error, Logprobs, Plan, Reference, Sampled, Sampling, SequencePlan, sample,
+    BLOCK_TOKENS, Backend, Error, Logprobs, Mask, Penalties, Plan, Reference, Sampled, Sampling,
+    SequencePlan, sample,
 };
 
 use crate::{CacheFormat, Cuda, Device, Options};
@@ -136,10 +137,23 @@ fn tokens() -> Vec<u32> {
 /// How to draw at this position.
 fn sampling(at: usize) -> Sampling {
     let drawn = Sampling { temperature: 1.0, seed: 7, position: at as u64, ..Sampling::default() };
-    match at % 4 {
+    let logprobs = |processed| Some(Logprobs { top: 5, ids: Vec::new(), processed });
+    match at % 6 {
         0 | 1 => Sampling::default(),
         2 => Sampling { top_p: 0.9, top_k: 50, ..drawn },
-        _ => Sampling { logprobs: Some(Logprobs { top: 5, ids: Vec::new(), processed: false }), ..drawn },
+        3 => Sampling { logprobs: logprobs(false), ..drawn },
+        4 => Sampling { min_p: 0.1, logprobs: logprobs(true), ..drawn },
+        _ => {
+            let some: Vec<u32> = (0..1000).step_by(3).collect();
+            let penalties = Penalties {
+                repetition: 1.3,
+                frequency: 0.4,
+                presence: 0.2,
+                seen: some[..100].iter().map(|&token| (token, token % 4)).collect(),
+            };
+            let bias = some[50..150].iter().map(|&token| (token, 0.7)).collect();
+            Sampling { mask: Some(Mask::of(&some)), bias, penalties: Some(penalties), ..drawn }
+        }
     }
 }
 
