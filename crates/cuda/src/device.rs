@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use bytemuck::NoUninit;
 use gptoss::Error;
 
-use crate::driver::{Address, Driver, Handle, LaunchAttribute, LaunchConfig, driver};
+use crate::driver::{Address, Driver, Handle, LaunchAttribute, LaunchConfig, OUT_OF_MEMORY, driver};
 
 /// The driver reads a fat binary as 64-bit words.
 #[cfg(feature = "kernels")]
@@ -122,17 +122,20 @@ const MODULES: &[Module] = &[];
 
 type Module = (&'static [u8], &'static [&'static str], &'static [u32]);
 
-/// How many devices there are; an error says why there is none.
+/// How many devices there are.
+///
+/// # Errors
+/// `NoDevice` says why there is none; `Device` why those that there may be do not work.
 pub fn device_count() -> Result<usize, Error> {
     if MODULES.is_empty() {
-        return Err(Error::Device("this build has no GPU kernels (feature `cuda`)".to_owned()));
+        return Err(Error::NoDevice("this build has no GPU kernels (feature `cuda`)".to_owned()));
     }
     let driver = driver()?;
     let mut count = 0;
     // SAFETY: writes one integer.
     driver.check(unsafe { (driver.device_count)(&raw mut count) }, "counting GPUs")?;
     if count == 0 {
-        return Err(Error::Device("the NVIDIA driver has no GPU".to_owned()));
+        return Err(Error::NoDevice("the NVIDIA driver has no GPU".to_owned()));
     }
     Ok(count as usize)
 }
@@ -143,6 +146,7 @@ pub struct Device {
     device: c_int,
     context: Handle,
     pub(crate) stream: Handle,
+    modules: Vec<Handle>,
     functions: HashMap<&'static str, Handle>,
     name: String,
     ordinal: usize,
@@ -205,10 +209,10 @@ impl Device {
         let result = unsafe { (driver.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) };
         driver.check(result, "asking the GPU for its name")?;
         let name = name.split(|&b| b == 0).next().unwrap_or_default();
-        let own_capability = (attribute(75)? * 10 + attribute(76)?) as u32;
-        let capability = most.min(own_capability);
+        let best = with_kernels((attribute(75)? * 10 + attribute(76)?) as u32);
+        let capability = most.min(best);
         let (most_multiprocessors, most_shared_bytes) = match capability {
-            older if older < own_capability => size_of_generation(older),
+            older if older < best => size_of_generation(older),
             _ => (usize::MAX, usize::MAX),
         };
         let name = String::from_utf8_lossy(name).into_owned();
@@ -228,6 +232,7 @@ impl Device {
             device,
             context,
             stream: null_mut(),
+            modules: Vec::new(),
             functions: HashMap::new(),
             name,
             ordinal,
@@ -291,7 +296,7 @@ impl Device {
         let (mut free, mut total) = (0, 0);
         // SAFETY: writes two integers.
         let result = unsafe { (self.driver.memory_info)(&raw mut free, &raw mut total) };
-        self.driver.check(result, "asking the GPU for its free memory")?;
+        self.check(result, "asking the GPU for its free memory")?;
         Ok((free, total))
     }
 
@@ -312,7 +317,7 @@ impl Device {
         let mut can = 0;
         // SAFETY: writes one integer.
         let result = unsafe { (self.driver.can_access_peer)(&raw mut can, self.device, peer.device) };
-        self.driver.check(result, "asking whether one GPU can read another's memory")?;
+        self.check(result, "asking whether one GPU can read another's memory")?;
         if can == 0 {
             return Ok(false);
         }
@@ -321,7 +326,7 @@ impl Device {
         // SAFETY: both contexts are live.
         match unsafe { (self.driver.enable_peer_access)(peer.context, 0) } {
             PEER_ACCESS_ALREADY_ENABLED => Ok(true),
-            result => self.driver.check(result, "letting one GPU read another's memory").map(|()| true),
+            result => self.check(result, "letting one GPU read another's memory").map(|()| true),
         }
     }
 
@@ -329,36 +334,45 @@ impl Device {
         let mut module = null_mut();
         // SAFETY: the image is a complete fat binary; it is copied.
         let result = unsafe { (self.driver.load_module)(&raw mut module, image.as_ptr().cast()) };
-        self.driver.check(result, "loading the kernels (the driver must be of CUDA 13.0 or newer)")?;
+        self.check(result, "loading the kernels (the driver must be of CUDA 13.0 or newer)")?;
+        self.modules.push(module);
         for name in names {
             let mut function = null_mut();
             let symbol = CString::new(*name).expect("the names of kernels have no zero");
             // SAFETY: writes one handle; the module was loaded above.
             let result = unsafe { (self.driver.function)(&raw mut function, module, symbol.as_ptr()) };
-            self.driver.check(result, name)?;
+            self.check(result, name)?;
             // Allow all the shared memory there is beside the kernel's own (attribute 1): 8 is MAX_DYNAMIC_SHARED_SIZE_BYTES.
             let mut own = 0;
             // SAFETY: writes one integer; a function of a loaded module.
             let result = unsafe { (self.driver.read_function_attribute)(&raw mut own, 1, function) };
-            self.driver.check(result, name)?;
+            self.check(result, name)?;
             // SAFETY: a function of a loaded module.
             let result =
                 unsafe { (self.driver.function_attribute)(function, 8, self.shared_bytes as c_int - own) };
-            self.driver.check(result, name)?;
+            self.check(result, name)?;
             // All of it (in percent) is reserved for every kernel (9 is PREFERRED_SHARED_MEMORY_CARVEOUT): two kernels are at work on a
             // multiprocessor at a time, and it must stop for another division.
             // SAFETY: as above.
             let result = unsafe { (self.driver.function_attribute)(function, 9, 100) };
-            self.driver.check(result, name)?;
+            self.check(result, name)?;
             self.functions.insert(name, function);
         }
         Ok(())
     }
 
+    /// As [`Driver::check`], with the number of this device.
+    fn check(&self, result: c_int, what: &str) -> Result<(), Error> {
+        if result == 0 {
+            return Ok(());
+        }
+        self.driver.check(result, &format!("cuda:{}: {what}", self.ordinal))
+    }
+
     /// Makes this device the calling thread's.
     pub(crate) fn bind(&self) -> Result<(), Error> {
         // SAFETY: the context lives as long as `self`.
-        self.driver.check(unsafe { (self.driver.set_context)(self.context) }, "entering the GPU's context")
+        self.check(unsafe { (self.driver.set_context)(self.context) }, "entering the GPU's context")
     }
 
     /// Puts a kernel on the stream. `params` is its one parameter.
@@ -417,13 +431,13 @@ impl Device {
         if result == 0 {
             return Ok(());
         }
-        self.driver.check(result, &format!("starting kernel {name} with grid {grid:?}, {shared_bytes} bytes"))
+        self.check(result, &format!("starting kernel {name} with grid {grid:?}, {shared_bytes} bytes"))
     }
 
     /// Waits until everything on the stream is done.
     pub(crate) fn synchronize(&self) -> Result<(), Error> {
         // SAFETY: the stream lives as long as `self`.
-        self.driver.check(unsafe { (self.driver.synchronize)(self.stream) }, "running kernels")
+        self.check(unsafe { (self.driver.synchronize)(self.stream) }, "running kernels")
     }
 
     /// Records what `enqueue` puts on the stream, to be launched again and again.
@@ -433,19 +447,19 @@ impl Device {
     ) -> Result<Graph, Error> {
         // SAFETY: the stream is ours; 1 is thread-local mode.
         let result = unsafe { (self.driver.begin_capture)(self.stream, 1) };
-        self.driver.check(result, "recording a graph")?;
+        self.check(result, "recording a graph")?;
         let enqueued = enqueue();
         let mut graph = null_mut();
         // SAFETY: writes one handle; capture was begun above and ends whatever happened between.
         let result = unsafe { (self.driver.end_capture)(self.stream, &raw mut graph) };
         enqueued?;
-        self.driver.check(result, "recording a graph")?;
+        self.check(result, "recording a graph")?;
         let mut executable = null_mut();
         // SAFETY: writes one handle; the graph was just made.
         let result = unsafe { (self.driver.instantiate)(&raw mut executable, graph, 0) };
         // SAFETY: the executable does not need the graph.
         unsafe { (self.driver.destroy_graph)(graph) };
-        self.driver.check(result, "preparing a graph")?;
+        self.check(result, "preparing a graph")?;
         Ok(Graph { device: Arc::clone(self), executable })
     }
 
@@ -463,7 +477,7 @@ impl Device {
         let mut milliseconds = 0.0;
         // SAFETY: writes one number; both events are complete.
         let result = unsafe { (self.driver.elapsed)(&raw mut milliseconds, start, end) };
-        self.driver.check(result, "comparing events")?;
+        self.check(result, "comparing events")?;
         for event in [start, end] {
             // SAFETY: made by `event`, used no more.
             unsafe { (self.driver.destroy_event)(event) };
@@ -497,20 +511,20 @@ impl Device {
     pub(crate) fn event(&self) -> Result<Handle, Error> {
         let mut event = null_mut();
         // SAFETY: writes one handle.
-        self.driver.check(unsafe { (self.driver.create_event)(&raw mut event, 0) }, "creating an event")?;
+        self.check(unsafe { (self.driver.create_event)(&raw mut event, 0) }, "creating an event")?;
         Ok(event)
     }
 
     /// Marks the stream's present end.
     pub(crate) fn record(&self, event: Handle) -> Result<(), Error> {
         // SAFETY: the caller's event is one of `event`.
-        self.driver.check(unsafe { (self.driver.record_event)(event, self.stream) }, "recording an event")
+        self.check(unsafe { (self.driver.record_event)(event, self.stream) }, "recording an event")
     }
 
     /// Waits for a mark.
     pub(crate) fn wait(&self, event: Handle) -> Result<(), Error> {
         // SAFETY: the caller's event is one of `event`.
-        self.driver.check(unsafe { (self.driver.wait_event)(event) }, "waiting for an event")
+        self.check(unsafe { (self.driver.wait_event)(event) }, "waiting for an event")
     }
 
     /// Bytes of device memory, zeroed.
@@ -524,13 +538,14 @@ impl Device {
         let mut address = 0;
         let size = bytes.max(16);
         // SAFETY: writes one address.
-        if unsafe { (self.driver.allocate)(&raw mut address, size) } != 0 {
-            return Err(Error::Memory { needed: bytes });
+        match unsafe { (self.driver.allocate)(&raw mut address, size) } {
+            OUT_OF_MEMORY => return Err(Error::Memory { needed: bytes }),
+            result => self.check(result, "allocating memory")?,
         }
         let buffer = Buffer { device: Arc::clone(self), address, bytes };
         // SAFETY: the allocation has this size.
         let result = unsafe { (self.driver.fill)(address, value, size, self.stream) };
-        self.driver.check(result, "clearing memory")?;
+        self.check(result, "clearing memory")?;
         Ok(buffer)
     }
 
@@ -542,7 +557,7 @@ impl Device {
         assert!(bytes <= to.bytes);
         // SAFETY: the caller's promise; `to` is page-locked and read after the stream has been waited for.
         let result = unsafe { (self.driver.download)(to.pointer.cast(), from, bytes, self.stream) };
-        self.driver.check(result, "copying from the GPU")
+        self.check(result, "copying from the GPU")
     }
 
     /// Page-locked memory of the host, readable by the CPU at full speed.
@@ -551,10 +566,18 @@ impl Device {
         let mut pointer = null_mut();
         // SAFETY: writes one pointer.
         let result = unsafe { (self.driver.allocate_host)(&raw mut pointer, bytes.max(16), 0) };
-        self.driver.check(result, &format!("page-locking {bytes} bytes of the host's memory"))?;
+        self.check(result, &format!("page-locking {bytes} bytes of the host's memory"))?;
         // SAFETY: the allocation is of at least this size.
         unsafe { std::ptr::write_bytes(pointer.cast::<u8>(), 0, bytes) };
         Ok(Pinned { device: Arc::clone(self), pointer: pointer.cast(), bytes })
+    }
+}
+
+/// Whose kernels a chip of this compute capability takes: from 9.0 on its own, if there are such, else those of 8.0, which the driver translates.
+fn with_kernels(capability: u32) -> u32 {
+    match capability {
+        ..90 | 90 | 100 | 103 | 120 => capability,
+        _ => 80,
     }
 }
 
@@ -570,7 +593,18 @@ fn size_of_generation(capability: u32) -> (usize, usize) {
 
 impl Drop for Device {
     fn drop(&mut self) {
-        // SAFETY: retained once in `open`; nothing of the context is used afterwards. It frees stream, modules and events.
+        // The context may be another `Device`'s, too.
+        if self.bind().is_ok() {
+            for &module in &self.modules {
+                // SAFETY: loaded once in `load_module`; whoever launches its kernels has this device.
+                unsafe { (self.driver.unload_module)(module) };
+            }
+            if !self.stream.is_null() {
+                // SAFETY: created once in `open_with`, used no more.
+                unsafe { (self.driver.destroy_stream)(self.stream) };
+            }
+        }
+        // SAFETY: retained once in `open_with`.
         unsafe { (self.driver.release_context)(self.device) };
     }
 }
@@ -597,7 +631,7 @@ impl Buffer {
         let (device, to) = (&self.device, self.address + offset as u64);
         // SAFETY: the range lies in this buffer.
         let result = unsafe { (device.driver.fill)(to, 0, bytes, device.stream) };
-        device.driver.check(result, "zeroing device memory")
+        device.check(result, "zeroing device memory")
     }
 
     /// Copies the first `bytes` of `from` to `offset`, when the stream comes to it.
@@ -607,7 +641,7 @@ impl Buffer {
         // SAFETY: both ranges lie in their allocations; `from` is page-locked and is not changed before the stream has been
         // waited for, which its users see to.
         let result = unsafe { (device.driver.upload)(to, from.pointer.cast(), bytes, device.stream) };
-        device.driver.check(result, "copying to the GPU")
+        device.check(result, "copying to the GPU")
     }
 
     /// Copies `bytes` at `offset` to the start of `to`, when the stream comes to it.
@@ -679,7 +713,7 @@ impl Graph {
     pub(crate) fn launch(&self) -> Result<(), Error> {
         // SAFETY: both handles are live.
         let result = unsafe { (self.device.driver.launch_graph)(self.executable, self.device.stream) };
-        self.device.driver.check(result, "starting a graph")
+        self.device.check(result, "starting a graph")
     }
 }
 

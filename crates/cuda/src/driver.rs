@@ -19,11 +19,11 @@ macro_rules! driver {
         }
 
         impl Driver {
-            fn open() -> Result<Driver, String> {
+            fn open() -> Result<Driver, Error> {
                 // SAFETY: the name is a C string; the library's initializers are the driver vendor's.
                 let library = unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW | libc::RTLD_LOCAL) };
                 if library.is_null() {
-                    return Err("there is no NVIDIA driver (libcuda.so.1)".to_owned());
+                    return Err(Error::NoDevice("there is no NVIDIA driver (libcuda.so.1)".to_owned()));
                 }
                 Ok(Driver {
                     $($name: {
@@ -31,7 +31,7 @@ macro_rules! driver {
                         // SAFETY: the library stays open for good; the name is a C string.
                         let symbol = unsafe { libc::dlsym(library, name.as_ptr()) };
                         if symbol.is_null() {
-                            return Err(format!("the NVIDIA driver is too old: it has no {}", name.to_string_lossy()));
+                            return Err(Error::Device(format!("the NVIDIA driver is too old: it has no {}", name.to_string_lossy())));
                         }
                         // SAFETY: the driver's interface gives this symbol exactly this type; a pointer and a function
                         // pointer have one size here.
@@ -64,11 +64,13 @@ driver! {
     download = c"cuMemcpyDtoHAsync_v2" (to: *mut c_void, from: Address, bytes: usize, stream: Handle);
     fill = c"cuMemsetD8Async" (address: Address, byte: u8, bytes: usize, stream: Handle);
     load_module = c"cuModuleLoadData" (module: *mut Handle, image: *const c_void);
+    unload_module = c"cuModuleUnload" (module: Handle);
     function = c"cuModuleGetFunction" (function: *mut Handle, module: Handle, name: *const c_char);
     read_function_attribute = c"cuFuncGetAttribute" (value: *mut c_int, attribute: c_int, function: Handle);
     function_attribute = c"cuFuncSetAttribute" (function: Handle, attribute: c_int, value: c_int);
     launch = c"cuLaunchKernelEx" (config: *const LaunchConfig, function: Handle, params: *mut *mut c_void, extra: *mut *mut c_void);
     create_stream = c"cuStreamCreate" (stream: *mut Handle, flags: c_uint);
+    destroy_stream = c"cuStreamDestroy_v2" (stream: Handle);
     synchronize = c"cuStreamSynchronize" (stream: Handle);
     begin_capture = c"cuStreamBeginCapture_v2" (stream: Handle, mode: c_int);
     end_capture = c"cuStreamEndCapture" (stream: Handle, graph: *mut Handle);
@@ -115,19 +117,24 @@ impl LaunchAttribute {
 
 const _: () = assert!(size_of::<LaunchConfig>() == 56 && size_of::<LaunchAttribute>() == 72);
 
-/// The driver, opened and initialized on the first call.
+/// The driver, opened and initialized on the first call that finds a GPU.
 pub(crate) fn driver() -> Result<&'static Driver, Error> {
-    static DRIVER: OnceLock<Result<Driver, String>> = OnceLock::new();
-    let opened = DRIVER.get_or_init(|| {
-        let driver = Driver::open()?;
-        // SAFETY: the first call of the interface, with the only legal flag.
-        match unsafe { (driver.init)(0) } {
-            0 => Ok(driver),
-            error => Err(format!("the NVIDIA driver does not start: {}", driver.describe(error))),
-        }
-    });
-    opened.as_ref().map_err(|message| Error::Device(message.clone()))
+    static DRIVER: OnceLock<Driver> = OnceLock::new();
+    if let Some(driver) = DRIVER.get() {
+        return Ok(driver);
+    }
+    let driver = Driver::open()?;
+    // SAFETY: the first call of the interface, with the only legal flag.
+    match unsafe { (driver.init)(0) } {
+        0 => Ok(DRIVER.get_or_init(|| driver)),
+        NO_DEVICE => Err(Error::NoDevice("the NVIDIA driver has no GPU".to_owned())),
+        error => Err(Error::Device(format!("the NVIDIA driver does not start: {}", driver.describe(error)))),
+    }
 }
+
+/// Results of the driver.
+pub(crate) const OUT_OF_MEMORY: c_int = 2;
+const NO_DEVICE: c_int = 100;
 
 impl Driver {
     /// An error for a result other than 0; `what` was attempted.

@@ -299,6 +299,9 @@ pub enum Error {
         /// Bytes asked for.
         needed: usize,
     },
+    /// There is no such device here.
+    #[error("{0}")]
+    NoDevice(String),
     /// The device failed.
     #[error("the device failed: {0}")]
     Device(String),

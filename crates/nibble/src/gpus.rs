@@ -15,8 +15,7 @@ pub(crate) struct Gpus {
 pub(crate) fn gpus(device: &str) -> Result<Option<Gpus>> {
     match device {
         "cpu" => Ok(None),
-        // A machine without a GPU is what `auto` is for; a GPU that does not work is worth an error.
-        "auto" => Ok(there().ok().map(|there| Gpus { numbers: (0..there.max(1)).collect(), named: false })),
+        "auto" => Ok(if_any()?.map(|there| Gpus { numbers: (0..there.max(1)).collect(), named: false })),
         _ => {
             let numbers = numbers(device).ok_or_else(|| {
                 Failure::input(format!(
@@ -50,6 +49,20 @@ fn numbers(device: &str) -> Option<Vec<usize>> {
 #[cfg(feature = "cuda")]
 fn there() -> Result<usize> {
     Ok(cuda::device_count()?)
+}
+
+/// The same, or `None`: a machine without a GPU is what `auto` is for, a GPU that does not work is worth an error.
+#[cfg(feature = "cuda")]
+fn if_any() -> Result<Option<usize>> {
+    match cuda::device_count() {
+        Err(gptoss::Error::NoDevice(_)) => Ok(None),
+        count => Ok(Some(count?)),
+    }
+}
+
+#[cfg(not(feature = "cuda"))]
+fn if_any() -> Result<Option<usize>> {
+    Ok(None)
 }
 
 /// A build without GPU kernels uses none.
