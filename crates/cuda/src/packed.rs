@@ -170,7 +170,13 @@ impl<'a> Loader<'a> {
     pub(crate) fn rows(&mut self, id: MatrixId) -> Result<Buffer, Error> {
         match self.weights.matrix(id, 0)?.values {
             Values::Bf16(values) => self.bytes(bytemuck::cast_slice(&values)),
-            _ => Err(unsupported(id, "only BF16 runs on the GPU")),
+            _ => {
+                let format = self.weights.format(id).name();
+                Err(unsupported(
+                    id,
+                    &format!("expected BF16, the only format that runs on the GPU, found {format}"),
+                ))
+            }
         }
     }
 
@@ -209,7 +215,11 @@ impl<'a> Loader<'a> {
         let rows: usize = parts.iter().map(|(id, ..)| id.kind.shape(&config).1).sum();
         let format = self.weights.format(parts[0].0);
         if let Some((id, ..)) = parts.iter().find(|(id, ..)| self.weights.format(*id) != format) {
-            return Err(unsupported(*id, "query, key and value must have one format on the GPU"));
+            let (first, other) = (format.name(), self.weights.format(*id).name());
+            return Err(unsupported(
+                *id,
+                &format!("query, key and value must have one format on the GPU, found {first} and {other}"),
+            ));
         }
         let row_tiles = rows.div_ceil(TILE_ROWS);
         let tiles = matrices * row_tiles * cols.div_ceil(TILE_COLS);
@@ -300,7 +310,8 @@ impl<'a> Loader<'a> {
         let chunk = (STAGE / (row_values + row_scales + 1) / CHUNK_ROWS * CHUNK_ROWS)
             .min(matrix.rows.next_multiple_of(CHUNK_ROWS));
         if chunk == 0 {
-            return Err(unsupported(id, "a row is too long"));
+            let bytes = row_values + row_scales;
+            return Err(unsupported(id, &format!("a row of {bytes} bytes, of which at most {STAGE} fit")));
         }
         for first in (0..matrix.rows).step_by(chunk) {
             let rows = chunk.min(matrix.rows - first);
@@ -392,7 +403,7 @@ fn largest_exponent(codes: &[u8], scales: &[u8]) -> Option<u8> {
     (largest - smallest <= 24).then_some(largest)
 }
 
-fn unsupported(id: MatrixId, why: &'static str) -> Error {
+fn unsupported(id: MatrixId, why: &str) -> Error {
     let place = if matches!(id.kind, MatrixKind::Embedding | MatrixKind::Unembedding) {
         Cow::Borrowed("")
     } else {

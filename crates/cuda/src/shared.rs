@@ -7,7 +7,7 @@ use checkpoint::{Config, Shard, Weights};
 use gptoss::Error;
 
 use crate::arena::MAX_TOKENS;
-use crate::backend::{Cuda, Options};
+use crate::backend::{Cuda, Options, no_room};
 use crate::device::{Buffer, Device, Pinned};
 use crate::driver::Address;
 use crate::one::OneToken;
@@ -255,8 +255,11 @@ impl Cuda {
             (0..count).map(|rank| Shard::new(weights, rank, count)).collect();
         let shards = shards.filter(|_| (1..=MAX_GPUS).contains(&count)).ok_or_else(|| {
             Error::Unsupported(format!(
-                "a model of {} key/value heads on {count} GPUs, where their number must divide that of the heads and be at most {MAX_GPUS}",
-                config.kv_heads
+                "a model of {} key/value heads, {} queries in all heads and experts of {} units on {count} GPUs, of which there may be at most \
+                 {MAX_GPUS}: each takes as many whole heads as the others, a multiple of 32 queries, and at least 32 units",
+                config.kv_heads,
+                config.query_heads * config.head_dim,
+                config.intermediate_size
             ))
         })?;
         let mut near = true;
@@ -273,7 +276,8 @@ impl Cuda {
             }
         }
         let load = |rank: usize, progress: &mut dyn FnMut(usize, usize)| {
-            let shared = Shared::new(&devices[rank], rank, count, config, near)?;
+            let shared = Shared::new(&devices[rank], rank, count, config, near)
+                .map_err(|e| no_room(e, &devices[rank], "sums of several GPUs"))?;
             Cuda::load_with(&devices[rank], &shards[rank], options, Some(shared), progress)
         };
         let (first, others) = std::thread::scope(|scope| {
@@ -310,7 +314,8 @@ fn share_single_tokens(all: &mut [Cuda]) -> Result<(), Error> {
     for cuda in all {
         match (&shapes[..], &mut cuda.shared) {
             (&[Some((share_words, _))], Some(shared)) if !shared.is_by_host() => {
-                shared.words = Some(Words::new(&cuda.device, share_words, cuda.config.hidden_size)?);
+                let words = Words::new(&cuda.device, share_words, cuda.config.hidden_size);
+                shared.words = Some(words.map_err(|e| no_room(e, &cuda.device, "sums of several GPUs"))?);
             }
             _ => cuda.one = None,
         }

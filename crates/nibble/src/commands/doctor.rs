@@ -160,7 +160,20 @@ fn gpus(name: &str) -> Result<Gpus> {
     };
     let mut gpus = Gpus::default();
     for device in &devices {
-        let (free, total) = device.memory()?;
+        let number = device.ordinal();
+        let tested =
+            device.memory().and_then(|memory| Ok((memory, cuda::self_test(std::slice::from_ref(device))?)));
+        let ((free, total), tests) = match tested {
+            Ok(tested) => tested,
+            // The others are worth a look all the same.
+            Err(error) => {
+                gpus.failed = true;
+                gpus.summaries
+                    .push(format!("{}, where the kernels could not be tested: {error}", device.name()));
+                gpus.json.push(json!({"name": device.name(), "error": error.to_string()}));
+                continue;
+            }
+        };
         let capability = format!("{}.{}", device.capability() / 10, device.capability() % 10);
         gpus.summaries.push(format!(
             "{}, compute capability {capability}, {} multiprocessors, {:.1} of {:.1} GB free",
@@ -169,9 +182,8 @@ fn gpus(name: &str) -> Result<Gpus> {
             free as f64 / 1e9,
             total as f64 / 1e9
         ));
-        let tests = cuda::self_test(std::slice::from_ref(device))?;
         gpus.failed |= tests.iter().any(|test| !test.passed);
-        let kernels = table(&format!("kernels of cuda:{}", device.ordinal()), &tests, &mut gpus.lines);
+        let kernels = table(&format!("kernels of cuda:{number}"), &tests, &mut gpus.lines);
         gpus.json.push(json!({"name": device.name(), "compute_capability": capability, "free_bytes": free,
             "total_bytes": total, "multiprocessors": device.multiprocessors(), "kernels": kernels}));
     }
@@ -189,7 +201,11 @@ fn gpus(name: &str) -> Result<Gpus> {
                 gpus.lines.push(format!("\nno model for {count} GPUs: {why}"));
                 json!({"gpus": count, "error": why})
             }
-            Err(error) => return Err(error.into()),
+            Err(error) => {
+                gpus.failed = true;
+                gpus.lines.push(format!("\n{count} GPUs that share a model could not be tested: {error}"));
+                json!({"gpus": count, "error": error.to_string()})
+            }
         };
     }
     // Off unless asked for: a failure is shown, and does not make the machine unfit. Last, since it may end the context.
