@@ -80,8 +80,6 @@ pub(crate) fn calibrate(
     let folder = &job.calibration.scratch;
     let layers = config.layer_kinds.len();
     let sides = Side::of(job);
-    let kinds: Vec<MatrixKind> =
-        MatrixKind::LAYER.into_iter().filter(|kind| job.methods.contains_key(&kind.at(0))).collect();
     if job.calibration.windows.iter().all(Vec::is_empty) {
         return Err(Error::NoTokens);
     }
@@ -102,12 +100,12 @@ pub(crate) fn calibrate(
     }
     for layer in done..layers {
         step(layer, 0)?;
-        let pass = LayerPass { job, sides: &sides, config, layer, kinds: &kinds };
+        let pass = LayerPass { job, sides: &sides, config, layer };
         pass.run(&mut |part| step(layer, part))?;
     }
     let _ = progress(layers * per_layer, layers * per_layer);
     let final_amax = final_amax(job)?;
-    Ok(Calibrated::open(claim, config, kinds, final_amax)?)
+    Ok(Calibrated::open(claim, config, job.methods.keys().copied().collect(), final_amax)?)
 }
 
 /// The largest magnitude that the output layer sees.
@@ -218,7 +216,6 @@ struct LayerPass<'a> {
     sides: &'a [Side<'a>],
     config: &'a Config,
     layer: usize,
-    kinds: &'a [MatrixKind],
 }
 
 impl LayerPass<'_> {
@@ -460,7 +457,7 @@ impl LayerPass<'_> {
         input_amax(kind.at(self.layer), x)
     }
 
-    /// How these matrices are quantized, if they are calibrated.
+    /// How those of these matrices are quantized that are calibrated, if there are any.
     fn method(&self, kinds: &[MatrixKind]) -> Option<Method> {
         kinds.iter().find_map(|kind| self.job.methods.get(&kind.at(self.layer)).copied())
     }
@@ -470,7 +467,7 @@ impl LayerPass<'_> {
         // GPTQ sees what the product will see.
         let rounded = self.job.activations && self.method(kinds) == Some(Method::Gptq);
         let input_scale = rounded.then(|| facts.input_scale(kinds[0]));
-        kinds.iter().any(|kind| self.kinds.contains(kind)).then(|| Moments::new(cols, input_scale))
+        self.method(kinds).map(|_| Moments::new(cols, input_scale))
     }
 
     /// Adds tokens to the statistics: the inputs `x` that both sides give, and the `weights` of their answers.
@@ -524,6 +521,10 @@ impl LayerPass<'_> {
         let mut results = Vec::new();
         for (&kind, source) in kinds.iter().zip(source) {
             let id = kind.at(self.layer);
+            if self.method(slice::from_ref(&kind)).is_none() {
+                results.push(self.linear(self.job.quantized, kind, expert)?);
+                continue;
+            }
             let amax = (self.job.amax)(id, expert);
             let global_scale = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
             let mut bias = source.bias.clone();
@@ -580,7 +581,9 @@ impl LayerPass<'_> {
         let (pool, cols) = (self.job.pool, moments.cols);
         moments.finish(false);
         let mut weights: Vec<Vec<f32>> = source.iter().map(|linear| linear.weights.clone()).collect();
-        if let Some(norm) = norm {
+        let calibrated = |kind: &MatrixKind| self.method(slice::from_ref(kind)).is_some();
+        // A projection that stays as it is takes its inputs as they are.
+        if let Some(norm) = norm.filter(|_| kinds.iter().all(calibrated)) {
             // What runs as one product has one input, so the projections share the mean of their scales.
             let mut scale = vec![0.0; cols];
             for weights in &weights {
@@ -609,7 +612,11 @@ impl LayerPass<'_> {
             done.amax.0 = Some(amax);
         }
         let mut results = Vec::new();
-        for (weights, source) in weights.iter().zip(source) {
+        for ((kind, weights), source) in kinds.iter().zip(&weights).zip(source) {
+            if !calibrated(kind) {
+                results.push(self.linear(self.job.quantized, *kind, 0)?);
+                continue;
+            }
             let rounded = Rounded::by_max_rule(weights, amax);
             record.matrix(&rounded, &source.bias)?;
             let weights = rounded.values(nvfp4::global_scale(amax));

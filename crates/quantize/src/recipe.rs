@@ -1,6 +1,6 @@
 //! What is quantized, and how: recipes and algorithms, and the method that follows for each matrix.
 
-use checkpoint::{Format, MatrixId, MatrixKind};
+use checkpoint::{Format, MatrixId, MatrixKind, Weights, matrices};
 
 /// Which matrices are quantized. Router, norms, biases and sinks never are.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -116,6 +116,13 @@ pub enum Method {
 }
 
 impl Options {
+    /// Whether a matrix of `source` or a static scale needs calibration data.
+    pub fn needs_calibration(&self, source: &dyn Weights) -> bool {
+        let scales =
+            matches!(self, Options::Nvfp4 { activations: true, .. } | Options::Nvfp4 { kv_scales: true, .. });
+        scales || matrices(source.config()).any(|id| self.method(id, source.format(id)).calibrates())
+    }
+
     /// What happens to matrix `id`, stored in `format`.
     pub(crate) fn method(&self, id: MatrixId, format: Format) -> Method {
         match *self {

@@ -1,5 +1,6 @@
 //! Finished layers in the scratch folder: calibration writes them, the view reads them.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -77,7 +78,8 @@ pub(crate) struct Calibrated {
     /// Keeps others from the folder.
     _claim: Unfinished,
     config: Config,
-    kinds: Vec<MatrixKind>,
+    /// The matrices that were calibrated.
+    ids: BTreeSet<MatrixId>,
     files: Vec<(PathBuf, File)>,
     done: Vec<Done>,
     /// The largest magnitude of the output layer's input.
@@ -85,11 +87,11 @@ pub(crate) struct Calibrated {
 }
 
 impl Calibrated {
-    /// What all layers of a calibration of `kinds` have left in their folder.
+    /// What all layers of a calibration of `ids` have left in their folder.
     pub(crate) fn open(
         claim: Unfinished,
         config: &Config,
-        kinds: Vec<MatrixKind>,
+        ids: BTreeSet<MatrixId>,
         final_amax: f32,
     ) -> Result<Calibrated, checkpoint::Error> {
         let folder = claim.directory();
@@ -100,7 +102,7 @@ impl Calibrated {
             files.push((path, file));
             done.push(Done::read(folder, layer)?);
         }
-        Ok(Calibrated { _claim: claim, config: config.clone(), kinds, files, done, final_amax })
+        Ok(Calibrated { _claim: claim, config: config.clone(), ids, files, done, final_amax })
     }
 
     /// What was found out about each layer.
@@ -148,7 +150,7 @@ impl Calibrated {
     /// Where the record of a matrix begins, and its shape.
     fn place(&self, id: MatrixId, expert: usize) -> Option<(u64, usize, usize)> {
         let mut at = 0;
-        for &kind in &self.kinds {
+        for kind in MatrixKind::LAYER.into_iter().filter(|kind| self.ids.contains(&kind.at(id.layer))) {
             let (count, rows, cols) = kind.shape(&self.config);
             let record = record_bytes(rows, cols);
             if kind == id.kind {

@@ -42,7 +42,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         ui.note("note: compressed-tensors has no names for fused experts: they are written in BF16");
     }
 
-    let data = if args.report.is_some() || wants_calibration(&model, args) {
+    let data = if args.report.is_some() || options(args).needs_calibration(&model.checkpoint) {
         calibration::read(&model, &args.calibration, args.calibration_tokens as usize, args.seed, ui)?
     } else {
         calibration::Data::default()
@@ -190,18 +190,6 @@ fn unfinished(error: checkpoint::Error) -> Failure {
         }
         error => error.into(),
     }
-}
-
-/// Whether the algorithm calibrates and there is something in BF16 for it.
-fn wants_calibration(model: &Model, args: &Quantize) -> bool {
-    let kind = match args.recipe {
-        args::Recipe::Experts => checkpoint::MatrixKind::GateUp,
-        args::Recipe::Linear | args::Recipe::All => checkpoint::MatrixKind::Query,
-    };
-    let Options::Nvfp4 { algorithm, activations, kv_scales, .. } = options(args) else { return false };
-    let calibrates =
-        algorithm.calibrates() && model.checkpoint.format(kind.at(0)) == checkpoint::Format::Bf16;
-    activations || kv_scales || calibrates
 }
 
 /// Whether a stack that stays as it is has more than one global scale. All algorithms but `max` keep what is NVFP4.

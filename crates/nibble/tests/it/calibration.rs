@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Stdio;
 
-use crate::{bf16, copy_model, fails, nibble, ok, small};
+use crate::{bf16, copy_model, fails, nibble, ok, run, small};
 
 fn write(folder: &Path, name: &str, text: &str) -> String {
     let path = folder.join(name);
@@ -172,6 +172,28 @@ fn auto_says_which_algorithm_it_took_and_why() {
     assert_eq!(report["run"]["algorithm"], "refine");
     assert_eq!(report["algorithms"][0]["algorithm"], "refine");
     assert!(report["run"]["reason"].as_str().unwrap().contains("lowest divergence"));
+}
+
+#[test]
+fn packed_attention_stays_while_experts_are_calibrated() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (attention, out, back) = (path("attention"), path("out"), path("back"));
+    let tensors = ["--format", "compressed-tensors", "--recipe", "linear"];
+    ok(&[&["quantize", &bf16(), "--out", &attention, "--algorithm", "max"], &tensors[..]].concat());
+    let linear = ["--recipe", "linear", "--calibration-tokens", "64"];
+    let done = ok(&[&["quantize", &attention, "--out", &out, "--json"], &linear[..]].concat()).json();
+    let changed = done["tensors"].as_array().unwrap();
+    assert!(
+        changed.iter().all(|t| t["algorithm"] == "refine" && t["name"].as_str().unwrap().contains("experts"))
+    );
+    assert_eq!(changed.len(), 4 * 2);
+    let compared = run(&["verify", &attention, &out, "--json"]).json();
+    let different = compared["different"].as_array().unwrap();
+    assert!(different.iter().all(|t| t["name"].as_str().unwrap().contains("experts")), "{different:?}");
+    // Nothing is in BF16 any more.
+    ok(&[&["quantize", &out, "--out", &back], &linear[..]].concat());
+    assert_eq!(ok(&["verify", &out, &back, "--json"]).json()["identical"], true);
 }
 
 #[test]

@@ -414,6 +414,48 @@ fn every_calibrating_algorithm_keeps_the_function() {
 }
 
 #[test]
+fn what_is_packed_stays_as_it_is_while_the_rest_is_calibrated() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut config = config();
+    config.layer_kinds.push(config.layer_kinds[0]);
+    let packed = |id: MatrixId| match id.layer {
+        0 => id.kind.is_attention(),
+        _ => matches!(id.kind, MatrixKind::Key | MatrixKind::Output | MatrixKind::Down),
+    };
+    let format = |id| if packed(id) { Format::Nvfp4 } else { Format::Bf16 };
+    let source = Arc::new(Synthetic::new(config.clone(), format, 3));
+    for algorithm in [Algorithm::LocalHessian, Algorithm::Awq, Algorithm::Gptq, Algorithm::Refine] {
+        let calibration = calibration(&folder.path().join(format!("{algorithm:?}")), 0);
+        let options = nvfp4(Recipe::Linear, algorithm);
+        assert!(options.needs_calibration(&*source));
+        let mut found = view(Arc::clone(&source) as Arc<dyn Weights>, options);
+        found.calibrate(&calibration, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        for id in checkpoint::matrices(&config).filter(|id| id.kind.is_attention() || id.kind.is_expert()) {
+            for expert in 0..id.kind.shape(&config).0 {
+                let before = source.matrix(id, expert).unwrap();
+                let after = found.matrix(id, expert).unwrap();
+                assert_eq!(after.values.format(), Format::Nvfp4);
+                if packed(id) {
+                    assert_eq!(before, after, "{algorithm:?} {id:?}");
+                }
+            }
+        }
+        for tensor in found.report().iter().filter(|t| t.method.calibrates()) {
+            let sqnr = tensor.totals.sqnr_db();
+            assert!(sqnr > 10.0, "{algorithm:?} {:?}: {sqnr}", tensor.id);
+        }
+        for kind in VectorKind::LAYER {
+            for layer in 0..2 {
+                let vector = |weights: &dyn Weights| weights.vector(kind.at(layer)).unwrap().to_f32();
+                let changed = vector(&found).iter().zip(vector(&*source)).any(|(a, b)| (a - b).abs() > 0.1);
+                assert!(!changed, "{algorithm:?} {kind:?} {layer}");
+            }
+        }
+    }
+    assert!(!nvfp4(Recipe::Linear, Algorithm::Mse).needs_calibration(&*source));
+}
+
+#[test]
 fn odd_shapes_and_many_experts_are_calibrated_for_w4a4() {
     let mut config = config();
     (config.hidden_size, config.intermediate_size, config.experts) = (96, 160, 128);
