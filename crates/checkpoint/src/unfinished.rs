@@ -2,7 +2,7 @@
 //! ever taken for such a folder.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{Read, Write};
+use std::io::{ErrorKind, Read, Write};
 use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
@@ -32,12 +32,9 @@ impl Unfinished {
         identity: &str,
         overwrite: bool,
     ) -> Result<(Unfinished, Vec<String>), Error> {
+        refuse_foreign(directory)?;
         let path = directory.join(JOURNAL);
         fs::create_dir_all(directory).map_err(Error::io(directory))?;
-        let empty = fs::read_dir(directory).map_err(Error::io(directory))?.next().is_none();
-        if !empty && !path.is_file() {
-            return Err(Error::file(directory, "unfinished work, or nothing", "something else"));
-        }
         let mut journal =
             OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(Error::io(&path))?;
         journal.try_lock().map_err(|error| match error {
@@ -48,25 +45,27 @@ impl Unfinished {
         })?;
         let mut text = String::new();
         journal.read_to_string(&mut text).map_err(Error::io(&path))?;
-        // A last line without its end was cut off.
-        let whole = text.rfind('\n').map_or(0, |at| at + 1);
-        let mut lines = text[..whole].lines();
-        let identity = hex(&Sha256::digest(identity));
-        let ours = match lines.next() {
-            None => false,
-            Some(first) if first == identity => true,
-            Some(_) if overwrite => false,
-            Some(_) => return Err(Error::OtherWork { path: directory.to_owned() }),
-        };
-        if ours {
-            journal.set_len(whole as u64).map_err(Error::io(&path))?;
-            let lines = lines.map(str::to_owned).collect();
+        let text = whole_lines(&text);
+        if continues(directory, text, identity, overwrite)? {
+            journal.set_len(text.len() as u64).map_err(Error::io(&path))?;
+            let lines = text.lines().skip(1).map(str::to_owned).collect();
             return Ok((Unfinished { directory: directory.to_owned(), journal }, lines));
         }
         clear(directory)?;
         journal.set_len(0).map_err(Error::io(&path))?;
-        writeln!(journal, "{identity}").map_err(Error::io(&path))?;
+        writeln!(journal, "{}", written(identity)).map_err(Error::io(&path))?;
         Ok((Unfinished { directory: directory.to_owned(), journal }, Vec::new()))
+    }
+
+    /// Whether [`Unfinished::begin`] would take the folder, if nobody is at work there.
+    pub(crate) fn check(directory: &Path, identity: &str, overwrite: bool) -> Result<(), Error> {
+        refuse_foreign(directory)?;
+        let path = directory.join(JOURNAL);
+        match fs::read_to_string(&path) {
+            Ok(text) => continues(directory, whole_lines(&text), identity, overwrite).map(drop),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
+            Err(error) => Err(Error::io(&path)(error)),
+        }
     }
 
     /// The folder.
@@ -81,6 +80,40 @@ impl Unfinished {
         let written = self.journal.write_all(text.as_bytes()).and_then(|()| self.journal.sync_data());
         written.map_err(Error::io(&self.directory.join(JOURNAL)))
     }
+}
+
+/// Refuses what is not empty and has no journal: it is nobody's unfinished work, and stays as it is.
+pub(crate) fn refuse_foreign(directory: &Path) -> Result<(), Error> {
+    let foreign = match fs::read_dir(directory) {
+        Ok(mut entries) => entries.next().is_some() && !directory.join(JOURNAL).is_file(),
+        Err(error) if error.kind() == ErrorKind::NotFound => false,
+        Err(error) if error.kind() == ErrorKind::NotADirectory => true,
+        Err(error) => return Err(Error::io(directory)(error)),
+    };
+    if foreign {
+        Err(Error::file(directory, "unfinished work, or nothing", "something else"))
+    } else {
+        Ok(())
+    }
+}
+
+/// A journal without a last line that was cut off before its end.
+fn whole_lines(text: &str) -> &str {
+    &text[..text.rfind('\n').map_or(0, |at| at + 1)]
+}
+
+/// Whether the work of this journal is to be continued under `identity`; that of another one is dropped with `overwrite` alone.
+fn continues(directory: &Path, journal: &str, identity: &str, overwrite: bool) -> Result<bool, Error> {
+    match journal.lines().next() {
+        Some(first) if first == written(identity) => Ok(true),
+        Some(_) if !overwrite => Err(Error::OtherWork { path: directory.to_owned() }),
+        _ => Ok(false),
+    }
+}
+
+/// An identity as the journal has it.
+fn written(identity: &str) -> String {
+    hex(&Sha256::digest(identity))
 }
 
 /// A digest as it is written.

@@ -22,7 +22,7 @@ use crate::layout::{self, Role, Slot};
 use crate::quantization::Description;
 use crate::reader::{FAKE_FOLDER, FAKE_SCALES, INDEX, SINGLE, read_file};
 use crate::transpose::transpose;
-use crate::unfinished::{JOURNAL, Unfinished, hex};
+use crate::unfinished::{JOURNAL, Unfinished, hex, refuse_foreign};
 use crate::{
     Checkpoint, Config, Error, Format, GenerationConfig, KvCache, Layout, Matrix, MatrixId, MatrixKind,
     Values, Vector, VectorId, VectorKind, Weights, matrices,
@@ -169,19 +169,22 @@ pub fn write(
     Ok(Written { directory, files, tensor_bytes: plan.total_bytes, resumed_bytes: work.resumed_bytes })
 }
 
-/// Whether the target can hold `weights`, which a caller can ask before long work.
+/// Whether [`write`] would begin, which a caller can ask before long work.
 ///
 /// # Errors
-/// Those of [`write`] for what the layout has no place for.
-pub fn can_hold(target: &Target, weights: &dyn Weights) -> Result<(), Error> {
-    Plan::new(weights, target).map(drop)
+/// Those of [`may_write`]; [`Error::Format`] for a matrix that the layout cannot hold; [`Error::OtherWork`] for unfinished work of
+/// another call without `overwrite`.
+pub fn may_begin(weights: &dyn Weights, target: &Target, out: &Path) -> Result<(), Error> {
+    may_write(out, target.overwrite)?;
+    Unfinished::check(&beside(out, ".partial")?, &Plan::new(weights, target)?.identity, target.overwrite)
 }
 
-/// Whether [`write`] may write to `out`, which a caller can ask before long work.
+/// Whether [`write`] may write to `out`, as far as can be said without any weights.
 ///
 /// # Errors
 /// [`Error::Exists`] for a model folder without `overwrite`; [`Error::File`] for anything else that is there or in the way.
 pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
+    refuse_foreign(&beside(out, ".partial")?)?;
     let aside = beside(out, REPLACED)?;
     if fs::symlink_metadata(out).is_err() {
         return Ok(());

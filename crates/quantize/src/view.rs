@@ -397,8 +397,12 @@ impl Weights for Quantized {
     }
 
     fn kv_scales(&self, layer: usize) -> Option<KvScales> {
-        let Some(calibrated) = self.calibrated.as_ref().filter(|_| self.kv_scales) else {
+        if !self.kv_scales {
             return self.source.kv_scales(layer);
+        }
+        let Some(calibrated) = &self.calibrated else {
+            // So far it is known only that there will be some.
+            return Some(KvScales { key: 1.0, value: 1.0 });
         };
         let facts = calibrated.facts().nth(layer)?;
         let scale = |amax: f32| if amax > 0.0 { amax / e4m3::MAX } else { 1.0 };

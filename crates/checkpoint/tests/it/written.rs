@@ -398,8 +398,12 @@ fn other_unfinished_work_is_not_continued() {
     };
     assert!(matches!(interrupted(&one, 30), Err(Error::Interrupted { .. })));
     let two = Target { fingerprint: "two".to_owned(), ..one.clone() };
-    let error = write_all(&weights, &two, &out).unwrap_err();
-    assert!(matches!(&error, Error::OtherWork { path } if path.ends_with("out.partial")), "{error}");
+    for refused in [write_all(&weights, &two, &out).map(drop), may_begin(&weights, &two, &out)] {
+        let error = refused.unwrap_err();
+        assert!(matches!(&error, Error::OtherWork { path } if path.ends_with("out.partial")), "{error}");
+    }
+    may_begin(&weights, &one, &out).unwrap();
+    may_begin(&weights, &Target { overwrite: true, ..two.clone() }, &out).unwrap();
     let other_shards = Target { shard_bytes: 1 << 30, ..one.clone() };
     assert!(matches!(write_all(&weights, &other_shards, &out), Err(Error::OtherWork { .. })));
 
@@ -424,8 +428,12 @@ fn other_unfinished_work_is_not_continued() {
     for overwrite in [false, true] {
         let target = Target { overwrite, ..one.clone() };
         assert!(matches!(write_all(&weights, &target, &out), Err(Error::File { .. })));
+        assert!(matches!(may_write(&out, overwrite), Err(Error::File { .. })));
     }
     assert!(folder.path().join("out.partial/letter.txt").exists());
+    std::fs::remove_dir_all(folder.path().join("out.partial")).unwrap();
+    std::fs::write(folder.path().join("out.partial"), "dear").unwrap();
+    assert!(matches!(may_write(&out, true), Err(Error::File { .. })));
 }
 
 #[test]

@@ -75,11 +75,11 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         return Err(failure.hint("--allow-loss casts all the same; --scales-per expert may lose less"));
     }
 
-    checkpoint::can_hold(&target, &view)?;
     interrupt::handle_gracefully();
     let calibrates = view.needs_calibration();
     let windows = if calibrates { data.windows() } else { Vec::new() };
     target.fingerprint = fingerprint(&view, args, &windows);
+    checkpoint::may_begin(&view, &target, &args.out).map_err(unfinished)?;
     let scratch = checkpoint::beside(&args.out, ".calibration")?;
     if calibrates {
         let calibration = quantize::Calibration {

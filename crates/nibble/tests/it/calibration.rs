@@ -228,6 +228,28 @@ fn a_folder_beside_the_output_is_deleted_by_its_own_calibration_alone() {
 }
 
 #[test]
+fn what_is_in_the_way_of_the_output_is_found_before_the_calibration() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let partial = folder.path().join("out.partial");
+    std::fs::create_dir(&partial).unwrap();
+    let letter = write(&partial, "letter.txt", "dear");
+    let calibrated = ["quantize", &bf16(), "--out", &out, "--kv-cache", "fp8", "--calibration-tokens", "64"];
+    fails(
+        &[&calibrated[..], &["--overwrite"]].concat(),
+        2,
+        "out.partial: expected unfinished work, or nothing",
+    );
+    // What another command left.
+    std::fs::remove_file(&letter).unwrap();
+    write(&partial, ".nibble-journal", "0123\n");
+    let other = fails(&calibrated, 2, "out.partial: expected unfinished work of this very command");
+    assert!(other.stderr.contains("--overwrite drops it"), "{}", other.stderr);
+    assert!(!folder.path().join("out.calibration").exists(), "nothing was calibrated");
+    ok(&[&calibrated[..], &["--overwrite"]].concat());
+}
+
+#[test]
 fn an_interrupted_calibration_is_continued_by_the_same_command() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();

@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use checkpoint::{
     Checkpoint, Config, Error, Format, Layout, Matrix, MatrixId, MatrixKind, Target, TensorFile, Values,
-    Vector, VectorId, Weights, can_hold, matrices,
+    Vector, VectorId, Weights, matrices, may_begin,
 };
 use quantize::{Algorithm, Options, Recipe, ScalesPer};
 
@@ -57,7 +57,7 @@ fn scales_of_activations_are_those_that_were_asked_for() {
             assert_eq!(found.input_scale(id).is_some(), expected, "{id:?}");
         }
         let target = Target::new(found.config().to_json(), Layout::ModelOpt);
-        can_hold(&target, &found).unwrap();
+        may_begin(&found, &target, "a-folder-that-is-not-there".as_ref()).unwrap();
     }
 }
 
