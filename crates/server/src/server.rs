@@ -472,6 +472,8 @@ fn is_loading(replicas: &Replicas) -> bool {
 /// What all requests share.
 pub(crate) struct State {
     life: RwLock<Life>,
+    /// Held while the server falls asleep, and by who wakes it: the model is not loaded again before it is gone.
+    falling_asleep: tokio::sync::Mutex<()>,
     loaded_percent: AtomicU32,
     loader: Mutex<Option<Arc<Loader>>>,
     pub(crate) keys: Keys,
@@ -554,6 +556,7 @@ impl State {
         let hash = hex(&digest(format!("{version} {root}").as_bytes())[..4]);
         State {
             life: RwLock::new(Life::Loading),
+            falling_asleep: tokio::sync::Mutex::default(),
             loaded_percent: AtomicU32::new(0),
             loader: Mutex::default(),
             keys: Keys::new(&options.api_keys),
@@ -662,6 +665,7 @@ impl State {
         if self.loader.lock().unwrap_or_else(PoisonError::into_inner).is_none() {
             return Err(ApiError::body("This server cannot load its model again."));
         }
+        let _falling_asleep = self.falling_asleep.lock().await;
         let replicas = {
             let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
             match &*life {
@@ -687,7 +691,7 @@ impl State {
         Ok(())
     }
 
-    /// Loads the model again.
+    /// Loads the model again, when a sleep that has begun is complete.
     pub(crate) async fn wake(self: &Arc<State>, request_id: &str) -> Result<(), ApiError> {
         let internal = |error: &dyn std::fmt::Display| {
             tracing::error!(request_id, %error, "the model could not be loaded again");
@@ -695,6 +699,7 @@ impl State {
         };
         let loader = self.loader.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let level = {
+            let _asleep = self.falling_asleep.lock().await;
             let mut life = self.life.write().unwrap_or_else(PoisonError::into_inner);
             match (&*life, &loader) {
                 (&Life::Asleep(level), Some(_)) => {

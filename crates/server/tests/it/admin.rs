@@ -191,6 +191,46 @@ fn sleep_waits_for_what_runs() {
 }
 
 #[test]
+fn there_are_never_two_models() {
+    let options = Options { dev_mode: true, sleep_mode: true, ..options() };
+    let (mut server, steps) = Fixture::stepwise(HI, &options);
+    let old = std::sync::Mutex::new(steps.clone());
+    server.handle.reload_with(Box::new(move |_, _| {
+        if old.lock().unwrap().send(Step::Run).is_ok() {
+            return Err("the old backend is there".to_owned());
+        }
+        let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]);
+        let engine = Engine::start(Box::new(backend), harmony(), engine_options());
+        engine.map(|engine| vec![engine]).map_err(|error| error.to_string())
+    }));
+    server.engine = None;
+    let mut request = hi();
+    request["stream"] = true.into();
+    steps.send(Step::Run).unwrap();
+    let mut stream = server.stream(CHAT, &request);
+    let server = &server;
+    std::thread::scope(|scope| {
+        let post = |path: &'static str| scope.spawn(move || server.request("POST", path, "", b"").status);
+        let asleep = post("/sleep");
+        while server.get("/ready").status != 503 {
+            std::thread::yield_now();
+        }
+        let awake = post("/wake_up");
+        for _ in 0..10 {
+            assert_eq!(server.get("/is_sleeping").ok(), json!({"is_sleeping": true}));
+        }
+        // More than it takes: the backend goes with what is left.
+        for _ in 0..16 {
+            let _ = steps.send(Step::Run);
+        }
+        let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
+        assert!(events.iter().any(|event| event.contains("\"finish_reason\":\"stop\"")), "{events:?}");
+        assert_eq!((asleep.join().unwrap(), awake.join().unwrap()), (200, 200));
+    });
+    assert_eq!(server.chat(&hi()).status, 200);
+}
+
+#[test]
 fn a_profile_counts_what_was_done() {
     let server = serving(&Options { dev_mode: true, ..options() });
     let post = |path: &str| server.request("POST", path, "", b"");
