@@ -24,10 +24,8 @@ pub(crate) enum ApiError {
     },
     #[error("The model `{}` does not exist. Valid aliases: {aliases}.", excerpt(.name))]
     UnknownModel { name: String, aliases: String },
-    #[error(
-        "There is no such response: it was never stored, has been deleted, or was dropped for newer ones."
-    )]
-    UnknownResponse { param: &'static str },
+    #[error("There is no such {what}: it was never stored, has been deleted, or was dropped for newer ones.")]
+    Unknown { what: &'static str, param: String },
     #[error("There is nothing at this path.")]
     UnknownPath,
     #[error("This path does not take this method.")]
@@ -106,7 +104,7 @@ impl ApiError {
             | ApiError::Invalid { .. }
             // Not 5xx: clients would send it again.
             | ApiError::Aborted => StatusCode::BAD_REQUEST,
-            ApiError::UnknownModel { .. } | ApiError::UnknownResponse { .. } | ApiError::UnknownPath => {
+            ApiError::UnknownModel { .. } | ApiError::Unknown { .. } | ApiError::UnknownPath => {
                 StatusCode::NOT_FOUND
             }
             ApiError::MethodNotAllowed => StatusCode::METHOD_NOT_ALLOWED,
@@ -139,7 +137,7 @@ impl ApiError {
             | ApiError::LargeHead
             | ApiError::MediaType => "BadRequestError",
             ApiError::UnknownModel { .. } | ApiError::UnknownPath => "NotFoundError",
-            ApiError::UnknownResponse { .. } => "invalid_request_error",
+            ApiError::Unknown { .. } => "invalid_request_error",
             ApiError::MethodNotAllowed => "MethodNotAllowedError",
             ApiError::NotApplicable => "NotImplementedError",
             ApiError::Unauthorized => "AuthenticationError",
@@ -161,7 +159,7 @@ impl ApiError {
         match self {
             ApiError::Invalid { param, .. } => Some(param),
             ApiError::UnknownModel { .. } => Some("model"),
-            ApiError::UnknownResponse { param } => Some(param),
+            ApiError::Unknown { param, .. } => Some(param),
             _ => None,
         }
     }

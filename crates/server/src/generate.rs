@@ -30,7 +30,7 @@ use crate::memory::Record;
 use crate::metrics::Rejection;
 use crate::request::{Common, Context, StreamOptions, Truncation};
 use crate::response_answer::ResponseAnswer;
-use crate::response_request::{self, ResponseRequest};
+use crate::response_request::{Earlier, References, ResponseRequest};
 use crate::response_store::{Follower, Owner};
 use crate::routes::{Origin, X_REQUEST_ID};
 use crate::sampling::Limits;
@@ -113,9 +113,14 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
     let (mut request, earlier, prompt, grammar) = {
         let (state, engine, owner) = (Arc::clone(&state), engine.clone(), origin.owner);
         blocking(&origin, move || {
-            let previous = response_request::previous(&body)?;
-            let earlier = previous.map(|id| state.responses.conversation(&id, owner));
-            let earlier = earlier.transpose()?.unwrap_or_default();
+            let references = References::of(&body)?;
+            let conversation = references.previous.map(|id| state.responses.conversation(&id, owner));
+            let items = state.responses.items(&references.items, owner);
+            let max = state.bodies.max();
+            if items.values().map(|item| item.bytes()).sum::<usize>() > max {
+                return Err(ApiError::invalid("input", format!("input refers to more than {max} bytes.")));
+            }
+            let earlier = Earlier { conversation: conversation.transpose()?.unwrap_or_default(), items };
             let date = state.date();
             let mut request =
                 ResponseRequest::new(&body, &earlier, &context(&state, &engine, date.as_deref()))?;
@@ -142,7 +147,8 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
     // Others must not guess it, whatever the client called its request.
     call.identity.id = format!("resp_{}", identifier());
     let items = std::mem::take(&mut request.items);
-    let keep = request.store.then(|| state.responses.place(origin.owner, earlier, items)).flatten();
+    let keep =
+        request.store.then(|| state.responses.place(origin.owner, earlier.conversation, items)).flatten();
     let harmony = Arc::clone(engine.harmony());
     let record = (!request.tools.is_empty()).then(|| Record::new(&state.memory, &prompt.begun));
     let mut answer =

@@ -1,8 +1,11 @@
 //! The items of a response's input as the messages of a conversation (`serving.md` 8.2).
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use harmony::{ChatMessage, FunctionCall, MessageContent, ToolCallInput};
+use serde::{Serialize, Serializer};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use crate::chat_request::text;
@@ -138,8 +141,50 @@ impl Conversation {
     }
 }
 
-/// An item as it is kept: with an id.
-pub(crate) fn kept(item: &Field<'_>) -> Result<Value, ApiError> {
+/// An item as it is kept.
+#[derive(Debug)]
+pub(crate) struct Item {
+    /// What references call it.
+    id: Option<String>,
+    text: Box<RawValue>,
+}
+
+impl Item {
+    pub(crate) fn new(item: &Value) -> Arc<Item> {
+        let text = RawValue::from_string(item.to_string()).expect("a value is JSON");
+        Arc::new(Item { id: item["id"].as_str().map(str::to_owned), text })
+    }
+
+    pub(crate) fn id(&self) -> Option<&str> {
+        self.id.as_deref()
+    }
+
+    pub(crate) fn text(&self) -> &RawValue {
+        &self.text
+    }
+
+    pub(crate) fn bytes(&self) -> usize {
+        size_of::<Item>() + self.id.as_ref().map_or(0, String::len) + self.text.get().len()
+    }
+}
+
+impl Serialize for Item {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        self.text.serialize(serializer)
+    }
+}
+
+/// The id of the item that an item stands for, if it is a reference.
+pub(crate) fn reference(item: &Field<'_>) -> Result<Option<String>, ApiError> {
+    let object = item.object(&["type", "id"])?;
+    match object.field("type").map(|kind| kind.string()).transpose()? {
+        Some(kind) if kind == "item_reference" => object.required("id")?.string().map(Some),
+        _ => Ok(None),
+    }
+}
+
+/// An item of a request: with an id.
+pub(crate) fn kept(item: &Field<'_>) -> Result<Arc<Item>, ApiError> {
     let mut value = item.value(MAX_ITEM_BYTES)?;
     if value.get("id").is_none_or(Value::is_null) {
         let prefix = match value.get("type").and_then(Value::as_str) {
@@ -151,11 +196,12 @@ pub(crate) fn kept(item: &Field<'_>) -> Result<Value, ApiError> {
         };
         value["id"] = format!("{prefix}_{}", identifier()).into();
     }
-    Ok(value)
+    Ok(Item::new(&value))
 }
 
-/// A text of the user, as it is kept.
-pub(crate) fn kept_text(text: &str) -> Value {
+/// A text of the user.
+pub(crate) fn kept_text(text: &str) -> Arc<Item> {
     let id = format!("msg_{}", identifier());
-    json!({"type": "message", "role": "user", "content": [{"type": "input_text", "text": text}], "id": id})
+    let content = json!([{"type": "input_text", "text": text}]);
+    Item::new(&json!({"type": "message", "role": "user", "content": content, "id": id}))
 }

@@ -1,8 +1,10 @@
 //! `POST /v1/responses`: from a body to a request that cannot be wrong (`serving.md` 8.1).
 
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
 use engine::SamplingParams;
 use harmony::ChatPrompt;
-use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
 use crate::chat_request::{Effort, reasoning_effort, text_bytes};
@@ -10,7 +12,7 @@ use crate::error::ApiError;
 use crate::form::{self, Wanted};
 use crate::json::{self, Field, Object, excerpt};
 use crate::request::{self, Common, Context, Truncation};
-use crate::response_items::{self, Conversation};
+use crate::response_items::{self, Conversation, Item};
 use crate::sampling::{self, EndpointFields, SamplingFields};
 use crate::turn::{Choice, MAX_TOOLS_BYTES, ToolChoice, Tools, Turn, is_search};
 
@@ -97,21 +99,50 @@ pub(crate) struct ResponseRequest {
     pub(crate) background: bool,
     pub(crate) text_bytes: usize,
     /// The request's own items, as they are kept.
-    pub(crate) items: Vec<Value>,
+    pub(crate) items: Vec<Arc<Item>>,
     /// What the response repeats of the request.
     pub(crate) echo: Value,
 }
 
-/// The id of the response that a body goes on from.
-pub(crate) fn previous(body: &[u8]) -> Result<Option<String>, ApiError> {
-    Field::root(json::document(body)?).object(&["previous_response_id"])?.string("previous_response_id")
+/// What a body refers to of what is stored.
+pub(crate) struct References {
+    /// The id of the response that it goes on from.
+    pub(crate) previous: Option<String>,
+    /// The ids of items.
+    pub(crate) items: HashSet<String>,
+}
+
+impl References {
+    pub(crate) fn of(body: &[u8]) -> Result<References, ApiError> {
+        let object = Field::root(json::document(body)?).object(&["input", "previous_response_id"])?;
+        let mut items = HashSet::new();
+        if let Some(input) = object.field("input").filter(Field::is_array) {
+            for item in input.array(MAX_ITEMS)? {
+                if let Some(id) = response_items::reference(&item)?
+                    && !items.insert(id.clone())
+                {
+                    return Err(item.error(format!("input refers twice to the item {}.", excerpt(&id))));
+                }
+            }
+        }
+        Ok(References { previous: object.string("previous_response_id")?, items })
+    }
+}
+
+/// What a body refers to.
+#[derive(Default)]
+pub(crate) struct Earlier {
+    /// The items that the conversation began with.
+    pub(crate) conversation: Vec<Arc<Item>>,
+    /// Those that references stand for.
+    pub(crate) items: HashMap<String, Arc<Item>>,
 }
 
 impl ResponseRequest {
-    /// Checks in the same order as a chat request. `earlier` are the items that the conversation began with.
+    /// Checks in the same order as a chat request.
     pub(crate) fn new(
         body: &[u8],
-        earlier: &[Box<RawValue>],
+        earlier: &Earlier,
         context: &Context<'_>,
     ) -> Result<ResponseRequest, ApiError> {
         let object = Field::root(json::document(body)?).object(FIELDS)?;
@@ -331,14 +362,14 @@ fn text_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
 fn read_input(
     input: &Field<'_>,
     instructions: Option<&String>,
-    earlier: &[Box<RawValue>],
-) -> Result<(Conversation, Vec<Value>), ApiError> {
+    earlier: &Earlier,
+) -> Result<(Conversation, Vec<Arc<Item>>), ApiError> {
     let mut conversation = Conversation::default();
     if let Some(instructions) = instructions {
         conversation.say("developer", instructions.clone());
     }
-    for item in earlier {
-        conversation.add(&Field::root(item))?;
+    for item in &earlier.conversation {
+        conversation.add(&Field::root(item.text()))?;
     }
     if input.is_string() {
         let text = input.string()?;
@@ -351,10 +382,17 @@ fn read_input(
     }
     let mut items = Vec::new();
     for item in input.array(MAX_ITEMS)? {
-        conversation.add(&item)?;
-        items.push(response_items::kept(&item)?);
+        let Some(id) = response_items::reference(&item)? else {
+            conversation.add(&item)?;
+            items.push(response_items::kept(&item)?);
+            continue;
+        };
+        let unknown = || ApiError::Unknown { what: "item", param: item.path().to_owned() };
+        let stored = earlier.items.get(&id).ok_or_else(unknown)?;
+        conversation.add(&Field::at(item.path(), stored.text()))?;
+        items.push(Arc::clone(stored));
     }
-    if items.is_empty() && earlier.is_empty() {
+    if items.is_empty() && earlier.conversation.is_empty() {
         return Err(input.error("input must not be empty."));
     }
     Ok((conversation, items))

@@ -1,7 +1,7 @@
 //! Responses that clients may refer to later: a few, for a while, each for the key that made it (`serving.md` 8.5). Those that
 //! are made in the background are here from their beginning, and whoever wants to see them made follows them.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
 use serde_json::Value;
-use serde_json::value::RawValue;
 use tokio::sync::watch;
 
 use crate::body::Source;
 use crate::error::ApiError;
+use crate::response_items::Item;
 use crate::sse::{KEEP_ALIVE, KeepAlive, MAX_PART};
 
 /// What all stored responses may take together.
@@ -53,8 +53,8 @@ impl Store {
     pub(crate) fn place(
         self: &Arc<Store>,
         owner: Owner,
-        earlier: Vec<Box<RawValue>>,
-        input: Vec<Value>,
+        earlier: Vec<Arc<Item>>,
+        input: Vec<Arc<Item>>,
     ) -> Option<Keep> {
         self.keeps().then(|| Keep { store: Arc::clone(self), owner, earlier, input })
     }
@@ -62,7 +62,7 @@ impl Store {
     /// A response of this owner.
     pub(crate) fn find(&self, id: &str, owner: Owner, param: &'static str) -> Result<Arc<Stored>, ApiError> {
         let mut inner = self.inner();
-        let unknown = || ApiError::UnknownResponse { param };
+        let unknown = || ApiError::Unknown { what: "response", param: param.to_owned() };
         let found = inner.responses.get(id).filter(|stored| stored.owner == owner).cloned();
         let found = found.ok_or_else(unknown)?;
         if found.since.elapsed() > LIFE {
@@ -78,13 +78,38 @@ impl Store {
     }
 
     /// All items of a conversation, those of the response with this id at its end.
-    pub(crate) fn conversation(&self, id: &str, owner: Owner) -> Result<Vec<Box<RawValue>>, ApiError> {
+    pub(crate) fn conversation(&self, id: &str, owner: Owner) -> Result<Vec<Arc<Item>>, ApiError> {
         const PARAM: &str = "previous_response_id";
         let stored = self.find(id, owner, PARAM)?;
         let conversation = stored.made().conversation.clone();
         conversation.ok_or_else(|| {
             ApiError::invalid(PARAM, "The previous response is still in the making. Please retry.")
         })
+    }
+
+    /// Those of these items that are in complete conversations of this owner; of several with one id that of the response used last.
+    pub(crate) fn items(&self, ids: &HashSet<String>, owner: Owner) -> HashMap<String, Arc<Item>> {
+        let mut found = HashMap::new();
+        if ids.is_empty() {
+            return found;
+        }
+        let inner = self.inner();
+        let used = inner.order.iter().rev().filter_map(|id| inner.responses.get(id));
+        let own = |stored: &&Arc<Stored>| stored.owner == owner && stored.since.elapsed() <= LIFE;
+        let own: Vec<Arc<Stored>> = used.filter(own).cloned().collect();
+        drop(inner);
+        // Most often the response used last has them all.
+        for stored in own {
+            for item in stored.made().conversation.iter().flatten() {
+                if let Some(id) = item.id().filter(|&id| ids.contains(id)) {
+                    found.entry(id.to_owned()).or_insert_with(|| Arc::clone(item));
+                }
+            }
+            if found.len() == ids.len() {
+                break;
+            }
+        }
+        found
     }
 
     /// Forgets a response of this owner; one in the making ends.
@@ -125,7 +150,7 @@ pub(crate) struct Stored {
     since: Instant,
     background: bool,
     /// The items of its request.
-    pub(crate) input: Vec<Value>,
+    pub(crate) input: Vec<Arc<Item>>,
     made: Mutex<Made>,
     /// Changes with every event.
     news: watch::Sender<()>,
@@ -139,7 +164,7 @@ struct Made {
     response: String,
     events: Vec<Bytes>,
     /// All items of the conversation, its own included; once it is complete.
-    conversation: Option<Vec<Box<RawValue>>>,
+    conversation: Option<Vec<Arc<Item>>>,
     bytes: usize,
 }
 
@@ -182,8 +207,8 @@ impl Stored {
 pub(crate) struct Keep {
     store: Arc<Store>,
     owner: Owner,
-    earlier: Vec<Box<RawValue>>,
-    input: Vec<Value>,
+    earlier: Vec<Arc<Item>>,
+    input: Vec<Arc<Item>>,
 }
 
 impl Keep {
@@ -214,8 +239,7 @@ impl Keep {
     pub(crate) fn store(self, id: &str, response: &Value, output: &[Value], events: Vec<Bytes>) {
         let conversation = conversation(self.earlier, &self.input, output);
         let response = response.to_string();
-        let bytes =
-            bytes(&response, &conversation, &self.input) + events.iter().map(event_bytes).sum::<usize>();
+        let bytes = bytes(&response, &conversation) + events.iter().map(event_bytes).sum::<usize>();
         let made = Mutex::new(Made { response, events, conversation: Some(conversation), bytes });
         let stored = Stored {
             owner: self.owner,
@@ -240,7 +264,7 @@ pub(crate) struct InMaking {
     store: Arc<Store>,
     id: String,
     stored: Arc<Stored>,
-    earlier: Vec<Box<RawValue>>,
+    earlier: Vec<Arc<Item>>,
 }
 
 impl InMaking {
@@ -267,8 +291,7 @@ impl InMaking {
     pub(crate) fn end(mut self, response: &Value, output: &[Value], events: Vec<Bytes>) {
         let conversation = conversation(std::mem::take(&mut self.earlier), &self.stored.input, output);
         let response = response.to_string();
-        let bytes = bytes(&response, &conversation, &self.stored.input)
-            + events.iter().map(event_bytes).sum::<usize>();
+        let bytes = bytes(&response, &conversation) + events.iter().map(event_bytes).sum::<usize>();
         let mut inner = self.store.inner();
         let mut made = self.stored.made();
         made.events.extend(events);
@@ -311,19 +334,16 @@ impl Drop for InMaking {
     }
 }
 
-fn conversation(earlier: Vec<Box<RawValue>>, input: &[Value], output: &[Value]) -> Vec<Box<RawValue>> {
-    let raw = input.iter().chain(output).map(|item| RawValue::from_string(item.to_string()));
+fn conversation(earlier: Vec<Arc<Item>>, input: &[Arc<Item>], output: &[Value]) -> Vec<Arc<Item>> {
     let mut conversation = earlier;
-    conversation.extend(raw.map(|raw| raw.expect("an item is JSON")));
+    conversation.extend(input.iter().cloned());
+    conversation.extend(output.iter().map(Item::new));
     conversation
 }
 
-/// What a response takes beside its events.
-fn bytes(response: &str, conversation: &[Box<RawValue>], input: &[Value]) -> usize {
-    let texts: usize = conversation.iter().map(|item| item.get().len()).sum();
-    let input: usize = input.iter().map(|item| item.to_string().len()).sum();
-    // A tree of values takes several times its text.
-    response.len() + texts + 8 * input
+/// What a response takes beside its events. Items that several responses share count in each, since any may be the last to go.
+fn bytes(response: &str, conversation: &[Arc<Item>]) -> usize {
+    response.len() + conversation.iter().map(|item| item.bytes()).sum::<usize>()
 }
 
 fn event_bytes(event: &Bytes) -> usize {

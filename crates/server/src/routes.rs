@@ -25,6 +25,7 @@ use crate::json::excerpt;
 use crate::log::RequestLog;
 use crate::page;
 use crate::request::is_request_id;
+use crate::response_items::Item;
 use crate::response_store::{Follower, Owner};
 use crate::server::State;
 use crate::small;
@@ -402,12 +403,19 @@ async fn input_items(
     Path(id): Path<String>,
 ) -> Result<Response, ApiError> {
     let stored = state.responses.find(&id, origin.owner, "response_id")?;
-    let id = |item: Option<&serde_json::Value>| item.map(|item| item["id"].clone());
-    let (first, last) = (id(stored.input.first()), id(stored.input.last()));
-    let list = serde_json::json!({
-        "object": "list", "data": stored.input, "first_id": first, "last_id": last, "has_more": false
-    });
-    Ok(Json(list).into_response())
+    let data: Vec<&Item> = stored.input.iter().map(AsRef::as_ref).collect();
+    let id = |item: Option<&&'_ Item>| item.and_then(|item| item.id()).map(str::to_owned);
+    let (first_id, last_id) = (id(data.first()), id(data.last()));
+    Ok(Json(ItemList { object: "list", data, first_id, last_id, has_more: false }).into_response())
+}
+
+#[derive(Serialize)]
+struct ItemList<'a> {
+    object: &'static str,
+    data: Vec<&'a Item>,
+    first_id: Option<String>,
+    last_id: Option<String>,
+    has_more: bool,
 }
 
 #[derive(Serialize)]

@@ -377,6 +377,84 @@ fn the_store() {
 }
 
 #[test]
+fn items_are_referred_to() {
+    let options =
+        Options { responses_store: 2, api_keys: vec!["one".to_owned(), "two".to_owned()], ..options() };
+    let scripts = [LOOK, HELLO].map(tokens).to_vec();
+    let server = Fixture::start(&options, Scripted::new(Scripted::gpt_oss(), scripts), engine_options());
+    let headers = |key: &str| format!("{JSON}authorization: Bearer {key}\r\n");
+    let ask = |key: &str, input: &Value| {
+        let body = json!({"input": input, "tools": [tool()]}).to_string();
+        server.request("POST", PATH, &headers(key), body.as_bytes())
+    };
+    let listed = |response: &Value| {
+        let path = format!("{PATH}/{}/input_items", response["id"].as_str().unwrap());
+        server.request("GET", &path, &headers("one"), b"").ok()["data"].clone()
+    };
+    let reference = |item: &Value| json!({"type": "item_reference", "id": item["id"]});
+
+    let question = json!([{"role": "user", "content": "Weather?", "id": "msg_mine"}]);
+    let first = ask("one", &question).ok();
+    let output = first["output"].as_array().unwrap();
+    let result = json!({"type": "function_call_output", "call_id": output[2]["call_id"], "output": "sun"});
+    // In any place, and items of the request's input and the response's output alike.
+    let mut referring: Vec<Value> =
+        question.as_array().unwrap().iter().chain(output).map(reference).collect();
+    referring.push(result.clone());
+    let second = ask("one", &referring.clone().into()).ok();
+    let whole: Vec<Value> =
+        question.as_array().unwrap().iter().chain(output).chain([&result]).cloned().collect();
+    let tokens = ask("one", &whole.clone().into()).ok()["usage"]["input_tokens"].clone();
+    assert_eq!(second["usage"]["input_tokens"], tokens);
+    // Whoever looks sees the items themselves, and they outlive the response that they came from.
+    let items = listed(&second);
+    assert_eq!(items.as_array().unwrap()[..4], whole[..4]);
+    let result_id = items[4]["id"].clone();
+    referring[4] = reference(&items[4]);
+    let third = ask("one", &referring.clone().into()).ok();
+    assert_eq!(third["usage"]["input_tokens"], tokens);
+    assert_eq!(listed(&third)[4]["id"], result_id);
+
+    let refused = |key: &str, input: Value| {
+        let (status, kind, param, message) = ask(key, &input).error();
+        (status, kind, param.unwrap(), message)
+    };
+    for (key, input) in
+        [("one", json!([{"type": "item_reference", "id": "msg_no"}])), ("two", referring.into())]
+    {
+        let (status, kind, param, message) = refused(key, input);
+        assert_eq!((status, kind.as_str(), param.as_str()), (404, "invalid_request_error", "input.0"));
+        assert!(message.starts_with("There is no such item"), "{message}");
+    }
+    let twice = json!([reference(&items[0]), reference(&items[0])]);
+    let (status, _, param, message) = refused("one", twice);
+    assert_eq!((status, param.as_str()), (400, "input.1"));
+    assert!(message.contains("msg_mine"), "{message}");
+    // The call is in a reference that comes too late.
+    let (status, _, param, _) = refused("one", json!([result, reference(&items[3])]));
+    assert_eq!((status, param.as_str()), (400, "input.0.call_id"));
+}
+
+#[test]
+fn what_is_referred_to_is_bounded_as_a_body_is() {
+    let options = Options { responses_store: 9, max_body_bytes: 4096, ..options() };
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]);
+    let server = Fixture::start(&options, backend, engine_options());
+    let references: Vec<Value> = (0..3)
+        .map(|i| {
+            let item = json!({"role": "user", "content": "a ".repeat(1000), "id": format!("msg_{i}")});
+            assert_eq!(server.post(PATH, &json!({"input": [item]})).status, 200);
+            json!({"type": "item_reference", "id": format!("msg_{i}")})
+        })
+        .collect();
+    assert_eq!(server.post(PATH, &json!({"input": references[0]})).status, 400, "not an array");
+    assert_eq!(server.post(PATH, &json!({"input": [references[0]]})).status, 200);
+    let (status, _, param, message) = server.post(PATH, &json!({"input": references})).error();
+    assert_eq!((status, param.as_deref()), (400, Some("input")));
+    assert!(message.contains("4096 bytes"), "{message}");
+}
+
+#[test]
 fn responses_belong_to_keys() {
     let options =
         Options { responses_store: 5, api_keys: vec!["one".to_owned(), "two".to_owned()], ..options() };
@@ -413,7 +491,8 @@ fn fields() {
             "input.0.content.0",
             "image",
         ),
-        ("input", json!([{"type": "item_reference", "id": "x"}]), "input.0", "item_reference"),
+        ("input", json!([{"type": "item_reference"}]), "input.0.id", "required"),
+        ("input", json!([{"type": "riddle", "id": "x"}]), "input.0", "riddle"),
         (
             "input",
             json!([{"type": "function_call_output", "call_id": "zz", "output": "x"}]),
