@@ -367,40 +367,54 @@ impl LayerPass<'_> {
         }
         facts.coverage = routes[self.sides.len() - 1].iter().map(|route| route.tokens.len() as u64).collect();
 
+        let kinds = [MatrixKind::GateUp, MatrixKind::Down];
+        let source = |expert| -> Result<[Linear; 2], Error> {
+            let [up, down] = kinds.map(|kind| self.linear(self.job.source, kind, expert));
+            Ok([up?, down?])
+        };
+        let release = |expert| kinds.iter().for_each(|k| self.job.source.release(k.at(self.layer), expert));
+        // What an expert of one side adds to the tokens routed to it.
+        let add = |i: usize, expert: usize, [up, down]: &[Linear; 2], facts: &mut LayerFacts| {
+            for (tokens, weights) in routes[i][expert].chunks() {
+                let x = normed(self.config, &middle[i].gather(tokens)?, &norms[i]);
+                let y = swiglu(&up.apply(pool, &x), config);
+                if i == 0 {
+                    facts.input_amax[3] = facts.input_amax[3].max(self.input_amax(MatrixKind::Down, &y)?);
+                }
+                let mut z = down.apply(pool, &y);
+                for (row, weight) in z.chunks_exact_mut(config.hidden_size).zip(weights) {
+                    row.iter_mut().for_each(|z| *z *= weight);
+                }
+                output[i].add(tokens, &z)?;
+            }
+            Ok::<(), Error>(())
+        };
+        // Inputs in four bits need their scale, which all of the source's experts give, before the first expert is quantized.
+        let source_first = self.rounds_inputs(&kinds);
+        if source_first {
+            for expert in 0..config.experts {
+                step(1)?;
+                add(0, expert, &source(expert)?, facts)?;
+                release(expert);
+            }
+        }
         // The record holds all experts of a kind one after the other, so the down matrices wait for their turn.
         let mut downs = Vec::new();
-        // The source goes first: the input scales that it gives are known when the first expert is quantized.
-        for (i, routes) in routes.iter().enumerate() {
-            let last = i + 1 == self.sides.len();
-            for (expert, others) in others.iter().enumerate() {
-                step(if last { 2 + expert } else { 1 })?;
-                let mut matrices = [
-                    self.linear(self.job.source, MatrixKind::GateUp, expert)?,
-                    self.linear(self.job.source, MatrixKind::Down, expert)?,
-                ];
-                if i > 0 {
-                    let mut down = Record::in_memory();
-                    let routes = [&routes[expert], others];
-                    matrices =
-                        self.expert(expert, &matrices, routes, middle, &norms, facts, record, &mut down)?;
-                    downs.push(down);
-                }
-                let [up, down] = matrices;
-                for (tokens, weights) in routes[expert].chunks() {
-                    let x = normed(self.config, &middle[i].gather(tokens)?, &norms[i]);
-                    let y = swiglu(&up.apply(pool, &x), config);
-                    if i == 0 {
-                        facts.input_amax[3] = facts.input_amax[3].max(self.input_amax(MatrixKind::Down, &y)?);
-                    }
-                    let mut z = down.apply(pool, &y);
-                    for (row, weight) in z.chunks_exact_mut(config.hidden_size).zip(weights) {
-                        row.iter_mut().for_each(|z| *z *= weight);
-                    }
-                    output[i].add(tokens, &z)?;
-                }
-                self.job.source.release(MatrixKind::GateUp.at(self.layer), expert);
-                self.job.source.release(MatrixKind::Down.at(self.layer), expert);
+        for (expert, others) in others.iter().enumerate() {
+            step(2 + expert)?;
+            let source = source(expert)?;
+            if !source_first {
+                add(0, expert, &source, facts)?;
             }
+            if let Some(routes) = routes.get(1) {
+                let mut down = Record::in_memory();
+                let routes = [&routes[expert], others];
+                let quantized =
+                    self.expert(expert, &source, routes, middle, &norms, facts, record, &mut down)?;
+                add(1, expert, &quantized, facts)?;
+                downs.push(down);
+            }
+            release(expert);
         }
         for down in downs {
             record.append(&down.bytes)?;
@@ -462,11 +476,14 @@ impl LayerPass<'_> {
         kinds.iter().find_map(|kind| self.job.methods.get(&kind.at(self.layer)).copied())
     }
 
+    /// Whether their inputs are seen in four bits: GPTQ sees what the product will see.
+    fn rounds_inputs(&self, kinds: &[MatrixKind]) -> bool {
+        self.job.activations && self.method(kinds) == Some(Method::Gptq)
+    }
+
     /// Where their statistics go, if they are calibrated; `facts` are those about their inputs.
     fn moments(&self, kinds: &[MatrixKind], cols: usize, facts: &LayerFacts) -> Option<Moments> {
-        // GPTQ sees what the product will see.
-        let rounded = self.job.activations && self.method(kinds) == Some(Method::Gptq);
-        let input_scale = rounded.then(|| facts.input_scale(kinds[0]));
+        let input_scale = self.rounds_inputs(kinds).then(|| facts.input_scale(kinds[0]));
         self.method(kinds).map(|_| Moments::new(cols, input_scale))
     }
 

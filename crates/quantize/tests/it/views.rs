@@ -1,8 +1,9 @@
 //! Views over the small model and over made-up weights.
 
 use std::borrow::Cow;
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use checkpoint::{
     Config, Error, Format, Matrix, MatrixId, MatrixKind, Synthetic, Values, Vector, VectorId, VectorKind,
@@ -552,6 +553,63 @@ fn gptq_sees_inputs_in_four_bits_where_they_will_be() {
                 assert_eq!(names, ["weight", "weight", "weight", "weight", "gate_up_proj", "down_proj"])
             }
             _ => assert!(names.is_empty(), "{names:?}"),
+        }
+    }
+}
+
+/// Counts how often each matrix is read.
+struct Counted {
+    rest: Synthetic,
+    reads: Mutex<BTreeMap<(MatrixId, usize), usize>>,
+}
+
+impl Weights for Counted {
+    fn config(&self) -> &Config {
+        self.rest.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.rest.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, Error> {
+        *self.reads.lock().unwrap().entry((id, expert)).or_default() += 1;
+        self.rest.matrix(id, expert)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
+        self.rest.vector(id)
+    }
+}
+
+#[test]
+fn calibration_reads_experts_once_unless_their_input_scale_is_needed_first() {
+    for (algorithm, activations, expected) in [
+        (Algorithm::Refine, false, 1),
+        (Algorithm::Refine, true, 1),
+        (Algorithm::Gptq, false, 1),
+        (Algorithm::Gptq, true, 2),
+        // The statistics of the source alone.
+        (Algorithm::Mse, true, 1),
+    ] {
+        let folder = tempfile::tempdir().unwrap();
+        let rest = Synthetic::new(config(), |_| Format::Bf16, 3);
+        let source = Arc::new(Counted { rest, reads: Mutex::default() });
+        let options = Options::Nvfp4 {
+            recipe: Recipe::Experts,
+            algorithm,
+            embedding: false,
+            scales_per: ScalesPer::Stack,
+            activations,
+            kv_scales: false,
+            experts_in_bf16: false,
+        };
+        let mut found = view(Arc::clone(&source) as Arc<dyn Weights>, options);
+        source.reads.lock().unwrap().clear();
+        let calibration = calibration(folder.path(), 0);
+        found.calibrate(&calibration, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        for kind in [MatrixKind::GateUp, MatrixKind::Down] {
+            for expert in 0..config().experts {
+                let reads = source.reads.lock().unwrap()[&(kind.at(0), expert)];
+                assert_eq!(reads, expected, "{algorithm:?} {activations} {kind:?}");
+            }
         }
     }
 }
