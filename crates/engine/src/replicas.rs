@@ -68,6 +68,13 @@ impl Replicas {
         self.places[number] = place;
     }
 
+    /// The same engines, of which the one in this place alone takes requests; none if there is no such place.
+    #[must_use]
+    pub fn only(&self, number: usize) -> Replicas {
+        let place = |(i, place): (usize, &Place)| if i == number { place.clone() } else { Place::Gone };
+        Replicas { places: self.places.iter().enumerate().map(place).collect(), ..self.clone() }
+    }
+
     /// Queues a request in one of the engines, whose place `sink` is told. As [`Engine::submit`] otherwise: a request that brings
     /// no seed has the one that it would have in an engine that takes them all.
     ///

@@ -274,6 +274,12 @@ impl Parser {
         matches!(&self.state, State::Content(open) if open.field == Field::Reasoning)
     }
 
+    /// Whether the message that is being read is the answer, not what is said before calls.
+    pub fn is_final(&self) -> bool {
+        let preamble = |message: &ParsedMessage| message.channel.as_deref() == Some("commentary");
+        matches!(&self.state, State::Content(open) if open.field == Field::Content && !preamble(&open.message))
+    }
+
     /// Whether a message's content is being read.
     pub fn is_content(&self) -> bool {
         matches!(&self.state, State::Content(_))

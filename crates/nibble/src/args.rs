@@ -512,6 +512,9 @@ pub(crate) struct Network {
     /// Prefix of all paths that a proxy may leave in place
     #[arg(long, value_name = "/PREFIX", default_value = "", value_parser = root_path)]
     pub(crate) root_path: String,
+    /// The header X-data-parallel-rank says which engine takes a request
+    #[arg(long)]
+    pub(crate) trust_routing_headers: bool,
     /// TLS: the certificate, then those that lead to its root, as PEM
     #[arg(long, value_name = "FILE", requires = "ssl_keyfile")]
     pub(crate) ssl_certfile: Option<PathBuf>,
@@ -626,7 +629,7 @@ pub(crate) struct Answers {
     /// Codes of errors: the status, as vLLM has it, or OpenAI's words
     #[arg(long, value_name = "vllm|openai", default_value = "vllm", value_parser = ["vllm", "openai"])]
     pub(crate) error_code_style: String,
-    /// Responses kept for `previous_response_id`, GET and `background` [default: none]
+    /// Responses kept for `previous_response_id`, `item_reference`, GET and `background` [default: none]
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) responses_store: usize,
     /// Date in the system message, as YYYY-MM-DD [default: today, UTC]
@@ -641,6 +644,12 @@ pub(crate) struct Answers {
     /// Do not tell the model of tools where `tool_choice` is none
     #[arg(long)]
     pub(crate) exclude_tools_when_tool_choice_none: bool,
+    /// Constrain the arguments of tools with `strict` alone, or of all tools
+    #[arg(long, value_name = "function|parameter", default_value = "function", value_parser = ["function", "parameter"])]
+    pub(crate) tool_strict_level: String,
+    /// Chats have log-probabilities of all tokens, or of the text of the final channel alone
+    #[arg(long, value_name = "all|final", default_value = "all", value_parser = ["all", "final"])]
+    pub(crate) logprobs_scope: String,
     /// Do not repeat `reasoning` as `reasoning_content`
     #[arg(long)]
     pub(crate) no_reasoning_content_alias: bool,

@@ -17,6 +17,7 @@ use crate::chunk::Envelope;
 use crate::identifier::identifier;
 use crate::memory::{Memory, Record};
 use crate::request::StreamOptions;
+use crate::server::State;
 use crate::sse::{DONE, Encoder};
 use crate::turn::Choice as CallChoice;
 use crate::visible::{Rules, Visible};
@@ -28,6 +29,8 @@ pub(crate) struct Shape {
     /// The client named the function, so that the call is the answer.
     call_is_answer: bool,
     logprobs: bool,
+    /// Of the text of the final channel alone.
+    final_logprobs: bool,
     prompt_logprobs: Option<usize>,
     token_ids: bool,
     tokens_as_ids: bool,
@@ -46,7 +49,7 @@ pub(crate) struct Shape {
 }
 
 impl Shape {
-    pub(crate) fn new(request: &ChatRequest, begun: &[u32], reasoning_content: bool) -> Shape {
+    pub(crate) fn new(request: &ChatRequest, begun: &[u32], state: &State) -> Shape {
         let tokens = request.params.logprobs.is_some() || request.common.return_token_ids;
         Shape {
             echo: request.continued.clone().filter(|_| request.echo).unwrap_or_default(),
@@ -60,10 +63,11 @@ impl Shape {
             },
             call_is_answer: matches!(request.choice, CallChoice::Named(_)),
             logprobs: request.params.logprobs.is_some(),
+            final_logprobs: request.params.logprobs.is_some() && state.final_logprobs,
             prompt_logprobs: request.params.prompt_logprobs,
             token_ids: request.common.return_token_ids,
             tokens_as_ids: request.common.return_tokens_as_token_ids,
-            reasoning_content,
+            reasoning_content: state.reasoning_content,
             prompt_text: request.return_prompt_text,
             stream: request.stream().unwrap_or_default(),
         }
@@ -89,32 +93,34 @@ struct Choice {
     completion_tokens: usize,
     /// Known at the end.
     reasoning_tokens: Option<usize>,
-    /// Tells which tokens are reasoning, if they are not to be shown.
+    /// Tells where tokens belong, if some are not to be shown.
     parser: Option<Parser>,
     /// Remembers the turn if it ends with a call.
     record: Option<Record>,
 }
 
 impl Choice {
-    /// Keeps of some tokens those that are text which the client sees.
+    /// Keeps of some tokens, and of their log-probabilities, what the client is to see.
     fn shown(
         &mut self,
-        token_ids: Vec<u32>,
+        mut token_ids: Vec<u32>,
         mut logprobs: Vec<TokenLogprobs>,
+        shape: &Shape,
         harmony: &Harmony,
     ) -> (Vec<u32>, Vec<TokenLogprobs>) {
         let Some(parser) = &mut self.parser else { return (token_ids, logprobs) };
-        let is_shown = |&token: &u32| {
-            let text =
-                parser.is_content() && !parser.is_reasoning() && !harmony.tokenizer().is_special(token);
+        let (mut ids_shown, mut logprobs_shown) = (Vec::new(), Vec::new());
+        for &token in &token_ids {
+            let is_text = parser.is_content() && !harmony.tokenizer().is_special(token);
+            let shown = !shape.hides_tokens || is_text && !parser.is_reasoning();
+            ids_shown.push(shown);
+            logprobs_shown.push(shown && (!shape.final_logprobs || is_text && parser.is_final()));
             parser.push(token);
-            text
-        };
-        let shown: Vec<bool> = token_ids.iter().map(is_shown).collect();
-        let mut of_logprobs = shown.iter();
-        logprobs.retain(|_| of_logprobs.next() == Some(&true));
-        let ids = token_ids.into_iter().zip(&shown).filter(|(_, shown)| **shown).map(|(id, _)| id);
-        (ids.collect(), logprobs)
+        }
+        let (mut ids_shown, mut logprobs_shown) = (ids_shown.into_iter(), logprobs_shown.into_iter());
+        token_ids.retain(|_| ids_shown.next() == Some(true));
+        logprobs.retain(|_| logprobs_shown.next() == Some(true));
+        (token_ids, logprobs)
     }
 }
 
@@ -138,9 +144,9 @@ impl ChatAnswer {
             shape.begun.iter().for_each(|&token| drop(parser.push(token)));
             parser
         };
+        let sorts = shape.hides_tokens || shape.final_logprobs;
         let record = || memory.map(|memory| Record::new(memory, &shape.begun));
-        let choice =
-            |_| Choice { parser: shape.hides_tokens.then(parser), record: record(), ..Choice::default() };
+        let choice = |_| Choice { parser: sorts.then(parser), record: record(), ..Choice::default() };
         let choices = (0..n).map(choice).collect();
         ChatAnswer {
             harmony,
@@ -204,7 +210,7 @@ impl ChatAnswer {
                 };
                 choice.completion_tokens += token_ids.len();
                 choice.record.iter_mut().for_each(|record| record.push(&token_ids));
-                let (token_ids, logprobs) = choice.shown(token_ids, logprobs, &self.harmony);
+                let (token_ids, logprobs) = choice.shown(token_ids, logprobs, &self.shape, &self.harmony);
                 let mut shown = Vec::with_capacity(deltas.len());
                 for delta in deltas {
                     if choice.visible.is_beyond(&delta, &self.shape.rules) {

@@ -71,7 +71,7 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
 
     let form_param = &request.turn.answer_param;
     let call = Call::new(&state, &engine, &origin, &mut request.common, form_param, "chatcmpl");
-    let shape = chat_answer::Shape::new(&request, &prompt.begun, state.reasoning_content);
+    let shape = chat_answer::Shape::new(&request, &prompt.begun, &state);
     let memory = (!request.tools.is_empty()).then_some(&state.memory);
     let n = request.params.n;
     let harmony = Arc::clone(engine.harmony());
@@ -373,6 +373,8 @@ struct Call<'a> {
     owner: Owner,
     /// The client's, in a header.
     priority: Option<i64>,
+    /// The engine that is to take it, in another.
+    rank: Option<i64>,
     /// The client's name for the request, or ours.
     id: String,
     /// The field that asks for a form of the answer; empty if none does.
@@ -412,6 +414,7 @@ impl<'a> Call<'a> {
             },
             owner: origin.owner,
             priority: origin.priority,
+            rank: origin.rank,
             id,
             form_param: form_param.to_owned(),
         }
@@ -563,7 +566,16 @@ impl<'a> Call<'a> {
             account,
         };
         // None: the server has fallen asleep since the request came.
-        let replicas = state.loaded().ok_or(ApiError::ShuttingDown)?;
+        let mut replicas = state.loaded().ok_or(ApiError::ShuttingDown)?;
+        if let Some(rank) = self.rank {
+            let known = usize::try_from(rank).ok().filter(|&rank| rank < state.replicas);
+            let Some(rank) = known else {
+                let last = state.replicas - 1;
+                let message = format!("X-data-parallel-rank must be 0 to {last}, got {rank}.");
+                return Err(ApiError::invalid("X-data-parallel-rank", message));
+            };
+            replicas = replicas.only(rank);
+        }
         Events::submit(&replicas, requests, terms).map_err(|error| match error {
             SubmitError::Full => {
                 let queued = state.stats().iter().map(|stats| stats.running + stats.waiting).sum();
@@ -613,6 +625,7 @@ fn context<'a>(state: &'a State, engine: &Engine, date: Option<&'a str>) -> Cont
         date,
         strict_reasoning_effort: state.strict_reasoning_effort,
         exclude_tools_of_choice_none: state.exclude_tools_of_choice_none,
+        strict_arguments: state.strict_arguments,
         priorities: engine.policy() == SchedulingPolicy::Priority,
     }
 }

@@ -18,6 +18,8 @@ pub(crate) struct Context<'a> {
     pub(crate) strict_reasoning_effort: bool,
     /// The model is not told of tools that it may not call.
     pub(crate) exclude_tools_of_choice_none: bool,
+    /// Arguments are constrained, whether or not a tool is strict.
+    pub(crate) strict_arguments: bool,
     /// Requests may go before others.
     pub(crate) priorities: bool,
 }

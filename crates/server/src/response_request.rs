@@ -192,8 +192,14 @@ impl ResponseRequest {
             return Err(ApiError::invalid("background", "background needs store to be true."));
         }
 
-        let turn =
-            Turn::new(tools, &choice, wire.parallel_tool_calls, wire.wanted.as_ref(), effort != Effort::None);
+        let turn = Turn::new(
+            tools,
+            &choice,
+            wire.parallel_tool_calls,
+            wire.wanted.as_ref(),
+            effort != Effort::None,
+            context.strict_arguments,
+        );
         let messages = conversation.finish();
         let mut common = wire.common;
         if wire.may_truncate {

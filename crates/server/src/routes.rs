@@ -168,6 +168,8 @@ pub(crate) struct Origin {
     pub(crate) owner: Owner,
     /// `X-Vllm-Priority`, which goes before the body's.
     pub(crate) priority: Option<i64>,
+    /// `X-data-parallel-rank`: the engine that is to take it, where such headers are trusted.
+    pub(crate) rank: Option<i64>,
 }
 
 pub(crate) fn router(state: Arc<State>) -> Router {
@@ -260,8 +262,11 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
     } else {
         if let Some(log) = &log {
             let owner = auth::owner(headers).filter(|_| !state.keys.is_empty());
-            let priority = headers.get("x-vllm-priority").and_then(|value| value.to_str().ok()?.parse().ok());
-            request.extensions_mut().insert(Origin { log: log.clone(), named_by_client, owner, priority });
+            let number = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()?.parse().ok());
+            let priority = number("x-vllm-priority");
+            let rank = number("x-data-parallel-rank").filter(|_| state.trust_routing_headers);
+            let log = log.clone();
+            request.extensions_mut().insert(Origin { log, named_by_client, owner, priority, rank });
         }
         shaped(next.run(request).await)
     };

@@ -43,6 +43,8 @@ pub struct Options {
     pub tls: Option<TlsOptions>,
     /// Prefix of all paths that a proxy may leave in place. Default none.
     pub root_path: String,
+    /// `X-data-parallel-rank` says which engine takes a request. Default false.
+    pub trust_routing_headers: bool,
     /// Which pages of other origins may use the server. Default none.
     pub cors: CorsOptions,
     /// Names that requests may use, the first of them the default and the one that answers bear. Empty: the last component
@@ -70,11 +72,15 @@ pub struct Options {
     pub strict_reasoning_effort: bool,
     /// The model is not told of tools that it may not call. Default false.
     pub exclude_tools_of_choice_none: bool,
+    /// The arguments of every call are constrained by the tool's schema, `strict` or not. Default false.
+    pub strict_arguments: bool,
     /// For requests that leave fields out.
     pub defaults: SamplingDefaults,
     /// Most alternatives per token that a request may ask for; `usize::MAX`: all of the vocabulary, and -1 asks for them.
     /// Default 20.
     pub max_logprobs: usize,
+    /// Chats have log-probabilities of the text of the final channel alone. Default false.
+    pub final_logprobs: bool,
     /// Most answers that a request may ask for, at most [`SamplingParams::MAX_N`], which is the default.
     pub max_n: usize,
     /// Requests with different keys share no cached prefixes. Default false.
@@ -145,6 +151,7 @@ impl Default for Options {
             socket: None,
             tls: None,
             root_path: String::new(),
+            trust_routing_headers: false,
             cors: CorsOptions::default(),
             served_model_names: Vec::new(),
             root: String::new(),
@@ -158,8 +165,10 @@ impl Default for Options {
             system_date: SystemDate::Today,
             strict_reasoning_effort: false,
             exclude_tools_of_choice_none: false,
+            strict_arguments: false,
             defaults: SamplingDefaults::default(),
             max_logprobs: 20,
+            final_logprobs: false,
             max_n: SamplingParams::MAX_N,
             isolate_prefix_cache: false,
             stream_interval: 1,
@@ -483,6 +492,7 @@ pub(crate) struct State {
     pub(crate) rate_limits: Arc<RateLimits>,
     pub(crate) cors: Cors,
     pub(crate) root_path: String,
+    pub(crate) trust_routing_headers: bool,
     /// The default first; at least one.
     pub(crate) model_names: Vec<String>,
     pub(crate) root: String,
@@ -491,6 +501,7 @@ pub(crate) struct State {
     pub(crate) fingerprint: Option<String>,
     pub(crate) defaults: SamplingDefaults,
     pub(crate) max_logprobs: usize,
+    pub(crate) final_logprobs: bool,
     pub(crate) max_n: usize,
     pub(crate) isolate_prefix_cache: bool,
     pub(crate) stream_interval: usize,
@@ -525,6 +536,7 @@ pub(crate) struct State {
     system_date: SystemDate,
     pub(crate) strict_reasoning_effort: bool,
     pub(crate) exclude_tools_of_choice_none: bool,
+    pub(crate) strict_arguments: bool,
     draining: AtomicBool,
     /// What still runs is to end.
     abort: watch::Sender<bool>,
@@ -566,6 +578,7 @@ impl State {
             rate_limits: Arc::new(RateLimits::new(options.rate_limit_requests, options.rate_limit_tokens)),
             cors: Cors::new(&options.cors),
             root_path: options.root_path.clone(),
+            trust_routing_headers: options.trust_routing_headers,
             model_names,
             root,
             model_owner: options.model_owner.clone(),
@@ -578,6 +591,7 @@ impl State {
             },
             defaults: options.defaults,
             max_logprobs: options.max_logprobs,
+            final_logprobs: options.final_logprobs,
             max_n: options.max_n,
             isolate_prefix_cache: options.isolate_prefix_cache,
             stream_interval: options.stream_interval,
@@ -610,6 +624,7 @@ impl State {
             system_date: options.system_date.clone(),
             strict_reasoning_effort: options.strict_reasoning_effort,
             exclude_tools_of_choice_none: options.exclude_tools_of_choice_none,
+            strict_arguments: options.strict_arguments,
             draining: AtomicBool::new(false),
             abort: watch::Sender::new(false),
             running: Arc::default(),

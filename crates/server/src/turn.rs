@@ -28,13 +28,14 @@ pub(crate) struct Turn {
 
 impl Turn {
     /// A turn without tools to call and without a demanded form needs no rules; nor does one in which the model may do as it
-    /// likes.
+    /// likes. Arguments of calls that are not forced are constrained if their tool is strict, or `strict_arguments` says so of all.
     pub(crate) fn new(
         tools: Option<&Tools>,
         choice: &Choice,
         many_calls: bool,
         wanted: Option<&Wanted>,
         reasoning: bool,
+        strict_arguments: bool,
     ) -> Turn {
         let tools = tools.map_or(&[][..], |tools| &tools.tools);
         let callable = tools.iter().filter(|tool| match choice {
@@ -46,13 +47,14 @@ impl Turn {
         let callable: Vec<&Tool> = callable.collect();
         let forced =
             matches!(choice, Choice::Required | Choice::Named(_) | Choice::Allowed { required: true, .. });
-        let strict = callable.iter().any(|tool| tool.strict == Some(true));
+        let is_strict = |tool: &Tool| tool.strict == Some(true) || strict_arguments && !tool.free;
+        let strict = callable.iter().any(|tool| is_strict(tool));
         let suppressed = callable.len() < tools.len();
         if wanted.is_none() && !forced && !strict && !suppressed && (reasoning || callable.is_empty()) {
             return Turn { answer_at_once: !reasoning, ..Turn::default() };
         }
         let arguments = |tool: &Tool| {
-            if tool.free || !forced && tool.strict != Some(true) {
+            if tool.free || !forced && !is_strict(tool) {
                 return Form::Text;
             }
             let schema = tool.tool.function.parameters.clone();

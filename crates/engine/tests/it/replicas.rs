@@ -114,6 +114,19 @@ fn a_full_queue_leaves_a_request_to_another() {
 }
 
 #[test]
+fn a_request_can_be_for_one_engine() {
+    let replicas = free(&EngineOptions::default());
+    let second = replicas.only(1);
+    assert_eq!(ask(&second, prompt(5, 10)), (1, 0));
+    assert_eq!(ask(&second, prompt(6, 10)), (1, 0));
+    // What went there is known to all.
+    assert_eq!(ask(&replicas, prompt(6, 12)), (1, 160));
+    assert_eq!(ask(&replicas.only(0), prompt(6, 12)), (0, 0));
+    let refused = replicas.only(2).submit(prompt(5, 10), |_| channel_sink().0).err();
+    assert_eq!(refused, Some(SubmitError::ShuttingDown));
+}
+
+#[test]
 fn prefixes_of_other_salts_are_no_reason() {
     let replicas = free(&EngineOptions::default());
     let salted = |salt: &str| Request { cache_salt: Some(salt.to_owned()), ..prompt(5, 10) };

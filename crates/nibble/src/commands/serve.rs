@@ -118,6 +118,7 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
         socket: network.uds.clone(),
         tls: tls(network),
         root_path: network.root_path.clone(),
+        trust_routing_headers: network.trust_routing_headers,
         cors: CorsOptions {
             origins: network.allowed_origins.0.clone(),
             methods: network.allowed_methods.0.clone(),
@@ -140,6 +141,7 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
         },
         strict_reasoning_effort: answers.strict_reasoning_effort,
         exclude_tools_of_choice_none: answers.exclude_tools_when_tool_choice_none,
+        strict_arguments: answers.tool_strict_level == "parameter",
         defaults: defaults(answers, &source.generation()),
         max_logprobs: match usize::try_from(answers.max_logprobs) {
             Ok(max) => max,
@@ -148,6 +150,7 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
                 return Err(Failure::input("--max-logprobs: -1 needs --unsafe-unbounded-logprobs"));
             }
         },
+        final_logprobs: answers.logprobs_scope == "final",
         max_n: answers.max_n.into(),
         isolate_prefix_cache: access.isolate_prefix_cache_per_key,
         stream_interval: answers.stream_interval.into(),

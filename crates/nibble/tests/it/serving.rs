@@ -364,6 +364,35 @@ fn several_engines_answer_like_one() {
 }
 
 #[test]
+fn flags_say_what_answers_are_like() {
+    let folder = tempfile::tempdir().unwrap();
+    let text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary to=functions.f \
+                <|constrain|>json<|message|>{\"x\": \"one\"}<|call|>";
+    let encoded = crate::ok(&["tokens", "encode", "--allow-special", "--text", text, "--json"]).json();
+    let script = folder.path().join("script.json");
+    std::fs::write(&script, json!({"default": {"tokens": encoded["ids"]}}).to_string()).unwrap();
+    let engine = format!("scripted:{}", script.display());
+    let flags = ["-dp", "2", "--trust-routing-headers", "--logprobs-scope", "final", "--tool-strict-level"];
+    let server = Scripted::run(folder, &[&["--engine", &engine], &flags[..], &["parameter"]].concat());
+    let parameters = json!({"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]});
+    let request = json!({
+        "messages": hi()["messages"], "logprobs": true, "max_tokens": 60,
+        "tools": [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    });
+    let (status, body) = server.post("/v1/chat/completions", &request);
+    assert_eq!(status, 200, "{body}");
+    let choice = serde_json::from_str::<Value>(&body).unwrap()["choices"][0].clone();
+    assert_eq!(choice["message"]["reasoning"], "Hm.");
+    assert_eq!(choice["logprobs"]["content"], json!([]), "nothing is in the final channel");
+    let arguments = choice["message"]["tool_calls"][0]["function"]["arguments"].as_str().unwrap();
+    assert!(arguments.starts_with("{\"x\"") && !arguments.contains("one"), "{arguments}");
+    let headers = format!("{JSON}X-data-parallel-rank: 2\r\n");
+    let (status, body) =
+        server.request("POST", "/v1/chat/completions", &headers, hi().to_string().as_bytes());
+    assert!(status == 400 && body.contains("must be 0 to 1"), "{body}");
+}
+
+#[test]
 fn several_engines_play_scripts() {
     let server = Scripted::start(&["--data_parallel_size=3"]);
     for _ in 0..3 {

@@ -38,6 +38,33 @@ fn hidden_reasoning_has_no_tokens() {
 }
 
 #[test]
+fn log_probabilities_of_the_final_channel_alone() {
+    let said = "<|channel|>commentary<|message|>Wait.<|end|><|start|>assistant<|channel|>final";
+    let script = HELLO.replace("<|channel|>final", said);
+    let options = Options { final_logprobs: true, ..options() };
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(&script)]);
+    let server = Fixture::start(&options, backend, engine_options());
+    let mut request = json!({"messages": ask("Hi"), "logprobs": true, "return_token_ids": true});
+    let joined = |entries: &Value| -> String {
+        let entries = entries.as_array().into_iter().flatten();
+        entries.map(|entry| entry["token"].as_str().unwrap().to_owned()).collect()
+    };
+    let whole = server.chat(&request).ok();
+    let choice = &whole["choices"][0];
+    assert_eq!(joined(&choice["logprobs"]["content"]), "Hello there!");
+    assert_eq!(choice["message"]["content"], "Wait.\nHello there!");
+    // All else is there as ever.
+    assert_eq!(
+        (&choice["message"]["reasoning"], &choice["token_ids"]),
+        (&json!("Say hi."), &json!(tokens(&script)))
+    );
+    request["stream"] = true.into();
+    let chunks = server.chunks(CHAT, &request);
+    let streamed = chunks.iter().map(|chunk| joined(&chunk["choices"][0]["logprobs"]["content"]));
+    assert_eq!(streamed.collect::<String>(), "Hello there!");
+}
+
+#[test]
 fn log_probabilities_of_given_tokens() {
     let server = Fixture::saying(&[HELLO]);
     let hello = tokens("Hello")[0];

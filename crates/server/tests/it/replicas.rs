@@ -123,6 +123,44 @@ fn a_conversation_stays_where_its_beginning_is() {
 }
 
 #[test]
+fn a_router_may_choose_the_engine() {
+    for trust_routing_headers in [false, true] {
+        let engines = vec![says_hi(engine_options()), says_hi(engine_options())];
+        let server = Fixture::several(&Options { trust_routing_headers, ..options() }, engines);
+        let ask = |path: &str, body: Value, rank: &str| {
+            let headers = format!("{JSON}x-data-parallel-rank: {rank}\r\n");
+            server.request("POST", path, &headers, body.to_string().as_bytes())
+        };
+        let prompts = |engine| metric(&server, &of(engine, "vllm:request_params_n_count"));
+        for _ in 0..2 {
+            assert_eq!(ask(CHAT, hi(), "1").status, 200);
+            assert_eq!(ask(CHAT, streamed(), "1").status, 200);
+            assert_eq!(
+                ask("/v1/completions", json!({"prompt": ["a", "b"], "max_tokens": 1}), "1").status,
+                200
+            );
+            assert_eq!(ask("/v1/responses", json!({"input": "Hi"}), "1").status, 200);
+        }
+        let (first, second) = (prompts(0), prompts(1));
+        assert_eq!(first + second, 10.0);
+        assert_eq!(first == 0.0, trust_routing_headers);
+        // Words are ignored, as is what is not trusted.
+        assert_eq!(ask(CHAT, hi(), "any").status, 200);
+        for rank in ["2", "-1"] {
+            let answer = ask(CHAT, hi(), rank);
+            if trust_routing_headers {
+                let (status, kind, param, message) = answer.error();
+                assert_eq!((status, kind.as_str()), (400, "BadRequestError"));
+                assert_eq!(param.as_deref(), Some("X-data-parallel-rank"));
+                assert!(message.ends_with(&format!("must be 0 to 1, got {rank}.")), "{message}");
+            } else {
+                assert_eq!(answer.status, 200);
+            }
+        }
+    }
+}
+
+#[test]
 fn prompts_of_one_request_are_shared_out() {
     let (server, engines, steps) = stepwise(&options());
     std::thread::scope(|scope| {

@@ -2,6 +2,7 @@
 
 use engine::Scripted;
 use serde_json::{Value, json};
+use server::Options;
 
 use crate::fixture::{Fixture, engine_options, options, tokens};
 use crate::harmony_turns::{join, tool};
@@ -199,6 +200,37 @@ fn calls_that_must_be_made() {
     assert_eq!(answer(4, &json!("auto")), (Vec::new(), "stop".to_owned()));
     let (calls, finish) = answer(1, &json!("none"));
     assert!(calls.is_empty() && finish != "tool_calls");
+}
+
+#[test]
+fn arguments_of_all_tools_can_be_constrained() {
+    let free = |text: &str| {
+        let script =
+            format!("<|channel|>commentary to=functions.g <|constrain|>json<|message|>{text}<|call|>");
+        Scripted::new(Scripted::gpt_oss(), vec![tokens(&script)])
+    };
+    let chat = json!({"messages": ask(), "max_tokens": 80, "tools": [
+        {"type": "function", "function": {"name": "g", "parameters": point(), "strict": false}}
+    ]});
+    let respond = json!({"input": "Hi", "max_output_tokens": 80, "tools": [
+        {"type": "function", "name": "g", "parameters": point()}
+    ]});
+    for strict_arguments in [false, true] {
+        let options = Options { strict_arguments, ..options() };
+        for (said, kept) in [(r#"{"x": 1, "y": "a"}"#, true), (r#"{"x": "one"}"#, !strict_arguments)] {
+            let server = Fixture::start(&options, free(said), engine_options());
+            let whole = server.chat(&chat).ok();
+            let arguments = whole["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"].clone();
+            assert_eq!(arguments == said, kept, "{strict_arguments} {said}: {arguments}");
+            let whole = server.post("/v1/responses", &respond).ok();
+            let arguments = &whole["output"][0]["arguments"];
+            assert_eq!(arguments == said, kept, "{strict_arguments} {said}: {arguments}");
+        }
+        // Nobody need call.
+        let answer = Scripted::new(Scripted::gpt_oss(), vec![tokens(&format!("{FINAL}No.<|return|>"))]);
+        let server = Fixture::start(&options, answer, engine_options());
+        assert_eq!(server.chat(&chat).ok()["choices"][0]["message"]["content"], "No.");
+    }
 }
 
 #[test]
