@@ -62,7 +62,7 @@ fn response_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
     let kind_name = kind.string()?;
     Ok(Some(match kind_name.as_str() {
         "text" => return Ok(None),
-        "json_object" => any_object(field.path()),
+        "json_object" => any_object(field.path(), Whitespace::default()),
         "json_schema" => {
             let object =
                 object.required("json_schema")?.object(&["name", "description", "schema", "strict"])?;
@@ -116,9 +116,9 @@ pub(crate) fn json_schema(object: &Object<'_>) -> Result<Wanted, ApiError> {
 }
 
 /// Any JSON object.
-pub(crate) fn any_object(param: &str) -> Wanted {
+pub(crate) fn any_object(param: &str, whitespace: Whitespace) -> Wanted {
     let schema = json!({"type": "object"});
-    let form = Form::Json { schema, lenient: false, whitespace: Whitespace::default() };
+    let form = Form::Json { schema, lenient: false, whitespace };
     Wanted { form, shown: None, param: param.to_owned() }
 }
 
@@ -142,9 +142,7 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
             "You can only use one kind of constraints for structured outputs ('json', 'regex' or 'choice').";
         return Err(field.error(message));
     };
-    if object.bool("disable_additional_properties")? == Some(true) {
-        return Err(ApiError::unsupported("structured_outputs.disable_additional_properties"));
-    }
+    let closed = object.bool("disable_additional_properties")? == Some(true);
     let whitespace = match (object.bool("disable_any_whitespace")?, object.string("whitespace_pattern")?) {
         (Some(true), _) => Whitespace::None,
         (_, Some(pattern)) => Whitespace::Pattern(pattern),
@@ -153,19 +151,22 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
     let kind = KINDS.into_iter().find(|kind| object.field(kind).is_some());
     match kind {
         Some("json") => {
-            let schema = if only.is_string() {
+            let mut schema = if only.is_string() {
                 serde_json::from_str(&only.string()?)
                     .map_err(|e| only.error(format!("{} is not valid JSON: {e}.", only.path())))?
             } else {
                 schema_value(only)?
             };
+            if closed {
+                close(&mut schema);
+            }
             let shown =
                 ResponseFormat { name: "answer".to_owned(), description: None, schema: schema.clone() };
             let form = Form::Json { schema, lenient: false, whitespace };
             Ok(Wanted { form, shown: Some(shown), param: only.path().to_owned() })
         }
         Some("json_object") if !only.bool()? => Err(only.error(format!("{} must be true.", only.path()))),
-        Some("json_object") => Ok(any_object(only.path())),
+        Some("json_object") => Ok(any_object(only.path(), whitespace)),
         Some("regex") => text_form(only, Form::Regex),
         Some("choice") => {
             let choices = only.array(MAX_CHOICES)?;
@@ -181,6 +182,29 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
             let object = Field::at(only.path(), raw).object(&structural::FIELDS)?;
             structural_tag(&object, only.path())
         }
+    }
+}
+
+/// Objects whose properties a schema names have no others, unless it says that they may.
+fn close(schema: &mut Value) {
+    match schema {
+        Value::Object(keywords) => {
+            for (keyword, value) in keywords.iter_mut() {
+                match (keyword.as_str(), value) {
+                    ("properties" | "patternProperties" | "$defs" | "definitions", Value::Object(named)) => {
+                        named.values_mut().for_each(close);
+                    }
+                    ("enum" | "const" | "default" | "examples", _) => {}
+                    (_, value) => close(value),
+                }
+            }
+            let named = ["properties", "patternProperties"].iter().any(|&name| keywords.contains_key(name));
+            if named && !keywords.contains_key("additionalProperties") {
+                keywords.insert("additionalProperties".to_owned(), false.into());
+            }
+        }
+        Value::Array(schemas) => schemas.iter_mut().for_each(close),
+        _ => {}
     }
 }
 

@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use engine::SamplingParams;
+use engine::{SamplingParams, Whitespace};
 use harmony::ChatPrompt;
 use serde_json::{Value, json};
 
@@ -351,7 +351,7 @@ fn text_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
     let kind = object.required("type")?;
     match kind.string()?.as_str() {
         "text" => Ok(None),
-        "json_object" => Ok(Some(form::any_object(field.path()))),
+        "json_object" => Ok(Some(form::any_object(field.path(), Whitespace::default()))),
         "json_schema" => form::json_schema(&object).map(Some),
         other => {
             let message = format!(

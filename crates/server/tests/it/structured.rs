@@ -88,6 +88,19 @@ fn answers_have_their_form() {
         (json!({"structured_outputs": {"regex": r"\d\d"}}), "42", "x"),
         (json!({"structured_outputs": {"grammar": "start: /[xyz]/"}}), "y", "a"),
         (json!({"structured_outputs": {"json_object": true}}), "{}", "1"),
+        (
+            json!({"structured_outputs": {"json_object": true, "disable_any_whitespace": true}}),
+            r#"{"x":1}"#,
+            r#"{"x": 1}"#,
+        ),
+        (
+            json!({"structured_outputs": {"disable_additional_properties": true, "json": {
+                "properties": {"properties": {"anyOf": [{"properties": {"x": {"type": "integer"}}}]}},
+                "required": ["properties"], "additionalProperties": true, "type": "object"
+            }}}),
+            r#"{"properties": {"x": 1}, "y": 2}"#,
+            r#"{"properties": {"z": 1}}"#,
+        ),
     ];
     let thought = format!("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{FINAL}");
     let scripts: Vec<String> = rows
