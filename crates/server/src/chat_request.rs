@@ -81,6 +81,18 @@ const FIELDS: &[&str] = &[
     "guided_grammar",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
+    // Accepted, and without effect.
+    "user",
+    "metadata",
+    "store",
+    "safety_identifier",
+    "prompt_cache_key",
+    "verbosity",
+    "prediction",
+    "session_id",
+    "add_special_tokens",
+    "spaces_between_special_tokens",
+    "length_penalty",
 ];
 
 /// A valid request.

@@ -61,6 +61,12 @@ const FIELDS: &[&str] = &[
     "guided_grammar",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
+    // Accepted, and without effect.
+    "user",
+    "session_id",
+    "add_special_tokens",
+    "spaces_between_special_tokens",
+    "length_penalty",
 ];
 
 /// A valid request.

@@ -73,6 +73,8 @@ const FIELDS: &[&str] = &[
     "truncate_prompt_tokens",
     "truncation_side",
     "enable_response_messages",
+    // Accepted, and without effect.
+    "session_id",
 ];
 
 /// A valid request.
@@ -319,6 +321,7 @@ impl Wire {
             "user": object.string("user")?,
             "safety_identifier": object.string("safety_identifier")?,
             "prompt_cache_key": object.string("prompt_cache_key")?,
+            "prompt_cache_retention": object.string("prompt_cache_retention")?,
             "metadata": or(copy("metadata")?, json!({})),
             "background": background,
             "service_tier": "default",

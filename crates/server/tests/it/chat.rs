@@ -340,10 +340,23 @@ fn fields_that_are_ignored() {
         "prediction": {"type": "content"}, "modalities": ["text"], "response_format": {"type": "text"},
         "bad_words": [], "priority": 0, "unknown": {"deep": [1]}, "thinking_token_budget": -1, "top_k": -1,
         "seed": -1, "best_of": 1, "temperature": 1e0, "max_tokens": 1e2, "spaces_between_special_tokens": false,
+        "session_id": "s", "add_special_tokens": true, "length_penalty": 1.0,
     });
     let whole = server.chat(&request).ok();
     assert_eq!(whole["choices"][0]["message"]["content"], "Hello there!");
     assert_eq!(whole["service_tier"], "default");
+    let fields = json!({"session_id": "s", "user": "u"});
+    for (path, field) in [("/v1/completions", "prompt"), ("/v1/responses", "input")] {
+        let mut request = fields.clone();
+        request[field] = "Hi".into();
+        assert_eq!(server.post(path, &request).status, 200);
+    }
+    // Only what is not known at all is counted.
+    let text = server.get("/metrics").body;
+    let counted: Vec<&str> =
+        text.lines().filter(|l| l.starts_with("gptoss_unknown_request_fields_total")).collect();
+    let [one] = &counted[..] else { panic!("{counted:?}") };
+    assert!(one.ends_with("field=\"unknown\"} 1"), "{one}");
 }
 
 #[test]

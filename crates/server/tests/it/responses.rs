@@ -110,9 +110,10 @@ fn every_field() {
     let server = server(&[HELLO], 0);
     let request = json!({
         "input": "Hi", "instructions": "Be kind.", "temperature": 0.5, "metadata": {"a": "b"}, "user": "u",
-        "max_output_tokens": 100, "reasoning": {"effort": "low"}
+        "max_output_tokens": 100, "reasoning": {"effort": "low"}, "prompt_cache_retention": "24h"
     });
     let whole = server.post(PATH, &request).ok();
+    assert_eq!(whole["prompt_cache_retention"], "24h");
     let generated = tokens(HELLO).len();
     let keys: Vec<&str> = whole.as_object().unwrap().keys().map(String::as_str).collect();
     assert_eq!(
@@ -142,6 +143,7 @@ fn every_field() {
             "user",
             "safety_identifier",
             "prompt_cache_key",
+            "prompt_cache_retention",
             "metadata",
             "background",
             "service_tier",
