@@ -1,8 +1,10 @@
 //! `generation_config.json`: where generation stops and how it samples by default.
 
+use std::path::Path;
+
 use serde_json::{Value, json};
 
-use crate::{Config, Error, config::kind_of};
+use crate::{Config, Error, config::kind_of, reader::read_json};
 
 /// The defaults of generation that come with a model.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -15,6 +17,10 @@ pub struct GenerationConfig {
     pub top_p: Option<f32>,
     /// How many of the best tokens are sampled from.
     pub top_k: Option<u32>,
+    /// The share of the best token's probability that others must have.
+    pub min_p: Option<f32>,
+    /// Divides the logits of tokens that were there already.
+    pub repetition_penalty: Option<f32>,
     /// `false` asks for the best token always.
     pub do_sample: Option<bool>,
 }
@@ -29,6 +35,17 @@ impl GenerationConfig {
             "pad_token_id": 199_999,
         });
         config.has_o200k_vocabulary().then(|| (FILE.to_owned(), format!("{document:#}\n").into_bytes()))
+    }
+
+    /// Reads the `generation_config.json` of a folder.
+    ///
+    /// # Errors
+    /// [`Error::File`] if there is none; [`Error::Json`] or [`Error::Field`] for a field that has no meaning.
+    pub fn open(folder: &Path) -> Result<GenerationConfig, Error> {
+        let path = folder.join(FILE);
+        let found = read_json(&path)?;
+        let value = found.ok_or_else(|| Error::file(&path, "the defaults of generation", "no such file"))?;
+        GenerationConfig::read(Some(&value), &Value::Null)
     }
 
     /// Reads `generation_config.json`, if there is one; `config` is `config.json`.
@@ -51,6 +68,8 @@ impl GenerationConfig {
             read.temperature = number("temperature", 0.0, 100.0)?.map(|t| t as f32);
             read.top_p = number("top_p", 0.0, 1.0)?.map(|p| p as f32);
             read.top_k = number("top_k", 0.0, f64::from(i32::MAX))?.map(|k| k as u32);
+            read.min_p = number("min_p", 0.0, 1.0)?.map(|p| p as f32);
+            read.repetition_penalty = number("repetition_penalty", 0.01, 100.0)?.map(|p| p as f32);
             read.do_sample = match fields.get("do_sample") {
                 None | Some(Value::Null) => None,
                 Some(Value::Bool(sample)) => Some(*sample),

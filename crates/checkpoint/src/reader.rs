@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use half::bf16;
 use numerics::nvfp4;
 use safetensors::Dtype;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use sha2::{Digest, Sha256};
 
 use crate::error::{Mismatch, brief};
@@ -50,13 +50,24 @@ impl Checkpoint {
     /// One error for the whole folder: what cannot be read, which field of the configuration is wrong, or which tensors are
     /// missing, unknown or misshapen.
     pub fn open(path: &Path) -> Result<Checkpoint, Error> {
+        Checkpoint::open_with(path, &Map::new())
+    }
+
+    /// Opens a model folder in whose `config.json` these fields take the place of its own.
+    ///
+    /// # Errors
+    /// Those of [`Checkpoint::open`].
+    pub fn open_with(path: &Path, fields: &Map<String, Value>) -> Result<Checkpoint, Error> {
         let metadata = fs::metadata(path).map_err(Error::io(path))?;
         if !metadata.is_dir() {
             return Err(Error::file(path, "a model folder", "a file"));
         }
-        let Some(config) = read_json(&path.join("config.json"))? else {
+        let Some(mut config) = read_json(&path.join("config.json"))? else {
             return Err(Error::file(path, "a model folder", "no config.json in it"));
         };
+        if let Value::Object(config) = &mut config {
+            config.extend(fields.clone());
+        }
         let generation = read_json(&path.join("generation_config.json"))?;
         let hf_quant_config = read_json(&path.join("hf_quant_config.json"))?;
         let fake_folder = path.join(FAKE_FOLDER);
@@ -802,7 +813,7 @@ pub fn read_file(path: &Path, largest: u64) -> Result<Option<Vec<u8>>, Error> {
 }
 
 /// A JSON file, `None` if there is none.
-fn read_json(path: &Path) -> Result<Option<Value>, Error> {
+pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
     // The largest real one, an index of thousands of tensors, has some hundred kilobytes.
     let Some(text) = read_file(path, 64 << 20)? else { return Ok(None) };
     serde_json::from_slice(&text).map(Some).map_err(|source| Error::Json { path: path.to_owned(), source })

@@ -596,8 +596,8 @@ pub(crate) struct Answers {
     /// Owner in the list of models
     #[arg(long, value_name = "NAME", default_value = "vllm")]
     pub(crate) model_owner: String,
-    /// Sampling defaults: `auto` from the model's generation_config.json, `vllm` without it
-    #[arg(long, value_name = "auto|vllm", default_value = "auto", value_parser = ["auto", "vllm"])]
+    /// Sampling defaults: `auto` from the model's generation_config.json, `vllm` without it, DIR from that folder's
+    #[arg(long, value_name = "auto|vllm|DIR", default_value = "auto")]
     pub(crate) generation_config: String,
     /// Sampling defaults over those, such as {"temperature": 0.7}
     #[arg(long, value_name = "JSON", value_parser = sampling_defaults)]
@@ -647,6 +647,9 @@ pub(crate) struct Answers {
     /// Constrain the arguments of tools with `strict` alone, or of all tools
     #[arg(long, value_name = "function|parameter", default_value = "function", value_parser = ["function", "parameter"])]
     pub(crate) tool_strict_level: String,
+    /// What all JSON keeps to: {"disable_any_whitespace": true, "disable_additional_properties": true}, or one of them
+    #[arg(long, value_name = "JSON", value_parser = structured_outputs)]
+    pub(crate) structured_outputs_config: Option<StructuredOutputs>,
     /// Chats have log-probabilities of all tokens, or of the text of the final channel alone
     #[arg(long, value_name = "all|final", default_value = "all", value_parser = ["all", "final"])]
     pub(crate) logprobs_scope: String,
@@ -658,7 +661,7 @@ pub(crate) struct Answers {
     pub(crate) eager_stream_start: bool,
 }
 
-/// Where a model on the hub comes from.
+/// Where a model on the hub comes from, and what is different about it.
 #[derive(Debug, Default, Args)]
 pub(crate) struct FromHub {
     /// Branch, tag or commit of a model on the hub [default: main]
@@ -670,6 +673,9 @@ pub(crate) struct FromHub {
     /// The hub's token, which others on this machine can see on a command line [default: HF_TOKEN]
     #[arg(long, value_name = "TOKEN")]
     pub(crate) hf_token: Option<String>,
+    /// Fields that take the place of those in config.json, such as {"max_position_embeddings": 4096}
+    #[arg(long, value_name = "JSON", value_parser = fields)]
+    pub(crate) hf_overrides: Option<Fields>,
 }
 
 /// How requests share the engine, and what is drawn.
@@ -1099,11 +1105,39 @@ pub(crate) struct SamplingOverrides {
     pub(crate) top_p: Option<f32>,
     pub(crate) top_k: Option<u32>,
     pub(crate) min_p: Option<f32>,
+    pub(crate) repetition_penalty: Option<f32>,
 }
 
 fn sampling_defaults(text: &str) -> Result<SamplingOverrides, String> {
-    serde_json::from_str(text)
-        .map_err(|e| format!("expected a JSON object of temperature, top_p, top_k, min_p, found: {e}"))
+    serde_json::from_str(text).map_err(|e| {
+        let names = "temperature, top_p, top_k, min_p, repetition_penalty";
+        format!("expected a JSON object of {names}, found: {e}")
+    })
+}
+
+/// Fields of an object.
+#[derive(Debug, Clone)]
+pub(crate) struct Fields(pub(crate) serde_json::Map<String, serde_json::Value>);
+
+fn fields(text: &str) -> Result<Fields, String> {
+    serde_json::from_str(text).map(Fields).map_err(|e| format!("expected a JSON object, found: {e}"))
+}
+
+/// What vLLM says of all JSON; which compiler it takes changes nothing here.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Deserialize)]
+pub(crate) struct StructuredOutputs {
+    #[serde(default)]
+    pub(crate) disable_any_whitespace: bool,
+    #[serde(default)]
+    pub(crate) disable_additional_properties: bool,
+}
+
+fn structured_outputs(text: &str) -> Result<StructuredOutputs, String> {
+    serde_json::from_str(text).map_err(|e| {
+        format!(
+            "expected a JSON object with disable_any_whitespace and disable_additional_properties, found: {e}"
+        )
+    })
 }
 
 fn context(text: &str) -> Result<Context, String> {

@@ -7,6 +7,7 @@ use checkpoint::hub::{self, Files, Hub};
 use checkpoint::{Checkpoint, Layout, Weights};
 use harmony::Harmony;
 use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
+use serde_json::{Map, Value};
 use tokenizer::Tokenizer;
 
 use crate::args::{Common, FromHub, Run};
@@ -46,7 +47,10 @@ impl Model {
     /// The same, where what is on the hub comes from there.
     pub(crate) fn open_from(name: Option<&str>, from: &FromHub, ui: Ui) -> Result<Model> {
         let revision = from.revision.as_deref();
-        let Some(name) = name.or_else(|| revision.map(|_| BUILT_IN)) else { return Model::built_in() };
+        let fields = from.hf_overrides.as_ref().map_or_else(Map::new, |fields| fields.0.clone());
+        let Some(name) = name.or_else(|| revision.map(|_| BUILT_IN)) else {
+            return Model::built_in_with(&fields);
+        };
         let path = Path::new(name);
         let folder = if let Some(revision) = revision.filter(|_| !is_on_hub(name)) {
             return Err(Failure::input(format!(
@@ -62,7 +66,7 @@ impl Model {
             ))
             .hint("a hub name has the form owner/name, such as openai/gpt-oss-20b"));
         };
-        let checkpoint = Checkpoint::open(&folder)?;
+        let checkpoint = Checkpoint::open_with(&folder, &fields)?;
         checkpoint.warnings().iter().for_each(|warning| ui.note(format_args!("note: {warning}")));
         Ok(Model { name: name.to_owned(), checkpoint, built_in: false, other_tokenizer: None })
     }
@@ -90,7 +94,15 @@ impl Model {
     }
 
     pub(crate) fn built_in() -> Result<Model> {
-        let checkpoint = Checkpoint::from_bytes(BUILT_IN_CONFIG, BUILT_IN_GENERATION, &BUILT_IN_WEIGHTS.0)?;
+        Model::built_in_with(&Map::new())
+    }
+
+    fn built_in_with(fields: &Map<String, Value>) -> Result<Model> {
+        let mut config: Map<String, Value> =
+            serde_json::from_str(BUILT_IN_CONFIG).expect("the built-in configuration is JSON");
+        config.extend(fields.clone());
+        let config = Value::Object(config).to_string();
+        let checkpoint = Checkpoint::from_bytes(&config, BUILT_IN_GENERATION, &BUILT_IN_WEIGHTS.0)?;
         Ok(Model { name: BUILT_IN.to_owned(), checkpoint, built_in: true, other_tokenizer: None })
     }
 

@@ -175,7 +175,7 @@ impl ChatRequest {
             wire.parallel_tool_calls,
             wire.wanted.as_ref(),
             effort != Effort::None,
-            context.strict_arguments,
+            context,
         );
         if continued.is_some() && !turn.is_free() {
             let message = "continue_final_message cannot be used with tools or a form of the answer.";

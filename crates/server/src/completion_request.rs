@@ -133,7 +133,7 @@ impl CompletionRequest {
             common: wire.common,
             prompts: wire.prompts,
             params,
-            wanted: wire.wanted,
+            wanted: wire.wanted.map(|wanted| Wanted { form: context.json.apply(wanted.form), ..wanted }),
             echo: wire.echo,
             prompt_logprobs,
         })

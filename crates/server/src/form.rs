@@ -23,6 +23,29 @@ pub(crate) struct Wanted {
     pub(crate) param: String,
 }
 
+/// What JSON must keep to beside its schema.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct JsonRules {
+    /// There is nothing between its tokens.
+    pub no_whitespace: bool,
+    /// Objects whose properties the schema names have no others, unless it says that they may.
+    pub no_other_properties: bool,
+}
+
+impl JsonRules {
+    pub(crate) fn apply(self, mut form: Form) -> Form {
+        if let Form::Json { schema, whitespace, .. } = &mut form {
+            if self.no_whitespace {
+                *whitespace = Whitespace::None;
+            }
+            if self.no_other_properties {
+                close(schema);
+            }
+        }
+        form
+    }
+}
+
 /// What either field says; both cannot.
 pub(crate) fn read(object: &Object<'_>) -> Result<Option<Wanted>, ApiError> {
     let format = object.field("response_format").map(|field| response_format(&field)).transpose()?.flatten();
@@ -62,7 +85,7 @@ fn response_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
     let kind_name = kind.string()?;
     Ok(Some(match kind_name.as_str() {
         "text" => return Ok(None),
-        "json_object" => any_object(field.path(), Whitespace::default()),
+        "json_object" => any_object(field.path()),
         "json_schema" => {
             let object =
                 object.required("json_schema")?.object(&["name", "description", "schema", "strict"])?;
@@ -116,9 +139,9 @@ pub(crate) fn json_schema(object: &Object<'_>) -> Result<Wanted, ApiError> {
 }
 
 /// Any JSON object.
-pub(crate) fn any_object(param: &str, whitespace: Whitespace) -> Wanted {
+pub(crate) fn any_object(param: &str) -> Wanted {
     let schema = json!({"type": "object"});
-    let form = Form::Json { schema, lenient: false, whitespace };
+    let form = Form::Json { schema, lenient: false, whitespace: Whitespace::default() };
     Wanted { form, shown: None, param: param.to_owned() }
 }
 
@@ -142,31 +165,33 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
             "You can only use one kind of constraints for structured outputs ('json', 'regex' or 'choice').";
         return Err(field.error(message));
     };
-    let closed = object.bool("disable_additional_properties")? == Some(true);
-    let whitespace = match (object.bool("disable_any_whitespace")?, object.string("whitespace_pattern")?) {
-        (Some(true), _) => Whitespace::None,
-        (_, Some(pattern)) => Whitespace::Pattern(pattern),
-        _ => Whitespace::default(),
+    let rules = JsonRules {
+        no_whitespace: object.bool("disable_any_whitespace")? == Some(true),
+        no_other_properties: object.bool("disable_additional_properties")? == Some(true),
+    };
+    let pattern = object.string("whitespace_pattern")?;
+    let json = |schema| {
+        let whitespace = pattern.map_or_else(Whitespace::default, Whitespace::Pattern);
+        rules.apply(Form::Json { schema, lenient: false, whitespace })
     };
     let kind = KINDS.into_iter().find(|kind| object.field(kind).is_some());
     match kind {
         Some("json") => {
-            let mut schema = if only.is_string() {
+            let schema: Value = if only.is_string() {
                 serde_json::from_str(&only.string()?)
                     .map_err(|e| only.error(format!("{} is not valid JSON: {e}.", only.path())))?
             } else {
                 schema_value(only)?
             };
-            if closed {
-                close(&mut schema);
-            }
             let shown =
                 ResponseFormat { name: "answer".to_owned(), description: None, schema: schema.clone() };
-            let form = Form::Json { schema, lenient: false, whitespace };
-            Ok(Wanted { form, shown: Some(shown), param: only.path().to_owned() })
+            Ok(Wanted { form: json(schema), shown: Some(shown), param: only.path().to_owned() })
         }
         Some("json_object") if !only.bool()? => Err(only.error(format!("{} must be true.", only.path()))),
-        Some("json_object") => Ok(any_object(only.path(), whitespace)),
+        Some("json_object") => {
+            let form = json(json!({"type": "object"}));
+            Ok(Wanted { form, shown: None, param: only.path().to_owned() })
+        }
         Some("regex") => text_form(only, Form::Regex),
         Some("choice") => {
             let choices = only.array(MAX_CHOICES)?;
@@ -185,7 +210,6 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
     }
 }
 
-/// Objects whose properties a schema names have no others, unless it says that they may.
 fn close(schema: &mut Value) {
     match schema {
         Value::Object(keywords) => {

@@ -626,6 +626,7 @@ fn context<'a>(state: &'a State, engine: &Engine, date: Option<&'a str>) -> Cont
         strict_reasoning_effort: state.strict_reasoning_effort,
         exclude_tools_of_choice_none: state.exclude_tools_of_choice_none,
         strict_arguments: state.strict_arguments,
+        json: state.json,
         priorities: engine.policy() == SchedulingPolicy::Priority,
     }
 }

@@ -51,6 +51,7 @@ mod watchdog;
 
 pub use clock::today;
 pub use error::ErrorStyle;
+pub use form::JsonRules;
 pub use server::{
     CorsOptions, Ended, Error, Fingerprint, Handle, Loader, Options, SamplingDefaults, Server, SystemDate,
 };

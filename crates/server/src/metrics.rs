@@ -30,6 +30,8 @@ pub(crate) struct Metrics {
     /// Names of fields that were ignored, at most `MAX_FIELDS` of them.
     unknown_fields: Mutex<BTreeMap<String, u64>>,
     http: Mutex<BTreeMap<Route, Http>>,
+    /// Labels of the key/value cache, each after a comma.
+    cache_labels: String,
     /// Series under the names of earlier versions.
     legacy: bool,
 }
@@ -111,7 +113,7 @@ const SHORT: &[f64] = &[0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0]
 
 impl Metrics {
     /// Of so many replicas; `legacy`: with the names of earlier versions.
-    pub(crate) fn new(replicas: usize, legacy: bool) -> Metrics {
+    pub(crate) fn new(replicas: usize, cache_labels: &[(&str, String)], legacy: bool) -> Metrics {
         Metrics {
             start_time: clock::unix_seconds(),
             replicas: (0..replicas).map(|_| Served::new()).collect(),
@@ -122,6 +124,7 @@ impl Metrics {
             grammar: Histogram::new(SHORT),
             unknown_fields: Mutex::default(),
             http: Mutex::default(),
+            cache_labels: cache_labels.iter().map(|(name, value)| format!(",{name}=\"{value}\"")).collect(),
             legacy,
         }
     }
@@ -242,7 +245,8 @@ impl Metrics {
         text.begin("vllm:cache_config_info", "gauge", "The shape of the key/value cache.");
         for one in &all {
             let blocks = one.stats.full_blocks;
-            let shape = format!("block_size=\"{BLOCK_TOKENS}\",num_gpu_blocks=\"{blocks}\"");
+            let labels = &self.cache_labels;
+            let shape = format!("block_size=\"{BLOCK_TOKENS}\",num_gpu_blocks=\"{blocks}\"{labels}");
             text.sample(one, "vllm:cache_config_info", &shape, 1.0);
         }
 

@@ -1,6 +1,7 @@
 //! What both generating endpoints ask of a body, beside sampling.
 
 use crate::error::ApiError;
+use crate::form::JsonRules;
 use crate::json::{Object, excerpt};
 use crate::sampling::Limits;
 use crate::server::SamplingDefaults;
@@ -20,6 +21,8 @@ pub(crate) struct Context<'a> {
     pub(crate) exclude_tools_of_choice_none: bool,
     /// Arguments are constrained, whether or not a tool is strict.
     pub(crate) strict_arguments: bool,
+    /// What all JSON keeps to.
+    pub(crate) json: JsonRules,
     /// Requests may go before others.
     pub(crate) priorities: bool,
 }

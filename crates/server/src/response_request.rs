@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use engine::{SamplingParams, Whitespace};
+use engine::SamplingParams;
 use harmony::ChatPrompt;
 use serde_json::{Value, json};
 
@@ -200,7 +200,7 @@ impl ResponseRequest {
             wire.parallel_tool_calls,
             wire.wanted.as_ref(),
             effort != Effort::None,
-            context.strict_arguments,
+            context,
         );
         let messages = conversation.finish();
         let mut common = wire.common;
@@ -354,7 +354,7 @@ fn text_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
     let kind = object.required("type")?;
     match kind.string()?.as_str() {
         "text" => Ok(None),
-        "json_object" => Ok(Some(form::any_object(field.path(), Whitespace::default()))),
+        "json_object" => Ok(Some(form::any_object(field.path()))),
         "json_schema" => form::json_schema(&object).map(Some),
         other => {
             let message = format!(

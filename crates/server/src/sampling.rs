@@ -143,7 +143,7 @@ impl SamplingFields {
             prompt_logprobs: count("prompt_logprobs", "prompt", self.prompt_logprobs, limits)?,
             presence_penalty: or(self.presence_penalty, 0.0),
             frequency_penalty: or(self.frequency_penalty, 0.0),
-            repetition_penalty: or(self.repetition_penalty, 1.0),
+            repetition_penalty: or(self.repetition_penalty, defaults.repetition_penalty),
             logit_bias: biases(self.logit_bias)?,
             allowed_token_ids: self.allowed_token_ids,
             bad_words: self.bad_words,

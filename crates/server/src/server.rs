@@ -17,6 +17,7 @@ use crate::connections::{self, Settings};
 use crate::cors::Cors;
 use crate::error::{ApiError, ErrorStyle};
 use crate::events::Running;
+use crate::form::JsonRules;
 use crate::listener::Listener;
 use crate::memory::Memory;
 use crate::metrics::Metrics;
@@ -74,6 +75,8 @@ pub struct Options {
     pub exclude_tools_of_choice_none: bool,
     /// The arguments of every call are constrained by the tool's schema, `strict` or not. Default false.
     pub strict_arguments: bool,
+    /// What all JSON of answers and calls keeps to. Default nothing.
+    pub json: JsonRules,
     /// For requests that leave fields out.
     pub defaults: SamplingDefaults,
     /// Most alternatives per token that a request may ask for; `usize::MAX`: all of the vocabulary, and -1 asks for them.
@@ -127,6 +130,8 @@ pub struct Options {
     pub docs: bool,
     /// What tools made for Ollama ask before they start. Default true.
     pub ollama: bool,
+    /// Names and values that `vllm:cache_config_info` has beside the blocks. Default none.
+    pub cache_labels: Vec<(&'static str, String)>,
     /// `/metrics` has names that older dashboards ask for, too. Default true.
     pub legacy_metrics: bool,
     /// A line every ten seconds while the engine is at work. Default true.
@@ -166,6 +171,7 @@ impl Default for Options {
             strict_reasoning_effort: false,
             exclude_tools_of_choice_none: false,
             strict_arguments: false,
+            json: JsonRules::default(),
             defaults: SamplingDefaults::default(),
             max_logprobs: 20,
             final_logprobs: false,
@@ -192,6 +198,7 @@ impl Default for Options {
             page: true,
             docs: true,
             ollama: true,
+            cache_labels: Vec::new(),
             legacy_metrics: true,
             log_stats: true,
             log_requests: false,
@@ -258,11 +265,13 @@ pub struct SamplingDefaults {
     pub top_k: usize,
     /// Default 0.
     pub min_p: f32,
+    /// Default 1.
+    pub repetition_penalty: f32,
 }
 
 impl Default for SamplingDefaults {
     fn default() -> SamplingDefaults {
-        SamplingDefaults { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0 }
+        SamplingDefaults { temperature: 1.0, top_p: 1.0, top_k: 0, min_p: 0.0, repetition_penalty: 1.0 }
     }
 }
 
@@ -537,6 +546,7 @@ pub(crate) struct State {
     pub(crate) strict_reasoning_effort: bool,
     pub(crate) exclude_tools_of_choice_none: bool,
     pub(crate) strict_arguments: bool,
+    pub(crate) json: JsonRules,
     draining: AtomicBool,
     /// What still runs is to end.
     abort: watch::Sender<bool>,
@@ -601,7 +611,7 @@ impl State {
             force_include_usage: options.force_include_usage,
             request_metrics: options.request_metrics,
             error_style: options.error_style,
-            metrics: Arc::new(Metrics::new(options.replicas, options.legacy_metrics)),
+            metrics: Arc::new(Metrics::new(options.replicas, &options.cache_labels, options.legacy_metrics)),
             responses: Arc::new(Store::new(options.responses_store)),
             memory: Arc::default(),
             bodies: Arc::new(BodyLimits::new(options.max_body_bytes)),
@@ -625,6 +635,7 @@ impl State {
             strict_reasoning_effort: options.strict_reasoning_effort,
             exclude_tools_of_choice_none: options.exclude_tools_of_choice_none,
             strict_arguments: options.strict_arguments,
+            json: options.json,
             draining: AtomicBool::new(false),
             abort: watch::Sender::new(false),
             running: Arc::default(),

@@ -9,6 +9,7 @@ use serde_json::json;
 use crate::error::ApiError;
 use crate::form::{self, Wanted};
 use crate::json::{Field, Object, excerpt};
+use crate::request::Context;
 
 pub(crate) const MAX_TOOLS: usize = 512;
 /// Of all tools together, as JSON: their trees take up to fifty times as much memory.
@@ -28,14 +29,14 @@ pub(crate) struct Turn {
 
 impl Turn {
     /// A turn without tools to call and without a demanded form needs no rules; nor does one in which the model may do as it
-    /// likes. Arguments of calls that are not forced are constrained if their tool is strict, or `strict_arguments` says so of all.
+    /// likes.
     pub(crate) fn new(
         tools: Option<&Tools>,
         choice: &Choice,
         many_calls: bool,
         wanted: Option<&Wanted>,
         reasoning: bool,
-        strict_arguments: bool,
+        context: &Context<'_>,
     ) -> Turn {
         let tools = tools.map_or(&[][..], |tools| &tools.tools);
         let callable = tools.iter().filter(|tool| match choice {
@@ -47,7 +48,7 @@ impl Turn {
         let callable: Vec<&Tool> = callable.collect();
         let forced =
             matches!(choice, Choice::Required | Choice::Named(_) | Choice::Allowed { required: true, .. });
-        let is_strict = |tool: &Tool| tool.strict == Some(true) || strict_arguments && !tool.free;
+        let is_strict = |tool: &Tool| tool.strict == Some(true) || context.strict_arguments && !tool.free;
         let strict = callable.iter().any(|tool| is_strict(tool));
         let suppressed = callable.len() < tools.len();
         if wanted.is_none() && !forced && !strict && !suppressed && (reasoning || callable.is_empty()) {
@@ -59,15 +60,16 @@ impl Turn {
             }
             let schema = tool.tool.function.parameters.clone();
             let schema = schema.filter(|schema| schema.as_object().is_some_and(|object| !object.is_empty()));
-            Form::Json {
+            context.json.apply(Form::Json {
                 schema: schema.unwrap_or_else(|| json!({"type": "object"})),
                 lenient: tool.strict != Some(true),
                 whitespace: Whitespace::default(),
-            }
+            })
         };
+        let answer = || wanted.map_or(Form::Text, |wanted| context.json.apply(wanted.form.clone()));
         let rules = TurnRules {
             reasoning,
-            answer: (!forced).then(|| wanted.map_or(Form::Text, |wanted| wanted.form.clone())),
+            answer: (!forced).then(answer),
             calls: callable.iter().map(|tool| (tool.tool.function.name.clone(), arguments(tool))).collect(),
             many_calls: many_calls && !matches!(choice, Choice::Named(_)),
         };

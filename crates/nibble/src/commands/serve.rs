@@ -1,6 +1,7 @@
 //! `nibble serve`: the OpenAI-compatible server.
 
 use std::io::{IsTerminal, Write};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -8,8 +9,8 @@ use checkpoint::GenerationConfig;
 use engine::{Engine, EngineOptions, SchedulingPolicy};
 use serde_json::{Value, json};
 use server::{
-    ClientCertificates, CorsOptions, Ended, ErrorStyle, Fingerprint, Handle, Options, SamplingDefaults,
-    Server, SystemDate, TlsOptions,
+    ClientCertificates, CorsOptions, Ended, ErrorStyle, Fingerprint, Handle, JsonRules, Options,
+    SamplingDefaults, Server, SystemDate, TlsOptions,
 };
 
 use crate::args::{AccessFlags, Answers, Common, Guessing, Limits, Logs, Network, Serve};
@@ -141,8 +142,12 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
         },
         strict_reasoning_effort: answers.strict_reasoning_effort,
         exclude_tools_of_choice_none: answers.exclude_tools_when_tool_choice_none,
+        json: answers.structured_outputs_config.map_or_else(JsonRules::default, |config| JsonRules {
+            no_whitespace: config.disable_any_whitespace,
+            no_other_properties: config.disable_additional_properties,
+        }),
         strict_arguments: answers.tool_strict_level == "parameter",
-        defaults: defaults(answers, &source.generation()),
+        defaults: defaults(answers, source)?,
         max_logprobs: match usize::try_from(answers.max_logprobs) {
             Ok(max) => max,
             Err(_) if answers.unsafe_unbounded_logprobs => usize::MAX,
@@ -182,6 +187,7 @@ fn options(args: &Serve, common: &Common, source: &Source, root: String) -> Resu
         page: !access.disable_page,
         docs: !access.disable_docs,
         ollama: !access.no_ollama_compat,
+        cache_labels: cache_labels(args),
         legacy_metrics: !logs.no_legacy_metrics,
         log_stats: !logs.disable_log_stats,
         log_requests: logs.enable_log_requests,
@@ -226,16 +232,24 @@ fn keys(access: &AccessFlags) -> Result<Vec<String>> {
     }
 }
 
-fn defaults(answers: &Answers, generation: &GenerationConfig) -> SamplingDefaults {
-    let file = (answers.generation_config == "auto").then_some(generation);
+fn defaults(answers: &Answers, source: &Source) -> Result<SamplingDefaults> {
+    let file = match answers.generation_config.as_str() {
+        "auto" => source.generation(),
+        "vllm" => GenerationConfig::default(),
+        folder => GenerationConfig::open(Path::new(folder))?,
+    };
     let own = answers.override_generation_config.unwrap_or_default();
     let none = SamplingDefaults::default();
-    SamplingDefaults {
-        temperature: own.temperature.or(file.and_then(|f| f.temperature)).unwrap_or(none.temperature),
-        top_p: own.top_p.or(file.and_then(|f| f.top_p)).unwrap_or(none.top_p),
-        top_k: own.top_k.or(file.and_then(|f| f.top_k)).map_or(none.top_k, |k| k as usize),
-        min_p: own.min_p.unwrap_or(none.min_p),
-    }
+    Ok(SamplingDefaults {
+        temperature: own.temperature.or(file.temperature).unwrap_or(none.temperature),
+        top_p: own.top_p.or(file.top_p).unwrap_or(none.top_p),
+        top_k: own.top_k.or(file.top_k).map_or(none.top_k, |k| k as usize),
+        min_p: own.min_p.or(file.min_p).unwrap_or(none.min_p),
+        repetition_penalty: own
+            .repetition_penalty
+            .or(file.repetition_penalty)
+            .unwrap_or(none.repetition_penalty),
+    })
 }
 
 /// What `/server_info` says of the command line: no key, no path.
@@ -262,6 +276,15 @@ fn info(args: &Serve, common: &Common) -> Value {
         "stream_interval": answers.stream_interval,
         "shutdown_timeout": limits.shutdown_timeout
     })
+}
+
+/// What vLLM says of its cache in the metrics, in its words.
+fn cache_labels(Serve { capacity, run, .. }: &Serve) -> Vec<(&'static str, String)> {
+    let prefixes = if capacity.no_enable_prefix_caching { "False" } else { "True" };
+    let mut labels =
+        vec![("cache_dtype", flag(&run.kv_cache_dtype)), ("enable_prefix_caching", prefixes.to_owned())];
+    labels.extend(capacity.gpu_memory_utilization.map(|share| ("gpu_memory_utilization", share.to_string())));
+    labels
 }
 
 fn base(args: &Serve, limits: &Limits) -> EngineOptions {

@@ -310,6 +310,10 @@ fn flags_of_others_are_listed_or_refused() {
         ),
         (vec!["--block-size", "128"], "16"),
         (vec!["--api-kye", "x"], "--api-key"),
+        (
+            vec!["--structured-outputs-config", "{\"disable_any_whitespace\": 1}"],
+            "--structured-outputs-config",
+        ),
         (vec!["--served-model-nam", "x"], "--served-model-name"),
         (vec!["--api-key", ""], "--api-key"),
         (vec!["--ssl-certfile", "x"], "--ssl-keyfile"),
@@ -373,7 +377,12 @@ fn flags_say_what_answers_are_like() {
     std::fs::write(&script, json!({"default": {"tokens": encoded["ids"]}}).to_string()).unwrap();
     let engine = format!("scripted:{}", script.display());
     let flags = ["-dp", "2", "--trust-routing-headers", "--logprobs-scope", "final", "--tool-strict-level"];
-    let server = Scripted::run(folder, &[&["--engine", &engine], &flags[..], &["parameter"]].concat());
+    let json = [
+        "parameter",
+        "--structured-outputs-config",
+        r#"{"backend": "xgrammar", "disable_any_whitespace": true, "disable_additional_properties": true}"#,
+    ];
+    let server = Scripted::run(folder, &[&["--engine", &engine], &flags[..], &json].concat());
     let parameters = json!({"type": "object", "properties": {"x": {"type": "integer"}}, "required": ["x"]});
     let request = json!({
         "messages": hi()["messages"], "logprobs": true, "max_tokens": 60,
@@ -385,7 +394,8 @@ fn flags_say_what_answers_are_like() {
     assert_eq!(choice["message"]["reasoning"], "Hm.");
     assert_eq!(choice["logprobs"]["content"], json!([]), "nothing is in the final channel");
     let arguments = choice["message"]["tool_calls"][0]["function"]["arguments"].as_str().unwrap();
-    assert!(arguments.starts_with("{\"x\"") && !arguments.contains("one"), "{arguments}");
+    assert!(arguments.starts_with("{\"x\":") && !arguments.contains("one"), "{arguments}");
+    assert!(!arguments.contains([' ', ',']), "{arguments}");
     let headers = format!("{JSON}X-data-parallel-rank: 2\r\n");
     let (status, body) =
         server.request("POST", "/v1/chat/completions", &headers, hi().to_string().as_bytes());
@@ -442,6 +452,48 @@ fn the_tokenizer_of_another_folder_or_of_the_hub() {
         let tokens: Value = serde_json::from_str(&body).unwrap();
         assert_eq!(tokens["tokens"], expected["ids"]);
     }
+}
+
+#[test]
+fn fields_of_a_models_configuration_can_be_set() {
+    let small = crate::small();
+    for model in [&[][..], &[small.as_str()]] {
+        let all =
+            [model, &["--device", "cpu", "--hf-overrides", r#"{"max_position_embeddings": 128}"#]].concat();
+        let server = Scripted::run(tempfile::tempdir().unwrap(), &all);
+        let models: Value = serde_json::from_str(&server.request("GET", "/v1/models", "", b"").1).unwrap();
+        assert_eq!(models["data"][0]["max_model_len"], 128);
+    }
+    let fails = |json: &str, named: &str| {
+        fails(&["serve", "--port", "0", &small, "--hf-overrides", json], 2, named);
+    };
+    fails("[1]", "--hf-overrides");
+    fails(r#"{"num_hidden_layers": 5}"#, "layer");
+    fails(r#"{"hidden_size": "wide"}"#, "hidden_size");
+}
+
+#[test]
+fn sampling_defaults_come_from_a_folder() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().to_str().unwrap();
+    let missing = "generation_config.json: expected the defaults of generation, found no such file";
+    fails(&["serve", "--port", "0", "--generation-config", path], 2, missing);
+    let defaults =
+        json!({"temperature": 0.5, "top_p": 0.75, "top_k": 7, "min_p": 0.25, "repetition_penalty": 1.5});
+    std::fs::write(folder.path().join("generation_config.json"), defaults.to_string()).unwrap();
+    let flags = ["--generation-config", path, "--override-generation-config"];
+    let server = Scripted::start(&[&flags[..], &[r#"{"top_p": 1, "repetition_penalty": 2}"#]].concat());
+    let (status, body) = server.post("/v1/completions/render", &json!({"prompt": "x"}));
+    assert_eq!(status, 200, "{body}");
+    let found = serde_json::from_str::<Value>(&body).unwrap()["sampling_params"].clone();
+    for (name, value) in
+        [("temperature", 0.5), ("top_p", 1.0), ("top_k", 7.0), ("min_p", 0.25), ("repetition_penalty", 2.0)]
+    {
+        assert_eq!(found[name].as_f64(), Some(value), "{name}");
+    }
+    let text = server.request("GET", "/metrics", "", b"").1;
+    let cache = text.lines().find(|line| line.starts_with("vllm:cache_config_info")).unwrap();
+    assert!(cache.contains("cache_dtype=\"auto\",enable_prefix_caching=\"True\"} 1"), "{cache}");
 }
 
 #[test]

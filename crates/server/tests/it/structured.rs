@@ -2,7 +2,7 @@
 
 use engine::Scripted;
 use serde_json::{Value, json};
-use server::Options;
+use server::{JsonRules, Options};
 
 use crate::fixture::{Fixture, engine_options, options, tokens};
 use crate::harmony_turns::{join, tool};
@@ -213,6 +213,51 @@ fn calls_that_must_be_made() {
     assert_eq!(answer(4, &json!("auto")), (Vec::new(), "stop".to_owned()));
     let (calls, finish) = answer(1, &json!("none"));
     assert!(calls.is_empty() && finish != "tool_calls");
+}
+
+#[test]
+fn a_server_sets_what_all_json_keeps_to() {
+    let json = JsonRules { no_whitespace: true, no_other_properties: true };
+    let schema = json!({"type": "object", "properties": {"x": {"type": "integer"}}});
+    let call = "<|channel|>commentary to=functions.g <|constrain|>json<|message|>";
+    let tools =
+        json!([{"type": "function", "function": {"name": "g", "parameters": schema, "strict": true}}]);
+    let format = json!({"type": "json_schema", "json_schema": {"name": "g", "schema": schema}});
+    for (path, begin, end, fields, found) in [
+        (
+            "/v1/chat/completions",
+            FINAL,
+            "<|return|>",
+            json!({"messages": ask(), "response_format": format}),
+            "/choices/0/message/content",
+        ),
+        (
+            "/v1/chat/completions",
+            call,
+            "<|call|>",
+            json!({"messages": ask(), "tools": tools}),
+            "/choices/0/message/tool_calls/0/function/arguments",
+        ),
+        (
+            "/v1/completions",
+            "",
+            "<|return|>",
+            json!({"prompt": "x", "response_format": format}),
+            "/choices/0/text",
+        ),
+    ] {
+        let said = |text: &str, json: JsonRules| {
+            let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(&format!("{begin}{text}{end}"))]);
+            let server = Fixture::start(&Options { json, ..options() }, backend, engine_options());
+            let mut request = fields.clone();
+            request["max_tokens"] = 40.into();
+            server.post(path, &request).ok().pointer(found).unwrap() == text
+        };
+        assert!(said(r#"{"x":1}"#, json), "{fields}");
+        for other in [r#"{"x": 1}"#, r#"{"x":1,"y":2}"#] {
+            assert!(said(other, JsonRules::default()) && !said(other, json), "{other} {fields}");
+        }
+    }
 }
 
 #[test]
