@@ -42,7 +42,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         ui.note("note: compressed-tensors has no names for fused experts: they are written in BF16");
     }
 
-    let data = if args.report.is_some() || options(args).needs_calibration(&model.checkpoint) {
+    let data = if args.report.is_some() || options(args).needs_calibration(&model.checkpoint.packed()) {
         calibration::read(&model, &args.calibration, args.calibration_tokens as usize, args.seed, ui)?
     } else {
         calibration::Data::default()

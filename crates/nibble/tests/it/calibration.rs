@@ -197,6 +197,20 @@ fn packed_attention_stays_while_experts_are_calibrated() {
 }
 
 #[test]
+fn codes_that_are_recovered_need_no_calibration() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (fake, out) = (path("fake"), path("out"));
+    ok(&["quantize", &bf16(), "--out", &fake, "--algorithm", "max", "--format", "fake-bf16"]);
+    // Without it there are no data to calibrate on.
+    std::fs::remove_file(Path::new(&fake).join("tokenizer.json")).unwrap();
+    ok(&["quantize", &fake, "--out", &out]);
+    assert_eq!(ok(&["verify", &fake, &out, "--json"]).json()["identical"], true);
+    let missing = "expected a tokenizer.json";
+    fails(&["quantize", &fake, "--out", &path("other"), "--recipe", "linear"], 2, missing);
+}
+
+#[test]
 fn the_published_form_needs_no_calibration() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out").to_str().unwrap().to_owned();
