@@ -43,8 +43,8 @@ impl Unfinished {
             }
             TryLockError::Error(error) => Error::io(&path)(error),
         })?;
-        let mut text = String::new();
-        journal.read_to_string(&mut text).map_err(Error::io(&path))?;
+        let mut text = Vec::new();
+        journal.read_to_end(&mut text).map_err(Error::io(&path))?;
         let text = whole_lines(&text);
         if continues(directory, text, identity, overwrite)? {
             journal.set_len(text.len() as u64).map_err(Error::io(&path))?;
@@ -61,7 +61,7 @@ impl Unfinished {
     pub(crate) fn check(directory: &Path, identity: &str, overwrite: bool) -> Result<(), Error> {
         refuse_foreign(directory)?;
         let path = directory.join(JOURNAL);
-        match fs::read_to_string(&path) {
+        match fs::read(&path) {
             Ok(text) => continues(directory, whole_lines(&text), identity, overwrite).map(drop),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(()),
             Err(error) => Err(Error::io(&path)(error)),
@@ -97,9 +97,18 @@ pub(crate) fn refuse_foreign(directory: &Path) -> Result<(), Error> {
     }
 }
 
-/// A journal without a last line that was cut off before its end.
-fn whole_lines(text: &str) -> &str {
-    &text[..text.rfind('\n').map_or(0, |at| at + 1)]
+/// A journal up to where it is no text, or a last line was cut off before its end. What is no text from the beginning is a line that
+/// nobody wrote.
+fn whole_lines(journal: &[u8]) -> &str {
+    let text = match std::str::from_utf8(journal) {
+        Ok(text) => text,
+        Err(error) => std::str::from_utf8(&journal[..error.valid_up_to()]).unwrap_or_default(),
+    };
+    match text.rfind('\n') {
+        Some(end) => &text[..=end],
+        None if text.len() < journal.len() => "\u{fffd}\n",
+        None => "",
+    }
 }
 
 /// Whether the work of this journal is to be continued under `identity`; that of another one is dropped with `overwrite` alone.

@@ -15,7 +15,7 @@ use crate::masks::{self, Masks};
 use crate::scheduler::{Limits, Scheduler};
 use crate::speculation::MAX_STEP_TOKENS;
 use crate::worker::{Settings, Worker, default_seed};
-use crate::{InvalidParam, Request, Sink, Speculation, SpeculationCounts};
+use crate::{InvalidParam, Request, SamplingParams, Sink, Speculation, SpeculationCounts};
 
 /// What bounds an engine. Any field may be changed from its default.
 #[derive(Debug, Clone, PartialEq)]
@@ -475,31 +475,48 @@ impl Engine {
         if prompt + request.params.max_tokens.unwrap_or(1).min(1) > max_model_len {
             return Err(SubmitError::TooLong { prompt, max_model_len });
         }
-        self.bound_logprobs(std::slice::from_ref(&request))?;
+        self.bound_logprobs(std::slice::from_mut(&mut request))?;
         Ok(request)
     }
 
-    /// Refuses requests that belong together if there may be too many log-probabilities of them: those of each token of prompts and
-    /// answers, with its alternatives.
+    /// Bounds how many log-probabilities there are of requests that belong together: those of each token of prompts and answers, with
+    /// its alternatives. Answers without a `max_tokens` get one if there might be too many.
     ///
     /// # Errors
     /// Names the field of which there may be more.
-    pub fn bound_logprobs(&self, requests: &[Request]) -> Result<(), InvalidParam> {
-        let (mut of_prompts, mut of_answers) = (0usize, 0usize);
-        for Request { prompt, params, .. } in requests {
-            let entries = |tokens: usize, others: usize| tokens.saturating_mul(others.saturating_add(1));
-            let room = self.inner.max_model_len.saturating_sub(prompt.len());
-            let tokens = params.max_tokens.unwrap_or(room).min(room).saturating_mul(params.n);
+    pub fn bound_logprobs(&self, requests: &mut [Request]) -> Result<(), InvalidParam> {
+        let room = |prompt: &[u32]| self.inner.max_model_len.saturating_sub(prompt.len());
+        // Those of a token of each of a request's answers.
+        let of_token = |params: &SamplingParams| {
             let ids = params.logprob_token_ids.as_ref().map_or(0, Vec::len);
-            let prompt = params.prompt_logprobs.map_or(0, |top| entries(prompt.len(), top));
-            let answers = params.logprobs.map_or(0, |top| entries(tokens, top.max(ids)));
-            of_prompts = of_prompts.saturating_add(prompt);
-            of_answers = of_answers.saturating_add(answers);
+            params.logprobs.map_or(0, |top| top.max(ids).saturating_add(1).saturating_mul(params.n))
+        };
+        // Those of a token of all answers of which nobody said how long they may be, and how long the longest may become.
+        let (mut of_prompts, mut of_answers, mut open, mut longest) = (0usize, 0usize, 0usize, 0usize);
+        for Request { prompt, params, .. } in &*requests {
+            let of_prompt =
+                params.prompt_logprobs.map_or(0, |top| top.saturating_add(1).saturating_mul(prompt.len()));
+            of_prompts = of_prompts.saturating_add(of_prompt);
+            match params.max_tokens {
+                Some(tokens) => {
+                    let tokens = tokens.min(room(prompt));
+                    of_answers = of_answers.saturating_add(of_token(params).saturating_mul(tokens));
+                }
+                None => (open, longest) = (open.saturating_add(of_token(params)), longest.max(room(prompt))),
+            }
         }
         let entries = of_prompts.saturating_add(of_answers);
-        if entries <= MAX_LOGPROBS {
+        if entries.saturating_add(open) <= MAX_LOGPROBS {
+            let most = (MAX_LOGPROBS - entries).checked_div(open).unwrap_or(usize::MAX);
+            let limited = |request: &&mut Request| {
+                request.params.max_tokens.is_none() && request.params.logprobs.is_some()
+            };
+            if most < longest {
+                requests.iter_mut().filter(limited).for_each(|r| r.params.max_tokens = Some(most));
+            }
             return Ok(());
         }
+        let entries = entries.saturating_add(open);
         let field = if of_prompts > of_answers { "prompt_logprobs" } else { "logprobs" };
         let message = format!(
             "must be so few, or of so few tokens, that there are at most {MAX_LOGPROBS} entries with those of all alternatives, got \

@@ -620,7 +620,9 @@ impl LayerPass<'_> {
             done.facts.input_amax[0] = nvfp4::amax(&moments.source_amax);
             done.norm = Some(norm.clone());
         }
-        let all = weights.concat();
+        // Those that stay as they are have scales already.
+        let chosen = weights.iter().zip(kinds).filter(|(_, kind)| calibrated(kind));
+        let all = chosen.map(|(weights, _)| weights.as_slice()).collect::<Vec<_>>().concat();
         let amax = nvfp4::amax(&all);
         let amax = awq::clip(pool, &all, &moments, amax) * amax;
         if kinds == [MatrixKind::Output] {

@@ -23,12 +23,13 @@ pub(crate) struct Wanted {
     pub(crate) param: String,
 }
 
-/// What JSON must keep to beside its schema.
+/// What JSON must keep to beside its schema; that in structural tags has its schemas alone.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct JsonRules {
     /// There is nothing between its tokens.
     pub no_whitespace: bool,
-    /// Objects whose properties the schema names have no others, unless it says that they may.
+    /// Objects whose properties the schema names have no others, unless it says that they may, or several of its parts describe one
+    /// object together.
     pub no_other_properties: bool,
 }
 
@@ -38,7 +39,7 @@ impl JsonRules {
             if self.no_whitespace {
                 *whitespace = Whitespace::None;
             }
-            if self.no_other_properties {
+            if self.no_other_properties && !combines(schema) {
                 close(schema);
             }
         }
@@ -207,6 +208,26 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
             let object = Field::at(only.path(), raw).object(&structural::FIELDS)?;
             structural_tag(&object, only.path())
         }
+    }
+}
+
+/// Whether several parts of a schema may describe one object together, so that none of them says all that it may have.
+fn combines(schema: &Value) -> bool {
+    match schema {
+        Value::Object(keywords) => {
+            let named = ["properties", "patternProperties"].iter().any(|&name| keywords.contains_key(name));
+            keywords.iter().any(|(keyword, value)| match (keyword.as_str(), value) {
+                ("allOf" | "not" | "if" | "dependentSchemas", _) => true,
+                ("anyOf" | "oneOf" | "$ref", _) if named => true,
+                ("properties" | "patternProperties" | "$defs" | "definitions", Value::Object(named)) => {
+                    named.values().any(combines)
+                }
+                ("enum" | "const" | "default" | "examples", _) => false,
+                (_, value) => combines(value),
+            })
+        }
+        Value::Array(schemas) => schemas.iter().any(combines),
+        _ => false,
     }
 }
 

@@ -275,8 +275,8 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
         grammar: grammar.clone(),
         ..call.request(&request.common, &request.params, prompt.ids.clone(), OutputMode::Text)
     };
-    let engine_requests: Vec<Request> = prompts.iter().map(engine_request).collect();
-    engine.bound_logprobs(&engine_requests)?;
+    let mut engine_requests: Vec<Request> = prompts.iter().map(engine_request).collect();
+    engine.bound_logprobs(&mut engine_requests)?;
     let harmony = Arc::clone(engine.harmony());
     let answer = CompletionAnswer::new(harmony, call.identity.clone(), shape, prompts);
 

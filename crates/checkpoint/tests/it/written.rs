@@ -407,16 +407,18 @@ fn other_unfinished_work_is_not_continued() {
     let other_shards = Target { shard_bytes: 1 << 30, ..one.clone() };
     assert!(matches!(write_all(&weights, &other_shards, &out), Err(Error::OtherWork { .. })));
 
-    // A journal that was cut off in the middle of a line costs that line.
+    // A journal that was cut off in the middle of a line costs that line, and one that is no text from some place on what follows.
     let journal = folder.path().join("out.partial/.nibble-journal");
     let text = std::fs::read(&journal).unwrap();
-    std::fs::write(&journal, &text[..text.len() - 3]).unwrap();
+    std::fs::write(&journal, [&text[..text.len() - 3], b"\xff\xfe\n"].concat()).unwrap();
     let written = write_all(&weights, &one, &out).unwrap();
     assert!(written.resumed_bytes > 0);
     assert_same_storage(&weights, &Checkpoint::open(&out).unwrap());
     std::fs::remove_dir_all(&out).unwrap();
 
     assert!(matches!(interrupted(&one, 30), Err(Error::Interrupted { .. })));
+    std::fs::write(&journal, b"\xff\xfe\n").unwrap();
+    assert!(matches!(write_all(&weights, &one, &out), Err(Error::OtherWork { .. })));
     let written = write_all(&weights, &Target { overwrite: true, ..two }, &out).unwrap();
     assert_eq!(written.resumed_bytes, 0);
     assert_same_storage(&weights, &Checkpoint::open(&out).unwrap());

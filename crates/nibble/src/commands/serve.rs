@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use checkpoint::GenerationConfig;
-use engine::{Engine, EngineOptions, SchedulingPolicy};
+use engine::{Engine, EngineOptions, SamplingParams, SchedulingPolicy};
 use serde_json::{Value, json};
 use server::{
     ClientCertificates, CorsOptions, Ended, ErrorStyle, Fingerprint, Handle, JsonRules, Options,
@@ -240,7 +240,7 @@ fn defaults(answers: &Answers, source: &Source) -> Result<SamplingDefaults> {
     };
     let own = answers.override_generation_config.unwrap_or_default();
     let none = SamplingDefaults::default();
-    Ok(SamplingDefaults {
+    let defaults = SamplingDefaults {
         temperature: own.temperature.or(file.temperature).unwrap_or(none.temperature),
         top_p: own.top_p.or(file.top_p).unwrap_or(none.top_p),
         top_k: own.top_k.or(file.top_k).map_or(none.top_k, |k| k as usize),
@@ -249,7 +249,21 @@ fn defaults(answers: &Answers, source: &Source) -> Result<SamplingDefaults> {
             .repetition_penalty
             .or(file.repetition_penalty)
             .unwrap_or(none.repetition_penalty),
-    })
+    };
+    let params = SamplingParams {
+        temperature: defaults.temperature,
+        top_p: defaults.top_p,
+        top_k: defaults.top_k,
+        min_p: defaults.min_p,
+        repetition_penalty: defaults.repetition_penalty,
+        ..SamplingParams::default()
+    };
+    // Else every request would be refused for what its client never said.
+    params.validate(usize::MAX).map_err(|error| {
+        let whence = "--override-generation-config, or generation_config.json, which --generation-config vllm leaves out";
+        Failure::input(format!("{whence}: {error}"))
+    })?;
+    Ok(defaults)
 }
 
 /// What `/server_info` says of the command line: no key, no path.

@@ -319,6 +319,7 @@ fn flags_of_others_are_listed_or_refused() {
         (vec!["--ssl-certfile", "x"], "--ssl-keyfile"),
         (vec!["--ssl-certfile", "/nowhere.pem", "--ssl-keyfile", "x"], "/nowhere.pem"),
         (vec!["--override-generation-config", "{\"heat\": 1}"], "heat"),
+        (vec!["--override-generation-config", "{\"repetition_penalty\": 0}"], "`repetition_penalty` must be"),
         (vec!["--root-path", "x y"], "--root-path"),
         (vec!["--config", "/nowhere.yaml"], "/nowhere.yaml"),
         (vec!["--tokenizer", "/nowhere"], "/nowhere: expected a tokenizer.json"),

@@ -101,6 +101,15 @@ fn answers_have_their_form() {
             r#"{"properties": {"x": 1}, "y": 2}"#,
             r#"{"properties": {"z": 1}}"#,
         ),
+        (
+            json!({"structured_outputs": {"disable_additional_properties": true, "json": {
+                "$defs": {"b": {"type": "object", "properties": {"a": {"const": 2}}, "required": ["a"]}},
+                "type": "object", "properties": {"c": {"const": 1}}, "required": ["c"],
+                "allOf": [{"$ref": "#/$defs/b"}]
+            }}}),
+            r#"{"c": 1, "a": 2}"#,
+            r#"{"c": 1}"#,
+        ),
     ];
     let thought = format!("<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant{FINAL}");
     let scripts: Vec<String> = rows
