@@ -1,8 +1,9 @@
 //! Command lines as users of other programs write them, and flags from a file, turned into what `args.rs` defines.
 
 use std::ffi::OsString;
+use std::path::{Path, PathBuf};
 
-use clap::{ArgAction, Command, CommandFactory};
+use clap::{ArgAction, ArgMatches, Command, CommandFactory};
 
 use crate::args::Cli;
 use crate::failure::{Failure, Result};
@@ -41,51 +42,51 @@ pub(crate) fn command() -> Command {
 /// # Errors
 /// A file of flags that cannot be used.
 pub(crate) fn arguments(args: impl Iterator<Item = OsString>) -> Result<Vec<OsString>> {
-    let args = with_long_names(args);
-    let is_serve = |args: &[OsString]| {
-        args.iter()
-            .skip(1)
-            .find(|arg| !arg.to_string_lossy().starts_with('-'))
-            .is_some_and(|arg| arg == "serve")
-    };
-    if is_serve(&args) { with_file(args) } else { Ok(args) }
+    let args: Vec<OsString> = args.collect();
+    let is_serve = serve(&args).is_some();
+    let args = with_long_names(args, is_serve);
+    match serve(&args).and_then(|mut serve| serve.remove_one::<PathBuf>("config")) {
+        Some(path) => with_file(args, &path),
+        None => Ok(args),
+    }
 }
 
-/// `--snake_case` flags in `--kebab-case`, and flags of several letters in full.
-fn with_long_names(args: impl Iterator<Item = OsString>) -> Vec<OsString> {
-    let (mut literal, mut serve) = (false, false);
-    args.flat_map(|arg| {
-        literal |= arg == "--";
-        serve |= arg == "serve";
-        let Some(text) = arg.to_str().filter(|_| !literal) else { return vec![arg] };
-        let (name, value) = text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
-        let name = if serve && let Some((_, long)) = SHORT.iter().find(|(short, _)| *short == name) {
-            (*long).to_owned()
-        } else if serve && let Some(level) = name.strip_prefix("-O").filter(|level| level.len() == 1) {
-            return vec!["--optimization-level".into(), level.into()];
-        } else if name.starts_with("--") {
-            name.replace('_', "-")
-        } else {
-            return vec![arg];
-        };
-        vec![value.map_or(name.clone(), |value| format!("{name}={value}")).into()]
-    })
-    .collect()
+/// What the parser makes of a command line of `serve`, as far as it understands it; `None` of any other.
+fn serve(args: &[OsString]) -> Option<ArgMatches> {
+    let mut matches = command().ignore_errors(true).try_get_matches_from(args).ok()?;
+    matches.remove_subcommand().filter(|(name, _)| name == "serve").map(|(_, serve)| serve)
+}
+
+/// `--snake_case` flags in `--kebab-case`, and those of `serve` that are several letters in full.
+fn with_long_names(args: Vec<OsString>, serve: bool) -> Vec<OsString> {
+    let mut literal = false;
+    args.into_iter()
+        .flat_map(|arg| {
+            literal |= arg == "--";
+            let Some(text) = arg.to_str().filter(|_| !literal) else { return vec![arg] };
+            let (name, value) =
+                text.split_once('=').map_or((text, None), |(name, value)| (name, Some(value)));
+            let name = if serve && let Some((_, long)) = SHORT.iter().find(|(short, _)| *short == name) {
+                (*long).to_owned()
+            } else if serve && let Some(level) = name.strip_prefix("-O").filter(|level| level.len() == 1) {
+                return vec!["--optimization-level".into(), level.into()];
+            } else if name.starts_with("--") {
+                name.replace('_', "-")
+            } else {
+                return vec![arg];
+            };
+            vec![value.map_or(name.clone(), |value| format!("{name}={value}")).into()]
+        })
+        .collect()
 }
 
 /// With the flags of `--config`'s file that the command line does not have.
-fn with_file(args: Vec<OsString>) -> Result<Vec<OsString>> {
+fn with_file(args: Vec<OsString>, path: &Path) -> Result<Vec<OsString>> {
     let words: Vec<&str> = args.iter().map(|arg| arg.to_str().unwrap_or_default()).collect();
-    let at = words.iter().position(|word| *word == "--config" || word.starts_with("--config="));
-    let Some(at) = at else { return Ok(args) };
-    let path = match words[at].split_once('=') {
-        Some((_, path)) => path,
-        // The parser says that it is missing.
-        None => words.get(at + 1).copied().unwrap_or_default(),
-    };
+    let file = path.display();
     let text = std::fs::read_to_string(path)
-        .map_err(|e| Failure::input(format!("--config: {path}: expected a file of flags, found: {e}")))?;
-    let fail = |what: String| Failure::input(format!("--config: {path}: {what}"));
+        .map_err(|e| Failure::input(format!("--config: {file}: expected a file of flags, found: {e}")))?;
+    let fail = |what: String| Failure::input(format!("--config: {file}: {what}"));
     let flags: serde_yaml_ng::Mapping = serde_yaml_ng::from_str(&text)
         .map_err(|e| fail(format!("expected a YAML map of flags, found: {e}")))?;
 
@@ -174,10 +175,11 @@ mod tests {
             "--",
             "--x_y",
         ];
-        assert_eq!(with_long_names(args.iter().map(OsString::from)), expected);
-        // Other commands have short flags of their own.
-        let bench = ["nibble", "bench", "-n", "3"];
-        assert_eq!(with_long_names(bench.iter().map(OsString::from)), bench);
+        assert_eq!(arguments(args.iter().map(OsString::from)).unwrap(), expected);
+        // Other commands have short flags of their own, whatever their texts say.
+        for other in [&["nibble", "bench", "-n", "3"][..], &["nibble", "bench", "-p", "serve", "-n", "3"]] {
+            assert_eq!(arguments(other.iter().map(OsString::from)).unwrap(), other);
+        }
     }
 
     #[test]
@@ -207,8 +209,18 @@ mod tests {
             ]
         );
         assert!(command().try_get_matches_from(&found).is_ok());
+        // Wherever else flags stand, and where one on the command line needs one in the file.
+        for args in [
+            &["nibble", "--threads", "1", "serve", "--config", path][..],
+            &["nibble", "--json", "--device=cpu", "serve", &format!("--config={path}"), "-tp", "1"],
+            &["nibble", "--device", "cpu", "serve", "--fingerprint-mode", "custom", "--config", path],
+        ] {
+            let found = arguments(args.iter().map(OsString::from)).unwrap();
+            assert!(found.contains(&OsString::from("--api-key=a")), "{found:?}");
+        }
         let error = |args: &[&str]| arguments(args.iter().map(OsString::from)).unwrap_err().message;
         assert!(error(&["nibble", "serve", "--config", "/nowhere.yaml"]).contains("/nowhere.yaml"));
+        assert!(error(&["nibble", "--threads", "1", "serve", "--config", "/nowhere.yaml"]).contains("nowhere"));
         std::fs::write(path, "- a\n").unwrap();
         assert!(error(&["nibble", "serve", "--config", path]).contains("YAML map"));
     }
