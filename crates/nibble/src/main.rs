@@ -1,5 +1,4 @@
 //! The nibble command line: the only place where errors become text for people.
-#![allow(clippy::print_stdout, reason = "the results of commands go to standard output")]
 
 mod args;
 mod calibration;
@@ -25,7 +24,7 @@ use clap::FromArgMatches;
 
 use crate::args::{Cli, Command};
 use crate::failure::{Result, Status};
-use crate::ui::Ui;
+use crate::ui::{Ui, tell};
 
 fn main() -> ExitCode {
     interrupt::end_on_broken_pipe();
@@ -34,10 +33,10 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             if !failure.message.is_empty() {
-                eprintln!("error: {}", failure.message);
+                tell(format_args!("error: {}", failure.message));
             }
             if let Some(hint) = &failure.hint {
-                eprintln!("hint: {hint}");
+                tell(format_args!("hint: {hint}"));
             }
             ExitCode::from(match failure.status {
                 Status::No => 1,
@@ -50,9 +49,12 @@ fn main() -> ExitCode {
 }
 
 fn cli() -> Result<Cli> {
-    let matches = spelling::command().get_matches_from(spelling::arguments(std::env::args_os())?);
-    // Such an error is the definition's, and a person's all the same.
-    Ok(Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit()))
+    let matches = spelling::command().try_get_matches_from(spelling::arguments(std::env::args_os())?);
+    matches.and_then(|matches| Cli::from_arg_matches(&matches)).or_else(|error| match error.print() {
+        // Help and the version are results.
+        Err(unwritten) if !error.use_stderr() => Err(ui::unwritten(&unwritten)),
+        _ => std::process::exit(error.exit_code()),
+    })
 }
 
 fn run(cli: Cli) -> Result<()> {

@@ -4,6 +4,7 @@ use checkpoint::Config;
 use gptoss::{Backend, Error, KvLayout, Plan, SequenceOutput};
 
 use crate::loaded::Loaded;
+use crate::ui::tell;
 
 /// A kernel, how often it ran, and the seconds of all runs.
 pub(crate) type KernelTime = (&'static str, usize, f64);
@@ -56,7 +57,7 @@ impl Backend for Profiled {
 impl Drop for Profiled {
     fn drop(&mut self) {
         self.times.sort_by(|a, b| b.2.total_cmp(&a.2));
-        self.times.iter().for_each(|time| eprintln!("{}", line(time)));
+        self.times.iter().for_each(|time| tell(line(time)));
     }
 }
 

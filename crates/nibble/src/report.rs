@@ -18,7 +18,7 @@ use crate::failure::{Failure, Result};
 use crate::loaded::backend;
 use crate::model::{Model, is_on_hub, threads};
 use crate::modelopt::flag;
-use crate::ui::Ui;
+use crate::ui::{Ui, out};
 
 /// What is to be told of the source's files, which may have been replaced when the report is made.
 pub(crate) struct SourceFacts {
@@ -126,7 +126,7 @@ pub(crate) fn write(
     };
     evaluate::report::write(&report, folder).map_err(|error| Failure::machine(error.to_string()))?;
     if !ui.json {
-        println!("report: {}", folder.join("index.html").display());
+        out!("report: {}", folder.join("index.html").display())?;
     }
     Ok(())
 }

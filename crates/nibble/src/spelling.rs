@@ -220,7 +220,9 @@ mod tests {
         }
         let error = |args: &[&str]| arguments(args.iter().map(OsString::from)).unwrap_err().message;
         assert!(error(&["nibble", "serve", "--config", "/nowhere.yaml"]).contains("/nowhere.yaml"));
-        assert!(error(&["nibble", "--threads", "1", "serve", "--config", "/nowhere.yaml"]).contains("nowhere"));
+        assert!(
+            error(&["nibble", "--threads", "1", "serve", "--config", "/nowhere.yaml"]).contains("nowhere")
+        );
         std::fs::write(path, "- a\n").unwrap();
         assert!(error(&["nibble", "serve", "--config", path]).contains("YAML map"));
     }

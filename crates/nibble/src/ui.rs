@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use serde::Serialize;
 
 use crate::args::Common;
+use crate::failure::{Failure, Result};
 
 /// How to speak.
 #[derive(Debug, Clone, Copy)]
@@ -20,14 +21,14 @@ impl Ui {
     }
 
     /// The one document of `--json`.
-    pub(crate) fn document(self, document: &impl Serialize) {
-        println!("{}", serde_json::to_string(document).expect("documents have string keys and plain values"));
+    pub(crate) fn document(self, document: &impl Serialize) -> Result<()> {
+        out!("{}", serde_json::to_string(document).expect("documents have string keys and plain values"))
     }
 
     /// A remark on standard error.
     pub(crate) fn note(self, text: impl std::fmt::Display) {
         if !self.quiet {
-            eprintln!("{text}");
+            tell(text);
         }
     }
 
@@ -76,7 +77,7 @@ impl Progress {
             }
         } else if done * 10 / total > self.tenths {
             self.tenths = done * 10 / total;
-            let _ = writeln!(std::io::stderr(), "{}: {} %", self.what, self.tenths * 10);
+            tell(format_args!("{}: {} %", self.what, self.tenths * 10));
         }
     }
 
@@ -89,6 +90,30 @@ impl Drop for Progress {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }
+}
+
+/// `println!`, but a standard output that fails is an error of the command, not a panic.
+macro_rules! out {
+    ($($text:tt)*) => {
+        $crate::ui::print(format_args!("{}\n", format_args!($($text)*)))
+    };
+}
+pub(crate) use out;
+
+/// Prints a piece of a line, or a line with its end, and has it seen at once.
+pub(crate) fn print(text: std::fmt::Arguments<'_>) -> Result<()> {
+    let mut stdout = std::io::stdout().lock();
+    stdout.write_fmt(text).and_then(|()| stdout.flush()).map_err(|error| unwritten(&error))
+}
+
+/// The failure of a standard output that took not all.
+pub(crate) fn unwritten(error: &std::io::Error) -> Failure {
+    Failure::machine(format!("standard output: expected that results can be written, found: {error}"))
+}
+
+/// A line on standard error; if that fails there is nobody to tell.
+pub(crate) fn tell(text: impl std::fmt::Display) {
+    let _ = writeln!(std::io::stderr(), "{text}");
 }
 
 /// Whether colours and weights may be used on standard output.

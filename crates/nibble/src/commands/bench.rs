@@ -15,7 +15,7 @@ use crate::failure::{Failure, Result};
 use crate::loaded::{Loaded, backend};
 use crate::model::Model;
 use crate::profile::{KernelTime, line};
-use crate::ui::{Ui, bold, bytes, dim};
+use crate::ui::{Ui, bold, bytes, dim, out};
 
 /// Steps that are not counted before each measurement.
 const WARM_UP: usize = 2;
@@ -45,13 +45,13 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
         tests.extend(args.batches.iter().map(|&batch| test(false, args.decode, batch)));
     }
     if !ui.json {
-        println!("{}", dim(&format!("{}; {}", machine(), model.describe())));
-        println!(
+        out!("{}", dim(&format!("{}; {}", machine(), model.describe())))?;
+        out!(
             "{}",
             bold(
                 "test        batch    depth    tokens/s (min … max)            bytes/token     of bandwidth"
             )
-        );
+        )?;
     }
     let mut rows = Vec::new();
     let mut bar = ui.progress("Measuring", (tests.len() * args.repetitions) as u64);
@@ -78,13 +78,15 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
     if ui.json {
         let rows: Vec<Value> = rows.iter().map(|row| row.json(bandwidth)).collect();
         ui.document(&json!({"machine": machine(), "backend": model.describe(),
-            "bandwidth_bytes_per_second": bandwidth, "rows": rows}));
+            "bandwidth_bytes_per_second": bandwidth, "rows": rows}))?;
     } else {
-        rows.iter().for_each(|row| row.print(bandwidth));
-        println!(
+        for row in &rows {
+            row.print(bandwidth)?;
+        }
+        out!(
             "{}",
             dim(&format!("memory: {}/s read by the same device in the same run", bytes(bandwidth as u64)))
-        );
+        )?;
     }
     Ok(())
 }
@@ -193,17 +195,20 @@ impl Row {
         row
     }
 
-    fn print(&self, bandwidth: f64) {
+    fn print(&self, bandwidth: f64) -> Result<()> {
         let speed = format!("{:9.2} ({:.2} … {:.2})", self.median, self.min, self.max);
         let bytes = self.bytes.map_or_else(|| "–".to_owned(), |b| bytes(b as u64));
         let share = self.share(bandwidth).map_or_else(|| "–".to_owned(), |s| format!("{:.0} %", s * 100.0));
-        println!(
+        out!(
             "{:<11} {:<8} {:<8} {speed:<31} {bytes:<15} {share}",
             self.test.name(),
             self.test.batch,
             self.test.depth
-        );
-        self.kernels.iter().for_each(|time| println!("{}", dim(&line(time))));
+        )?;
+        for time in &self.kernels {
+            out!("{}", dim(&line(time)))?;
+        }
+        Ok(())
     }
 }
 
@@ -257,9 +262,9 @@ fn write(weights: &dyn Weights, args: &Bench, out: &std::path::Path, ui: Ui) -> 
     })?;
     drop(bar);
     if ui.json {
-        ui.document(&json!({"out": out, "bytes": written.tensor_bytes}));
+        ui.document(&json!({"out": out, "bytes": written.tensor_bytes}))?;
     } else {
-        println!("{}: {}", out.display(), bytes(written.tensor_bytes));
+        out!("{}: {}", out.display(), bytes(written.tensor_bytes))?;
     }
     Ok(())
 }

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::args::BenchServe;
 use crate::failure::{Failure, Result};
 use crate::interrupt;
-use crate::ui::{Ui, bold, dim};
+use crate::ui::{Ui, bold, dim, out};
 
 /// Ids of prompts are below: every vocabulary in use is larger.
 const ORDINARY_IDS: u64 = 3_000;
@@ -21,13 +21,19 @@ const ORDINARY_IDS: u64 = 3_000;
 const STACK: usize = 256 << 10;
 
 pub(crate) fn run(args: &BenchServe, ui: Ui) -> Result<()> {
-    interrupt::survive_broken_pipe();
     if args.num_prompts == 0 || args.concurrency == 0 || args.input_len == 0 || args.output_len == 0 {
         return Err(Failure::input("expected numbers and lengths of at least 1, found 0"));
     }
     if args.request_rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
         return Err(Failure::input("--request-rate: expected a number greater than 0"));
     }
+    // A server that goes away fails its requests alone.
+    let (model, outcomes, seconds) = interrupt::surviving_broken_pipe(|| load(args, ui))?;
+    report(args, &model, &outcomes, seconds, ui)
+}
+
+/// Sends the requests: the model that was asked, what became of each, and the seconds that all took.
+fn load(args: &BenchServe, ui: Ui) -> Result<(String, Vec<Outcome>, f64)> {
     let client = Client::new(args)?;
     let arrivals = arrivals(args);
     let next = AtomicUsize::new(0);
@@ -52,7 +58,7 @@ pub(crate) fn run(args: &BenchServe, ui: Ui) -> Result<()> {
     .map_err(|e| Failure::machine(format!("the clients' threads cannot be started: {e}")))?;
     let seconds = start.elapsed().as_secs_f64();
     let outcomes = outcomes.into_inner().unwrap_or_else(PoisonError::into_inner);
-    report(args, &client.model, &outcomes, seconds, ui)
+    Ok((client.model, outcomes, seconds))
 }
 
 /// When each request is sent: at once, or as visitors come who do not know of each other.
@@ -273,19 +279,19 @@ fn report(args: &BenchServe, model: &str, outcomes: &[Outcome], seconds: f64, ui
         for (_, key, [mean, p50, p90, p99]) in times {
             document[key] = json!({"mean": mean, "p50": p50, "p90": p90, "p99": p99});
         }
-        ui.document(&document);
+        ui.document(&document)?;
         return Ok(());
     }
-    println!("{}", dim(&format!("{model} at {}, {} clients", args.url, args.concurrency)));
-    println!("{done} requests in {seconds:.2} s: {:.1} per second", per_second(done as f64));
+    out!("{}", dim(&format!("{model} at {}, {} clients", args.url, args.concurrency)))?;
+    out!("{done} requests in {seconds:.2} s: {:.1} per second", per_second(done as f64))?;
     let (input, output) = (per_second(inputs as f64), per_second(outputs as f64));
-    println!("{input:.0} input and {output:.0} output tokens per second");
-    println!("{}", bold("milliseconds              mean       p50       p90       p99"));
+    out!("{input:.0} input and {output:.0} output tokens per second")?;
+    out!("{}", bold("milliseconds              mean       p50       p90       p99"))?;
     for (name, _, [mean, p50, p90, p99]) in times {
-        println!("{name:<22} {mean:>9.2} {p50:>9.2} {p90:>9.2} {p99:>9.2}");
+        out!("{name:<22} {mean:>9.2} {p50:>9.2} {p90:>9.2} {p99:>9.2}")?;
     }
     if let Some(error) = errors.first() {
-        println!("{} errors, such as: {error}", errors.len());
+        out!("{} errors, such as: {error}", errors.len())?;
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! `nibble chat`: a conversation in the terminal.
 
-use std::io::{BufRead, IsTerminal, Write};
+use std::io::{BufRead, IsTerminal};
 use std::sync::mpsc;
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use crate::engine::{sampling, start};
 use crate::failure::{Failure, Result, Status};
 use crate::interrupt;
 use crate::model::Model;
-use crate::ui::{Ui, bold, dim};
+use crate::ui::{Ui, bold, dim, out, print};
 
 pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
     let model = Model::open(args.model.as_deref(), ui)?;
@@ -27,13 +27,12 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
     };
     let ask = std::io::stdin().is_terminal() && !ui.json;
     if ask {
-        println!("{}", dim(&format!("{name}; an empty line or Ctrl-D ends the conversation")));
+        out!("{}", dim(&format!("{name}; an empty line or Ctrl-D ends the conversation")))?;
     }
     let mut line = String::new();
     loop {
         if ask {
-            print!("{} ", bold(">"));
-            let _ = std::io::stdout().flush();
+            print(format_args!("{} ", bold(">")))?;
         }
         line.clear();
         let read = std::io::stdin().lock().read_line(&mut line);
@@ -45,15 +44,13 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
         prompt.messages.push(ChatMessage::new("user", question));
         let turn = interrupt::gracefully(|| {
             answer(&running.engine, &prompt, &params, &mut |delta| {
-                if !ui.json {
-                    show(delta);
-                }
+                if ui.json { Ok(()) } else { show(delta) }
             })
         })?;
         if ui.json {
-            ui.document(&turn);
+            ui.document(&turn)?;
         } else {
-            println!();
+            out!("")?;
         }
         prompt.messages.push(ChatMessage {
             reasoning: turn.reasoning,
@@ -62,12 +59,12 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
     }
 }
 
-/// Streams one answer. An interrupt cancels it and ends the command.
+/// Streams one answer. An interrupt, or an error of `show`, cancels it and ends the command.
 pub(crate) fn answer(
     engine: &Engine,
     prompt: &ChatPrompt,
     params: &SamplingParams,
-    show: &mut dyn FnMut(&Delta),
+    show: &mut dyn FnMut(&Delta) -> Result<()>,
 ) -> Result<Turn> {
     let (sender, receiver) = mpsc::channel();
     let tools = prompt.tools.iter().map(|t| t.function.name.clone()).collect();
@@ -79,7 +76,7 @@ pub(crate) fn answer(
         match receiver.recv_timeout(Duration::from_millis(100)) {
             Ok(Event::Tokens { deltas, .. }) => {
                 for delta in deltas {
-                    show(&delta);
+                    show(&delta).inspect_err(|_| handle.cancel())?;
                     turn.apply(&delta);
                 }
             }
@@ -99,13 +96,12 @@ pub(crate) fn answer(
 }
 
 /// Prints a piece as it comes: reasoning dimmed, calls by name.
-pub(crate) fn show(delta: &Delta) {
+pub(crate) fn show(delta: &Delta) -> Result<()> {
     match delta {
-        Delta::Reasoning(text) => print!("{}", dim(text)),
-        Delta::Content(text) => print!("{text}"),
-        Delta::CallStart { name, .. } => print!("\n{} ", bold(name)),
-        Delta::CallArguments { text, .. } => print!("{text}"),
-        Delta::End => {}
+        Delta::Reasoning(text) => print(format_args!("{}", dim(text))),
+        Delta::Content(text) => print(format_args!("{text}")),
+        Delta::CallStart { name, .. } => print(format_args!("\n{} ", bold(name))),
+        Delta::CallArguments { text, .. } => print(format_args!("{text}")),
+        Delta::End => Ok(()),
     }
-    let _ = std::io::stdout().flush();
 }

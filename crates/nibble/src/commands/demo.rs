@@ -19,14 +19,12 @@ use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::loaded::{Loaded, backend};
 use crate::model::{Model, threads};
-use crate::ui::{Ui, bold, bytes, dim, green, grouped};
+use crate::ui::{Ui, bold, bytes, dim, green, grouped, out, print};
 
 /// Text for people: nothing with `--json`.
 macro_rules! say {
     ($ui:expr, $($text:tt)*) => {
-        if !$ui.json {
-            println!($($text)*);
-        }
+        if $ui.json { Ok(()) } else { out!($($text)*) }
     };
 }
 
@@ -39,7 +37,7 @@ const CONTEXT: usize = 1024;
 pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     let started = Instant::now();
     let original = Arc::new(Model::built_in()?.checkpoint);
-    say!(ui, "{}", bold("nibble: gpt-oss in four bits, without losing one"));
+    say!(ui, "{}", bold("nibble: gpt-oss in four bits, without losing one"))?;
     say!(
         ui,
         "{}",
@@ -48,12 +46,12 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
             grouped(original.parameters()),
             threads(common)
         ))
-    );
+    )?;
 
     // An interrupt waits until the folder is gone.
     let (view, cast, usual) = interrupt::gracefully(|| checkpoints(&original, common, ui))?;
 
-    heading(ui, 3, "Measure: what did it cost?");
+    heading(ui, 3, "Measure: what did it cost?")?;
     let tokenizer = Model::built_in()?.tokenizer()?;
     let windows = text_windows(&tokenizer, TEXT, CONTEXT, Some(WINDOWS));
     let load = |weights: Arc<Checkpoint>| backend(weights, &crate::args::Run::exact(), common, ui);
@@ -64,13 +62,13 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         ui,
         "   {}",
         dim(&format!("{} windows of {CONTEXT} tokens of books it has not seen", windows.len()))
-    );
-    say!(ui, "   {}", bold("                       size   perplexity   KL from original   same top token"));
+    )?;
+    say!(ui, "   {}", bold("                       size   perplexity   KL from original   same top token"))?;
     let row = |name: &str, size: u64, perplexity: f64, rest: &str| {
-        say!(ui, "   {name:<18} {:>8}   {perplexity:>10.4}   {rest}", bytes(size));
+        say!(ui, "   {name:<18} {:>8}   {perplexity:>10.4}   {rest}", bytes(size))
     };
     let mut measured = Vec::new();
-    row("MXFP4 (original)", original.tensor_bytes(), base.perplexity, "               –               –");
+    row("MXFP4 (original)", original.tensor_bytes(), base.perplexity, "               –               –")?;
     let mut fast = load(Arc::clone(&cast))?;
     for (name, checkpoint, model) in
         [("NVFP4, cast", &cast, &mut fast), ("NVFP4, usual way", &usual, &mut load(Arc::clone(&usual))?)]
@@ -78,7 +76,7 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         let found = divergence(model, &mut reference, &windows, &mut |_| {})?;
         let agreement = format!("{:.2} %", found.top1_agreement * 100.0);
         let rest = format!("{:>16.6}   {agreement:>13}", found.kl_mean);
-        row(name, checkpoint.tensor_bytes(), found.nll.exp(), &rest);
+        row(name, checkpoint.tensor_bytes(), found.nll.exp(), &rest)?;
         measured.push(json!({"name": name, "bytes": checkpoint.tensor_bytes(), "divergence": found}));
     }
     say!(
@@ -87,19 +85,19 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         dim(&format!(
             "{tokens} predictions each; the cast gives the same numbers because it is the same model"
         ))
-    );
+    )?;
 
-    heading(ui, 4, "Ask: three questions to the cast model");
+    heading(ui, 4, "Ask: three questions to the cast model")?;
     let answers = ask(fast, ui)?;
 
-    heading(ui, 5, "Next: the real one");
+    heading(ui, 5, "Next: the real one")?;
     for (command, remark) in [
         ("nibble quantize openai/gpt-oss-20b --out gpt-oss-20b-nvfp4", "fetches 14 GB on first use"),
         ("nibble verify openai/gpt-oss-20b gpt-oss-20b-nvfp4", "bit for bit"),
         ("nibble chat gpt-oss-20b-nvfp4", ""),
         ("nibble serve gpt-oss-20b-nvfp4", "OpenAI's API on port 8000"),
     ] {
-        say!(ui, "   {command:<60} {}", dim(remark));
+        say!(ui, "   {command:<60} {}", dim(remark))?;
     }
     if ui.json {
         let counts = view.cast_counts();
@@ -107,9 +105,9 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
             "blocks": counts.blocks, "lossless_blocks": counts.lossless_blocks, "changed_values": counts.changed_values,
             "identical": true, "original": {"bytes": original.tensor_bytes(), "perplexity": base},
             "quantized": measured, "answers": answers, "seconds": started.elapsed().as_secs_f64(),
-        }));
+        }))?;
     }
-    say!(ui, "\n{}", dim(&format!("done in {:.1} s", started.elapsed().as_secs_f64())));
+    say!(ui, "\n{}", dim(&format!("done in {:.1} s", started.elapsed().as_secs_f64())))?;
     Ok(())
 }
 
@@ -121,7 +119,7 @@ fn checkpoints(
     ui: Ui,
 ) -> Result<(Quantized, Arc<Checkpoint>, Arc<Checkpoint>)> {
     let folder = Scratch::new()?;
-    heading(ui, 1, "Quantize: MXFP4, as gpt-oss is published, to NVFP4");
+    heading(ui, 1, "Quantize: MXFP4, as gpt-oss is published, to NVFP4")?;
     let source: Arc<dyn Weights> = original.clone();
     let view = quantized(Arc::clone(&source), Algorithm::Cast, common)?;
     let counts = view.cast_counts();
@@ -133,16 +131,16 @@ fn checkpoints(
         green(&grouped(counts.lossless_blocks)),
         grouped(counts.blocks),
         counts.changed_values
-    );
+    )?;
     let cast = Arc::new(Checkpoint::open(&cast_folder)?);
     let comparison = checkpoint::compare(&**original, &*cast, None)?;
     let verdict = if comparison.identical { green("identical") } else { "different".to_owned() };
-    say!(ui, "   read back and compared with the original: {verdict}, {} tensors", comparison.tensors);
+    say!(ui, "   read back and compared with the original: {verdict}, {} tensors", comparison.tensors)?;
     if !comparison.identical {
         return Err(Failure::machine("the cast checkpoint differs from the original"));
     }
 
-    heading(ui, 2, "The usual way, for comparison: up to BF16, then scales from the largest value");
+    heading(ui, 2, "The usual way, for comparison: up to BF16, then scales from the largest value")?;
     let upcast: Arc<dyn Weights> =
         Arc::new(Quantized::new(source, Options::Bf16, threads(common), &mut |_, _| {})?);
     let usual = quantized(upcast, Algorithm::Max, common)?;
@@ -150,13 +148,13 @@ fn checkpoints(
     write(&usual, original, &usual_folder)?;
     let (changed, values) =
         usual.report().iter().fold((0, 0), |(c, v), t| (c + t.totals.changed, v + t.totals.values));
-    say!(ui, "   {} of {} expert weights changed", grouped(changed), grouped(values));
+    say!(ui, "   {} of {} expert weights changed", grouped(changed), grouped(values))?;
     let usual = Arc::new(Checkpoint::open(&usual_folder)?);
     Ok((view, cast, usual))
 }
 
-fn heading(ui: Ui, number: usize, text: &str) {
-    say!(ui, "\n{}", bold(&format!("{number}  {text}")));
+fn heading(ui: Ui, number: usize, text: &str) -> Result<()> {
+    say!(ui, "\n{}", bold(&format!("{number}  {text}")))
 }
 
 fn quantized(source: Arc<dyn Weights>, algorithm: Algorithm, common: &Common) -> Result<Quantized> {
@@ -212,28 +210,28 @@ fn ask(model: Loaded, ui: Ui) -> Result<Vec<Value>> {
             date: Some("2025-06-28".to_owned()),
             ..ChatPrompt::new(vec![ChatMessage::new("user", question)])
         };
-        say!(ui, "   {} {question}", bold("you      "));
+        say!(ui, "   {} {question}", bold("you      "))?;
         let mut field = "";
         let turn = answer(&engine, &prompt, &params, &mut |delta| {
             if ui.json {
-                return;
+                return Ok(());
             }
             let (name, label) = match delta {
                 Delta::Reasoning(_) => ("reasoning", "reasoning"),
                 Delta::Content(_) => ("content", "answer   "),
                 Delta::CallStart { .. } | Delta::CallArguments { .. } => ("call", "calls    "),
-                Delta::End => return,
+                Delta::End => return Ok(()),
             };
             if name != field {
-                print!("{}   {} ", if field.is_empty() { "" } else { "\n" }, bold(label));
+                print(format_args!("{}   {} ", if field.is_empty() { "" } else { "\n" }, bold(label)))?;
                 field = name;
             }
             match delta {
-                Delta::CallStart { name, .. } => print!("{name} "),
+                Delta::CallStart { name, .. } => print(format_args!("{name} ")),
                 other => show(other),
             }
         })?;
-        say!(ui, "\n");
+        say!(ui, "\n")?;
         answers.push(json!({"question": question, "answer": turn}));
     }
     engine.shutdown();

@@ -12,7 +12,7 @@ use crate::failure::{Failure, Result, Status};
 use crate::loaded::Device;
 use crate::loaded::devices;
 use crate::model::{Model, threads};
-use crate::ui::{Ui, bold, dim, green};
+use crate::ui::{Ui, bold, dim, green, out};
 
 pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     let gpus = gpus(&common.device)?;
@@ -38,35 +38,34 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
             "version": env!("CARGO_PKG_VERSION"), "machine": machine(), "threads": threads, "isa": best.name(),
             "bandwidth_bytes_per_second": bandwidth, "kernels": rows, "coarser": coarser, "gpus": gpus.json,
             "gpus_together": gpus.together, "passed": passed,
-        }));
+        }))?;
     } else {
-        println!("{}  {}", bold("processor "), processor());
-        println!("{}  {threads} of {} logical", bold("threads   "), logical());
-        println!("{}  {:.1} GB/s read by {threads} threads", bold("memory    "), bandwidth / 1e9);
-        println!(
+        out!("{}  {}", bold("processor "), processor())?;
+        out!("{}  {threads} of {} logical", bold("threads   "), logical())?;
+        out!("{}  {:.1} GB/s read by {threads} threads", bold("memory    "), bandwidth / 1e9)?;
+        out!(
             "{}  {} {}",
             bold("kernels   "),
             best.name(),
             dim("(activations f32, or as --activations says)")
-        );
+        )?;
         for summary in &gpus.summaries {
-            println!("{}  {summary}", bold("GPU       "));
+            out!("{}  {summary}", bold("GPU       "))?;
         }
-        println!();
-        println!("{}", bold("kernel          set       error     bits equal scalar"));
+        out!("")?;
+        out!("{}", bold("kernel          set       error     bits equal scalar"))?;
         for test in &tests {
             let verdict = if test.passed { green("ok") } else { "WRONG".to_owned() };
             let equal = if test.equals_scalar { "yes" } else { "no" };
-            println!("{:<15} {:<9} {:<9.1e} {equal:<4} {verdict}", test.kernel, test.isa.name(), test.error);
+            out!("{:<15} {:<9} {:<9.1e} {equal:<4} {verdict}", test.kernel, test.isa.name(), test.error)?;
         }
-        println!(
-            "\n{}",
-            bold("coarser numbers, if asked for                error of the small model's logits")
-        );
+        out!("\n{}", bold("coarser numbers, if asked for                error of the small model's logits"))?;
         for (flags, error) in &coarser {
-            println!("{flags:<45}{error:.1e}");
+            out!("{flags:<45}{error:.1e}")?;
         }
-        gpus.lines.iter().for_each(|line| println!("{line}"));
+        for line in &gpus.lines {
+            out!("{line}")?;
+        }
     }
     if passed {
         Ok(())

@@ -11,7 +11,7 @@ use crate::commands::lines::{read_json_lines, read_text};
 use crate::failure::{Failure, Result};
 use crate::loaded::backend;
 use crate::model::Model;
-use crate::ui::Ui;
+use crate::ui::{Ui, out};
 
 pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
     let (reference, options) = match &args.measure {
@@ -29,11 +29,11 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
             let found = evaluate::perplexity(&mut *model, &windows, &mut |done| bar.set(done as u64))?;
             drop(bar);
             if ui.json {
-                ui.document(&found);
+                ui.document(&found)?;
             } else {
-                println!("nll         {:.6} nats per token", found.nll);
-                println!("perplexity  {:.4}", found.perplexity);
-                println!("tokens      {} in {} windows", found.tokens, found.windows);
+                out!("nll         {:.6} nats per token", found.nll)?;
+                out!("perplexity  {:.4}", found.perplexity)?;
+                out!("tokens      {} in {} windows", found.tokens, found.windows)?;
             }
         }
         Some(name) => {
@@ -44,13 +44,13 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
             })?;
             drop(bar);
             if ui.json {
-                ui.document(&found);
+                ui.document(&found)?;
             } else {
-                println!("KL mean         {:.6} nats per token", found.kl_mean);
-                println!("KL p99          {:.6}", found.kl_p99);
-                println!("top-1 agreement {:.3} %", found.top1_agreement * 100.0);
-                println!("nll             {:.6} (reference {:.6})", found.nll, found.nll_reference);
-                println!("tokens          {}", found.tokens);
+                out!("KL mean         {:.6} nats per token", found.kl_mean)?;
+                out!("KL p99          {:.6}", found.kl_p99)?;
+                out!("top-1 agreement {:.3} %", found.top1_agreement * 100.0)?;
+                out!("nll             {:.6} (reference {:.6})", found.nll, found.nll_reference)?;
+                out!("tokens          {}", found.tokens)?;
             }
         }
     }

@@ -13,7 +13,7 @@ use crate::commands::lines::read_json_lines;
 use crate::engine::{sampling, start};
 use crate::failure::{Failure, Result};
 use crate::model::Model;
-use crate::ui::{Ui, bold, dim};
+use crate::ui::{Ui, bold, dim, out};
 
 /// A line of `--prompts`.
 #[derive(Deserialize)]
@@ -58,15 +58,15 @@ pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
     let outputs = complete(&llm, &inputs, &params, &mut |done| bar.set(done as u64))?;
     drop(bar);
     if ui.json {
-        ui.document(&document(&outputs, started.elapsed().as_secs_f64()));
+        ui.document(&document(&outputs, started.elapsed().as_secs_f64()))?;
         return Ok(());
     }
     for (i, (input, output)) in inputs.iter().zip(&outputs).enumerate() {
         if inputs.len() > 1 || args.n > 1 {
-            println!("{}{}", if i > 0 { "\n" } else { "" }, bold(&format!("# {}", i + 1)));
+            out!("{}{}", if i > 0 { "\n" } else { "" }, bold(&format!("# {}", i + 1)))?;
         }
         for choice in &output.outputs {
-            print(input, choice);
+            print(input, choice)?;
         }
     }
     Ok(())
@@ -136,22 +136,23 @@ fn complete(
     Ok(inputs.iter().filter_map(next).collect())
 }
 
-fn print(input: &Input, choice: &CompletionOutput) {
+fn print(input: &Input, choice: &CompletionOutput) -> Result<()> {
     match input {
-        Input::Raw(Prompt::Text(text)) => println!("{}{}", dim(text), choice.text),
-        Input::Raw(Prompt::Tokens(_)) => println!("{}", choice.text),
+        Input::Raw(Prompt::Text(text)) => out!("{}{}", dim(text), choice.text)?,
+        Input::Raw(Prompt::Tokens(_)) => out!("{}", choice.text)?,
         Input::Chat(_) => {
             if let Some(reasoning) = &choice.reasoning {
-                println!("{}", dim(reasoning));
+                out!("{}", dim(reasoning))?;
             }
             for call in &choice.tool_calls {
-                println!("{} {}", bold(&call.name), call.arguments);
+                out!("{} {}", bold(&call.name), call.arguments)?;
             }
             if let Some(content) = &choice.content {
-                println!("{content}");
+                out!("{content}")?;
             }
         }
     }
+    Ok(())
 }
 
 fn document(outputs: &[RequestOutput], seconds: f64) -> Value {

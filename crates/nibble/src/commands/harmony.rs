@@ -30,11 +30,11 @@ pub(crate) fn run(args: &Harmony, ui: Ui) -> Result<()> {
             };
             if *lines {
                 return for_each_line(file, |_, line| {
-                    ui.document(&render(line).unwrap_or_else(|error| json!({ "error": error.to_string() })));
+                    ui.document(&render(line).unwrap_or_else(|error| json!({ "error": error.to_string() })))?;
                     Ok(())
                 });
             }
-            ui.document(&render(&read_text(file)?)?);
+            ui.document(&render(&read_text(file)?)?)?;
             Ok(())
         }
         Harmony::Parse { input, model, lines } => {
@@ -43,7 +43,7 @@ pub(crate) fn run(args: &Harmony, ui: Ui) -> Result<()> {
             if *lines {
                 return for_each_line(Path::new(file), |number, line| {
                     let generated: Generated = json_line(Path::new(file), number, line)?;
-                    ui.document(&parse(&harmony, &lenient_ids(&generated.ids), &generated.tools));
+                    ui.document(&parse(&harmony, &lenient_ids(&generated.ids), &generated.tools))?;
                     Ok(())
                 });
             }
@@ -57,7 +57,7 @@ pub(crate) fn run(args: &Harmony, ui: Ui) -> Result<()> {
                 let ids = input.iter().map(|id| parse_id(id)).collect::<Result<Vec<_>>>()?;
                 Generated { ids: ids.into_iter().map(Value::from).collect(), tools: Vec::new() }
             };
-            ui.document(&parse(&harmony, &lenient_ids(&generated.ids), &generated.tools));
+            ui.document(&parse(&harmony, &lenient_ids(&generated.ids), &generated.tools))?;
             Ok(())
         }
     }

@@ -8,20 +8,17 @@ use serde_json::json;
 use crate::args::Inspect;
 use crate::failure::{Failure, Result};
 use crate::model::Model;
-use crate::ui::{Ui, bold, bytes, dim, grouped};
+use crate::ui::{Ui, bold, bytes, dim, grouped, out};
 
 pub(crate) fn run(args: &Inspect, ui: Ui) -> Result<()> {
     let model = Model::open(Some(&args.model), ui)?;
     match &args.tensor {
         Some(name) => tensor(&model.checkpoint, name, ui),
-        None => {
-            overview(&model.checkpoint, ui);
-            Ok(())
-        }
+        None => overview(&model.checkpoint, ui),
     }
 }
 
-fn overview(checkpoint: &Checkpoint, ui: Ui) {
+fn overview(checkpoint: &Checkpoint, ui: Ui) -> Result<()> {
     let config = checkpoint.config();
     let (parameters, total) = (checkpoint.parameters(), checkpoint.tensor_bytes());
     let bits = total as f64 * 8.0 / parameters as f64;
@@ -49,12 +46,12 @@ fn overview(checkpoint: &Checkpoint, ui: Ui) {
             "intermediate_size": config.intermediate_size, "experts": config.experts,
             "experts_per_token": config.experts_per_token, "vocabulary": config.vocab_size,
             "matrices": formats, "global_scales": scales, "tensors": tensors,
-        }));
-        return;
+        }))?;
+        return Ok(());
     }
     let sliding = config.layer_kinds.iter().filter(|&&k| k == LayerKind::Sliding).count();
-    println!("{}  {}", bold("layout    "), checkpoint.layout().name());
-    println!(
+    out!("{}  {}", bold("layout    "), checkpoint.layout().name())?;
+    out!(
         "{}  {} layers ({sliding} see {} positions), hidden {}, {} experts of {} ({} per token), vocabulary {}",
         bold("shape     "),
         config.layer_kinds.len(),
@@ -64,30 +61,31 @@ fn overview(checkpoint: &Checkpoint, ui: Ui) {
         config.intermediate_size,
         config.experts_per_token,
         grouped(config.vocab_size as u64)
-    );
-    println!("{}  {}", bold("parameters"), grouped(parameters));
-    println!(
+    )?;
+    out!("{}  {}", bold("parameters"), grouped(parameters))?;
+    out!(
         "{}  {} in {} files, {bits:.3} bits per weight",
         bold("size      "),
         bytes(total),
         checkpoint.files().len()
-    );
+    )?;
     let formats: Vec<String> = formats.iter().map(|(name, n)| format!("{n} in {name}")).collect();
-    println!("{}  {}", bold("matrices  "), formats.join(", "));
+    out!("{}  {}", bold("matrices  "), formats.join(", "))?;
     for (name, scales) in scales {
-        println!("{}  {name} {}", bold("scale     "), summary(&scales));
+        out!("{}  {name} {}", bold("scale     "), summary(&scales))?;
     }
-    println!();
+    out!("")?;
     for (file, tensor) in checkpoint.stored() {
-        println!(
+        out!(
             "{:<64} {:<8} {:<22} {:>9}  {}",
             tensor.name,
             format!("{:?}", tensor.dtype),
             format!("{:?}", tensor.shape),
             bytes(tensor.range.len() as u64),
             dim(&file_name(file))
-        );
+        )?;
     }
+    Ok(())
 }
 
 fn summary(scales: &[f32]) -> String {
@@ -117,22 +115,16 @@ fn tensor(checkpoint: &Checkpoint, name: &str, ui: Ui) -> Result<()> {
             "bytes": tensor.range.len(), "file": file_name(file), "first_bytes": hex.join(""),
             "values": values.map(|(format, s)| json!({"format": format, "min": s.min, "max": s.max,
                 "mean": s.sum / s.count, "rms": (s.squares / s.count).sqrt()})),
-        }));
+        }))?;
         return Ok(());
     }
-    println!("{}  {}", bold("name  "), tensor.name);
-    println!(
-        "{}  {:?} {:?}, {}",
-        bold("type  "),
-        tensor.dtype,
-        tensor.shape,
-        bytes(tensor.range.len() as u64)
-    );
-    println!("{}  {}", bold("file  "), file_name(file));
-    println!("{}  {}", bold("bytes "), hex.join(" "));
+    out!("{}  {}", bold("name  "), tensor.name)?;
+    out!("{}  {:?} {:?}, {}", bold("type  "), tensor.dtype, tensor.shape, bytes(tensor.range.len() as u64))?;
+    out!("{}  {}", bold("file  "), file_name(file))?;
+    out!("{}  {}", bold("bytes "), hex.join(" "))?;
     if let Some((format, s)) = values {
         let (mean, rms) = (s.sum / s.count, (s.squares / s.count).sqrt());
-        println!("{}  {format}, {:e} to {:e}, mean {mean:.3e}, RMS {rms:.3e}", bold("values"), s.min, s.max);
+        out!("{}  {format}, {:e} to {:e}, mean {mean:.3e}, RMS {rms:.3e}", bold("values"), s.min, s.max)?;
     }
     Ok(())
 }

@@ -9,7 +9,7 @@ use crate::args::{Common, Logits};
 use crate::failure::{Failure, Result};
 use crate::loaded::backend;
 use crate::model::Model;
-use crate::ui::Ui;
+use crate::ui::{Ui, out};
 
 /// Positions per step, so that long prompts need no more memory than the result.
 const CHUNK: usize = 256;
@@ -43,9 +43,9 @@ pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
     }
     write(args, positions, &tensors)?;
     if ui.json {
-        ui.document(&json!({ "out": args.out, "positions": positions, "vocabulary": config.vocab_size }));
+        ui.document(&json!({ "out": args.out, "positions": positions, "vocabulary": config.vocab_size }))?;
     } else {
-        println!("{}: logits of {positions} positions", args.out.display());
+        out!("{}: logits of {positions} positions", args.out.display())?;
     }
     Ok(())
 }

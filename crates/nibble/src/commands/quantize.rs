@@ -14,7 +14,7 @@ use crate::args::{self, Common, Embedding, Format, Quantize};
 use crate::failure::{Failure, Result};
 use crate::model::{Model, threads};
 use crate::modelopt::flag;
-use crate::ui::{Ui, bold, bytes, dim, green, grouped};
+use crate::ui::{Ui, bold, bytes, dim, green, grouped, out};
 use crate::{calibration, interrupt, modelopt, report};
 
 pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
@@ -68,8 +68,10 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
             grouped(cast.blocks)
         );
         if ui.json {
-            ui.document(&json!({"out": null, "blocks": cast.blocks, "lossless_blocks": cast.lossless_blocks,
-                "changed_values": cast.changed_values}));
+            ui.document(
+                &json!({"out": null, "blocks": cast.blocks, "lossless_blocks": cast.lossless_blocks,
+                "changed_values": cast.changed_values}),
+            )?;
         }
         let failure = Failure::new(crate::failure::Status::No, message);
         return Err(failure.hint("--allow-loss casts all the same; --scales-per expert may lose less"));
@@ -120,17 +122,17 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     }
     let bits = written.tensor_bytes as f64 * 8.0 / parameters as f64;
     if ui.json {
-        ui.document(&document(args, &view, &written, &names, bits, source_bytes, started));
+        ui.document(&document(args, &view, &written, &names, bits, source_bytes, started))?;
     } else {
-        table(args, &view, &names);
-        println!(
+        table(args, &view, &names)?;
+        out!(
             "{}: {} ({bits:.3} bits per weight), from {}, in {:.1} s",
             bold(&args.out.display().to_string()),
             bytes(written.tensor_bytes),
             bytes(source_bytes),
             started.elapsed().as_secs_f64()
-        );
-        println!("{}", dim(&format!("nibble verify {} {}", args.source, args.out.display())));
+        )?;
+        out!("{}", dim(&format!("nibble verify {} {}", args.source, args.out.display())))?;
     }
     if let Some(folder) = &args.report {
         let data = &data;
@@ -314,7 +316,7 @@ fn document(
 }
 
 /// What was done to each matrix, for people.
-fn table(args: &Quantize, view: &Quantized, names: &Names) {
+fn table(args: &Quantize, view: &Quantized, names: &Names) -> Result<()> {
     for t in changed(view).filter(|t| t.method != Method::Cast || t.cast.changed_values > 0) {
         let method = t.method.name();
         let sqnr = t.totals.sqnr_db();
@@ -323,18 +325,19 @@ fn table(args: &Quantize, view: &Quantized, names: &Names) {
         } else {
             "every value kept".to_owned()
         };
-        println!("{:<52} {method:<13} {quality}", names.name(t.id));
+        out!("{:<52} {method:<13} {quality}", names.name(t.id))?;
     }
     if let Some(reason) = reason(args, view) {
-        println!("{}", dim(&format!("auto took refine for what is BF16: {reason}")));
+        out!("{}", dim(&format!("auto took refine for what is BF16: {reason}")))?;
     }
-    coverage(args, view);
+    coverage(args, view)?;
     let cast = view.cast_counts();
     if cast.blocks > 0 {
         let verdict =
             if cast.changed_values == 0 { green("without losing a bit") } else { "with losses".to_owned() };
-        println!("{} of {} MXFP4 blocks cast {verdict}", grouped(cast.lossless_blocks), grouped(cast.blocks));
+        out!("{} of {} MXFP4 blocks cast {verdict}", grouped(cast.lossless_blocks), grouped(cast.blocks))?;
     }
+    Ok(())
 }
 
 fn changed(view: &Quantized) -> impl Iterator<Item = TensorReport> {
@@ -356,10 +359,10 @@ pub(crate) fn reason(args: &Quantize, view: &Quantized) -> Option<&'static str> 
 }
 
 /// Says which experts calibration hardly saw.
-fn coverage(args: &Quantize, view: &Quantized) {
+fn coverage(args: &Quantize, view: &Quantized) -> Result<()> {
     let calibrated = changed(view).any(|t| t.method.calibrates() && t.id.kind.is_expert());
     if args.all_experts || !calibrated {
-        return;
+        return Ok(());
     }
     for (layer, facts) in view.facts().iter().enumerate() {
         let starved: Vec<String> = (0..facts.coverage.len())
@@ -367,9 +370,10 @@ fn coverage(args: &Quantize, view: &Quantized) {
             .map(|expert| format!("{expert} ({} tokens)", facts.coverage[expert]))
             .collect();
         if !starved.is_empty() {
-            println!("layer {layer}: too few tokens for expert {}: mse instead", starved.join(", "));
+            out!("layer {layer}: too few tokens for expert {}: mse instead", starved.join(", "))?;
         }
     }
+    Ok(())
 }
 
 pub(crate) fn finite(value: f64) -> Option<f64> {

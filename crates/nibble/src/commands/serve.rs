@@ -1,6 +1,6 @@
 //! `nibble serve`: the OpenAI-compatible server.
 
-use std::io::{IsTerminal, Write};
+use std::io::IsTerminal;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +20,7 @@ use crate::interrupt;
 use crate::model::{BUILT_IN, Model};
 use crate::modelopt::flag;
 use crate::replicas::places;
-use crate::ui::Ui;
+use crate::ui::{Ui, out, tell};
 
 pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
     interrupt::survive_broken_pipe();
@@ -406,12 +406,8 @@ async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Commo
         error => Failure::machine(error.to_string()),
     })?;
     let (url, port) = (server.url(), server.local_addr().map(|address| address.port()));
-    if ui.json {
-        ui.document(&json!({"url": url}));
-    } else {
-        // Nobody need read it.
-        let _ = writeln!(std::io::stdout(), "{url}");
-    }
+    // Nobody need read it.
+    let _ = if ui.json { ui.document(&json!({"url": url})) } else { out!("{url}") };
     let handle = server.handle();
     let loading = {
         let (args, common, handle) = (Arc::clone(&args), common.clone(), handle.clone());
@@ -427,7 +423,7 @@ async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Commo
         () = tokio::time::sleep(limit) => {
             let seconds = limit.as_secs();
             // Loading need not be waited for either.
-            eprintln!("error: --ready-timeout: the model was not loaded within {seconds} s");
+            tell(format_args!("error: --ready-timeout: the model was not loaded within {seconds} s"));
             std::process::exit(3);
         }
     };

@@ -23,12 +23,12 @@ pub(crate) fn run(args: &Tokens, ui: Ui) -> Result<()> {
                 json!({ "ids": ids })
             };
             match (text, file) {
-                (Some(text), _) => ui.document(&encode(text)),
+                (Some(text), _) => ui.document(&encode(text))?,
                 (None, Some(path)) if *lines => for_each_line(path, |number, line| {
-                    ui.document(&encode(&json_line::<String>(path, number, line)?));
+                    ui.document(&encode(&json_line::<String>(path, number, line)?))?;
                     Ok(())
                 })?,
-                (None, Some(path)) => ui.document(&encode(&read_text(path)?)),
+                (None, Some(path)) => ui.document(&encode(&read_text(path)?))?,
                 (None, None) => return Err(Failure::input("expected --text or a file")),
             }
             Ok(())
@@ -44,12 +44,12 @@ pub(crate) fn run(args: &Tokens, ui: Ui) -> Result<()> {
                 let path = ids.first().map_or("-", String::as_str);
                 return for_each_line(Path::new(path), |number, line| {
                     let ids: Vec<Value> = json_line(Path::new(path), number, line)?;
-                    ui.document(&decode(&lenient_ids(&ids)));
+                    ui.document(&decode(&lenient_ids(&ids)))?;
                     Ok(())
                 });
             }
             let ids = ids.iter().map(|id| parse_id(id)).collect::<Result<Vec<_>>>()?;
-            ui.document(&decode(&ids));
+            ui.document(&decode(&ids))?;
             Ok(())
         }
     }

@@ -5,7 +5,7 @@ use checkpoint::{Layout, Weights};
 use crate::args::Verify;
 use crate::failure::{Failure, Result};
 use crate::model::Model;
-use crate::ui::{Ui, green};
+use crate::ui::{Ui, green, out};
 
 pub(crate) fn run(args: &Verify, ui: Ui) -> Result<()> {
     if args.tolerance.is_some_and(|t| !(t.is_finite() && t >= 0.0)) {
@@ -14,21 +14,27 @@ pub(crate) fn run(args: &Verify, ui: Ui) -> Result<()> {
     let (a, b) = (Model::open(Some(&args.a), ui)?, Model::open(Some(&args.b), ui)?);
     let comparison = checkpoint::compare(&*packed(a), &*packed(b), args.tolerance)?;
     if ui.json {
-        ui.document(&comparison);
+        ui.document(&comparison)?;
     } else {
         for tensor in &comparison.different {
-            println!(
+            out!(
                 "{}: {} values differ, by at most {:.3e} (mean squared {:.3e})",
-                tensor.name, tensor.elements, tensor.max_abs, tensor.mse
-            );
+                tensor.name,
+                tensor.elements,
+                tensor.max_abs,
+                tensor.mse
+            )?;
         }
-        comparison.missing.iter().for_each(|name| println!("{name}: only in {}", args.a));
-        comparison.unknown.iter().for_each(|name| println!("{name}: only in {}", args.b));
+        for (names, only) in [(&comparison.missing, &args.a), (&comparison.unknown, &args.b)] {
+            for name in names {
+                out!("{name}: only in {only}")?;
+            }
+        }
         let count = comparison.tensors;
         if comparison.identical {
-            println!("{}: {count} tensors", green("identical"));
+            out!("{}: {count} tensors", green("identical"))?;
         } else {
-            println!("different: {} of {count} tensors", comparison.different.len());
+            out!("different: {} of {count} tensors", comparison.different.len())?;
         }
     }
     if comparison.identical { Ok(()) } else { Err(Failure::no()) }

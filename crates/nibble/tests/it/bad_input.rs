@@ -278,3 +278,28 @@ fn a_closed_pipe_is_no_error() {
     let output = child.wait_with_output().unwrap();
     assert!(!String::from_utf8_lossy(&output.stderr).contains("panicked"));
 }
+
+#[test]
+fn a_standard_output_that_takes_nothing_is_the_machines_failure() {
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let small = small();
+    for args in [
+        &["tokens", "encode", "--text", "hi"][..],
+        &["inspect", &small],
+        &["inspect", &small, "--json"],
+        &["verify", &small, &small],
+        &["generate", "-p", "hi", "--max-tokens", "1"],
+        &["demo"],
+        &["--help"],
+    ] {
+        let output = nibble(args).stdout(full()).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(3), "{args:?}: {stderr}");
+        assert!(stderr.starts_with("error: standard output: "), "{args:?}: {stderr}");
+        assert_eq!(stderr.lines().count(), 1, "{args:?}: {stderr}");
+    }
+    // Errors that nobody can read keep their status.
+    for args in [&["inspect", "/nowhere"][..], &["inspect"]] {
+        assert_eq!(nibble(args).stderr(full()).status().unwrap().code(), Some(2), "{args:?}");
+    }
+}

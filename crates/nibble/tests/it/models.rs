@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::os::fd::{FromRawFd, OwnedFd};
+use std::os::unix::process::ExitStatusExt;
 use std::process::{Child, Stdio};
 
 use serde_json::{Value, json};
@@ -447,6 +448,11 @@ fn a_scripted_server_says_what_it_is_told() {
     let found = bench(&["--concurrency", "2", "--request-rate", "1000"]);
     assert_eq!(found["requests"].as_u64().unwrap() + found["errors"].as_u64().unwrap(), 6);
     fails(&["bench", "serve", "http://127.0.0.1:1"], 3, "list of models");
+    // As with other commands, nobody who reads the result is no error.
+    let mut unread =
+        nibble(&["bench", "serve", &url, "--num-prompts", "1"]).stdout(Stdio::piped()).spawn().unwrap();
+    drop(unread.stdout.take());
+    assert_eq!(unread.wait().unwrap().signal(), Some(libc::SIGPIPE));
 
     fails(&["serve", "--port", "0", "--engine", "scripted:/nowhere.json"], 2, "/nowhere.json");
     fails(&["serve", "--port", "0", "--engine", "other"], 2, "scripted:FILE");
