@@ -1,7 +1,9 @@
 //! The command line: every flag once, with its help.
 
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 
+use clap::builder::RangedU64ValueParser;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::Speculation;
 
@@ -902,22 +904,22 @@ pub(crate) struct BenchServe {
     #[arg(long, value_name = "KEY", env = "OPENAI_API_KEY", hide_env_values = true)]
     pub(crate) api_key: Option<String>,
     /// Requests to send
-    #[arg(long, value_name = "N", default_value_t = 100)]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = whole(1..=1_000_000))]
     pub(crate) num_prompts: usize,
     /// Requests at a time
-    #[arg(long, value_name = "N", default_value_t = 32)]
+    #[arg(long, value_name = "N", default_value_t = 32, value_parser = whole(1..=65_536))]
     pub(crate) concurrency: usize,
     /// Requests per second, at random times [default: as fast as they are answered]
-    #[arg(long, value_name = "R")]
+    #[arg(long, value_name = "R", value_parser = rate)]
     pub(crate) request_rate: Option<f64>,
     /// Tokens per prompt
-    #[arg(long, value_name = "N", default_value_t = 128)]
+    #[arg(long, value_name = "N", default_value_t = 128, value_parser = whole(1..=LONGEST))]
     pub(crate) input_len: usize,
     /// Tokens per answer
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = whole(1..=LONGEST))]
     pub(crate) output_len: usize,
     /// Tokens with which all prompts begin
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole(0..=LONGEST))]
     pub(crate) shared_prefix_len: usize,
     /// Sampling temperature
     #[arg(long, value_name = "T", default_value_t = 1.0)]
@@ -1038,6 +1040,19 @@ fn count(text: &str) -> Result<u64, String> {
         return Err("expected a whole number of at least 0".to_owned());
     }
     Ok(value as u64)
+}
+
+/// More tokens than any model's context has.
+const LONGEST: u64 = 1 << 20;
+
+fn whole(range: RangeInclusive<u64>) -> RangedU64ValueParser<usize> {
+    RangedU64ValueParser::new().range(range)
+}
+
+/// Requests per second, so many at least that the last of all comes in time.
+fn rate(text: &str) -> Result<f64, String> {
+    let rate = text.parse().ok().filter(|rate: &f64| rate.is_finite() && *rate >= 1e-6);
+    rate.ok_or_else(|| "expected a number of at least 0.000001".to_owned())
 }
 
 fn share(text: &str) -> Result<f64, String> {

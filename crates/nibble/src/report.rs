@@ -306,7 +306,7 @@ fn front_matter(card: &str, key: &str) -> Option<String> {
 /// The command as typed, with the program's bare name.
 fn command_line() -> String {
     let mut words = vec!["nibble".to_owned()];
-    for word in std::env::args().skip(1) {
+    for word in std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()) {
         let plain = word.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,+@".contains(c));
         let quoted = format!("'{}'", word.replace('\'', "'\\''"));
         words.push(if plain && !word.is_empty() { word } else { quoted });

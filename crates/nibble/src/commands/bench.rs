@@ -262,7 +262,7 @@ fn write(weights: &dyn Weights, args: &Bench, out: &std::path::Path, ui: Ui) -> 
     })?;
     drop(bar);
     if ui.json {
-        ui.document(&json!({"out": out, "bytes": written.tensor_bytes}))?;
+        ui.document(&json!({"out": out.display().to_string(), "bytes": written.tensor_bytes}))?;
     } else {
         out!("{}: {}", out.display(), bytes(written.tensor_bytes))?;
     }

@@ -21,12 +21,6 @@ const ORDINARY_IDS: u64 = 3_000;
 const STACK: usize = 256 << 10;
 
 pub(crate) fn run(args: &BenchServe, ui: Ui) -> Result<()> {
-    if args.num_prompts == 0 || args.concurrency == 0 || args.input_len == 0 || args.output_len == 0 {
-        return Err(Failure::input("expected numbers and lengths of at least 1, found 0"));
-    }
-    if args.request_rate.is_some_and(|rate| !rate.is_finite() || rate <= 0.0) {
-        return Err(Failure::input("--request-rate: expected a number greater than 0"));
-    }
     // A server that goes away fails its requests alone.
     let (model, outcomes, seconds) = interrupt::surviving_broken_pipe(|| load(args, ui))?;
     report(args, &model, &outcomes, seconds, ui)

@@ -43,7 +43,9 @@ pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
     }
     write(args, positions, &tensors)?;
     if ui.json {
-        ui.document(&json!({ "out": args.out, "positions": positions, "vocabulary": config.vocab_size }))?;
+        ui.document(&json!({
+            "out": args.out.display().to_string(), "positions": positions, "vocabulary": config.vocab_size
+        }))?;
     } else {
         out!("{}: logits of {positions} positions", args.out.display())?;
     }

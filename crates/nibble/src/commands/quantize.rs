@@ -302,7 +302,7 @@ fn document(
         })
         .collect();
     let mut document = json!({
-        "out": args.out, "format": layout(args.format).name(), "recipe": flag(&args.recipe),
+        "out": args.out.display().to_string(), "format": layout(args.format).name(), "recipe": flag(&args.recipe),
         "algorithm": flag(&args.algorithm), "bytes": written.tensor_bytes, "source_bytes": source_bytes,
         "bits_per_weight": bits, "blocks": cast.blocks, "lossless_blocks": cast.lossless_blocks,
         "changed_values": cast.changed_values, "tensors": rows, "seconds": started.elapsed().as_secs_f64(),

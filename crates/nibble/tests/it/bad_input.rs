@@ -1,5 +1,6 @@
 //! Wrong usage, wrong files, a failing machine: each a sentence and a status, never a panic.
 
+use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
@@ -47,6 +48,10 @@ fn wrong_usage_is_refused_by_name() {
         (vec!["logits", &small, "--ids", "1", "--out", "/nonexistent/x"], "/nonexistent/x"),
         (vec!["bench", "--synthetic", "gpt-5"], "gpt-5"),
         (vec!["bench", "--synthetic", "gpt-oss-20b:99"], "99"),
+        (vec!["bench", "serve", "http://127.0.0.1:1", "--request-rate", "1e-300"], "--request-rate"),
+        (vec!["bench", "serve", "http://127.0.0.1:1", "--num-prompts", "100000000000"], "--num-prompts"),
+        (vec!["bench", "serve", "http://127.0.0.1:1", "--input-len", "100000000000"], "--input-len"),
+        (vec!["bench", "serve", "http://127.0.0.1:1", "--concurrency", "0"], "--concurrency"),
         (vec!["tokens", "decode", "x"], "\"x\""),
         (vec!["tokens", "encode", "no-such-file"], "no-such-file"),
         (vec!["harmony", "render", "no-such-file"], "no-such-file"),
@@ -302,4 +307,25 @@ fn a_standard_output_that_takes_nothing_is_the_machines_failure() {
     for args in [&["inspect", "/nowhere"][..], &["inspect"]] {
         assert_eq!(nibble(args).stderr(full()).status().unwrap().code(), Some(2), "{args:?}");
     }
+}
+
+#[test]
+fn names_that_are_no_unicode_are_written_to_and_told() {
+    let folder = tempfile::tempdir().unwrap();
+    let name = |bytes: &[u8]| folder.path().join(std::ffi::OsStr::from_bytes(bytes));
+    let done = |command: &mut Command| {
+        let output = command.output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", String::from_utf8_lossy(&output.stderr));
+        output.stdout
+    };
+    let (model, logits, report) = (name(b"m\xff"), name(b"l\xff"), name(b"r\xff"));
+    let small = small();
+    for stdout in [
+        done(nibble(&["quantize", &small, "--json", "--out"]).arg(&model).arg("--report").arg(&report)),
+        done(nibble(&["logits", &small, "--ids", "1,2", "--json", "--out"]).arg(&logits)),
+    ] {
+        let document: serde_json::Value = serde_json::from_slice(&stdout).unwrap();
+        assert!(document["out"].as_str().unwrap().ends_with('\u{fffd}'), "{document}");
+    }
+    assert!(model.join("config.json").exists() && logits.exists() && report.join("index.html").exists());
 }
