@@ -1,6 +1,7 @@
 //! `nibble logits`: the logits of a prompt as a tensor file, for comparisons with other programs.
 
 use std::io::Write;
+use std::path::{Path, PathBuf};
 
 use gptoss::{BLOCK_TOKENS, Plan, SequencePlan};
 use serde_json::{Map, json};
@@ -15,6 +16,7 @@ use crate::ui::{Ui, out};
 const CHUNK: usize = 256;
 
 pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
+    may_write(&args.out)?;
     let weights = Model::open(Some(&args.model), ui)?.weights(&args.run, common, ui)?;
     let config = weights.config().clone();
     if let Some(layer) = args.layer.filter(|&layer| layer >= config.layer_kinds.len()) {
@@ -52,6 +54,17 @@ pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
     Ok(())
 }
 
+/// A file may be replaced; a link, a pipe or a device is not what a file's name is given to.
+fn may_write(out: &Path) -> Result<()> {
+    match std::fs::symlink_metadata(out) {
+        Ok(there) if !there.is_file() => Err(Failure::input(format!(
+            "--out: {}: expected nothing there, or a regular file to replace, found something else",
+            out.display()
+        ))),
+        _ => Ok(()),
+    }
+}
+
 /// A safetensors file under its final name only when it is complete.
 fn write(args: &Logits, positions: usize, tensors: &[(&str, usize, Vec<f32>)]) -> Result<()> {
     let mut header = Map::new();
@@ -67,10 +80,10 @@ fn write(args: &Logits, positions: usize, tensors: &[(&str, usize, Vec<f32>)]) -
         header.push(' ');
     }
     let mut partial = args.out.clone().into_os_string();
-    partial.push(".partial");
-    let partial = std::path::PathBuf::from(partial);
+    partial.push(format!(".{}.partial", std::process::id()));
+    let partial = PathBuf::from(partial);
     let save = || {
-        let mut file = std::io::BufWriter::new(std::fs::File::create(&partial)?);
+        let mut file = std::io::BufWriter::new(std::fs::File::create_new(&partial)?);
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
         for (_, _, values) in tensors {

@@ -329,3 +329,29 @@ fn names_that_are_no_unicode_are_written_to_and_told() {
     }
     assert!(model.join("config.json").exists() && logits.exists() && report.join("index.html").exists());
 }
+
+#[test]
+fn logits_replace_files_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name);
+    let logits =
+        |name: &str| nibble(&["logits", &small(), "--ids", "1", "--out"]).arg(at(name)).output().unwrap();
+    std::fs::write(at("file"), "old").unwrap();
+    std::fs::write(at("file.partial"), "mine").unwrap();
+    assert_eq!(logits("file").status.code(), Some(0));
+    assert!(std::fs::read(at("file")).unwrap().len() > 1000);
+    assert_eq!(std::fs::read_to_string(at("file.partial")).unwrap(), "mine");
+
+    std::os::unix::fs::symlink(at("file.partial"), at("link")).unwrap();
+    assert!(Command::new("mkfifo").arg(at("pipe")).status().unwrap().success());
+    for name in ["link", "pipe"] {
+        let kind = || std::fs::symlink_metadata(at(name)).unwrap().file_type();
+        let before = kind();
+        let refused = logits(name);
+        let stderr = String::from_utf8(refused.stderr).unwrap();
+        assert_eq!(refused.status.code(), Some(2), "{stderr}");
+        assert!(stderr.contains("expected nothing there, or a regular file to replace"), "{stderr}");
+        assert_eq!(kind(), before);
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 4, "nothing unfinished is left");
+}
