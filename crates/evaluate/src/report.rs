@@ -233,6 +233,15 @@ pub fn write(report: &Report, dir: &Path) -> Result<(), Error> {
     Ok(())
 }
 
+/// A file in `dir` that [`write`] would replace, and that is not of an earlier report: one of its names without `report.json`.
+pub fn in_the_way(dir: &Path) -> Option<PathBuf> {
+    let there = |path: &PathBuf| path.symlink_metadata().is_ok();
+    if there(&dir.join("report.json")) {
+        return None;
+    }
+    ["index.html", "README.md"].map(|name| dir.join(name)).into_iter().find(there)
+}
+
 fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
     let mut partial = path.as_os_str().to_owned();
     partial.push(".partial");

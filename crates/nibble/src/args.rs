@@ -217,7 +217,8 @@ pub(crate) struct Quantize {
     /// Every token goes through every expert for the statistics
     #[arg(long)]
     pub(crate) all_experts: bool,
-    /// Measures the result and writes a report there: a page, the same as JSON, a model card
+    /// Measures the result and writes a report there: a page (index.html), the same as JSON (report.json), a model card
+    /// (README.md). Those of an earlier report are replaced, others are not
     #[arg(long, value_name = "DIR")]
     pub(crate) report: Option<PathBuf>,
     /// Cast even where values change

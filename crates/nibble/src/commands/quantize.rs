@@ -165,6 +165,12 @@ fn check(args: &Quantize) -> Result<()> {
             return Err(Failure::input(format!("{name}: the layout {format} has no place for its scales")));
         }
     }
+    if let Some(path) = args.report.as_deref().and_then(evaluate::report::in_the_way) {
+        return Err(Failure::input(format!(
+            "--report: {}: expected nothing there, or the file of an earlier report, found something else",
+            path.display()
+        )));
+    }
     checkpoint::may_write(&args.out, args.overwrite).map_err(|error| match error {
         checkpoint::Error::Exists { .. } => Failure::from(error).hint("--overwrite replaces it"),
         error => error.into(),

@@ -100,6 +100,13 @@ fn an_output_that_exists_is_kept() {
     ok(&["quantize", &small(), "--out", &checkpoint, "--overwrite", "--algorithm", "max"]);
     assert_eq!(run(&["verify", &small(), &checkpoint]).status, 1);
 
+    // Nor a page of somebody by a report.
+    let (readme, new) = (format!("{out}/README.md"), format!("{out}/new"));
+    std::fs::write(&readme, "mine").unwrap();
+    fails(&["quantize", &small(), "--out", &new, "--report", out], 2, &readme);
+    assert_eq!(std::fs::read_to_string(&readme).unwrap(), "mine");
+    assert!(!Path::new(&new).exists());
+
     // What is read must not be deleted with it.
     let (inner, text) = (format!("{checkpoint}/inner"), format!("{checkpoint}/data.txt"));
     copy_model(&small(), Path::new(&inner));
