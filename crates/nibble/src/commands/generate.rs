@@ -5,28 +5,52 @@ use std::time::Instant;
 use engine::{CompletionOutput, Llm, Prompt, RequestOutput, SamplingParams};
 use gptoss::TokenLogprobs;
 use harmony::{ChatMessage, ChatPrompt};
-use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::args::{Common, Generate};
-use crate::commands::lines::read_json_lines;
+use crate::commands::lines::{for_each_line, json_line, name};
 use crate::engine::{sampling, start};
 use crate::failure::{Failure, Result};
 use crate::model::Model;
 use crate::ui::{Ui, bold, dim, out};
 
 /// A line of `--prompts`.
-#[derive(Deserialize)]
-#[serde(
-    untagged,
-    expecting = "expected a text, {\"prompt\"}, {\"messages\"}, {\"prompt_token_ids\"} or an array of token ids, found another document"
-)]
 enum Line {
     Text(String),
-    Chat { messages: Vec<ChatMessage> },
-    Prompt { prompt: String },
-    Tokens { prompt_token_ids: Vec<u32> },
-    Bare(Vec<u32>),
+    Tokens(Vec<u32>),
+    Chat(Box<ChatPrompt>),
+}
+
+impl Line {
+    /// The error says what was expected and what was found.
+    fn new(mut document: Value) -> std::result::Result<Line, String> {
+        const NAMES: [&str; 3] = ["prompt", "messages", "prompt_token_ids"];
+        let named = match &document {
+            Value::String(_) => vec!["prompt"],
+            Value::Array(_) => vec!["prompt_token_ids"],
+            Value::Object(fields) => {
+                NAMES.into_iter().filter(|name| fields.get(*name).is_some_and(|v| !v.is_null())).collect()
+            }
+            _ => Vec::new(),
+        };
+        let [name] = named[..] else {
+            let found = if named.is_empty() { "another document".to_owned() } else { named.join(" and ") };
+            return Err(format!(
+                "expected a text, an array of token ids, or one of {{\"prompt\"}}, {{\"messages\"}} and \
+                 {{\"prompt_token_ids\"}}, found {found}"
+            ));
+        };
+        let value = match document.get_mut(name).filter(|_| name != "messages") {
+            Some(value) => value.take(),
+            None => document,
+        };
+        match name {
+            "prompt" => serde_json::from_value(value).map(Line::Text),
+            "prompt_token_ids" => serde_json::from_value(value).map(Line::Tokens),
+            _ => serde_json::from_value(value).map(Line::Chat),
+        }
+        .map_err(|error| format!("{name}: {error}"))
+    }
 }
 
 /// Prompts in their order: raw ones and conversations may be mixed.
@@ -73,29 +97,33 @@ pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
 }
 
 fn inputs(args: &Generate) -> Result<Vec<Input>> {
-    let chat = |messages: Vec<ChatMessage>| {
-        let mut all = Vec::new();
-        all.extend(args.system.as_ref().map(|text| ChatMessage::new("system", text)));
-        all.extend(args.developer.as_ref().map(|text| ChatMessage::new("developer", text)));
-        all.extend(messages);
+    let chat = |prompt: ChatPrompt| {
+        let own = [("system", &args.system), ("developer", &args.developer)];
+        let own = own.into_iter().filter_map(|(role, text)| Some(ChatMessage::new(role, text.as_ref()?)));
         Input::Chat(ChatPrompt {
-            reasoning_effort: args.reasoning_effort.clone(),
-            date: Some(server::today()),
-            ..ChatPrompt::new(all)
+            messages: own.chain(prompt.messages).collect(),
+            reasoning_effort: prompt.reasoning_effort.or_else(|| args.reasoning_effort.clone()),
+            date: prompt.date.or_else(|| Some(server::today())),
+            add_generation_prompt: true,
+            ..prompt
         })
     };
-    let text = |text: String| {
-        if args.chat { chat(vec![ChatMessage::new("user", text)]) } else { Input::Raw(Prompt::Text(text)) }
+    let text = |text: String| match args.chat {
+        true => chat(ChatPrompt::new(vec![ChatMessage::new("user", text)])),
+        false => Input::Raw(Prompt::Text(text)),
     };
     let mut inputs: Vec<Input> = args.prompt.iter().cloned().map(text).collect();
     if let Some(path) = &args.prompts {
-        inputs.extend(read_json_lines::<Line>(path)?.into_iter().map(|line| match line {
-            Line::Text(prompt) | Line::Prompt { prompt } => text(prompt),
-            Line::Chat { messages } => chat(messages),
-            Line::Tokens { prompt_token_ids } | Line::Bare(prompt_token_ids) => {
-                Input::Raw(Prompt::Tokens(prompt_token_ids))
-            }
-        }));
+        for_each_line(path, |number, line| {
+            let line = Line::new(json_line(path, number, line)?)
+                .map_err(|error| Failure::input(format!("{}: line {number}: {error}", name(path))))?;
+            inputs.push(match line {
+                Line::Text(prompt) => text(prompt),
+                Line::Tokens(ids) => Input::Raw(Prompt::Tokens(ids)),
+                Line::Chat(prompt) => chat(*prompt),
+            });
+            Ok(())
+        })?;
     }
     if inputs.is_empty() {
         return Err(Failure::input("expected a prompt, found none").hint("-p TEXT, or --prompts FILE"));

@@ -7,8 +7,8 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::args::Harmony;
-use crate::commands::lines::{for_each_line, read_text};
-use crate::commands::tokens::{json_line, lenient_ids, parse_id, tokenizer_of};
+use crate::commands::lines::{for_each_line, json_line, read_text};
+use crate::commands::tokens::{lenient_ids, parse_id, tokenizer_of};
 use crate::failure::{Failure, Result};
 use crate::ui::Ui;
 

@@ -50,12 +50,14 @@ pub(crate) fn for_each_line(path: &Path, mut each: impl FnMut(usize, &str) -> Re
 pub(crate) fn read_json_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
     let mut documents = Vec::new();
     for_each_line(path, |number, line| {
-        let document = serde_json::from_str(line)
-            .map_err(|e| Failure::input(format!("{}: line {number}: {e}", name(path))))?;
-        documents.push(document);
+        documents.push(json_line(path, number, line)?);
         Ok(())
     })?;
     Ok(documents)
+}
+
+pub(crate) fn json_line<T: DeserializeOwned>(path: &Path, number: usize, line: &str) -> Result<T> {
+    serde_json::from_str(line).map_err(|e| Failure::input(format!("{}: line {number}: {e}", name(path))))
 }
 
 fn open(path: &Path) -> Result<Box<dyn Read>> {

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use tokenizer::Tokenizer;
 
 use crate::args::Tokens;
-use crate::commands::lines::{self, for_each_line, read_text};
+use crate::commands::lines::{for_each_line, json_line, read_text};
 use crate::failure::{Failure, Result};
 use crate::model::Model;
 use crate::ui::Ui;
@@ -63,11 +63,6 @@ pub(crate) fn tokenizer_of(model: Option<&str>, ui: Ui) -> Result<Arc<Tokenizer>
         Some(path) if Path::new(path).is_file() => Ok(Arc::new(Tokenizer::from_file(Path::new(path))?)),
         Some(name) => Model::open(Some(name), ui)?.tokenizer(),
     }
-}
-
-pub(crate) fn json_line<T: serde::de::DeserializeOwned>(path: &Path, number: usize, line: &str) -> Result<T> {
-    serde_json::from_str(line)
-        .map_err(|e| Failure::input(format!("{}: line {number}: {e}", lines::name(path))))
 }
 
 pub(crate) fn parse_id(text: &str) -> Result<u32> {

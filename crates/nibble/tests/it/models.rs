@@ -128,6 +128,30 @@ fn chats_have_reasoning_content_and_logprobs() {
 }
 
 #[test]
+fn a_line_of_prompts_is_taken_whole_or_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("prompts.jsonl");
+    let file = file.to_str().unwrap();
+    let chat = json!({"messages": [{"role": "user", "content": "Hi"}], "reasoning_effort": "low",
+        "date": "2025-06-28", "tools": [{"type": "function", "function": {"name": "f", "description": "Adds."}}]});
+    std::fs::write(file, format!("{chat}\n")).unwrap();
+    // A flag is for lines that do not say.
+    let one = ["--max-tokens", "1", "--reasoning-effort", "high", "--json"];
+    let found = ok(&[&["generate", "--prompts", file][..], &one].concat()).json();
+    let rendered = ok(&["harmony", "render", "--model", &small(), file]).json();
+    assert_eq!(found["outputs"][0]["prompt_token_ids"], rendered["ids"]);
+
+    for (line, named) in [
+        (json!({"prompt": "a", "messages": chat["messages"]}), "found prompt and messages"),
+        (json!({"text": "a"}), "found another document"),
+        (json!({"messages": chat["messages"], "tools": "f"}), "line 2: messages: invalid type"),
+    ] {
+        std::fs::write(file, format!("\"a\"\n{line}\n")).unwrap();
+        fails(&["generate", "--prompts", file], 2, named);
+    }
+}
+
+#[test]
 fn a_seed_repeats_and_n_answers_differ() {
     let args =
         ["generate", "-p", "Once upon a time", "--max-tokens", "24", "--seed", "7", "--n", "3", "--json"];
