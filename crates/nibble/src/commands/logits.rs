@@ -34,6 +34,9 @@ pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
             ..SequencePlan::in_blocks(tokens, i * CHUNK, 0)
         };
         for output in backend.step(&Plan { sequences: vec![sequence] })? {
+            if output.corrupted {
+                return Err(gptoss::Error::Corrupted.into());
+            }
             logits.extend(output.logits);
             hidden.extend(output.hidden);
         }

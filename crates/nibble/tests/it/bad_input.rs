@@ -199,6 +199,9 @@ fn weights_that_are_no_numbers_are_not_answered_with() {
     fails(&["generate", path, "-p", "x", "--max-tokens", "3"], 2, "damaged");
     let text = crate::path("testdata/data/books-valid.txt");
     fails(&["eval", path, "perplexity", "--text", &text, "--windows", "1"], 2, "damaged");
+    let out = folder.path().join("logits");
+    fails(&["logits", path, "--ids", "1,2", "--out", out.to_str().unwrap()], 2, "damaged");
+    assert!(!out.exists());
 }
 
 #[test]
