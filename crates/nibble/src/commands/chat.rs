@@ -49,8 +49,6 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
         })?;
         if ui.json {
             ui.document(&turn)?;
-        } else {
-            out!("")?;
         }
         prompt.messages.push(ChatMessage {
             reasoning: turn.reasoning,
@@ -95,13 +93,13 @@ pub(crate) fn answer(
     }
 }
 
-/// Prints a piece as it comes: reasoning dimmed, calls by name.
+/// Prints a piece as it comes: reasoning dimmed, calls by name, each message on lines of its own.
 pub(crate) fn show(delta: &Delta) -> Result<()> {
     match delta {
         Delta::Reasoning(text) => print(format_args!("{}", dim(text))),
         Delta::Content(text) => print(format_args!("{text}")),
-        Delta::CallStart { name, .. } => print(format_args!("\n{} ", bold(name))),
+        Delta::CallStart { name, .. } => print(format_args!("{} ", bold(name))),
         Delta::CallArguments { text, .. } => print(format_args!("{text}")),
-        Delta::End => Ok(()),
+        Delta::End => out!(""),
     }
 }

@@ -185,6 +185,17 @@ fn a_conversation_goes_on_until_its_input_ends() {
     let turns: Vec<Value> = outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let contents: Vec<&str> = turns.iter().map(|turn| turn["content"].as_str().unwrap()).collect();
     assert_eq!(contents, ["2 + 2 = 4.", "The capital of France is Paris."]);
+    // People see the reasoning and the answer on lines of their own, here also where the answer is cut off.
+    let shown = |more: &[&str]| {
+        let outcome = run_with_input(&[&["chat", "--temperature", "0"], more].concat(), b"What is 2 + 3?\n");
+        assert_eq!(outcome.status, 0, "{}", outcome.stderr);
+        outcome.stdout
+    };
+    let whole = shown(&[]);
+    let (reasoning, answer) = whole.split_once('\n').unwrap();
+    assert!(reasoning.ends_with('.') && answer == "2 + 3 = 5.\n", "{whole}");
+    let cut = shown(&["--max-tokens", "6"]);
+    assert!(cut.ends_with('\n') && whole.starts_with(cut.trim_end()), "{cut}");
 }
 
 #[test]
