@@ -1,4 +1,4 @@
-//! Signals. Ctrl-C: commands with something to leave in order ask for it; all others end at once. A closed pipe ends those that
+//! Signals. Ctrl-C, and SIGTERM alike: commands with something to leave in order ask for it; all others end at once. A closed pipe ends those that
 //! print, and none that serves.
 
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -11,20 +11,38 @@ const AT_ONCE: u8 = 0;
 const GRACEFUL: u8 = 1;
 const INTERRUPTED: u8 = 2;
 
-/// Watches for SIGINT on a thread of its own. A second one always ends the process.
+/// Watches for SIGINT and SIGTERM on a thread of its own. A second one always ends the process.
 pub(crate) fn watch() {
     let watcher = || {
         let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else { return };
         runtime.block_on(async {
-            while tokio::signal::ctrl_c().await.is_ok() {
+            while signalled().await.is_ok() {
                 if !change(GRACEFUL, INTERRUPTED) {
                     std::process::exit(130);
                 }
             }
         });
     };
-    // Without the thread SIGINT keeps its usual effect.
+    // Without the thread signals keep their usual effect.
     let _ = std::thread::Builder::new().name("interrupt".to_owned()).spawn(watcher);
+}
+
+/// Waits for SIGINT or SIGTERM.
+///
+/// # Errors
+/// Signals that cannot be watched for.
+pub(crate) async fn signalled() -> std::io::Result<()> {
+    #[cfg(unix)]
+    {
+        use tokio::signal::unix::{SignalKind, signal};
+        let mut terminate = signal(SignalKind::terminate())?;
+        tokio::select! {
+            interrupt = tokio::signal::ctrl_c() => interrupt,
+            _ = terminate.recv() => Ok(()),
+        }
+    }
+    #[cfg(not(unix))]
+    tokio::signal::ctrl_c().await
 }
 
 /// From here on an interrupt only sets the flag that [`interrupted`] reads.

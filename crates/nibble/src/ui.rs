@@ -106,8 +106,11 @@ pub(crate) fn print(text: std::fmt::Arguments<'_>) -> Result<()> {
     stdout.write_fmt(text).and_then(|()| stdout.flush()).map_err(|error| unwritten(&error))
 }
 
-/// The failure of a standard output that took not all.
+/// The failure of a standard output that took not all: silent where nobody reads it any more, as in a closed pipe.
 pub(crate) fn unwritten(error: &std::io::Error) -> Failure {
+    if error.kind() == std::io::ErrorKind::BrokenPipe {
+        return Failure::machine("");
+    }
     Failure::machine(format!("standard output: expected that results can be written, found: {error}"))
 }
 

@@ -1,5 +1,6 @@
 //! `nibble demo`: the main job from end to end on the small model that travels in the binary.
 
+use std::hash::BuildHasher;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -48,8 +49,9 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         ))
     )?;
 
-    // An interrupt waits until the folder is gone.
-    let (view, cast, usual) = interrupt::gracefully(|| checkpoints(&original, common, ui))?;
+    // An interrupt waits until the folder is gone, and a closed pipe does not end the process before.
+    let (view, cast, usual) =
+        interrupt::surviving_broken_pipe(|| interrupt::gracefully(|| checkpoints(&original, common, ui)))?;
 
     heading(ui, 3, "Measure: what did it cost?")?;
     let tokenizer = Model::built_in()?.tokenizer()?;
@@ -243,8 +245,10 @@ struct Scratch(PathBuf);
 
 impl Scratch {
     fn new() -> Result<Scratch> {
-        let path = std::env::temp_dir().join(format!("nibble-demo-{}", std::process::id()));
-        std::fs::create_dir_all(&path).map_err(|e| Failure::io(&path, &e))?;
+        // Others may make folders there too: nobody knows the name before, and a folder that is there is not taken.
+        let random = std::hash::RandomState::new().hash_one(std::process::id());
+        let path = std::env::temp_dir().join(format!("nibble-demo-{random:016x}"));
+        std::fs::create_dir(&path).map_err(|e| Failure::io(&path, &e))?;
         Ok(Scratch(path))
     }
 }

@@ -472,23 +472,10 @@ fn reload(handle: &Handle, args: Arc<Serve>, common: Common, context: Option<usi
     }));
 }
 
-/// SIGTERM or SIGINT. A second one ends the process at once.
+/// SIGTERM or SIGINT, of which a second one ends the process at once.
 async fn shutdown() {
-    let interrupt = tokio::signal::ctrl_c();
-    #[cfg(unix)]
-    {
-        use tokio::signal::unix::{SignalKind, signal};
-        if let Ok(mut terminate) = signal(SignalKind::terminate()) {
-            tokio::select! {
-                _ = interrupt => {}
-                _ = terminate.recv() => {}
-            }
-            tokio::spawn(async move {
-                terminate.recv().await;
-                std::process::exit(130);
-            });
-            return;
-        }
+    // What cannot be watched for ends the process by itself.
+    if interrupt::signalled().await.is_err() {
+        std::future::pending().await
     }
-    let _ = interrupt.await;
 }

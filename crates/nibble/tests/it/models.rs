@@ -41,13 +41,25 @@ fn the_demo_for_scripts() {
 #[test]
 fn an_interrupted_demo_leaves_nothing() {
     let folder = tempfile::tempdir().unwrap();
-    let mut child = nibble(&["demo"]).env("TMPDIR", folder.path()).stdout(Stdio::piped()).spawn().unwrap();
-    // When the first step begins, its folder is there.
-    let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
-    assert!(lines.any(|line| line.unwrap().contains("Quantize")));
-    interrupt(&child);
-    assert_eq!(child.wait().unwrap().code(), Some(130));
-    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+    let demo = |end: &dyn Fn(&Child)| {
+        let mut child =
+            nibble(&["demo"]).env("TMPDIR", folder.path()).stdout(Stdio::piped()).spawn().unwrap();
+        // When the first step begins, its folder is there.
+        let mut lines = BufReader::new(child.stdout.take().unwrap()).lines();
+        assert!(lines.any(|line| line.unwrap().contains("Quantize")));
+        end(&child);
+        drop(lines);
+        let code = child.wait().unwrap().code();
+        assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+        code
+    };
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: a signal to a child that has not been waited for.
+        let send = |child: &Child| assert_eq!(unsafe { libc::kill(child.id() as i32, signal) }, 0);
+        assert_eq!(demo(&send), Some(130));
+    }
+    // Its output is closed.
+    demo(&|_| {});
 }
 
 fn interrupt(child: &Child) {
