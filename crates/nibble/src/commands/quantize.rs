@@ -42,7 +42,17 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         ui.note("note: compressed-tensors has no names for fused experts: they are written in BF16");
     }
 
-    let data = if args.report.is_some() || options(args).needs_calibration(&model.checkpoint.packed()) {
+    let calibrated = options(args).needs_calibration(&model.checkpoint.packed());
+    if !calibrated && !args.calibration.is_empty() {
+        let left = if args.report.is_some() {
+            "the report measures on --calibration"
+        } else {
+            "--calibration is not used"
+        };
+        ui.note(format_args!("note: the algorithm or the source asks for no calibration: {left}"));
+    }
+    // Files that were named are checked even so: who mistypes a name should learn of it.
+    let data = if calibrated || args.report.is_some() || !args.calibration.is_empty() {
         calibration::read(&model, &args.calibration, args.calibration_tokens as usize, args.seed, ui)?
     } else {
         calibration::Data::default()

@@ -34,7 +34,10 @@ fn bad_calibration_data_are_refused_before_any_work() {
         std::fs::remove_file(file).unwrap();
     }
     let missing = folder.path().join("missing.txt").to_str().unwrap().to_owned();
-    fails(&["quantize", &bf16(), "--out", &out, "--calibration", &missing], 2, "missing.txt");
+    // Of the second nothing is to be calibrated.
+    for source in [bf16(), small()] {
+        fails(&["quantize", &source, "--out", &out, "--calibration", &missing], 2, "missing.txt");
+    }
 }
 
 #[test]
@@ -215,8 +218,13 @@ fn the_published_form_needs_no_calibration() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("out").to_str().unwrap().to_owned();
     let report = folder.path().join("report").to_str().unwrap().to_owned();
+    let few = write(folder.path(), "few.jsonl", "[1, 2, 3, 4]\n");
+    let unused = folder.path().join("unused").to_str().unwrap().to_owned();
+    let unused = ok(&["quantize", &small(), "--out", &unused, "--calibration", &few]);
+    assert!(unused.stderr.contains("--calibration is not used"), "{}", unused.stderr);
     let done =
         ok(&["quantize", &small(), "--out", &out, "--report", &report, "--calibration-tokens", "2048"]);
+    assert!(!done.stderr.contains("--calibration"), "{}", done.stderr);
     assert!(done.stdout.contains("without losing a bit"), "{}", done.stdout);
     let report = std::fs::read_to_string(folder.path().join("report/report.json")).unwrap();
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();
