@@ -186,8 +186,10 @@ pub fn may_begin(weights: &dyn Weights, target: &Target, out: &Path) -> Result<(
 pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
     refuse_foreign(&beside(out, ".partial")?)?;
     let aside = beside(out, REPLACED)?;
-    if fs::symlink_metadata(out).is_err() {
-        return Ok(());
+    // By its name alone: with a slash at the end it would be what a link leads to.
+    let Ok(there) = fs::symlink_metadata(beside(out, "")?) else { return Ok(()) };
+    if there.is_symlink() {
+        return Err(Error::file(out, "nothing there, or a model folder to replace", "a link"));
     }
     if !is_model(out) {
         return Err(Error::file(out, "nothing there, or a model folder to replace", "something else"));

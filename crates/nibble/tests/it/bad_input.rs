@@ -100,6 +100,14 @@ fn an_output_that_exists_is_kept() {
     ok(&["quantize", &small(), "--out", &checkpoint, "--overwrite", "--algorithm", "max"]);
     assert_eq!(run(&["verify", &small(), &checkpoint]).status, 1);
 
+    // A link is neither replaced nor followed, however it is written.
+    let link = format!("{out}/link");
+    std::os::unix::fs::symlink(&checkpoint, &link).unwrap();
+    for link in [&link, &format!("{link}/")] {
+        fails(&["quantize", &small(), "--out", link, "--overwrite"], 2, "found a link");
+    }
+    assert!(Path::new(&link).is_symlink() && !Path::new(&format!("{link}.partial")).exists());
+
     // Nor a page of somebody by a report.
     let (readme, new) = (format!("{out}/README.md"), format!("{out}/new"));
     std::fs::write(&readme, "mine").unwrap();
