@@ -3,8 +3,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, OnceLock};
 
-use serde::Deserialize;
-use serde_json::Value;
+use serde::de::{DeserializeOwned, Error as _};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
 
 use crate::message::{
     Content, Message, Mode, RenderOptions, ResponseFormat, Role, SystemContent, ToolDescription,
@@ -17,9 +18,10 @@ use crate::{Error, Harmony};
 #[derive(Debug, Clone, PartialEq, Deserialize)]
 pub struct ChatPrompt {
     /// The conversation.
+    #[serde(deserialize_with = "objects")]
     pub messages: Vec<ChatMessage>,
     /// Function tools.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "objects_or_null")]
     pub tools: Vec<ChatTool>,
     /// The form that the answer must have, shown to the model.
     #[serde(default)]
@@ -147,6 +149,23 @@ pub struct FunctionTool {
     /// JSON Schema of its argument.
     #[serde(default)]
     pub parameters: Option<Value>,
+}
+
+/// Values written as objects; serde would also take arrays for them, field after field.
+fn objects<'de, T: DeserializeOwned, D: Deserializer<'de>>(deserializer: D) -> Result<Vec<T>, D::Error> {
+    let objects = Vec::<Map<String, Value>>::deserialize(deserializer)?;
+    let values = objects.into_iter().map(|object| serde_json::from_value(Value::Object(object)));
+    values.collect::<Result<_, _>>().map_err(D::Error::custom)
+}
+
+/// The same, or `null` for none.
+fn objects_or_null<'de, T: DeserializeOwned, D: Deserializer<'de>>(
+    deserializer: D,
+) -> Result<Vec<T>, D::Error> {
+    match Value::deserialize(deserializer)? {
+        Value::Null => Ok(Vec::new()),
+        values => objects(values).map_err(D::Error::custom),
+    }
 }
 
 /// What `harmony render` reads: a chat request, or Harmony messages marked by `"harmony": true`.

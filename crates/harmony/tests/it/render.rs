@@ -73,6 +73,13 @@ fn a_small_vocabulary_has_its_own_control_tokens() {
 }
 
 #[test]
+fn no_tools_may_be_written_as_null() {
+    let harmony = o200k();
+    let rendered = |request| harmony.render_document(&Document::from_json(request).unwrap()).unwrap();
+    assert_eq!(rendered(r#"{"messages":[],"tools":null}"#), rendered(r#"{"messages":[]}"#));
+}
+
+#[test]
 fn wrong_requests_name_the_field() {
     let harmony = o200k();
     for (request, field) in [
@@ -83,6 +90,8 @@ fn wrong_requests_name_the_field() {
         (r#"{"messages":[],"builtin_tools":["shell"]}"#, "builtin_tools.0"),
         (r#"{"messages":[],"harmony":true,"mode":"x"}"#, "mode"),
         (r#"{"messages":3}"#, "document"),
+        (r#"{"messages":[["user","x"]]}"#, "document"),
+        (r#"{"messages":[],"tools":[[{"name":"f"}]]}"#, "document"),
         ("[]", "document"),
         ("[true, []]", "document"),
         (r#"{"messages":[],"harmony":"yes"}"#, "harmony"),
