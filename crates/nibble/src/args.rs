@@ -818,7 +818,7 @@ pub(crate) struct EvalOptions {
     #[arg(long, default_value_t = 1024, value_parser = clap::value_parser!(u32).range(2..=131_072))]
     pub(crate) context: u32,
     /// At most this many windows
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole(1..=u64::MAX))]
     pub(crate) windows: Option<usize>,
     #[command(flatten)]
     pub(crate) run: Run,

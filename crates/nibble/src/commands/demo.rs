@@ -8,14 +8,13 @@ use std::time::Instant;
 
 use checkpoint::{Checkpoint, Layout, Target, Weights};
 use engine::{EngineOptions, SamplingParams};
-use evaluate::{divergence, perplexity};
+use evaluate::{divergence, perplexity, windows};
 use harmony::{ChatMessage, ChatPrompt, ChatTool, Delta, FunctionTool};
 use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
 use serde_json::{Value, json};
 
 use crate::args::Common;
 use crate::commands::chat::{answer, show};
-use crate::commands::eval::text_windows;
 use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::loaded::{Loaded, backend};
@@ -55,7 +54,7 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
 
     heading(ui, 3, "Measure: what did it cost?")?;
     let tokenizer = Model::built_in()?.tokenizer()?;
-    let windows = text_windows(&tokenizer, TEXT, CONTEXT, Some(WINDOWS));
+    let windows = windows(&tokenizer.encode(TEXT), CONTEXT, Some(WINDOWS));
     let load = |weights: Arc<Checkpoint>| backend(weights, &crate::args::Run::exact(), common, ui);
     let mut reference = load(Arc::clone(&original))?;
     let base = perplexity(&mut reference, &windows, &mut |_| {})?;

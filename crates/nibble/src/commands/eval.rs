@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use checkpoint::Weights;
-use harmony::{ChatPrompt, Harmony};
-use tokenizer::Tokenizer;
+use harmony::ChatPrompt;
+use serde_json::{Map, Value};
 
-use crate::args::{Common, Eval, EvalOptions, Measure, Run};
-use crate::commands::lines::{read_json_lines, read_text};
+use crate::args::{Common, Eval, EvalInput, EvalOptions, Measure, Run};
+use crate::commands::lines::{for_each_line, json_line, name, read_text};
 use crate::failure::{Failure, Result};
 use crate::loaded::backend;
 use crate::model::Model;
@@ -19,9 +19,20 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
         Measure::Divergence { reference, options } => (Some(reference), options),
     };
     let model = Model::open(Some(&args.model), ui)?;
-    let windows = windows(&model, options)?;
+    let reference = reference.map(|name| Model::open(Some(name), ui)).transpose()?;
+    let mut limit = model.checkpoint.config().max_context;
+    if let Some(reference) = &reference {
+        let (own, its) = (model.checkpoint.config(), reference.checkpoint.config());
+        if its.vocab_size != own.vocab_size {
+            return Err(Failure::input(format!(
+                "--reference: {}: expected a vocabulary of {} tokens, as {} has, found {}",
+                reference.name, own.vocab_size, model.name, its.vocab_size
+            )));
+        }
+        limit = limit.min(its.max_context);
+    }
+    let windows = windows(&model, limit, options)?;
     let weights = model.weights(&options.run, common, ui)?;
-    check_ids(&windows, weights.config().vocab_size)?;
     let mut model = backend(weights, &options.run, common, ui)?.at_work(&options.run);
     let mut bar = ui.progress("Measuring", windows.len() as u64);
     match reference {
@@ -36,8 +47,8 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
                 out!("tokens      {} in {} windows", found.tokens, found.windows)?;
             }
         }
-        Some(name) => {
-            let weights = Model::open(Some(name), ui)?.weights(&Run::exact(), common, ui)?;
+        Some(reference) => {
+            let weights = reference.weights(&Run::exact(), common, ui)?;
             let mut reference = backend(weights, &Run::exact(), common, ui)?;
             let found = evaluate::divergence(&mut *model, &mut reference, &windows, &mut |done| {
                 bar.set(done as u64);
@@ -57,59 +68,77 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
     Ok(())
 }
 
-fn windows(model: &Model, options: &EvalOptions) -> Result<Vec<Vec<u32>>> {
-    let input = &options.input;
-    let context = options.context as usize;
-    let windows = if let Some(path) = &input.text {
-        text_windows(&*model.tokenizer()?, &read_text(path)?, context, options.windows)
-    } else if let Some(path) = &input.conversations {
-        conversation_windows(&*model.harmony()?, path, options.windows)?
-    } else if let Some(path) = &input.ids {
-        let lines: Vec<Vec<u32>> = read_json_lines(path)?;
-        lines.into_iter().take(options.windows.unwrap_or(usize::MAX)).collect()
-    } else {
-        return Err(Failure::input("expected --text, --conversations or --ids"));
-    };
-    let windows: Vec<Vec<u32>> = windows.into_iter().filter(|window| window.len() >= 2).collect();
-    if windows.is_empty() {
-        return Err(Failure::input(format!("expected at least one window of {context} tokens, found fewer"))
-            .hint("--context makes windows shorter"));
+/// What is scored: of lines those of at least two tokens. No window is longer than `limit`, the context.
+fn windows(model: &Model, limit: usize, options: &EvalOptions) -> Result<Vec<Vec<u32>>> {
+    let EvalInput { text, conversations, ids } = &options.input;
+    match (text, conversations.as_ref().or(ids.as_ref())) {
+        (Some(path), _) => {
+            let context = options.context as usize;
+            if context > limit {
+                return Err(Failure::input(format!(
+                    "--context: expected at most {limit}, the model's context, found {context}"
+                )));
+            }
+            let ids = model.tokenizer()?.encode(&read_text(path)?);
+            if ids.len() < context {
+                return Err(Failure::input(format!(
+                    "{}: expected at least one window of {context} tokens, found {} tokens",
+                    name(path),
+                    ids.len()
+                ))
+                .hint("--context makes windows shorter"));
+            }
+            Ok(evaluate::windows(&ids, context, options.windows))
+        }
+        (None, Some(path)) => lines(model, limit, path, conversations.is_some(), options.windows),
+        (None, None) => Err(Failure::input("expected --text, --conversations or --ids")),
     }
-    let longest = windows.iter().map(Vec::len).max().unwrap_or(0);
-    let limit = model.checkpoint.config().max_context;
-    if longest > limit {
-        return Err(Failure::input(format!("expected windows of at most {limit} tokens, found {longest}")));
+}
+
+/// The windows of a file with one per line: conversations, or ids.
+fn lines(
+    model: &Model,
+    limit: usize,
+    path: &Path,
+    conversations: bool,
+    most: Option<usize>,
+) -> Result<Vec<Vec<u32>>> {
+    let vocabulary = model.checkpoint.config().vocab_size;
+    let harmony = conversations.then(|| model.harmony()).transpose()?;
+    let mut windows = Vec::new();
+    for_each_line(path, |number, line| {
+        if most.is_some_and(|most| windows.len() >= most) {
+            return Ok(());
+        }
+        let failed = |what: String| Failure::input(format!("{}: line {number}: {what}", name(path)));
+        let ids: Vec<u32> = match &harmony {
+            None => json_line(path, number, line)?,
+            Some(harmony) => {
+                let document: Map<String, Value> = json_line(path, number, line)?;
+                let prompt: ChatPrompt =
+                    serde_json::from_value(document.into()).map_err(|e| failed(e.to_string()))?;
+                let prompt = ChatPrompt { add_generation_prompt: false, ..prompt };
+                harmony.render_chat(&prompt).map_err(|e| failed(e.to_string()))?
+            }
+        };
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocabulary) {
+            return Err(failed(format!("expected ids below {vocabulary}, found {id}")));
+        }
+        if ids.len() > limit {
+            let found = ids.len();
+            return Err(failed(format!(
+                "expected at most {limit} tokens, the model's context, found {found}"
+            )));
+        }
+        // A first token is not predicted.
+        if ids.len() >= 2 {
+            windows.push(ids);
+        }
+        Ok(())
+    })?;
+    if windows.is_empty() {
+        let what = "expected a line of at least two tokens, found none";
+        return Err(Failure::input(format!("{}: {what}", name(path))));
     }
     Ok(windows)
-}
-
-pub(crate) fn text_windows(
-    tokenizer: &Tokenizer,
-    text: &str,
-    context: usize,
-    limit: Option<usize>,
-) -> Vec<Vec<u32>> {
-    evaluate::windows(&tokenizer.encode(text), context, limit)
-}
-
-fn conversation_windows(harmony: &Harmony, path: &Path, limit: Option<usize>) -> Result<Vec<Vec<u32>>> {
-    let prompts: Vec<ChatPrompt> = read_json_lines(path)?;
-    prompts
-        .into_iter()
-        .take(limit.unwrap_or(usize::MAX))
-        .enumerate()
-        .map(|(i, prompt)| {
-            let prompt = ChatPrompt { add_generation_prompt: false, ..prompt };
-            harmony
-                .render_chat(&prompt)
-                .map_err(|e| Failure::input(format!("{}: conversation {}: {e}", path.display(), i + 1)))
-        })
-        .collect()
-}
-
-fn check_ids(windows: &[Vec<u32>], vocabulary: usize) -> Result<()> {
-    match windows.iter().flatten().find(|&&id| id as usize >= vocabulary) {
-        Some(id) => Err(Failure::input(format!("expected ids below {vocabulary}, found {id}"))),
-        None => Ok(()),
-    }
 }

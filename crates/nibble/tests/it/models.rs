@@ -9,7 +9,7 @@ use std::process::{Child, Stdio};
 
 use serde_json::{Value, json};
 
-use crate::{fails, ids, nibble, ok, path, root, run_with_input, small};
+use crate::{copy_model, fails, ids, nibble, ok, path, root, run_with_input, small};
 
 #[test]
 fn the_demo_does_the_whole_job() {
@@ -345,6 +345,43 @@ fn measurements() {
         let error = row["error"].as_f64().unwrap();
         assert!(error < 2.0 * usual && error > usual / 2.0, "{options}: {error:e}");
     }
+}
+
+#[test]
+fn what_is_measured_is_counted_as_scored_and_named_when_it_cannot_be() {
+    let folder = tempfile::tempdir().unwrap();
+    let (small, file) = (small(), folder.path().join("data.jsonl"));
+    let file = file.to_str().unwrap();
+    let measured = |flag| ["eval", &small, "perplexity", flag, file];
+    // A line of one token has nothing to score, and is no window.
+    std::fs::write(file, "[1]\n[2]\n[1, 2, 3]\n[4, 5]\n").unwrap();
+    let found = ok(&[&measured("--ids")[..], &["--windows", "1", "--json"]].concat()).json();
+    assert_eq!((&found["windows"], &found["tokens"]), (&json!(1), &json!(2)));
+    fails(&[&measured("--ids")[..], &["--windows", "0"]].concat(), 2, "--windows");
+
+    for (flag, text, named) in [
+        ("--ids", "[1]\n", "data.jsonl: expected a line of at least two tokens"),
+        ("--ids", "[1, 2]\n[1, 4096]\n", "data.jsonl: line 2: expected ids below 4096, found 4096"),
+        ("--conversations", "[4086, 2]\n", "data.jsonl: line 1: invalid type: sequence, expected a map"),
+        ("--conversations", "{\"messages\": [[\"user\", \"hi\"]]}\n", "expected a map"),
+        ("--text", "A word.", "data.jsonl: expected at least one window of 1024 tokens, found"),
+    ] {
+        std::fs::write(file, text).unwrap();
+        let refused = fails(&measured(flag), 2, named);
+        assert_eq!(refused.stderr.contains("--context"), flag == "--text", "{}", refused.stderr);
+    }
+
+    // The reference is looked at before anything is read or loaded.
+    let against = |reference| ["eval", &small, "divergence", "--reference", reference, "--ids", file];
+    std::fs::write(file, "[1, 2, 3, 4, 5, 6, 7, 8, 9]\n").unwrap();
+    let shorter = folder.path().join("shorter");
+    copy_model(&small, &shorter);
+    let config = std::fs::read_to_string(shorter.join("config.json")).unwrap();
+    let config = config.replace("\"max_position_embeddings\": 131072", "\"max_position_embeddings\": 8");
+    std::fs::write(shorter.join("config.json"), config).unwrap();
+    fails(&against(shorter.to_str().unwrap()), 2, "line 1: expected at most 8 tokens");
+    std::fs::remove_file(file).unwrap();
+    fails(&against("no-such-folder"), 2, "no-such-folder");
 }
 
 fn bf16() -> String {
