@@ -25,6 +25,7 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
         date: Some(server::today()),
         ..ChatPrompt::new(args.system.iter().map(|text| ChatMessage::new("system", text)).collect())
     };
+    let first = prompt.messages.len();
     let ask = std::io::stdin().is_terminal() && !ui.json;
     if ask {
         out!("{}", dim(&format!("{name}; an empty line or Ctrl-D ends the conversation")))?;
@@ -42,6 +43,13 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
             return Ok(());
         }
         prompt.messages.push(ChatMessage::new("user", question));
+        let left_out = shorten(&running.engine, &mut prompt, first)?;
+        if left_out > 0 {
+            ui.note(format_args!(
+                "note: the conversation is longer than the context of {} tokens: its oldest {left_out} turns are left out",
+                running.engine.max_model_len()
+            ));
+        }
         let turn = interrupt::gracefully(|| {
             answer(&running.engine, &prompt, &params, &mut |delta| {
                 if ui.json { Ok(()) } else { show(delta) }
@@ -55,6 +63,19 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
             ..ChatMessage::new("assistant", turn.content.unwrap_or_default())
         });
     }
+}
+
+/// Leaves out the oldest turns, each a question and its answer from the message `first` on, until there is room for an answer
+/// to the last question. Gives their number.
+fn shorten(engine: &Engine, prompt: &mut ChatPrompt, first: usize) -> Result<usize> {
+    let mut left_out = 0;
+    while prompt.messages.len() > first + 1
+        && engine.harmony().render_chat(prompt)?.len() >= engine.max_model_len()
+    {
+        prompt.messages.drain(first..first + 2);
+        left_out += 1;
+    }
+    Ok(left_out)
 }
 
 /// Streams one answer. An interrupt, or an error of `show`, cancels it and ends the command.

@@ -211,6 +211,20 @@ fn a_conversation_goes_on_until_its_input_ends() {
 }
 
 #[test]
+fn a_conversation_that_outgrows_the_context_goes_on_without_its_oldest_turns() {
+    let questions = "What is 2 + 2?\n".repeat(12);
+    let args = ["chat", "--temperature", "0", "--max-model-len", "250", "--max-tokens", "40", "--json"];
+    let outcome = run_with_input(&args, questions.as_bytes());
+    assert_eq!(outcome.status, 0, "{}", outcome.stderr);
+    assert_eq!(outcome.stdout.lines().count(), 12);
+    assert!(outcome.stderr.contains("longer than the context of 250 tokens"), "{}", outcome.stderr);
+    // A question that is too long by itself is bad input.
+    let endless = format!("Hi\n{}\n", "2 + 2 + ".repeat(300));
+    let outcome = run_with_input(&args, endless.as_bytes());
+    assert!(outcome.status == 2 && outcome.stderr.contains("250 tokens"), "{}", outcome.stderr);
+}
+
+#[test]
 fn an_interrupt_ends_a_conversation_that_waits_for_a_question() {
     let chat = ["chat", "--temperature", "0", "--json"];
     let mut child = nibble(&chat).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
