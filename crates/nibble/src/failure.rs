@@ -58,6 +58,10 @@ impl Failure {
 /// A wrong name is the user's mistake; a full disk is the machine's.
 fn status_of(error: &std::io::Error) -> Status {
     use std::io::ErrorKind as Kind;
+    // Links that lead nowhere: the kind has no stable name.
+    if error.raw_os_error() == Some(libc::ELOOP) {
+        return Status::Input;
+    }
     match error.kind() {
         Kind::NotFound
         | Kind::NotADirectory

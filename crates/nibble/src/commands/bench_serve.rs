@@ -136,6 +136,13 @@ impl Client {
             .max_idle_connections_per_host(args.concurrency)
             .max_idle_connections(args.concurrency)
             .build();
+        let is_url = args.url.parse().is_ok_and(|url: ureq::http::Uri| {
+            matches!(url.scheme_str(), Some("http" | "https")) && url.host().is_some()
+        });
+        if !is_url {
+            let expected = "expected where the server is, such as http://127.0.0.1:8000";
+            return Err(Failure::input(format!("URL: {expected}, found {}", args.url)));
+        }
         let url = args.url.trim_end_matches('/').trim_end_matches("/v1").to_owned();
         let mut random = Random(args.seed);
         let mut client = Client {

@@ -52,6 +52,7 @@ fn wrong_usage_is_refused_by_name() {
         (vec!["bench", "serve", "http://127.0.0.1:1", "--num-prompts", "100000000000"], "--num-prompts"),
         (vec!["bench", "serve", "http://127.0.0.1:1", "--input-len", "100000000000"], "--input-len"),
         (vec!["bench", "serve", "http://127.0.0.1:1", "--concurrency", "0"], "--concurrency"),
+        (vec!["bench", "serve", "nonsense"], "URL: expected where the server is"),
         (vec!["tokens", "decode", "x"], "\"x\""),
         (vec!["tokens", "encode", "no-such-file"], "no-such-file"),
         (vec!["harmony", "render", "no-such-file"], "no-such-file"),
@@ -171,6 +172,12 @@ fn what_is_no_file_is_refused_instead_of_waited_for() {
     let out = folder.path().join("out").to_str().unwrap().to_owned();
     let commands =
         [&["inspect", path][..], &["quantize", path, "--out", &out], &["generate", path, "-p", "x"]];
+    // A link that leads to itself.
+    let weights = copy.join("model.safetensors");
+    std::fs::rename(&weights, folder.path().join("whole")).unwrap();
+    std::os::unix::fs::symlink("model.safetensors", &weights).unwrap();
+    fails(commands[0], 2, "model.safetensors");
+    std::fs::rename(folder.path().join("whole"), &weights).unwrap();
     // A pipe that nobody writes to, and a file without an end.
     for make in [&["mkfifo"][..], &["ln", "-s", "/dev/zero"]] {
         for (name, commands) in [
