@@ -163,7 +163,10 @@ impl Hub {
         let token = var("HF_TOKEN").or_else(stored).map(|t| t.trim().to_owned());
         let off = |value: &str| ["", "0", "false", "no", "off"].contains(&value.to_lowercase().as_str());
         Hub {
-            endpoint: var("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".to_owned()),
+            endpoint: var("HF_ENDPOINT").map_or_else(
+                || "https://huggingface.co".to_owned(),
+                |url| url.trim_end_matches('/').to_owned(),
+            ),
             token: token.filter(|t| !t.is_empty()),
             cache: var("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
             offline: var("HF_HUB_OFFLINE").is_some_and(|value| !off(&value)),

@@ -559,6 +559,29 @@ fn a_scripted_server_says_what_it_is_told() {
 }
 
 #[test]
+fn the_hubs_address_may_end_with_a_slash() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let endpoint = format!("http://{}/", listener.local_addr().unwrap());
+    let hub = std::thread::spawn(move || {
+        let mut stream = BufReader::new(listener.accept().unwrap().0);
+        let mut asked = String::new();
+        stream.read_line(&mut asked).unwrap();
+        let mut line = String::new();
+        while line != "\r\n" {
+            line.clear();
+            stream.read_line(&mut line).unwrap();
+        }
+        write!(stream.get_mut(), "HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n").unwrap();
+        asked
+    });
+    let home = tempfile::tempdir().unwrap();
+    let mut command = nibble(&["inspect", "owner/name"]);
+    command.env("HF_ENDPOINT", endpoint).env("HF_HOME", home.path()).env_remove("HF_HUB_OFFLINE");
+    assert_eq!(command.output().unwrap().status.code(), Some(2));
+    assert!(hub.join().unwrap().starts_with("GET /api/models/owner/name/"));
+}
+
+#[test]
 fn a_port_in_use_is_the_machines_fault() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let port = taken.local_addr().unwrap().port().to_string();
