@@ -760,10 +760,10 @@ pub(crate) struct Limits {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Logs and metrics")]
 pub(crate) struct Logs {
-    /// Least important lines that are written
-    #[arg(long, value_name = "LEVEL", env = "VLLM_LOGGING_LEVEL", default_value = "info", ignore_case = true,
+    /// Least important lines that are written [default: what RUST_LOG says, or info]
+    #[arg(long, value_name = "LEVEL", env = "VLLM_LOGGING_LEVEL", ignore_case = true,
         value_parser = ["trace", "debug", "info", "warning", "warn", "error", "critical", "off"])]
-    pub(crate) log_level: String,
+    pub(crate) log_level: Option<String>,
     /// Lines for people, or JSON
     #[arg(long, value_name = "text|json", default_value = "text", value_parser = ["text", "json"])]
     pub(crate) log_format: String,

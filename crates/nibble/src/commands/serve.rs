@@ -12,6 +12,7 @@ use server::{
     ClientCertificates, CorsOptions, Ended, ErrorStyle, Fingerprint, Handle, JsonRules, Options,
     SamplingDefaults, Server, SystemDate, TlsOptions,
 };
+use tracing_subscriber::EnvFilter;
 
 use crate::args::{AccessFlags, Answers, Common, Guessing, Limits, Logs, Network, Serve};
 use crate::engine::{Places, scripted, start_all};
@@ -87,14 +88,12 @@ fn raise_file_limit(connections: usize) {
 }
 
 fn log(logs: &Logs) {
-    let level = match logs.log_level.to_ascii_lowercase().as_str() {
-        "warning" => "warn",
-        "critical" => "error",
-        level => level,
-    }
-    .to_owned();
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    let filter = match logs.log_level.as_deref().map(str::to_ascii_lowercase).as_deref() {
+        None => EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info")),
+        Some("warning") => EnvFilter::new("warn"),
+        Some("critical") => EnvFilter::new("error"),
+        Some(level) => EnvFilter::new(level),
+    };
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     match logs.log_format.as_str() {
         "json" => lines.json().flatten_event(true).with_current_span(false).with_span_list(false).init(),

@@ -234,6 +234,18 @@ fn attacks_leave_nothing_behind() {
 }
 
 #[test]
+fn a_level_that_was_asked_for_is_that_of_the_log() {
+    let lines = |level: &[&str]| {
+        let args = ["serve", "--port", "0", "--engine", "scripted:/nowhere.json", "--trust-remote-code"];
+        let output = nibble(&args).args(level).env("RUST_LOG", "error").output().unwrap();
+        assert_eq!(output.status.code(), Some(2));
+        String::from_utf8(output.stderr).unwrap().lines().count()
+    };
+    // The error, and with the level the line about the flag that changes nothing.
+    assert_eq!((lines(&[]), lines(&["--log-level", "info"])), (1, 2));
+}
+
+#[test]
 fn logs_are_structured_and_discreet() {
     let server = Scripted::start(&["--api-key", "secret", "--log-format", "json"]);
     let headers = format!("{JSON}Authorization: Bearer secret\r\nX-Request-Id: mine\r\n");
