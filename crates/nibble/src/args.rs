@@ -869,20 +869,23 @@ pub(crate) struct Bench {
         long = "prompt-sizes",
         value_delimiter = ',',
         value_name = "N,…",
-        default_value = "128"
-    )]
+        default_value = "128", value_parser = whole(1..=LONGEST))]
     pub(crate) prompts: Vec<usize>,
     /// Tokens to decode
-    #[arg(short = 'n', long = "decode", value_name = "N", default_value_t = 32)]
+    #[arg(short = 'n', long = "decode", value_name = "N", default_value_t = 32,
+        value_parser = whole(1..=LONGEST))]
     pub(crate) decode: usize,
     /// Positions already in the cache
-    #[arg(short = 'd', long = "depths", value_delimiter = ',', value_name = "N,…", default_value = "0")]
+    #[arg(short = 'd', long = "depths", value_delimiter = ',', value_name = "N,…", default_value = "0",
+        value_parser = whole(0..=LONGEST))]
     pub(crate) depths: Vec<usize>,
     /// Batch sizes
-    #[arg(short = 'b', long = "batches", value_delimiter = ',', value_name = "N,…", default_value = "1")]
+    #[arg(short = 'b', long = "batches", value_delimiter = ',', value_name = "N,…", default_value = "1",
+        value_parser = whole(1..=65_536))]
     pub(crate) batches: Vec<usize>,
     /// Repetitions
-    #[arg(short = 'r', long = "repetitions", value_name = "N", default_value_t = 3)]
+    #[arg(short = 'r', long = "repetitions", value_name = "N", default_value_t = 3,
+        value_parser = whole(1..=1_000_000))]
     pub(crate) repetitions: usize,
     #[command(flatten)]
     pub(crate) run: Run,

@@ -31,12 +31,6 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
     if let Some(out) = &args.out {
         return write(&*weights, args, out, ui);
     }
-    if args.repetitions == 0 || args.decode == 0 || args.batches.contains(&0) || args.prompts.contains(&0) {
-        return Err(Failure::input("expected sizes and repetitions of at least 1, found 0"));
-    }
-    let mut model = backend(weights, &args.run, common, ui)?;
-    let traffic = model.traffic();
-    let mut bandwidth = vec![model.read_bandwidth()?];
     let mut tests = Vec::new();
     for &depth in &args.depths {
         let test = |prompt, tokens, batch| Test { prompt, tokens, batch, depth };
@@ -44,6 +38,15 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
         tests.extend(args.batches.iter().flat_map(prompts));
         tests.extend(args.batches.iter().map(|&batch| test(false, args.decode, batch)));
     }
+    let limit = weights.config().max_context;
+    if let Some(longest) = tests.iter().map(Test::length).max().filter(|&longest| longest > limit) {
+        return Err(Failure::input(format!(
+            "expected depth and tokens of at most {limit} in all, the model's context, found {longest}"
+        )));
+    }
+    let mut model = backend(weights, &args.run, common, ui)?;
+    let traffic = model.traffic();
+    let mut bandwidth = vec![model.read_bandwidth()?];
     if !ui.json {
         out!("{}", dim(&format!("{}; {}", machine(), model.describe())))?;
         out!(
@@ -65,7 +68,7 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
         speeds.sort_by(f64::total_cmp);
         rows.push(Row {
             test: *test,
-            median: speeds[speeds.len() / 2],
+            median: median(&speeds),
             min: speeds[0],
             max: speeds[speeds.len() - 1],
             bytes: (!test.prompt).then(|| traffic.step_bytes(test.batch, test.depth) / test.batch as f64),
@@ -74,7 +77,7 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
     }
     drop(bar);
     bandwidth.sort_by(f64::total_cmp);
-    let bandwidth = bandwidth[bandwidth.len() / 2];
+    let bandwidth = median(&bandwidth);
     if ui.json {
         let rows: Vec<Value> = rows.iter().map(|row| row.json(bandwidth)).collect();
         ui.document(&json!({"machine": machine(), "backend": model.describe(),
@@ -91,6 +94,12 @@ pub(crate) fn run(args: &Bench, common: &Common, ui: Ui) -> Result<()> {
     Ok(())
 }
 
+/// The middle of numbers in order, of which there is at least one; of an even count the mean of the two in the middle.
+fn median(sorted: &[f64]) -> f64 {
+    let middle = sorted.len() / 2;
+    if sorted.len().is_multiple_of(2) { (sorted[middle - 1] + sorted[middle]) / 2.0 } else { sorted[middle] }
+}
+
 /// One thing to measure: prompts of `tokens`, or `tokens` steps of decoding, `batch` sequences at a time.
 #[derive(Clone, Copy)]
 struct Test {
@@ -103,15 +112,7 @@ struct Test {
 impl Test {
     /// Tokens per second of one run.
     fn run(&self, model: &mut Loaded, seed: u32) -> Result<f64> {
-        let limit = model.config().max_context;
-        let warm_up = if self.prompt { 0 } else { WARM_UP };
-        let length = self.depth + self.tokens + warm_up;
-        if length > limit {
-            return Err(Failure::input(format!(
-                "expected depth and tokens of at most {limit} in all, found {length}"
-            )));
-        }
-        let blocks = length.div_ceil(BLOCK_TOKENS);
+        let blocks = self.length().div_ceil(BLOCK_TOKENS);
         model.allocate_kv(blocks * self.batch, blocks * self.batch)?;
         model.clear_kv(&self.plan(model, seed, self.depth, 1))?;
         if self.prompt {
@@ -124,8 +125,8 @@ impl Test {
             return Ok((self.tokens * self.batch) as f64 / start.elapsed().as_secs_f64());
         }
         let mut start = Instant::now();
-        for i in 0..self.tokens + warm_up {
-            if i == warm_up {
+        for i in 0..self.tokens + self.warm_up() {
+            if i == self.warm_up() {
                 start = Instant::now();
             }
             model.step(&self.plan(model, seed, self.depth + i, 1))?;
@@ -133,11 +134,20 @@ impl Test {
         Ok((self.tokens * self.batch) as f64 / start.elapsed().as_secs_f64())
     }
 
+    /// Steps that are not counted.
+    fn warm_up(&self) -> usize {
+        if self.prompt { 0 } else { WARM_UP }
+    }
+
+    /// Positions of each sequence at the end.
+    fn length(&self) -> usize {
+        self.depth + self.tokens + self.warm_up()
+    }
+
     /// A step of `count` tokens per sequence. The cache holds zeros up to the depth: reading them costs what reading
     /// anything costs, as long as they lie in memory.
     fn plan(&self, model: &Loaded, seed: u32, position: usize, count: usize) -> Plan {
-        let warm_up = if self.prompt { 0 } else { WARM_UP };
-        let blocks = (self.depth + self.tokens + warm_up).div_ceil(BLOCK_TOKENS) as u32;
+        let blocks = self.length().div_ceil(BLOCK_TOKENS) as u32;
         let vocabulary = model.config().vocab_size as u32;
         let sequence = |s: usize| {
             let token = |i: usize| {
@@ -267,4 +277,14 @@ fn write(weights: &dyn Weights, args: &Bench, out: &std::path::Path, ui: Ui) -> 
         out!("{}: {}", out.display(), bytes(written.tensor_bytes))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::median;
+
+    #[test]
+    fn medians_of_few() {
+        assert_eq!([median(&[3.0]), median(&[1.0, 2.0]), median(&[1.0, 5.0, 6.0])], [3.0, 1.5, 5.0]);
+    }
 }

@@ -52,13 +52,16 @@ fn wrong_usage_is_refused_by_name() {
         (vec!["bench", "serve", "http://127.0.0.1:1", "--num-prompts", "100000000000"], "--num-prompts"),
         (vec!["bench", "serve", "http://127.0.0.1:1", "--input-len", "100000000000"], "--input-len"),
         (vec!["bench", "serve", "http://127.0.0.1:1", "--concurrency", "0"], "--concurrency"),
+        (vec!["bench", &small, "-r", "0"], "--repetitions"),
+        (vec!["bench", &small, "-b", "1,0"], "--batches"),
+        (vec!["bench", &small, "-p", "131073"], "expected depth and tokens of at most 131072 in all"),
         (vec!["bench", "serve", "nonsense"], "URL: expected where the server is"),
         (vec!["tokens", "decode", "x"], "\"x\""),
         (vec!["tokens", "encode", "no-such-file"], "no-such-file"),
         (vec!["harmony", "render", "no-such-file"], "no-such-file"),
         (vec!["serve", "--max-modle-len", "3"], "--max-model-len"),
     ] {
-        fails(&args, 2, named);
+        assert_eq!(fails(&args, 2, named).stdout, "", "{args:?}");
     }
 }
 
