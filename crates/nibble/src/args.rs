@@ -8,6 +8,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 use engine::Speculation;
 
 use crate::foreign::Foreign;
+use crate::gpus;
 
 /// Quantizes gpt-oss to NVFP4, runs it, serves it, and measures what four bits cost.
 #[derive(Debug, Parser)]
@@ -41,7 +42,7 @@ pub(crate) struct Common {
     #[arg(long, global = true)]
     pub(crate) quiet: bool,
     /// Where to run. Several GPUs share a model, unless --tensor-parallel-size and --data-parallel-size say otherwise
-    #[arg(long, global = true, value_name = "auto|cpu|cuda[:N[,N…]]", default_value = "auto")]
+    #[arg(long, global = true, value_name = "auto|cpu|cuda[:N[,N…]]", default_value = "auto", value_parser = gpus::device_name)]
     pub(crate) device: String,
     /// Threads [default: one per physical core]
     #[arg(long, global = true, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]

@@ -16,15 +16,16 @@ pub(crate) fn gpus(device: &str) -> Result<Option<Gpus>> {
     match device {
         "cpu" => Ok(None),
         "auto" => Ok(if_any()?.map(|there| Gpus { numbers: (0..there.max(1)).collect(), named: false })),
-        _ => {
-            let numbers = numbers(device).ok_or_else(|| {
-                Failure::input(format!(
-                    "--device: expected auto, cpu, cuda or cuda:N[,N…] without a number twice, found {device}"
-                ))
-            })?;
-            Ok(Some(Gpus::of(numbers, there()?)))
-        }
+        _ => Ok(Some(Gpus::of(numbers(device).map_err(Failure::input)?, there()?))),
     }
+}
+
+/// A name that `--device` may have, whatever the machine has.
+pub(crate) fn device_name(text: &str) -> std::result::Result<String, String> {
+    if !matches!(text, "auto" | "cpu") {
+        numbers(text)?;
+    }
+    Ok(text.to_owned())
 }
 
 /// What `--device` says to run on these.
@@ -34,15 +35,14 @@ pub(crate) fn device(numbers: &[usize]) -> String {
 }
 
 /// The numbers in `cuda:N,N`.
-fn numbers(device: &str) -> Option<Vec<usize>> {
-    let list = match device {
-        "cuda" => "0",
-        _ => device.strip_prefix("cuda:")?,
-    };
-    let numbers: Vec<usize> =
-        list.split(',').map(|n| n.parse::<u16>().ok().map(usize::from)).collect::<Option<_>>()?;
-    let twice = numbers.iter().enumerate().any(|(i, number)| numbers[..i].contains(number));
-    (!twice).then_some(numbers)
+fn numbers(device: &str) -> std::result::Result<Vec<usize>, String> {
+    let list = if device == "cuda" { Some("0") } else { device.strip_prefix("cuda:") };
+    let numbers: Option<Vec<usize>> =
+        list.and_then(|list| list.split(',').map(|n| n.parse::<u16>().ok().map(usize::from)).collect());
+    let twice = |n: &[usize]| n.iter().enumerate().any(|(i, number)| n[..i].contains(number));
+    numbers.filter(|numbers| !twice(numbers)).ok_or_else(|| {
+        format!("expected auto, cpu, cuda or cuda:N[,N…] without a number twice, found {device}")
+    })
 }
 
 /// How many there are.
@@ -157,8 +157,7 @@ mod tests {
             "cuda:0;1",
             "cuda:99999999999999999999",
         ] {
-            assert_eq!(numbers(name), None, "{name}");
-            assert!(gpus(name).unwrap_err().message.contains("cuda:N[,N…]"), "{name}");
+            assert!(device_name(name).unwrap_err().contains("cuda:N[,N…]"), "{name}");
         }
     }
 }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::args::Harmony;
-use crate::commands::lines::{for_each_line, json_line, read_text};
+use crate::commands::lines::{for_each_line, json_line, name, read_text};
 use crate::commands::tokens::{lenient_ids, parse_id, tokenizer_of};
 use crate::failure::{Failure, Result};
 use crate::ui::Ui;
@@ -47,12 +47,13 @@ pub(crate) fn run(args: &Harmony, ui: Ui) -> Result<()> {
                     Ok(())
                 });
             }
-            let is_file = input.len() <= 1 && file.parse::<u32>().is_err();
+            let is_file = input.len() <= 1 && !file.bytes().all(|b| b.is_ascii_digit());
             let generated = if is_file {
-                let document: Value = serde_json::from_str(&read_text(Path::new(file))?)
-                    .map_err(|e| Failure::input(format!("{file}: {e}")))?;
+                let path = Path::new(file);
+                let failed = |e: serde_json::Error| Failure::input(format!("{}: {e}", name(path)));
+                let document: Value = serde_json::from_str(&read_text(path)?).map_err(failed)?;
                 let document = if document.is_array() { json!({ "ids": document }) } else { document };
-                serde_json::from_value(document).map_err(|e| Failure::input(format!("{file}: {e}")))?
+                serde_json::from_value(document).map_err(failed)?
             } else {
                 let ids = input.iter().map(|id| parse_id(id)).collect::<Result<Vec<_>>>()?;
                 Generated { ids: ids.into_iter().map(Value::from).collect(), tools: Vec::new() }

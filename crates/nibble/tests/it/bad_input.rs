@@ -52,6 +52,8 @@ fn wrong_usage_is_refused_by_name() {
         (vec!["bench", "serve", "http://127.0.0.1:1", "--num-prompts", "100000000000"], "--num-prompts"),
         (vec!["bench", "serve", "http://127.0.0.1:1", "--input-len", "100000000000"], "--input-len"),
         (vec!["bench", "serve", "http://127.0.0.1:1", "--concurrency", "0"], "--concurrency"),
+        (vec!["tokens", "encode", "--text", "a", "--device", "bogus"], "expected auto, cpu, cuda"),
+        (vec!["harmony", "parse", "4294967296"], "expected a token id"),
         (vec!["bench", &small, "-r", "0"], "--repetitions"),
         (vec!["bench", &small, "-b", "1,0"], "--batches"),
         (vec!["bench", &small, "-p", "131073"], "expected depth and tokens of at most 131072 in all"),
@@ -230,6 +232,8 @@ fn text_that_is_none_or_without_end_is_refused() {
     let lines = run_with_input(&["tokens", "encode", "--lines", "-"], b"\"fine\"\n\"\xff\"\n");
     assert_eq!(lines.status, 2);
     assert!(lines.stderr.contains("line 2"), "{}", lines.stderr);
+    let document = run_with_input(&["harmony", "parse", "-"], b"{\"ids\": 3}\n");
+    assert!(document.status == 2 && document.stderr.contains("standard input: "), "{}", document.stderr);
     let json = run_with_input(&["harmony", "parse", "--lines", "-"], b"{\"ids\": 3}\n");
     assert!(json.status == 2 && json.stderr.contains("line 1"), "{}", json.stderr);
 
