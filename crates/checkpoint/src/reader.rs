@@ -816,7 +816,9 @@ pub fn read_file(path: &Path, largest: u64) -> Result<Option<Vec<u8>>, Error> {
 pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
     // The largest real one, an index of thousands of tensors, has some hundred kilobytes.
     let Some(text) = read_file(path, 64 << 20)? else { return Ok(None) };
-    serde_json::from_slice(&text).map(Some).map_err(|source| Error::Json { path: path.to_owned(), source })
+    // As some editors begin a file.
+    let text = text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&text);
+    serde_json::from_slice(text).map(Some).map_err(|source| Error::Json { path: path.to_owned(), source })
 }
 
 /// Bytes as elements where they lie, or copied if they are not aligned.

@@ -39,6 +39,8 @@ pub(crate) fn for_each_line(path: &Path, mut each: impl FnMut(usize, &str) -> Re
         }
         let text = std::str::from_utf8(&line)
             .map_err(|_| Failure::input(format!("{}: expected UTF-8 in line {number}", name(path))))?;
+        // As some editors begin a file.
+        let text = text.strip_prefix('\u{feff}').filter(|_| number == 1).unwrap_or(text);
         if !text.trim().is_empty() {
             each(number, text)?;
         }

@@ -225,6 +225,18 @@ fn weights_that_are_no_numbers_are_not_answered_with() {
 }
 
 #[test]
+fn json_may_begin_with_the_mark_of_some_editors() {
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("model");
+    copy_model(&small(), &copy);
+    let config = std::fs::read_to_string(copy.join("config.json")).unwrap();
+    std::fs::write(copy.join("config.json"), format!("\u{feff}{config}")).unwrap();
+    ok(&["inspect", copy.to_str().unwrap()]);
+    let lines = run_with_input(&["tokens", "encode", "--lines", "-"], "\u{feff}\"a\"\n\"b\"\n".as_bytes());
+    assert_eq!((lines.status, lines.stdout.lines().count()), (0, 2), "{}", lines.stderr);
+}
+
+#[test]
 fn text_that_is_none_or_without_end_is_refused() {
     let invalid = run_with_input(&["tokens", "encode", "-"], b"abc\xff\xfe");
     assert_eq!(invalid.status, 2);
