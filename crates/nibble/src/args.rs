@@ -229,7 +229,7 @@ pub(crate) struct Quantize {
     #[arg(long)]
     pub(crate) overwrite: bool,
     /// Largest size of one file
-    #[arg(long, value_name = "BYTES", default_value = "5G", value_parser = count)]
+    #[arg(long, value_name = "BYTES", default_value = "5G", value_parser = positive)]
     pub(crate) max_shard_size: u64,
 }
 

@@ -18,7 +18,7 @@ use crate::failure::{Failure, Result};
 use crate::loaded::backend;
 use crate::model::{Model, is_on_hub, threads};
 use crate::modelopt::flag;
-use crate::ui::{Ui, out};
+use crate::ui::{Ui, out, quoted};
 
 /// What is to be told of the source's files, which may have been replaced when the report is made.
 pub(crate) struct SourceFacts {
@@ -305,11 +305,6 @@ fn front_matter(card: &str, key: &str) -> Option<String> {
 
 /// The command as typed, with the program's bare name.
 fn command_line() -> String {
-    let mut words = vec!["nibble".to_owned()];
-    for word in std::env::args_os().skip(1).map(|word| word.to_string_lossy().into_owned()) {
-        let plain = word.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,+@".contains(c));
-        let quoted = format!("'{}'", word.replace('\'', "'\\''"));
-        words.push(if plain && !word.is_empty() { word } else { quoted });
-    }
-    words.join(" ")
+    let typed = std::env::args_os().skip(1).map(|word| quoted(&word.to_string_lossy()));
+    std::iter::once("nibble".to_owned()).chain(typed).collect::<Vec<_>>().join(" ")
 }

@@ -136,6 +136,12 @@ pub(crate) fn green(text: &str) -> String {
     if styled() { format!("\x1b[32m{text}\x1b[0m") } else { text.to_owned() }
 }
 
+/// A word as a shell takes it for one.
+pub(crate) fn quoted(word: &str) -> String {
+    let plain = word.chars().all(|c| c.is_ascii_alphanumeric() || "-_./=:,+@".contains(c));
+    if plain && !word.is_empty() { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+}
+
 /// Bytes with a decimal unit.
 pub(crate) fn bytes(count: u64) -> String {
     let mut value = count as f64;
@@ -146,6 +152,11 @@ pub(crate) fn bytes(count: u64) -> String {
         value /= 1000.0;
     }
     format!("{value:.1} TB")
+}
+
+/// A number of threads in words.
+pub(crate) fn threads(count: usize) -> String {
+    if count == 1 { "1 thread".to_owned() } else { format!("{count} threads") }
 }
 
 /// A number with its digits in groups of three.
@@ -164,6 +175,11 @@ pub(crate) fn grouped(number: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn words_for_shells() {
+        assert_eq!(["a/b-c.d", "a b", "", "it's"].map(quoted), ["a/b-c.d", "'a b'", "''", "'it'\\''s'"]);
+    }
 
     #[test]
     fn numbers_for_people() {

@@ -19,7 +19,7 @@ use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::loaded::{Loaded, backend};
 use crate::model::{Model, threads};
-use crate::ui::{Ui, bold, bytes, dim, green, grouped, out, print};
+use crate::ui::{self, Ui, bold, bytes, dim, green, grouped, out, print};
 
 /// Text for people: nothing with `--json`.
 macro_rules! say {
@@ -42,9 +42,9 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
         ui,
         "{}",
         dim(&format!(
-            "tiny-gpt-oss, a gpt-oss of {} parameters trained for this program; {} threads of this CPU",
+            "tiny-gpt-oss, a gpt-oss of {} parameters trained for this program; {} of this CPU",
             grouped(original.parameters()),
-            threads(common)
+            ui::threads(threads(common))
         ))
     )?;
 

@@ -12,7 +12,7 @@ use crate::failure::{Failure, Result, Status};
 use crate::loaded::Device;
 use crate::loaded::devices;
 use crate::model::{Model, threads};
-use crate::ui::{Ui, bold, dim, green, out};
+use crate::ui::{self, Ui, bold, dim, green, out};
 
 pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     let gpus = gpus(&common.device)?;
@@ -42,7 +42,7 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
     } else {
         out!("{}  {}", bold("processor "), processor())?;
         out!("{}  {threads} of {} logical", bold("threads   "), logical())?;
-        out!("{}  {:.1} GB/s read by {threads} threads", bold("memory    "), bandwidth / 1e9)?;
+        out!("{}  {:.1} GB/s read by {}", bold("memory    "), bandwidth / 1e9, ui::threads(threads))?;
         out!(
             "{}  {} {}",
             bold("kernels   "),

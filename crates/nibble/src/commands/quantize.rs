@@ -14,7 +14,7 @@ use crate::args::{self, Common, Embedding, Format, Quantize};
 use crate::failure::{Failure, Result};
 use crate::model::{Model, threads};
 use crate::modelopt::flag;
-use crate::ui::{Ui, bold, bytes, dim, green, grouped, out};
+use crate::ui::{Ui, bold, bytes, dim, green, grouped, out, quoted};
 use crate::{calibration, interrupt, modelopt, report};
 
 pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
@@ -142,7 +142,8 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
             bytes(source_bytes),
             started.elapsed().as_secs_f64()
         )?;
-        out!("{}", dim(&format!("nibble verify {} {}", args.source, args.out.display())))?;
+        let (source, written) = (quoted(&args.source), quoted(&args.out.to_string_lossy()));
+        out!("{}", dim(&format!("nibble verify {source} {written}")))?;
     }
     if let Some(folder) = &args.report {
         let data = &data;

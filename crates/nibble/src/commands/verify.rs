@@ -17,6 +17,15 @@ pub(crate) fn run(args: &Verify, ui: Ui) -> Result<()> {
         ui.document(&comparison)?;
     } else {
         for tensor in &comparison.different {
+            // Infinite without a number where there should be one, too.
+            if tensor.max_abs.is_infinite() {
+                out!(
+                    "{}: {} values differ, with other shapes or with values that are no numbers",
+                    tensor.name,
+                    tensor.elements
+                )?;
+                continue;
+            }
             out!(
                 "{}: {} values differ, by at most {:.3e} (mean squared {:.3e})",
                 tensor.name,

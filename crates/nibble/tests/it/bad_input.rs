@@ -54,6 +54,7 @@ fn wrong_usage_is_refused_by_name() {
         (vec!["bench", "serve", "http://127.0.0.1:1", "--concurrency", "0"], "--concurrency"),
         (vec!["tokens", "encode", "--text", "a", "--device", "bogus"], "expected auto, cpu, cuda"),
         (vec!["harmony", "parse", "4294967296"], "expected a token id"),
+        (vec!["quantize", &small, "--out", "/nonexistent/x", "--max-shard-size", "0"], "--max-shard-size"),
         (vec!["bench", &small, "-r", "0"], "--repetitions"),
         (vec!["bench", &small, "-b", "1,0"], "--batches"),
         (vec!["bench", &small, "-p", "131073"], "expected depth and tokens of at most 131072 in all"),
@@ -100,8 +101,9 @@ fn an_output_that_exists_is_kept() {
     // Not even by force, since it is no checkpoint.
     fails(&["quantize", &small(), "--out", out, "--overwrite"], 2, out);
     assert!(folder.path().join("precious").exists());
-    let checkpoint = format!("{out}/model");
-    ok(&["quantize", &small(), "--out", &checkpoint]);
+    let checkpoint = format!("{out}/a model");
+    let done = ok(&["quantize", &small(), "--out", &checkpoint]);
+    assert!(done.stdout.contains(&format!("nibble verify {} '{checkpoint}'", small())), "{}", done.stdout);
     fails(&["quantize", &small(), "--out", &checkpoint], 2, "--overwrite");
     ok(&["quantize", &small(), "--out", &checkpoint, "--overwrite", "--algorithm", "max"]);
     assert_eq!(run(&["verify", &small(), &checkpoint]).status, 1);
@@ -219,6 +221,10 @@ fn weights_that_are_no_numbers_are_not_answered_with() {
     fails(&["generate", path, "-p", "x", "--max-tokens", "3"], 2, "damaged");
     let text = crate::path("testdata/data/books-valid.txt");
     fails(&["eval", path, "perplexity", "--text", &text, "--windows", "1"], 2, "damaged");
+    let compared = run(&["verify", &small(), path]);
+    assert_eq!(compared.status, 1);
+    let line = "model.norm.weight: 1 values differ, with other shapes or with values that are no numbers";
+    assert!(compared.stdout.contains(line), "{}", compared.stdout);
     let out = folder.path().join("logits");
     fails(&["logits", path, "--ids", "1,2", "--out", out.to_str().unwrap()], 2, "damaged");
     assert!(!out.exists());

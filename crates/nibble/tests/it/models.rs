@@ -13,8 +13,9 @@ use crate::{copy_model, fails, ids, nibble, ok, path, root, run_with_input, smal
 
 #[test]
 fn the_demo_does_the_whole_job() {
-    let shown = ok(&["demo"]).stdout;
+    let shown = ok(&["demo", "--threads", "1"]).stdout;
     for line in [
+        "; 1 thread of this CPU",
         "393,216 of 393,216 blocks lossless, 0 values changed",
         "identical, 71 tensors",
         "17 + 25 = 42.",
