@@ -166,6 +166,17 @@ impl From<Error> for Failed {
 impl Request<'_> {
     fn open(&self, identity: Identity, places: &Places) -> Result<Found, Error> {
         let bad = |why: &std::io::Error| Found::Bad(why.to_string());
+        let foreign = || {
+            Error::Checkpoint(checkpoint::Error::File {
+                path: self.path.to_owned(),
+                expected: "no file, or one of packed weights".to_owned(),
+                found: "something else".to_owned(),
+            })
+        };
+        // To open a pipe would wait for somebody who writes to it.
+        if std::fs::metadata(self.path).is_ok_and(|there| !there.is_file()) {
+            return Err(foreign());
+        }
         let mut file = match File::open(self.path) {
             Ok(file) => file,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Found::Nothing),
@@ -176,17 +187,12 @@ impl Request<'_> {
             Err(error) => return Ok(bad(&error)),
         };
         let mut magic = Vec::new();
-        let is_file = metadata.is_file();
-        if is_file && let Err(error) = (&mut file).take(MAGIC.len() as u64).read_to_end(&mut magic) {
+        if let Err(error) = (&mut file).take(MAGIC.len() as u64).read_to_end(&mut magic) {
             return Ok(bad(&error));
         }
         // What somebody else keeps under that name is not replaced; an empty file is nobody's.
-        if !is_file || !MAGIC.starts_with(&magic) {
-            return Err(Error::Checkpoint(checkpoint::Error::File {
-                path: self.path.to_owned(),
-                expected: "no file, or one of packed weights".to_owned(),
-                found: "something else".to_owned(),
-            }));
+        if !MAGIC.starts_with(&magic) {
+            return Err(foreign());
         }
         if metadata.len() != places.len as u64 {
             let expected = places.len;

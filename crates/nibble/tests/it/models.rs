@@ -275,6 +275,10 @@ fn packed_weights_on_disk_answer_as_before() {
 
     std::fs::write(&file, "mine").unwrap();
     fails(&[&args[..], &cached].concat(), 2, "packed: expected no file, or one of packed weights");
+    let pipe = folder.path().join("pipe");
+    assert!(std::process::Command::new("mkfifo").arg(&pipe).status().unwrap().success());
+    let piped = ["--packed-cache", pipe.to_str().unwrap()];
+    fails(&[&args[..], &piped].concat(), 2, "pipe: expected no file, or one of packed weights");
     let synthetic = ["bench", "--synthetic", "gpt-oss-20b:1", "--packed-cache", "x"];
     fails(&synthetic, 2, "expected the weights of files");
 }
