@@ -119,6 +119,12 @@ const BODY_TIMEOUT: Duration = Duration::from_secs(300);
 
 const REDIRECTS: usize = 5;
 
+/// No file has more bytes.
+const LARGEST_FILE: u64 = 1 << 42;
+
+/// The longest time that is waited when the hub asks for some.
+const LONGEST_WAIT: u64 = 60;
+
 /// The largest listing that is read.
 const LISTING_LIMIT: u64 = 32 << 20;
 
@@ -365,6 +371,10 @@ impl Hub {
                 request = request.header("Range", format!("bytes={from}-"));
             }
             let answer = request.call().map_err(|e| network(url, e))?;
+            if answer.status().as_u16() == 429 {
+                let wait = answer.headers().get("retry-after").and_then(|v| v.to_str().ok());
+                std::thread::sleep(asked_for(wait.unwrap_or_default()));
+            }
             if !answer.status().is_redirection() {
                 return Ok(answer);
             }
@@ -429,6 +439,10 @@ impl Listing {
                 (None, Some(id), Some(size)) => (id, size),
                 _ => return Err(wrong(format!("{}: no digest or size", sibling.rfilename))),
             };
+            // So that sums of as many as a listing has are numbers.
+            if size > LARGEST_FILE {
+                return Err(wrong(format!("{}: {size} bytes are more than a file has", sibling.rfilename)));
+            }
             if !is_digest(digest) {
                 return Err(wrong(format!("{}: the digest is none", sibling.rfilename)));
             }
@@ -586,6 +600,11 @@ fn origin(url: &str) -> &str {
     &url[..end]
 }
 
+/// What `Retry-After` asks for, in seconds; a date, which the hub does not write, for no more than the usual pause.
+fn asked_for(retry_after: &str) -> Duration {
+    Duration::from_secs(retry_after.trim().parse().unwrap_or(0).min(LONGEST_WAIT))
+}
+
 /// Doubles from a tenth of a second.
 fn pause(failures: u32) -> Duration {
     Duration::from_millis(50 << failures.min(6))
@@ -597,4 +616,16 @@ fn network(url: &str, message: impl std::fmt::Display) -> Error {
 
 fn io(path: &Path) -> impl FnOnce(std::io::Error) -> Error + '_ {
     |source| Error::Io { path: path.to_owned(), source }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pauses_that_the_hub_asks_for_are_bounded() {
+        for (header, seconds) in [("7", 7), (" 60 ", 60), ("3600", 60), ("", 0), ("-1", 0), ("soon", 0)] {
+            assert_eq!(asked_for(header), Duration::from_secs(seconds), "{header}");
+        }
+    }
 }

@@ -345,6 +345,16 @@ fn hostile_listings_write_nothing_outside() {
         assert!(!cache.path().join("evil.safetensors").exists());
     }
     let files = contents();
+    // Sizes whose sum would be no number.
+    let mut endless = listing(&files);
+    for sibling in endless["siblings"].as_array_mut().unwrap() {
+        sibling["size"] = u64::MAX.into();
+    }
+    let (server, cache) = (serve(files.clone(), &endless), tempfile::tempdir().unwrap());
+    match fetch(&hub(&server, cache.path())) {
+        Err(Error::Answer { message, .. }) => assert!(message.contains("more than a file has"), "{message}"),
+        other => panic!("{other:?}"),
+    }
     for (key, value) in [("sha", "../../x"), ("sha", ""), ("siblings", "none")] {
         let mut listing = listing(&files);
         listing[key] = value.into();
