@@ -172,7 +172,9 @@ impl From<engine::Error> for Failure {
             engine::Error::Backend(error) => error.into(),
             engine::Error::KvCache { largest, .. } => {
                 let message = error.to_string();
-                Failure::machine(message).hint(format!("--max-model-len {largest} fits"))
+                let failure = Failure::machine(message);
+                // Less than a token is no context.
+                if largest == 0 { failure } else { failure.hint(format!("--max-model-len {largest} fits")) }
             }
             engine::Error::Failed { ref source, .. } => {
                 Failure { message: error.to_string(), ..source.clone().into() }

@@ -23,6 +23,10 @@ pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
         let layers = config.layer_kinds.len();
         return Err(Failure::input(format!("--layer: expected a layer below {layers}, found {layer}")));
     }
+    let vocabulary = config.vocab_size;
+    if let Some(id) = args.ids.iter().find(|&&id| id as usize >= vocabulary) {
+        return Err(Failure::input(format!("--ids: expected ids below {vocabulary}, found {id}")));
+    }
     let mut backend = backend(weights, &args.run, common, ui)?.at_work(&args.run);
     let blocks = args.ids.len().div_ceil(BLOCK_TOKENS);
     backend.allocate_kv(blocks, blocks)?;

@@ -43,7 +43,10 @@ fn wrong_usage_is_refused_by_name() {
         (vec!["eval", &small, "perplexity", "--text", "Cargo.toml"], "window"),
         (vec!["eval", "no-such-folder", "perplexity", "--text", "Cargo.toml"], "no-such-folder"),
         (vec!["verify", &small, &small, "--tolerance", "nan"], "--tolerance"),
-        (vec!["logits", &small, "--ids", "1,5000", "--out", "/nonexistent/x"], "5000"),
+        (
+            vec!["logits", &small, "--ids", "1,5000", "--out", "/nonexistent/x"],
+            "--ids: expected ids below 4096",
+        ),
         (vec!["logits", &small, "--ids", "1", "--layer", "9", "--out", "x"], "--layer"),
         (vec!["logits", &small, "--ids", "1", "--out", "/nonexistent/x"], "/nonexistent/x"),
         (vec!["bench", "--synthetic", "gpt-5"], "gpt-5"),
@@ -66,6 +69,12 @@ fn wrong_usage_is_refused_by_name() {
     ] {
         assert_eq!(fails(&args, 2, named).stdout, "", "{args:?}");
     }
+}
+
+#[test]
+fn a_context_that_does_not_fit_is_no_hint() {
+    let cache = ["generate", "-p", "x", "--kv-cache-memory-bytes", "1"];
+    assert!(!fails(&cache, 3, "key/value cache").stderr.contains("hint:"));
 }
 
 #[test]
