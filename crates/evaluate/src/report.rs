@@ -144,10 +144,6 @@ pub struct Tensor {
     pub max_error: f64,
     /// The mean squared difference that the `max` rule would have had.
     pub max_rule_mse: Option<f64>,
-    /// Relative squared error of the product with the calibration data, Σ (W'x − Wx)² / Σ (Wx)².
-    pub output_error: Option<f64>,
-    /// The same for the `max` rule.
-    pub max_rule_output_error: Option<f64>,
     /// The block with the largest relative error.
     pub worst_block: Option<WorstBlock>,
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use checkpoint::{Checkpoint, Format, MatrixId, MatrixKind, Weights, Written, matrices, vectors};
+use checkpoint::{Checkpoint, MatrixId, MatrixKind, Weights, Written, matrices, vectors};
 use evaluate::report::{
     AlgorithmResult, Calibration, CalibrationFile, Part, Quality, Report, STARVED_TOKENS, Tensor, WorstBlock,
 };
@@ -237,8 +237,6 @@ fn tensors(run: &Run<'_>, max: Option<&Arc<Quantized>>, name: &dyn Fn(MatrixId) 
                     .iter()
                     .find(|m| m.id == t.id && m.totals.values > 0)
                     .map(|m| m.totals.mse()),
-                output_error: None,
-                max_rule_output_error: None,
                 worst_block: t.totals.worst.map(|worst| WorstBlock {
                     expert: stack.then_some(worst.expert),
                     row: worst.row,
@@ -267,11 +265,7 @@ fn parts(weights: &dyn Weights) -> impl Iterator<Item = (&'static str, u64, u64)
         let (count, rows, cols) = id.kind.shape(config);
         let parameters = count as u64 * rows as u64 * cols as u64;
         sums[part].0 += parameters;
-        sums[part].1 += match weights.format(id) {
-            Format::Bf16 => parameters * 2,
-            Format::Nvfp4 => parameters / 2 + parameters / 16,
-            Format::Mxfp4 => parameters / 2 + parameters / 32,
-        };
+        sums[part].1 += weights.format(id).bytes(count * rows * cols) as u64;
     }
     for id in vectors(config) {
         let (count, len) = id.kind.shape(config);

@@ -194,40 +194,22 @@ struct Measure {
     title: &'static str,
     note: &'static str,
     value: fn(&Tensor) -> Option<f64>,
-    /// What the same would have been, for a pale line.
-    rival: Option<fn(&Tensor) -> Option<f64>>,
     /// Whether 0 means "no difference" and belongs into the plot.
     zero: bool,
 }
 
-const MEASURES: [Measure; 4] = [
+const MEASURES: [Measure; 2] = [
     Measure {
         title: "Weights: signal to noise",
         note: "Squared weights over squared changes, in dB; higher is closer.",
         value: |tensor| tensor.sqnr_db,
-        rival: None,
         zero: false,
     },
     Measure {
         title: "Weights: gain over the max rule",
         note: "How many dB less squared error in the weights than scales from the largest magnitude leave. Algorithms that \
-               look at the outputs may lose here and win there.",
+               look at the outputs may lose here and win in divergence.",
         value: |tensor| decibels(tensor.max_rule_mse?, tensor.mse),
-        rival: None,
-        zero: true,
-    },
-    Measure {
-        title: "Outputs: signal to noise",
-        note: "Squared outputs over squared changes on the calibration data, in dB; higher is closer. Pale: the max rule.",
-        value: |tensor| decibels(1.0, tensor.output_error?),
-        rival: Some(|tensor| decibels(1.0, tensor.max_rule_output_error?)),
-        zero: false,
-    },
-    Measure {
-        title: "Outputs: gain over the max rule",
-        note: "How many dB less squared error in the outputs on the calibration data; above zero is better.",
-        value: |tensor| decibels(tensor.max_rule_output_error?, tensor.output_error?),
-        rival: None,
         zero: true,
     },
 ];
@@ -249,11 +231,7 @@ fn layers(report: &Report) -> Result<String, Error> {
             if points.is_empty() {
                 continue;
             }
-            if let Some(rival) = measure.rival {
-                let points = by_layer(&report.tensors, kind, rival);
-                lines.insert(0, Line { points, color, faint: true });
-            }
-            lines.push(Line { points, color, faint: false });
+            lines.push(Line { points, color });
             shown.push((color, kind.to_owned()));
         }
         let flat = lines.iter().all(|line| line.points.iter().all(|&(_, value)| value.abs() < 1e-9));
@@ -394,12 +372,8 @@ fn tensors(report: &Report) -> String {
             count(report.tensors.len() as u64)
         );
     }
-    let outputs = report.tensors.iter().any(|tensor| tensor.output_error.is_some());
     let blocks = report.tensors.iter().any(|tensor| tensor.worst_block.is_some());
     let mut head = vec!["Tensor", "Format", "Algorithm", "SQNR, dB", "MSE", "MSE of max", "Largest error"];
-    if outputs {
-        head.extend(["Output error", "of max"]);
-    }
     if blocks {
         head.push("Worst block");
     }
@@ -413,10 +387,6 @@ fn tensors(report: &Report) -> String {
             optional(tensor.max_rule_mse, figures),
             figures(tensor.max_error),
         ];
-        if outputs {
-            row.push(optional(tensor.output_error, percent));
-            row.push(optional(tensor.max_rule_output_error, percent));
-        }
         if blocks {
             row.push(tensor.worst_block.as_ref().map_or_else(
                 || NONE.to_owned(),

@@ -48,8 +48,6 @@ pub(super) struct Line {
     pub(super) points: Vec<(usize, f64)>,
     /// Its colour.
     pub(super) color: RGBColor,
-    /// Thin and pale: what the others are compared with.
-    pub(super) faint: bool,
 }
 
 /// A bar, or several above one another, with a label.
@@ -103,14 +101,8 @@ pub(super) fn lines(title: &str, lines: &[Line], zero: bool) -> Result<String, E
         }
         for line in lines {
             let points = || line.points.iter().map(|&(layer, value)| (layer as f64, value));
-            if line.faint {
-                chart.draw_series(LineSeries::new(points(), line.color.mix(0.35).stroke_width(2)))?;
-            } else {
-                chart.draw_series(LineSeries::new(points(), line.color.stroke_width(2)))?;
-            }
-            let (radius, color) =
-                if line.faint { (1, line.color.mix(0.5)) } else { (3, line.color.mix(1.0)) };
-            chart.draw_series(points().map(|point| Circle::new(point, radius, color.filled())))?;
+            chart.draw_series(LineSeries::new(points(), line.color.stroke_width(2)))?;
+            chart.draw_series(points().map(|point| Circle::new(point, 3, line.color.filled())))?;
         }
         Ok(())
     })

@@ -17,7 +17,6 @@ pub(crate) fn run_of(layers: usize, experts: usize) -> Report {
         for (place, kind) in ["gate_up", "down", "q", "k", "v", "o"].into_iter().enumerate() {
             let depth = layer as f64 / layers as f64;
             let mse = 1e-5 * (1.0 + random());
-            let output_error = 0.004 * (1.0 + depth + place as f64 / 4.0 + random() / 3.0);
             let part = if place < 2 { "mlp.experts" } else { "self_attn" };
             let suffix = if place < 2 { "" } else { ".weight" };
             tensors.push(Tensor {
@@ -30,8 +29,6 @@ pub(crate) fn run_of(layers: usize, experts: usize) -> Report {
                 sqnr_db: Some(20.0 + place as f64 / 3.0 + random() - depth),
                 max_error: 0.03 * random(),
                 max_rule_mse: Some(mse * (1.1 + 0.2 * random())),
-                output_error: Some(output_error),
-                max_rule_output_error: Some(output_error * (1.7 + 0.8 * random())),
                 worst_block: Some(WorstBlock {
                     expert: (place < 2).then_some(layer % experts),
                     row: 12 + layer,
@@ -51,8 +48,6 @@ pub(crate) fn run_of(layers: usize, experts: usize) -> Report {
         sqnr_db: None,
         max_error: 0.0,
         max_rule_mse: None,
-        output_error: None,
-        max_rule_output_error: None,
         worst_block: None,
     });
     let coverage: Vec<Vec<u64>> =
@@ -238,8 +233,6 @@ fn the_page_says_what_happened() {
     for plot in [
         "Weights: signal to noise",
         "Weights: gain over the max rule",
-        "Outputs: signal to noise",
-        "Outputs: gain over the max rule",
         "bytes by part, before and after",
         "divergence by algorithm",
         "tokens by layer and expert",
@@ -296,7 +289,7 @@ fn the_json_has_every_field() {
     assert_eq!(keys("/sizes/0"), "name parameters source_bytes bytes");
     assert_eq!(
         keys("/tensors/0"),
-        "name layer kind format algorithm mse sqnr_db max_error max_rule_mse output_error max_rule_output_error worst_block"
+        "name layer kind format algorithm mse sqnr_db max_error max_rule_mse worst_block"
     );
     assert_eq!(keys("/tensors/0/worst_block"), "expert row block relative_error");
     assert_eq!(keys("/quality/0"), "data tokens nll_source nll kl_mean kl_p99 top1_agreement");
@@ -415,8 +408,7 @@ fn no_number_breaks_a_report() {
             (run.bytes, run.source_bytes, run.peak_memory_bytes) = (integer, integer, Some(integer));
             for tensor in &mut report.tensors {
                 (tensor.mse, tensor.max_error, tensor.sqnr_db) = (value, value, Some(value));
-                (tensor.max_rule_mse, tensor.output_error) = (Some(value), Some(value));
-                tensor.max_rule_output_error = Some(1.0);
+                tensor.max_rule_mse = Some(value);
                 tensor.layer = Some(integer as usize);
             }
             for part in &mut report.sizes {
@@ -450,7 +442,7 @@ fn a_lossless_cast_has_nothing_to_plot() {
     let mut report = run_of(4, 8);
     for tensor in &mut report.tensors {
         (tensor.mse, tensor.max_error, tensor.sqnr_db) = (0.0, 0.0, None);
-        (tensor.max_rule_mse, tensor.output_error, tensor.max_rule_output_error) = (None, None, None);
+        tensor.max_rule_mse = None;
     }
     let Written { page, card, .. } = written(&report);
     assert_all(&page, &["no error to plot: 25 of 25", "<td>exact</td>"]);
