@@ -342,7 +342,7 @@ pub(crate) struct Sampling {
     #[arg(long, value_name = "N", allow_negative_numbers = true)]
     pub(crate) seed: Option<i64>,
     /// End the text where this appears (repeatable)
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT")]
     pub(crate) stop: Vec<String>,
 }
 
@@ -389,7 +389,7 @@ pub(crate) struct Generate {
     /// The model [default: the small built-in one]
     pub(crate) model: Option<String>,
     /// A prompt (repeatable)
-    #[arg(long = "prompt", short = 'p', value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long = "prompt", short = 'p', value_name = "TEXT")]
     pub(crate) prompt: Vec<String>,
     /// JSON lines of strings, {"prompt"}, {"messages"} or {"prompt_token_ids"}
     #[arg(long, value_name = "FILE")]
@@ -398,10 +398,10 @@ pub(crate) struct Generate {
     #[arg(long)]
     pub(crate) chat: bool,
     /// System message of every chat
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
     /// Developer message of every chat
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT")]
     pub(crate) developer: Option<String>,
     /// How much to think
     #[arg(long, value_name = "low|medium|high", value_parser = ["low", "medium", "high"])]
@@ -428,7 +428,7 @@ pub(crate) struct Chat {
     /// The model [default: the small built-in one]
     pub(crate) model: Option<String>,
     /// System message
-    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    #[arg(long, value_name = "TEXT")]
     pub(crate) system: Option<String>,
     /// How much to think
     #[arg(long, value_name = "low|medium|high", value_parser = ["low", "medium", "high"])]
@@ -946,7 +946,7 @@ pub(crate) enum Tokens {
     /// Text to ids
     Encode {
         /// The text itself
-        #[arg(long, conflicts_with = "file", allow_hyphen_values = true)]
+        #[arg(long, conflicts_with = "file")]
         text: Option<String>,
         /// A file, or - for standard input
         #[arg(required_unless_present = "text")]

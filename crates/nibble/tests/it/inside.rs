@@ -50,18 +50,6 @@ fn tokens_of_one_text() {
 }
 
 #[test]
-fn a_text_may_begin_with_a_dash() {
-    let encoded = |args: &[&str]| ok(args).json()["ids"].clone();
-    assert_eq!(encoded(&["tokens", "encode", "--text", "-5"]), encoded(&["tokens", "encode", "--text=-5"]));
-    let prompt = ["generate", "-p", "-1 + 2 =", "--stop", "--", "--max-tokens", "1", "--json"];
-    let found = ok(&prompt).json();
-    assert_eq!(
-        found["outputs"][0]["prompt_token_ids"],
-        encoded(&["tokens", "encode", "--text=-1 + 2 =", "--model", &crate::small()])
-    );
-}
-
-#[test]
 fn harmony_of_all_golden_cases() {
     let mut cases = golden("testdata/harmony/render.json");
     cases.iter_mut().for_each(|case| case["harmony"] = true.into());
