@@ -65,11 +65,8 @@ impl GenerationConfig {
                     }
                 },
             };
-            read.temperature = number("temperature", 0.0, 2.0)?.map(|t| t as f32);
+            read.temperature = number("temperature", 0.0, 100.0)?.map(|t| t as f32);
             read.top_p = number("top_p", 0.0, 1.0)?.map(|p| p as f32);
-            if read.top_p == Some(0.0) {
-                return Err(Error::field(FILE, "top_p", "a number above 0, at most 1", &fields["top_p"]));
-            }
             read.top_k = number("top_k", 0.0, f64::from(i32::MAX))?.map(|k| k as u32);
             read.min_p = number("min_p", 0.0, 1.0)?.map(|p| p as f32);
             read.repetition_penalty = number("repetition_penalty", 0.01, 100.0)?.map(|p| p as f32);

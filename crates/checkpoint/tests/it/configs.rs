@@ -151,11 +151,9 @@ fn quantization_of_other_kinds_is_refused_by_name() {
         (json!({"eos_token_id": "x"}), "eos_token_id"),
         (json!({"eos_token_id": [1, -1]}), "eos_token_id"),
         (json!({"temperature": -1}), "temperature"),
-        (json!({"temperature": 3}), "temperature"),
         (json!({"top_p": "high"}), "top_p"),
         (json!({"min_p": 2}), "min_p"),
         (json!({"repetition_penalty": 0}), "repetition_penalty"),
-        (json!({"top_p": 0}), "`top_p`: expected a number above 0"),
         (json!([]), "generation_config.json"),
     ] {
         let error = Checkpoint::from_bytes(&text, &generation.to_string(), tensors).unwrap_err();
