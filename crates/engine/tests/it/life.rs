@@ -85,6 +85,7 @@ fn log_probabilities_are_bounded() {
     for (params, field) in
         [(of_prompt, "prompt_logprobs"), (of_answers.clone(), "logprobs"), (of_ids, "logprobs")]
     {
+        let params = SamplingParams { max_tokens: Some(room), ..params };
         let refused = engine.submit(text_request(&[1; 100], params), channel_sink().0).err().unwrap();
         assert!(
             matches!(&refused, SubmitError::Invalid(invalid) if invalid.field == field),
@@ -92,8 +93,18 @@ fn log_probabilities_are_bounded() {
         );
     }
     // What a client limits itself is counted so.
-    let few = SamplingParams { max_tokens: Some(4), ..of_answers };
+    let few = SamplingParams { max_tokens: Some(4), ..of_answers.clone() };
     engine.validate(text_request(&[1; 100], few)).unwrap();
+    // Where nobody said how long answers may be, they are as long as they can be together.
+    let most = (16 << 20) / (128 * (of_answers.logprobs.unwrap() + 1));
+    assert!(most < room);
+    let valid = engine.validate(text_request(&[1; 100], of_answers.clone())).unwrap();
+    assert_eq!(valid.params.max_tokens, Some(most));
+    let mut two = [text_request(&[1; 100], of_answers.clone()), text_request(&[1; 9], of_answers)];
+    engine.bound_logprobs(&mut two).unwrap();
+    assert_eq!(two.map(|request| request.params.max_tokens), [Some(most / 2); 2]);
+    let without = SamplingParams { n: 128, ..unlimited() };
+    assert_eq!(engine.validate(text_request(&[1; 100], without)).unwrap().params.max_tokens, None);
 }
 
 #[test]
