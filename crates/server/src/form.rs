@@ -2,7 +2,7 @@
 
 use engine::{Form, GrammarError, Whitespace};
 use harmony::ResponseFormat;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
 use crate::json::{self, Field, Object, excerpt};
@@ -211,11 +211,15 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
     }
 }
 
+fn names_properties(keywords: &Map<String, Value>) -> bool {
+    ["properties", "patternProperties"].iter().any(|&name| keywords.contains_key(name))
+}
+
 /// Whether several parts of a schema may describe one object together, so that none of them says all that it may have.
 fn combines(schema: &Value) -> bool {
     match schema {
         Value::Object(keywords) => {
-            let named = ["properties", "patternProperties"].iter().any(|&name| keywords.contains_key(name));
+            let named = names_properties(keywords);
             keywords.iter().any(|(keyword, value)| match (keyword.as_str(), value) {
                 ("allOf" | "not" | "if" | "dependentSchemas", _) => true,
                 ("anyOf" | "oneOf" | "$ref", _) if named => true,
@@ -231,6 +235,7 @@ fn combines(schema: &Value) -> bool {
     }
 }
 
+/// Forbids other properties where a schema names some and says nothing of others.
 fn close(schema: &mut Value) {
     match schema {
         Value::Object(keywords) => {
@@ -243,8 +248,7 @@ fn close(schema: &mut Value) {
                     (_, value) => close(value),
                 }
             }
-            let named = ["properties", "patternProperties"].iter().any(|&name| keywords.contains_key(name));
-            if named && !keywords.contains_key("additionalProperties") {
+            if names_properties(keywords) && !keywords.contains_key("additionalProperties") {
                 keywords.insert("additionalProperties".to_owned(), false.into());
             }
         }
