@@ -14,7 +14,7 @@ struct Embed {
     uint32_t hidden, n;
     uint32_t block;              // inputs per scale: 0 (BF16), 16 (E4M3), 32 (E8M0)
     float global_scale, concentration;
-    uint32_t padding;
+    uint32_t vocabulary;
 };
 static_assert(sizeof(Embed) == 120);
 
@@ -35,7 +35,8 @@ extern "C" __global__ void embed(const __grid_constant__ Embed p) {
     wait_for_previous();
     start_next();
     uint32_t token = blockIdx.x;
-    size_t from = size_t(p.tokens[token]) * p.hidden;
+    // One that the device found itself may be none.
+    size_t from = size_t(min(p.tokens[token], p.vocabulary - 1)) * p.hidden;
     float* to = p.residual + size_t(token) * p.hidden;
     if (p.block == 0) {
         constexpr int TOGETHER = 6; // reads

@@ -62,9 +62,9 @@ pub(crate) struct Arena {
     pub(crate) best: Buffer,
     /// u32 `[LOGIT_ROWS]`
     pub(crate) largest: Buffer,
-    /// The step's words: see `Words`.
-    pub(crate) step: Buffer,
-    pub(crate) step_host: Pinned,
+    /// A step's words, of each lane: see `Words`.
+    pub(crate) step: [Buffer; 2],
+    pub(crate) step_host: [Pinned; 2],
     pub(crate) logits_host: Pinned,
     /// What `largest` has, too, stored by the kernel that finds it: a copy would take 5 µs.
     pub(crate) largest_host: Pinned,
@@ -79,6 +79,7 @@ impl Arena {
         let (rows, slots) = (stack_rows(tokens), stack_rows(max_slots(config, tokens)));
         let context = config.query_heads * HEAD;
         let step_words = 1 << 20;
+        let (words, words_host) = (|| device.buffer(step_words * 4), || device.pinned(step_words * 4));
         Ok(Arena {
             residual: device.buffer(tokens * config.hidden_size * 4)?,
             rotary: device.buffer(tokens * HEAD * 4)?,
@@ -103,8 +104,8 @@ impl Arena {
             largest_parts: device.buffer(LOGIT_ROWS * LARGEST_BLOCKS * 8)?,
             best: device.buffer(LOGIT_ROWS * 8)?,
             largest: device.buffer(LOGIT_ROWS * 4)?,
-            step: device.buffer(step_words * 4)?,
-            step_host: device.pinned(step_words * 4)?,
+            step: [words()?, words()?],
+            step_host: [words_host()?, words_host()?],
             logits_host: device.pinned(config.vocab_size * 4)?,
             largest_host: device.pinned(LOGIT_ROWS * 4)?,
             residual_host: device.pinned(config.hidden_size * 4)?,

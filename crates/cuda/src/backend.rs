@@ -7,9 +7,11 @@ use std::sync::Arc;
 use bytemuck::Zeroable;
 use checkpoint::{Config, Format, KvScales, LayerKind, MatrixId, MatrixKind, VectorKind, Weights, matrices};
 use gptoss::{
-    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, SequenceOutput, Traffic,
+    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, SequenceOutput, SequencePlan,
+    Traffic,
 };
 
+use crate::ahead::{Ahead, Lane, Token};
 use crate::arena::{Arena, LARGEST_BLOCKS, LOGIT_ROWS, MAX_TOKENS, max_slots, stack_rows};
 use crate::attention::{QUERY_ROWS, Sharing, TILE_QUERIES};
 use crate::batch::{Batch, Segment, Shape, Words, is_largest, sampling};
@@ -19,6 +21,7 @@ use crate::fp4::{self, Fp4Matrix};
 use crate::one::OneToken;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
 use crate::params::{After, CacheFormat, Embed, Epilogue, Largest, NO_NUMBER, Norm, Read, RowOrder};
+use crate::products::LogitRows;
 use crate::router::{MAX_EXPERTS, MAX_RANKS};
 use crate::sampling::{Sampler, Wanted};
 use crate::shared::Shared;
@@ -36,9 +39,9 @@ const RESERVE: usize = 512 << 20;
 /// Graphs that are kept. Each has memory on the device, which nobody counts, for some 200 kernels; steps repeat, so few are in use at a time.
 const MOST_GRAPHS: usize = 256;
 
-/// The number of tokens of a decode step, how full and sliding layers share their keys, whether those are read ahead, and whether logits are
-/// stored.
-type GraphKey = (usize, Sharing, Sharing, bool, bool);
+/// The number of tokens of a decode step, how full and sliding layers share their keys, whether those are read ahead, whether logits are
+/// stored, and where words, token and logits are.
+type GraphKey = (usize, Sharing, Sharing, bool, bool, Lane);
 
 /// How a model is run. `Default` is the fastest that is exact.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -69,8 +72,9 @@ pub struct Cuda {
     /// Blocks of full and of sliding layers in which a sequence may have left what is no number.
     tainted: (BTreeSet<BlockId>, BTreeSet<BlockId>),
     /// Decode steps by what decides their kernels, at most [`MOST_GRAPHS`].
-    graphs: HashMap<GraphKey, Graph>,
-    sampler: Sampler,
+    pub(crate) graphs: HashMap<GraphKey, Graph>,
+    pub(crate) sampler: Sampler,
+    pub(crate) ahead: Ahead,
     pub(crate) options: Options,
     /// Room for quantized activations, if matrices are packed for FP4 products.
     pub(crate) fp4: Option<fp4::Scratch>,
@@ -168,6 +172,7 @@ impl Cuda {
             tainted: Default::default(),
             graphs: HashMap::new(),
             sampler,
+            ahead: Ahead::new(device)?,
             options,
             fp4: None,
             shared,
@@ -217,6 +222,7 @@ impl Cuda {
             (layer.gate_up.fp4, layer.down.fp4) = (gate_up, down);
         }
         // They hold the old kernels.
+        self.forget_ahead()?;
         self.graphs.clear();
         Ok(count)
     }
@@ -355,7 +361,7 @@ impl Backend for Cuda {
             follower.allocate_kv(full_blocks, sliding_blocks)?;
         }
         self.device.bind()?;
-        self.device.synchronize()?;
+        self.forget_ahead()?;
         // The old cache is given back first: two never exist at once.
         self.graphs.clear();
         self.cache.clear();
@@ -397,9 +403,9 @@ impl Backend for Cuda {
 }
 
 /// What the host does while the device computes; `None`: it has done so.
-type Meanwhile<'a> = Option<&'a mut dyn FnMut()>;
+pub(crate) type Meanwhile<'a> = Option<&'a mut dyn FnMut()>;
 
-fn run_once(meanwhile: &mut Meanwhile<'_>) {
+pub(crate) fn run_once(meanwhile: &mut Meanwhile<'_>) {
     if let Some(work) = meanwhile.take() {
         work();
     }
@@ -409,6 +415,12 @@ impl Cuda {
     fn run_plan(&mut self, plan: &Plan, meanwhile: &mut Meanwhile<'_>) -> Result<Vec<SequenceOutput>, Error> {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
         self.device.bind()?;
+        if let Some(output) = self.step_of_one(plan, meanwhile)? {
+            if output.corrupted {
+                self.taint(&plan.sequences[0]);
+            }
+            return Ok(vec![output]);
+        }
         self.cleanse(plan)?;
         let invariant = self.options.batch_invariant;
         let mut results = vec![SequenceOutput::default(); plan.sequences.len()];
@@ -439,15 +451,20 @@ impl Cuda {
             }
         }
         for (sequence, _) in plan.sequences.iter().zip(&results).filter(|(_, result)| result.corrupted) {
-            self.tainted.0.extend(&*sequence.full_blocks);
-            self.tainted.1.extend(&*sequence.sliding_blocks);
+            self.taint(sequence);
         }
         Ok(results)
     }
 
+    /// Keeps in mind that a sequence may have left what is no number in its blocks.
+    pub(crate) fn taint(&mut self, sequence: &SequencePlan) {
+        self.tainted.0.extend(&*sequence.full_blocks);
+        self.tainted.1.extend(&*sequence.sliding_blocks);
+    }
+
     /// Zeroes the tainted blocks that begin anew: attention multiplies places that a sequence has not reached yet by zero, which
     /// does not help against what is no number. Blocks that go on are left to those who share them, and fail.
-    fn cleanse(&mut self, plan: &Plan) -> Result<(), Error> {
+    pub(crate) fn cleanse(&mut self, plan: &Plan) -> Result<(), Error> {
         if self.tainted.0.is_empty() && self.tainted.1.is_empty() {
             return Ok(());
         }
@@ -492,13 +509,13 @@ impl Cuda {
         // First what can fail for want of memory, on all GPUs: none may begin what others do not.
         let prepared = self.followers_mut().iter_mut().map(|follower| {
             follower.device.bind()?;
-            let shape = follower.upload(batch)?;
+            let shape = follower.upload(batch, Lane::default())?;
             let output = follower.divides_logits(&shape);
             Ok((shape, output, follower.graph(batch, &shape, output)?))
         });
         let prepared = prepared.collect::<Result<Vec<_>, Error>>()?;
         self.device.bind()?;
-        let shape = self.upload(batch)?;
+        let shape = self.upload(batch, Lane::default())?;
         let graph = if hidden { None } else { self.graph(batch, &shape, true)? };
         // They are at work before this one: it waits in the midst of some steps.
         for (follower, (shape, output, graph)) in self.followers().iter().zip(&prepared) {
@@ -557,12 +574,17 @@ impl Cuda {
     }
 
     /// The graph of a decode step, which is recorded when there is none.
-    fn graph(&mut self, batch: &Batch<'_>, shape: &Shape, output: bool) -> Result<Option<GraphKey>, Error> {
+    pub(crate) fn graph(
+        &mut self,
+        batch: &Batch<'_>,
+        shape: &Shape,
+        output: bool,
+    ) -> Result<Option<GraphKey>, Error> {
         if !batch.decodes() || self.options.eager {
             return Ok(None);
         }
         let logits = shape.logits && self.finds_largest(shape.outputs);
-        let key = (shape.tokens, shape.full, shape.sliding, shape.ahead, logits);
+        let key = (shape.tokens, shape.full, shape.sliding, shape.ahead, logits, shape.lane);
         if !self.graphs.contains_key(&key) {
             if self.graphs.len() == MOST_GRAPHS {
                 self.device.synchronize()?;
@@ -587,8 +609,8 @@ impl Cuda {
         }
     }
 
-    /// Writes the step's words and sends them on their way.
-    fn upload(&mut self, batch: &Batch<'_>) -> Result<Shape, Error> {
+    /// Writes the step's words and sends them on their way; at once, if the step before is under way.
+    pub(crate) fn upload(&mut self, batch: &Batch<'_>, lane: Lane) -> Result<Shape, Error> {
         let groups = self.config.query_heads / self.config.kv_heads;
         let tiles = batch.tiles(TILE_QUERIES / groups);
         let words = Words::new(batch.tokens, batch.outputs.len(), tiles.len(), batch.segments.len());
@@ -599,14 +621,14 @@ impl Cuda {
         };
         let blocks = |s: &Segment| (batch.sequence(s).position + s.range.end).div_ceil(BLOCK_TOKENS);
         let total = words.tables + batch.segments.iter().map(|s| 2 * blocks(s) - window(s)).sum::<usize>();
-        if total * 4 > self.arena.step.bytes() {
+        if total * 4 > self.arena.step[lane.index].bytes() {
             self.device.synchronize()?;
             self.graphs.clear();
             let bytes = total.next_power_of_two() * 4;
-            self.arena.step_host = self.device.pinned(bytes)?;
-            self.arena.step = self.device.buffer(bytes)?;
+            self.arena.step_host[lane.index] = self.device.pinned(bytes)?;
+            self.arena.step[lane.index] = self.device.buffer(bytes)?;
         }
-        let host = self.arena.step_host.slice_mut::<u32>();
+        let host = self.arena.step_host[lane.index].slice_mut::<u32>();
         let (mut row, mut table, mut pages, mut total_pages) = (0, words.tables, 0, 0);
         for (s, segment) in batch.segments.iter().enumerate() {
             let sequence = batch.sequence(segment);
@@ -639,16 +661,36 @@ impl Cuda {
             host[words.tiles + 2 * i] = first as u32;
             host[words.tiles + 2 * i + 1] = count as u32;
         }
-        self.arena.step.upload(0, &self.arena.step_host, total * 4)?;
+        let (step, host) = (&self.arena.step[lane.index], &self.arena.step_host[lane.index]);
+        match lane.token {
+            Token::Told => step.upload(0, host, total * 4)?,
+            Token::Largest | Token::Drawn => step.upload_now(host, total * 4)?,
+        }
         let (full, sliding) = self.sharing(batch.singles, total_pages, pages);
         let (tokens, singles) = (batch.tokens, batch.singles);
         let ahead = batch.segments[..singles].windows(2).all(|pair| pair[0].sequence != pair[1].sequence);
         let (outputs, tiles) = (batch.outputs.len(), tiles.len());
-        Ok(Shape { words, tokens, outputs, singles, tiles, full, sliding, ahead, logits: batch.logits })
+        Ok(Shape { words, tokens, outputs, singles, tiles, full, sliding, ahead, logits: batch.logits, lane })
     }
 
-    pub(crate) fn word(&self, at: usize) -> Address {
-        self.arena.step.address() + 4 * at as u64
+    /// A word of a step.
+    pub(crate) fn word(&self, shape: &Shape, at: usize) -> Address {
+        self.arena.step[shape.lane.index].address() + 4 * at as u64
+    }
+
+    /// Where the tokens of a step are.
+    fn tokens(&self, shape: &Shape) -> Address {
+        let other = 1 - shape.lane.index;
+        match shape.lane.token {
+            Token::Told => self.word(shape, shape.words.tokens),
+            Token::Largest => self.arena.largest.address() + 4 * other as u64,
+            Token::Drawn => self.sampler.drawn(other),
+        }
+    }
+
+    /// Where the logits of a step are.
+    fn logits(&self, shape: &Shape) -> Address {
+        self.arena.logits.address() + (shape.lane.index * self.config.vocab_size * 4) as u64
     }
 
     /// How a step of this shape goes if it is of one token.
@@ -660,25 +702,25 @@ impl Cuda {
         let params = Embed {
             values: self.embedding.values.address(),
             scales: self.embedding.scales.as_ref().map_or(0, Buffer::address),
-            tokens: self.word(shape.words.tokens),
-            positions: self.word(shape.words.positions),
+            tokens: self.tokens(shape),
+            positions: self.word(shape, shape.words.positions),
             frequencies: self.frequencies.address(),
             residual: self.arena.residual.address(),
             rotary: self.arena.rotary.address(),
-            sequences: self.word(shape.words.sequences),
-            full_starts: self.word(shape.words.full_starts),
-            sliding_starts: self.word(shape.words.sliding_starts),
-            table: self.word(0),
+            sequences: self.word(shape, shape.words.sequences),
+            full_starts: self.word(shape, shape.words.full_starts),
+            sliding_starts: self.word(shape, shape.words.sliding_starts),
+            table: self.word(shape, 0),
             slots: self.arena.slots.address(),
             hidden: self.config.hidden_size as u32,
             n: shape.tokens as u32,
             block: self.embedding.block,
             global_scale: self.embedding.global_scale,
             concentration: self.concentration,
-            padding: 0,
+            vocabulary: self.config.vocab_size as u32,
         };
         let threads = if shape.tokens == 1 { 1024 } else { 256 };
-        // SAFETY: at most MAX_TOKENS blocks, whose rows the arena has; tokens are below the vocabulary's size.
+        // SAFETY: at most MAX_TOKENS blocks, whose rows the arena has.
         unsafe { self.device.launch("embed", [shape.tokens as u32, 1, 1], threads, 0, &params) }
     }
 
@@ -799,17 +841,17 @@ impl Cuda {
     /// The final norm and the logits of these entries of the list of outputs, and the largest of each.
     fn output(&self, shape: &Shape, outputs: Range<usize>, pending: Option<usize>) -> Result<(), Error> {
         let n = outputs.len();
-        let epilogue = Epilogue { out: self.arena.logits.address(), ..self.epilogue(After::Store) };
+        let epilogue = Epilogue { out: self.logits(shape), ..self.epilogue(After::Store) };
         let some = self.finds_largest(n);
         let stack = if some { stack_rows(n) as u32 } else { self.stack(&self.unembedding, n) };
         if let Some(one) = self.one_token(shape) {
             one.norm(self, pending, stack)?;
             if !some {
-                return one.output(self);
+                return one.output(self, shape.lane.index, epilogue);
             }
         } else {
             let params = Norm {
-                rows: self.word(shape.words.outputs + outputs.start),
+                rows: self.word(shape, shape.words.outputs + outputs.start),
                 scale: self.final_norm.address(),
                 format: self.unembedding.format(),
                 stack,
@@ -824,7 +866,11 @@ impl Cuda {
             let (normed, epilogue) = (self.arena.normed.address(), Epilogue { out, ..epilogue });
             return match &self.shared {
                 Some(shared) if self.divides_logits(shape) => shared.logits(self, normed, n, epilogue),
-                _ => self.product(&self.unembedding, normed, n, epilogue),
+                _ => {
+                    let matrix = self.unembedding.params();
+                    let rows = LogitRows { lane: shape.lane.index, all: matrix.rows, ..LogitRows::default() };
+                    self.product_of_some(matrix, 1, normed, n, epilogue, rows)
+                }
             };
         }
         self.product(&self.unembedding, self.arena.normed.address(), n, epilogue)?;
@@ -877,12 +923,11 @@ impl Cuda {
             if sequence.score.as_ref().is_some_and(|score| token < score.next.len()) {
                 result.scores.extend(found.next().and_then(|sampled| sampled.logprobs));
             }
-            let largest = arena.largest_host.slice::<u32>()[row];
-            result.corrupted |= largest == NO_NUMBER;
+            let largest = told(arena, row);
+            result.corrupted |= largest.is_none();
             match sampling(sequence, token) {
                 Some(sampling) if is_largest(sampling) => {
-                    let token = if largest == NO_NUMBER { 0 } else { largest };
-                    result.sampled.push(Sampled { token, logprobs: None });
+                    result.sampled.push(Sampled { token: largest.unwrap_or(0), logprobs: None });
                 }
                 Some(_) => result.sampled.extend(found.next()),
                 None => {}
@@ -913,11 +958,16 @@ impl Cuda {
     }
 
     fn read(&self, from: Address, bytes: usize) -> Result<(), Error> {
-        let params = Read { from, out: self.arena.largest.address(), vectors: bytes as u64 / 16 };
+        let params = Read { from, out: self.arena.largest_parts.address(), vectors: bytes as u64 / 16 };
         let grid = [4 * self.device.multiprocessors() as u32, 1, 1];
-        // SAFETY: reads inside one allocation; `largest` has a word.
+        // SAFETY: reads inside one allocation; `largest_parts` has a word, which no step looks for.
         unsafe { self.device.launch("read", grid, 512, 0, &params) }
     }
+}
+
+/// The id of the largest logit of a row, which has been waited for; `None` where one is infinite or no number.
+pub(crate) fn told(arena: &Arena, row: usize) -> Option<u32> {
+    Some(arena.largest_host.slice::<u32>()[row]).filter(|&largest| largest != NO_NUMBER)
 }
 
 /// What the kernels need beyond the rules of `Config`.

@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use gptoss::{Plan, Sampling, SequencePlan};
 
+use crate::ahead::Lane;
 use crate::arena::LOGIT_ROWS;
 use crate::attention::Sharing;
 
@@ -77,6 +78,7 @@ pub(crate) struct Shape {
     pub(crate) ahead: bool,
     /// Whether more is wanted of any row of logits than which one is the largest.
     pub(crate) logits: bool,
+    pub(crate) lane: Lane,
 }
 
 impl<'a> Batch<'a> {

@@ -1,7 +1,7 @@
 //! One GPU: its context, stream, memory and kernels, and the launch of a kernel with one parameter struct.
 
 use std::collections::HashMap;
-use std::ffi::{CString, c_int, c_void};
+use std::ffi::{CString, c_int, c_uint, c_void};
 use std::ptr::null_mut;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -161,7 +161,7 @@ pub struct Device {
 }
 
 /// A kernel and the events around it.
-type Timed = (&'static str, Handle, Handle);
+type Timed = (&'static str, Event, Event);
 
 /// What one kernel took in a profile.
 #[derive(Debug, Clone, PartialEq)]
@@ -418,15 +418,15 @@ impl Device {
         let mut arguments = [std::ptr::from_ref(params).cast_mut().cast::<c_void>()];
         let mut timed = self.timed.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(timed) = &mut *timed {
-            let (start, end) = (self.event()?, self.event()?);
-            self.record(start)?;
+            let (start, end) = (self.event_with(0)?, self.event_with(0)?);
+            self.record(&start)?;
             timed.push((name, start, end));
         }
         // SAFETY: the config and the one argument outlive the call, which copies them; the rest is the caller's promise.
         let result =
             unsafe { (self.driver.launch)(&raw const config, *function, arguments.as_mut_ptr(), null_mut()) };
         if let Some((.., end)) = timed.as_ref().and_then(|timed| timed.last()) {
-            self.record(*end)?;
+            self.record(end)?;
         }
         if result == 0 {
             return Ok(());
@@ -465,23 +465,20 @@ impl Device {
 
     /// Seconds that the device takes for what `enqueue` puts on the stream.
     pub(crate) fn time(&self, enqueue: impl FnOnce() -> Result<(), Error>) -> Result<f64, Error> {
-        let (start, end) = (self.event()?, self.event()?);
-        self.record(start)?;
+        let (start, end) = (self.event_with(0)?, self.event_with(0)?);
+        self.record(&start)?;
         enqueue()?;
-        self.record(end)?;
-        self.wait(end)?;
-        self.between(start, end)
+        self.record(&end)?;
+        self.wait(&end)?;
+        self.between(&start, &end)
     }
 
-    fn between(&self, start: Handle, end: Handle) -> Result<f64, Error> {
+    /// Seconds from one event to another. Both say when they were, and have been waited for.
+    fn between(&self, start: &Event, end: &Event) -> Result<f64, Error> {
         let mut milliseconds = 0.0;
-        // SAFETY: writes one number; both events are complete.
-        let result = unsafe { (self.driver.elapsed)(&raw mut milliseconds, start, end) };
+        // SAFETY: writes one number; both events are live.
+        let result = unsafe { (self.driver.elapsed)(&raw mut milliseconds, start.handle, end.handle) };
         self.check(result, "comparing events")?;
-        for event in [start, end] {
-            // SAFETY: made by `event`, used no more.
-            unsafe { (self.driver.destroy_event)(event) };
-        }
         Ok(f64::from(milliseconds) / 1e3)
     }
 
@@ -495,7 +492,7 @@ impl Device {
         self.synchronize()?;
         let mut times: Vec<KernelTime> = Vec::new();
         for (kernel, start, end) in events {
-            let seconds = self.between(start, end)?;
+            let seconds = self.between(&start, &end)?;
             match times.iter_mut().find(|time| time.kernel == kernel) {
                 Some(time) => {
                     time.count += 1;
@@ -507,24 +504,30 @@ impl Device {
         Ok(times)
     }
 
-    /// A new event.
-    pub(crate) fn event(&self) -> Result<Handle, Error> {
-        let mut event = null_mut();
+    /// A new event, which does not say when it was.
+    pub(crate) fn event(&self) -> Result<Event, Error> {
+        /// CU_EVENT_DISABLE_TIMING
+        const UNTIMED: c_uint = 2;
+        self.event_with(UNTIMED)
+    }
+
+    fn event_with(&self, flags: c_uint) -> Result<Event, Error> {
+        let mut handle = null_mut();
         // SAFETY: writes one handle.
-        self.check(unsafe { (self.driver.create_event)(&raw mut event, 0) }, "creating an event")?;
-        Ok(event)
+        self.check(unsafe { (self.driver.create_event)(&raw mut handle, flags) }, "creating an event")?;
+        Ok(Event { driver: self.driver, handle })
     }
 
     /// Marks the stream's present end.
-    pub(crate) fn record(&self, event: Handle) -> Result<(), Error> {
-        // SAFETY: the caller's event is one of `event`.
-        self.check(unsafe { (self.driver.record_event)(event, self.stream) }, "recording an event")
+    pub(crate) fn record(&self, event: &Event) -> Result<(), Error> {
+        // SAFETY: both handles are live.
+        self.check(unsafe { (self.driver.record_event)(event.handle, self.stream) }, "recording an event")
     }
 
-    /// Waits for a mark.
-    pub(crate) fn wait(&self, event: Handle) -> Result<(), Error> {
-        // SAFETY: the caller's event is one of `event`.
-        self.check(unsafe { (self.driver.wait_event)(event) }, "waiting for an event")
+    /// Waits for what was on the stream when the event was last recorded.
+    pub(crate) fn wait(&self, event: &Event) -> Result<(), Error> {
+        // SAFETY: the handle is live.
+        self.check(unsafe { (self.driver.wait_event)(event.handle) }, "running kernels")
     }
 
     /// Bytes of device memory, zeroed.
@@ -644,6 +647,15 @@ impl Buffer {
         device.check(result, "copying to the GPU")
     }
 
+    /// Copies the first `bytes` of `from` to the start at once, whatever the stream is at.
+    pub(crate) fn upload_now(&self, from: &Pinned, bytes: usize) -> Result<(), Error> {
+        assert!(bytes <= self.bytes && bytes <= from.bytes);
+        // SAFETY: both ranges lie in their allocations; from page-locked memory the driver returns when the copy is done. What is on the
+        // stream does not look at this buffer, which its users see to.
+        let result = unsafe { (self.device.driver.upload_now)(self.address, from.pointer.cast(), bytes) };
+        self.device.check(result, "copying to the GPU")
+    }
+
     /// Copies `bytes` at `offset` to the start of `to`, when the stream comes to it.
     pub(crate) fn download(&self, offset: usize, to: &mut Pinned, bytes: usize) -> Result<(), Error> {
         assert!(offset + bytes <= self.bytes);
@@ -696,6 +708,22 @@ impl Drop for Pinned {
             // SAFETY: allocated in `pinned`, freed once.
             unsafe { (self.device.driver.free_host)(self.pointer.cast()) };
         }
+    }
+}
+
+/// A mark on a stream.
+pub(crate) struct Event {
+    driver: &'static Driver,
+    handle: Handle,
+}
+
+// SAFETY: the handle is the name of an object that the driver guards.
+unsafe impl Send for Event {}
+
+impl Drop for Event {
+    fn drop(&mut self) {
+        // SAFETY: created once in `event`, destroyed once; the driver waits for its last record by itself.
+        unsafe { (self.driver.destroy_event)(self.handle) };
     }
 }
 

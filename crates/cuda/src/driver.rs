@@ -61,6 +61,7 @@ driver! {
     allocate_host = c"cuMemHostAlloc" (pointer: *mut *mut c_void, bytes: usize, flags: c_uint);
     free_host = c"cuMemFreeHost" (pointer: *mut c_void);
     upload = c"cuMemcpyHtoDAsync_v2" (to: Address, from: *const c_void, bytes: usize, stream: Handle);
+    upload_now = c"cuMemcpyHtoD_v2" (to: Address, from: *const c_void, bytes: usize);
     download = c"cuMemcpyDtoHAsync_v2" (to: *mut c_void, from: Address, bytes: usize, stream: Handle);
     fill = c"cuMemsetD8Async" (address: Address, byte: u8, bytes: usize, stream: Handle);
     load_module = c"cuModuleLoadData" (module: *mut Handle, image: *const c_void);

@@ -3,6 +3,7 @@
 //! The residual stream is f32. Products take 16-bit activations: BF16 with BF16 weights, FP16 with four-bit weights, which
 //! FP16 holds exactly together with their block scale; sums are f32. Keys and values are stored in BF16, or in E4M3.
 
+mod ahead;
 mod arena;
 mod attention;
 mod backend;

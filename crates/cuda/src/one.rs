@@ -240,8 +240,8 @@ impl OneToken {
             rounds: self.rounds.address(),
             best: self.best.address(),
             arrivals: cuda.arena.arrivals.address(),
-            largest: cuda.arena.largest.address(),
-            told: cuda.arena.largest_host.address(),
+            largest: 0,
+            told: 0,
             epilogue,
             hidden: config.hidden_size as u32,
             part_count: config.hidden_size.div_ceil(16) as u32,
@@ -379,12 +379,15 @@ impl OneToken {
         unsafe { self.launch(cuda, kernel, next, ([1, 1, 1], 32 * WARPS, 0), params) }
     }
 
-    /// The logits and the largest of them.
-    pub(crate) fn output(&self, cuda: &Cuda) -> Result<(), Error> {
-        let matrix = &cuda.unembedding;
-        let input: Address = cuda.arena.normed.address();
-        let epilogue = Epilogue { out: cuda.arena.logits.address(), ..cuda.epilogue(After::Store) };
-        let params = One { input, ..self.params(cuda, matrix, epilogue) };
+    /// The logits and the largest of them, which goes to this row of those.
+    pub(crate) fn output(&self, cuda: &Cuda, row: usize, epilogue: Epilogue) -> Result<(), Error> {
+        let (matrix, row) = (&cuda.unembedding, 4 * row as u64);
+        let params = One {
+            input: cuda.arena.normed.address(),
+            largest: cuda.arena.largest.address() + row,
+            told: cuda.arena.largest_host.address() + row,
+            ..self.params(cuda, matrix, epilogue)
+        };
         let name = if matrix.format() == BF16 { "one_output_bf16" } else { "one_output_fp4" };
         let shared = output_shared(matrix);
         // In BF16 all blocks are at work at a time, and none begins with nothing on its way.

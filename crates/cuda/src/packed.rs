@@ -7,8 +7,8 @@ use std::sync::Arc;
 use checkpoint::{Format, KvScales, Matrix, MatrixId, MatrixKind, Values, VectorId, Weights};
 use gptoss::Error;
 
-use crate::device::{Buffer, Device, Pinned};
-use crate::driver::{Address, Handle};
+use crate::device::{Buffer, Device, Event, Pinned};
+use crate::driver::Address;
 use crate::fp4::Fp4Matrix;
 use crate::params::{self, BF16, FP4, Pack, RowOrder};
 
@@ -130,14 +130,14 @@ pub(crate) struct Loader<'a> {
 struct Stage {
     host: Pinned,
     device: Buffer,
-    free: Handle,
+    free: Event,
 }
 
 impl<'a> Loader<'a> {
     pub(crate) fn new(device: &Arc<Device>, weights: &'a dyn Weights) -> Result<Loader<'a>, Error> {
         let stage = || -> Result<Stage, Error> {
             let free = device.event()?;
-            device.record(free)?;
+            device.record(&free)?;
             Ok(Stage { host: device.pinned(STAGE)?, device: device.buffer(STAGE)?, free })
         };
         Ok(Loader { device: Arc::clone(device), weights, stages: [stage()?, stage()?], turn: 0 })
@@ -319,7 +319,7 @@ impl<'a> Loader<'a> {
             let scales = &scales[first * row_scales..][..rows * row_scales];
             let stage = &mut self.stages[self.turn];
             self.turn ^= 1;
-            self.device.wait(stage.free)?;
+            self.device.wait(&stage.free)?;
             let host = stage.host.slice_mut::<u8>();
             let (to_values, to_scales) = host.split_at_mut(values.len());
             copy(to_values, values);
@@ -343,7 +343,7 @@ impl<'a> Loader<'a> {
             let name = if four_bits { "pack_fp4" } else { "pack_bf16" };
             // SAFETY: the tiles of these rows lie in `to`, the rows in the stage.
             unsafe { self.device.launch(name, [lanes.div_ceil(256) as u32, 1, 1], 256, 0, &params)? };
-            self.device.record(stage.free)?;
+            self.device.record(&stage.free)?;
         }
         Ok(factor)
     }
@@ -359,10 +359,10 @@ impl<'a> Loader<'a> {
         for (i, part) in bytes.chunks(STAGE).enumerate() {
             let stage = &mut self.stages[self.turn];
             self.turn ^= 1;
-            self.device.wait(stage.free)?;
+            self.device.wait(&stage.free)?;
             copy(&mut stage.host.slice_mut()[..part.len()], part);
             buffer.upload(offset + i * STAGE, &stage.host, part.len())?;
-            self.device.record(stage.free)?;
+            self.device.record(&stage.free)?;
         }
         Ok(())
     }

@@ -152,7 +152,7 @@ params! {
         values: Address, scales: Address, tokens: Address, positions: Address, frequencies: Address,
         residual: Address, rotary: Address,
         sequences: Address, full_starts: Address, sliding_starts: Address, table: Address, slots: Address,
-        hidden: u32, n: u32, block: u32, global_scale: f32, concentration: f32, padding: u32,
+        hidden: u32, n: u32, block: u32, global_scale: f32, concentration: f32, vocabulary: u32,
     }
     /// stream.cu
     Norm, 80 {

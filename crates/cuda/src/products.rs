@@ -41,9 +41,10 @@ const MAX_CLUSTER: usize = 4;
 /// Threads of a block of the product kernels.
 pub(crate) const PRODUCT_THREADS: u32 = 256;
 
-/// One GPU's rows of the output layer, where several have it: see product_some_sm90.cu.
+/// Of the output layer: the lane whose largest logits are found, and one GPU's rows, where several have it: see product_some_sm90.cu.
 #[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct LogitRows {
+    pub(crate) lane: usize,
     pub(crate) bests: Address,
     pub(crate) first: u32,
     pub(crate) all: u32,
@@ -75,7 +76,7 @@ impl Cuda {
             return unsafe { self.device.launch(name, grid, 32 * DENSE_WARPS, DENSE_SHARED, &params) };
         }
         if let Some(shares) = self.some(matrix, n, &epilogue) {
-            return self.product_of_some(matrix.params(), shares, input, n, epilogue, None);
+            return self.product_of_some(matrix.params(), shares, input, n, epilogue, LogitRows::default());
         }
         if self.many(n) {
             return self.product_of_many(matrix, input, n, epilogue);
@@ -128,7 +129,7 @@ impl Cuda {
         (self.device.multiprocessors() / blocks).min(most).min(matrix.padded_cols() / TILE_COLS)
     }
 
-    /// `logits`: the matrix is this GPU's part of the output layer.
+    /// `logits`: of the output layer.
     pub(crate) fn product_of_some(
         &self,
         matrix: params::Matrix,
@@ -136,7 +137,7 @@ impl Cuda {
         input: Address,
         n: usize,
         epilogue: Epilogue,
-        logits: Option<LogitRows>,
+        logits: LogitRows,
     ) -> Result<(), Error> {
         let multiprocessors = self.device.multiprocessors();
         let few = n <= GEMM_TOKENS;
@@ -154,7 +155,7 @@ impl Cuda {
             (_, _, true) => "product_some_fp4_128",
             (_, _, false) => "product_some_fp4_256",
         };
-        let logits = logits.unwrap_or(LogitRows { all: matrix.rows, ..LogitRows::default() });
+        let lane = 4 * logits.lane as u64;
         let params = Exchanged {
             matrix,
             input,
@@ -162,8 +163,8 @@ impl Cuda {
             parts: self.arena.exchanged.address(),
             arrivals: self.arena.arrivals.address(),
             best: self.arena.best.address(),
-            largest: self.arena.largest.address(),
-            told: self.arena.largest_host.address(),
+            largest: self.arena.largest.address() + lane,
+            told: self.arena.largest_host.address() + lane,
             bests: logits.bests,
             n: n as u32,
             stack: stack_rows(n) as u32,

@@ -27,6 +27,13 @@ const DRAWERS: u32 = 1024;
 const DRAW: u32 = 0;
 const DRAW_PROCESSED: u32 = 1;
 const DISTRIBUTION: u32 = 2;
+/// Biases of a token that is drawn in a lane, or its log-probabilities, at most, and bytes of a lane, each way: two jobs or records, with a pair of
+/// words or two for each of these.
+const LANE_IDS: usize = 256;
+const LANE_BYTES: usize = 8 << 10;
+const _: () = assert!(
+    2 * (size_of::<Job>() + 4 * 2 * LANE_IDS) <= LANE_BYTES && 2 * 4 * (RECORD + 2 * LANE_IDS) <= LANE_BYTES
+);
 /// No record.
 const NONE: u32 = u32::MAX;
 /// Words of a record.
@@ -41,6 +48,15 @@ pub(crate) enum Wanted<'a> {
 }
 
 pub(crate) struct Sampler {
+    tables: Tables,
+    /// Of rounds of any size.
+    exchange: Exchange,
+    /// Of steps of one token, two of which may be under way. These stay where they are.
+    lanes: [Exchange; 2],
+}
+
+/// What the kernels scribble on.
+struct Tables {
     device: Arc<Device>,
     vocabulary: usize,
     best: Buffer,
@@ -52,6 +68,10 @@ pub(crate) struct Sampler {
     largest: Buffer,
     /// f32 `[COPIES, vocabulary]`
     copies: Buffer,
+}
+
+/// A round's way to the device and back.
+struct Exchange {
     /// Jobs, then the words that they point to.
     words: Buffer,
     words_host: Pinned,
@@ -61,21 +81,21 @@ pub(crate) struct Sampler {
 
 impl Sampler {
     pub(crate) fn new(device: &Arc<Device>, vocabulary: usize) -> Result<Sampler, Error> {
-        let words = MAX_JOBS * size_of::<Job>();
+        let lane = || Exchange::new(device, LANE_BYTES, LANE_BYTES);
         Ok(Sampler {
-            device: Arc::clone(device),
-            vocabulary,
-            best: device.buffer(MAX_JOBS * SLICES * 8)?,
-            sums: device.buffer(MAX_JOBS * SLICES * 8)?,
-            bins: device.buffer(MAX_JOBS * BINS * 4)?,
-            progress: device.buffer(MAX_JOBS * 16)?,
-            candidates: device.buffer(MAX_JOBS * CAPACITY * 8)?,
-            largest: device.buffer(MAX_JOBS * 4)?,
-            copies: device.buffer(COPIES * vocabulary * 4)?,
-            words: device.buffer(words)?,
-            words_host: device.pinned(words)?,
-            out: device.buffer(MAX_JOBS * RECORD * 4)?,
-            out_host: device.pinned(MAX_JOBS * RECORD * 4)?,
+            tables: Tables {
+                device: Arc::clone(device),
+                vocabulary,
+                best: device.buffer(MAX_JOBS * SLICES * 8)?,
+                sums: device.buffer(MAX_JOBS * SLICES * 8)?,
+                bins: device.buffer(MAX_JOBS * BINS * 4)?,
+                progress: device.buffer(MAX_JOBS * 16)?,
+                candidates: device.buffer(MAX_JOBS * CAPACITY * 8)?,
+                largest: device.buffer(MAX_JOBS * 4)?,
+                copies: device.buffer(COPIES * vocabulary * 4)?,
+            },
+            exchange: Exchange::new(device, MAX_JOBS * size_of::<Job>(), MAX_JOBS * RECORD * 4)?,
+            lanes: [lane()?, lane()?],
         })
     }
 
@@ -100,20 +120,93 @@ impl Sampler {
                 count += 1;
             }
             let (now, later) = rest.split_at(count);
-            self.round(now, logits, largest, row, &mut answers)?;
+            let round = self.tables.round(now, logits, largest);
+            self.exchange.make_room(&self.tables.device, &round)?;
+            let round = self.tables.send(round, &mut self.exchange)?;
+            self.tables.device.synchronize()?;
+            answers.extend(self.tables.answers(now, &round, &self.exchange, row)?);
             rest = later;
         }
         Ok(answers)
     }
 
-    fn round(
+    /// Whether a token drawn so has room in a lane, and the one after it is drawn likewise.
+    pub(crate) fn goes_on(sampling: &Sampling) -> bool {
+        let few = |logprobs: &Logprobs| logprobs.top.max(logprobs.ids.len()) <= LANE_IDS;
+        sampling.mask.is_none()
+            && sampling.penalties.is_none()
+            && sampling.bias.len() <= LANE_IDS
+            && sampling.logprobs.as_ref().is_none_or(few)
+    }
+
+    /// Where a lane has the token that was drawn, on the device.
+    pub(crate) fn drawn(&self, lane: usize) -> Address {
+        // The first word of the first record.
+        self.lanes[lane].out.address()
+    }
+
+    /// Puts the drawing of a token from the lane's row on the stream. It [`goes_on`](Sampler::goes_on).
+    pub(crate) fn begin(
         &mut self,
-        wanted: &[Wanted<'_>],
+        lane: usize,
+        sampling: &Sampling,
         logits: &Buffer,
         largest: &Buffer,
+    ) -> Result<Round, Error> {
+        let wanted = [Wanted::Token { row: lane, sampling, kept: false }];
+        self.tables.send(self.tables.round(&wanted, logits, largest), &mut self.lanes[lane])
+    }
+
+    /// The token that such a round drew, which has been waited for.
+    pub(crate) fn end(
+        &self,
+        lane: usize,
+        sampling: &Sampling,
+        round: &Round,
         row: &mut Pinned,
-        answers: &mut Vec<Sampled>,
-    ) -> Result<(), Error> {
+    ) -> Result<Vec<Sampled>, Error> {
+        let wanted = [Wanted::Token { row: lane, sampling, kept: false }];
+        self.tables.answers(&wanted, round, &self.lanes[lane], row)
+    }
+}
+
+impl Exchange {
+    fn new(device: &Arc<Device>, words: usize, out: usize) -> Result<Exchange, Error> {
+        Ok(Exchange {
+            words: device.buffer(words)?,
+            words_host: device.pinned(words)?,
+            out: device.buffer(out)?,
+            out_host: device.pinned(out)?,
+        })
+    }
+
+    fn make_room(&mut self, device: &Arc<Device>, round: &Round) -> Result<(), Error> {
+        let words = round.word_bytes();
+        if words > self.words.bytes() {
+            self.words_host = device.pinned(words.next_power_of_two())?;
+            self.words = device.buffer(words.next_power_of_two())?;
+        }
+        let out = 4 * round.out_words;
+        if out > self.out.bytes() {
+            self.out_host = device.pinned(out.next_power_of_two())?;
+            self.out = device.buffer(out.next_power_of_two())?;
+        }
+        Ok(())
+    }
+
+    fn record(&self, job: &Job) -> Record {
+        let words = &self.out_host.slice::<u32>()[job.out as usize..][..RECORD];
+        bytemuck::pod_read_unaligned(bytemuck::cast_slice(words))
+    }
+
+    fn failed(&self, job: &Job) -> bool {
+        self.record(job).failed != 0
+    }
+}
+
+impl Tables {
+    /// Jobs for what is wanted.
+    fn round(&self, wanted: &[Wanted<'_>], logits: &Buffer, largest: &Buffer) -> Round {
         let mut round = Round::default();
         let row_bytes = (self.vocabulary * 4) as u64;
         let mut copies = 0;
@@ -146,62 +239,62 @@ impl Sampler {
                 }
             }
         }
-        self.make_room(&round)?;
-        let base = self.words.address();
-        let words = self.words_host.slice_mut::<u8>();
+        round
+    }
+
+    /// Puts a round on the stream, with its way there and back. There is room for it.
+    fn send(&self, mut round: Round, exchange: &mut Exchange) -> Result<Round, Error> {
+        let words = exchange.words_host.slice_mut::<u8>();
         let jobs_bytes = size_of_val(&round.jobs[..]);
-        round.point(base + jobs_bytes as u64);
+        round.point(exchange.words.address() + jobs_bytes as u64);
         words[..jobs_bytes].copy_from_slice(bytemuck::cast_slice(&round.jobs));
         words[jobs_bytes..][..4 * round.words.len()].copy_from_slice(bytemuck::cast_slice(&round.words));
-        self.words.upload(0, &self.words_host, jobs_bytes + 4 * round.words.len())?;
-        self.launch(&round)?;
-        self.out.download(0, &mut self.out_host, 4 * round.out_words)?;
-        self.device.synchronize()?;
+        exchange.words.upload(0, &exchange.words_host, round.word_bytes())?;
+        self.launch(&round, exchange)?;
+        exchange.out.download(0, &mut exchange.out_host, 4 * round.out_words)?;
+        Ok(round)
+    }
+
+    /// The answers of a round that is done.
+    fn answers(
+        &self,
+        wanted: &[Wanted<'_>],
+        round: &Round,
+        exchange: &Exchange,
+        row: &mut Pinned,
+    ) -> Result<Vec<Sampled>, Error> {
         let mut jobs = round.jobs.iter();
-        for wanted in wanted {
+        let answer = |wanted: &Wanted<'_>| {
             let mut job = || jobs.next().expect("there is a job for whatever is wanted");
-            answers.push(match *wanted {
+            match *wanted {
                 Wanted::Score { token, top, .. } => {
-                    Sampled { token, logprobs: Some(self.score(job(), token, top, &[], row)?) }
+                    let logprobs = Some(self.score(exchange, job(), token, top, &[], row)?);
+                    Ok(Sampled { token, logprobs })
                 }
                 Wanted::Token { sampling, .. } => {
                     let drawn = job();
-                    self.token(drawn, wanted.has_distribution().then(job), sampling, row)?
+                    self.token(exchange, drawn, wanted.has_distribution().then(job), sampling, row)
                 }
-            });
-        }
-        Ok(())
+            }
+        };
+        wanted.iter().map(answer).collect()
     }
 
-    fn make_room(&mut self, round: &Round) -> Result<(), Error> {
-        let words = size_of_val(&round.jobs[..]) + 4 * round.words.len();
-        if words > self.words.bytes() {
-            self.words_host = self.device.pinned(words.next_power_of_two())?;
-            self.words = self.device.buffer(words.next_power_of_two())?;
-        }
-        let out = 4 * round.out_words;
-        if out > self.out.bytes() {
-            self.out_host = self.device.pinned(out.next_power_of_two())?;
-            self.out = self.device.buffer(out.next_power_of_two())?;
-        }
-        Ok(())
-    }
-
-    fn launch(&self, round: &Round) -> Result<(), Error> {
+    fn launch(&self, round: &Round, exchange: &Exchange) -> Result<(), Error> {
         let params = Samples {
-            jobs: self.words.address(),
+            jobs: exchange.words.address(),
             best: self.best.address(),
             sums: self.sums.address(),
             bins: self.bins.address(),
             progress: self.progress.address(),
             candidates: self.candidates.address(),
-            out: self.out.address(),
+            out: exchange.out.address(),
             vocabulary: self.vocabulary as u32,
             padding: 0,
         };
         let jobs = round.jobs.len() as u32;
         let sliced = |name| {
-            // SAFETY: there are at most MAX_JOBS jobs; their rows, words and records lie in the buffers of this sampler and of
+            // SAFETY: there are at most MAX_JOBS jobs; their rows, words and records lie in these buffers and in those of
             // the step; the plan was checked for ids beyond the vocabulary.
             unsafe { self.device.launch(name, [SLICES as u32, jobs, 1], THREADS, 0, &params) }
         };
@@ -223,6 +316,7 @@ impl Sampler {
     /// What was drawn; what did not go on the device is done on the host.
     fn token(
         &self,
+        exchange: &Exchange,
         drawn: &Job,
         distribution: Option<&Job>,
         sampling: &Sampling,
@@ -230,24 +324,25 @@ impl Sampler {
     ) -> Result<Sampled, Error> {
         let wanted = sampling.logprobs.as_ref();
         let processed = wanted.filter(|wanted| wanted.processed);
-        let again =
-            self.failed(drawn) || (processed.is_some() && distribution.is_some_and(|d| self.failed(d)));
+        let again = exchange.failed(drawn)
+            || (processed.is_some() && distribution.is_some_and(|d| exchange.failed(d)));
         let mut sampled = if again {
             // Mask, biases and penalties are in the logits already.
             let plain = Sampling { mask: None, bias: Vec::new(), penalties: None, ..sampling.clone() };
             sample(self.logits(drawn.logits, row)?, &Sampling { logprobs: processed.cloned(), ..plain })
         } else {
-            let token = self.record(drawn).token;
+            let token = exchange.record(drawn).token;
             let of = distribution.filter(|_| processed.is_some()).unwrap_or(drawn);
-            let logprobs = processed.map(|wanted| self.logprobs(of, token, wanted.top, &wanted.ids));
+            let logprobs =
+                processed.map(|wanted| self.logprobs(exchange, of, token, wanted.top, &wanted.ids));
             Sampled { token, logprobs }
         };
         if let (Some(job), Some(wanted), None) = (distribution, wanted, processed) {
             let token = sampled.token;
-            sampled.logprobs = Some(match self.failed(drawn) {
+            sampled.logprobs = Some(match exchange.failed(drawn) {
                 // The rank that was found is another token's.
                 true => score(self.logits(job.logits, row)?, token, wanted.top, &wanted.ids),
-                false => self.score(job, token, wanted.top, &wanted.ids, row)?,
+                false => self.score(exchange, job, token, wanted.top, &wanted.ids, row)?,
             });
         }
         Ok(sampled)
@@ -255,24 +350,25 @@ impl Sampler {
 
     fn score(
         &self,
+        exchange: &Exchange,
         job: &Job,
         token: u32,
         top: usize,
         ids: &[u32],
         row: &mut Pinned,
     ) -> Result<TokenLogprobs, Error> {
-        match self.failed(job) {
+        match exchange.failed(job) {
             true => Ok(score(self.logits(job.logits, row)?, token, top, ids)),
-            false => Ok(self.logprobs(job, token, top, ids)),
+            false => Ok(self.logprobs(exchange, job, token, top, ids)),
         }
     }
 
     /// From the record of a job.
-    fn logprobs(&self, job: &Job, token: u32, top: usize, ids: &[u32]) -> TokenLogprobs {
-        let record = self.record(job);
+    fn logprobs(&self, exchange: &Exchange, job: &Job, token: u32, top: usize, ids: &[u32]) -> TokenLogprobs {
+        let record = exchange.record(job);
         let log_sum = log_sum(record.largest, record.sum);
         let logprob = |value: f32| (f64::from(value) - log_sum) as f32;
-        let list = &self.out_host.slice::<u32>()[job.out as usize + RECORD..];
+        let list = &exchange.out_host.slice::<u32>()[job.out as usize + RECORD..];
         let value = |bits: &u32| logprob(f32::from_bits(*bits));
         let top = match ids {
             [] => {
@@ -290,15 +386,6 @@ impl Sampler {
             ids => ids.iter().zip(list).map(|(&id, bits)| (id, value(bits))).collect(),
         };
         TokenLogprobs { token, logprob: logprob(record.own), rank: 1 + record.above as usize, top }
-    }
-
-    fn record(&self, job: &Job) -> Record {
-        let words = &self.out_host.slice::<u32>()[job.out as usize..][..RECORD];
-        bytemuck::pod_read_unaligned(bytemuck::cast_slice(words))
-    }
-
-    fn failed(&self, job: &Job) -> bool {
-        self.record(job).failed != 0
     }
 
     /// A row of the device.
@@ -336,7 +423,7 @@ impl Wanted<'_> {
 
 /// Jobs and the words that they point to, by offset until the words have an address.
 #[derive(Default)]
-struct Round {
+pub(crate) struct Round {
     jobs: Vec<Job>,
     words: Vec<u32>,
     out_words: usize,
@@ -402,6 +489,11 @@ impl Round {
             raw
         };
         self.push(Job { kind: DISTRIBUTION, top, token_from, ..of }, &wanted.ids);
+    }
+
+    /// Bytes of the jobs and the words behind them.
+    fn word_bytes(&self) -> usize {
+        size_of_val(&self.jobs[..]) + 4 * self.words.len()
     }
 
     /// The offset in bytes of words that begin at an even one.

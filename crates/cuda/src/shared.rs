@@ -221,13 +221,14 @@ impl Shared {
         let leader = self.ranks[0];
         let out = if epilogue.out == 0 { 0 } else { leader.logits + 4 * first as u64 };
         let rows = LogitRows {
+            lane: 0,
             bests: leader.bests,
             first: first as u32,
             all: matrix.rows,
             rank: self.rank as u32,
             ranks: count as u32,
         };
-        cuda.product_of_some(matrix.row_tiles(tiles), 1, normed, n, Epilogue { out, ..epilogue }, Some(rows))
+        cuda.product_of_some(matrix.row_tiles(tiles), 1, normed, n, Epilogue { out, ..epilogue }, rows)
     }
 
     /// Adds what the experts of all ranks found, and does `norm`.

@@ -1000,6 +1000,96 @@ fn a_step_gives_the_same_bits_whatever_came_before() {
     }
 }
 
+/// The next step of a single sequence begins before the host has seen this one's token. That must not be seen in any token, whether it was
+/// foreseen rightly or not.
+#[test]
+fn steps_that_begin_early_change_no_token() {
+    let Some(device) = device() else { return };
+    let weights = open("models/tiny-gpt-oss");
+    let (_, prompt, _) = certain_continuations().remove(0);
+    let drawn = |seed: u64| Sampling { temperature: 1.0, seed, ..Sampling::default() };
+    let logprobs = |processed| Some(Logprobs { top: 3, ids: Vec::new(), processed });
+    let ways = [
+        Sampling::default(),
+        Sampling { logprobs: logprobs(false), ..Sampling::default() },
+        drawn(1),
+        Sampling { top_p: 0.9, logprobs: logprobs(true), ..drawn(2) },
+        // A head of more tokens than are sorted on the device.
+        Sampling { temperature: 1000.0, top_p: 0.999, logprobs: logprobs(false), ..drawn(3) },
+        Sampling { bias: vec![(11, -5.0), (13, 3.0)], min_p: 0.05, ..drawn(4) },
+    ];
+    // In turn with other work, all that the sequence says; then, how often a step had begun early.
+    let say = |cuda: &mut Cuda,
+               first: u32,
+               way: &Sampling,
+               count: usize,
+               other: &mut dyn FnMut(&mut Cuda, usize)| {
+        let (mut tokens, mut position, mut said, mut early) = (prompt.clone(), 0, Vec::new(), 0);
+        let blocks = (prompt.len() + count).div_ceil(BLOCK_TOKENS) as u32;
+        let table: Arc<Vec<u32>> = Arc::new((first..first + blocks).collect());
+        for i in 0..count {
+            let mut sample = way.clone();
+            sample.position = (position + tokens.len()) as u64;
+            let plan = SequencePlan {
+                tokens: tokens.clone(),
+                position,
+                full_blocks: Arc::clone(&table),
+                sliding_blocks: Arc::clone(&table),
+                sample: vec![sample],
+                ..SequencePlan::default()
+            };
+            position += tokens.len();
+            let sampled = run(cuda, vec![plan]).remove(0).sampled.remove(0);
+            early += usize::from(cuda.is_ahead());
+            tokens = vec![sampled.token];
+            said.push(sampled);
+            other(cuda, i);
+        }
+        (said, early)
+    };
+    let blocks = 2 * (prompt.len() + 100).div_ceil(BLOCK_TOKENS) as u32;
+    let mut cuda = load(&device, &*weights);
+    cuda.allocate_kv(blocks as usize, blocks as usize).unwrap();
+    let mut eager = load_with(&device, &*weights, Options { eager: true, ..Options::default() });
+    eager.allocate_kv(blocks as usize, blocks as usize).unwrap();
+    for way in &ways {
+        let (expected, early) = say(&mut eager, 0, way, 100, &mut |_, _| {});
+        assert_eq!(early, 0);
+        let (said, early) = say(&mut cuda, 0, way, 100, &mut |_, _| {});
+        assert!(said == expected, "{way:?}");
+        assert!(early > 70, "only {early} steps began early: {way:?}");
+        // Other sequences come between, now and then.
+        let mut other = |cuda: &mut Cuda, i: usize| {
+            if i % 15 == 14 {
+                say(cuda, blocks / 2, &ways[i % 2], 1 + i % 3, &mut |_, _| {});
+            }
+        };
+        let (said, early) = say(&mut cuda, 0, way, 100, &mut other);
+        assert!(said == expected, "with others between: {way:?}");
+        assert!((10..70).contains(&early), "{early} steps began early: {way:?}");
+    }
+    // Another token than the one that was drawn.
+    let forced = |cuda: &mut Cuda| {
+        let mut text = prompt.clone();
+        let mut found = Vec::new();
+        for i in 0..60 {
+            let at = if i == 0 { 0 } else { text.len() - 1 };
+            let all = sequence(&text, 0, 0);
+            let plan = SequencePlan {
+                tokens: text[at..].to_vec(),
+                position: at,
+                sample: vec![Sampling::default()],
+                ..all
+            };
+            let token = run(cuda, vec![plan]).remove(0).sampled[0].token;
+            found.push(token);
+            text.push(if i % 12 == 11 { token ^ 1 } else { token });
+        }
+        found
+    };
+    assert_eq!(forced(&mut cuda), forced(&mut eager));
+}
+
 #[test]
 fn without_graphs_the_bits_are_the_same() {
     let Some(device) = device() else { return };
