@@ -38,7 +38,7 @@ pub struct EngineOptions {
     pub max_queued_tokens: Option<usize>,
     /// Whether requests share the computation of equal beginnings. Default true.
     pub prefix_caching: bool,
-    /// The model's own stop tokens, from `generation_config.json`. Empty (the default): Harmony's.
+    /// The model's own stop tokens, from `generation_config.json`, beside Harmony's. Default none.
     pub eos_ids: Vec<u32>,
     /// Seed of requests without one. Default 0.
     pub seed: u64,
@@ -351,9 +351,7 @@ impl Engine {
         let capacity = Capacity::plan(&options, &config, layout)?;
         backend.allocate_kv(capacity.full_blocks, capacity.sliding_blocks)?;
         let EngineOptions { mut eos_ids, max_queued_tokens, max_queued_requests, .. } = options;
-        if eos_ids.is_empty() {
-            eos_ids = harmony.stop_ids().to_vec();
-        }
+        eos_ids.extend(harmony.stop_ids());
         eos_ids.retain(|&id| (id as usize) < config.vocab_size);
 
         let limits = Limits {

@@ -12,6 +12,7 @@ use llguidance::toktrie::{InferenceCapabilities, TokEnv, TokRxInfo, TokTrie, Tok
 use llguidance::{Matcher, ParserFactory};
 use serde_json::Value;
 
+use crate::demands;
 use crate::gbnf;
 use crate::structure::{self, Structure};
 
@@ -73,6 +74,8 @@ pub struct Grammar(Arc<Compiled>);
 struct Compiled {
     /// At the beginning.
     matcher: Mutex<Matcher>,
+    /// Whether a matcher can go back from a guess.
+    goes_back: bool,
     warnings: Vec<String>,
     bytes: usize,
 }
@@ -81,6 +84,11 @@ impl Grammar {
     /// What of the form is not enforced.
     pub fn warnings(&self) -> &[String] {
         &self.0.warnings
+    }
+
+    /// Whether guesses can be looked at: what counts tokens cannot go back.
+    pub(crate) fn goes_back(&self) -> bool {
+        self.0.goes_back
     }
 
     /// A state of its own at the beginning of the grammar.
@@ -256,6 +264,7 @@ impl Grammars {
 
 fn compile(factory: &ParserFactory, grammars: Vec<GrammarWithLexer>) -> Result<Compiled, String> {
     let error = |error: &dyn std::fmt::Display| error.to_string();
+    grammars.iter().filter_map(|grammar| grammar.json_schema.as_ref()).try_for_each(demands::check)?;
     let source = GrammarInit::Serialized(TopLevelGrammar { grammars, max_tokens: None });
     let limits = factory.limits().clone();
     let (grammar, lexer) =
@@ -265,9 +274,10 @@ fn compile(factory: &ParserFactory, grammars: Vec<GrammarWithLexer>) -> Result<C
         .create_parser_from_init_default(GrammarInit::Internal(grammar, lexer))
         .map_err(|e| error(&e))?;
     let bytes = parser.parser.lexer_stats().num_bytes + symbols * BYTES_PER_SYMBOL;
+    let goes_back = parser.parser.grammar().lexer_spec().can_rollback();
     let mut matcher = Matcher::new(Ok(parser));
     let warnings = matcher.grammar_warnings().iter().map(|warning| shorten(warning)).collect();
-    Ok(Compiled { matcher: Mutex::new(matcher), warnings, bytes })
+    Ok(Compiled { matcher: Mutex::new(matcher), goes_back, warnings, bytes })
 }
 
 /// The grammar of a turn, which others of the list are part of.

@@ -7,6 +7,7 @@
 //! `masks.rs`. Where several engines serve one model, `replicas.rs` chooses one for each request.
 #![forbid(unsafe_code)]
 
+mod demands;
 mod engine;
 mod gbnf;
 mod grammar;

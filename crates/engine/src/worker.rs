@@ -354,7 +354,11 @@ impl Worker {
     /// What could be guessed for a sequence.
     fn chance(&mut self, id: SequenceId, options: &Speculation) -> Option<Chance> {
         let tokens = self.scheduler.tokens(id)?;
-        let choice = self.requests.get_mut(&id.request)?.choices[id.choice].as_mut()?;
+        let active = self.requests.get_mut(&id.request)?;
+        if active.rules.grammar.as_ref().is_some_and(|grammar| !grammar.goes_back()) {
+            return None;
+        }
+        let choice = active.choices[id.choice].as_mut()?;
         let room = self.settings.max_model_len.saturating_sub(tokens.len() + 1);
         let mut chance = choice.guesser.guess(tokens, options, options.tokens.min(room));
         chance.tokens = match choice.forced.is_empty() {

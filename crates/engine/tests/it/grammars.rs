@@ -401,6 +401,9 @@ fn hostile_forms() {
         .map(|i| (format!("d{i}"), json!({"$ref": format!("#/$defs/d{}", i + 1)})))
         .chain([("d5000".to_owned(), json!({"type": "string"}))])
         .collect();
+    let patterns =
+        |count: usize| -> Vec<Value> { (0..count).map(|i| json!({"pattern": format!(".*{i}.*")})).collect() };
+    let keys: serde_json::Map<String, Value> = (0..5000).map(|i| (format!("^a{i}x$"), json!({}))).collect();
     let rules: String = (0..9000).map(|i| format!("a{i}:a{}\n", i + 1)).collect();
     let refused: Vec<(&str, Form)> = vec![
         ("deep schema", schema(nested(64))),
@@ -409,6 +412,8 @@ fn hostile_forms() {
         ("long schema", schema(json!({"description": "x".repeat(300 << 10)}))),
         ("no object", schema(json!(true))),
         ("a product of alternatives", schema(json!({"allOf": product}))),
+        ("many patterns of one string", schema(json!({"type": "string", "allOf": patterns(30)}))),
+        ("many patterns of keys", schema(json!({"type": "object", "patternProperties": keys}))),
         ("nothing fits", schema(json!({"type": "string", "minLength": 3, "maxLength": 2}))),
         ("a reference to nowhere", schema(json!({"$ref": "#/$defs/x"}))),
         ("a reference elsewhere", schema(json!({"$ref": "http://127.0.0.1:1/x"}))),

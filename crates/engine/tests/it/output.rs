@@ -1,9 +1,11 @@
 //! From tokens to text, message fields and reasons, over scripts.
 
-use engine::{Event, Failure, FinishReason, OutputMode, Request, SamplingParams, StopReason};
+use engine::{
+    EngineOptions, Event, Failure, FinishReason, OutputMode, Request, SamplingParams, Scripted, StopReason,
+};
 use harmony::{Delta, Turn};
 
-use crate::common::{CALL, RETURN, run, says, submit, text_request, tokens, tokens_of, unlimited};
+use crate::common::{CALL, RETURN, run, says, start, submit, text_request, tokens, tokens_of, unlimited};
 
 type End = (FinishReason, Option<StopReason>);
 
@@ -296,4 +298,16 @@ fn it_makes_no_difference_when_an_answer_is_read() {
             }
         }
     }
+}
+
+/// Fine-tunes are saved with one end of a text alone in their `generation_config.json`.
+#[test]
+fn what_ends_a_turn_ends_it_whatever_the_file_says() {
+    let script = tokens("<|channel|>commentary to=functions.f<|message|>{}<|call|>{}<|return|>");
+    let options = EngineOptions { eos_ids: vec![RETURN], ..EngineOptions::default() };
+    let engine = start(Scripted::new(Scripted::gpt_oss(), vec![script.clone()]), options);
+    let output = OutputMode::Chat { tools: vec!["f".to_owned()], begun: Vec::new() };
+    let events = run(&engine, Request::new(vec![1], unlimited(), output));
+    let end = script.iter().position(|&token| token == CALL).unwrap();
+    assert_eq!(tokens_of(&events, 0), script[..=end]);
 }

@@ -138,28 +138,30 @@ proptest! {
 #[test]
 fn grammars_hold_for_guesses() {
     let grammars = engines(&[1]);
-    let grammar = |form: &str| {
-        let rules = TurnRules {
-            reasoning: true,
-            answer: Some(Form::Regex(form.to_owned())),
-            calls: Vec::new(),
-            many_calls: false,
-        };
+    let grammar = |form: Form| {
+        let rules = TurnRules { reasoning: true, answer: Some(form), calls: Vec::new(), many_calls: false };
         grammars[0].grammars().turn(&rules).unwrap()
     };
     let thought = "<|channel|>analysis<|message|> a b a b a b c a b a b<|end|><|start|>assistant";
+    let regex = |form: &str| Form::Regex(form.to_owned());
     for (form, text) in [
-        ("( a| b)*", " a b a b a b a b a b a b"),
+        (regex("( a| b)*"), " a b a b a b a b a b a b"),
         // What is guessed is not allowed for ever.
-        ("( a b){3} c( a b)*", " a b a b a b a b a b"),
-        ("( a){4}", " a a a a a a a a"),
-        ("( a){9,12}d?", " a a a a a a a a a a a a a a a"),
+        (regex("( a b){3} c( a b)*"), " a b a b a b a b a b"),
+        (regex("( a){4}"), " a a a a a a a a"),
+        (regex("( a){9,12}d?"), " a a a a a a a a a a a a a a a"),
+        // A parser of it cannot go back.
+        (
+            Form::Lark("start: (\" a\" some)*\nsome[max_tokens=3]: /[ b]+/".to_owned()),
+            " a b b a b b a b b a b b",
+        ),
     ] {
         for min_tokens in [0, 25] {
             let script = tokens(&format!("{thought}<|channel|>final<|message|>{text}<|return|>"));
             let params = SamplingParams { max_tokens: Some(50), min_tokens, ..unlimited() };
             let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
-            let request = Request { grammar: Some(grammar(form)), ..Request::new(vec![1], params, output) };
+            let request =
+                Request { grammar: Some(grammar(form.clone())), ..Request::new(vec![1], params, output) };
             check(&script, &request);
         }
     }
