@@ -744,7 +744,8 @@ struct Capacity {
 
 impl Capacity {
     /// One sequence of the longest length must fit. Of the bytes beyond that, up to half become sliding blocks: twice what
-    /// all sequences need for their windows, so that cached prefixes can keep theirs. The others become full blocks.
+    /// all sequences need for their windows, so that cached prefixes can keep theirs. The others become full blocks. Where the longest
+    /// length is to be found, it leaves them an eighth of all bytes: else a cache of less than the model's context is for few sequences.
     fn plan(options: &EngineOptions, config: &Config, layout: KvLayout) -> Result<Capacity, Error> {
         let sequences = options.max_num_seqs;
         if let Some(Speculation { tokens, lookup_min, lookup_max, .. }) = options.speculation
@@ -781,13 +782,19 @@ impl Capacity {
             full.saturating_mul(full_bytes).saturating_add(full.min(least).saturating_mul(sliding_bytes))
         };
         let most = config.max_context.div_ceil(BLOCK_TOKENS);
-        let fitting = most.min(if bytes >= cost(least) {
-            bytes.saturating_sub(least * sliding_bytes).checked_div(full_bytes).unwrap_or(most)
-        } else {
-            bytes.checked_div(full_bytes + sliding_bytes).unwrap_or(most)
-        });
-        let largest = (fitting * BLOCK_TOKENS).min(config.max_context);
-        let max_model_len = options.max_model_len.unwrap_or(largest.max(1));
+        // The longest length beside so many sliding blocks.
+        let beside = |sliding: usize| {
+            let fitting = most.min(if bytes >= cost(sliding) {
+                bytes.saturating_sub(sliding * sliding_bytes).checked_div(full_bytes).unwrap_or(most)
+            } else {
+                bytes.checked_div(full_bytes + sliding_bytes).unwrap_or(most)
+            });
+            (fitting * BLOCK_TOKENS).min(config.max_context)
+        };
+        let largest = beside(least);
+        let wanted = sequences.saturating_mul(2 * window).min(MAX_BLOCKS);
+        let eighth = (bytes / 8).checked_div(sliding_bytes).unwrap_or(wanted).min(wanted);
+        let max_model_len = options.max_model_len.unwrap_or(beside(least.max(eighth)).max(1));
         if max_model_len > largest {
             let needed = cost(max_model_len.div_ceil(BLOCK_TOKENS));
             return Err(Error::KvCache { max_model_len, needed, available: bytes, largest });
@@ -796,7 +803,6 @@ impl Capacity {
         let full_least = max_model_len.div_ceil(BLOCK_TOKENS);
         let sliding_least = least.min(full_least);
         let rest = bytes.saturating_sub(cost(full_least));
-        let wanted = sequences.saturating_mul(2 * window).min(MAX_BLOCKS);
         let sliding_more = (rest / 2).checked_div(sliding_bytes).unwrap_or(wanted).min(wanted);
         let rest = rest - sliding_more * sliding_bytes;
         let all = sequences.saturating_mul(full_least);

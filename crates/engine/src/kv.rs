@@ -171,8 +171,8 @@ impl Blocks {
     /// Starts a sequence: takes from the prefix cache what it can, at most `limit` positions, and full blocks for all of
     /// `tokens`. Beside the table comes the number of positions that need not be computed.
     ///
-    /// `None`, and nothing changes, unless `reserve` blocks of each kind stay free and one sliding block is left to
-    /// begin with.
+    /// `None`, and nothing changes, unless `reserve` blocks of each kind stay free, and beside them the sliding blocks of a window:
+    /// who begins with fewer is soon in need of those that others hold.
     pub fn open(
         &mut self,
         root: u64,
@@ -183,8 +183,9 @@ impl Blocks {
         let hit = self.longest_prefix(root, tokens, limit);
         let cached = hit.full.len();
         let fresh = tokens.len().div_ceil(BLOCK_TOKENS) - cached;
+        let sliding = (self.window.div_ceil(BLOCK_TOKENS) + 1).min(cached + fresh) - hit.window.len();
         if fresh + self.full.idle(&hit.full) + reserve > self.full.free
-            || 1 + self.sliding.idle(&hit.window) + reserve > self.sliding.free
+            || sliding.max(1) + self.sliding.idle(&hit.window) + reserve > self.sliding.free
         {
             return None;
         }

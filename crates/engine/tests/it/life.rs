@@ -125,6 +125,10 @@ fn options_that_cannot_work_are_refused() {
     let backend = Box::new(Scripted::new(Scripted::gpt_oss(), Vec::new()));
     let fits = engine::Engine::start(backend, crate::common::harmony(), small(100)).unwrap();
     assert_eq!(fits.max_model_len(), 1376);
+    // The longest length leaves room for as many windows as sequences.
+    let backend = Box::new(Scripted::new(Scripted::gpt_oss(), Vec::new()));
+    let many = engine::Engine::start(backend, crate::common::harmony(), small(2048)).unwrap();
+    assert_eq!((many.max_model_len(), many.stats().sliding_blocks), (1904 * 16, 79));
     let found = refuse(small(1));
     assert!(matches!(found, Error::KvCache { largest: 0, .. }), "{found}");
 }

@@ -314,6 +314,27 @@ fn the_youngest_gives_way_and_comes_back() {
 }
 
 #[test]
+fn nobody_begins_who_would_soon_give_way() {
+    // Of sliding blocks, four sequences hold nine of a window each, and six are left.
+    let mut scheduler = Scheduler::new(limits(16, 512), Blocks::new(2000, 42, 128));
+    for request in 0..4 {
+        add(&mut scheduler, request, &[request as u32; 300]);
+    }
+    for _ in 0..20 {
+        step(&mut scheduler);
+    }
+    let preempted = scheduler.preemptions();
+    assert_eq!(scheduler.running().len(), 4);
+    for request in 4..10 {
+        add(&mut scheduler, request, &[request as u32; 1300]);
+    }
+    for _ in 0..200 {
+        assert_eq!(step(&mut scheduler).len(), 4);
+    }
+    assert_eq!(scheduler.preemptions(), preempted);
+}
+
+#[test]
 fn a_prefix_is_found_as_long_as_its_window_is() {
     let mut scheduler = Scheduler::new(limits(4, 256), Blocks::new(16, 6, 16));
     let prompt: Vec<u32> = (0..80).collect();
