@@ -2,9 +2,10 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
-use std::time::Duration;
+use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use harmony::Harmony;
 use llguidance::api::{GrammarInit, GrammarWithLexer, ParserLimits, TopLevelGrammar};
@@ -149,9 +150,9 @@ const MAX_LARK_BYTES: usize = 64 << 10;
 const MAX_NESTING: usize = 64;
 /// Most properties and enumerated values of a schema.
 const MAX_NODES: usize = 10_000;
-/// Most grammars kept, and most memory that they hold, about.
+/// Most grammars kept, and most memory of their automata, beside which they hold up to eight times as much.
 const MAX_CACHED: usize = 1024;
-const MAX_CACHED_BYTES: usize = 256 << 20;
+const MAX_CACHED_BYTES: usize = 32 << 20;
 /// What a symbol takes in the tables of a parser, about.
 const BYTES_PER_SYMBOL: usize = 256;
 /// Longest time to compile.
@@ -183,7 +184,7 @@ impl Grammars {
     /// [`GrammarError::Answer`] if the form is not valid or beyond the limits, [`GrammarError::Busy`].
     pub fn text(&self, form: &Form) -> Result<Grammar, GrammarError> {
         check(form).map_err(GrammarError::Answer)?;
-        self.compile(of_form("text", form))
+        self.compile(of_form(&unguessed("text"), form))
     }
 
     /// A grammar of a turn.
@@ -201,8 +202,12 @@ impl Grammars {
             Err(GrammarError::Answer(message)) => message,
             done => return done,
         };
-        // Whose fault was it?
+        // Whose fault was it? Those that take long are not looked for.
+        let begin = Instant::now();
         for (index, (_, form)) in rules.calls.iter().enumerate() {
+            if begin.elapsed() > COMPILE_TIMEOUT {
+                return Err(GrammarError::Answer(error));
+            }
             if let Err(GrammarError::Answer(message)) = self.text(form) {
                 return Err(GrammarError::Call { index, message });
             }
@@ -318,7 +323,7 @@ fn turn(rules: &TurnRules) -> Vec<GrammarWithLexer> {
         let more = if rules.many_calls { "(<|end|> <|start|> \"assistant\" call)* " } else { "" };
         let _ = writeln!(text, "calls: call {more}<|call|>");
     }
-    parts.insert(0, lark("turn", text));
+    parts.insert(0, lark(&unguessed("turn"), text));
     parts
 }
 
@@ -327,10 +332,17 @@ fn part(name: &str, form: &Form, text: &mut String, parts: &mut Vec<GrammarWithL
     let _ = match form {
         Form::Text => writeln!(text, "{name}: TEXT"),
         form => {
-            parts.extend(of_form(name, form));
-            writeln!(text, "{name}: @{name}")
+            let grammar = unguessed(name);
+            parts.extend(of_form(&grammar, form));
+            writeln!(text, "{name}: @{grammar}")
         }
     };
+}
+
+/// A grammar's name that a client's own grammars cannot refer to.
+fn unguessed(name: &str) -> String {
+    static RANDOM: LazyLock<u64> = LazyLock::new(|| RandomState::new().hash_one(()));
+    format!("{name}_{:x}", *RANDOM)
 }
 
 /// The grammar of a form under this name, and those that it is made of.
@@ -372,7 +384,8 @@ fn lark_text(form: &Form) -> String {
         }
         Form::Choice(choices) => {
             let choices: Vec<String> = choices.iter().map(|choice| quote(choice)).collect();
-            format!("start: {}", choices.join(" | "))
+            // One word, however many there are.
+            format!("start: CHOICE\nCHOICE: {}", choices.join(" | "))
         }
         Form::Lark(text) => text.clone(),
         // `check` has said what is wrong with one that is not.
@@ -501,6 +514,8 @@ fn factory(harmony: &Arc<Harmony>) -> Result<Arc<ParserFactory>, String> {
     *factory.limits_mut() = ParserLimits {
         max_grammar_size: 200_000,
         max_lexer_states: 50_000,
+        // Of an object whose members all may come next: four each.
+        max_items_in_row: 4 * MAX_NODES,
         // Errors are for clients: they name the mistake and do not repeat the grammar.
         verbose_errors: false,
         ..ParserLimits::default()

@@ -112,14 +112,15 @@ impl Output {
         Some((parser, left))
     }
 
-    /// Takes the next token. `room`: the context has a place for another one. The result is set if it was the choice's last.
-    pub(crate) fn push(&mut self, token: u32, room: bool) -> Option<End> {
+    /// Takes the next token. `room`: the context has a place for another one. `over`: nothing but the end of the turn could come. The
+    /// result is set if it was the choice's last.
+    pub(crate) fn push(&mut self, token: u32, room: bool, over: bool) -> Option<End> {
         let rules = &self.rules;
-        let armed = self.may_stop();
+        let armed = self.may_stop() || over;
         self.generated += 1;
         let exhausted = !room || rules.params.max_tokens.is_some_and(|max| self.generated >= max);
         let repeated = self.repetition.as_mut().is_some_and(|repetition| repetition.push(token)) && armed;
-        let end = if armed && rules.stop_tokens.binary_search(&token).is_ok() {
+        let end = if over || (armed && rules.stop_tokens.binary_search(&token).is_ok()) {
             let [end_of_turn, ..] = rules.harmony.stop_ids();
             Some((FinishReason::Stop, (token != end_of_turn).then_some(StopReason::Token(token))))
         } else if repeated {

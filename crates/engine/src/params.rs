@@ -184,6 +184,7 @@ impl SamplingParams {
             "repetition_penalty",
             || format!("must be greater than 0 and finite, got {}.", self.repetition_penalty),
         )?;
+        valid.repetition_penalty = self.repetition_penalty.max(LEAST_PENALTY);
         require(self.logit_bias.len() <= Self::MAX_LOGIT_BIAS, "logit_bias", || {
             format!("must have at most {} entries, got {}.", Self::MAX_LOGIT_BIAS, self.logit_bias.len())
         })?;
@@ -241,6 +242,9 @@ const GREEDY_BELOW: f32 = 1e-5;
 
 /// Lower positive temperatures are raised to this: logits divided by less overflow.
 const LEAST_TEMPERATURE: f32 = 0.01;
+
+/// Likewise lower repetition penalties.
+const LEAST_PENALTY: f32 = 1e-3;
 
 fn require(holds: bool, field: &'static str, message: impl FnOnce() -> String) -> Result<(), InvalidParam> {
     if holds { Ok(()) } else { Err(InvalidParam { field, message: message() }) }

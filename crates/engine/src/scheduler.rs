@@ -243,8 +243,10 @@ impl Scheduler {
 
     /// All blocks of all sequences are given back, and nothing that was computed is trusted any more.
     pub fn start_over(&mut self) {
-        while let Some((&last, _)) = self.running.last_key_value() {
-            self.preempt(last);
+        while let Some((&last, _)) = self.running.last_key_value()
+            && let Some(waiting) = self.suspend(last)
+        {
+            self.waiting.insert(last, waiting);
         }
         self.blocks.reset_prefixes();
     }

@@ -306,7 +306,7 @@ impl Worker {
                 if shares.iter().all(|share| share.complete && share.positions.len() == 1) {
                     self.costs.measure(shares.iter().map(Share::tokens).sum(), begin.elapsed());
                 }
-                let tokens = shares.iter().map(|share| share.positions.len()).sum();
+                let tokens = shares.iter().map(Share::tokens).sum();
                 let prompts = shares.iter().any(|share| share.positions.len() > 1);
                 self.shared.stats().step(tokens, prompts, begin.elapsed());
                 // Of the plan only this is looked at again. Tables of blocks that nobody shares can grow in place.
@@ -515,7 +515,7 @@ impl Worker {
                 break;
             }
             let room = self.scheduler.push(id, token) < self.settings.max_model_len;
-            end = choice.push(token, room, &active.rules);
+            end = choice.push(token, room, is_over(&active.rules, sampling, token), &active.rules);
             taken += 1;
             if end.is_some() || share.guesses.get(taken - 1) != Some(&token) {
                 break;
@@ -641,6 +641,13 @@ impl Worker {
     }
 }
 
+/// Whether the grammar has come to its end, where this token, which ends a turn, is all that may come.
+fn is_over(rules: &Rules, sampling: &Sampling, token: u32) -> bool {
+    let ends = rules.harmony.stop_ids();
+    let only_ends = |mask: &Mask| others(mask.wait(), &ends).is_none();
+    rules.grammar.is_some() && ends.contains(&token) && sampling.mask.as_ref().is_some_and(only_ends)
+}
+
 /// However the thread ends, no request is left without an answer.
 impl Drop for Worker {
     fn drop(&mut self) {
@@ -705,11 +712,11 @@ impl Choice {
     }
 
     /// Takes a token that was drawn. The result is set if it was the last.
-    fn push(&mut self, token: u32, room: bool, rules: &Rules) -> Option<End> {
+    fn push(&mut self, token: u32, room: bool, over: bool, rules: &Rules) -> Option<End> {
         if !self.seen.is_empty() {
             *self.seen.entry(token).or_default() += 1;
         }
-        let end = self.output.push(token, room);
+        let end = self.output.push(token, room, over);
         if end.is_none() {
             self.advance(token, rules);
         }

@@ -434,6 +434,7 @@ fn hostile_forms() {
         ("special tokens", Form::Lark("start: <|return|>".to_owned())),
         ("token ids", Form::Lark("start: <[200002]>".to_owned())),
         ("a grammar within", Form::Lark("start: @nowhere".to_owned())),
+        ("the turn within", Form::Lark("start: \"a\" @turn | \"x\"".to_owned())),
         ("rules for ever", Form::Lark(format!("start: a0\n{rules}"))),
     ];
     for (what, form) in refused {
@@ -469,6 +470,38 @@ fn hostile_forms() {
                 }
             }
         }
+    }
+}
+
+/// More than the compiler allows by itself.
+#[test]
+fn large_forms_are_kept_to() {
+    let choices: Vec<String> = (0..2_500).map(|i| format!("choice {i}")).collect();
+    let members: serde_json::Map<String, Value> =
+        (0..600).map(|i| (format!("p{i}"), json!({"type": "integer"}))).collect();
+    let members = json!({"type": "object", "properties": members, "additionalProperties": false});
+    for (form, answer) in [
+        (schema(json!({"anyOf": (0..2_100).map(|i| json!({"const": [i]})).collect::<Vec<_>>()})), "[2099]"),
+        (schema(members), r#"{"p3":4,"p599":5}"#),
+        (Form::Choice(choices), "choice 77"),
+    ] {
+        let said = format!("<|channel|>final<|message|>{answer}<|return|>");
+        let (turn, reason, _) = chat(&said, &answering(form), unlimited());
+        assert_eq!((turn.content.as_deref(), reason), (Some(answer), FinishReason::Stop));
+    }
+}
+
+/// The grammar is at its end: nothing but the end of the turn may come, so that it does, once.
+#[test]
+fn where_the_grammar_ends_the_turn_ends() {
+    let said = "<|channel|>final<|message|>abc<|return|><|return|><|return|>";
+    let rules = answering(Form::Regex("abc".to_owned()));
+    for params in
+        [SamplingParams { min_tokens: 20, ..at_most(40) }, SamplingParams { ignore_eos: true, ..at_most(40) }]
+    {
+        let (turn, reason, found) = chat(said, &rules, params);
+        assert_eq!((turn.content.as_deref(), reason), (Some("abc"), FinishReason::Stop));
+        assert_eq!(found, tokens("<|channel|>final<|message|>abc<|return|>"));
     }
 }
 

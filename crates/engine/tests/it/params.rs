@@ -75,6 +75,7 @@ fn what_is_valid_is_normalized() {
         (|_| (), |_| ()),
         (|p| p.temperature = 0.005, |p| p.temperature = 0.01),
         (|p| p.temperature = 2.0, |p| p.temperature = 2.0),
+        (|p| p.repetition_penalty = 1e-38, |p| p.repetition_penalty = 1e-3),
         (
             |p| (p.temperature, p.top_p, p.top_k, p.min_p) = (1e-6, 0.5, 3, 0.5),
             |p| (p.temperature, p.top_p, p.top_k, p.min_p) = (0.0, 1.0, 0, 0.0),
