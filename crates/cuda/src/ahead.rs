@@ -1,7 +1,7 @@
 //! Steps of one token, of which the next is put on the stream before the host has seen this one's token: where a sequence goes on as
 //! foreseen, the device does not wait for the host.
 
-use gptoss::{BLOCK_TOKENS, Error, Plan, SequenceOutput, SequencePlan};
+use gptoss::{BLOCK_TOKENS, Error, Plan, Sampled, SequenceOutput, SequencePlan};
 
 use crate::backend::{Cuda, Meanwhile, run_once, told};
 use crate::batch::{Batch, Segment, is_largest};
@@ -113,12 +113,19 @@ impl Cuda {
         run_once(meanwhile);
         self.device.wait(&self.ahead.ends[lane.index])?;
         let largest = told(&self.arena, lane.index);
-        let sampled = match &round {
-            Some(round) => self.sampler.end(lane.index, sampling, round, &mut self.arena.logits_host)?,
-            None => vec![gptoss::Sampled { token: largest.unwrap_or(0), logprobs: None }],
+        let (sampled, found) = match &round {
+            Some(round) => {
+                let sampled = self.sampler.end(lane.index, sampling, round, &mut self.arena.logits_host)?;
+                (sampled, self.sampler.found(lane.index))
+            }
+            None => {
+                let token = largest.unwrap_or(0);
+                (vec![Sampled { token, logprobs: None }], token)
+            }
         };
-        if largest.is_some() {
-            next.tokens = vec![sampled[0].token];
+        // What the host had to draw is not the token that the next step has taken.
+        if largest.is_some() && sampled[0].token == found {
+            next.tokens = vec![found];
             self.ahead.next = Some(next);
         }
         Ok(Some(SequenceOutput { sampled, corrupted: largest.is_none(), ..SequenceOutput::default() }))

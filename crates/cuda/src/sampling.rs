@@ -145,6 +145,11 @@ impl Sampler {
         self.lanes[lane].out.address()
     }
 
+    /// That token, which has been waited for.
+    pub(crate) fn found(&self, lane: usize) -> u32 {
+        self.lanes[lane].out_host.slice()[0]
+    }
+
     /// Puts the drawing of a token from the lane's row on the stream. It [`goes_on`](Sampler::goes_on).
     pub(crate) fn begin(
         &mut self,

@@ -1005,8 +1005,16 @@ fn a_step_gives_the_same_bits_whatever_came_before() {
 #[test]
 fn steps_that_begin_early_change_no_token() {
     let Some(device) = device() else { return };
-    let weights = open("models/tiny-gpt-oss");
     let (_, prompt, _) = certain_continuations().remove(0);
+    check_early(&device, &*open("models/tiny-gpt-oss"), &prompt, true);
+    // Here a head of more tokens than are sorted on the device is drawn from by the host, whose token no step has foreseen.
+    let mut config = Config { experts: 4, vocab_size: 16_384, ..Config::gpt_oss_20b() };
+    config.layer_kinds.truncate(2);
+    check_early(&device, &Synthetic::new(config, experts_in_nvfp4, 1), &tokens(20), false);
+}
+
+/// `all_early`: no token is drawn by the host.
+fn check_early(device: &Arc<Device>, weights: &dyn Weights, prompt: &[u32], all_early: bool) {
     let drawn = |seed: u64| Sampling { temperature: 1.0, seed, ..Sampling::default() };
     let logprobs = |processed| Some(Logprobs { top: 3, ids: Vec::new(), processed });
     let ways = [
@@ -1014,7 +1022,6 @@ fn steps_that_begin_early_change_no_token() {
         Sampling { logprobs: logprobs(false), ..Sampling::default() },
         drawn(1),
         Sampling { top_p: 0.9, logprobs: logprobs(true), ..drawn(2) },
-        // A head of more tokens than are sorted on the device.
         Sampling { temperature: 1000.0, top_p: 0.999, logprobs: logprobs(false), ..drawn(3) },
         Sampling { bias: vec![(11, -5.0), (13, 3.0)], min_p: 0.05, ..drawn(4) },
     ];
@@ -1024,7 +1031,7 @@ fn steps_that_begin_early_change_no_token() {
                way: &Sampling,
                count: usize,
                other: &mut dyn FnMut(&mut Cuda, usize)| {
-        let (mut tokens, mut position, mut said, mut early) = (prompt.clone(), 0, Vec::new(), 0);
+        let (mut tokens, mut position, mut said, mut early) = (prompt.to_vec(), 0, Vec::new(), 0);
         let blocks = (prompt.len() + count).div_ceil(BLOCK_TOKENS) as u32;
         let table: Arc<Vec<u32>> = Arc::new((first..first + blocks).collect());
         for i in 0..count {
@@ -1048,16 +1055,16 @@ fn steps_that_begin_early_change_no_token() {
         (said, early)
     };
     let blocks = 2 * (prompt.len() + 100).div_ceil(BLOCK_TOKENS) as u32;
-    let mut cuda = load(&device, &*weights);
+    let mut cuda = load(device, weights);
     cuda.allocate_kv(blocks as usize, blocks as usize).unwrap();
-    let mut eager = load_with(&device, &*weights, Options { eager: true, ..Options::default() });
+    let mut eager = load_with(device, weights, Options { eager: true, ..Options::default() });
     eager.allocate_kv(blocks as usize, blocks as usize).unwrap();
     for way in &ways {
         let (expected, early) = say(&mut eager, 0, way, 100, &mut |_, _| {});
         assert_eq!(early, 0);
         let (said, early) = say(&mut cuda, 0, way, 100, &mut |_, _| {});
         assert!(said == expected, "{way:?}");
-        assert!(early > 70, "only {early} steps began early: {way:?}");
+        assert!(!all_early || early > 70, "only {early} steps began early: {way:?}");
         // Other sequences come between, now and then.
         let mut other = |cuda: &mut Cuda, i: usize| {
             if i % 15 == 14 {
@@ -1066,11 +1073,11 @@ fn steps_that_begin_early_change_no_token() {
         };
         let (said, early) = say(&mut cuda, 0, way, 100, &mut other);
         assert!(said == expected, "with others between: {way:?}");
-        assert!((10..70).contains(&early), "{early} steps began early: {way:?}");
+        assert!(early < 70, "{early} steps began early: {way:?}");
     }
     // Another token than the one that was drawn.
     let forced = |cuda: &mut Cuda| {
-        let mut text = prompt.clone();
+        let mut text = prompt.to_vec();
         let mut found = Vec::new();
         for i in 0..60 {
             let at = if i == 0 { 0 } else { text.len() - 1 };
