@@ -3,6 +3,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use checkpoint::hub::is_hub_name;
 use clap::{ArgAction, ArgMatches, Command, CommandFactory};
 
 use crate::args::Cli;
@@ -45,16 +46,48 @@ pub(crate) fn arguments(args: impl Iterator<Item = OsString>) -> Result<Vec<OsSt
     let args: Vec<OsString> = args.collect();
     let is_serve = serve(&args).is_some();
     let args = with_long_names(args, is_serve);
-    match serve(&args).and_then(|mut serve| serve.remove_one::<PathBuf>("config")) {
-        Some(path) => with_file(args, &path),
-        None => Ok(args),
-    }
+    let args = match serve(&args).and_then(|mut serve| serve.remove_one::<PathBuf>("config")) {
+        Some(path) => with_file(args, &path)?,
+        None => args,
+    };
+    model_is_no_value(&args)?;
+    Ok(args)
 }
 
 /// What the parser makes of a command line of `serve`, as far as it understands it; `None` of any other.
 fn serve(args: &[OsString]) -> Option<ArgMatches> {
     let mut matches = command().ignore_errors(true).try_get_matches_from(args).ok()?;
     matches.remove_subcommand().filter(|(name, _)| name == "serve").map(|(_, serve)| serve)
+}
+
+/// Refuses a command line of `serve` without a model, where a flag that takes several values has one for its last value: the
+/// built-in model would be served in its place.
+fn model_is_no_value(args: &[OsString]) -> Result<()> {
+    let Some(matches) = serve(args) else { return Ok(()) };
+    let scripted = matches.get_one::<String>("engine").is_some_and(|engine| engine != "auto");
+    if scripted || matches.contains_id("model") || matches.contains_id("model_flag") {
+        return Ok(());
+    }
+    let command = command();
+    let serve = command.find_subcommand("serve").expect("serve is a command");
+    let several = serve.get_arguments().filter(|arg| arg.get_num_args().is_some_and(|n| n.max_values() > 1));
+    for (id, name) in several.filter_map(|arg| Some((arg.get_id().as_str(), arg.get_long()?))) {
+        for mut values in matches.get_raw_occurrences(id).into_iter().flatten() {
+            // Many a name is that of a model on the hub, but who gives one alone means it.
+            let may_be_on_hub = id != "served_model_name" || values.len() > 1;
+            let Some(last) = values.next_back().filter(|last| args.iter().any(|arg| arg == last)) else {
+                continue;
+            };
+            let is_folder = Path::new(last).join("config.json").is_file();
+            if is_folder || may_be_on_hub && last.to_str().is_some_and(is_hub_name) {
+                return Err(Failure::input(format!(
+                    "--{name}: expected MODEL before this flag, or as --model, found it as the flag's last value"
+                ))
+                .hint(format!("--{name}=VALUE takes one value and leaves the next word alone")));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// `--snake_case` flags in `--kebab-case`, and those of `serve` that are several letters in full.

@@ -37,6 +37,9 @@ pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
     let name = args.model.clone().or_else(|| args.model_flag.clone());
     let all: Vec<usize> = (0..args.data_parallel_size.into()).collect();
     let source = Source::open(&args, common, name.as_deref(), &all, ui)?;
+    if name.is_none() && matches!(source, Source::Model(..)) {
+        tracing::warn!("no MODEL was given: the small built-in one is served, which is for trying things out");
+    }
     let root = name.unwrap_or_else(|| source.name().to_owned());
     let options = options(&args, common, &source, root)?;
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -404,7 +407,7 @@ async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Commo
         server::Error::Tls(message) => Failure::input(message),
         error => Failure::machine(error.to_string()),
     })?;
-    let (url, port) = (server.url(), server.local_addr().map(|address| address.port()));
+    let (url, port) = (server.url().to_owned(), server.local_addr().map(|address| address.port()));
     // Nobody need read it.
     let _ = if ui.json { ui.document(&json!({"url": url})) } else { out!("{url}") };
     let handle = server.handle();
@@ -427,7 +430,8 @@ async fn serve(options: Options, source: Source, args: Arc<Serve>, common: Commo
         }
     };
     for engine in &engines {
-        tracing::info!("ready: {}, context {}", engine.device(), engine.max_model_len());
+        let (device, context) = (engine.device(), engine.max_model_len());
+        tracing::info!("ready: {} at {url}, {device}, context {context}", options.root);
     }
     let context = engines.first().map(Engine::max_model_len);
     handle.ready(engines);

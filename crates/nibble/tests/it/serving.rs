@@ -350,6 +350,34 @@ fn flags_of_others_are_listed_or_refused() {
     }
 }
 
+#[test]
+fn a_flag_of_several_values_takes_no_model() {
+    let small = crate::small();
+    let refused = |args: &[&str], flag: &str| {
+        let all = [&["serve", "--port", "0"], args].concat();
+        let stderr = fails(&all, 2, "found it as the flag's last value").stderr;
+        assert!(stderr.starts_with(&format!("error: {flag}: expected MODEL")), "{stderr}");
+        assert!(!stderr.contains("secret"), "{stderr}");
+    };
+    refused(&["--served-model-name", "gpt-oss-20b", &small], "--served-model-name");
+    refused(&["--served-model-name", &small], "--served-model-name");
+    refused(&["--served-model-name", "a", "openai/gpt-oss-20b"], "--served-model-name");
+    refused(&["--api-key", "secret", &small], "--api-key");
+    refused(&["--admin_api_key", "secret", "openai/gpt-oss-20b"], "--admin-api-key");
+    refused(&["--cudagraph-capture-sizes", "1", "2", &small], "--cudagraph-capture-sizes");
+    // Where the model is, or where the value is clearly the flag's, nothing is refused.
+    let folder = tempfile::tempdir().unwrap();
+    let names = ["--served-model-name", "a", "b/c"];
+    let server = Scripted::run(folder, &[&["--device", "cpu", &small], &names[..]].concat());
+    let ready = format!("ready: {small} at http://{}, CPU", server.address);
+    while !server.log().contains(&ready) {}
+    assert!(!server.log().contains("no MODEL was given"), "{}", server.log());
+    let folder = tempfile::tempdir().unwrap();
+    let names = ["--served-model-name", "b/c", "--api-key=x/y"];
+    let server = Scripted::run(folder, &[&["--device", "cpu"], &names[..]].concat());
+    assert!(server.log().contains("WARN nibble::commands::serve: no MODEL was given"), "{}", server.log());
+}
+
 /// Tokens of some requests without a seed, one after the other.
 fn drawn(server: &Scripted) -> Vec<Value> {
     let ask = |prompt: &str| {
