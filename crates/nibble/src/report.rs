@@ -20,7 +20,7 @@ use crate::model::{Model, is_on_hub, threads};
 use crate::modelopt::flag;
 use crate::ui::{Ui, out, quoted};
 
-/// What is to be told of the source's files, which may have been replaced when the report is made.
+/// What is to be told of the source's files.
 pub(crate) struct SourceFacts {
     layout: &'static str,
     license: Option<String>,

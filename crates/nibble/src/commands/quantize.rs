@@ -2,7 +2,7 @@
 
 use std::hash::{Hash, Hasher};
 use std::ops::ControlFlow;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -23,6 +23,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     let args = &args;
     check(args)?;
     let model = Model::open(Some(&args.source), ui)?;
+    keeps_inputs(args, model.checkpoint.directory())?;
     let source_bytes = model.checkpoint.tensor_bytes();
     let parameters = model.checkpoint.parameters();
     let names = Names::of(&model.checkpoint);
@@ -185,17 +186,20 @@ fn check(args: &Quantize) -> Result<()> {
     checkpoint::may_write(&args.out, args.overwrite).map_err(|error| match error {
         checkpoint::Error::Exists { .. } => Failure::from(error).hint("--overwrite replaces it"),
         error => error.into(),
-    })?;
-    let inside = |path: &Path| match (path.canonicalize(), args.out.canonicalize()) {
-        (Ok(path), Ok(out)) => path != out && path.starts_with(out),
-        _ => false,
-    };
-    let mut inputs = args.calibration.iter().map(PathBuf::as_path).chain([Path::new(&args.source)]);
-    match inputs.find(|path| inside(path)) {
+    })
+}
+
+/// Refuses to replace a folder with an input in it, were it a link that leads there: the input would be gone.
+fn keeps_inputs(args: &Quantize, source: &Path) -> Result<()> {
+    let Ok(out) = args.out.canonicalize() else { return Ok(()) };
+    let leads = |path: &Path| path.canonicalize().is_ok_and(|path| path.starts_with(&out));
+    let files = std::fs::read_dir(source).into_iter().flatten().flatten().map(|entry| entry.path());
+    let mut inputs = [source.to_owned()].into_iter().chain(files).chain(args.calibration.iter().cloned());
+    match inputs.find(|path| leads(path)) {
         Some(path) => Err(Failure::input(format!(
-            "{}: expected no input inside {}, which is to be replaced, found one",
-            path.display(),
-            args.out.display()
+            "--out {}: expected a folder without the source and calibration files, since it is to be replaced, found {} there",
+            args.out.display(),
+            path.display()
         ))),
         None => Ok(()),
     }

@@ -135,11 +135,22 @@ fn an_output_that_exists_is_kept() {
     // What is read must not be deleted with it.
     let (inner, text) = (format!("{checkpoint}/inner"), format!("{checkpoint}/data.txt"));
     copy_model(&small(), Path::new(&inner));
-    fails(&["quantize", &inner, "--out", &checkpoint, "--overwrite"], 2, "expected no input inside");
+    let refused = format!("--out {checkpoint}: expected a folder without the source");
+    fails(&["quantize", &inner, "--out", &checkpoint, "--overwrite"], 2, &refused);
     std::fs::write(&text, "A text of somebody.").unwrap();
     let calibrated = ["quantize", &bf16(), "--out", &checkpoint, "--overwrite", "--calibration", &text];
-    fails(&calibrated, 2, "data.txt: expected no input inside");
+    fails(&calibrated, 2, "data.txt there");
     assert!(Path::new(&inner).exists() && Path::new(&text).exists());
+    // The source itself, by its name, by a link to it, and by links to its files.
+    let linked = format!("{out}/linked");
+    std::fs::create_dir(&linked).unwrap();
+    for file in ["config.json", "model.safetensors"] {
+        std::os::unix::fs::symlink(format!("{checkpoint}/{file}"), format!("{linked}/{file}")).unwrap();
+    }
+    for source in [&checkpoint, &link, &linked] {
+        fails(&["quantize", source, "--out", &checkpoint, "--overwrite"], 2, &refused);
+    }
+    assert!(Path::new(&text).exists());
     fails(&["quantize", &small(), "--out", ".."], 2, "expected the name of a folder");
 }
 

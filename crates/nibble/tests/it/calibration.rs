@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::process::Stdio;
 
-use crate::{bf16, copy_model, fails, nibble, ok, run, small};
+use crate::{bf16, fails, nibble, ok, run, small};
 
 fn write(folder: &Path, name: &str, text: &str) -> String {
     let path = folder.join(name);
@@ -146,20 +146,6 @@ fn a_single_token_is_enough_to_say_what_happened() {
     let done = ok(&["quantize", &bf16(), "--out", &out, "--algorithm", "gptq", "--calibration-tokens", "1"]);
     assert!(done.stdout.contains("too few tokens for expert"), "{}", done.stdout);
     assert!(done.stdout.contains("(0 tokens)") && done.stdout.contains("mse instead"), "{}", done.stdout);
-}
-
-#[test]
-fn a_model_that_is_replaced_is_still_what_the_report_compares_with() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
-    let model = path("model");
-    copy_model(&bf16(), Path::new(&model));
-    let few = write(folder.path(), "few.jsonl", "[1, 2, 3, 4]\n[5, 6, 7, 8]\n");
-    let flags = ["--overwrite", "--algorithm", "max", "--calibration", &few, "--calibration-tokens", "4"];
-    ok(&[&["quantize", &model, "--out", &model, "--report", &path("report")], &flags[..]].concat());
-    let report = std::fs::read_to_string(folder.path().join("report/report.json")).unwrap();
-    let report: serde_json::Value = serde_json::from_str(&report).unwrap();
-    assert!(report["quality"][0]["kl_mean"].as_f64().unwrap() > 0.0, "{}", report["quality"]);
 }
 
 #[test]
