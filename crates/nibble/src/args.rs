@@ -504,10 +504,10 @@ pub(crate) struct Serve {
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Network")]
 pub(crate) struct Network {
-    /// Address to listen on
+    /// Address to listen on. The variable counts if it is one of this machine
     #[arg(long, default_value = "127.0.0.1", env = "VLLM_HOST_IP")]
     pub(crate) host: String,
-    /// Port to listen on; 0 takes a free one and prints it
+    /// Port to listen on; 0 takes a free one and prints it. The variable counts if it is no URI, as Kubernetes sets
     #[arg(long, default_value_t = 8000, env = "VLLM_PORT", overrides_with = "port")]
     pub(crate) port: u16,
     /// A socket in the file system to listen on instead
@@ -590,6 +590,9 @@ pub(crate) struct AccessFlags {
     pub(crate) isolate_prefix_cache_per_key: bool,
 }
 
+/// The largest `--max-n`.
+pub(crate) const MOST_ANSWERS: u64 = 128;
+
 /// What answers look like.
 #[derive(Debug, Args)]
 #[command(next_help_heading = "Answers")]
@@ -613,7 +616,7 @@ pub(crate) struct Answers {
     #[arg(long)]
     pub(crate) unsafe_unbounded_logprobs: bool,
     /// Most answers that a request may ask for
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u8).range(1..=128), env = "VLLM_MAX_N_SEQUENCES")]
+    #[arg(long, value_name = "N", default_value_t = MOST_ANSWERS as u8, value_parser = clap::value_parser!(u8).range(1..=MOST_ANSWERS as i64), env = "VLLM_MAX_N_SEQUENCES")]
     pub(crate) max_n: u8,
     /// Tokens per part of a stream
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..))]

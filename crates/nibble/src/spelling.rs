@@ -1,12 +1,15 @@
 //! Command lines as users of other programs write them, and flags from a file, turned into what `args.rs` defines.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
+use std::net::{IpAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 
 use checkpoint::hub::is_hub_name;
+use clap::builder::Resettable;
+use clap::error::ErrorKind;
 use clap::{ArgAction, ArgMatches, Command, CommandFactory};
 
-use crate::args::Cli;
+use crate::args::{Cli, MOST_ANSWERS};
 use crate::failure::{Failure, Result};
 
 /// vLLM's short flags of more than one letter.
@@ -20,9 +23,47 @@ const SHORT: [(&str, &str); 7] = [
     ("-r", "--node-rank"),
 ];
 
-/// The command line's definition: with a `--no-NAME` for each switch of `serve` that has none.
+/// Why a variable that is set does not count, if that is so: an empty one is as good as none, and some of vLLM's are for its own
+/// traffic, or have larger values.
+fn left_out(variable: &str, value: &OsStr) -> Option<&'static str> {
+    let text = value.to_str().unwrap_or_default();
+    match variable {
+        _ if value.is_empty() => Some("it is empty"),
+        "VLLM_PORT" if text.contains("://") => {
+            Some("expected a port, found what Kubernetes says of a service with the name vllm")
+        }
+        "VLLM_HOST_IP"
+            if !text.parse::<IpAddr>().is_ok_and(|address| UdpSocket::bind((address, 0)).is_ok()) =>
+        {
+            Some("expected an address of this machine, found none")
+        }
+        "VLLM_MAX_N_SEQUENCES" if text.parse().is_ok_and(|most: u64| most > MOST_ANSWERS) => {
+            Some("--max-n is as large as it can be")
+        }
+        _ => None,
+    }
+}
+
+/// The variables that were set for something else, with why they do not count.
+pub(crate) fn ignored_variables() -> Vec<String> {
+    let found = ["VLLM_HOST_IP", "VLLM_PORT", "VLLM_MAX_N_SEQUENCES"].map(|name| {
+        let value = std::env::var_os(name).filter(|value| !value.is_empty())?;
+        Some(format!("{name} ({})", left_out(name, &value)?))
+    });
+    found.into_iter().flatten().collect()
+}
+
+/// The command line's definition: without variables that do not count, and with a `--no-NAME` for each switch of `serve` that
+/// has none.
 pub(crate) fn command() -> Command {
     Cli::command().mut_subcommand("serve", |serve| {
+        let serve = serve.mut_args(|arg| {
+            let set = arg.get_env().and_then(|name| Some((name.to_str()?, std::env::var_os(name)?)));
+            match set.is_some_and(|(name, value)| left_out(name, &value).is_some()) {
+                true => arg.env(Resettable::Reset),
+                false => arg,
+            }
+        });
         let known = |name: &str| serve.get_arguments().any(|arg| arg.get_long() == Some(name));
         let switches: Vec<(String, String)> = serve
             .get_arguments()
@@ -50,8 +91,44 @@ pub(crate) fn arguments(args: impl Iterator<Item = OsString>) -> Result<Vec<OsSt
         Some(path) => with_file(args, &path)?,
         None => args,
     };
-    model_is_no_value(&args)?;
+    if serve(&args).is_some() {
+        model_is_no_value(&args)?;
+        check_variables(&args)?;
+    }
     Ok(args)
+}
+
+/// Refuses a variable that is no value of its flag, by its own name: nobody has typed the flag.
+fn check_variables(args: &[OsString]) -> Result<()> {
+    let command = command();
+    let serve = command.find_subcommand("serve").expect("serve is a command");
+    for arg in serve.get_arguments() {
+        let (Some(flag), Some(variable)) = (arg.get_long(), arg.get_env()) else { continue };
+        let Some(value) = std::env::var_os(variable) else { continue };
+        let flag = format!("--{flag}");
+        let given = |word: &OsString| word.to_str().is_some_and(|word| word.split('=').next() == Some(&flag));
+        if args.iter().any(given) {
+            continue;
+        }
+        let mut word = OsString::from(format!("{flag}="));
+        word.push(value);
+        if let Some(wrong) = wrong(&[word]) {
+            return Err(Failure::input(format!("{}: {wrong}", variable.to_string_lossy())));
+        }
+    }
+    Ok(())
+}
+
+/// Why flags of `serve` cannot be used, whatever others there are: the parser's first line.
+fn wrong(flags: &[OsString]) -> Option<String> {
+    let bare = |serve: Command| serve.mut_args(|arg| arg.env(Resettable::Reset));
+    let words = ["nibble", "serve"].map(OsString::from).into_iter().chain(flags.iter().cloned());
+    let error = command().mut_subcommand("serve", bare).try_get_matches_from(words).err()?;
+    if matches!(error.kind(), ErrorKind::MissingRequiredArgument | ErrorKind::ArgumentConflict) {
+        return None;
+    }
+    let text = error.to_string();
+    Some(text.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned())
 }
 
 /// What the parser makes of a command line of `serve`, as far as it understands it; `None` of any other.

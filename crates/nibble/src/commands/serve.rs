@@ -17,16 +17,16 @@ use tracing_subscriber::EnvFilter;
 use crate::args::{AccessFlags, Answers, Common, Guessing, Limits, Logs, Network, Serve};
 use crate::engine::{Places, scripted, start_all};
 use crate::failure::{Failure, Result};
-use crate::interrupt;
 use crate::model::{BUILT_IN, Model};
 use crate::modelopt::flag;
 use crate::replicas::places;
 use crate::ui::{Ui, out, tell};
+use crate::{interrupt, spelling};
 
 pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
     interrupt::survive_broken_pipe();
     log(&args.logs);
-    let ignored = args.foreign.ignored()?;
+    let ignored = [args.foreign.ignored()?, spelling::ignored_variables()].concat();
     if !ignored.is_empty() {
         tracing::info!("ignored for compatibility: {}", ignored.join("; "));
     }

@@ -2,7 +2,7 @@
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::process::{Child, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -31,9 +31,12 @@ impl Scripted {
 
     /// Any server.
     fn run(folder: tempfile::TempDir, args: &[&str]) -> Scripted {
+        Scripted::spawn(folder, nibble(&[&["serve", "--port", "0"], args].concat()))
+    }
+
+    fn spawn(folder: tempfile::TempDir, mut command: Command) -> Scripted {
         let log = std::fs::File::create(folder.path().join("log")).unwrap();
-        let all = [&["serve", "--port", "0"], args].concat();
-        let mut child = nibble(&all).stdout(Stdio::piped()).stderr(log).spawn().unwrap();
+        let mut child = command.stdout(Stdio::piped()).stderr(log).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let address = line.trim().trim_start_matches("http://").to_owned();
@@ -556,6 +559,52 @@ fn a_file_of_flags_and_the_environment() {
     let status =
         |key: &str| server.request("GET", "/v1/models", &format!("Authorization: Bearer {key}\r\n"), b"").0;
     assert_eq!((status("one"), status("two"), status("three")), (200, 200, 401));
+}
+
+#[test]
+fn variables_that_say_nothing_to_this_server_do_not_count() {
+    let serve = |variables: &[(&str, &str)]| {
+        let folder = tempfile::tempdir().unwrap();
+        let mut command = nibble(&["serve", "--port", "0"]);
+        command.args(["--device", "cpu"]).envs(variables.iter().copied());
+        Scripted::spawn(folder, command)
+    };
+    // 192.0.2.1 is in a range that no machine has.
+    let others = [
+        ("VLLM_HOST_IP", "192.0.2.1"),
+        ("VLLM_PORT", "tcp://10.0.0.1:8000"),
+        ("VLLM_MAX_N_SEQUENCES", "16384"),
+        ("VLLM_LOGGING_LEVEL", "INFO"),
+    ];
+    let server = serve(&others);
+    let log = server.log();
+    let line = log.lines().find(|line| line.contains("ignored for compatibility")).unwrap();
+    for (variable, _) in &others[..3] {
+        assert!(line.contains(&format!("{variable} (")), "{line}");
+    }
+    assert!(server.address.starts_with("127.0.0.1:"), "{}", server.address);
+    let empty = [
+        "VLLM_HOST_IP",
+        "VLLM_PORT",
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE",
+        "VLLM_HTTP_MAX_REQUEST_BODY_SIZE",
+        "VLLM_LOGGING_LEVEL",
+        "VLLM_API_KEY",
+        "VLLM_MAX_N_SEQUENCES",
+        "VLLM_ENGINE_READY_TIMEOUT_S",
+        "VLLM_SYSTEM_START_DATE",
+    ]
+    .map(|name| (name, ""));
+    let server = serve(&empty);
+    assert!(!server.log().contains("ignored for compatibility"), "{}", server.log());
+    assert_eq!(server.request("GET", "/v1/models", "", b"").0, 200);
+    assert_eq!(serve(&[("VLLM_HOST_IP", "127.0.0.2")]).address.split(':').next(), Some("127.0.0.2"));
+    for (variable, value) in [("VLLM_PORT", "http"), ("VLLM_LOGGING_LEVEL", "LOUD")] {
+        let output = nibble(&["serve"]).env(variable, value).output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert_eq!(output.status.code(), Some(2), "{stderr}");
+        assert!(stderr.starts_with(&format!("error: {variable}: invalid value '{value}'")), "{stderr}");
+    }
 }
 
 #[test]
