@@ -202,6 +202,7 @@ fn with_file(args: Vec<OsString>, path: &Path) -> Result<Vec<OsString>> {
 
     let command = command();
     let serve = command.find_subcommand("serve").expect("serve is a command");
+    let known = |name: &str| serve.get_arguments().any(|arg| arg.get_long() == Some(name));
     let mut added = Vec::new();
     for (key, value) in &flags {
         let key = key.as_str().ok_or_else(|| fail(format!("expected a flag's name, found {key:?}")))?;
@@ -210,32 +211,54 @@ fn with_file(args: Vec<OsString>, path: &Path) -> Result<Vec<OsString>> {
             arg.get_long() == Some(&name)
                 || arg.get_all_aliases().is_some_and(|all| all.contains(&name.as_str()))
         });
+        let switch = arg.is_some_and(|arg| matches!(arg.get_action(), ArgAction::SetTrue));
+        let same = |word: &str| match switch {
+            // The command line may have the switch the other way round.
+            true => word.trim_start_matches("no-") == name.trim_start_matches("no-"),
+            false => word == name,
+        };
         let given = |word: &str| {
             let word = word.split('=').next().unwrap_or_default();
             let short = arg.and_then(|arg| arg.get_short());
-            word == format!("--{name}") || short.is_some_and(|short| word == format!("-{short}"))
+            word.strip_prefix("--").is_some_and(same)
+                || short.is_some_and(|short| word == format!("-{short}"))
         };
         if words.iter().copied().any(given) {
             continue;
         }
-        let switch = arg.is_some_and(|arg| matches!(arg.get_action(), ArgAction::SetTrue));
-        added.extend(
-            flag(&name, value, switch).map_err(|found| {
+        let flags = match truth(value).filter(|_| switch) {
+            Some(true) => vec![format!("--{name}").into()],
+            Some(false) if known(&format!("no-{name}")) => vec![format!("--no-{name}").into()],
+            Some(false) => Vec::new(),
+            None => flag(&name, value).map_err(|found| {
                 fail(format!("{key}: expected a value or a list of values, found {found}"))
             })?,
-        );
+        };
+        if let Some(wrong) = wrong(&flags) {
+            return Err(fail(format!("{key}: {wrong}")));
+        }
+        added.extend(flags);
     }
     let mut all = args;
     all.extend(added);
     Ok(all)
 }
 
+/// Whether a switch is on, also in the words of YAML 1.1, which vLLM reads.
+fn truth(value: &serde_yaml_ng::Value) -> Option<bool> {
+    match value {
+        serde_yaml_ng::Value::Bool(on) => Some(*on),
+        serde_yaml_ng::Value::String(text) => match text.to_ascii_lowercase().as_str() {
+            "true" | "yes" | "on" => Some(true),
+            "false" | "no" | "off" => Some(false),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
 /// A flag as it is typed; the error is what was found instead of a value.
-fn flag(
-    name: &str,
-    value: &serde_yaml_ng::Value,
-    switch: bool,
-) -> std::result::Result<Vec<OsString>, &'static str> {
+fn flag(name: &str, value: &serde_yaml_ng::Value) -> std::result::Result<Vec<OsString>, &'static str> {
     use serde_yaml_ng::Value;
     let typed = |value: &str| OsString::from(format!("--{name}={value}"));
     let one = |value: &Value| match value {
@@ -247,8 +270,6 @@ fn flag(
         Value::Null | Value::Tagged(_) => Err("nothing"),
     };
     match value {
-        Value::Bool(true) if switch => Ok(vec![format!("--{name}").into()]),
-        Value::Bool(false) if switch => Ok(Vec::new()),
         Value::Null => Ok(Vec::new()),
         // Lists that are JSON on the command line.
         Value::Sequence(_) if name.starts_with("allowed-") => {
@@ -299,22 +320,27 @@ mod tests {
         std::fs::write(
             &path,
             "model: some/model\nport: 1\nhost: 0.0.0.0\napi_key: [a, b]\nallowed-origins: ['*']\n\
-             enable-log-requests: true\ndev-mode: false\noverride-generation-config: {temperature: 0.5}\n",
+             enable-log-requests: true\nenable_prefix_caching: false\ndev-mode: no\nprofile: on\n\
+             disable-log-stats: true\noverride-generation-config: {temperature: 0.5}\n",
         )
         .unwrap();
         let path = path.to_str().unwrap();
-        let args = ["nibble", "serve", "--port", "2", "--config", path, "--host=::1"].map(OsString::from);
-        let found = arguments(args.into_iter()).unwrap();
+        let typed =
+            ["nibble", "serve", "--port", "2", "--config", path, "--host=::1", "--no-disable-log-stats"];
+        let found = arguments(typed.iter().map(OsString::from)).unwrap();
         let found: Vec<&str> = found.iter().map(|arg| arg.to_str().unwrap()).collect();
-        assert_eq!(found[..7], ["nibble", "serve", "--port", "2", "--config", path, "--host=::1"]);
+        assert_eq!(found[..8], typed);
         assert_eq!(
-            found[7..],
+            found[8..],
             [
                 "--model=some/model",
                 "--api-key=a",
                 "--api-key=b",
                 "--allowed-origins=[\"*\"]",
                 "--enable-log-requests",
+                "--no-enable-prefix-caching",
+                "--no-dev-mode",
+                "--profile",
                 "--override-generation-config={\"temperature\":0.5}"
             ]
         );
@@ -333,7 +359,18 @@ mod tests {
         assert!(
             error(&["nibble", "--threads", "1", "serve", "--config", "/nowhere.yaml"]).contains("nowhere")
         );
-        std::fs::write(path, "- a\n").unwrap();
-        assert!(error(&["nibble", "serve", "--config", path]).contains("YAML map"));
+        for (text, found) in [
+            ("- a\n", ": expected a YAML map of flags"),
+            ("bogus: 1\n", ": bogus: unexpected argument '--bogus'"),
+            (
+                "port: 2\nmax_num_seqs: many\n",
+                ": max_num_seqs: invalid value 'many' for '--max-num-seqs <N>'",
+            ),
+            ("dev-mode: maybe\n", ": dev-mode: unexpected value 'maybe' for '--dev-mode'"),
+        ] {
+            std::fs::write(path, text).unwrap();
+            let error = error(&["nibble", "serve", "--config", path]);
+            assert!(error.starts_with(&format!("--config: {path}{found}")), "{error}");
+        }
     }
 }

@@ -38,7 +38,9 @@ pub(crate) fn run(args: Serve, common: &Common, ui: Ui) -> Result<()> {
     let all: Vec<usize> = (0..args.data_parallel_size.into()).collect();
     let source = Source::open(&args, common, name.as_deref(), &all, ui)?;
     if name.is_none() && matches!(source, Source::Model(..)) {
-        tracing::warn!("no MODEL was given: the small built-in one is served, which is for trying things out");
+        tracing::warn!(
+            "no MODEL was given: the small built-in one is served, which is for trying things out"
+        );
     }
     let root = name.unwrap_or_else(|| source.name().to_owned());
     let options = options(&args, common, &source, root)?;
