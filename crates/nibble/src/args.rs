@@ -350,7 +350,7 @@ pub(crate) struct Sampling {
 #[derive(Debug, Clone, Args)]
 pub(crate) struct Capacity {
     /// Context limit in tokens [default: what the model has and memory holds]
-    #[arg(long, value_name = "N|auto", value_parser = context)]
+    #[arg(long, value_name = "N|auto", allow_negative_numbers = true, value_parser = context)]
     pub(crate) max_model_len: Option<Context>,
     /// Sequences that run at a time [default: 64 on a CPU, 256 on a GPU]
     #[arg(long, value_name = "N", value_parser = count)]

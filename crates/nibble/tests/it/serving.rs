@@ -297,6 +297,8 @@ fn flags_of_others_are_listed_or_refused() {
         "--swap-space",
         "4",
         "--no-enable-chunked-prefill",
+        "--max-model-len",
+        "-1",
     ]);
     let log = server.log();
     let line = log.lines().find(|line| line.contains("ignored for compatibility")).unwrap();
