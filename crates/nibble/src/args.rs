@@ -640,7 +640,7 @@ pub(crate) struct Answers {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) responses_store: usize,
     /// Date in the system message, as YYYY-MM-DD [default: today, UTC]
-    #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE")]
+    #[arg(long, value_name = "DATE", env = "VLLM_SYSTEM_START_DATE", value_parser = date)]
     pub(crate) system_date: Option<String>,
     /// No date in the system message, whatever --system-date says, so that cached prefixes outlive midnight
     #[arg(long)]
@@ -1112,6 +1112,28 @@ fn root_path(text: &str) -> Result<String, String> {
     }
 }
 
+/// A day that there is.
+fn date(text: &str) -> Result<String, String> {
+    let number = |part: &str, digits| {
+        let plain = part.len() == digits && part.bytes().all(|b| b.is_ascii_digit());
+        part.parse::<u32>().ok().filter(|_| plain)
+    };
+    let days = |year: u32, month: u32| match month {
+        2 if year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400)) => 29,
+        2 => 28,
+        4 | 6 | 9 | 11 => 30,
+        1..=12 => 31,
+        _ => 0,
+    };
+    if let [year, month, day] = text.split('-').collect::<Vec<_>>()[..]
+        && let (Some(year), Some(month), Some(day)) = (number(year, 4), number(month, 2), number(day, 2))
+        && (1..=days(year, month)).contains(&day)
+    {
+        return Ok(text.to_owned());
+    }
+    Err("expected a day as YYYY-MM-DD".to_owned())
+}
+
 /// A list that is one value on the command line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Strings(pub(crate) Vec<String>);
@@ -1184,12 +1206,32 @@ mod tests {
     }
 
     #[test]
-    fn counts_have_suffixes() {
+    fn values_are_what_they_should_be() {
         for (text, value) in [("32k", 32_000), ("32K", 32_768), ("1.5k", 1500), ("7", 7), ("2G", 2 << 30)] {
             assert_eq!(count(text), Ok(value), "{text}");
         }
         for text in ["", "k", "-1", "1.5", "3x", "nan", "1e400"] {
             assert!(count(text).is_err(), "{text}");
+        }
+        for text in ["2026-11-28", "2024-02-29", "2000-02-29", "0001-12-31"] {
+            assert_eq!(date(text).as_deref(), Ok(text));
+        }
+        for text in [
+            "",
+            "x",
+            "2026-13-45",
+            "2026-00-10",
+            "2026-04-31",
+            "2026-02-29",
+            "1900-02-29",
+            "2026-1-1",
+            "2026-01-01 ",
+            "2026/01/01",
+            "+026-01-01",
+            "２０２6-1",
+            "2026-01-0١",
+        ] {
+            assert!(date(text).is_err(), "{text}");
         }
         assert_eq!(context("auto"), Ok(Context::Auto));
         assert_eq!(context("-1"), Ok(Context::Auto));

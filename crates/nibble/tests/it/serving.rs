@@ -345,6 +345,7 @@ fn flags_of_others_are_listed_or_refused() {
         (vec!["--revision", "v1"], "--revision v1: expected a hub name"),
         (vec![&small, "--revision", "v1"], "--revision v1: expected a hub name"),
         (vec!["--gpu-memory-utilization", "1.5"], "at most 1"),
+        (vec!["--system-date", "2026-13-45"], "expected a day as YYYY-MM-DD"),
         (vec!["--fingerprint-mode", "custom"], "--fingerprint-value"),
         (vec!["--max-model-len", "1M"], "--max-model-len"),
         (vec!["--host", "300.0.0.1"], ""),
