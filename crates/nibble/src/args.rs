@@ -449,7 +449,7 @@ Examples:
   nibble serve MODEL --host 0.0.0.0 --api-key \"$KEY\" --ssl-certfile cert.pem --ssl-keyfile key.pem
   nibble serve --config FILE.yaml                          any of these flags, without the dashes
 
-vLLM's other flags are accepted where they change nothing here; a line at the start lists them.")]
+vLLM's other flags are accepted where they are known to change nothing here; a line at the start lists them.")]
 pub(crate) struct Serve {
     /// The model [default: the small built-in one]
     #[arg(value_name = "MODEL")]

@@ -299,6 +299,12 @@ fn flags_of_others_are_listed_or_refused() {
         "--no-enable-chunked-prefill",
         "--max-model-len",
         "-1",
+        "--async-scheduling",
+        "--limit-mm-per-prompt",
+        "{\"image\": 0}",
+        "--attention-backend=FLASH_ATTN",
+        "--dtype",
+        "half",
     ]);
     let log = server.log();
     let line = log.lines().find(|line| line.contains("ignored for compatibility")).unwrap();
@@ -310,6 +316,10 @@ fn flags_of_others_are_listed_or_refused() {
         "--cudagraph-capture-sizes",
         "--swap-space",
         "--no-enable-chunked-prefill",
+        "--async-scheduling",
+        "--limit-mm-per-prompt",
+        "--attention-backend",
+        "--dtype",
     ] {
         assert!(line.contains(flag), "{flag}: {line}");
     }
@@ -320,6 +330,8 @@ fn flags_of_others_are_listed_or_refused() {
         (vec!["--distributed-executor-backend", "ray"], "Ray"),
         (vec!["--pipeline-parallel-size", "2"], "--pipeline-parallel-size"),
         (vec!["--enable-lora"], "adapters"),
+        (vec!["--ssl-ciphers", "x"], "--ssl-ciphers: the server has safe ciphers only"),
+        (vec!["--runner", "pooling"], "--runner: expected auto or generate, since the model generates text"),
         (vec!["-dp", "0"], "--data-parallel-size"),
         (
             vec!["-dp", "3", "--device", "cpu", "--threads", "2"],
