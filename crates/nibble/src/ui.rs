@@ -121,7 +121,14 @@ pub(crate) fn tell(text: impl std::fmt::Display) {
 
 /// Whether colours and weights may be used on standard output.
 pub(crate) fn styled() -> bool {
-    std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none()
+    let plain =
+        std::env::var_os("NO_COLOR").is_some() || std::env::var_os("TERM").is_some_and(|t| t == "dumb");
+    std::io::stdout().is_terminal() && !plain
+}
+
+/// What stands before a part of an answer where nothing else tells it from the others.
+pub(crate) fn label(part: &str) -> String {
+    if styled() { String::new() } else { format!("{part:<9} ") }
 }
 
 pub(crate) fn bold(text: &str) -> String {

@@ -12,7 +12,7 @@ use crate::engine::{sampling, start};
 use crate::failure::{Failure, Result, Status};
 use crate::interrupt;
 use crate::model::Model;
-use crate::ui::{Ui, bold, dim, out, print};
+use crate::ui::{Ui, bold, dim, label, out, print};
 
 pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
     let model = Model::open(args.model.as_deref(), ui)?;
@@ -50,9 +50,17 @@ pub(crate) fn run(args: &Chat, common: &Common, ui: Ui) -> Result<()> {
                 running.engine.max_model_len()
             ));
         }
+        let mut begun = false;
         let turn = interrupt::gracefully(|| {
             answer(&running.engine, &prompt, &params, &mut |delta| {
-                if ui.json { Ok(()) } else { show(delta) }
+                if ui.json {
+                    return Ok(());
+                }
+                if let Some(part) = part(delta).filter(|_| !begun) {
+                    print(format_args!("{}", label(part)))?;
+                }
+                begun = part(delta).is_some();
+                show(delta)
             })
         })?;
         if ui.json {
@@ -111,6 +119,16 @@ pub(crate) fn answer(
             handle.cancel();
             return Err(Failure::new(Status::Interrupted, "interrupted"));
         }
+    }
+}
+
+/// What a piece is of, for people; `None` at the end of a message.
+pub(crate) fn part(delta: &Delta) -> Option<&'static str> {
+    match delta {
+        Delta::Reasoning(_) => Some("reasoning"),
+        Delta::Content(_) => Some("answer"),
+        Delta::CallStart { .. } | Delta::CallArguments { .. } => Some("calls"),
+        Delta::End => None,
     }
 }
 

@@ -14,7 +14,7 @@ use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
 use serde_json::{Value, json};
 
 use crate::args::Common;
-use crate::commands::chat::{answer, show};
+use crate::commands::chat::{answer, part, show};
 use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::loaded::{Loaded, backend};
@@ -217,14 +217,10 @@ fn ask(model: Loaded, ui: Ui) -> Result<Vec<Value>> {
             if ui.json {
                 return Ok(());
             }
-            let (name, label) = match delta {
-                Delta::Reasoning(_) => ("reasoning", "reasoning"),
-                Delta::Content(_) => ("content", "answer   "),
-                Delta::CallStart { .. } | Delta::CallArguments { .. } => ("call", "calls    "),
-                Delta::End => return Ok(()),
-            };
+            let Some(name) = part(delta) else { return Ok(()) };
             if name != field {
-                print(format_args!("{}   {} ", if field.is_empty() { "" } else { "\n" }, bold(label)))?;
+                let label = bold(&format!("{name:<9}"));
+                print(format_args!("{}   {label} ", if field.is_empty() { "" } else { "\n" }))?;
                 field = name;
             }
             match delta {

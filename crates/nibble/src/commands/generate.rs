@@ -12,7 +12,7 @@ use crate::commands::lines::{for_each_line, json_line, name};
 use crate::engine::{sampling, start};
 use crate::failure::{Failure, Result};
 use crate::model::Model;
-use crate::ui::{Ui, bold, dim, out};
+use crate::ui::{Ui, bold, dim, label, out};
 
 /// A line of `--prompts`.
 enum Line {
@@ -170,13 +170,13 @@ fn print(input: &Input, choice: &CompletionOutput) -> Result<()> {
         Input::Raw(Prompt::Tokens(_)) => out!("{}", choice.text)?,
         Input::Chat(_) => {
             if let Some(reasoning) = &choice.reasoning {
-                out!("{}", dim(reasoning))?;
+                out!("{}{}", label("reasoning"), dim(reasoning))?;
             }
             for call in &choice.tool_calls {
-                out!("{} {}", bold(&call.name), call.arguments)?;
+                out!("{}{} {}", label("calls"), bold(&call.name), call.arguments)?;
             }
             if let Some(content) = &choice.content {
-                out!("{content}")?;
+                out!("{}{content}", label("answer"))?;
             }
         }
     }
