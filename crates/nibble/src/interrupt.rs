@@ -1,15 +1,20 @@
 //! Signals. Ctrl-C, and SIGTERM alike: commands with something to leave in order ask for it; all others end at once. A closed pipe ends those that
 //! print, and none that serves.
 
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::failure::{Failure, Result, Status};
+use crate::ui::tell;
 
 /// What an interrupt does: it ends the process, is noted, or has been noted.
 static STATE: AtomicU8 = AtomicU8::new(AT_ONCE);
 const AT_ONCE: u8 = 0;
 const GRACEFUL: u8 = 1;
 const INTERRUPTED: u8 = 2;
+
+/// What people are told at an interrupt that is noted.
+static NOTE: OnceLock<&str> = OnceLock::new();
 
 /// Watches for SIGINT and SIGTERM on a thread of its own. A second one always ends the process.
 pub(crate) fn watch() {
@@ -19,6 +24,9 @@ pub(crate) fn watch() {
             while signalled().await.is_ok() {
                 if !change(GRACEFUL, INTERRUPTED) {
                     std::process::exit(130);
+                }
+                if let Some(note) = NOTE.get() {
+                    tell(note);
                 }
             }
         });
@@ -50,7 +58,13 @@ pub(crate) fn handle_gracefully() {
     change(AT_ONCE, GRACEFUL);
 }
 
-/// The same while `work` runs. After an interrupt that is the result, whatever `work` returned.
+/// As [`handle_gracefully`], for work that may take long to notice: people are told so.
+pub(crate) fn handle_with_note(note: &'static str) {
+    let _ = NOTE.set(note);
+    handle_gracefully();
+}
+
+/// As [`handle_gracefully`] while `work` runs. After an interrupt that is the result, whatever `work` returned.
 pub(crate) fn gracefully<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     handle_gracefully();
     let result = work();

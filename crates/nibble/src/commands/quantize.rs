@@ -88,7 +88,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         return Err(failure.hint("--allow-loss casts all the same; --scales-per expert may lose less"));
     }
 
-    interrupt::handle_gracefully();
+    interrupt::handle_with_note("interrupted: this layer is finished first; a second time stops at once");
     let calibrates = view.needs_calibration();
     let windows = if calibrates { data.windows() } else { Vec::new() };
     target.fingerprint = fingerprint(&view, args, &windows);

@@ -283,6 +283,10 @@ fn an_interrupted_calibration_is_continued_by_the_same_command() {
     let stopped = child.wait_with_output().unwrap();
     let stderr = String::from_utf8_lossy(&stopped.stderr);
     assert_eq!(stopped.status.code(), Some(130), "{stderr}");
+    assert!(
+        stderr.contains("interrupted: this layer is finished first; a second time stops at once"),
+        "{stderr}"
+    );
     assert!(stderr.contains("the same command continues"), "{stderr}");
     assert!(!Path::new(&halved).exists() && first.exists());
     let other = fails(&[&args[..], &["--seed", "1"]].concat(), 2, "halved.calibration: expected");
