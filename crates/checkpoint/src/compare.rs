@@ -11,12 +11,14 @@ use crate::{Config, Error, Matrix, MatrixId, Values, VectorId, Weights, matrices
 /// What two models have in common.
 #[derive(Debug, Clone, PartialEq, serde::Serialize)]
 pub struct Comparison {
-    /// Whether nothing differs, is missing or unknown.
+    /// Whether nothing is different, missing or unknown.
     pub identical: bool,
     /// Logical tensors that both have.
     pub tensors: usize,
     /// Those whose values differ (by more than the tolerance, if one was given).
     pub different: Vec<Difference>,
+    /// Those whose values differ, but by no more than the tolerance.
+    pub within_tolerance: Vec<Difference>,
     /// Tensors of the first model that the second does not have.
     pub missing: Vec<String>,
     /// Tensors of the second model that the first does not have.
@@ -50,11 +52,13 @@ pub struct Difference {
 pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Result<Comparison, Error> {
     let (ours, theirs) = (Names::of(a.config()), Names::of(b.config()));
     let mut tensors = 0;
-    let mut different = Vec::new();
+    let (mut different, mut within_tolerance) = (Vec::new(), Vec::new());
     let mut note = |name: String, difference: Totals| {
         tensors += 1;
         if difference.exceeds(tolerance) {
             different.push(difference.report(name));
+        } else if difference.differing > 0 {
+            within_tolerance.push(difference.report(name));
         }
     };
     for &id in ours.matrices.intersection(&theirs.matrices) {
@@ -88,7 +92,7 @@ pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Resu
     };
     let (missing, unknown) = (only(&ours, &theirs), only(&theirs, &ours));
     let identical = different.is_empty() && missing.is_empty() && unknown.is_empty();
-    Ok(Comparison { identical, tensors, different, missing, unknown })
+    Ok(Comparison { identical, tensors, different, within_tolerance, missing, unknown })
 }
 
 struct Names {

@@ -90,7 +90,9 @@ fn differences_are_measured_and_located() {
 
     // Root mean square of the difference 1 / sqrt(96 · 144) against 0.018 of the weights: a relative 0.47.
     assert!(!compare(&zeroed, &moved, Some(0.3)).unwrap().identical);
-    assert!(compare(&zeroed, &moved, Some(0.7)).unwrap().identical);
+    let comparison = compare(&zeroed, &moved, Some(0.7)).unwrap();
+    assert!(comparison.identical);
+    assert_eq!((comparison.within_tolerance[0].elements, comparison.within_tolerance.len()), (1, 1));
 }
 
 #[test]

@@ -16,7 +16,8 @@ pub(crate) fn run(args: &Verify, ui: Ui) -> Result<()> {
     if ui.json {
         ui.document(&comparison)?;
     } else {
-        for tensor in &comparison.different {
+        let close = comparison.within_tolerance.iter().map(|tensor| (tensor, ", within the tolerance"));
+        for (tensor, verdict) in comparison.different.iter().map(|tensor| (tensor, "")).chain(close) {
             // Infinite without a number where there should be one, too.
             if tensor.max_abs.is_infinite() {
                 out!(
@@ -27,7 +28,7 @@ pub(crate) fn run(args: &Verify, ui: Ui) -> Result<()> {
                 continue;
             }
             out!(
-                "{}: {} values differ, by at most {:.3e} (mean squared {:.3e})",
+                "{}: {} values differ, by at most {:.3e} (mean squared {:.3e}){verdict}",
                 tensor.name,
                 tensor.elements,
                 tensor.max_abs,
@@ -39,8 +40,10 @@ pub(crate) fn run(args: &Verify, ui: Ui) -> Result<()> {
                 out!("{name}: only in {only}")?;
             }
         }
-        let count = comparison.tensors;
-        if comparison.identical {
+        let (count, close) = (comparison.tensors, comparison.within_tolerance.len());
+        if comparison.identical && close > 0 {
+            out!("within the tolerance: {close} of {count} tensors; the others are identical")?;
+        } else if comparison.identical {
             out!("{}: {count} tensors", green("identical"))?;
         } else {
             out!("different: {} of {count} tensors", comparison.different.len())?;
