@@ -49,6 +49,11 @@ pub(crate) fn run(args: &Tokens, ui: Ui) -> Result<()> {
                 });
             }
             let ids = ids.iter().map(|id| parse_id(id)).collect::<Result<Vec<_>>>()?;
+            if let Some(id) = ids.iter().find(|&&id| tokenizer.token_bytes(id).is_none()) {
+                return Err(Failure::input(format!(
+                    "expected ids of tokens, found {id}, which no token has"
+                )));
+            }
             ui.document(&decode(&ids))?;
             Ok(())
         }

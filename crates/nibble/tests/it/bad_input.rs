@@ -63,6 +63,7 @@ fn wrong_usage_is_refused_by_name() {
         (vec!["bench", &small, "-p", "131073"], "expected depth and tokens of at most 131072 in all"),
         (vec!["bench", "serve", "nonsense"], "URL: expected where the server is"),
         (vec!["tokens", "decode", "x"], "\"x\""),
+        (vec!["tokens", "decode", "24912", "999999"], "found 999999, which no token has"),
         (vec!["tokens", "encode", "no-such-file"], "no-such-file"),
         (vec!["harmony", "render", "no-such-file"], "no-such-file"),
         (vec!["serve", "--max-modle-len", "3"], "--max-model-len"),
