@@ -161,8 +161,9 @@ impl Hub {
         let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
         let home = var("HF_HOME").map(PathBuf::from).unwrap_or_else(|| {
             let cache = var("XDG_CACHE_HOME").map(PathBuf::from);
+            // Without HOME, as services have it, that of the user's entry in the system.
             cache
-                .unwrap_or_else(|| PathBuf::from(var("HOME").unwrap_or_default()).join(".cache"))
+                .unwrap_or_else(|| std::env::home_dir().unwrap_or_default().join(".cache"))
                 .join("huggingface")
         });
         let stored = || fs::read_to_string(home.join("token")).ok();

@@ -73,6 +73,14 @@ fn wrong_usage_is_refused_by_name() {
 }
 
 #[test]
+fn without_a_home_the_hubs_cache_is_the_users_still() {
+    let mut command = nibble(&["inspect", "owner/name"]);
+    let output = command.env_remove("HOME").env_remove("XDG_CACHE_HOME").output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert!(stderr.contains("not in the cache /"), "{stderr}");
+}
+
+#[test]
 fn a_context_that_does_not_fit_is_no_hint() {
     let cache = ["generate", "-p", "x", "--kv-cache-memory-bytes", "1"];
     assert!(!fails(&cache, 3, "key/value cache").stderr.contains("hint:"));
