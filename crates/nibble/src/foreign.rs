@@ -105,7 +105,11 @@ const FLAGS: &[(&str, Takes, Fate)] = &[
         Only(&["mp", "uni"], "the engine is a thread of this process; Ray is not needed"),
     ),
     ("swap-space", Value, Ignored("sequences start over from the prefix cache instead")),
-    ("block-size", Value, Only(&["16"], "blocks have 16 tokens")),
+    (
+        "block-size",
+        Value,
+        Only(&["16", "32", "64"], "blocks have 16 tokens, and share what larger ones would"),
+    ),
     ("num-gpu-blocks-override", Value, Refused("--kv-cache-memory-bytes says how large the cache is")),
     ("kv-sharing-fast-prefill", Nothing, Ignored("no two layers share keys and values")),
     ("disable-hybrid-kv-cache-manager", Nothing, Ignored("there is one manager of the cache")),

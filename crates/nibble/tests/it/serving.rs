@@ -305,6 +305,8 @@ fn flags_of_others_are_listed_or_refused() {
         "--attention-backend=FLASH_ATTN",
         "--dtype",
         "half",
+        "--block-size",
+        "64",
     ]);
     let log = server.log();
     let line = log.lines().find(|line| line.contains("ignored for compatibility")).unwrap();
