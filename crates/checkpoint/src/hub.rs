@@ -233,30 +233,27 @@ impl Hub {
         let url = format!("{}/api/models/{name}/revision/{revision}?blobs=true", self.endpoint);
         let mut failures = 0;
         loop {
-            let result = self.get(&url, 0).and_then(|answer| {
-                let status = answer.status().as_u16();
-                check_status(status, name, revision, &url)?;
-                let mut body = Vec::new();
-                answer
-                    .into_body()
-                    .into_reader()
-                    .take(LISTING_LIMIT)
-                    .read_to_end(&mut body)
-                    .map_err(|e| network(&url, e))?;
-                Ok(body)
-            });
-            match result {
+            match self.listing(name, revision, &url) {
                 Ok(body) => {
                     return serde_json::from_slice(&body)
                         .map_err(|e| Error::Answer { name: name.to_owned(), message: e.to_string() });
                 }
-                Err(Error::Network { .. }) if failures < ATTEMPTS => {
+                Err(Failed { error: Error::Network { .. }, wait }) if failures < ATTEMPTS => {
                     failures += 1;
-                    std::thread::sleep(pause(failures));
+                    std::thread::sleep(wait.max(pause(failures)));
                 }
-                Err(error) => return Err(error),
+                Err(failed) => return Err(failed.error),
             }
         }
+    }
+
+    fn listing(&self, name: &str, revision: &str, url: &str) -> Result<Vec<u8>, Failed> {
+        let answer = self.get(url, 0)?;
+        check_status(&answer, name, revision, url)?;
+        let mut body = Vec::new();
+        let mut reader = answer.into_body().into_reader().take(LISTING_LIMIT);
+        reader.read_to_end(&mut body).map_err(|e| network(url, e))?;
+        Ok(body)
     }
 
     /// Fetches one file to `blobs/<digest>`.
@@ -291,15 +288,18 @@ impl Hub {
             let before = out.metadata().map_err(io(&incomplete))?.len();
             let result = self.transfer(name, commit, &url, file, &mut out, &incomplete, report);
             let after = out.metadata().map_err(io(&incomplete))?.len();
-            match result {
+            let Failed { error, wait } = match result {
                 Ok(()) if after >= file.size => break,
-                Ok(()) | Err(Error::Network { .. }) if after > before => failures = 0,
-                Ok(()) | Err(Error::Network { .. }) if failures < ATTEMPTS => {
+                Ok(()) => network(&url, "the connection breaks off again and again").into(),
+                Err(failed) => failed,
+            };
+            match error {
+                Error::Network { .. } if after > before => failures = 0,
+                Error::Network { .. } if failures < ATTEMPTS => {
                     failures += 1;
-                    std::thread::sleep(pause(failures));
+                    std::thread::sleep(wait.max(pause(failures)));
                 }
-                Ok(()) => return Err(network(&url, "the connection breaks off again and again")),
-                Err(error) => return Err(error),
+                error => return Err(error),
             }
         }
         check(file, &mut out, &incomplete).inspect_err(|_| {
@@ -322,14 +322,14 @@ impl Hub {
         out: &mut File,
         path: &Path,
         report: &mut dyn FnMut(u64),
-    ) -> Result<(), Error> {
+    ) -> Result<(), Failed> {
         let mut done = out.metadata().map_err(io(path))?.len();
         if done >= file.size {
             return Ok(());
         }
         let answer = self.get(url, done)?;
         let status = answer.status().as_u16();
-        check_status(status, name, commit, url)?;
+        check_status(&answer, name, commit, url)?;
         let range = answer.headers().get("content-range").and_then(|v| v.to_str().ok()).unwrap_or_default();
         if done > 0 && !(status == 206 && range.starts_with(&format!("bytes {done}-"))) {
             // The server sends it from the beginning, whatever was asked for.
@@ -351,7 +351,7 @@ impl Hub {
     }
 
     /// A GET that follows redirects; the token goes to the endpoint's own host only.
-    fn get(&self, url: &str, from: u64) -> Result<ureq::http::Response<ureq::Body>, Error> {
+    fn get(&self, url: &str, from: u64) -> Result<Answer, Error> {
         let config = ureq::Agent::config_builder()
             .timeout_connect(Some(Duration::from_secs(20)))
             .timeout_recv_response(Some(Duration::from_secs(60)))
@@ -372,10 +372,6 @@ impl Hub {
                 request = request.header("Range", format!("bytes={from}-"));
             }
             let answer = request.call().map_err(|e| network(url, e))?;
-            if answer.status().as_u16() == 429 {
-                let wait = answer.headers().get("retry-after").and_then(|v| v.to_str().ok());
-                std::thread::sleep(asked_for(wait.unwrap_or_default()));
-            }
             if !answer.status().is_redirection() {
                 return Ok(answer);
             }
@@ -388,6 +384,21 @@ impl Hub {
             };
         }
         Err(network(url, format!("more than {REDIRECTS} redirects")))
+    }
+}
+
+type Answer = ureq::http::Response<ureq::Body>;
+
+/// Why an attempt failed.
+struct Failed {
+    error: Error,
+    /// How long the hub asks to wait before the next one.
+    wait: Duration,
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Failed {
+        Failed { error, wait: Duration::ZERO }
     }
 }
 
@@ -585,12 +596,17 @@ fn temporary(path: &Path) -> PathBuf {
     path.with_file_name(name)
 }
 
-fn check_status(status: u16, name: &str, revision: &str, url: &str) -> Result<(), Error> {
+fn check_status(answer: &Answer, name: &str, revision: &str, url: &str) -> Result<(), Failed> {
+    let status = answer.status().as_u16();
     match status {
         200 | 206 => Ok(()),
-        401 | 403 => Err(Error::Refused { name: name.to_owned(), status }),
-        404 => Err(Error::NotFound { name: name.to_owned(), revision: revision.to_owned() }),
-        other => Err(network(url, format!("status {other}"))),
+        401 | 403 => Err(Error::Refused { name: name.to_owned(), status }.into()),
+        404 => Err(Error::NotFound { name: name.to_owned(), revision: revision.to_owned() }.into()),
+        429 => {
+            let wait = answer.headers().get("retry-after").and_then(|v| v.to_str().ok());
+            Err(Failed { error: network(url, "status 429"), wait: asked_for(wait.unwrap_or_default()) })
+        }
+        other => Err(network(url, format!("status {other}")).into()),
     }
 }
 
@@ -628,5 +644,9 @@ mod tests {
         for (header, seconds) in [("7", 7), (" 60 ", 60), ("3600", 60), ("", 0), ("-1", 0), ("soon", 0)] {
             assert_eq!(asked_for(header), Duration::from_secs(seconds), "{header}");
         }
+        let answer = ureq::http::Response::builder().status(429).header("retry-after", "7");
+        let answer = answer.body(ureq::Body::builder().data("")).unwrap();
+        let failed = check_status(&answer, "owner/name", "main", "http://hub/").unwrap_err();
+        assert!(matches!(failed.error, Error::Network { .. }) && failed.wait == Duration::from_secs(7));
     }
 }
