@@ -73,7 +73,7 @@ pub(crate) fn write(
     let (quality, algorithms) = measure(run, max.as_ref(), ui)?;
     let report = Report {
         run: evaluate::report::Run {
-            model: args.source.clone(),
+            model: public(&args.source),
             source_layout: run.facts.layout.to_owned(),
             source_license: run.facts.license.clone(),
             base_model: run.facts.base_model.clone(),
@@ -299,6 +299,20 @@ fn front_matter(card: &str, key: &str) -> Option<String> {
 
 /// The command as typed, with the program's bare name.
 fn command_line() -> String {
-    let typed = std::env::args_os().skip(1).map(|word| quoted(&word.to_string_lossy()));
+    let typed = std::env::args_os().skip(1).map(|word| {
+        let word = word.to_string_lossy();
+        quoted(&match word.split_once('=').filter(|_| word.starts_with("--")) {
+            Some((flag, value)) => format!("{flag}={}", public(value)),
+            None => public(&word),
+        })
+    });
     std::iter::once("nibble".to_owned()).chain(typed).collect::<Vec<_>>().join(" ")
+}
+
+/// A word of the command for a page that others may read: of a path on this machine the last component.
+fn public(word: &str) -> String {
+    match Path::new(word).file_name() {
+        Some(name) if !is_on_hub(word) => name.to_string_lossy().into_owned(),
+        _ => word.to_owned(),
+    }
 }

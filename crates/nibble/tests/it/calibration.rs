@@ -136,7 +136,15 @@ fn w4a4_with_an_fp8_cache_and_a_report() {
     assert_eq!(scales, 4 * (6 * 2 + 2) * 4);
     let page = std::fs::read_to_string(folder.path().join("report/index.html")).unwrap();
     assert!(page.contains("<svg") && page.contains("book.txt"));
-    assert!(std::fs::read_to_string(folder.path().join("report/README.md")).unwrap().contains("`book.txt`"));
+    let card = std::fs::read_to_string(folder.path().join("report/README.md")).unwrap();
+    assert!(card.contains("`book.txt`"));
+    // Pages that others may read know no path of this machine.
+    let command = report["run"]["command"].as_str().unwrap();
+    assert!(command.starts_with("nibble quantize tiny-gpt-oss-bf16 --out out "), "{command}");
+    let local = folder.path().to_str().unwrap();
+    for text in [&page, &card, &report.to_string()] {
+        assert!(!text.contains(local) && !text.contains(&bf16()), "{text}");
+    }
 }
 
 #[test]
