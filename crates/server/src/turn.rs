@@ -373,10 +373,12 @@ impl ToolChoice {
         Ok(ToolChoice { field: "tool_choice", asked })
     }
 
-    /// `tool_choice`, in the form of responses.
+    /// `tool_choice`, in the form of responses, where clients say `auto` whether or not they have tools.
     pub(crate) fn read_flat(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
         let Some(choice) = object.field("tool_choice").filter(Field::is_object) else {
-            return ToolChoice::read(object);
+            let ToolChoice { field, asked } = ToolChoice::read(object)?;
+            let asked = if matches!(asked, Asked::Auto) { Asked::Unsaid } else { asked };
+            return Ok(ToolChoice { field, asked });
         };
         let object = choice.object(&["type", "name", "mode", "tools"])?;
         let kind = object.required("type")?;

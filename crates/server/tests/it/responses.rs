@@ -575,6 +575,18 @@ fn forms_and_choices() {
     }
 }
 
+/// As some clients say with every request.
+#[test]
+fn auto_without_tools() {
+    let server = server(&[HELLO], 0);
+    for tools in [Value::Null, json!([]), json!([{"type": "web_search"}])] {
+        let request =
+            json!({"input": "Hi", "tools": tools, "tool_choice": "auto", "parallel_tool_calls": false});
+        let whole = server.post(PATH, &request).ok();
+        assert_eq!((&whole["status"], &whole["tool_choice"]), (&json!("completed"), &json!("auto")));
+    }
+}
+
 #[test]
 fn a_device_that_fails() {
     let (server, steps) = Fixture::stepwise(HELLO, &options());
