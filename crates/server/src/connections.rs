@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ use tokio::time::Instant;
 
 use crate::error::ErrorStyle;
 use crate::listener::{Accepted, Listener};
-use crate::socket::{Begun, Explaining, Impatient};
+use crate::socket::{Begun, Explaining, Heard, Impatient};
 use crate::tls::Tls;
 
 /// Of a request.
@@ -67,7 +67,8 @@ pub(crate) async fn serve(
     let mut http1 = http1::Builder::new();
     http1
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD_TIMEOUT)
+        // Its clock runs while a connection is idle, too.
+        .header_read_timeout(None)
         .max_headers(MAX_HEADERS)
         .max_header_size(MAX_HEAD_BYTES);
     let mut http2 = http2::Builder::new(TokioExecutor::new());
@@ -171,13 +172,17 @@ impl Http {
                     () = activity.ended() => {}
                 }
                 connection.as_mut().graceful_shutdown();
-                let _ = connection.await;
+                tokio::select! {
+                    _ = connection => {}
+                    () = activity.head_is_late() => {}
+                }
             }};
         }
         if two {
             until_ended!(self.http2.serve_connection(TokioIo::new(stream), service));
         } else {
-            let stream = TokioIo::new(Explaining::new(stream, self.settings.error_style));
+            let stream = Explaining::new(stream, self.settings.error_style);
+            let stream = TokioIo::new(Heard::new(stream, || activity.heard()));
             until_ended!(self.http1.serve_connection(stream, service));
         }
     }
@@ -219,39 +224,62 @@ fn without(root_path: &str, uri: &Uri) -> Option<Uri> {
 #[derive(Debug)]
 struct Activity {
     keep_alive: Duration,
-    state: Mutex<State>,
+    state: watch::Sender<State>,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Copy)]
 struct State {
     /// Requests without their whole answer.
     requests: usize,
-    /// If there are none, when the connection has been idle for too long.
+    /// If there are none, whether the head of one has begun to arrive.
+    head: bool,
+    /// If there are none, when the client has taken too long.
     until: Instant,
 }
 
 impl Activity {
     fn new(keep_alive: Duration) -> Arc<Activity> {
-        let state = Mutex::new(State { requests: 0, until: Instant::now() + HEAD_TIMEOUT });
-        Arc::new(Activity { keep_alive, state })
+        let state = State { requests: 0, head: false, until: Instant::now() + HEAD_TIMEOUT };
+        Arc::new(Activity { keep_alive, state: watch::Sender::new(state) })
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Waits until the connection has been idle for too long.
-    async fn ended(&self) {
-        loop {
-            let now = Instant::now();
-            let until = {
-                let state = self.state();
-                if state.requests > 0 { now + self.keep_alive } else { state.until }
-            };
-            if until <= now {
-                return;
+    /// Bytes have come from the client.
+    fn heard(&self) {
+        self.state.send_if_modified(|state| {
+            let begins = state.requests == 0 && !state.head;
+            if begins {
+                (state.head, state.until) = (true, Instant::now() + HEAD_TIMEOUT);
             }
-            tokio::time::sleep_until(until).await;
+            begins
+        });
+    }
+
+    /// Waits until the connection has been idle for too long, or a head has not arrived in time.
+    async fn ended(&self) {
+        self.late(|state| state.requests == 0).await;
+    }
+
+    /// Waits until a head has not arrived in time.
+    async fn head_is_late(&self) {
+        self.late(|state| state.head).await;
+    }
+
+    /// Waits until the client takes too long in a state of this kind.
+    async fn late(&self, applies: impl Fn(&State) -> bool) {
+        let mut states = self.state.subscribe();
+        loop {
+            let state = *states.borrow_and_update();
+            let late = async {
+                match applies(&state) {
+                    true => tokio::time::sleep_until(state.until).await,
+                    false => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = late => return,
+                // An error cannot be: the sender is here.
+                _ = states.changed() => {}
+            }
         }
     }
 }
@@ -261,16 +289,20 @@ struct Busy(Arc<Activity>);
 
 impl Busy {
     fn new(activity: &Arc<Activity>) -> Busy {
-        activity.state().requests += 1;
+        activity.state.send_modify(|state| {
+            state.requests += 1;
+            state.head = false;
+        });
         Busy(Arc::clone(activity))
     }
 }
 
 impl Drop for Busy {
     fn drop(&mut self) {
-        let mut state = self.0.state();
-        state.requests -= 1;
-        state.until = Instant::now() + self.0.keep_alive;
+        self.0.state.send_modify(|state| {
+            state.requests -= 1;
+            state.until = Instant::now() + self.0.keep_alive;
+        });
     }
 }
 

@@ -317,6 +317,44 @@ fn idle_connections_end() {
     });
 }
 
+/// The clock is the test's, so that nothing takes time, and no time is measured.
+#[tokio::test(start_paused = true)]
+async fn idle_connections_end_when_they_are_said_to() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::time::Instant;
+    const REQUEST: &[u8] = b"GET /live HTTP/1.1\r\nhost: x\r\n\r\n";
+    for keep_alive in [2, 5, 75] {
+        let options = Options { keep_alive: Duration::from_secs(keep_alive), ..options() };
+        let server = Server::bind(&options).await.unwrap();
+        let address = server.local_addr().unwrap();
+        tokio::spawn(server.run(std::future::pending()));
+        let seconds = async |mut stream: TcpStream| {
+            let start = Instant::now();
+            stream.read_to_end(&mut Vec::new()).await.unwrap();
+            start.elapsed().as_secs()
+        };
+        let answered = async |requests: usize| {
+            let mut stream = TcpStream::connect(address).await.unwrap();
+            for _ in 0..requests {
+                stream.write_all(REQUEST).await.unwrap();
+                let mut answer = [0; 1024];
+                let read = stream.read(&mut answer).await.unwrap();
+                assert!(answer[..read].starts_with(b"HTTP/1.1 200"));
+            }
+            stream
+        };
+        assert_eq!(seconds(answered(1).await).await, keep_alive);
+        assert_eq!(seconds(answered(3).await).await, keep_alive);
+        // A head that has begun has ten seconds, whenever it begins.
+        for requests in [0, 1] {
+            let mut stream = answered(requests).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            stream.write_all(b"GET /live HT").await.unwrap();
+            assert_eq!(seconds(stream).await, 10, "{requests}, {keep_alive}");
+        }
+    }
+}
+
 #[test]
 fn the_list_of_paths_is_for_programs_and_people() {
     let server = serving(&options());
