@@ -195,9 +195,16 @@ pub(crate) fn chat_ids(body: &[u8], state: &State, engine: &Engine) -> Result<Ve
 
 /// How a prompt may be cut, and the most tokens that leave room for an answer.
 fn truncation(common: &Common, params: &SamplingParams, engine: &Engine) -> Option<(Truncation, usize)> {
+    const UNSAID: usize = 4096;
     let most = engine.max_model_len();
-    let answer = params.max_tokens.unwrap_or(1).clamp(1, (most / 2).max(1));
-    common.truncation.map(|truncation| (truncation, most.saturating_sub(answer)))
+    let truncation = common.truncation?;
+    let answer = match (params.max_tokens, truncation.tokens) {
+        (Some(max), _) => max.min(most / 2),
+        // Whoever says how much of the prompt stays knows what is left.
+        (None, Some(_)) => 1,
+        (None, None) => UNSAID.min(most / 4),
+    };
+    Some((truncation, most.saturating_sub(answer.max(1))))
 }
 
 /// The prompt, with the beginning of the answer where that is not the model's to write.

@@ -128,6 +128,10 @@ fn long_prompts_are_cut_where_they_may_be() {
     request["truncation"] = "auto".into();
     let whole = server.post("/v1/responses", &request).ok();
     assert!(whole["usage"]["input_tokens"].as_u64().unwrap() > 4000, "{}", whole["usage"]);
+    // Where nobody says how long the answer may be, there is room for one.
+    assert_eq!(whole["output"][1]["content"][0]["text"], "Hello there!", "{whole}");
+    let chat = json!({"messages": input, "truncate_prompt_tokens": -1});
+    assert_eq!(server.chat(&chat).ok()["choices"][0]["message"]["content"], "Hello there!");
 }
 
 #[test]
