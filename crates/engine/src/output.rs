@@ -230,6 +230,7 @@ impl Transcript {
                 if last {
                     new.extend(chat.parser.finish());
                 }
+                let armed = [armed && rules.params.stop_in_reasoning, armed];
                 chat.pass(new, stops, armed, last, &mut untold.deltas)
             }
         }
@@ -275,20 +276,20 @@ impl Transcript {
 }
 
 impl Chat {
-    /// Passes deltas on, texts through the stop strings. A stop string lies within one message, whose end is passed on. The result is
-    /// the stop string that was found; what comes after it is dropped.
+    /// Passes deltas on, texts through the stop strings, which are looked for if `armed`: in reasoning, in content. A stop string lies
+    /// within one message, whose end is passed on. The result is the stop string that was found; what comes after it is dropped.
     fn pass(
         &mut self,
         deltas: Vec<Delta>,
         stops: &mut StopStrings,
-        armed: bool,
+        [in_reasoning, in_content]: [bool; 2],
         last: bool,
         out: &mut Vec<Delta>,
     ) -> Option<String> {
         for delta in deltas {
-            let (field, text) = match delta {
-                Delta::Reasoning(text) => (Field::Reasoning, text),
-                Delta::Content(text) => (Field::Content, text),
+            let (field, armed, text) = match delta {
+                Delta::Reasoning(text) => (Field::Reasoning, in_reasoning, text),
+                Delta::Content(text) => (Field::Content, in_content, text),
                 other => {
                     self.emit(stops.flush(), out);
                     self.calls += usize::from(matches!(other, Delta::CallStart { .. }));

@@ -52,6 +52,8 @@ pub struct SamplingParams {
     pub thinking_token_budget: Option<usize>,
     /// Chats: reasoning ends when only so many tokens are left, so that there is an answer. 0: it need not.
     pub answer_reserve: usize,
+    /// Chats: stop strings end reasoning as they end an answer. Default true; false where nobody sees it.
+    pub stop_in_reasoning: bool,
     /// Leave special tokens out of the text of raw completions.
     pub skip_special_tokens: bool,
     /// Ends an answer that repeats itself.
@@ -97,6 +99,7 @@ impl Default for SamplingParams {
             logprob_token_ids: None,
             thinking_token_budget: None,
             answer_reserve: 0,
+            stop_in_reasoning: true,
             skip_special_tokens: true,
             repetition_detection: None,
             stream_interval: 1,

@@ -139,6 +139,7 @@ impl ChatRequest {
                 None | Some(-1) => None,
                 budget => sampling::tokens("thinking_token_budget", budget, 0)?,
             },
+            shows_reasoning: wire.include_reasoning,
         };
         let params = wire.sampling.params(endpoint, context.defaults, context.limits)?;
         let strict = context.strict_reasoning_effort;

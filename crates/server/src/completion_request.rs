@@ -108,6 +108,7 @@ impl CompletionRequest {
             max_tokens: sampling::tokens("max_tokens", Some(wire.max_tokens), usize::from(!wire.echo))?,
             logprobs: sampling::count("logprobs", "sample", wire.logprobs, context.limits)?,
             thinking_token_budget: None,
+            shows_reasoning: true,
         };
         let mut params = wire.sampling.params(endpoint, context.defaults, context.limits)?;
 

@@ -161,6 +161,7 @@ impl ResponseRequest {
             max_tokens: sampling::tokens("max_output_tokens", wire.max_output_tokens, 1)?,
             logprobs: logprobs.then(|| top_logprobs.unwrap_or(0)),
             thinking_token_budget: None,
+            shows_reasoning: wire.include_reasoning,
         };
         let max_calls = sampling::tokens("max_tool_calls", wire.max_tool_calls, 1)?;
         let params = wire.sampling.params(endpoint, context.defaults, context.limits)?;

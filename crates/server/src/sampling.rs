@@ -84,6 +84,8 @@ pub(crate) struct EndpointFields {
     pub(crate) max_tokens: Option<usize>,
     pub(crate) logprobs: Option<usize>,
     pub(crate) thinking_token_budget: Option<usize>,
+    /// The client sees the reasoning, if there is any.
+    pub(crate) shows_reasoning: bool,
 }
 
 impl SamplingFields {
@@ -153,6 +155,7 @@ impl SamplingFields {
             repetition_detection: self.repetition_detection.map(Detection::counts).transpose()?,
             stream_interval: natural("stream_interval", self.stream_interval)?.unwrap_or(1),
             answer_reserve: 0,
+            stop_in_reasoning: endpoint.shows_reasoning,
         };
         Ok(params.validate(limits.vocab_size)?)
     }

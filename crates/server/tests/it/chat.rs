@@ -325,6 +325,13 @@ fn usage_on_every_chunk() {
 #[test]
 fn stop_strings() {
     let server = Fixture::saying(&[HELLO]);
+    // Of what is hidden none is looked at.
+    let mut request = json!({"messages": ask("Hi"), "stop": ["Say", "there"], "include_reasoning": false});
+    let whole = server.chat(&request).ok();
+    assert_eq!(whole["choices"][0]["message"]["content"], "Hello ");
+    request["include_reasoning"] = true.into();
+    let whole = server.chat(&request).ok();
+    assert_eq!(whole["choices"][0]["stop_reason"], "Say");
     let whole = server.chat(&json!({"messages": ask("Hi"), "stop": "there"})).ok();
     let choice = &whole["choices"][0];
     assert_eq!(choice["message"]["content"], "Hello ");
