@@ -81,6 +81,11 @@ const FIELDS: &[&str] = &[
     "guided_grammar",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "reasoning",
+    "text",
     // Accepted, and without effect.
     "user",
     "metadata",
@@ -93,6 +98,15 @@ const FIELDS: &[&str] = &[
     "add_special_tokens",
     "spaces_between_special_tokens",
     "length_penalty",
+];
+
+/// Fields of responses, and what they are called here.
+const MISNAMED: &[(&str, &str)] = &[
+    ("input", "messages"),
+    ("instructions", "a message of the role developer"),
+    ("max_output_tokens", "max_completion_tokens"),
+    ("reasoning", "reasoning_effort"),
+    ("text", "response_format"),
 ];
 
 /// A valid request.
@@ -240,6 +254,7 @@ struct Wire {
 impl Wire {
     fn read(object: &Object<'_>, messages: &Field<'_>) -> Result<Wire, ApiError> {
         request::refuse_removed(object)?;
+        request::refuse_misnamed(object, MISNAMED)?;
         let common = Common::read(object)?;
         let messages: Vec<WireMessage> =
             messages.array(MAX_MESSAGES)?.iter().map(WireMessage::read).collect::<Result<_, _>>()?;

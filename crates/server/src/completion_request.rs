@@ -61,6 +61,8 @@ const FIELDS: &[&str] = &[
     "guided_grammar",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
+    "max_completion_tokens",
+    "max_output_tokens",
     // Accepted, and without effect.
     "user",
     "session_id",
@@ -68,6 +70,10 @@ const FIELDS: &[&str] = &[
     "spaces_between_special_tokens",
     "length_penalty",
 ];
+
+/// Fields of chats and responses, and what they are called here.
+const MISNAMED: &[(&str, &str)] =
+    &[("max_completion_tokens", "max_tokens"), ("max_output_tokens", "max_tokens")];
 
 /// A valid request.
 #[derive(Debug)]
@@ -154,6 +160,7 @@ struct Wire {
 impl Wire {
     fn read(object: &Object<'_>, prompt: &Field<'_>) -> Result<Wire, ApiError> {
         request::refuse_removed(object)?;
+        request::refuse_misnamed(object, MISNAMED)?;
         Ok(Wire {
             common: Common::read(object)?,
             prompts: prompts(prompt)?,

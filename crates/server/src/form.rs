@@ -75,6 +75,7 @@ fn response_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
     let object = field.object(&[
         "type",
         "json_schema",
+        "schema",
         "pattern",
         "grammar",
         "syntax",
@@ -86,7 +87,7 @@ fn response_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
     let kind_name = kind.string()?;
     Ok(Some(match kind_name.as_str() {
         "text" => return Ok(None),
-        "json_object" => any_object(field.path()),
+        "json_object" => json_object(&object, field.path())?,
         "json_schema" => {
             let object =
                 object.required("json_schema")?.object(&["name", "description", "schema", "strict"])?;
@@ -139,11 +140,14 @@ pub(crate) fn json_schema(object: &Object<'_>) -> Result<Wanted, ApiError> {
     Ok(Wanted { form, shown: Some(shown), param: schema.path().to_owned() })
 }
 
-/// Any JSON object.
-pub(crate) fn any_object(param: &str) -> Wanted {
-    let schema = json!({"type": "object"});
+/// A JSON object: any, or in the dialect of llama.cpp one of a `schema`.
+pub(crate) fn json_object(object: &Object<'_>, param: &str) -> Result<Wanted, ApiError> {
+    let schema = object.field("schema").map(|field| schema_value(&field)).transpose()?;
+    let shown =
+        schema.clone().map(|schema| ResponseFormat { name: "answer".to_owned(), description: None, schema });
+    let schema = schema.unwrap_or_else(|| json!({"type": "object"}));
     let form = Form::Json { schema, lenient: false, whitespace: Whitespace::default() };
-    Wanted { form, shown: None, param: param.to_owned() }
+    Ok(Wanted { form, shown, param: param.to_owned() })
 }
 
 /// vLLM's: exactly one constraint, and options.

@@ -215,6 +215,18 @@ pub(crate) fn is_request_id(id: &str) -> bool {
     (1..=128).contains(&id.len()) && id.bytes().all(|b| b.is_ascii_graphic())
 }
 
+/// A field of another endpoint, and what it is called here: ignoring it would give something else than was asked for. What is off
+/// asks for nothing.
+pub(crate) fn refuse_misnamed(object: &Object<'_>, names: &[(&'static str, &str)]) -> Result<(), ApiError> {
+    for &(name, here) in names {
+        if object.field(name).is_some_and(|field| field.text() != "false") {
+            let message = format!("{name} is not a field of this endpoint. Use {here} instead.");
+            return Err(ApiError::invalid(name, message));
+        }
+    }
+    Ok(())
+}
+
 /// Fields that vLLM once had: ignoring them would give unconstrained text to a client that relies on a constraint.
 pub(crate) fn refuse_removed(object: &Object<'_>) -> Result<(), ApiError> {
     for name in [

@@ -73,8 +73,35 @@ const FIELDS: &[&str] = &[
     "truncate_prompt_tokens",
     "truncation_side",
     "enable_response_messages",
+    "guided_json",
+    "guided_regex",
+    "guided_choice",
+    "guided_grammar",
+    "guided_decoding_backend",
+    "guided_whitespace_pattern",
+    "messages",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "logprobs",
+    "reasoning_effort",
+    "response_format",
+    "functions",
+    "function_call",
     // Accepted, and without effect.
     "session_id",
+];
+
+/// Fields of chats, and what they are called here.
+const MISNAMED: &[(&str, &str)] = &[
+    ("messages", "input"),
+    ("max_tokens", "max_output_tokens"),
+    ("max_completion_tokens", "max_output_tokens"),
+    ("logprobs", "top_logprobs"),
+    ("reasoning_effort", "reasoning.effort"),
+    ("response_format", "text.format"),
+    ("functions", "tools"),
+    ("function_call", "tool_choice"),
 ];
 
 /// A valid request.
@@ -262,6 +289,11 @@ struct Wire {
 
 impl Wire {
     fn read(object: &Object<'_>) -> Result<Wire, ApiError> {
+        request::refuse_removed(object)?;
+        request::refuse_misnamed(object, MISNAMED)?;
+        if object.int("n")?.is_some_and(|n| n != 1) {
+            return Err(ApiError::invalid("n", "n is not supported: a response has one answer."));
+        }
         let text = object.field("text").map(|text| text.object(&["format"])).transpose()?;
         let format = text.as_ref().and_then(|text| text.field("format"));
         let wanted = match (&format, form::read(object)?) {
@@ -355,7 +387,7 @@ fn text_format(field: &Field<'_>) -> Result<Option<Wanted>, ApiError> {
     let kind = object.required("type")?;
     match kind.string()?.as_str() {
         "text" => Ok(None),
-        "json_object" => Ok(Some(form::any_object(field.path()))),
+        "json_object" => form::json_object(&object, field.path()).map(Some),
         "json_schema" => form::json_schema(&object).map(Some),
         other => {
             let message = format!(

@@ -82,6 +82,7 @@ fn answers_have_their_form() {
             "BB[any]<7>,<7>so!!x",
             "D",
         ),
+        (json!({"response_format": {"type": "json_object", "schema": point()}}), good, r#"{"x": "a"}"#),
         (json!({"structured_outputs": {"json": point()}}), good, r#"{"x": "a"}"#),
         (json!({"structured_outputs": {"json": point().to_string()}}), good, r#"{"x": "a"}"#),
         (json!({"structured_outputs": {"choice": ["red", "green"]}}), "green", "blue"),
