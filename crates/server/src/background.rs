@@ -55,10 +55,7 @@ async fn run(mut answer: ResponseAnswer, mut events: Events, place: InMaking, lo
             () = &mut cancelled => break answer.cut_short(None, nowhere),
         };
         let more = match next {
-            Next::Event(_, event) => {
-                log.event(&event);
-                answer.apply(event, nowhere)
-            }
+            Next::Event(_, event) => answer.apply(event, nowhere),
             Next::Done => false,
             Next::Failed(cause) => {
                 break answer.cut_short(Some(&sse::error(&cause, log.request_id())), nowhere);

@@ -127,7 +127,7 @@ impl ApiError {
         }
     }
 
-    fn kind(&self) -> &'static str {
+    pub(crate) fn kind(&self) -> &'static str {
         match self {
             ApiError::Body(_)
             | ApiError::Invalid { .. }
@@ -155,7 +155,7 @@ impl ApiError {
         }
     }
 
-    fn param(&self) -> Option<&str> {
+    pub(crate) fn param(&self) -> Option<&str> {
         match self {
             ApiError::Invalid { param, .. } => Some(param),
             ApiError::UnknownModel { .. } => Some("model"),

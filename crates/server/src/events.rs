@@ -11,6 +11,7 @@ use engine::{Event, Failure, Replicas, Request, RequestHandle, Sink, SubmitError
 use tokio::sync::{Notify, mpsc, watch};
 use tokio::time::Sleep;
 
+use crate::log::RequestLog;
 use crate::metrics::{Metrics, Observed, Rejection};
 use crate::rate_limit::Account;
 
@@ -31,6 +32,7 @@ pub(crate) struct Events {
     handles: Vec<RequestHandle>,
     fate: Arc<Fate>,
     metrics: Arc<Metrics>,
+    log: RequestLog,
 }
 
 /// What a request's events depend on beside the engine.
@@ -42,6 +44,7 @@ pub(crate) struct Terms {
     pub(crate) form_param: String,
     pub(crate) pace: Pace,
     pub(crate) metrics: Arc<Metrics>,
+    pub(crate) log: RequestLog,
     /// Becomes true when the server's time to finish is over.
     pub(crate) abort: watch::Receiver<bool>,
     /// Longest time for the whole answer.
@@ -109,6 +112,8 @@ struct Fate {
     accepted: AtomicBool,
     /// Its answer is complete, whatever the engine still makes of it.
     complete: AtomicBool,
+    /// Tokens so far, read or not.
+    generated: AtomicUsize,
 }
 
 impl Drop for Tracked {
@@ -176,6 +181,7 @@ impl Events {
             form_param,
             pace,
             metrics,
+            log,
             mut abort,
             timeout,
             stall_timeout,
@@ -185,6 +191,7 @@ impl Events {
         let (sender, receiver) = mpsc::unbounded_channel();
         let backlog = Arc::new(Backlog::default());
         let running = requests.len();
+        let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
         let runtime = tokio::runtime::Handle::current();
         let fate = Arc::new(Fate::default());
         let mut handles = Vec::with_capacity(running);
@@ -200,8 +207,11 @@ impl Events {
             let sink = |replica| -> Sink {
                 tracked.observed.goes_to(replica);
                 Box::new(move |event| {
-                    let Tracked { observed, metrics, .. } = &mut tracked;
+                    let Tracked { observed, metrics, fate, .. } = &mut tracked;
                     observed.event(metrics, &event);
+                    if let Event::Tokens { token_ids, .. } = &event {
+                        fate.generated.fetch_add(token_ids.len(), Ordering::Relaxed);
+                    }
                     let too_much = backlog_of_sink.add(&event);
                     if pace == Pace::Client && too_much {
                         backlog_of_sink.hold(&runtime, stall_timeout);
@@ -219,6 +229,7 @@ impl Events {
             handles.push(handle);
         }
         fate.accepted.store(true, Ordering::Release);
+        log.submitted(prompt_tokens);
         let valves: Vec<Valve> = handles.iter().map(RequestHandle::valve).collect();
         let aborted = Box::pin(async move {
             let given_up = || valves.iter().any(Valve::abandoned);
@@ -233,7 +244,7 @@ impl Events {
             }
         });
         let deadline = timeout.map(|timeout| Box::pin(tokio::time::sleep(timeout)));
-        Ok(Events { receiver, backlog, aborted, deadline, form_param, running, handles, fate, metrics })
+        Ok(Events { receiver, backlog, aborted, deadline, form_param, running, handles, fate, metrics, log })
     }
 
     /// Waits for the next event.
@@ -267,7 +278,10 @@ impl Events {
                     };
                     return Poll::Ready(self.end(Next::Failed(cause)));
                 }
-                event => return Poll::Ready(Next::Event(prompt, event)),
+                event => {
+                    self.log.event(&event);
+                    return Poll::Ready(Next::Event(prompt, event));
+                }
             }
         }
         Poll::Ready(self.end(Next::Done))
@@ -293,6 +307,7 @@ impl Events {
 
 impl Drop for Events {
     fn drop(&mut self) {
+        self.log.generated(self.fate.generated.load(Ordering::Relaxed));
         if !self.handles.is_empty() {
             self.metrics.disconnect();
         }

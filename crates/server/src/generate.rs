@@ -467,7 +467,6 @@ impl<'a> Call<'a> {
         loop {
             match events.next().await {
                 Next::Event(prompt, event) => {
-                    self.log.event(&event);
                     if !add(prompt, event) {
                         break;
                     }
@@ -567,6 +566,7 @@ impl<'a> Call<'a> {
             form_param: self.form_param.clone(),
             pace,
             metrics: Arc::clone(&state.metrics),
+            log: self.log.clone(),
             abort: state.abort(),
             timeout: state.request_timeout,
             stall_timeout: state.client_stall_timeout,

@@ -33,6 +33,12 @@ struct Facts {
     finish: Option<FinishReason>,
     /// An answer was begun, and not completed.
     incomplete: bool,
+    /// What is known of an answer that nobody has counted.
+    prompt_tokens: usize,
+    cached_tokens: usize,
+    generated: usize,
+    /// The error's type, and the field that it is about.
+    error: Option<(&'static str, Option<String>)>,
     /// What was generated, if it is to be logged.
     output: Option<Output>,
 }
@@ -64,17 +70,36 @@ impl RequestLog {
         self.facts().status = Some(status);
     }
 
-    /// The engine has the request.
+    /// There is an error in place of an answer. Of the field's path the first part alone is kept: what follows may be a client's word.
+    pub(crate) fn error(&self, kind: &'static str, param: Option<&str>) {
+        let param = param.and_then(|param| param.split('.').next()).map(str::to_owned);
+        self.facts().error = Some((kind, param));
+    }
+
+    /// The request is valid.
     pub(crate) fn begin(&self, model: &str) {
         let mut facts = self.facts();
         facts.model = Some(model.to_owned());
         facts.incomplete = true;
     }
 
+    /// The engine has the request's prompts, of so many tokens together.
+    pub(crate) fn submitted(&self, prompt_tokens: usize) {
+        self.facts().prompt_tokens = prompt_tokens;
+    }
+
+    /// The engine has generated so many tokens.
+    pub(crate) fn generated(&self, tokens: usize) {
+        self.facts().generated = tokens;
+    }
+
     pub(crate) fn event(&self, event: &Event) {
         let mut facts = self.facts();
         match event {
-            Event::Started { queued, .. } => facts.queued = facts.queued.or(Some(*queued)),
+            Event::Started { queued, cached_tokens, .. } => {
+                facts.queued = facts.queued.or(Some(*queued));
+                facts.cached_tokens += cached_tokens;
+            }
             Event::Tokens { choice, token_ids, .. } => {
                 if facts.first_token.is_none() {
                     facts.first_token = Some(Instant::now());
@@ -132,7 +157,12 @@ impl Drop for Line {
             (false, Some(FinishReason::Repetition)) => Some("repetition"),
             (false, None) => None,
         };
-        let usage = facts.usage;
+        let counted = || {
+            let &mut Facts { prompt_tokens, cached_tokens, generated, .. } = facts;
+            (prompt_tokens > 0).then(|| Usage::new(prompt_tokens, cached_tokens, generated, None))
+        };
+        let usage = facts.usage.or_else(counted);
+        let (error_type, param) = facts.error.take().unzip();
         tracing::info!(
             request_id = self.request_id,
             key = self.key,
@@ -149,6 +179,8 @@ impl Drop for Line {
             ttft_ms = facts.first_token.map(milliseconds),
             e2e_ms = milliseconds(Instant::now()),
             finish_reason = finish,
+            error_type,
+            param = param.flatten(),
             "request"
         );
         for (choice, tokens) in facts.output.iter().flat_map(|output| &output.tokens) {

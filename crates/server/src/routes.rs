@@ -270,9 +270,8 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
         }
         shaped(next.run(request).await)
     };
-    if state.error_style != ErrorStyle::Vllm
-        && let Some(error) = response.extensions_mut().remove::<ApiError>()
-    {
+    let error = response.extensions_mut().remove::<ApiError>();
+    if let Some(error) = error.as_ref().filter(|_| state.error_style != ErrorStyle::Vllm) {
         let (mut head, _) = response.into_parts();
         head.headers.remove(header::CONTENT_LENGTH);
         head.headers.remove(header::CONTENT_TYPE);
@@ -280,6 +279,9 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
     }
     if let Some(log) = log {
         log.status(response.status().as_u16());
+        if let Some(error) = &error {
+            log.error(error.kind(), error.param());
+        }
         state.metrics.answer(method, name, response.status().as_u16(), arrival.elapsed());
     }
     state.cors.mark(page.as_ref(), response.headers_mut());

@@ -411,6 +411,7 @@ impl Server {
         let (down, draining) = watch::channel(false);
         let signal = async {
             shutdown.await;
+            tracing::info!(requests = state.requests(), "shutting down: what runs may finish");
             state.draining.store(true, Ordering::Release);
             let _ = down.send(true);
             std::future::pending::<Infallible>().await
@@ -432,6 +433,7 @@ impl Server {
         let give_up = async {
             wait(draining).await;
             tokio::time::sleep(self.shutdown_timeout).await;
+            tracing::warn!(requests = state.requests(), "shutting down: the time to finish is over");
             state.abort.send_modify(|everything| *everything = true);
             tokio::time::sleep(ABORT_GRACE).await;
         };
@@ -440,14 +442,18 @@ impl Server {
             // The last words of those that failed.
             tokio::time::sleep(ABORT_GRACE).await;
         };
-        tokio::select! {
+        let ended = tokio::select! {
             () = served => Ended::ShutDown,
             () = give_up => Ended::ShutDown,
             () = refresh => Ended::ShutDown,
             () = throughput::watch(&state, self.log_stats) => Ended::ShutDown,
             () = beyond_repair => Ended::BeyondRepair,
             never = signal => match never {},
+        };
+        if ended == Ended::ShutDown {
+            tracing::info!("shut down");
         }
+        ended
     }
 }
 
@@ -675,6 +681,11 @@ impl State {
     pub(crate) fn stats(&self) -> Vec<Stats> {
         let replicas = self.loaded();
         replicas.iter().flat_map(Replicas::serving).map(|(_, engine)| engine.stats()).collect()
+    }
+
+    /// How many requests are in the engines.
+    pub(crate) fn requests(&self) -> usize {
+        self.stats().iter().map(|stats| stats.running + stats.waiting + stats.paused).sum()
     }
 
     /// The level of the server's sleep, if it sleeps.

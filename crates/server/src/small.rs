@@ -91,8 +91,7 @@ pub(crate) async fn detokenize(
 
 /// `GET /load`: how many requests are in the engines.
 pub(crate) async fn load(Shared(state): Shared<Arc<State>>) -> Response {
-    let load: usize = state.stats().iter().map(|stats| stats.running + stats.waiting + stats.paused).sum();
-    Json(json!({"server_load": load})).into_response()
+    Json(json!({"server_load": state.requests()})).into_response()
 }
 
 /// `GET /metrics`

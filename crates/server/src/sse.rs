@@ -105,13 +105,12 @@ impl<E: Encoder> Chunks<E> {
     /// Adds the chunks of what came; may be nothing.
     fn encode(&mut self, next: Next, out: &mut Vec<u8>) {
         let more = match next {
-            Next::Event(prompt, event) => {
-                self.log.event(&event);
-                self.encoder.event(prompt, event, out)
-            }
+            Next::Event(prompt, event) => self.encoder.event(prompt, event, out),
             Next::Done => false,
             Next::Failed(cause) => {
-                self.encoder.fail(&error(&cause, self.log.request_id()), self.style, out);
+                let error = error(&cause, self.log.request_id());
+                self.log.error(error.kind(), error.param());
+                self.encoder.fail(&error, self.style, out);
                 self.log.usage(self.encoder.usage());
                 self.events = None;
                 return;

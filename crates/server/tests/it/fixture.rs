@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, Once, mpsc};
 
 use engine::{Engine, EngineOptions, Scripted, Stats, Step};
 use harmony::Harmony;
@@ -189,6 +189,38 @@ pub(crate) fn message(method: &str, path: &str, headers: &str, body: &[u8]) -> V
 pub(crate) fn parse_data(line: &str) -> Value {
     let json = line.strip_prefix("data: ").unwrap_or_else(|| panic!("not a data line: {line}"));
     serde_json::from_str(json).unwrap()
+}
+
+/// What the servers of all tests say, from the first time on that a test wants to know: a JSON object per line.
+static LOG: Mutex<String> = Mutex::new(String::new());
+
+pub(crate) fn keep_log() {
+    struct Writer;
+    impl Write for Writer {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            LOG.lock().unwrap().push_str(std::str::from_utf8(bytes).unwrap());
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    static BEGUN: Once = Once::new();
+    BEGUN.call_once(|| tracing_subscriber::fmt().json().with_writer(|| Writer).init());
+}
+
+/// Waits for a line, and returns its fields.
+pub(crate) fn logged(wanted: impl Fn(&Value) -> bool) -> Value {
+    let start = std::time::Instant::now();
+    loop {
+        let log = LOG.lock().unwrap().clone();
+        let mut lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap()["fields"].take());
+        if let Some(line) = lines.find(|line| wanted(line)) {
+            return line;
+        }
+        assert!(start.elapsed() < TIMEOUT, "{log}");
+        std::thread::yield_now();
+    }
 }
 
 /// A whole response.

@@ -1,12 +1,13 @@
 //! What operators and other tools ask: metrics, tokens, load, probes, and that everything else needs a key.
 
 use std::collections::BTreeMap;
+use std::io::{Read, Write};
 
 use engine::{Scripted, Step};
 use serde_json::{Value, json};
 use server::Options;
 
-use crate::fixture::{Fixture, JSON, engine_options, options, tokens};
+use crate::fixture::{Fixture, JSON, engine_options, keep_log, logged, message, options, tokens};
 use crate::harmony_turns::tool;
 
 const HELLO: &str = "<|channel|>analysis<|message|>Say hi.<|end|><|start|>assistant<|channel|>final<|message|>Hello there!<|return|>";
@@ -35,6 +36,45 @@ fn samples(text: &str) -> BTreeMap<String, f64> {
         assert!(samples.insert(series.to_owned(), value.parse().unwrap()).is_none(), "{series} twice");
     }
     samples
+}
+
+#[test]
+fn the_log_has_what_an_answer_that_nobody_read_took() {
+    keep_log();
+    let line = |id: &str| logged(|line| line["request_id"] == *id && line["message"] == "request");
+    for stream in [false, true] {
+        let id = format!("given-up-{stream}");
+        let (server, steps) = Fixture::stepwise(HELLO, &options());
+        let body = json!({"messages": [{"role": "user", "content": "Hi"}], "stream": stream}).to_string();
+        let headers = format!("{JSON}x-request-id: {id}\r\n");
+        let mut client = server.connect();
+        client.write_all(&message("POST", "/v1/chat/completions", &headers, body.as_bytes())).unwrap();
+        (0..4).for_each(|_| steps.send(Step::Run).unwrap());
+        // The first of them is told while a later one is computed.
+        server.until(|stats| stats.generated_tokens == 4);
+        if stream {
+            client.read_exact(&mut [0; 12]).unwrap();
+        }
+        drop(client);
+        let line = line(&id);
+        assert_eq!(
+            (&line["status"].is_null(), &line["finish_reason"]),
+            (&!stream, &json!("abort")),
+            "{line}"
+        );
+        assert!(line["prompt_tokens"].as_u64().unwrap() > 10, "{line}");
+        assert!((1..=4).contains(&line["completion_tokens"].as_u64().unwrap()), "{line}");
+    }
+    // What is wrong with a request is said without a word of the client.
+    let server = Fixture::saying(&[HELLO]);
+    let bad =
+        json!({"messages": [{"role": "user", "content": "Hi"}], "logit_bias": {"secret": "x"}}).to_string();
+    let headers = format!("{JSON}x-request-id: bad\r\n");
+    let answer = server.request("POST", "/v1/chat/completions", &headers, bad.as_bytes());
+    assert_eq!(answer.error().2.as_deref(), Some("logit_bias.secret"));
+    let line = line("bad");
+    assert_eq!((&line["status"], &line["error_type"]), (&json!(400), &json!("BadRequestError")));
+    assert_eq!(line["param"], "logit_bias");
 }
 
 #[test]
