@@ -55,12 +55,14 @@ pub(crate) struct Settings {
     pub(crate) tls: Option<Arc<Tls>>,
 }
 
-/// Serves connections until `down` becomes true and those that are open have ended.
+/// Serves connections until `down` becomes true, those that are open then have ended, and so has `rest`. Connections that come
+/// meanwhile are served, but not waited for.
 pub(crate) async fn serve(
     listener: Listener,
     router: &Router,
     settings: &Settings,
-    mut down: watch::Receiver<bool>,
+    down: watch::Receiver<bool>,
+    rest: impl Future<Output = ()>,
 ) {
     let max = u32::try_from(settings.max).unwrap_or(u32::MAX).min(Semaphore::MAX_PERMITS as u32);
     let places = Arc::new(Semaphore::new(max as usize));
@@ -80,16 +82,35 @@ pub(crate) async fn serve(
         .keep_alive_interval(PING)
         .keep_alive_timeout(PING);
     let http = Http { http1, http2, settings: settings.clone() };
+    let mut signal = down.clone();
+    tokio::select! {
+        never = accept(&listener, &http, router, &places, &down) => match never {},
+        () = wait(&mut signal) => {}
+    }
+    let late = Arc::new(Semaphore::new(max as usize));
+    let (_sender, never_down) = watch::channel(false);
+    let ended = async {
+        // All places are free when all connections have ended. The semaphore is never closed.
+        let _ = places.acquire_many(max).await;
+        rest.await;
+    };
+    tokio::select! {
+        never = accept(&listener, &http, router, &late, &never_down) => match never {},
+        () = ended => {}
+    }
+}
+
+/// Accepts connections while there are places, and serves each on a task of its own; after `down` until its answers are sent.
+async fn accept(
+    listener: &Listener,
+    http: &Http,
+    router: &Router,
+    places: &Arc<Semaphore>,
+    down: &watch::Receiver<bool>,
+) -> Infallible {
     loop {
-        let accepted = async {
-            let place = Arc::clone(&places).acquire_owned().await;
-            (place, listener.accept().await)
-        };
-        let (place, accepted) = tokio::select! {
-            accepted = accepted => accepted,
-            () = wait(&mut down) => break,
-        };
-        let accepted = match accepted {
+        let place = Arc::clone(places).acquire_owned().await;
+        let accepted = match listener.accept().await {
             Ok(accepted) => accepted,
             Err(error) if of_one_connection(&error) => continue,
             Err(error) => {
@@ -112,9 +133,6 @@ pub(crate) async fn serve(
             drop(place);
         });
     }
-    drop(listener);
-    // All places are free when all connections have ended. The semaphore is never closed.
-    let _ = places.acquire_many(max).await;
 }
 
 /// A byte stream both ways.
@@ -167,6 +185,8 @@ impl Http {
             ($connection:expr) => {{
                 let mut connection = std::pin::pin!($connection);
                 tokio::select! {
+                    biased;
+                    // First of all what has already arrived is read.
                     _ = connection.as_mut() => return,
                     () = wait(&mut down) => {}
                     () = activity.ended() => {}

@@ -5,7 +5,7 @@ use std::time::Instant;
 
 use axum::body::Body;
 use axum::extract::{Extension, MatchedPath, Path, Query, Request, State as Shared};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Version, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{any, get, post};
@@ -242,7 +242,7 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
         Access::Admin | Access::Key => state.keys.admit(headers),
     };
     let takes_json = route.is_some_and(|route| route.json) && request.method() == Method::POST;
-    let (arrival, method) = (Instant::now(), method(request.method()));
+    let (arrival, method, version) = (Instant::now(), method(request.method()), request.version());
     let page = headers.get(header::ORIGIN).cloned();
     // Probes come every few seconds and say nothing.
     let silent = matches!(access, Access::Public | Access::Metrics);
@@ -259,6 +259,8 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
         ApiError::MediaType.into_response()
     } else if !admitted && request.method() != Method::OPTIONS {
         ApiError::Unauthorized.into_response()
+    } else if state.is_draining() && !matches!(name, "/live" | "/metrics") {
+        ApiError::ShuttingDown.into_response()
     } else {
         if let Some(log) = &log {
             let owner = auth::owner(headers).filter(|_| !state.keys.is_empty());
@@ -283,6 +285,9 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
             log.error(error.kind(), error.param());
         }
         state.metrics.answer(method, name, response.status().as_u16(), arrival.elapsed());
+    }
+    if state.is_draining() && version <= Version::HTTP_11 {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     state.cors.mark(page.as_ref(), response.headers_mut());
     if let Ok(id) = HeaderValue::from_str(&id) {

@@ -403,7 +403,7 @@ impl Server {
         Handle { state: Arc::clone(&self.state) }
     }
 
-    /// Serves until `shutdown` comes, then takes nothing new and finishes what runs; what still runs after the timeout of
+    /// Serves until `shutdown` comes, then says so to whatever is new and finishes what runs; what still runs after the timeout of
     /// the options ends with an error. Or until there is no engine, and none to be had within this process; then what runs has
     /// failed.
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> Ended {
@@ -424,12 +424,11 @@ impl Server {
                 None => std::future::pending().await,
             }
         };
-        let connections = connections::serve(self.listener, &router, &self.settings, draining.clone());
-        let served = async {
-            connections.await;
+        let background = async {
             // An error cannot be: the sender is in the state.
             let _ = state.in_background.subscribe().wait_for(|&responses| responses == 0).await;
         };
+        let served = connections::serve(self.listener, &router, &self.settings, draining.clone(), background);
         let give_up = async {
             wait(draining).await;
             tokio::time::sleep(self.shutdown_timeout).await;
@@ -649,9 +648,14 @@ impl State {
         }
     }
 
+    /// What runs may finish, and nothing else is done.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Acquire)
+    }
+
     /// An engine, if requests are taken: one of several that answer alike.
     pub(crate) fn engine(&self) -> Result<Engine, ApiError> {
-        if self.draining.load(Ordering::Acquire) {
+        if self.is_draining() {
             return Err(ApiError::ShuttingDown);
         }
         match &*self.life.read().unwrap_or_else(PoisonError::into_inner) {

@@ -139,6 +139,25 @@ fn draining_finishes_what_runs() {
     steps.send(Step::Run).unwrap();
     let mut stream = server.stream("/v1/chat/completions", &request);
     server.shut_down();
+    // Probes and clients are told, as long as something runs.
+    while server.get("/ready").status == 200 {}
+    for path in ["/ready", "/health", "/v1/models", "/version"] {
+        let response = server.get(path);
+        let (status, kind, _, message) = response.error();
+        assert_eq!((status, kind.as_str()), (503, UNAVAILABLE), "{path}: {message}");
+        assert_eq!(
+            (response.header("retry-after"), response.header("connection")),
+            (Some("1"), Some("close"))
+        );
+    }
+    assert_eq!(server.chat(&hi()).error().3, "The server is shutting down. Please retry.");
+    assert_eq!(server.get("/live").status, 200);
+    assert!(
+        server
+            .get("/metrics")
+            .body
+            .contains("vllm:num_requests_running{model_name=\"tiny\",engine=\"0\"} 1\n")
+    );
     drop(steps);
     let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
     assert_eq!(events.last().unwrap(), "data: [DONE]");
