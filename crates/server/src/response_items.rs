@@ -183,9 +183,19 @@ pub(crate) fn reference(item: &Field<'_>) -> Result<Option<String>, ApiError> {
     }
 }
 
-/// An item of a request: with an id.
+/// An item of a request: with an id, and a message with its type and with parts.
 pub(crate) fn kept(item: &Field<'_>) -> Result<Arc<Item>, ApiError> {
     let mut value = item.value(MAX_ITEM_BYTES)?;
+    if value.get("type").is_none_or(Value::is_null) {
+        value["type"] = "message".into();
+    }
+    if value["type"] == "message" && value["content"].is_string() {
+        let text = value["content"].take();
+        value["content"] = match value["role"] == "assistant" {
+            true => json!([{"type": "output_text", "text": text, "annotations": []}]),
+            false => json!([{"type": "input_text", "text": text}]),
+        };
+    }
     if value.get("id").is_none_or(Value::is_null) {
         let prefix = match value.get("type").and_then(Value::as_str) {
             Some("reasoning") => "rs",

@@ -413,12 +413,46 @@ async fn input_items(
     Shared(state): Shared<Arc<State>>,
     Extension(origin): Extension<Origin>,
     Path(id): Path<String>,
+    Query(query): Query<ItemsQuery>,
 ) -> Result<Response, ApiError> {
     let stored = state.responses.find(&id, origin.owner, "response_id")?;
-    let data: Vec<&Item> = stored.input.iter().map(AsRef::as_ref).collect();
+    let mut data: Vec<&Item> = stored.input.iter().map(AsRef::as_ref).collect();
+    match query.order.as_deref() {
+        Some("asc") => {}
+        None | Some("desc") => data.reverse(),
+        Some(other) => {
+            let message = format!("order must be asc or desc, got {}.", excerpt(other));
+            return Err(ApiError::invalid("order", message));
+        }
+    }
+    if let Some(after) = &query.after {
+        let place = data.iter().position(|item| item.id() == Some(after));
+        let unknown = || ApiError::invalid("after", format!("The input has no item {}.", excerpt(after)));
+        data.drain(..=place.ok_or_else(unknown)?);
+    }
+    let limit = query.limit.as_deref().map_or(Some(DEFAULT_ITEMS), |limit| limit.parse().ok());
+    let Some(limit) = limit.filter(|limit| (1..=MAX_ITEMS).contains(limit)) else {
+        let limit = excerpt(query.limit.as_deref().unwrap_or_default());
+        return Err(ApiError::invalid("limit", format!("limit must be 1 to {MAX_ITEMS}, got {limit}.")));
+    };
+    let has_more = data.len() > limit;
+    data.truncate(limit);
     let id = |item: Option<&&'_ Item>| item.and_then(|item| item.id()).map(str::to_owned);
     let (first_id, last_id) = (id(data.first()), id(data.last()));
-    Ok(Json(ItemList { object: "list", data, first_id, last_id, has_more: false }).into_response())
+    Ok(Json(ItemList { object: "list", data, first_id, last_id, has_more }).into_response())
+}
+
+/// Items that are listed at a time, unless the client asks for fewer or more.
+const DEFAULT_ITEMS: usize = 20;
+const MAX_ITEMS: usize = 100;
+
+#[derive(Deserialize)]
+struct ItemsQuery {
+    limit: Option<String>,
+    /// The newest come first, or `asc`.
+    order: Option<String>,
+    /// The id of the last item that the client knows.
+    after: Option<String>,
 }
 
 #[derive(Serialize)]

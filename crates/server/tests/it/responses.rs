@@ -332,6 +332,43 @@ fn items_come_back_as_input() {
 }
 
 #[test]
+fn the_input_of_a_stored_response_is_listed_by_pages() {
+    let server = server(&[HELLO], 1);
+    let input: Vec<Value> = ["a", "b", "c"]
+        .iter()
+        .map(|text| json!({"role": "user", "content": text, "id": format!("msg_{text}")}))
+        .chain([json!({"role": "assistant", "content": "d", "id": "msg_d"})])
+        .collect();
+    let several = server.post(PATH, &json!({"input": input})).ok();
+    let items = format!("{PATH}/{}/input_items", several["id"].as_str().unwrap());
+    for (query, ids, has_more) in [
+        ("", &["d", "c", "b", "a"][..], false),
+        ("?order=asc", &["a", "b", "c", "d"], false),
+        ("?limit=3", &["d", "c", "b"], true),
+        ("?limit=2&order=asc&after=msg_b", &["c", "d"], false),
+        ("?after=msg_a", &[], false),
+    ] {
+        let list = server.get(&format!("{items}{query}")).ok();
+        let found: Vec<&str> = list["data"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|item| item["content"][0]["text"].as_str().unwrap())
+            .collect();
+        assert_eq!((&found[..], &list["has_more"]), (ids, &json!(has_more)), "{query}");
+        assert!(list["data"].as_array().unwrap().iter().all(|item| item["type"] == "message"), "{list}");
+        let ends =
+            [ids.first(), ids.last()].map(|id| id.map_or(Value::Null, |id| format!("msg_{id}").into()));
+        assert_eq!([&list["first_id"], &list["last_id"]], [&ends[0], &ends[1]]);
+    }
+    for (query, param) in
+        [("limit=0", "limit"), ("limit=x", "limit"), ("order=x", "order"), ("after=zzz", "after")]
+    {
+        assert_eq!(server.get(&format!("{items}?{query}")).error().2.as_deref(), Some(param));
+    }
+}
+
+#[test]
 fn the_store() {
     let server = server(&[LOOK, HELLO], 2);
     let first = server.post(PATH, &json!({"input": "Weather?", "tools": [tool()]})).ok();
@@ -390,12 +427,13 @@ fn items_are_referred_to() {
         server.request("POST", PATH, &headers(key), body.as_bytes())
     };
     let listed = |response: &Value| {
-        let path = format!("{PATH}/{}/input_items", response["id"].as_str().unwrap());
+        let path = format!("{PATH}/{}/input_items?order=asc", response["id"].as_str().unwrap());
         server.request("GET", &path, &headers("one"), b"").ok()["data"].clone()
     };
     let reference = |item: &Value| json!({"type": "item_reference", "id": item["id"]});
 
-    let question = json!([{"role": "user", "content": "Weather?", "id": "msg_mine"}]);
+    let content = json!([{"type": "input_text", "text": "Weather?"}]);
+    let question = json!([{"type": "message", "role": "user", "content": content, "id": "msg_mine"}]);
     let first = ask("one", &question).ok();
     let output = first["output"].as_array().unwrap();
     let result = json!({"type": "function_call_output", "call_id": output[2]["call_id"], "output": "sun"});
