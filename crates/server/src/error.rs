@@ -46,6 +46,8 @@ pub(crate) enum ApiError {
     LargeHead,
     #[error("The request body must be of type application/json.")]
     MediaType,
+    #[error("The request body must not be compressed: leave Content-Encoding out.")]
+    Encoded,
     #[error("The model is being loaded ({percent} % done). Please retry.")]
     Loading { percent: u32 },
     #[error("The engine makes no progress.")]
@@ -113,7 +115,7 @@ impl ApiError {
             ApiError::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             ApiError::BodyTimeout | ApiError::SlowReader => StatusCode::REQUEST_TIMEOUT,
             ApiError::LongPath { .. } | ApiError::ManyHeaders { .. } | ApiError::LargeHead => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
-            ApiError::MediaType => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            ApiError::MediaType | ApiError::Encoded => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             ApiError::Loading { .. }
             | ApiError::Unhealthy
             | ApiError::Busy { .. }
@@ -135,7 +137,8 @@ impl ApiError {
             | ApiError::LongPath { .. }
             | ApiError::ManyHeaders { .. }
             | ApiError::LargeHead
-            | ApiError::MediaType => "BadRequestError",
+            | ApiError::MediaType
+            | ApiError::Encoded => "BadRequestError",
             ApiError::UnknownModel { .. } | ApiError::UnknownPath => "NotFoundError",
             ApiError::Unknown { .. } => "invalid_request_error",
             ApiError::MethodNotAllowed => "MethodNotAllowedError",

@@ -257,6 +257,8 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
         answer
     } else if takes_json && !is_json(headers) {
         ApiError::MediaType.into_response()
+    } else if takes_json && is_encoded(headers) {
+        ApiError::Encoded.into_response()
     } else if !admitted && request.method() != Method::OPTIONS {
         ApiError::Unauthorized.into_response()
     } else if state.is_draining() && !matches!(name, "/live" | "/metrics") {
@@ -318,6 +320,11 @@ fn is_json(headers: &HeaderMap) -> bool {
     let media_type = headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let essence = media_type.and_then(|value| value.split(';').next());
     essence.is_some_and(|essence| essence.trim().eq_ignore_ascii_case("application/json"))
+}
+
+fn is_encoded(headers: &HeaderMap) -> bool {
+    let encodings = headers.get_all(header::CONTENT_ENCODING).iter();
+    encodings.into_iter().any(|encoding| !encoding.as_bytes().eq_ignore_ascii_case(b"identity"))
 }
 
 async fn chat(

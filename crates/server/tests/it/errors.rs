@@ -386,6 +386,14 @@ fn bodies_that_cannot_be_read() {
     for headers in ["", "content-type: text/plain\r\n", "content-type: application/jsonp\r\n"] {
         check(headers, server.request("POST", path, headers, body).error(), (415, BAD, None));
     }
+    for encoding in ["gzip", "identity, br"] {
+        let headers = format!("{JSON}content-encoding: {encoding}\r\n");
+        let error = server.request("POST", path, &headers, body).error();
+        assert!(error.3.contains("Content-Encoding"), "{}", error.3);
+        check(encoding, error, (415, BAD, None));
+    }
+    let plain = format!("{JSON}content-encoding: Identity\r\n");
+    assert_eq!(server.request("POST", path, &plain, body).status, 200);
     assert_eq!(server.request("POST", path, JSON, body).status, 200);
     let marked = [b"\xef\xbb\xbf".as_slice(), body].concat();
     assert_eq!(server.request("POST", path, JSON, &marked).status, 200);
