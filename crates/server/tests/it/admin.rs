@@ -46,6 +46,8 @@ fn an_admin_needs_the_admins_key() {
     // An admin's key opens nothing else, and nobody sleeps unless that was asked for.
     assert_eq!(server.request("GET", "/v1/models", &bearer("admin"), b"").status, 401);
     assert_eq!(server.request("POST", "/sleep", &bearer("key"), b"").status, 404);
+    assert_eq!(server.request("POST", "/sleep", &bearer("admin"), b"").status, 404);
+    assert_eq!(server.request("POST", "/sleep", &bearer("other"), b"").status, 401);
 
     let metrics = |headers: &str| server.request("GET", "/metrics", headers, b"").status;
     assert_eq!((metrics(""), metrics(&bearer("key")), metrics(&bearer("metrics"))), (401, 401, 200));
