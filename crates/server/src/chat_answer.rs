@@ -28,6 +28,8 @@ pub(crate) struct Shape {
     rules: Rules,
     /// The client named the function, so that the call is the answer.
     call_is_answer: bool,
+    /// The call is shown as `function_call`.
+    legacy_functions: bool,
     logprobs: bool,
     /// Of the text of the final channel alone.
     final_logprobs: bool,
@@ -62,6 +64,7 @@ impl Shape {
                 include_reasoning: request.include_reasoning,
             },
             call_is_answer: matches!(request.choice, CallChoice::Named(_)),
+            legacy_functions: request.legacy_functions,
             logprobs: request.params.logprobs.is_some(),
             final_logprobs: request.params.logprobs.is_some() && state.final_logprobs,
             prompt_logprobs: request.params.prompt_logprobs,
@@ -70,6 +73,23 @@ impl Shape {
             reasoning_content: state.reasoning_content,
             prompt_text: request.return_prompt_text,
             stream: request.stream().unwrap_or_default(),
+        }
+    }
+}
+
+/// Why a choice ended, as the client is told.
+#[derive(Serialize)]
+#[serde(untagged)]
+enum Reason {
+    Usual(FinishReason),
+    Legacy(&'static str),
+}
+
+impl Shape {
+    fn reason(&self, reason: FinishReason) -> Reason {
+        match reason {
+            FinishReason::ToolCalls if self.legacy_functions => Reason::Legacy("function_call"),
+            reason => Reason::Usual(reason),
         }
     }
 }
@@ -330,6 +350,15 @@ impl WholeChat {
                 && turn.reasoning.is_some()
                 && turn.content.is_none()
                 && turn.tool_calls.is_empty();
+            let mut calls = turn.tool_calls.into_iter().zip(ids).map(|(call, id)| WholeCall {
+                id,
+                r#type: "function",
+                function: WholeFunction { name: call.name, arguments: call.arguments },
+            });
+            let function_call = match shape.legacy_functions {
+                true => calls.next().map(|call| call.function),
+                false => None,
+            };
             WholeChoice {
                 index,
                 message: WholeMessage {
@@ -341,22 +370,13 @@ impl WholeChat {
                     refusal: None,
                     annotations: None,
                     audio: None,
-                    function_call: None,
+                    function_call,
                     reasoning_content: shape.reasoning_content.then(|| turn.reasoning.clone()),
                     reasoning: turn.reasoning,
-                    tool_calls: turn
-                        .tool_calls
-                        .into_iter()
-                        .zip(ids)
-                        .map(|(call, id)| WholeCall {
-                            id,
-                            r#type: "function",
-                            function: WholeFunction { name: call.name, arguments: call.arguments },
-                        })
-                        .collect(),
+                    tool_calls: calls.collect(),
                 },
                 logprobs: shape.logprobs.then_some(ChatLogprobs { content: logprobs, refusal: None }),
-                finish_reason: reason,
+                finish_reason: reason.map(|reason| shape.reason(reason)),
                 stop_reason: finish.and_then(|finish| finish.stop),
                 token_ids: shape.token_ids.then_some(token_ids),
             }
@@ -402,7 +422,7 @@ struct WholeChoice {
     index: usize,
     message: WholeMessage,
     logprobs: Option<ChatLogprobs>,
-    finish_reason: Option<FinishReason>,
+    finish_reason: Option<Reason>,
     stop_reason: Option<Stop>,
     token_ids: Option<Vec<u32>>,
 }
@@ -414,7 +434,7 @@ struct WholeMessage {
     refusal: Option<()>,
     annotations: Option<()>,
     audio: Option<()>,
-    function_call: Option<()>,
+    function_call: Option<WholeFunction>,
     reasoning: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reasoning_content: Option<Option<String>>,
@@ -465,10 +485,17 @@ impl ChatChunks {
         logprobs: &[TokenLogprobs],
     ) -> Option<ChunkChoice> {
         let mut message = DeltaMessage::default();
+        let legacy = self.answer.shape.legacy_functions;
         for delta in deltas {
             match delta {
                 Delta::Reasoning(text) => message.reasoning.get_or_insert_default().push_str(&text),
                 Delta::Content(text) => message.content.get_or_insert_default().push_str(&text),
+                Delta::CallStart { name, .. } if legacy => {
+                    message.function_call.get_or_insert_default().name = Some(name);
+                }
+                Delta::CallArguments { text, .. } if legacy => {
+                    message.function_call.get_or_insert_default().arguments.push_str(&text);
+                }
                 Delta::CallStart { index: call, name } => {
                     let id = call_id();
                     self.answer.called(index, &id);
@@ -533,7 +560,7 @@ impl Encoder for ChatChunks {
                 Change::Finish { choice, finish } => {
                     self.answer.remember(choice);
                     let mut choice = ChunkChoice::new(choice);
-                    choice.finish_reason = Some(finish.reason);
+                    choice.finish_reason = Some(self.answer.shape.reason(finish.reason));
                     choice.stop_reason = Some(finish.stop);
                     let last = self.answer.is_finished() && !self.answer.shape.stream.include_usage;
                     self.chunk(&[choice], last, out);
@@ -560,7 +587,7 @@ struct ChunkChoice {
     index: usize,
     delta: DeltaMessage,
     logprobs: Option<ChatLogprobs>,
-    finish_reason: Option<FinishReason>,
+    finish_reason: Option<Reason>,
     /// Beside a finish reason only, null then for the model's own end.
     #[serde(skip_serializing_if = "Option::is_none")]
     stop_reason: Option<Option<Stop>>,
@@ -594,13 +621,18 @@ struct DeltaMessage {
     reasoning: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     reasoning_content: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    function_call: Option<DeltaFunction>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
     tool_calls: Vec<DeltaCall>,
 }
 
 impl DeltaMessage {
     fn is_empty(&self) -> bool {
-        self.content.is_none() && self.reasoning.is_none() && self.tool_calls.is_empty()
+        self.content.is_none()
+            && self.reasoning.is_none()
+            && self.function_call.is_none()
+            && self.tool_calls.is_empty()
     }
 }
 
@@ -614,7 +646,7 @@ struct DeltaCall {
     function: DeltaFunction,
 }
 
-#[derive(Serialize)]
+#[derive(Default, Serialize)]
 struct DeltaFunction {
     #[serde(skip_serializing_if = "Option::is_none")]
     name: Option<String>,

@@ -125,6 +125,8 @@ pub(crate) struct ChatRequest {
     /// The answer is shown with what it continues.
     pub(crate) echo: bool,
     pub(crate) parallel_tool_calls: bool,
+    /// The tools came as `functions`: the answer has at most one call, as `function_call`.
+    pub(crate) legacy_functions: bool,
     pub(crate) include_reasoning: bool,
     pub(crate) return_prompt_text: bool,
     /// Bytes of text that the prompt will hold, at least.
@@ -220,6 +222,7 @@ impl ChatRequest {
             continued,
             echo: wire.echo,
             parallel_tool_calls: wire.parallel_tool_calls,
+            legacy_functions: wire.legacy_functions,
             include_reasoning: wire.include_reasoning,
             return_prompt_text: wire.return_prompt_text,
             text_bytes,
@@ -240,6 +243,7 @@ struct Wire {
     tools: Option<Tools>,
     tool_choice: ToolChoice,
     parallel_tool_calls: bool,
+    legacy_functions: bool,
     reasoning_effort: Option<String>,
     include_reasoning: bool,
     thinking_token_budget: Option<i64>,
@@ -263,12 +267,13 @@ impl Wire {
             Some(max) => (Some(max), "max_completion_tokens"),
             None => (legacy_max, "max_tokens"),
         };
-        let (tools, tool_choice) = match object.field("tools") {
-            Some(tools) => (Some(Tools::read(&tools)?), ToolChoice::read(object)?),
-            None => match object.field("functions") {
-                Some(functions) => (Some(Tools::read_legacy(&functions)?), ToolChoice::read_legacy(object)?),
-                None => (None, ToolChoice::read(object)?),
-            },
+        let functions = object.field("functions").filter(|_| object.field("tools").is_none());
+        let (tools, tool_choice) = match (object.field("tools"), &functions) {
+            (Some(tools), _) => (Some(Tools::read(&tools)?), ToolChoice::read(object)?),
+            (None, Some(functions)) => {
+                (Some(Tools::read_legacy(functions)?), ToolChoice::read_legacy(object)?)
+            }
+            (None, None) => (None, ToolChoice::read(object)?),
         };
         Ok(Wire {
             common,
@@ -280,7 +285,8 @@ impl Wire {
             top_logprobs: object.int("top_logprobs")?,
             tools,
             tool_choice,
-            parallel_tool_calls: object.bool("parallel_tool_calls")?.unwrap_or(true),
+            parallel_tool_calls: object.bool("parallel_tool_calls")?.unwrap_or(true) && functions.is_none(),
+            legacy_functions: functions.is_some(),
             reasoning_effort: object.string("reasoning_effort")?,
             include_reasoning: object.bool("include_reasoning")?.unwrap_or(true),
             thinking_token_budget: object.int("thinking_token_budget")?,

@@ -245,6 +245,36 @@ fn without_reasoning() {
     assert_eq!((joined.reasoning.as_str(), joined.content.as_str()), ("", "Hello there!"));
 }
 
+/// Who asks in the old form is answered in it.
+#[test]
+fn legacy_functions() {
+    let server = Fixture::saying(&[TWO_CALLS]);
+    let functions = json!([tool("f")["function"], tool("g")["function"]]);
+    let mut request = json!({"messages": ask("Hi"), "functions": functions});
+    for (choice, finish) in [(json!("auto"), "function_call"), (json!({"name": "f"}), "stop")] {
+        request["function_call"] = choice;
+        let choice = server.chat(&request).ok()["choices"][0].clone();
+        assert_eq!(choice["message"]["function_call"], json!({"name": "f", "arguments": "{}"}), "{choice}");
+        assert_eq!((choice["message"].get("tool_calls"), &choice["finish_reason"]), (None, &json!(finish)));
+
+        let mut streamed = request.clone();
+        streamed["stream"] = true.into();
+        let (mut names, mut arguments, mut finishes) = (Vec::new(), String::new(), Vec::new());
+        for mut chunk in server.chunks("/v1/chat/completions", &streamed) {
+            let mut choice = chunk["choices"][0].take();
+            assert_eq!(choice["delta"].get("tool_calls"), None);
+            let call = choice["delta"]["function_call"].take();
+            names.extend(call["name"].as_str().map(str::to_owned));
+            arguments += call["arguments"].as_str().unwrap_or_default();
+            finishes.extend(choice["finish_reason"].as_str().map(str::to_owned));
+        }
+        assert_eq!(
+            (names, arguments.as_str(), finishes),
+            (vec!["f".to_owned()], "{}", vec![finish.to_owned()])
+        );
+    }
+}
+
 const TWO_CALLS: &str = "<|channel|>commentary to=functions.f<|message|>{}<|end|><|start|>assistant<|channel|>commentary to=functions.g<|message|>{}<|call|>";
 
 #[test]
