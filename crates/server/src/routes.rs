@@ -143,6 +143,9 @@ pub(crate) static ROUTES: &[Route] = &[
 const NOT_APPLICABLE: [&str; 6] =
     ["/v1/embeddings", "/v1/audio/{*rest}", "/v1/images/{*rest}", "/score", "/rerank", "/pooling"];
 
+/// Endpoints of OpenAI that would be taken for a stored response.
+const UNKNOWN: [&str; 2] = ["/v1/responses/input_tokens", "/v1/responses/compact"];
+
 impl Route {
     /// Whether the server was started with it.
     pub(crate) fn is_offered(&self, state: &State) -> bool {
@@ -217,6 +220,9 @@ pub(crate) fn router(state: Arc<State>) -> Router {
     }
     for path in NOT_APPLICABLE {
         router = router.route(path, any(|| async { ApiError::NotApplicable }));
+    }
+    for path in UNKNOWN {
+        router = router.route(path, any(|| async { ApiError::UnknownPath }));
     }
     router
         .fallback(|| async { ApiError::UnknownPath })

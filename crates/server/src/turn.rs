@@ -325,7 +325,12 @@ enum Asked {
     Auto,
     Required,
     Named(String),
-    Allowed { names: Vec<String>, required: bool },
+    Allowed {
+        names: Vec<String>,
+        required: bool,
+        /// Where the names stand, to complain about.
+        path: String,
+    },
 }
 
 /// How calls may be made.
@@ -344,18 +349,54 @@ pub(crate) enum Choice {
     },
 }
 
+impl Asked {
+    /// `mode`, and `tools` with their names.
+    fn allowed(
+        object: &Object<'_>,
+        name: impl Fn(&Field<'_>) -> Result<String, ApiError>,
+    ) -> Result<Asked, ApiError> {
+        let tools = object.required("tools")?;
+        let names = tools.array(MAX_TOOLS)?.iter().map(name).collect::<Result<_, _>>()?;
+        let required = match object.field("mode") {
+            None => false,
+            Some(mode) => match mode.string()?.as_str() {
+                "auto" => false,
+                "required" => true,
+                other => {
+                    let message =
+                        format!("{} must be auto or required, got {}.", mode.path(), excerpt(other));
+                    return Err(mode.error(message));
+                }
+            },
+        };
+        Ok(Asked::Allowed { names, required, path: tools.path().to_owned() })
+    }
+}
+
 impl ToolChoice {
     /// `tool_choice`, in the form of chat completions.
     pub(crate) fn read(object: &Object<'_>) -> Result<ToolChoice, ApiError> {
         let asked = match object.field("tool_choice") {
             None => Asked::Unsaid,
             Some(choice) if choice.is_object() => {
-                let object = choice.object(&["type", "function"])?;
+                let object = choice.object(&["type", "function", "allowed_tools"])?;
                 let kind = object.required("type")?;
-                if kind.string()? != "function" {
-                    return Err(kind.error("tool_choice.type must be `function`."));
+                let function = |object: &Object<'_>| {
+                    object.required("function")?.object(&["name"])?.required("name")?.string()
+                };
+                match kind.string()?.as_str() {
+                    "function" => Asked::Named(function(&object)?),
+                    "allowed_tools" => {
+                        let allowed = object.required("allowed_tools")?.object(&["mode", "tools"])?;
+                        Asked::allowed(&allowed, |tool| function(&tool.object(&["function"])?))?
+                    }
+                    other => {
+                        let other = excerpt(other);
+                        let message =
+                            format!("tool_choice.type must be function or allowed_tools, got {other}.");
+                        return Err(kind.error(message));
+                    }
                 }
-                Asked::Named(object.required("function")?.object(&["name"])?.required("name")?.string()?)
             }
             Some(choice) => match choice.string()?.as_str() {
                 "none" => Asked::None,
@@ -385,18 +426,7 @@ impl ToolChoice {
         let asked = match kind.string()?.as_str() {
             "function" | "custom" => Asked::Named(object.required("name")?.string()?),
             "allowed_tools" => {
-                let tools = object.required("tools")?.array(MAX_TOOLS)?;
-                let name = |tool: &Field<'_>| tool.object(&["name"])?.required("name")?.string();
-                let required = match object.string("mode")?.as_deref() {
-                    None | Some("auto") => false,
-                    Some("required") => true,
-                    Some(other) => {
-                        let message =
-                            format!("tool_choice.mode must be auto or required, got {}.", excerpt(other));
-                        return Err(ApiError::invalid("tool_choice.mode", message));
-                    }
-                };
-                Asked::Allowed { names: tools.iter().map(name).collect::<Result<_, _>>()?, required }
+                Asked::allowed(&object, |tool| tool.object(&["name"])?.required("name")?.string())?
             }
             other => {
                 let message = format!(
@@ -444,19 +474,17 @@ impl ToolChoice {
                     format!("{} names {}, which is not among the tools.", self.field, excerpt(name));
                 Err(ApiError::invalid(self.field, message))
             }
-            Asked::Allowed { names, required } => {
+            Asked::Allowed { names, required, path } => {
                 let known = |name: &String| tools.iter().any(|tool| tool.tool.function.name == *name);
                 match names.iter().find(|name| !known(name)) {
                     None if names.is_empty() && *required => {
-                        Err(ApiError::invalid("tool_choice.tools", "tool_choice.tools must not be empty."))
+                        Err(ApiError::invalid(path, format!("{path} must not be empty.")))
                     }
                     None => Ok(Choice::Allowed { names: names.clone(), required: *required }),
                     Some(name) => {
-                        let message = format!(
-                            "tool_choice.tools names {}, which is not among the tools.",
-                            excerpt(name)
-                        );
-                        Err(ApiError::invalid("tool_choice.tools", message))
+                        let name = excerpt(name);
+                        let message = format!("{path} names {name}, which is not among the tools.");
+                        Err(ApiError::invalid(path, message))
                     }
                 }
             }

@@ -263,6 +263,11 @@ fn rules_across_fields() {
         ),
         (json!({"tools": [tool("f")], "tool_choice": named}), "tool_choice", "not among the tools"),
         (
+            json!({"tools": [tool("f")], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"tools": [named]}}}),
+            "tool_choice.allowed_tools.tools",
+            "not among the tools",
+        ),
+        (
             json!({"logprobs": true, "logprob_token_ids": vec![1; 129]}),
             "logprob_token_ids",
             "at most 128 ids, got 129",
@@ -406,6 +411,9 @@ fn paths_and_methods() {
     let server = Fixture::saying(&[HI]);
     for path in ["/v1", "/v1/chat", "/v1/nothing", "/v2/models", "/%ff"] {
         check(path, server.get(path).error(), (404, "NotFoundError", None));
+    }
+    for path in ["/v1/responses/input_tokens", "/v1/responses/compact"] {
+        check(path, server.post(path, &json!({"input": "Hi"})).error(), (404, "NotFoundError", None));
     }
     for (method, path, allow) in [
         ("GET", "/v1/chat/completions", "POST"),

@@ -221,6 +221,14 @@ fn calls_that_must_be_made() {
         assert!(!calls.is_empty() || finish == "length", "{choice}: {finish}");
     }
     assert_eq!(answer(4, &json!("auto")), (Vec::new(), "stop".to_owned()));
+    // Some of the tools, at will or at least one of them.
+    let allowed = |mode: &str, name: &str| {
+        let tools = json!([{"type": "function", "function": {"name": name}}]);
+        json!({"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}})
+    };
+    assert_eq!(answer(1, &allowed("required", "g")).0, [g()]);
+    assert_eq!(answer(4, &allowed("auto", "g")), (Vec::new(), "stop".to_owned()));
+    assert!(answer(1, &allowed("auto", "f")).0.iter().all(|(name, _)| name == "f"));
     let (calls, finish) = answer(1, &json!("none"));
     assert!(calls.is_empty() && finish != "tool_calls");
 }
