@@ -223,12 +223,19 @@ fn tracked(
     service_fn(move |mut request: hyper::Request<Incoming>| {
         let busy = Busy::new(&activity);
         if let Some(uri) = without(&root_path, request.uri()) {
+            if request.uri().path() == root_path {
+                request.extensions_mut().insert(BarePrefix(format!("{root_path}/")));
+            }
             *request.uri_mut() = uri;
         }
         let answer = inner.call(request);
         async move { answer.await.map(|response| response.map(|body| Held { body, _busy: busy })) }
     })
 }
+
+/// The path was the prefix alone, without the slash that addresses relative to it need: the path with it.
+#[derive(Debug, Clone)]
+pub(crate) struct BarePrefix(pub(crate) String);
 
 /// The address without the prefix of its path, if it has it.
 fn without(root_path: &str, uri: &Uri) -> Option<Uri> {

@@ -1,7 +1,10 @@
 //! The chat page at `/`: one file inside the binary, which talks to this server and to nobody else.
 
+use axum::Extension;
 use axum::http::{HeaderName, HeaderValue, header};
-use axum::response::{IntoResponse, Response};
+use axum::response::{IntoResponse, Redirect, Response};
+
+use crate::connections::BarePrefix;
 
 const PAGE: &str = include_str!("page.html");
 
@@ -10,7 +13,10 @@ const POLICY: &str = "default-src 'none'; script-src 'unsafe-inline'; style-src 
                       img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 /// `GET /`
-pub(crate) async fn page() -> Response {
+pub(crate) async fn page(bare: Option<Extension<BarePrefix>>) -> Response {
+    if let Some(Extension(BarePrefix(path))) = bare {
+        return Redirect::permanent(&path).into_response();
+    }
     let headers: [(HeaderName, HeaderValue); 4] = [
         (header::CONTENT_TYPE, HeaderValue::from_static("text/html; charset=utf-8")),
         (header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(POLICY)),

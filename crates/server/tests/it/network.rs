@@ -290,9 +290,12 @@ fn pages_of_other_origins() {
 #[test]
 fn behind_a_proxy() {
     let server = serving(&Options { root_path: "/models/tiny".to_owned(), ..options() });
-    for path in ["/models/tiny/v1/models", "/v1/models", "/models/tiny/v1/models?a=b", "/models/tiny"] {
+    for path in ["/models/tiny/v1/models", "/v1/models", "/models/tiny/v1/models?a=b", "/models/tiny/"] {
         assert_eq!(server.get(path).status, 200, "{path}");
     }
+    // The page's addresses are relative to it.
+    let answer = server.get("/models/tiny");
+    assert_eq!((answer.status, answer.header("location")), (308, Some("/models/tiny/")));
     assert_eq!(server.get("/models/tinyv1/models").status, 404);
     let described = server.get("/models/tiny/openapi.json").ok();
     assert_eq!(described["servers"], json!([{"url": "/models/tiny"}]));
