@@ -136,11 +136,12 @@ pub struct Tensor {
     pub format: String,
     /// What was done to it.
     pub algorithm: String,
-    /// Mean squared difference from the source's values.
+    /// Mean squared difference from the source's values; NaN where it was not measured, as of what an earlier, interrupted call
+    /// wrote.
     pub mse: f64,
     /// Signal to quantization noise, 10 log10(Σ w² / Σ (w − w')²); none where no value changed.
     pub sqnr_db: Option<f64>,
-    /// The largest difference.
+    /// The largest difference; NaN as above.
     pub max_error: f64,
     /// The mean squared difference that the `max` rule would have had.
     pub max_rule_mse: Option<f64>,

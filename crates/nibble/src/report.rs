@@ -137,7 +137,9 @@ fn max_rule(run: &Run<'_>) -> Result<Option<Arc<Quantized>>> {
     else {
         return Ok(None);
     };
-    let lossy = |t: &quantize::TensorReport| t.totals.changed > 0 && t.method != Method::Max;
+    let lossy = |t: &quantize::TensorReport| {
+        t.method != Method::Max && t.totals.is_none_or(|totals| totals.changed > 0)
+    };
     if !run.view.report().iter().any(lossy) {
         return Ok(None);
     }
@@ -230,14 +232,15 @@ fn tensors(run: &Run<'_>, max: Option<&Arc<Quantized>>, name: &dyn Fn(MatrixId) 
                 kind: kind(t.id.kind).to_owned(),
                 format: t.format.name().to_owned(),
                 algorithm: t.method.name().to_owned(),
-                mse: t.totals.mse(),
-                sqnr_db: command::finite(t.totals.sqnr_db()),
-                max_error: f64::from(t.totals.max_error),
+                mse: t.totals.map_or(f64::NAN, |totals| totals.mse()),
+                sqnr_db: t.totals.and_then(|totals| command::finite(totals.sqnr_db())),
+                max_error: t.totals.map_or(f64::NAN, |totals| f64::from(totals.max_error)),
                 max_rule_mse: max
                     .iter()
-                    .find(|m| m.id == t.id && m.totals.values > 0)
-                    .map(|m| m.totals.mse()),
-                worst_block: t.totals.worst.map(|worst| WorstBlock {
+                    .find(|m| m.id == t.id)
+                    .and_then(|m| m.totals.filter(|totals| totals.values > 0))
+                    .map(|totals| totals.mse()),
+                worst_block: t.totals.and_then(|totals| totals.worst).map(|worst| WorstBlock {
                     expert: stack.then_some(worst.expert),
                     row: worst.row,
                     block: worst.block,

@@ -16,8 +16,9 @@ pub struct TensorReport {
     pub method: Method,
     /// For a cast, its blocks.
     pub cast: CastCounts,
-    /// The error of the values against the source's.
-    pub totals: Totals,
+    /// The error of the values against the source's; none as long as some of them were not read, as after a write that
+    /// continued an earlier call's.
+    pub totals: Option<Totals>,
 }
 
 /// Sums over compared values.

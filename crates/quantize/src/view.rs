@@ -189,17 +189,22 @@ impl Quantized {
         sum
     }
 
-    /// What happened to each matrix; the errors cover what has been read so far.
+    /// What happened to each matrix; the errors are known of what has been read whole.
     pub fn report(&self) -> Vec<TensorReport> {
         let totals = self.totals.lock().unwrap_or_else(PoisonError::into_inner);
         self.plans
             .iter()
-            .map(|(&id, plan)| TensorReport {
-                id,
-                format: self.format(id),
-                method: plan.method,
-                cast: plan.cast,
-                totals: totals.get(&id).copied().unwrap_or_default(),
+            .map(|(&id, plan)| {
+                let (count, rows, cols) = id.kind.shape(self.config());
+                let found = totals.get(&id).copied().unwrap_or_default();
+                let known = plan.keeps_values() || found.values >= (count * rows * cols) as u64;
+                TensorReport {
+                    id,
+                    format: self.format(id),
+                    method: plan.method,
+                    cast: plan.cast,
+                    totals: known.then_some(found),
+                }
             })
             .collect()
     }
@@ -279,7 +284,7 @@ impl Weights for Quantized {
                     global_scale,
                 };
                 // Comparing values that are known to be equal would only take time.
-                if plan.cast.changed_values > 0 {
+                if !plan.keeps_values() {
                     let cast = Matrix { rows, cols, values: values.clone() };
                     let mut totals = Totals::default();
                     let (mut before, mut after) = (vec![0.0; cols], vec![0.0; cols]);
@@ -474,6 +479,15 @@ impl Plan {
             }
         }
         Ok(plan)
+    }
+
+    /// Whether every value is known to stay as it is.
+    fn keeps_values(&self) -> bool {
+        match self.method {
+            Method::Keep => true,
+            Method::Cast => self.cast.changed_values == 0,
+            _ => false,
+        }
     }
 }
 

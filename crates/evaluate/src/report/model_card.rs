@@ -144,6 +144,13 @@ fn making(report: &Report) -> String {
     if exact > 0 {
         section += &format!("- tensors that kept every value: {exact} of {}\n", report.tensors.len());
     }
+    let unknown = report.tensors.iter().filter(|tensor| tensor.mse.is_nan()).count();
+    if unknown > 0 {
+        section += &format!(
+            "- tensors whose error was not measured, since an earlier call wrote some of them: {unknown} of {}\n",
+            report.tensors.len()
+        );
+    }
     section += "\n";
     let Some(calibration) = &report.calibration else {
         return section + "No calibration data were used.\n\n";

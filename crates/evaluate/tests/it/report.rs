@@ -438,6 +438,21 @@ fn no_number_breaks_a_report() {
 }
 
 #[test]
+fn what_was_not_measured_did_not_keep_its_values() {
+    let mut report = run_of(4, 8);
+    let tensor = &mut report.tensors[0];
+    (tensor.mse, tensor.max_error, tensor.sqnr_db) = (f64::NAN, f64::NAN, None);
+    let Written { json, page, card } = written(&report);
+    let json: serde_json::Value = serde_json::from_str(&json).unwrap();
+    assert!(json["tensors"][0]["mse"].is_null() && json["tensors"][0]["max_error"].is_null());
+    assert_all(
+        &card,
+        &["- tensors that kept every value: 1 of 25\n", "error was not measured", ": 1 of 25\n"],
+    );
+    assert!(page.contains("no error to plot: 1 of 25"));
+}
+
+#[test]
 fn a_lossless_cast_has_nothing_to_plot() {
     let mut report = run_of(4, 8);
     for tensor in &mut report.tensors {

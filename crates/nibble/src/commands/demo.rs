@@ -147,8 +147,8 @@ fn checkpoints(
     let usual = quantized(upcast, Algorithm::Max, common)?;
     let usual_folder = folder.0.join("max");
     write(&usual, original, &usual_folder)?;
-    let (changed, values) =
-        usual.report().iter().fold((0, 0), |(c, v), t| (c + t.totals.changed, v + t.totals.values));
+    let totals = usual.report().into_iter().filter_map(|tensor| tensor.totals);
+    let (changed, values) = totals.fold((0, 0), |(c, v), totals| (c + totals.changed, v + totals.values));
     say!(ui, "   {} of {} expert weights changed", grouped(changed), grouped(values))?;
     let usual = Arc::new(Checkpoint::open(&usual_folder)?);
     Ok((view, cast, usual))

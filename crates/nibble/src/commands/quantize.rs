@@ -321,8 +321,9 @@ fn document(
     let cast = view.cast_counts();
     let rows: Vec<Value> = changed(view)
         .map(|t| {
-            json!({"name": names.name(t.id), "format": t.format, "algorithm": t.method, "mse": t.totals.mse(),
-                "max_error": t.totals.max_error, "sqnr_db": finite(t.totals.sqnr_db())})
+            json!({"name": names.name(t.id), "format": t.format, "algorithm": t.method,
+                "mse": t.totals.map(|totals| totals.mse()), "max_error": t.totals.map(|totals| totals.max_error),
+                "sqnr_db": t.totals.and_then(|totals| finite(totals.sqnr_db()))})
         })
         .collect();
     let mut document = json!({
@@ -343,11 +344,12 @@ fn document(
 fn table(args: &Quantize, view: &Quantized, names: &Names) -> Result<()> {
     for t in changed(view).filter(|t| t.method != Method::Cast || t.cast.changed_values > 0) {
         let method = t.method.name();
-        let sqnr = t.totals.sqnr_db();
-        let quality = if sqnr.is_finite() {
-            format!("SQNR {sqnr:5.1} dB, largest error {:.2e}", t.totals.max_error)
-        } else {
-            "every value kept".to_owned()
+        let quality = match t.totals {
+            None => "not measured: an earlier call wrote some of it".to_owned(),
+            Some(totals) if totals.sqnr_db().is_finite() => {
+                format!("SQNR {:5.1} dB, largest error {:.2e}", totals.sqnr_db(), totals.max_error)
+            }
+            Some(_) => "every value kept".to_owned(),
         };
         out!("{:<52} {method:<13} {quality}", names.name(t.id))?;
     }

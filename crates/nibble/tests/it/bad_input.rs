@@ -301,8 +301,8 @@ fn text_that_is_none_or_without_end_is_refused() {
 fn a_full_disk_leaves_nothing_under_the_final_name() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("model");
-    // The limit on a file's size fails a write in the middle, as a full disk does.
-    let script = "ulimit -f 4000; trap '' XFSZ; exec \"$0\" quantize \"$1\" --out \"$2\" --algorithm mse";
+    // The limit on a file's size fails a write in the middle, as a full disk does: there is room for the first experts.
+    let script = "ulimit -f 10000; trap '' XFSZ; exec \"$0\" quantize \"$1\" --out \"$2\" --algorithm mse";
     let limited = Command::new("bash")
         .args(["-c", script, env!("CARGO_BIN_EXE_nibble"), &bf16(), out.to_str().unwrap()])
         .output()
@@ -311,8 +311,12 @@ fn a_full_disk_leaves_nothing_under_the_final_name() {
     assert_eq!(limited.status.code(), Some(3), "{stderr}");
     assert!(stderr.contains("model"), "{stderr}");
     assert!(!out.exists());
-    // With room again, the same command continues.
-    ok(&["quantize", &bf16(), "--out", out.to_str().unwrap(), "--algorithm", "mse"]);
+    // With room again, the same command continues. What the first one wrote was not measured by the second.
+    let done =
+        ok(&["quantize", &bf16(), "--out", out.to_str().unwrap(), "--algorithm", "mse", "--json"]).json();
+    let measured = done["tensors"].as_array().unwrap().iter().map(|tensor| tensor["mse"].as_f64());
+    let measured: Vec<Option<f64>> = measured.collect();
+    assert!(measured[0].is_none() && measured.iter().flatten().all(|&mse| mse > 0.0), "{measured:?}");
     assert!(!folder.path().join("model.partial").exists());
     ok(&["inspect", out.to_str().unwrap()]);
 }
