@@ -9,7 +9,7 @@ use std::ops::{ControlFlow, Range};
 use std::path::{Path, PathBuf};
 use std::slice;
 
-use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, Unfinished, VectorKind, Weights};
+use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, Unfinished, Vector, VectorKind, Weights};
 use cpu::{Pool, Rows, Update, products};
 use gptoss::{Rotary, rotate, swiglu, top_experts};
 use half::bf16;
@@ -545,6 +545,7 @@ impl LayerPass<'_> {
             let amax = (self.job.amax)(id, expert);
             let global_scale = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
             let mut bias = source.bias.clone();
+            let stored = self.job.source.vector(bias_of(kind).at(self.layer))?;
             let factor = match enough && hessians.is_none() {
                 true => Some(factor(id, &source.weights)?),
                 false => None,
@@ -575,7 +576,10 @@ impl LayerPass<'_> {
                     for (((&w, &q), m), s) in w.iter().zip(q).zip(&mean).zip(&source_mean) {
                         sum += f64::from(w - q) * m + f64::from(ASYMMETRY * w) * (s - m);
                     }
-                    *bias = bf16::from_f32(*bias + sum as f32).to_f32();
+                    *bias += sum as f32;
+                    if let Vector::Bf16(_) = stored {
+                        *bias = bf16::from_f32(*bias).to_f32();
+                    }
                 }
             }
             record.matrix(&rounded, &bias)?;

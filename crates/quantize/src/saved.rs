@@ -6,7 +6,6 @@ use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
 use checkpoint::{Config, MatrixId, MatrixKind, Unfinished, VectorId, VectorKind};
-use half::bf16;
 use numerics::nvfp4::{self, BLOCK};
 
 use crate::rounded::Rounded;
@@ -47,7 +46,7 @@ pub(crate) fn input_scale(amax: f32) -> f32 {
 #[derive(Default, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Done {
     pub(crate) facts: LayerFacts,
-    /// The input norm, if the algorithm changed it: BF16 values.
+    /// The input norm, if the algorithm changed it.
     pub(crate) norm: Option<Vec<f32>>,
     /// The largest magnitudes behind the global scales of query, key and value, and of output, if the algorithm chose them.
     pub(crate) amax: (Option<f32>, Option<f32>),
@@ -129,10 +128,9 @@ impl Calibrated {
     }
 
     /// A bias or a norm that calibration changed.
-    pub(crate) fn vector(&self, id: VectorId) -> Result<Option<Vec<bf16>>, checkpoint::Error> {
+    pub(crate) fn vector(&self, id: VectorId) -> Result<Option<Vec<f32>>, checkpoint::Error> {
         if id.kind == VectorKind::InputNorm {
-            let norm = self.done[id.layer].norm.as_ref();
-            return Ok(norm.map(|norm| norm.iter().map(|&v| bf16::from_f32(v)).collect()));
+            return Ok(self.done[id.layer].norm.clone());
         }
         let Some(kind) = MatrixKind::LAYER.into_iter().find(|&kind| bias_of(kind) == id.kind) else {
             return Ok(None);
@@ -141,8 +139,8 @@ impl Calibrated {
         let mut bias = Vec::new();
         for expert in 0..count {
             let Some((at, rows, cols)) = self.place(kind.at(id.layer), expert) else { return Ok(None) };
-            let bytes = self.read(id.layer, at + (rows * cols / 2 + rows * cols / BLOCK) as u64, rows * 2)?;
-            bias.extend(bytes.chunks_exact(2).map(|b| bf16::from_le_bytes([b[0], b[1]])));
+            let bytes = self.read(id.layer, at + (rows * cols / 2 + rows * cols / BLOCK) as u64, rows * 4)?;
+            bias.extend(bytes.as_chunks().0.iter().map(|&bytes| f32::from_le_bytes(bytes)));
         }
         Ok(Some(bias))
     }
@@ -200,7 +198,7 @@ impl Record {
     pub(crate) fn matrix(&mut self, rounded: &Rounded, bias: &[f32]) -> Result<(), checkpoint::Error> {
         self.append(&rounded.codes)?;
         self.append(&rounded.scales)?;
-        let bias: Vec<u8> = bias.iter().flat_map(|&b| bf16::from_f32(b).to_le_bytes()).collect();
+        let bias: Vec<u8> = bias.iter().flat_map(|b| b.to_le_bytes()).collect();
         self.append(&bias)
     }
 
@@ -222,7 +220,7 @@ fn done_file(folder: &Path, layer: usize) -> PathBuf {
 
 /// Codes, scales and bias of a matrix.
 fn record_bytes(rows: usize, cols: usize) -> usize {
-    rows * cols / 2 + rows * cols / BLOCK + rows * 2
+    rows * cols / 2 + rows * cols / BLOCK + rows * 4
 }
 
 pub(crate) fn io(path: &Path, source: std::io::Error) -> checkpoint::Error {

@@ -381,10 +381,14 @@ impl Weights for Quantized {
     }
 
     fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
-        match self.calibrated.as_ref().and_then(|calibrated| calibrated.vector(id).transpose()) {
-            Some(changed) => Ok(Vector::Bf16(Cow::Owned(changed?))),
-            None => self.source.vector(id),
-        }
+        let source = self.source.vector(id)?;
+        let Some(calibrated) = &self.calibrated else { return Ok(source) };
+        // The type stays, whatever happens to the values: it is known before they are.
+        Ok(match (calibrated.vector(id)?, &source) {
+            (None, _) => source,
+            (Some(values), Vector::F32(_)) => Vector::F32(Cow::Owned(values)),
+            (Some(values), Vector::Bf16(_)) => Vector::Bf16(values.into_iter().map(bf16::from_f32).collect()),
+        })
     }
 
     fn input_scale(&self, id: MatrixId) -> Option<f32> {

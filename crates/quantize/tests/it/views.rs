@@ -433,6 +433,45 @@ fn every_calibrating_algorithm_keeps_the_function() {
     }
 }
 
+/// Weights whose vectors are in F32, of values that BF16 does not hold.
+struct WideVectors(Synthetic);
+
+impl Weights for WideVectors {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.0.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, Error> {
+        self.0.matrix(id, expert)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
+        Ok(Vector::F32(self.0.vector(id)?.to_f32().iter().map(|value| value * 1.001).collect()))
+    }
+}
+
+#[test]
+fn vectors_in_f32_stay_in_f32_and_change_where_the_algorithm_changes_them() {
+    let folder = tempfile::tempdir().unwrap();
+    let source = || Arc::new(WideVectors(Synthetic::new(config(), |_| Format::Bf16, 3)));
+    for algorithm in [Algorithm::LocalHessian, Algorithm::Awq, Algorithm::Gptq, Algorithm::Refine] {
+        let calibration = calibration(&folder.path().join(format!("{algorithm:?}")), 0);
+        let mut found = view(source(), nvfp4(Recipe::Linear, algorithm));
+        found.calibrate(&calibration, &mut |_, _| ControlFlow::Continue(())).unwrap();
+        for id in checkpoint::vectors(&config()) {
+            let (before, after) = (source().vector(id).unwrap().to_f32(), found.vector(id).unwrap());
+            assert!(matches!(after, Vector::F32(_)), "{algorithm:?} {id:?}");
+            let changes = match algorithm {
+                Algorithm::Awq => id.kind == VectorKind::InputNorm,
+                Algorithm::Refine => id.name().ends_with("bias") && id.kind != VectorKind::RouterBias,
+                _ => false,
+            };
+            assert_eq!(before != after.to_f32(), changes, "{algorithm:?} {id:?}");
+        }
+    }
+}
+
 #[test]
 fn what_is_packed_stays_as_it_is_while_the_rest_is_calibrated() {
     let folder = tempfile::tempdir().unwrap();
