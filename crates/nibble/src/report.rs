@@ -70,7 +70,9 @@ pub(crate) fn write(
     let (seconds, peak_memory_bytes) = (run.started.elapsed().as_secs_f64(), command::peak_memory());
     let coverage: Vec<Vec<u64>> = run.view.facts().iter().map(|facts| facts.coverage.clone()).collect();
     let max = max_rule(run)?;
-    let (quality, algorithms) = measure(run, max.as_ref(), ui)?;
+    let model = Arc::new(Checkpoint::open(&args.out)?);
+    let not_measured = not_measured(&model, &args::Run::exact());
+    let (quality, algorithms) = measure(run, model, max.as_ref(), ui)?;
     let report = Report {
         run: evaluate::report::Run {
             model: public(&args.source),
@@ -121,6 +123,7 @@ pub(crate) fn write(
             })
             .collect(),
         tensors: tensors(run, max.as_ref(), name),
+        not_measured: not_measured.filter(|_| !quality.is_empty()),
         quality,
         algorithms,
     };
@@ -166,6 +169,7 @@ fn max_rule(run: &Run<'_>) -> Result<Option<Arc<Quantized>>> {
 /// Divergence from the source on the windows held out of the calibration files, and that of the max rule on the first of them.
 fn measure(
     run: &Run<'_>,
+    model: Arc<Checkpoint>,
     max: Option<&Arc<Quantized>>,
     ui: Ui,
 ) -> Result<(Vec<Quality>, Vec<AlgorithmResult>)> {
@@ -178,7 +182,7 @@ fn measure(
         return Ok((quality, algorithms));
     };
     let mut reference = backend(Arc::clone(&run.source), &args::Run::exact(), run.common, ui)?;
-    let mut model = backend(Arc::new(Checkpoint::open(&run.args.out)?), &args::Run::exact(), run.common, ui)?;
+    let mut model = backend(model, &args::Run::exact(), run.common, ui)?;
     for set in &sets {
         let found = divergence(&mut model, &mut reference, &set.held_out, ui)?;
         quality.push(Quality {
@@ -207,6 +211,24 @@ fn measure(
         algorithms.push(AlgorithmResult { algorithm: max, kl_mean: found.kl_mean, nll: found.nll });
     }
     Ok((quality, algorithms))
+}
+
+/// What a run of the model as `run` says leaves out of what its files ask for.
+pub(crate) fn not_measured(model: &Checkpoint, run: &args::Run) -> Option<String> {
+    let packed = model.packed();
+    let activations = matrices(model.config()).any(|id| packed.input_scale(id).is_some());
+    let cache = model.kv_cache() == Some(checkpoint::KvCache::Fp8);
+    let left_out: Vec<&str> = [
+        (activations && run.activations != args::ActivationBits::Nvfp4, "the activations in NVFP4"),
+        (cache && run.kv_cache_dtype != args::CacheType::Fp8, "the KV cache in FP8"),
+    ]
+    .into_iter()
+    .filter_map(|(left_out, what)| left_out.then_some(what))
+    .collect();
+    (!left_out.is_empty()).then(|| {
+        let left_out = left_out.join(" and ");
+        format!("the figures are those of the rounded weights alone, without {left_out} that the model is made for")
+    })
 }
 
 fn divergence(

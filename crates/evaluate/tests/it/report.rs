@@ -102,6 +102,7 @@ pub(crate) fn run_of(layers: usize, experts: usize) -> Report {
             part("router, norms, biases", 8_300_000, 16.0),
         ],
         tensors,
+        not_measured: None,
         quality: vec![
             Quality {
                 data: "books-valid.txt".into(),
@@ -142,7 +143,15 @@ fn empty() -> Report {
         bits_per_weight: f64::NAN,
         ..run
     };
-    Report { run, calibration: None, sizes: vec![], tensors: vec![], quality: vec![], algorithms: vec![] }
+    Report {
+        run,
+        calibration: None,
+        sizes: vec![],
+        tensors: vec![],
+        quality: vec![],
+        not_measured: None,
+        algorithms: vec![],
+    }
 }
 
 struct Written {
@@ -278,7 +287,7 @@ fn the_json_has_every_field() {
         let object = json.pointer(pointer).and_then(|value| value.as_object()).unwrap();
         object.keys().map(String::as_str).collect::<Vec<_>>().join(" ")
     };
-    assert_eq!(keys(""), "run calibration sizes tensors quality algorithms");
+    assert_eq!(keys(""), "run calibration sizes tensors quality not_measured algorithms");
     assert_eq!(
         keys("/run"),
         "model source_layout source_license base_model layout recipe algorithm reason activations kv_cache scales_per command \
@@ -450,6 +459,14 @@ fn what_was_not_measured_did_not_keep_its_values() {
         &["- tensors that kept every value: 1 of 25\n", "error was not measured", ": 1 of 25\n"],
     );
     assert!(page.contains("no error to plot: 1 of 25"));
+}
+
+#[test]
+fn what_the_figures_leave_out_is_said_beside_them() {
+    let report = Report { not_measured: Some("they are without <b>".into()), ..run_of(2, 4) };
+    let Written { json, page, card } = written(&report);
+    assert!(json.contains("they are without <b>") && page.contains("Note that they are without &lt;b&gt;."));
+    assert!(card.contains("Note that they are without &#60;b&#62;."), "{card}");
 }
 
 #[test]

@@ -11,6 +11,7 @@ use crate::commands::lines::{for_each_line, json_line, name, read_text};
 use crate::failure::{Failure, Result};
 use crate::loaded::backend;
 use crate::model::Model;
+use crate::report::not_measured;
 use crate::ui::{Ui, out};
 
 pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
@@ -32,6 +33,9 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
         limit = limit.min(its.max_context);
     }
     let windows = windows(&model, limit, options)?;
+    if let Some(left_out) = not_measured(&model.checkpoint, &options.run) {
+        ui.note(format_args!("note: {left_out}"));
+    }
     let weights = model.weights(&options.run, common, ui)?;
     let mut model = backend(weights, &options.run, common, ui)?.at_work(&options.run);
     let mut bar = ui.progress("Measuring", windows.len() as u64);

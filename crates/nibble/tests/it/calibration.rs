@@ -119,6 +119,11 @@ fn w4a4_with_an_fp8_cache_and_a_report() {
 
     let report = std::fs::read_to_string(folder.path().join("report/report.json")).unwrap();
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();
+    let left_out = "without the activations in NVFP4 and the KV cache in FP8 that the model is made for";
+    assert!(report["not_measured"].as_str().unwrap().ends_with(left_out), "{}", report["not_measured"]);
+    let measured =
+        ok(&["eval", &path("out"), "perplexity", "--text", &file, "--context", "16", "--windows", "1"]);
+    assert!(measured.stderr.contains(left_out), "{}", measured.stderr);
     let quality = &report["quality"][0];
     assert_eq!((&quality["data"], &report["calibration"]["tokens"]), (&"book.txt".into(), &1024.into()));
     let divergence = quality["kl_mean"].as_f64().unwrap();
