@@ -27,7 +27,7 @@ pub use reader::{Checkpoint, Packed, read_file};
 pub use safetensors::Dtype;
 pub use shard::Shard;
 pub use synthetic::Synthetic;
-pub use unfinished::Unfinished;
+pub use unfinished::{Unfinished, remove_unfinished};
 pub use weights::{
     Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights,
     matrices, vectors,

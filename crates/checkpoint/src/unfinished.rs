@@ -97,6 +97,22 @@ pub(crate) fn refuse_foreign(directory: &Path) -> Result<(), Error> {
     }
 }
 
+/// Removes a folder of unfinished work, if it is there. The journal goes last: if this is interrupted, the next call may go on.
+///
+/// # Errors
+/// [`Error::Io`] with the name of what cannot be removed.
+pub fn remove_unfinished(directory: &Path) -> Result<(), Error> {
+    if !directory.exists() {
+        return Ok(());
+    }
+    clear(directory)?;
+    let journal = directory.join(JOURNAL);
+    match fs::remove_file(&journal) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io(&journal)(error)),
+        _ => fs::remove_dir(directory).map_err(Error::io(directory)),
+    }
+}
+
 /// A journal up to where it is no text, or a last line was cut off before its end. What is no text from the beginning is a line that
 /// nobody wrote.
 fn whole_lines(journal: &[u8]) -> &str {
@@ -130,7 +146,7 @@ pub(crate) fn hex(digest: &[u8]) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Removes everything from an unfinished folder but its journal, which is locked.
+/// Removes everything from an unfinished folder but its journal.
 fn clear(directory: &Path) -> Result<(), Error> {
     for entry in fs::read_dir(directory).map_err(Error::io(directory))? {
         let entry = entry.map_err(Error::io(directory))?;

@@ -22,7 +22,7 @@ use crate::layout::{self, Role, Slot};
 use crate::quantization::Description;
 use crate::reader::{FAKE_FOLDER, FAKE_SCALES, INDEX, SINGLE, read_file};
 use crate::transpose::transpose;
-use crate::unfinished::{JOURNAL, Unfinished, hex, refuse_foreign};
+use crate::unfinished::{JOURNAL, Unfinished, hex, refuse_foreign, remove_unfinished};
 use crate::{
     Checkpoint, Config, Error, Format, GenerationConfig, KvCache, Layout, Matrix, MatrixId, MatrixKind,
     Values, Vector, VectorId, VectorKind, Weights, matrices,
@@ -155,6 +155,11 @@ pub fn write(
     let files = work.finish(&plan)?;
 
     if exists {
+        // What an earlier call replaced and did not get to delete.
+        remove_unfinished(&aside)?;
+        // The journal says that the folder may be deleted, if not by this call then by the next.
+        let journal = out.join(JOURNAL);
+        File::create(&journal).map_err(Error::io(&journal))?;
         fs::rename(out, &aside).map_err(Error::io(out))?;
     }
     fs::rename(&partial, out).map_err(Error::io(out))?;
@@ -162,9 +167,7 @@ pub fn write(
     let journal = out.join(JOURNAL);
     fs::remove_file(&journal).map_err(Error::io(&journal))?;
     sync(parent)?;
-    if exists {
-        fs::remove_dir_all(&aside).map_err(Error::io(&aside))?;
-    }
+    remove_unfinished(&aside)?;
     let directory = out.to_owned();
     Ok(Written { directory, files, tensor_bytes: plan.total_bytes, resumed_bytes: work.resumed_bytes })
 }
@@ -185,7 +188,7 @@ pub fn may_begin(weights: &dyn Weights, target: &Target, out: &Path) -> Result<(
 /// [`Error::Exists`] for a model folder without `overwrite`; [`Error::File`] for anything else that is there or in the way.
 pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
     refuse_foreign(&beside(out, ".partial")?)?;
-    let aside = beside(out, REPLACED)?;
+    refuse_foreign(&beside(out, REPLACED)?)?;
     // By its name alone: with a slash at the end it would be what a link leads to.
     let Ok(there) = fs::symlink_metadata(beside(out, "")?) else { return Ok(()) };
     if there.is_symlink() {
@@ -196,10 +199,6 @@ pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
     }
     if !overwrite {
         return Err(Error::Exists { path: out.to_owned() });
-    }
-    // A call that ended between its renames leaves the old model there: who knows whether it is still wanted.
-    if fs::symlink_metadata(&aside).is_ok() {
-        return Err(Error::file(&aside, "nothing there, where what is replaced goes first", "something"));
     }
     Ok(())
 }

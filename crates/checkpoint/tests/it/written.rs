@@ -333,6 +333,17 @@ fn an_existing_output_is_replaced_on_request_only() {
     assert!(matches!(&error, Error::File { path, .. } if *path == aside), "{error}");
     assert_eq!(std::fs::read_to_string(aside.join("letter.txt")).unwrap(), "dear");
 
+    // What has a journal there is what a call replaced that was ended before it had deleted it.
+    std::fs::write(aside.join(".nibble-journal"), "").unwrap();
+    write_all(&weights, &target, &out).unwrap();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    // Or before the new one had its name.
+    std::fs::rename(&out, &aside).unwrap();
+    std::fs::write(aside.join(".nibble-journal"), "").unwrap();
+    write_all(&weights, &target, &out).unwrap();
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
+    assert!(!out.join(".nibble-journal").exists());
+
     // A folder that is no model is not deleted whatever was asked for.
     let home = folder.path().join("home");
     std::fs::create_dir(&home).unwrap();

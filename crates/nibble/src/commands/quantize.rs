@@ -129,7 +129,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     drop(bar);
     let written = written.map_err(unfinished)?;
     if calibrates {
-        std::fs::remove_dir_all(&scratch).map_err(|error| Failure::io(&scratch, &error))?;
+        checkpoint::remove_unfinished(&scratch)?;
     }
     let bits = written.tensor_bytes as f64 * 8.0 / parameters as f64;
     if ui.json {
