@@ -139,7 +139,7 @@ pub fn write(
 ) -> Result<Written, Error> {
     may_write(out, target.overwrite)?;
     let (partial, aside) = (beside(out, ".partial")?, beside(out, REPLACED)?);
-    let exists = fs::symlink_metadata(out).is_ok();
+    let exists = fs::symlink_metadata(out).is_ok() && !is_empty(out);
 
     let plan = Plan::new(weights, target)?;
     let parent = match out.parent() {
@@ -194,6 +194,9 @@ pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
     if there.is_symlink() {
         return Err(Error::file(out, "nothing there, or a model folder to replace", "a link"));
     }
+    if is_empty(out) {
+        return Ok(());
+    }
     if !is_model(out) {
         return Err(Error::file(out, "nothing there, or a model folder to replace", "something else"));
     }
@@ -201,6 +204,11 @@ pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
         return Err(Error::Exists { path: out.to_owned() });
     }
     Ok(())
+}
+
+/// Whether this is a folder with nothing in it, which is as good as none.
+fn is_empty(folder: &Path) -> bool {
+    fs::read_dir(folder).is_ok_and(|mut entries| entries.next().is_none())
 }
 
 fn is_model(folder: &Path) -> bool {

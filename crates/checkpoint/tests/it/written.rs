@@ -313,6 +313,8 @@ fn an_existing_output_is_replaced_on_request_only() {
     let out = folder.path().join("out");
     let weights = nvfp4();
     let mut target = target(&weights, Layout::ModelOpt);
+    // A folder with nothing in it needs no request.
+    std::fs::create_dir(&out).unwrap();
     write_all(&weights, &target, &out).unwrap();
     let before = contents(&out);
     let error = write_all(&weights, &target, &out).unwrap_err();
