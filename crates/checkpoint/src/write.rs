@@ -203,6 +203,9 @@ pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
     if !overwrite {
         return Err(Error::Exists { path: out.to_owned() });
     }
+    if let Some(inner) = foreign_folder(out)? {
+        return Err(Error::file(&inner, "no folder of other files in a model that is replaced", "one"));
+    }
     Ok(())
 }
 
@@ -216,6 +219,17 @@ fn is_model(folder: &Path) -> bool {
     let weights =
         entries.any(|entry| Path::new(&entry.file_name()).extension() == Some("safetensors".as_ref()));
     weights && folder.join("config.json").is_file()
+}
+
+/// A folder inside a model folder that is no part of the model, such as a trainer's checkpoints.
+fn foreign_folder(model: &Path) -> Result<Option<PathBuf>, Error> {
+    for entry in fs::read_dir(model).map_err(Error::io(model))? {
+        let entry = entry.map_err(Error::io(model))?;
+        if entry.file_name() != FAKE_FOLDER && entry.file_type().map_err(Error::io(&entry.path()))?.is_dir() {
+            return Ok(Some(entry.path()));
+        }
+    }
+    Ok(None)
 }
 
 /// The path beside `out` whose name goes on with `suffix`: where unfinished work lies.

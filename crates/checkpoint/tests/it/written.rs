@@ -327,6 +327,13 @@ fn an_existing_output_is_replaced_on_request_only() {
     assert_eq!(Checkpoint::open(&out).unwrap().layout(), Layout::Bf16);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 
+    // What a trainer keeps beside its model is not deleted with it.
+    let states = out.join("checkpoint-500");
+    std::fs::create_dir(&states).unwrap();
+    let error = write_all(&weights, &target, &out).unwrap_err();
+    assert!(matches!(&error, Error::File { path, .. } if *path == states), "{error}");
+    std::fs::remove_dir(&states).unwrap();
+
     // Nor is anything deleted where the old model goes for a moment.
     let aside = folder.path().join("out.replaced");
     std::fs::create_dir(&aside).unwrap();
