@@ -32,4 +32,4 @@ pub use weights::{
     Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights,
     matrices, vectors,
 };
-pub use write::{Progress, Target, Written, beside, may_begin, may_write, write};
+pub use write::{Progress, Target, Written, beside, may_begin, may_write, sync_folder, write};

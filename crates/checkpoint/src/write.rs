@@ -166,7 +166,7 @@ pub fn write(
     // Only now: without it nobody would continue a call that ended here.
     let journal = out.join(JOURNAL);
     fs::remove_file(&journal).map_err(Error::io(&journal))?;
-    sync(parent)?;
+    sync_folder(parent)?;
     remove_unfinished(&aside)?;
     let directory = out.to_owned();
     Ok(Written { directory, files, tensor_bytes: plan.total_bytes, resumed_bytes: work.resumed_bytes })
@@ -888,9 +888,9 @@ impl Work {
             file.write_all(contents).and_then(|()| file.sync_all()).map_err(Error::io(&path))?;
         }
         if plan.layout == Layout::FakeBf16 {
-            sync(&directory.join(FAKE_FOLDER))?;
+            sync_folder(&directory.join(FAKE_FOLDER))?;
         }
-        sync(directory)?;
+        sync_folder(directory)?;
         let tensors = plan.files.iter().map(|file| &file.name);
         Ok(tensors.chain(plan.documents.iter().map(|(name, _)| name)).cloned().collect())
     }
@@ -937,6 +937,9 @@ fn pretty(value: &Value) -> Vec<u8> {
 }
 
 /// Makes the names in a folder last.
-fn sync(directory: &Path) -> Result<(), Error> {
+///
+/// # Errors
+/// [`Error::Io`] with the folder's name.
+pub fn sync_folder(directory: &Path) -> Result<(), Error> {
     File::open(directory).and_then(|folder| folder.sync_all()).map_err(Error::io(directory))
 }

@@ -232,6 +232,7 @@ impl LayerPass<'_> {
             self.streams(|side| Stream::create(&stream_file(folder, side.name, self.layer + 1), width))?;
         self.moe(&middle, &output, &mut done.facts, &mut record, step)?;
         record.finish()?;
+        output.iter().try_for_each(Stream::sync)?;
         done.write(folder, self.layer)?;
         for side in self.sides {
             let old = stream_file(folder, side.name, self.layer);

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::io::Write;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 
@@ -63,12 +64,16 @@ impl Done {
         serde_json::from_slice(&text).map_err(|error| io(&path, error.into()))
     }
 
+    /// Writes it so that it lasts, as all else that the next layer is made from must have been made to before.
     pub(crate) fn write(&self, folder: &Path, layer: usize) -> Result<(), checkpoint::Error> {
         let path = done_file(folder, layer);
         let partial = path.with_extension("partial");
         let text = serde_json::to_vec(self).map_err(|error| io(&path, error.into()))?;
-        std::fs::write(&partial, text).map_err(|source| io(&partial, source))?;
-        std::fs::rename(&partial, &path).map_err(|source| io(&path, source))
+        File::create(&partial)
+            .and_then(|mut file| file.write_all(&text).and_then(|()| file.sync_all()))
+            .map_err(|source| io(&partial, source))?;
+        std::fs::rename(&partial, &path).map_err(|source| io(&path, source))?;
+        checkpoint::sync_folder(folder)
     }
 }
 

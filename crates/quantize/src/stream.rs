@@ -63,6 +63,11 @@ impl Stream {
         Ok(())
     }
 
+    /// Makes what was written last.
+    pub(crate) fn sync(&self) -> Result<(), Error> {
+        self.check(self.file.sync_all())
+    }
+
     fn check(&self, result: std::io::Result<()>) -> Result<(), Error> {
         result.map_err(|source| Error::Io { path: self.path.clone(), source })
     }

@@ -92,8 +92,9 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     let calibrates = view.needs_calibration();
     let windows = if calibrates { data.windows() } else { Vec::new() };
     target.fingerprint = fingerprint(&view, args, &windows);
-    checkpoint::may_begin(&view, &target, &args.out).map_err(unfinished)?;
     let scratch = checkpoint::beside(&args.out, ".calibration")?;
+    let unfinished = |error| unfinished(error, &scratch);
+    checkpoint::may_begin(&view, &target, &args.out).map_err(unfinished)?;
     if calibrates {
         let calibration = quantize::Calibration {
             windows,
@@ -208,13 +209,24 @@ fn keeps_inputs(args: &Quantize, source: &Path) -> Result<()> {
     }
 }
 
-/// An error of calibrating or writing, which may have met the unfinished work of another command.
-fn unfinished(error: checkpoint::Error) -> Failure {
-    match error {
+/// An error of calibrating or writing, which may have met the unfinished work of another command, or damaged work in `scratch`.
+fn unfinished(error: checkpoint::Error, scratch: &Path) -> Failure {
+    use std::io::ErrorKind::{InvalidData, NotFound, UnexpectedEof};
+    match &error {
         checkpoint::Error::OtherWork { .. } => {
             Failure::from(error).hint("--overwrite drops it and begins anew")
         }
-        error => error.into(),
+        checkpoint::Error::Io { path, source }
+            if path.starts_with(scratch)
+                && matches!(source.kind(), InvalidData | NotFound | UnexpectedEof) =>
+        {
+            let damaged = format!(
+                "without {} the same command calibrates from the beginning",
+                quoted(&scratch.to_string_lossy())
+            );
+            Failure::from(error).hint(damaged)
+        }
+        _ => error.into(),
     }
 }
 

@@ -305,6 +305,13 @@ fn an_interrupted_calibration_is_continued_by_the_same_command() {
     let other = fails(&[&args[..], &["--seed", "1"]].concat(), 2, "halved.calibration: expected");
     assert!(other.stderr.contains("--overwrite drops it"), "{}", other.stderr);
 
+    // What was damaged since is told as such.
+    let whole_layer = std::fs::read(&first).unwrap();
+    std::fs::write(&first, "").unwrap();
+    let damaged = fails(&args, 3, "layer-0.json");
+    assert!(damaged.stderr.contains("halved.calibration the same command"), "{}", damaged.stderr);
+    std::fs::write(&first, whole_layer).unwrap();
+
     ok(&args);
     let weights = |folder: &str| std::fs::read(Path::new(folder).join("model.safetensors")).unwrap();
     assert!(weights(&whole) == weights(&halved), "the same bytes");
