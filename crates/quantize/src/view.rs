@@ -6,8 +6,8 @@ use std::ops::ControlFlow;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use checkpoint::{
-    Config, Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, Weights,
-    matrices, vectors,
+    Config, Format, Identity, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind,
+    Weights, matrices, vectors,
 };
 use cpu::Pool;
 use half::bf16;
@@ -334,10 +334,22 @@ impl Weights for Quantized {
                 let rounded = calibrated.rounded(id, expert)?;
                 let amax = calibrated.amax(id).unwrap_or(plan.amaxes[expert]);
                 let global_scale = method.global_scale(amax);
+                // Columns that were scaled are compared as they act behind their norm.
+                let norm = VectorKind::InputNorm.at(id.layer);
+                let behind_norm = matches!(id.kind, MatrixKind::Query | MatrixKind::Key | MatrixKind::Value);
+                let scaled = match calibrated.vector(norm)?.filter(|_| behind_norm) {
+                    Some(new) => Some((new, self.source.vector(norm)?.to_f32())),
+                    None => None,
+                };
                 let mut totals = Totals::default();
                 let mut values = vec![0.0; cols];
-                for (row, after) in rounded.values(global_scale).chunks_exact(cols).enumerate() {
+                for (row, after) in rounded.values(global_scale).chunks_exact_mut(cols).enumerate() {
                     source.row(row, &mut values);
+                    if let Some((new, old)) = &scaled {
+                        for ((after, new), old) in after.iter_mut().zip(new).zip(old) {
+                            *after *= if new == old { 1.0 } else { new / old };
+                        }
+                    }
                     totals.add((expert, row), &values, after);
                 }
                 self.add_totals(id, &totals);

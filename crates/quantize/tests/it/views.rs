@@ -425,6 +425,19 @@ fn every_calibrating_algorithm_keeps_the_function() {
             assert!(10.0 * (signal / noise).log10() > 15.0, "{algorithm:?} {kind:?}: {signal} {noise}");
         }
         let norm = |weights: &dyn Weights| weights.vector(VectorKind::InputNorm.at(0)).unwrap().to_f32();
+        // The error told is that behind the norm, in the source's scale: one read above, another here.
+        let query = MatrixKind::Query.at(0);
+        let mut expected = 0.0;
+        let (before, after) = (source().matrix(query, 0).unwrap().to_f32(), found.matrix(query, 0).unwrap());
+        for (before, after) in before.chunks_exact(after.cols).zip(after.to_f32().chunks_exact(after.cols)) {
+            for (c, (before, after)) in before.iter().zip(after).enumerate() {
+                let scale = f64::from(norm(&found)[c]) / f64::from(norm(&*source())[c]);
+                expected += (f64::from(*after) * scale - f64::from(*before)).powi(2);
+            }
+        }
+        let report = found.report();
+        let told = report.iter().find(|t| t.id == query).unwrap().totals.unwrap().squared_error / 2.0;
+        assert!((told - expected).abs() < 1e-4 * expected, "{algorithm:?}: {told} {expected}");
         assert_eq!(norm(&found) == norm(&*source()), algorithm != Algorithm::Awq, "{algorithm:?}");
         let report = found.report();
         let method = |kind: MatrixKind| report.iter().find(|t| t.id == kind.at(0)).unwrap().method;
