@@ -15,7 +15,7 @@ pub struct Comparison {
     pub identical: bool,
     /// Logical tensors that both have.
     pub tensors: usize,
-    /// Those whose values differ (by more than the tolerance, if one was given).
+    /// Those whose values differ (by more than the tolerance, if one was given), and static scales that both have.
     pub different: Vec<Difference>,
     /// Those whose values differ, but by no more than the tolerance.
     pub within_tolerance: Vec<Difference>,
@@ -23,6 +23,9 @@ pub struct Comparison {
     pub missing: Vec<String>,
     /// Tensors of the second model that the first does not have.
     pub unknown: Vec<String>,
+    /// Static scales of inputs and of the cache that only one of the models has. They change no weight, so the models may be
+    /// identical even so.
+    pub scales_of_one: Vec<String>,
 }
 
 /// How far two tensors are apart.
@@ -42,7 +45,7 @@ pub struct Difference {
 ///
 /// Values are equal if they are the same BF16 number after one rounding from F32; -0 equals 0. NVFP4 on both sides is equal if
 /// codes (8 taken as 0) and scale bytes are, and the global scales are within one unit in the last place: one of
-/// them may have been stored as its inverse. With `tolerance`, tensors count as different only if the root mean
+/// them may have been stored as its inverse. So are the static scales of inputs and of the cache that both have. With `tolerance`, tensors count as different only if the root mean
 /// square of the difference exceeds that share of the root mean square of `a`.
 ///
 /// Takes the memory of one matrix of each side that a layout cannot lend, and a row.
@@ -86,13 +89,44 @@ pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Resu
         }
         note(id.name(), totals);
     }
+    let mut scales_of_one = Vec::new();
+    for (name, left, right) in static_scales(a, b) {
+        match (left, right) {
+            (Some(left), Some(right)) => {
+                let difference = Totals::of_scales(left, right);
+                if difference.exceeds(tolerance) {
+                    different.push(difference.report(name));
+                }
+            }
+            (None, None) => {}
+            _ => scales_of_one.push(name),
+        }
+    }
     let only = |left: &Names, right: &Names| {
         let matrices = left.matrices.difference(&right.matrices).map(|id| id.name());
         matrices.chain(left.vectors.difference(&right.vectors).map(|id| id.name())).collect::<Vec<_>>()
     };
     let (missing, unknown) = (only(&ours, &theirs), only(&theirs, &ours));
     let identical = different.is_empty() && missing.is_empty() && unknown.is_empty();
-    Ok(Comparison { identical, tensors, different, within_tolerance, missing, unknown })
+    Ok(Comparison { identical, tensors, different, within_tolerance, missing, unknown, scales_of_one })
+}
+
+/// The static scales that both models have a place for: each one's name, and what it is in either.
+fn static_scales(a: &dyn Weights, b: &dyn Weights) -> Vec<(String, Option<f32>, Option<f32>)> {
+    let (ours, theirs) = (Names::of(a.config()), Names::of(b.config()));
+    let mut scales = Vec::new();
+    for &id in ours.matrices.intersection(&theirs.matrices) {
+        let name = id.name();
+        let name = format!("{}.input_scale", name.strip_suffix(".weight").unwrap_or(&name));
+        scales.push((name, a.input_scale(id), b.input_scale(id)));
+    }
+    for layer in 0..a.config().layer_kinds.len().min(b.config().layer_kinds.len()) {
+        let (left, right) = (a.kv_scales(layer), b.kv_scales(layer));
+        let name = |suffix: &str| format!("model.layers.{layer}.self_attn.{suffix}");
+        scales.push((name("k_proj.k_scale"), left.map(|s| s.key), right.map(|s| s.key)));
+        scales.push((name("v_proj.v_scale"), left.map(|s| s.value), right.map(|s| s.value)));
+    }
+    scales
 }
 
 struct Names {
@@ -120,6 +154,19 @@ impl Totals {
     fn incomparable(elements: usize) -> Totals {
         let elements = elements as u64;
         Totals { elements, differing: elements, max_abs: f64::INFINITY, squares: f64::INFINITY, power: 0.0 }
+    }
+
+    /// Of two scales, which are positive. One of them may have been stored as its inverse.
+    fn of_scales(a: f32, b: f32) -> Totals {
+        let same = a.to_bits().abs_diff(b.to_bits()) <= 1;
+        let difference = if same { 0.0 } else { (f64::from(a) - f64::from(b)).abs() };
+        Totals {
+            elements: 1,
+            differing: u64::from(!same),
+            max_abs: difference,
+            squares: difference * difference,
+            power: f64::from(a) * f64::from(a),
+        }
     }
 
     fn compare(&mut self, a: &[f32], b: &[f32]) {

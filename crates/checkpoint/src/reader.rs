@@ -191,7 +191,12 @@ impl Checkpoint {
         if !mismatch.is_empty() {
             return Err(Error::Tensors { path: directory, mismatch: Box::new(mismatch) });
         }
-        let kv_cache = fake_kv_cache.or(quantization.as_ref().and_then(|quantization| quantization.kv_cache));
+        // Older exports tell of the cache in their own file alone.
+        let kv_cache = fake_kv_cache
+            .or(quantization.as_ref().and_then(|quantization| quantization.kv_cache))
+            .or(hf_quant_config
+                .and_then(|value| Quantization::from_hf_quant_config(value).ok())
+                .and_then(|quantization| quantization.kv_cache));
         Ok(Checkpoint {
             directory,
             config,

@@ -74,7 +74,8 @@ pub enum Options {
         embedding: bool,
         /// Global scales of the stacks.
         scales_per: ScalesPer,
-        /// Activations in NVFP4 too (W4A4): every quantized matrix has the static scale of its input, from calibration.
+        /// Activations in NVFP4 too (W4A4): every quantized matrix has the static scale of its input, its own if it stays as it
+        /// is and has one, else from calibration.
         activations: bool,
         /// Static scales for keys and values in FP8, from calibration.
         kv_scales: bool,
@@ -118,9 +119,14 @@ pub enum Method {
 impl Options {
     /// Whether a matrix of `source` or a static scale needs calibration data.
     pub fn needs_calibration(&self, source: &dyn Weights) -> bool {
-        let scales =
-            matches!(self, Options::Nvfp4 { activations: true, .. } | Options::Nvfp4 { kv_scales: true, .. });
-        scales || matrices(source.config()).any(|id| self.method(id, source.format(id)).calibrates())
+        let Options::Nvfp4 { activations, kv_scales, .. } = *self else { return false };
+        kv_scales
+            || matrices(source.config()).any(|id| {
+                let method = self.method(id, source.format(id));
+                let packed = method.format(source.format(id)) == Format::Nvfp4;
+                method.calibrates()
+                    || (activations && packed && method.kept_input_scale(source, id).is_none())
+            })
     }
 
     /// What happens to matrix `id`, stored in `format`.
@@ -170,6 +176,11 @@ impl Method {
     /// Whether it needs to see the matrix's inputs.
     pub fn calibrates(self) -> bool {
         matches!(self, Method::LocalHessian | Method::Awq | Method::Gptq | Method::Refine)
+    }
+
+    /// The static scale of the input of a matrix that stays as it is, if it has one: whoever made it knew what goes in.
+    pub(crate) fn kept_input_scale(self, source: &dyn Weights, id: MatrixId) -> Option<f32> {
+        if self == Method::Keep { source.input_scale(id) } else { None }
     }
 
     /// The format of the result, given that of the source.

@@ -143,7 +143,14 @@ impl Quantized {
 
     /// Whether a matrix or a static scale waits for [`Quantized::calibrate`].
     pub fn needs_calibration(&self) -> bool {
-        let waits = self.activations || self.kv_scales || self.plans.values().any(|p| p.method.calibrates());
+        let input_scale = |(&id, plan): (&MatrixId, &Plan)| {
+            self.activations
+                && self.format(id) == Format::Nvfp4
+                && plan.method.kept_input_scale(&*self.source, id).is_none()
+        };
+        let waits = self.kv_scales
+            || self.plans.values().any(|plan| plan.method.calibrates())
+            || self.plans.iter().any(input_scale);
         waits && self.calibrated.is_none()
     }
 
@@ -406,6 +413,10 @@ impl Weights for Quantized {
     fn input_scale(&self, id: MatrixId) -> Option<f32> {
         if !self.activations || self.format(id) != Format::Nvfp4 {
             return None;
+        }
+        let kept = self.plans.get(&id).and_then(|plan| plan.method.kept_input_scale(&*self.source, id));
+        if kept.is_some() {
+            return kept;
         }
         let Some(calibrated) = &self.calibrated else {
             // So far it is known only that there will be one.

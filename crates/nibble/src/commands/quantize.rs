@@ -43,6 +43,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         ui.note("note: compressed-tensors has no names for fused experts: they are written in BF16");
     }
 
+    left_out(&model.checkpoint, args, ui);
     let calibrated = options(args).needs_calibration(&model.checkpoint.packed());
     if !calibrated && !args.calibration.is_empty() {
         let left = if args.report.is_some() {
@@ -227,6 +228,22 @@ fn unfinished(error: checkpoint::Error, scratch: &Path) -> Failure {
             Failure::from(error).hint(damaged)
         }
         _ => error.into(),
+    }
+}
+
+/// Says which of the source's static scales the output will not have.
+fn left_out(source: &Checkpoint, args: &Quantize, ui: Ui) {
+    let packed = source.packed();
+    let inputs = checkpoint::matrices(source.config()).any(|id| packed.input_scale(id).is_some());
+    let cache = (0..source.config().layer_kinds.len()).any(|layer| packed.kv_scales(layer).is_some());
+    let no_place = matches!(args.format, Format::Mxfp4 | Format::Bf16);
+    let format = flag(&args.format);
+    if no_place && (inputs || cache) {
+        ui.note(format_args!(
+            "note: the layout {format} has no place for the source's static scales of inputs or of the cache: they are left out"
+        ));
+    } else if inputs && args.activations != args::Activations::Nvfp4 {
+        ui.note("note: the source is W4A4: its input scales are left out (--activations nvfp4 keeps them)");
     }
 }
 

@@ -40,6 +40,13 @@ pub(crate) fn run(args: &Verify, ui: Ui) -> Result<()> {
                 out!("{name}: only in {only}")?;
             }
         }
+        let scales = &comparison.scales_of_one;
+        if let Some(first) = scales.first() {
+            ui.note(format_args!(
+                "note: {} static scales of inputs or of the cache are in only one of the two, {first} the first",
+                scales.len()
+            ));
+        }
         let (count, close) = (comparison.tensors, comparison.within_tolerance.len());
         if comparison.identical && close > 0 {
             out!("within the tolerance: {close} of {count} tensors; the others are identical")?;

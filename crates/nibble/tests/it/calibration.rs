@@ -117,6 +117,17 @@ fn w4a4_with_an_fp8_cache_and_a_report() {
         ok(&["inspect", &path("out"), "--tensor", &format!("model.layers.3.{name}")]);
     }
 
+    // Its own scales go from layout to layout, or it is said that they do not.
+    let again = ["--format", "fake-bf16", "--recipe", "linear", "--json"];
+    let kept = [&["quantize", &path("out"), "--out", &path("kept"), "--activations", "nvfp4"], &again[..]];
+    assert!(ok(&kept.concat()).json().get("expert_coverage").is_none(), "nothing was calibrated");
+    let compared = ok(&["verify", &path("out"), &path("kept"), "--json"]).json();
+    assert_eq!((&compared["identical"], &compared["scales_of_one"]), (&true.into(), &serde_json::json!([])));
+    let left = ok(&[&["quantize", &path("out"), "--out", &path("left")], &again[..]].concat());
+    assert!(left.stderr.contains("its input scales are left out"), "{}", left.stderr);
+    let compared = ok(&["verify", &path("out"), &path("left")]);
+    assert!(compared.stderr.contains("note: 24 static scales of inputs"), "{}", compared.stderr);
+
     let report = std::fs::read_to_string(folder.path().join("report/report.json")).unwrap();
     let report: serde_json::Value = serde_json::from_str(&report).unwrap();
     let left_out = "without the activations in NVFP4 and the KV cache in FP8 that the model is made for";

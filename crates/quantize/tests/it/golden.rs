@@ -58,6 +58,26 @@ fn scales_of_activations_are_those_that_were_asked_for() {
         }
         let target = Target::new(found.config().to_json(), Layout::ModelOpt);
         may_begin(&found, &target, "a-folder-that-is-not-there".as_ref()).unwrap();
+        // What stays as it is keeps its own.
+        let down = MatrixKind::Down.at(1);
+        assert_eq!(found.input_scale(down), source().input_scale(down).filter(|_| activations));
+        assert_eq!(found.needs_calibration(), activations);
+        // If all have one, there is nothing to calibrate.
+        let Options::Nvfp4 { algorithm, embedding, scales_per, kv_scales, experts_in_bf16, .. } = options
+        else {
+            unreachable!("as above")
+        };
+        let experts = Recipe::Experts;
+        let options = Options::Nvfp4 {
+            recipe: experts,
+            algorithm,
+            embedding,
+            scales_per,
+            activations,
+            kv_scales,
+            experts_in_bf16,
+        };
+        assert!(!options.needs_calibration(&*source()) && !view(source(), options).needs_calibration());
     }
 }
 
