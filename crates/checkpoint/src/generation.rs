@@ -67,7 +67,9 @@ impl GenerationConfig {
             };
             read.temperature = number("temperature", 0.0, 100.0)?.map(|t| t as f32);
             read.top_p = number("top_p", 0.0, 1.0)?.map(|p| p as f32);
-            read.top_k = number("top_k", 0.0, f64::from(i32::MAX))?.map(|k| k as u32);
+            // -1 and 0 are two ways to say that there is no such limit.
+            let top_k = number("top_k", -1.0, f64::from(i32::MAX))?;
+            read.top_k = top_k.filter(|&k| k >= 0.0).map(|k| k as u32);
             read.min_p = number("min_p", 0.0, 1.0)?.map(|p| p as f32);
             read.repetition_penalty = number("repetition_penalty", 0.01, 100.0)?.map(|p| p as f32);
             read.do_sample = match fields.get("do_sample") {

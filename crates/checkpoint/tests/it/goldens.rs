@@ -155,6 +155,19 @@ fn stop_ids_come_from_either_file() {
 }
 
 #[test]
+fn no_limit_of_tokens_has_two_spellings() {
+    let folder = tempfile::tempdir().unwrap();
+    let read = |top_k: i32| {
+        let text = format!("{{\"top_k\": {top_k}, \"temperature\": 0.5}}");
+        std::fs::write(folder.path().join("generation_config.json"), text).unwrap();
+        checkpoint::GenerationConfig::open(folder.path()).map(|read| (read.top_k, read.temperature))
+    };
+    assert_eq!(read(-1).unwrap(), (None, Some(0.5)));
+    assert_eq!(read(7).unwrap(), (Some(7), Some(0.5)));
+    assert!(read(-2).unwrap_err().to_string().contains("`top_k`"));
+}
+
+#[test]
 fn identities_tell_files_apart_and_know_them_again() {
     let folder = tempfile::tempdir().unwrap();
     let source = testdata("model/hf-mxfp4");
