@@ -741,8 +741,8 @@ fn detect(files: &[TensorFile], has_fake: bool) -> Layout {
     }
 }
 
-/// The folder's tensor files: those that the index names; without one `model.safetensors`, beside which other programs
-/// leave tensors that are no part of the model; else all.
+/// The folder's tensor files: those that the index names; without one, or with one of which files are missing,
+/// `model.safetensors`, beside which other programs leave tensors that are no part of the model; else all.
 fn open_files(directory: &Path) -> Result<Vec<TensorFile>, Error> {
     let index_path = directory.join(INDEX);
     let Some(index) = read_json(&index_path)? else {
@@ -782,6 +782,15 @@ fn open_files(directory: &Path) -> Result<Vec<TensorFile>, Error> {
             return Err(Error::file(&index_path, expected, format!("`{}`", brief(file))));
         }
         by_file.entry(file).or_default().insert(tensor);
+    }
+    // Saving a model in one file over one in shards leaves the index there, at times the shards, too.
+    let single = directory.join(SINGLE);
+    if single.exists() && !by_file.contains_key(SINGLE) {
+        if by_file.keys().any(|name| !directory.join(name).exists()) {
+            return Ok(vec![TensorFile::open(&single)?]);
+        }
+        let expected = format!("either this file or {INDEX} with the files that it names");
+        return Err(Error::file(&single, expected, "both"));
     }
     let mut files = Vec::with_capacity(by_file.len());
     for (name, listed) in by_file {

@@ -353,6 +353,19 @@ fn the_index_has_to_agree_with_the_shards() {
     let error = open_with(&|map| map["lm_head.weight"] = json!(3)).unwrap_err();
     assert!(error.to_string().contains("`lm_head.weight`"), "{error}");
 
+    // A model in one file beside the index: that of a later save, if the shards are not there any more.
+    open_with(&|_| {}).unwrap();
+    let whole = folder.path().join("whole");
+    let weights = nvfp4();
+    write_all(&weights, &Target::new(weights.config().to_json(), Layout::ModelOpt), &whole).unwrap();
+    std::fs::copy(whole.join("model.safetensors"), model.join("model.safetensors")).unwrap();
+    let error = Checkpoint::open(&model).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors: expected either this file or"), "{error}");
+    std::fs::rename(model.join(&last), folder.path().join(&last)).unwrap();
+    Checkpoint::open(&model).unwrap();
+    std::fs::rename(folder.path().join(&last), model.join(&last)).unwrap();
+    std::fs::remove_file(model.join("model.safetensors")).unwrap();
+
     // Without an index all shards are taken; a tensor in two of them is nobody's.
     std::fs::remove_file(model.join(INDEX)).unwrap();
     Checkpoint::open(&model).unwrap();
