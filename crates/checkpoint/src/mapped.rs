@@ -178,6 +178,9 @@ fn read_header(bytes: &[u8]) -> Result<Vec<StoredTensor>, String> {
     let Some((length, rest)) = bytes.split_first_chunk::<LENGTH_BYTES>() else {
         return Err(format!("{} bytes", bytes.len()));
     };
+    if bytes.starts_with(b"version https://git-lfs") {
+        return Err("a pointer of Git LFS, which `git lfs pull` replaces by the file".to_owned());
+    }
     let length = u64::from_le_bytes(*length);
     let header = usize::try_from(length)
         .ok()

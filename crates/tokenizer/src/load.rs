@@ -118,14 +118,19 @@ impl Tokenizer {
         std::fs::File::open(path)
             .and_then(|file| file.take(MAX_FILE + 1).read_to_end(&mut bytes))
             .map_err(io)?;
+        // As some editors begin a file.
+        let bytes = bytes.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&bytes);
         let read = match bytes.iter().find(|b| !b.is_ascii_whitespace()) {
+            _ if bytes.starts_with(b"version https://git-lfs") => Err(Error::Invalid(
+                "expected a vocabulary, found a pointer of Git LFS, which `git lfs pull` replaces by the file".to_owned(),
+            )),
             _ if bytes.len() as u64 > MAX_FILE => Err(Error::TooLarge {
                 what: "too many bytes".to_owned(),
                 limit: MAX_FILE,
                 found: bytes.len() as u64,
             }),
-            Some(b'{') => Tokenizer::from_json(&bytes),
-            _ => Tokenizer::from_tiktoken(&bytes),
+            Some(b'{') => Tokenizer::from_json(bytes),
+            _ => Tokenizer::from_tiktoken(bytes),
         };
         read.map_err(|source| Error::File { path: path.to_owned(), source: Box::new(source) })
     }

@@ -298,6 +298,13 @@ fn truncated_files_are_refused_wherever_they_end() {
     }
 }
 
+#[test]
+fn pointers_to_files_that_were_not_fetched_are_told_as_such() {
+    let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13761264768\n";
+    let error = Checkpoint::open(folder_with(PACKED, pointer).path()).unwrap_err().to_string();
+    assert!(error.contains("model.safetensors: ") && error.contains("git lfs pull"), "{error}");
+}
+
 /// A model in shards, written by ourselves, with its index.
 fn sharded() -> (TempDir, Value) {
     let folder = tempdir().unwrap();
