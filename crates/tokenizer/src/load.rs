@@ -294,16 +294,13 @@ fn build(
             .ok_or_else(|| Error::Invalid(format!("the single byte {byte:#04x} is not in the vocabulary")))?;
     }
     let (mut special, mut spellings) = (HashMap::new(), HashMap::new());
+    let mut spelling_lengths = vec![Vec::new(); 256];
     let mut size = vocabulary.len();
     for (id, spelling) in special_tokens {
-        let inner = spelling.strip_prefix("<|").and_then(|s| s.strip_suffix("|>"));
-        if inner.is_none_or(|inner| inner.contains("|>")) {
-            return Err(Error::Unsupported {
-                what: "an added token",
-                expected: "a spelling of the form <|…|>".to_owned(),
-                found: format!("{spelling:?}"),
-            });
-        }
+        let Some(&first) = spelling.as_bytes().first() else {
+            return Err(Error::Invalid(format!("the added token {id} has no spelling")));
+        };
+        spelling_lengths[usize::from(first)].push(spelling.len());
         if spelling.len() > MAX_TOKEN {
             return Err(Error::TooLarge {
                 what: format!("too many bytes in the added token {id}"),
@@ -317,8 +314,11 @@ fn build(
         size = size.max(id as usize + 1);
         special.insert(id, spelling);
     }
-    let longest_spelling = spellings.keys().map(String::len).max().unwrap_or(0);
-    Ok(Tokenizer { vocabulary, merges, whole_pieces, bytes, special, spellings, longest_spelling, size })
+    for lengths in &mut spelling_lengths {
+        lengths.sort_unstable_by(|a, b| b.cmp(a));
+        lengths.dedup();
+    }
+    Ok(Tokenizer { vocabulary, merges, whole_pieces, bytes, special, spellings, spelling_lengths, size })
 }
 
 /// Undoes the byte-level alphabet: printable Latin-1 stands for itself, the other 68 bytes are U+0100 and up in order.
@@ -458,7 +458,11 @@ impl File {
             );
             return unsupported("an added token that depends on its surroundings", "none", found);
         }
-        if let Some(normalizer) = self.normalizer.as_ref().filter(|n| !n.is_null()) {
+        // A sequence of none is none.
+        let none = |n: &&serde_json::Value| {
+            n.is_null() || (n["type"] == "Sequence" && n["normalizers"].as_array().is_some_and(Vec::is_empty))
+        };
+        if let Some(normalizer) = self.normalizer.as_ref().filter(|n| !none(n)) {
             let kind = normalizer.get("type").map_or_else(|| normalizer.to_string(), ToString::to_string);
             return unsupported("a normalizer", "none", kind.chars().take(100).collect());
         }

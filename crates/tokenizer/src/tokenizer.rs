@@ -18,8 +18,8 @@ pub struct Tokenizer {
     pub(crate) special: HashMap<u32, String>,
     /// Id by spelling.
     pub(crate) spellings: HashMap<String, u32>,
-    /// In bytes.
-    pub(crate) longest_spelling: usize,
+    /// The lengths of the spellings that begin with each byte, the longest first.
+    pub(crate) spelling_lengths: Vec<Vec<usize>>,
     pub(crate) size: usize,
 }
 
@@ -40,12 +40,10 @@ impl Tokenizer {
     pub fn encode_with_special(&self, text: &str) -> Vec<u32> {
         let mut ids = Vec::with_capacity(text.len() / 3);
         let mut rest = text;
-        let mut from = 0;
-        while let Some((start, end, id)) = self.find_special(rest, from) {
+        while let Some((start, end, id)) = self.find_special(rest) {
             self.encode_into(&rest[..start], &mut ids);
             ids.push(id);
             rest = &rest[end..];
-            from = 0;
         }
         self.encode_into(rest, &mut ids);
         ids
@@ -103,20 +101,14 @@ impl Tokenizer {
         }
     }
 
-    /// The first special token at or after byte `from`: where it starts and ends, and its id. All are spelled `<|…|>`
-    /// (checked when the tokenizer is loaded).
-    fn find_special(&self, text: &str, mut from: usize) -> Option<(usize, usize, u32)> {
-        loop {
-            let start = from + text[from..].find("<|")?;
-            // No further than the longest spelling, so that unclosed marks do not make this quadratic.
-            let close = text.as_bytes()[start + 2..].windows(2).take(self.longest_spelling);
-            if let Some(inner) = close.into_iter().position(|w| w == b"|>")
-                && let end = start + 2 + inner + 2
-                && let Some(id) = self.special(&text[start..end])
-            {
-                return Some((start, end, id));
-            }
-            from = start + 2;
-        }
+    /// The first special token, the longest of those that begin there: where it starts and ends, and its id. Spellings are short
+    /// and of few lengths, so this is linear.
+    fn find_special(&self, text: &str) -> Option<(usize, usize, u32)> {
+        text.bytes().enumerate().find_map(|(start, byte)| {
+            self.spelling_lengths[usize::from(byte)].iter().find_map(|length| {
+                let id = self.special(text.get(start..start + length)?)?;
+                Some((start, start + length, id))
+            })
+        })
     }
 }

@@ -57,7 +57,7 @@ fn files_that_contradict_themselves_are_refused_by_name() {
         (Box::new(|f| f["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = json!("x+")), "x+"),
         (Box::new(|f| f["pre_tokenizer"]["pretokenizers"][1]["use_regex"] = json!(true)), "ByteLevel"),
         (Box::new(|f| f["model"]["end_of_word_suffix"] = json!("</w>")), "</w>"),
-        (Box::new(|f| f["added_tokens"][0]["content"] = json!("bare")), "bare"),
+        (Box::new(|f| f["added_tokens"][0]["content"] = json!("")), "the added token 4080 has no spelling"),
         (Box::new(|f| f["added_tokens"][0]["lstrip"] = json!(true)), "lstrip true"),
         (Box::new(|f| f["added_tokens"][0]["id"] = json!(4081)), "the same id: 4081"),
         (Box::new(|f| f["added_tokens"][0]["id"] = json!(u32::MAX)), "an id too large"),
@@ -88,6 +88,24 @@ fn files_that_contradict_themselves_are_refused_by_name() {
     for text in ["x 0", "IQ== 1", "IQ==", "IQ== 0\nIQ== 1", " 0"] {
         assert!(Tokenizer::from_tiktoken(text.as_bytes()).is_err(), "{text:?}");
     }
+}
+
+#[test]
+fn added_tokens_may_be_spelled_in_any_way() {
+    let mut file = read("models/tiny-gpt-oss/tokenizer.json");
+    file["normalizer"] = json!({"type": "Sequence", "normalizers": []});
+    let added = file["added_tokens"].as_array_mut().unwrap();
+    for (id, spelling) in (4096..).zip(["[PAD]", "<tool", "<tool_call>", "é"]) {
+        added.push(json!({"id": id, "content": spelling}));
+    }
+    let tokenizer = Tokenizer::from_json(file.to_string().as_bytes()).unwrap();
+    let start = tokenizer.special("<|start|>").unwrap();
+    let text = "[PAD[PAD]<tool_call><tool_é<|<|start|>";
+    let ids = tokenizer.encode_with_special(text);
+    assert_eq!(tokenizer.decode(&ids), text);
+    let special: Vec<u32> = ids.iter().copied().filter(|&id| tokenizer.is_special(id)).collect();
+    assert_eq!(special, [4096, 4098, 4097, 4099, start]);
+    assert!(tokenizer.encode(text).iter().all(|&id| !tokenizer.is_special(id)));
 }
 
 /// A quadratic algorithm would take minutes to hours on these.
