@@ -264,11 +264,9 @@ fn read_merges(vocabulary: &Vocabulary, merges: &[Merge]) -> Result<Merges, Erro
 
 fn from_ranks(tokens: &[impl AsRef<[u8]>]) -> Result<Tokenizer, Error> {
     let first_special = O200K_SPECIAL[0].0;
-    if tokens.len() > first_special as usize {
-        return Err(Error::Invalid(format!(
-            "expected at most {first_special} tokens, found {}",
-            tokens.len()
-        )));
+    // The ids of the special tokens follow, so one that was cut off would be another vocabulary.
+    if tokens.len() != first_special as usize {
+        return Err(Error::Invalid(format!("expected {first_special} tokens, found {}", tokens.len())));
     }
     let vocabulary = vocabulary(tokens)?;
     let mut special: Vec<(u32, String)> =

@@ -59,7 +59,11 @@ fn hugging_face_file(tokenizer: &Tokenizer) -> String {
 
 fn tokenizers() -> Vec<(&'static str, Arc<Tokenizer>)> {
     let built_in = Tokenizer::o200k_harmony();
-    let tiktoken = Tokenizer::from_tiktoken(tiktoken_file(&built_in).as_bytes()).unwrap();
+    let file = tiktoken_file(&built_in);
+    let (cut, _) = file.trim_end().rsplit_once('\n').unwrap();
+    let error = Tokenizer::from_tiktoken(cut.as_bytes()).err().unwrap().to_string();
+    assert!(error.contains("expected 199998 tokens, found 199997"), "{error}");
+    let tiktoken = Tokenizer::from_tiktoken(file.as_bytes()).unwrap();
     let hugging_face = Tokenizer::from_json(hugging_face_file(&built_in).as_bytes()).unwrap();
     vec![("built in", built_in), ("tiktoken", Arc::new(tiktoken)), ("tokenizer.json", Arc::new(hugging_face))]
 }
