@@ -121,10 +121,15 @@ impl Checkpoint {
         if let Some(id) = generation.eos_token_ids.iter().find(|&&id| id as usize >= config.vocab_size) {
             warnings.push(format!("`eos_token_id`: {id} is outside the vocabulary of {}", config.vocab_size));
         }
-        let quantization = match (Quantization::from_config(&config_json)?, hf_quant_config) {
+        let mut quantization = match (Quantization::from_config(&config_json)?, hf_quant_config) {
             (None, Some(value)) => Some(Quantization::from_hf_quant_config(value)?),
             (quantization, _) => quantization,
         };
+        // A fine-tune of decoded weights often keeps the description of what they were decoded from.
+        if quantization.as_ref().is_some_and(|q| q.layout == Layout::Mxfp4) && plain_experts(&files) {
+            quantization = None;
+            warnings.push("config.json says mxfp4, the experts are in BF16 and are read as such".to_owned());
+        }
 
         let main_files = files.len();
         let fake_kv_cache = fake.as_ref().and_then(|(_, kv_cache)| *kv_cache);
@@ -721,11 +726,20 @@ fn stored_format(layout: Layout, config: &Config, id: MatrixId, ledger: &Ledger<
     }
 }
 
+/// Whether a tensor of these files has such a name.
+fn any_named(files: &[TensorFile], test: &dyn Fn(&str) -> bool) -> bool {
+    files.iter().any(|file| file.tensors().iter().any(|tensor| test(&tensor.name)))
+}
+
+/// Whether the experts' matrices have the names of unpacked ones, and none has another.
+fn plain_experts(files: &[TensorFile]) -> bool {
+    any_named(files, &|name| name.ends_with(".experts.down_proj"))
+        && !any_named(files, &|name| name.ends_with("_proj_blocks"))
+}
+
 /// The layout of files whose configuration names none.
 fn detect(files: &[TensorFile], has_fake: bool) -> Layout {
-    let any = |test: &dyn Fn(&str) -> bool| {
-        files.iter().any(|file| file.tensors().iter().any(|tensor| test(&tensor.name)))
-    };
+    let any = |test: &dyn Fn(&str) -> bool| any_named(files, test);
     if any(&|name| name.starts_with("block.") || name == "embedding.weight") {
         Layout::Original
     } else if any(&|name| name.ends_with("_proj_blocks")) {

@@ -299,6 +299,21 @@ fn truncated_files_are_refused_wherever_they_end() {
 }
 
 #[test]
+fn decoded_experts_may_be_described_as_what_they_were() {
+    let folder = tempdir().unwrap();
+    let source = testdata("tiny-gpt-oss-bf16");
+    std::os::unix::fs::symlink(source.join("model.safetensors"), folder.path().join("model.safetensors"))
+        .unwrap();
+    let text = std::fs::read(source.join("config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&text).unwrap();
+    config["quantization_config"] = json!({"quant_method": "mxfp4", "dequantize": true});
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    let read = Checkpoint::open(folder.path()).unwrap();
+    assert_eq!((read.layout(), read.quantization().is_some()), (Layout::Bf16, false));
+    assert!(read.warnings().iter().any(|warning| warning.contains("says mxfp4")), "{:?}", read.warnings());
+}
+
+#[test]
 fn pointers_to_files_that_were_not_fetched_are_told_as_such() {
     let pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 13761264768\n";
     let error = Checkpoint::open(folder_with(PACKED, pointer).path()).unwrap_err().to_string();
