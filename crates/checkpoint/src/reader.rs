@@ -77,6 +77,10 @@ impl Checkpoint {
                 hf_quant_config.as_ref().map(Quantization::from_hf_quant_config).transpose()?;
             let kv_cache = quantization.and_then(|quantization| quantization.kv_cache);
             Some((TensorFile::open(&fake_folder.join(FAKE_SCALES))?, kv_cache))
+        } else if fake_folder.is_dir() {
+            // Without them the values would be taken for plain BF16, and quantized anew.
+            let expected = format!("{FAKE_SCALES} in it, the scales that the values were made with");
+            return Err(Error::file(&fake_folder, expected, "no such file"));
         } else {
             None
         };
@@ -444,7 +448,10 @@ impl<C: Borrow<Checkpoint> + Send + Sync> Weights for Packed<C> {
         checkpoint.check(stack, &packed, expert)?;
         recovered.map_err(|at| Error::Format {
             tensor: checkpoint.name_of(id).to_owned(),
-            expected: format!("values that its scales in {FAKE_FOLDER}/ make of four bits"),
+            expected: format!(
+                "values that its scales in {FAKE_FOLDER}/ make of four bits (if the weights were trained since, \
+                 delete that folder)"
+            ),
             found: format!("{} at {at} of matrix {expert}", values[at]),
         })?;
         let values = packed;

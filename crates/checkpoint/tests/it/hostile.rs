@@ -451,12 +451,17 @@ fn fake_scales_are_accounted_for_too() {
         assert_eq!(
             error,
             format!(
-                "tensor `{name}`: expected values that its scales in fake_quant/ make of four bits, found {bad} at 0 of \
-                 matrix 0"
+                "tensor `{name}`: expected values that its scales in fake_quant/ make of four bits (if the weights were \
+                 trained since, delete that folder), found {bad} at 0 of matrix 0"
             )
         );
         assert!(packed.matrix(MatrixKind::Down.at(0), 1).is_ok());
     }
+
+    // Without its scales the folder is not taken for one of plain weights.
+    std::fs::remove_file(&path).unwrap();
+    let error = Checkpoint::open(&out).unwrap_err().to_string();
+    assert!(error.contains("fake_quant: expected scales.safetensors in it"), "{error}");
 
     // Beside packed weights the folder has no meaning.
     std::fs::write(&path, whole).unwrap();
