@@ -79,7 +79,7 @@ impl Layout {
 /// What a stored tensor is to its logical one.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// BF16 elements, or those of a vector.
+    /// The elements of a matrix that is not packed, or of a vector.
     Values,
     /// Packed E2M1 codes.
     Codes,
@@ -132,8 +132,7 @@ impl Slot {
     }
 }
 
-const BF16: &[Dtype] = &[Dtype::BF16];
-const VECTOR: &[Dtype] = &[Dtype::BF16, Dtype::F32];
+const FLOAT: &[Dtype] = &[Dtype::BF16, Dtype::F32, Dtype::F16];
 const U8: &[Dtype] = &[Dtype::U8];
 const F8_E4M3: &[Dtype] = &[Dtype::F8_E4M3];
 const F32: &[Dtype] = &[Dtype::F32];
@@ -158,7 +157,7 @@ pub(crate) fn matrix(layout: Layout, config: &Config, id: MatrixId, format: Form
 
     match (layout, format) {
         (Layout::Original, Format::Bf16) => {
-            let mut slot = Slot::new(Role::Values, format!("{base}.weight"), BF16, shape(cols));
+            let mut slot = Slot::new(Role::Values, format!("{base}.weight"), FLOAT, shape(cols));
             fuse(&mut slot, config, id.kind);
             vec![slot]
         }
@@ -168,7 +167,7 @@ pub(crate) fn matrix(layout: Layout, config: &Config, id: MatrixId, format: Form
         (_, Format::Mxfp4) => mxfp4_parts(part("blocks"), part("scales"), &[n, rows, cols]),
         (_, Format::Bf16) => {
             let name = if stack { base.clone() } else { format!("{base}.weight") };
-            vec![dotted(Slot::new(Role::Values, name, BF16, shape(cols)), "weight")]
+            vec![dotted(Slot::new(Role::Values, name, FLOAT, shape(cols)), "weight")]
         }
         (Layout::CompressedTensors, Format::Nvfp4) => {
             let mut input = Slot::new(Role::InputScale, part("input_global_scale"), F32, vec![1]);
@@ -219,7 +218,7 @@ pub(crate) fn vector(layout: Layout, config: &Config, id: VectorId) -> Slot {
         _ => vec![length],
     };
     let (name, alias) = vector_name(layout, id);
-    let mut slot = Slot::new(Role::Values, name, VECTOR, shape);
+    let mut slot = Slot::new(Role::Values, name, FLOAT, shape);
     slot.alias = alias;
     if layout == Layout::Original {
         match id.kind {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use half::bf16;
+use half::{bf16, f16};
 use numerics::nvfp4;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -200,6 +200,11 @@ impl Checkpoint {
         if !mismatch.is_empty() {
             return Err(Error::Tensors { path: directory, mismatch: Box::new(mismatch) });
         }
+        let wider = |stack: &&Stack| matches!(stack.values.dtype, Dtype::F32 | Dtype::F16);
+        let wide = stacks.values().filter(wider).count();
+        if wide > 0 {
+            warnings.push(format!("{wide} matrices are in F32 or F16, and are rounded to BF16"));
+        }
         // Older exports tell of the cache in their own file alone.
         let kv_cache = fake_kv_cache
             .or(quantization.as_ref().and_then(|quantization| quantization.kv_cache))
@@ -342,12 +347,12 @@ impl Weights for Checkpoint {
         let stack = self.stack(id);
         let values = match (stack.format, &stack.scales) {
             (Format::Bf16, _) => Values::Bf16(if stack.transposed {
-                let stored = elements::<bf16>(self.part(&stack.values, stack, expert));
+                let stored = rounded(self.part(&stack.values, stack, expert), stack.values.dtype);
                 let mut out = vec![bf16::ZERO; stored.len()];
                 transpose(&stored, stack.cols, stack.rows, &mut out);
                 Cow::Owned(out)
             } else {
-                elements(self.part(&stack.values, stack, expert))
+                rounded(self.part(&stack.values, stack, expert), stack.values.dtype)
             }),
             (Format::Mxfp4, Some(scales)) => Values::Mxfp4 {
                 codes: self.bytes(&stack.values, stack, expert),
@@ -386,6 +391,7 @@ impl Weights for Checkpoint {
         let bytes = self.files[span.file].slice(&span.range);
         Ok(match span.dtype {
             Dtype::F32 => Vector::F32(elements(bytes)),
+            Dtype::F16 => Vector::F32(elements::<f16>(bytes).iter().map(|value| value.to_f32()).collect()),
             _ => Vector::Bf16(elements(bytes)),
         })
     }
@@ -854,6 +860,15 @@ pub(crate) fn read_json(path: &Path) -> Result<Option<Value>, Error> {
     // As some editors begin a file.
     let text = text.strip_prefix("\u{feff}".as_bytes()).unwrap_or(&text);
     serde_json::from_slice(text).map(Some).map_err(|source| Error::Json { path: path.to_owned(), source })
+}
+
+/// The elements of a matrix that is not packed, as BF16 where they lie or rounded to it.
+fn rounded(bytes: &[u8], dtype: Dtype) -> Cow<'_, [bf16]> {
+    match dtype {
+        Dtype::F32 => elements::<f32>(bytes).iter().map(|&value| bf16::from_f32(value)).collect(),
+        Dtype::F16 => elements::<f16>(bytes).iter().map(|value| bf16::from_f32(value.to_f32())).collect(),
+        _ => elements(bytes),
+    }
 }
 
 /// Bytes as elements where they lie, or copied if they are not aligned.

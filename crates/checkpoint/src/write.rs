@@ -419,6 +419,10 @@ fn output_config(target: &Target, config: &Config) -> Result<Map<String, Value>,
     match value.as_object_mut() {
         Some(fields) => {
             fields.shift_remove("quantization_config");
+            // What is not packed is written in BF16, whatever the source has.
+            for name in ["dtype", "torch_dtype"] {
+                fields.entry(name).and_modify(|dtype| *dtype = json!("bfloat16"));
+            }
             Ok(std::mem::take(fields))
         }
         None => unreachable!("a configuration was just read from this value, so it is an object"),

@@ -93,10 +93,11 @@ fn every_tensor_is_accounted_for() {
     let found = mismatch(|parts| parts.header[name]["shape"] = json!([2, 2]));
     assert_eq!(
         found.misshapen,
-        ["model.layers.0.mlp.router.bias: expected BF16 or F32 [4], found BF16 [2, 2]"]
+        ["model.layers.0.mlp.router.bias: expected BF16 or F32 or F16 [4], found BF16 [2, 2]"]
     );
-    let found = mismatch(|parts| parts.header[name]["dtype"] = json!("F16"));
-    assert_eq!(found.misshapen, ["model.layers.0.mlp.router.bias: expected BF16 or F32 [4], found F16 [4]"]);
+    let found = mismatch(|parts| parts.header[name]["dtype"] = json!("I16"));
+    let expected = "model.layers.0.mlp.router.bias: expected BF16 or F32 or F16 [4], found I16 [4]";
+    assert_eq!(found.misshapen, [expected]);
 
     // The untransposed stack has as many bytes.
     let found =
@@ -311,6 +312,45 @@ fn decoded_experts_may_be_described_as_what_they_were() {
     let read = Checkpoint::open(folder.path()).unwrap();
     assert_eq!((read.layout(), read.quantization().is_some()), (Layout::Bf16, false));
     assert!(read.warnings().iter().any(|warning| warning.contains("says mxfp4")), "{:?}", read.warnings());
+}
+
+#[test]
+fn wider_and_other_floats_are_rounded_with_a_warning() {
+    let source = testdata("tiny-gpt-oss-bf16");
+    let original = Checkpoint::open(&source).unwrap();
+    let (id, norm) = (MatrixKind::Down.at(1), VectorKind::InputNorm.at(1));
+    for dtype in ["F32", "F16"] {
+        let mut parts = Parts::read(&source.join("model.safetensors"));
+        let mut data = Vec::new();
+        let mut tensors: Vec<(&String, &mut Value)> = parts.header.iter_mut().collect();
+        tensors.retain(|(name, _)| *name != "__metadata__");
+        tensors.sort_by_key(|(_, tensor)| tensor["data_offsets"][0].as_u64());
+        for (_, tensor) in tensors {
+            let at = |i: usize| tensor["data_offsets"][i].as_u64().unwrap() as usize;
+            let start = data.len();
+            for pair in parts.data[at(0)..at(1)].chunks_exact(2) {
+                // A little more than BF16 holds, so that it has to be rounded.
+                let value = bf16::from_le_bytes([pair[0], pair[1]]).to_f32();
+                if dtype == "F32" {
+                    data.extend((value * 1.0005).to_le_bytes());
+                } else {
+                    data.extend(half::f16::from_f32(value).to_le_bytes());
+                }
+            }
+            tensor["dtype"] = json!(dtype);
+            tensor["data_offsets"] = json!([start, data.len()]);
+        }
+        parts.data = data;
+        let folder = folder_with("tiny-gpt-oss-bf16", &parts.bytes());
+        let read = Checkpoint::open(folder.path()).unwrap();
+        assert!(read.warnings().iter().any(|warning| warning.contains("rounded to BF16")), "{dtype}");
+        let (before, after) = (original.matrix(id, 2).unwrap(), read.matrix(id, 2).unwrap());
+        assert_eq!((read.format(id), after.values.format()), (Format::Bf16, Format::Bf16));
+        for (before, after) in before.to_f32().iter().zip(after.to_f32()) {
+            assert!((before - after).abs() <= 0.001 * before.abs() + 1e-7, "{dtype}: {before} {after}");
+        }
+        assert!(matches!(read.vector(norm).unwrap(), Vector::F32(_)), "{dtype}");
+    }
 }
 
 #[test]
