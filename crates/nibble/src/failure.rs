@@ -104,6 +104,8 @@ impl From<quantize::Error> for Failure {
     fn from(error: quantize::Error) -> Failure {
         match error {
             quantize::Error::Checkpoint(error) => error.into(),
+            quantize::Error::OneProduct { .. } => Failure::input(error.to_string())
+                .hint("--recipe linear --algorithm max quantizes all of them anew"),
             _ => Failure::input(error.to_string()),
         }
     }

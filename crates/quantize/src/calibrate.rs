@@ -503,7 +503,8 @@ impl LayerPass<'_> {
         moments.add(self.job.pool, if source_alone { &x[0] } else { &x[1] }, &x[0], &importance);
     }
 
-    /// Quantizes matrices that share an input, if they are to be calibrated, and records them; others are taken as they will be.
+    /// Quantizes matrices that share an input, and records them, if they are to be calibrated, which all are or none; others are
+    /// taken as they will be.
     fn quantize(
         &self,
         kinds: &[MatrixKind],
@@ -539,10 +540,6 @@ impl LayerPass<'_> {
         let mut results = Vec::new();
         for (&kind, source) in kinds.iter().zip(source) {
             let id = kind.at(self.layer);
-            if self.method(slice::from_ref(&kind)).is_none() {
-                results.push(self.linear(self.job.quantized, kind, expert)?);
-                continue;
-            }
             let amax = (self.job.amax)(id, expert);
             let global_scale = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
             let mut bias = source.bias.clone();
@@ -603,9 +600,7 @@ impl LayerPass<'_> {
         let (pool, cols) = (self.job.pool, moments.cols);
         moments.finish(false);
         let mut weights: Vec<Vec<f32>> = source.iter().map(|linear| linear.weights.clone()).collect();
-        let calibrated = |kind: &MatrixKind| self.method(slice::from_ref(kind)).is_some();
-        // A projection that stays as it is takes its inputs as they are.
-        if let Some(norm) = norm.filter(|_| kinds.iter().all(calibrated)) {
+        if let Some(norm) = norm {
             // What runs as one product has one input, so the projections share the mean of their scales.
             let mut scale = vec![0.0; cols];
             for weights in &weights {
@@ -625,9 +620,7 @@ impl LayerPass<'_> {
             done.facts.input_amax[0] = nvfp4::amax(&moments.source_amax);
             done.norm = Some(norm.clone());
         }
-        // Those that stay as they are have scales already.
-        let chosen = weights.iter().zip(kinds).filter(|(_, kind)| calibrated(kind));
-        let all = chosen.map(|(weights, _)| weights.as_slice()).collect::<Vec<_>>().concat();
+        let all = weights.concat();
         let amax = nvfp4::amax(&all);
         let amax = awq::clip(pool, &all, &moments, amax) * amax;
         if kinds == [MatrixKind::Output] {
@@ -636,11 +629,7 @@ impl LayerPass<'_> {
             done.amax.0 = Some(amax);
         }
         let mut results = Vec::new();
-        for ((kind, weights), source) in kinds.iter().zip(&weights).zip(source) {
-            if !calibrated(kind) {
-                results.push(self.linear(self.job.quantized, *kind, 0)?);
-                continue;
-            }
+        for (weights, source) in weights.iter().zip(source) {
             let rounded = Rounded::by_max_rule(weights, amax);
             record.matrix(&rounded, &source.bias)?;
             let weights = rounded.values(nvfp4::global_scale(amax));

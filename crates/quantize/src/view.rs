@@ -44,6 +44,16 @@ pub enum Error {
         /// Elements per row.
         cols: usize,
     },
+    /// Matrices that run as one product and cannot have one global scale.
+    #[error(
+        "{tensors}: expected one global scale, or scales that powers of two tell apart, since they run as one product, found {found}"
+    )]
+    OneProduct {
+        /// Their names.
+        tensors: String,
+        /// Their scales.
+        found: String,
+    },
     /// Calibration was interrupted; what is done is kept.
     #[error("interrupted")]
     Interrupted,
@@ -98,6 +108,8 @@ struct Plan {
     max_scales: Vec<Option<u8>>,
     /// Per matrix of the stack: the largest magnitude that its global scale comes from.
     amaxes: Vec<f32>,
+    /// The global scale of a matrix in NVFP4 that stays as it is but for its scales.
+    shared_scale: Option<f32>,
     cast: CastCounts,
 }
 
@@ -130,10 +142,9 @@ impl Quantized {
             plans.insert(id, Plan::new(&*source, id, method, scales_per, &pool)?);
         }
         for layer in 0..source.config().layer_kinds.len() {
-            share_scale(
-                &mut plans,
-                &[MatrixKind::Query, MatrixKind::Key, MatrixKind::Value].map(|k| k.at(layer)),
-            );
+            let one_product = [MatrixKind::Query, MatrixKind::Key, MatrixKind::Value].map(|k| k.at(layer));
+            share_scale(&mut plans, &one_product);
+            share_kept_scale(&*source, &mut plans, &one_product)?;
         }
         progress(ids.len(), ids.len());
         let totals = Mutex::default();
@@ -304,6 +315,12 @@ impl Weights for Quantized {
                 }
                 values
             }
+            (Method::Keep, Values::Nvfp4 { codes, scales, global_scale }) => {
+                let Some(shared) = plan.shared_scale else { return Ok(source) };
+                let scales = rescaled(scales, *global_scale, shared)
+                    .expect("the scales were rescaled when the view was made");
+                Values::Nvfp4 { codes: codes.clone(), scales: Cow::Owned(scales), global_scale: shared }
+            }
             (Method::Max | Method::Mse | Method::FourOverSix, _) => {
                 let amax = plan.amaxes[expert];
                 let global_scale = plan.method.global_scale(amax);
@@ -464,8 +481,13 @@ impl Plan {
         pool: &Pool,
     ) -> Result<Plan, Error> {
         let (count, ..) = id.kind.shape(source.config());
-        let mut plan =
-            Plan { method, max_scales: Vec::new(), amaxes: Vec::new(), cast: CastCounts::default() };
+        let mut plan = Plan {
+            method,
+            max_scales: Vec::new(),
+            amaxes: Vec::new(),
+            shared_scale: None,
+            cast: CastCounts::default(),
+        };
         match method {
             // No code stands for NaN or infinity.
             Method::Keep | Method::Bf16 if source.format(id) != Format::Bf16 => {}
@@ -561,6 +583,53 @@ fn share_scale(plans: &mut BTreeMap<MatrixId, Plan>, ids: &[MatrixId]) {
             plan.amaxes.fill(largest);
         }
     }
+}
+
+/// Gives those of them that stay in NVFP4 as they are the largest of their global scales, if that changes no value.
+fn share_kept_scale(
+    source: &dyn Weights,
+    plans: &mut BTreeMap<MatrixId, Plan>,
+    ids: &[MatrixId],
+) -> Result<(), Error> {
+    let mut scales = Vec::new();
+    for &id in ids.iter().filter(|id| plans.get(id).is_some_and(|plan| plan.method == Method::Keep)) {
+        if let Values::Nvfp4 { scales: blocks, global_scale, .. } = source.matrix(id, 0)?.values {
+            scales.push((id, blocks, global_scale));
+        }
+    }
+    let Some(largest) = scales.iter().map(|&(_, _, scale)| scale).reduce(f32::max) else { return Ok(()) };
+    let refused = |found: String| {
+        let tensors = ids.iter().map(|id| id.name()).collect::<Vec<_>>().join(", ");
+        Err(Error::OneProduct { tensors, found })
+    };
+    let anew = |id: &MatrixId| plans.get(id).is_some_and(|plan| !plan.amaxes.is_empty());
+    if ids.iter().any(anew) {
+        return refused("some in nvfp4 and others that are to be quantized".to_owned());
+    }
+    let fits = |(_, blocks, scale): &(_, Cow<'_, [u8]>, f32)| rescaled(blocks, *scale, largest).is_some();
+    if !scales.iter().all(fits) {
+        let found = scales.iter().map(|(_, _, scale)| format!("{scale:e}")).collect::<Vec<_>>();
+        return refused(found.join(", "));
+    }
+    for (id, ..) in scales.into_iter().filter(|&(_, _, scale)| scale != largest) {
+        if let Some(plan) = plans.get_mut(&id) {
+            plan.shared_scale = Some(largest);
+        }
+    }
+    Ok(())
+}
+
+/// The block scales with which `shared` as the global scale gives the values that they had with `own`, if there are any.
+fn rescaled(scales: &[u8], own: f32, shared: f32) -> Option<Vec<u8>> {
+    let ratio = own / shared;
+    // A power of two has no mantissa.
+    let exact = ratio * shared == own && ratio.to_bits() & 0x007f_ffff == 0;
+    let scale = |&byte: &u8| {
+        let value = e4m3::decode(byte) * ratio;
+        let byte = e4m3::encode(value);
+        (e4m3::decode(byte) == value).then_some(byte)
+    };
+    if exact { scales.iter().map(scale).collect() } else { None }
 }
 
 fn check_shape(source: &dyn Weights, id: MatrixId, method: Method) -> Result<(), Error> {
