@@ -272,7 +272,11 @@ impl Hub {
         // Of several processes one fetches; the others wait and find the file there.
         let lock = blobs.join(format!("{}.lock", file.digest));
         let lock_file = File::create(&lock).map_err(io(&lock))?;
-        lock_file.lock().map_err(io(&lock))?;
+        match lock_file.lock() {
+            // Some network file systems know no locks.
+            Err(error) if error.kind() != std::io::ErrorKind::Unsupported => return Err(io(&lock)(error)),
+            _ => {}
+        }
         if blob.exists() {
             return Ok(blob);
         }

@@ -37,12 +37,16 @@ impl Unfinished {
         fs::create_dir_all(directory).map_err(Error::io(directory))?;
         let mut journal =
             OpenOptions::new().create(true).read(true).append(true).open(&path).map_err(Error::io(&path))?;
-        journal.try_lock().map_err(|error| match error {
-            TryLockError::WouldBlock => {
-                Error::file(directory, "no other process that writes there", "one that does")
+        match journal.try_lock() {
+            Err(TryLockError::WouldBlock) => {
+                return Err(Error::file(directory, "no other process that writes there", "one that does"));
             }
-            TryLockError::Error(error) => Error::io(&path)(error),
-        })?;
+            // Some network file systems know no locks.
+            Err(TryLockError::Error(error)) if error.kind() != ErrorKind::Unsupported => {
+                return Err(Error::io(&path)(error));
+            }
+            _ => {}
+        }
         let mut text = Vec::new();
         journal.read_to_end(&mut text).map_err(Error::io(&path))?;
         let text = whole_lines(&text);

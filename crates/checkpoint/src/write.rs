@@ -6,7 +6,7 @@
 
 use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::ops::ControlFlow;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
@@ -945,5 +945,11 @@ fn pretty(value: &Value) -> Vec<u8> {
 /// # Errors
 /// [`Error::Io`] with the folder's name.
 pub fn sync_folder(directory: &Path) -> Result<(), Error> {
-    File::open(directory).and_then(|folder| folder.sync_all()).map_err(Error::io(directory))
+    match File::open(directory).and_then(|folder| folder.sync_all()) {
+        // Some file systems do not know this of folders.
+        Err(error) if !matches!(error.kind(), ErrorKind::InvalidInput | ErrorKind::Unsupported) => {
+            Err(Error::io(directory)(error))
+        }
+        _ => Ok(()),
+    }
 }
