@@ -230,7 +230,8 @@ impl Hub {
     }
 
     fn list(&self, name: &str, revision: &str) -> Result<Listing, Error> {
-        let url = format!("{}/api/models/{name}/revision/{revision}?blobs=true", self.endpoint);
+        let revision_in_url = encoded(revision);
+        let url = format!("{}/api/models/{name}/revision/{revision_in_url}?blobs=true", self.endpoint);
         let mut failures = 0;
         loop {
             match self.listing(name, revision, &url) {
@@ -529,6 +530,14 @@ fn has_weights(snapshot: &Path) -> bool {
         }),
         Err(_) => snapshot.join("model.safetensors").exists(),
     }
+}
+
+/// A text as one segment of a URL's path.
+fn encoded(text: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-._~".contains(&byte);
+    text.bytes()
+        .map(|byte| if plain(byte) { char::from(byte).to_string() } else { format!("%{byte:02X}") })
+        .collect()
 }
 
 /// A relative path that stays below its folder.

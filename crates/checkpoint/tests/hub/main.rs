@@ -126,7 +126,8 @@ fn answer(
             return head(&format!("{} No", refuse.1), "", 0);
         }
     }
-    if path.starts_with("/api/models/owner/name/revision/main") {
+    let revision = path.strip_prefix("/api/models/owner/name/revision/");
+    if revision.is_some_and(|revision| ["main?blobs=true", "refs%2Fpr%2F1?blobs=true"].contains(&revision)) {
         head("200 OK", "", listing.len())?;
         return stream.write_all(listing.as_bytes());
     }
@@ -195,6 +196,11 @@ fn the_cache_is_laid_out_as_others_expect_and_serves_offline() {
     for name in ["pytorch_model.bin", "original"] {
         assert!(!snapshot.join(name).exists(), "{name}");
     }
+    // A revision may have slashes.
+    let request =
+        hub(&server, cache.path()).fetch("owner/name", Some("refs/pr/1"), Files::Model, &mut |_| {});
+    assert_eq!(request.unwrap(), snapshot);
+    assert_eq!(std::fs::read_to_string(folder.join("refs/refs/pr/1")).unwrap(), COMMIT);
     // The second time nothing is sent or written, and offline nothing is asked.
     let sent = server.behaviour.sent.load(Ordering::SeqCst);
     let reference = || std::fs::metadata(folder.join("refs/main")).unwrap().ino();
