@@ -528,8 +528,21 @@ fn has_weights(snapshot: &Path) -> bool {
         Ok(index) => serde_json::from_slice::<Index>(&index).is_ok_and(|index| {
             index.weight_map.values().all(|file| is_plain_path(file) && snapshot.join(file).exists())
         }),
-        Err(_) => snapshot.join("model.safetensors").exists(),
+        Err(_) => snapshot.join("model.safetensors").exists() || has_shards(snapshot),
     }
+}
+
+/// Whether there are tensor files without an index, as many as their names say.
+fn has_shards(snapshot: &Path) -> bool {
+    let entries = fs::read_dir(snapshot).into_iter().flatten().flatten();
+    let names: Vec<String> = entries
+        .filter(|entry| entry.path().exists())
+        .filter_map(|entry| {
+            entry.file_name().into_string().ok()?.strip_suffix(".safetensors").map(str::to_owned)
+        })
+        .collect();
+    let shards = |name: &String| name.rsplit_once("-of-").and_then(|(_, shards)| shards.parse().ok());
+    !names.is_empty() && names.iter().all(|name| names.len() >= shards(name).unwrap_or(1))
 }
 
 /// A text as one segment of a URL's path.

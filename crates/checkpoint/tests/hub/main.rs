@@ -220,6 +220,22 @@ fn the_cache_is_laid_out_as_others_expect_and_serves_offline() {
 }
 
 #[test]
+fn shards_without_an_index_are_a_model_offline_if_none_is_missing() {
+    let mut files = contents();
+    let weights = files.remove("model.safetensors").unwrap();
+    for name in ["a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors"] {
+        files.insert(name.to_owned(), weights.clone());
+    }
+    let listing = listing(&files);
+    let (server, cache) = (serve(files, &listing), tempfile::tempdir().unwrap());
+    let snapshot = fetch(&hub(&server, cache.path())).unwrap();
+    let offline = Hub { offline: true, ..hub(&server, cache.path()) };
+    assert_eq!(fetch(&offline).unwrap(), snapshot);
+    std::fs::remove_file(snapshot.join("a-00001-of-00002.safetensors")).unwrap();
+    assert!(matches!(fetch(&offline), Err(Error::NotCached { .. })));
+}
+
+#[test]
 fn a_tokenizer_comes_alone_and_is_no_model() {
     let (server, cache) = (good(), tempfile::tempdir().unwrap());
     let fetch = |hub: &Hub, files| hub.fetch("owner/name", None, files, &mut |_| {});
