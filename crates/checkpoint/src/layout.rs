@@ -127,8 +127,14 @@ impl Slot {
 
     /// Whether a stored tensor of this shape is this one.
     pub(crate) fn fits(&self, shape: &[usize]) -> bool {
-        let one = self.role.is_scalar() && (shape.is_empty() || shape == [1]);
-        one || shape == self.shape || self.experts.is_some_and(|experts| shape == [experts])
+        // Scales may have dimensions of one beside that of the experts.
+        let mut longer = shape.iter().filter(|&&size| size != 1);
+        let scales = match (longer.next(), longer.next()) {
+            (None, _) => self.role.is_scalar(),
+            (Some(&size), None) => self.experts == Some(size),
+            _ => false,
+        };
+        scales || shape == self.shape
     }
 }
 

@@ -146,25 +146,30 @@ fn other_legal_spellings_of_scales_are_read() {
         }
     });
     crate::assert_same_storage(&golden, &read.unwrap());
-    // [1] for a scalar.
-    let read = open_changed(|parts| parts.header[&format!("{stack}_weight_scale_2")]["shape"] = json!([1]));
-    crate::assert_same_storage(&golden, &read.unwrap());
+    // Dimensions of one for a scalar.
+    for shape in [json!([1]), json!([1, 1])] {
+        let read = open_changed(|parts| parts.header[&format!("{stack}_weight_scale_2")]["shape"] = shape);
+        crate::assert_same_storage(&golden, &read.unwrap());
+    }
     // One per expert, of a stack: the largest of its inputs' covers them all.
-    let each = |parts: &mut Parts, name: &str, values: [f32; 4]| {
+    let each = |parts: &mut Parts, name: &str, values: [f32; 4], shape: &[usize]| {
         let at = parts.data.len();
         parts.data.extend(values.iter().flat_map(|value| value.to_le_bytes()));
-        let tensor = json!({"dtype": "F32", "shape": [4], "data_offsets": [at, at + 16]});
+        let tensor = json!({"dtype": "F32", "shape": shape, "data_offsets": [at, at + 16]});
         // The header leaves no gap: what was there belongs to nobody else.
         let old = parts.header.insert(name.to_owned(), tensor).unwrap();
         parts.header.insert("model.layers.9.old".to_owned(), old);
     };
     for suffix in ["weight_scale_2", "input_scale"] {
-        let found = mismatch(|parts| each(parts, &format!("{stack}_{suffix}"), [1.0, 2.0, 4.0, 3.0]));
-        assert!(found.misshapen.is_empty(), "{found:?}");
+        for shape in [&[4][..], &[4, 1], &[4, 1, 1]] {
+            let found =
+                mismatch(|parts| each(parts, &format!("{stack}_{suffix}"), [1.0, 2.0, 4.0, 3.0], shape));
+            assert!(found.misshapen.is_empty(), "{found:?}");
+        }
     }
     for name in ["q_proj.weight_scale_2", "q_proj.input_scale"] {
         let name = format!("model.layers.0.self_attn.{name}");
-        let found = mismatch(|parts| each(parts, &name, [1.0, 2.0, 4.0, 3.0]));
+        let found = mismatch(|parts| each(parts, &name, [1.0, 2.0, 4.0, 3.0], &[4]));
         assert_eq!(found.misshapen, [format!("{name}: expected F32 [], found F32 [4]")]);
     }
     // Both spellings at once: one of them is nobody's.
