@@ -197,8 +197,16 @@ fn provenance(report: &Report) -> String {
                  quantizing grants no rights."
             .to_owned(),
     };
+    let by = |algorithm: &str| report.tensors.iter().any(|tensor| tensor.algorithm == algorithm);
+    let mut changes = "Weights were rounded".to_owned();
+    if by("refine") {
+        changes += ", biases took the mean of the error";
+    }
+    if by("awq") {
+        changes += ", columns of the attention projections were scaled and their norms by the inverse";
+    }
     format!(
-        "## Provenance and licence\n\nMade from {}{base}. Weights were rounded, nothing was trained. {license}\n\n",
+        "## Provenance and licence\n\nMade from {}{base}. {changes}; nothing was trained. {license}\n\n",
         code(&run.model)
     )
 }

@@ -462,6 +462,16 @@ fn what_was_not_measured_did_not_keep_its_values() {
 }
 
 #[test]
+fn the_model_card_names_what_changed_beside_the_weights() {
+    let mut report = run_of(2, 4);
+    assert!(model_card(&report).contains("Weights were rounded; nothing was trained."));
+    report.tensors[0].algorithm = "refine".into();
+    assert!(model_card(&report).contains("rounded, biases took the mean of the error; nothing"));
+    report.tensors[1].algorithm = "awq".into();
+    assert!(model_card(&report).contains("error, columns of the attention projections were scaled and"));
+}
+
+#[test]
 fn what_the_figures_leave_out_is_said_beside_them() {
     let report = Report { not_measured: Some("they are without <b>".into()), ..run_of(2, 4) };
     let Written { json, page, card } = written(&report);
