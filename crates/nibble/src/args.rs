@@ -228,8 +228,8 @@ pub(crate) struct Quantize {
     /// Replace DIR if it exists, and drop what another command left unfinished
     #[arg(long)]
     pub(crate) overwrite: bool,
-    /// Largest size of one file
-    #[arg(long, value_name = "BYTES", default_value = "5G", value_parser = positive)]
+    /// Largest size of one file, such as 5G, 5GB or 5GiB
+    #[arg(long, value_name = "BYTES", default_value = "5G", value_parser = size)]
     pub(crate) max_shard_size: u64,
 }
 
@@ -1068,6 +1068,15 @@ fn share(text: &str) -> Result<f64, String> {
     share.ok_or_else(|| "expected a number above 0, at most 1".to_owned())
 }
 
+/// A number of bytes, also with the units of other programs: `GB` is decimal, `GiB` binary.
+fn size(text: &str) -> Result<u64, String> {
+    match (text.strip_suffix("iB"), text.strip_suffix('B')) {
+        (Some(binary), _) => positive(&binary.to_uppercase()),
+        (None, Some(decimal)) => positive(&decimal.to_lowercase()),
+        (None, None) => positive(text),
+    }
+}
+
 fn positive(text: &str) -> Result<u64, String> {
     match count(text)? {
         0 => Err("expected at least 1".to_owned()),
@@ -1232,6 +1241,10 @@ mod tests {
             "2026-01-0١",
         ] {
             assert!(date(text).is_err(), "{text}");
+        }
+        for (text, value) in [("5G", 5 << 30), ("5GiB", 5 << 30), ("5GB", 5_000_000_000), ("5MB", 5_000_000)]
+        {
+            assert_eq!(size(text), Ok(value), "{text}");
         }
         assert_eq!(context("auto"), Ok(Context::Auto));
         assert_eq!(context("-1"), Ok(Context::Auto));
