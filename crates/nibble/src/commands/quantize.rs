@@ -44,6 +44,9 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     }
 
     left_out(&model.checkpoint, args, ui);
+    if !target.files.iter().any(|(name, _)| name == "tokenizer.json") {
+        ui.note("note: the source has no tokenizer.json: other programs cannot load the output without one");
+    }
     let calibrated = options(args).needs_calibration(&model.checkpoint.packed());
     if !calibrated && !args.calibration.is_empty() {
         let left = if args.report.is_some() {

@@ -217,7 +217,8 @@ fn codes_that_are_recovered_need_no_calibration() {
     ok(&["quantize", &bf16(), "--out", &fake, "--algorithm", "max", "--format", "fake-bf16"]);
     // Without it there are no data to calibrate on.
     std::fs::remove_file(Path::new(&fake).join("tokenizer.json")).unwrap();
-    ok(&["quantize", &fake, "--out", &out]);
+    let done = ok(&["quantize", &fake, "--out", &out]);
+    assert!(done.stderr.contains("has no tokenizer.json"), "{}", done.stderr);
     assert_eq!(ok(&["verify", &fake, &out, "--json"]).json()["identical"], true);
     let missing = "expected a tokenizer.json";
     fails(&["quantize", &fake, "--out", &path("other"), "--recipe", "linear"], 2, missing);
