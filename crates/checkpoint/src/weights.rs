@@ -106,6 +106,11 @@ impl MatrixKind {
         matches!(self, MatrixKind::Query | MatrixKind::Key | MatrixKind::Value | MatrixKind::Output)
     }
 
+    /// Whether activations are multiplied by it. Of the embedding rows are looked up.
+    pub const fn has_inputs(self) -> bool {
+        !matches!(self, MatrixKind::Embedding)
+    }
+
     /// `(matrices, rows, cols)`: the number of matrices in the stack (1 unless per expert) and the shape of each.
     pub fn shape(self, config: &Config) -> (usize, usize, usize) {
         let (d, i, e) = (config.hidden_size, config.intermediate_size, config.experts);

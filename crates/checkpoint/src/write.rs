@@ -429,23 +429,22 @@ fn output_config(target: &Target, config: &Config) -> Result<Map<String, Value>,
     }
 }
 
-/// Whether the packed matrices have the scales of their inputs: all of them or none.
+/// Whether the packed matrices that have inputs have the scales of these: all of them or none.
 fn activations(weights: &dyn Weights, layout: Layout) -> Result<bool, Error> {
-    let mut packed =
-        matrices(weights.config()).filter(|&id| written_format(weights, layout, id) == Format::Nvfp4);
+    let packed =
+        || matrices(weights.config()).filter(|&id| written_format(weights, layout, id) == Format::Nvfp4);
     let wants_packed = matches!(layout, Layout::ModelOpt | Layout::CompressedTensors | Layout::FakeBf16);
-    let Some(first) = packed.next() else {
-        return match wants_packed {
-            true => Err(Error::Format {
-                tensor: MatrixKind::GateUp.at(0).name(),
-                expected: format!("at least one matrix in nvfp4 for the layout {}", layout.name()),
-                found: "none".to_owned(),
-            }),
-            false => Ok(false),
-        };
-    };
+    if wants_packed && packed().next().is_none() {
+        return Err(Error::Format {
+            tensor: MatrixKind::GateUp.at(0).name(),
+            expected: format!("at least one matrix in nvfp4 for the layout {}", layout.name()),
+            found: "none".to_owned(),
+        });
+    }
+    let mut with_inputs = packed().filter(|id| id.kind.has_inputs());
+    let Some(first) = with_inputs.next() else { return Ok(false) };
     let with = |id| weights.input_scale(id).is_some();
-    match packed.find(|&id| with(id) != with(first)) {
+    match with_inputs.find(|&id| with(id) != with(first)) {
         None => Ok(with(first)),
         Some(other) => Err(Error::Format {
             tensor: other.name(),
@@ -499,7 +498,7 @@ fn unit(
                 slots.extend(layout::scales(config, id));
             }
             for (index, mut slot) in slots.into_iter().enumerate() {
-                if slot.role == Role::InputScale && !activations {
+                if slot.role == Role::InputScale && !(activations && id.kind.has_inputs()) {
                     continue;
                 }
                 if slot.role == Role::GlobalScale && id.kind.is_expert() && target.scales_per_expert {

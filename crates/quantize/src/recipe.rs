@@ -123,7 +123,7 @@ impl Options {
         kv_scales
             || matrices(source.config()).any(|id| {
                 let method = self.method(id, source.format(id));
-                let packed = method.format(source.format(id)) == Format::Nvfp4;
+                let packed = method.format(source.format(id)) == Format::Nvfp4 && id.kind.has_inputs();
                 method.calibrates()
                     || (activations && packed && method.kept_input_scale(source, id).is_none())
             })

@@ -155,14 +155,17 @@ impl Quantized {
     /// Whether a matrix or a static scale waits for [`Quantized::calibrate`].
     pub fn needs_calibration(&self) -> bool {
         let input_scale = |(&id, plan): (&MatrixId, &Plan)| {
-            self.activations
-                && self.format(id) == Format::Nvfp4
-                && plan.method.kept_input_scale(&*self.source, id).is_none()
+            self.has_input_scale(id) && plan.method.kept_input_scale(&*self.source, id).is_none()
         };
         let waits = self.kv_scales
             || self.plans.values().any(|plan| plan.method.calibrates())
             || self.plans.iter().any(input_scale);
         waits && self.calibrated.is_none()
+    }
+
+    /// Whether the matrix has a static scale of its input.
+    fn has_input_scale(&self, id: MatrixId) -> bool {
+        self.activations && self.format(id) == Format::Nvfp4 && id.kind.has_inputs()
     }
 
     /// Quantizes what needs to see its inputs, layer by layer. `progress` is called with the steps done and their number.
@@ -428,7 +431,7 @@ impl Weights for Quantized {
     }
 
     fn input_scale(&self, id: MatrixId) -> Option<f32> {
-        if !self.activations || self.format(id) != Format::Nvfp4 {
+        if !self.has_input_scale(id) {
             return None;
         }
         let kept = self.plans.get(&id).and_then(|plan| plan.method.kept_input_scale(&*self.source, id));
