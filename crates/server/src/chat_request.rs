@@ -81,11 +81,8 @@ const FIELDS: &[&str] = &[
     "guided_grammar",
     "guided_decoding_backend",
     "guided_whitespace_pattern",
-    "input",
     "instructions",
     "max_output_tokens",
-    "reasoning",
-    "text",
     // Accepted, and without effect.
     "user",
     "metadata",
@@ -100,14 +97,9 @@ const FIELDS: &[&str] = &[
     "length_penalty",
 ];
 
-/// Fields of responses, and what they are called here.
-const MISNAMED: &[(&str, &str)] = &[
-    ("input", "messages"),
-    ("instructions", "a message of the role developer"),
-    ("max_output_tokens", "max_completion_tokens"),
-    ("reasoning", "reasoning_effort"),
-    ("text", "response_format"),
-];
+/// Fields of responses, and what they are called here; not those that gateways add to chats, too.
+const MISNAMED: &[(&str, &str)] =
+    &[("instructions", "a message of the role developer"), ("max_output_tokens", "max_completion_tokens")];
 
 /// A valid request.
 #[derive(Debug)]

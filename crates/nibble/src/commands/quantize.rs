@@ -149,7 +149,9 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
             started.elapsed().as_secs_f64()
         )?;
         // Where values were changed it could only say so.
-        if changed(&view).all(|t| t.totals.changed == 0 && t.cast.changed_values == 0) {
+        if changed(&view)
+            .all(|t| t.totals.is_some_and(|totals| totals.changed == 0) && t.cast.changed_values == 0)
+        {
             let (source, written) = (quoted(&args.source), quoted(&args.out.to_string_lossy()));
             out!("{}", dim(&format!("nibble verify {source} {written}")))?;
         }
