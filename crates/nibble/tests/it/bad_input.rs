@@ -316,8 +316,8 @@ fn text_that_is_none_or_without_end_is_refused() {
 fn a_full_disk_leaves_nothing_under_the_final_name() {
     let folder = tempfile::tempdir().unwrap();
     let out = folder.path().join("model");
-    // The limit on a file's size fails a write in the middle, as a full disk does.
-    let script = "ulimit -f 4000; trap '' XFSZ; exec \"$0\" quantize \"$1\" --out \"$2\" --algorithm mse";
+    // The limit on a file's size fails a write in the middle, as a full disk does: there is room for the first experts.
+    let script = "ulimit -f 10000; trap '' XFSZ; exec \"$0\" quantize \"$1\" --out \"$2\" --algorithm mse";
     let limited = Command::new("bash")
         .args(["-c", script, env!("CARGO_BIN_EXE_nibble"), &bf16(), out.to_str().unwrap()])
         .output()
