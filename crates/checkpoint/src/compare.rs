@@ -17,7 +17,7 @@ pub struct Comparison {
     pub tensors: usize,
     /// Those whose values differ (by more than the tolerance, if one was given), and static scales that both have.
     pub different: Vec<Difference>,
-    /// Those whose values differ, but by no more than the tolerance.
+    /// The same that differ, but by no more than the tolerance.
     pub within_tolerance: Vec<Difference>,
     /// Tensors of the first model that the second does not have.
     pub missing: Vec<String>,
@@ -45,8 +45,9 @@ pub struct Difference {
 ///
 /// Values are equal if they are the same BF16 number after one rounding from F32; -0 equals 0. NVFP4 on both sides is equal if
 /// codes (8 taken as 0) and scale bytes are, and the global scales are within one unit in the last place: one of
-/// them may have been stored as its inverse. So are the static scales of inputs and of the cache that both have. With `tolerance`, tensors count as different only if the root mean
-/// square of the difference exceeds that share of the root mean square of `a`.
+/// them may have been stored as its inverse. So are the static scales of inputs and of the cache that both have. With
+/// `tolerance`, tensors and scales count as different only if the root mean square of the difference exceeds that share of the
+/// root mean square of `a`.
 ///
 /// Takes the memory of one matrix of each side that a layout cannot lend, and a row.
 ///
@@ -54,10 +55,8 @@ pub struct Difference {
 /// Those of reading either model.
 pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Result<Comparison, Error> {
     let (ours, theirs) = (Names::of(a.config()), Names::of(b.config()));
-    let mut tensors = 0;
     let (mut different, mut within_tolerance) = (Vec::new(), Vec::new());
     let mut note = |name: String, difference: Totals| {
-        tensors += 1;
         if difference.exceeds(tolerance) {
             different.push(difference.report(name));
         } else if difference.differing > 0 {
@@ -92,12 +91,7 @@ pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Resu
     let mut scales_of_one = Vec::new();
     for (name, left, right) in static_scales(a, b) {
         match (left, right) {
-            (Some(left), Some(right)) => {
-                let difference = Totals::of_scales(left, right);
-                if difference.exceeds(tolerance) {
-                    different.push(difference.report(name));
-                }
-            }
+            (Some(left), Some(right)) => note(name, Totals::of_scales(left, right)),
             (None, None) => {}
             _ => scales_of_one.push(name),
         }
@@ -106,6 +100,8 @@ pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Resu
         let matrices = left.matrices.difference(&right.matrices).map(|id| id.name());
         matrices.chain(left.vectors.difference(&right.vectors).map(|id| id.name())).collect::<Vec<_>>()
     };
+    let tensors = ours.matrices.intersection(&theirs.matrices).count()
+        + ours.vectors.intersection(&theirs.vectors).count();
     let (missing, unknown) = (only(&ours, &theirs), only(&theirs, &ours));
     let identical = different.is_empty() && missing.is_empty() && unknown.is_empty();
     Ok(Comparison { identical, tensors, different, within_tolerance, missing, unknown, scales_of_one })

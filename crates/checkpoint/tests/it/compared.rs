@@ -95,6 +95,55 @@ fn differences_are_measured_and_located() {
     assert_eq!((comparison.within_tolerance[0].elements, comparison.within_tolerance.len()), (1, 1));
 }
 
+/// Weights with static scales of one input and of the first layer's cache.
+struct Static {
+    inner: Synthetic,
+    input: Option<f32>,
+    cache: Option<f32>,
+}
+
+impl Weights for Static {
+    fn config(&self) -> &Config {
+        self.inner.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.inner.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, Error> {
+        self.inner.matrix(id, expert)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, Error> {
+        self.inner.vector(id)
+    }
+    fn input_scale(&self, id: MatrixId) -> Option<f32> {
+        self.input.filter(|_| id == MatrixKind::Query.at(1))
+    }
+    fn kv_scales(&self, layer: usize) -> Option<KvScales> {
+        self.cache.filter(|_| layer == 0).map(|value| KvScales { key: 1.0, value })
+    }
+}
+
+#[test]
+fn static_scales_differ_where_both_models_have_them() {
+    let with = |input, cache| Static { inner: nvfp4(), input, cache };
+    let names = |found: &[Difference]| found.iter().map(|d| d.name.clone()).collect::<Vec<_>>();
+    let (input, cache) =
+        ("model.layers.1.self_attn.q_proj.input_scale", "model.layers.0.self_attn.v_proj.v_scale");
+    let one = with(Some(0.5), Some(1.0));
+    assert_identical(&one, &with(Some(f32::from_bits(0.5f32.to_bits() + 1)), Some(1.0)));
+
+    let found = compare(&one, &with(Some(0.75), Some(1.25)), None).unwrap();
+    assert_eq!((found.identical, names(&found.different)), (false, vec![input.to_owned(), cache.to_owned()]));
+    let found = compare(&one, &with(Some(0.75), Some(1.25)), Some(0.3)).unwrap();
+    assert_eq!(names(&found.different), [input]);
+    assert_eq!(names(&found.within_tolerance), [cache]);
+
+    let found = compare(&with(None, Some(1.0)), &with(Some(0.5), None), None).unwrap();
+    let key = "model.layers.0.self_attn.k_proj.k_scale";
+    assert!(found.identical);
+    assert_eq!(found.scales_of_one, [input, key, cache]);
+}
+
 #[test]
 fn a_tolerance_is_relative_to_the_whole_stack() {
     // One of five experts is doubled: relative difference sqrt(1/5).

@@ -143,6 +143,17 @@ fn scales_of_activations_and_cache_are_read() {
     assert_eq!(checkpoint.global_scales(query), &[scalar(&format!("{attention}.q_proj.weight_scale_2"))]);
     assert_eq!(checkpoint.name_of(query), format!("{attention}.q_proj.weight"));
 
+    // Older exports describe the cache in a file of its own alone.
+    let folder = tempfile::tempdir().unwrap();
+    let source = crate::testdata("quant/tiny_gptoss/nvfp4_default_kv_fp8");
+    for name in ["hf_quant_config.json", "model.safetensors"] {
+        std::os::unix::fs::symlink(source.join(name), folder.path().join(name)).unwrap();
+    }
+    let mut config = checkpoint.config_json().clone();
+    config["quantization_config"].as_object_mut().unwrap().remove("kv_cache_scheme").unwrap();
+    std::fs::write(folder.path().join("config.json"), config.to_string()).unwrap();
+    assert_eq!(Checkpoint::open(folder.path()).unwrap().kv_cache(), Some(KvCache::Fp8));
+
     let weight_only = open("quant/tiny_gptoss/w4a16_nvfp4");
     assert_eq!((weight_only.input_scale(query), weight_only.kv_scales(1)), (None, None));
     assert_eq!(weight_only.quantization().unwrap().algorithm.as_deref(), Some("W4A16_NVFP4"));
