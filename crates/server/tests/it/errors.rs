@@ -190,8 +190,6 @@ fn chat_fields() {
         ("guided_choice", json!(["a"]), "guided_choice", "structured_outputs"),
         ("guided_grammar", json!("a"), "guided_grammar", "structured_outputs"),
         ("max_output_tokens", json!(5), "max_output_tokens", "Use max_completion_tokens"),
-        ("reasoning", json!({"effort": "low"}), "reasoning", "Use reasoning_effort"),
-        ("text", json!({"format": {"type": "json_object"}}), "text", "Use response_format"),
         ("messages", json!("Hi"), "messages", "array"),
         ("messages", json!([]), "messages", "empty"),
         ("messages", json!(vec![&user; 4097]), "messages", "4096"),
