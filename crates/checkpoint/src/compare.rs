@@ -89,7 +89,7 @@ pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Resu
         note(id.name(), totals);
     }
     let mut scales_of_one = Vec::new();
-    for (name, left, right) in static_scales(a, b) {
+    for (name, left, right) in static_scales((a, &ours), (b, &theirs)) {
         match (left, right) {
             (Some(left), Some(right)) => note(name, Totals::of_scales(left, right)),
             (None, None) => {}
@@ -108,8 +108,10 @@ pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Resu
 }
 
 /// The static scales that both models have a place for: each one's name, and what it is in either.
-fn static_scales(a: &dyn Weights, b: &dyn Weights) -> Vec<(String, Option<f32>, Option<f32>)> {
-    let (ours, theirs) = (Names::of(a.config()), Names::of(b.config()));
+fn static_scales(
+    (a, ours): (&dyn Weights, &Names),
+    (b, theirs): (&dyn Weights, &Names),
+) -> Vec<(String, Option<f32>, Option<f32>)> {
     let mut scales = Vec::new();
     for &id in ours.matrices.intersection(&theirs.matrices) {
         let name = id.name();
@@ -152,9 +154,9 @@ impl Totals {
         Totals { elements, differing: elements, max_abs: f64::INFINITY, squares: f64::INFINITY, power: 0.0 }
     }
 
-    /// Of two scales, which are positive. One of them may have been stored as its inverse.
+    /// Of two scales.
     fn of_scales(a: f32, b: f32) -> Totals {
-        let same = a.to_bits().abs_diff(b.to_bits()) <= 1;
+        let same = same_scale(a, b);
         let difference = if same { 0.0 } else { (f64::from(a) - f64::from(b)).abs() };
         Totals {
             elements: 1,
@@ -264,12 +266,15 @@ fn same_storage(a: &Values<'_>, b: &Values<'_>) -> bool {
         (
             Values::Nvfp4 { codes: a, scales: s, global_scale: g },
             Values::Nvfp4 { codes: b, scales: t, global_scale: h },
-        ) => {
-            // Positive floats are ordered as their bits are.
-            g.to_bits().abs_diff(h.to_bits()) <= 1 && s == t && (a == b || same_codes(a, b))
-        }
+        ) => same_scale(*g, *h) && s == t && (a == b || same_codes(a, b)),
         _ => false,
     }
+}
+
+/// Whether two scales, which are positive, are within one unit in the last place: one may have been stored as its inverse.
+fn same_scale(a: f32, b: f32) -> bool {
+    // Positive floats are ordered as their bits are.
+    a.to_bits().abs_diff(b.to_bits()) <= 1
 }
 
 fn same_codes(a: &[u8], b: &[u8]) -> bool {
