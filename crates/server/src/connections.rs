@@ -22,7 +22,7 @@ use tokio::time::Instant;
 
 use crate::error::ErrorStyle;
 use crate::listener::{Accepted, Listener};
-use crate::socket::{Begun, Explaining, Heard, Impatient};
+use crate::socket::{Begun, Explaining, Impatient};
 use crate::tls::Tls;
 
 /// Of a request.
@@ -201,9 +201,8 @@ impl Http {
         if two {
             until_ended!(self.http2.serve_connection(TokioIo::new(stream), service));
         } else {
-            let stream = Explaining::new(stream, self.settings.error_style);
-            let stream = TokioIo::new(Heard::new(stream, || activity.heard()));
-            until_ended!(self.http1.serve_connection(stream, service));
+            let stream = Explaining::new(stream, || activity.heard(), self.settings.error_style);
+            until_ended!(self.http1.serve_connection(TokioIo::new(stream), service));
         }
     }
 }

@@ -152,63 +152,12 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Begun<S> {
     }
 }
 
-/// A socket that tells when something was read from it.
-pub(crate) struct Heard<S, F> {
+/// A connection of HTTP/1.1 that tells when something was read from it, and on which refusals that come from the protocol's
+/// library, which have no body, get the one that all others have.
+pub(crate) struct Explaining<S, F> {
     inner: S,
+    /// Called when something was read.
     heard: F,
-}
-
-impl<S, F> Heard<S, F> {
-    pub(crate) fn new(inner: S, heard: F) -> Heard<S, F> {
-        Heard { inner, heard }
-    }
-}
-
-impl<S: AsyncRead + Unpin, F: Fn() + Unpin> AsyncRead for Heard<S, F> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        let before = buffer.filled().len();
-        let poll = Pin::new(&mut self.inner).poll_read(cx, buffer);
-        if buffer.filled().len() > before {
-            (self.heard)();
-        }
-        poll
-    }
-}
-
-impl<S: AsyncWrite + Unpin, F: Unpin> AsyncWrite for Heard<S, F> {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write(cx, bytes)
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.inner).poll_write_vectored(cx, slices)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.inner.is_write_vectored()
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_shutdown(cx)
-    }
-}
-
-/// A connection of HTTP/1.1 on which refusals that come from the protocol's library, which have no body, get the one that all
-/// others have.
-pub(crate) struct Explaining<S> {
-    inner: S,
     style: ErrorStyle,
     /// What is being written in place of a refusal.
     answer: Vec<u8>,
@@ -216,9 +165,9 @@ pub(crate) struct Explaining<S> {
     replaced: usize,
 }
 
-impl<S> Explaining<S> {
-    pub(crate) fn new(inner: S, style: ErrorStyle) -> Explaining<S> {
-        Explaining { inner, style, answer: Vec::new(), replaced: 0 }
+impl<S, F> Explaining<S, F> {
+    pub(crate) fn new(inner: S, heard: F, style: ErrorStyle) -> Explaining<S, F> {
+        Explaining { inner, heard, style, answer: Vec::new(), replaced: 0 }
     }
 
     /// What to write in place of these bytes, if they are a refusal without a body.
@@ -248,17 +197,22 @@ impl<S> Explaining<S> {
     }
 }
 
-impl<S: AsyncRead + Unpin> AsyncRead for Explaining<S> {
+impl<S: AsyncRead + Unpin, F: Fn() + Unpin> AsyncRead for Explaining<S, F> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.inner).poll_read(cx, buffer)
+        let before = buffer.filled().len();
+        let poll = Pin::new(&mut self.inner).poll_read(cx, buffer);
+        if buffer.filled().len() > before {
+            (self.heard)();
+        }
+        poll
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Explaining<S> {
+impl<S: AsyncWrite + Unpin, F: Unpin> AsyncWrite for Explaining<S, F> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         if self.answer.is_empty() {
             match self.explained(bytes) {
