@@ -91,8 +91,8 @@ pub(crate) fn arguments(args: impl Iterator<Item = OsString>) -> Result<Vec<OsSt
         Some(path) => with_file(args, &path)?,
         None => args,
     };
-    if serve(&args).is_some() {
-        model_is_no_value(&args)?;
+    if let Some(matches) = serve(&args) {
+        model_is_no_value(&args, &matches)?;
         check_variables(&args)?;
     }
     Ok(args)
@@ -139,8 +139,7 @@ fn serve(args: &[OsString]) -> Option<ArgMatches> {
 
 /// Refuses a command line of `serve` without a model, where a flag that takes several values has one for its last value: the
 /// built-in model would be served in its place.
-fn model_is_no_value(args: &[OsString]) -> Result<()> {
-    let Some(matches) = serve(args) else { return Ok(()) };
+fn model_is_no_value(args: &[OsString], matches: &ArgMatches) -> Result<()> {
     let scripted = matches.get_one::<String>("engine").is_some_and(|engine| engine != "auto");
     if scripted || matches.contains_id("model") || matches.contains_id("model_flag") {
         return Ok(());
