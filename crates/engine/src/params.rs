@@ -128,7 +128,7 @@ impl SamplingParams {
     pub const MAX_BAD_WORD_BYTES: usize = 256;
 
     /// Checks every rule and returns the parameters as the engine uses them: temperatures near 0 raised or greedy, a greedy
-    /// request without filters, biases clamped, duplicate stop tokens removed, a seed of -1 as none.
+    /// request without filters, a `top_k` of the whole vocabulary as none, biases clamped, duplicate stop tokens removed, a seed of -1 as none.
     ///
     /// # Errors
     /// Names the first field, in the order of the struct, that breaks its rule.
@@ -144,6 +144,8 @@ impl SamplingParams {
         } else {
             valid.temperature = self.temperature.max(LEAST_TEMPERATURE);
         }
+        // Backends need not look for what leaves nothing out.
+        valid.top_k = if valid.top_k < vocab_size { valid.top_k } else { 0 };
         require(self.top_p > 0.0 && self.top_p <= 1.0, "top_p", || {
             format!("must be in (0, 1], got {}.", self.top_p)
         })?;

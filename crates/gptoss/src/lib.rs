@@ -13,4 +13,4 @@ pub use backend::{
 };
 pub use reference::{Reference, Tap, swiglu, top_experts};
 pub use rope::{Rotary, rotate};
-pub use sampling::{is_corrupted, log_sum, random, sample, score};
+pub use sampling::{SORTED_HEAD, is_corrupted, log_sum, random, sample, score};

@@ -101,19 +101,23 @@ fn argmax(logits: &[f32]) -> u32 {
 fn largest(logits: &[f32], count: usize) -> Vec<(u32, f32)> {
     let mut all: Vec<(u32, f32)> = logits.iter().enumerate().map(|(id, &l)| (id as u32, l)).collect();
     let count = count.min(all.len());
-    let order = |a: &(u32, f32), b: &(u32, f32)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
     if count < all.len() && count > 0 {
-        all.select_nth_unstable_by(count - 1, order);
+        all.select_nth_unstable_by(count - 1, by_logit);
     }
-    all.truncate(count);
-    all.sort_unstable_by(order);
-    all
+    // Not what is left of all, which keeps the room for all: callers hold on to it.
+    let mut best = all[..count].to_vec();
+    best.sort_unstable_by(by_logit);
+    best
 }
 
 /// The logarithm of a sum of `exp(logit)`, from the largest logit and the sum of the shares of its exponential, in units of 2^-39.
 pub fn log_sum(largest: f32, shares: u64) -> f64 {
     f64::from(largest) + (shares as f64 / f64::from(ONE)).ln()
 }
+
+/// The most tokens of a head that are drawn from in the order of their probabilities. Of a larger one, which takes long to sort, the
+/// order is that of the ids.
+pub const SORTED_HEAD: usize = 4096;
 
 /// The most probable tokens with their weights, as many as top-k, top-p and min-p leave; `None` if neither of the first two
 /// has an effect.
@@ -123,36 +127,45 @@ fn head(logits: &[f32], sampling: &Sampling) -> Option<Vec<(u32, u64)>> {
         return None;
     }
     let weight = Weight::of(logits, sampling);
-    // Grow the sorted head until it holds what top-p keeps; total mass is what min-p and top-k leave.
-    let mut count = if limit_k { sampling.top_k.min(logits.len()) } else { 256.min(logits.len()) };
-    loop {
-        let mut head: Vec<(u32, u64)> = largest(logits, count)
-            .into_iter()
-            .take_while(|&(_, l)| weight.keeps(l))
-            .map(|(id, l)| (id, weight.kept(l)))
-            .collect();
-        let complete = limit_k || count == logits.len() || head.len() < count;
-        let total: u64 = match complete {
-            true => head.iter().map(|&(_, w)| w).sum(),
-            false => weight.sum(logits),
-        };
-        if limit_p {
-            let mut cumulative = 0;
-            let kept = head.iter().position(|&(_, w)| {
-                cumulative += w;
-                cumulative as f64 >= f64::from(sampling.top_p) * total as f64
-            });
-            match kept {
-                Some(last) => head.truncate(last + 1),
-                None if complete => {}
-                None => {
-                    count = (count * 8).min(logits.len());
-                    continue;
-                }
+    let all = logits.iter().enumerate().filter(|&(_, &l)| l > f32::NEG_INFINITY && weight.keeps(l));
+    let mut all: Vec<(u32, f32)> = all.map(|(id, &l)| (id as u32, l)).collect();
+    if limit_k && sampling.top_k < all.len() {
+        all.select_nth_unstable_by(sampling.top_k - 1, by_logit);
+        all.truncate(sampling.top_k);
+    }
+    let sum = |some: &[(u32, f32)]| some.iter().map(|&(_, l)| weight.kept(l)).sum::<u64>();
+    if limit_p {
+        let enough = f64::from(sampling.top_p) * sum(&all) as f64;
+        // The head ends within `low .. high`; what is before comes before in order, what is behind, behind.
+        let (mut low, mut high, mut before) = (0, all.len(), 0);
+        while high - low > 256 {
+            let middle = (low + high) / 2;
+            all[low..high].select_nth_unstable_by(middle - low, by_logit);
+            let upper = before + sum(&all[low..middle]);
+            if upper as f64 >= enough {
+                high = middle;
+            } else {
+                (low, before) = (middle, upper);
             }
         }
-        return Some(head);
+        all[low..high].sort_unstable_by(by_logit);
+        let last = all[low..high].iter().position(|&(_, l)| {
+            before += weight.kept(l);
+            before as f64 >= enough
+        });
+        all.truncate(last.map_or(high, |last| low + last + 1));
     }
+    if all.len() <= SORTED_HEAD {
+        all.sort_unstable_by(by_logit);
+    } else {
+        all.sort_unstable_by_key(|&(id, _)| id);
+    }
+    Some(all.into_iter().map(|(id, l)| (id, weight.kept(l))).collect())
+}
+
+/// Descending, the lower id first on a tie.
+fn by_logit(a: &(u32, f32), b: &(u32, f32)) -> std::cmp::Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
 }
 
 /// Temperature, then the inverse of the cumulative distribution over the head, or over what min-p leaves; `None` if nothing has a
@@ -413,6 +426,50 @@ mod tests {
         let found = frequencies(&logits, &sampling, 2000);
         assert!(found[2500..].iter().all(|&f| f == 0.0), "ties keep the lower ids");
         assert!(found[2000..2500].iter().any(|&f| f > 0.0));
+    }
+
+    #[test]
+    fn heads_are_what_sorting_all_finds() {
+        let noise = |id: u32| (id.wrapping_mul(2_654_435_761) >> 20) as f32 / 256.0;
+        let mut logits: Vec<f32> = (0..20_011).map(noise).collect();
+        logits[17] = f32::NEG_INFINITY;
+        let mut sizes = Vec::new();
+        for temperature in [0.4, 2.0, 30.0] {
+            for top_k in [0, 1, 300, 5000, 30_000] {
+                for (top_p, min_p) in [(1.0, 0.0), (1.0, 0.2), (0.3, 0.0), (0.97, 0.0), (0.97, 0.2)] {
+                    let sampling = Sampling { temperature, top_k, top_p, min_p, ..Sampling::default() };
+                    let weight = Weight::of(&logits, &sampling);
+                    let mut all = largest(&logits, logits.len());
+                    all.retain(|&(_, l)| l > f32::NEG_INFINITY && weight.keeps(l));
+                    all.truncate(if top_k > 0 { top_k } else { usize::MAX });
+                    let total: u64 = all.iter().map(|&(_, l)| weight.kept(l)).sum();
+                    let mut cumulative = 0;
+                    let last = all.iter().position(|&(_, l)| {
+                        cumulative += weight.kept(l);
+                        top_p < 1.0 && cumulative as f64 >= f64::from(top_p) * total as f64
+                    });
+                    all.truncate(last.map_or(usize::MAX, |last| last + 1));
+                    if all.len() > SORTED_HEAD {
+                        all.sort_by_key(|&(id, _)| id);
+                    }
+                    let expected: Vec<_> = all.into_iter().map(|(id, l)| (id, weight.kept(l))).collect();
+                    let found = head(&logits, &sampling);
+                    assert_eq!(found.is_some(), top_k > 0 || top_p < 1.0);
+                    assert!(found.is_none_or(|found| found == expected), "{sampling:?}");
+                    sizes.push(expected.len());
+                }
+            }
+        }
+        assert!(
+            sizes.iter().any(|size| (2..256).contains(size)) && sizes.iter().any(|&size| size > SORTED_HEAD)
+        );
+    }
+
+    /// Many answers keep such lists.
+    #[test]
+    fn lists_of_the_best_take_no_more_memory_than_they_need() {
+        let found = score(&vec![0.5; 5000], 3, 2, &[]);
+        assert_eq!((found.top.len(), found.top.capacity()), (2, 2));
     }
 
     #[test]
