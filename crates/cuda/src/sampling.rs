@@ -4,7 +4,9 @@ use std::collections::HashSet;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
-use gptoss::{Error, Logprobs, Sampled, Sampling, TokenLogprobs, log_sum, random, sample, score};
+use gptoss::{
+    Error, Logprobs, SORTED_HEAD, Sampled, Sampling, TokenLogprobs, log_sum, random, sample, score,
+};
 
 use crate::arena::LOGIT_ROWS;
 use crate::device::{Buffer, Device, Pinned};
@@ -19,8 +21,10 @@ const COPIES: usize = 16;
 const SLICES: usize = 32;
 /// Bins of distances from the largest logit.
 const BINS: usize = 512;
-/// The most tokens of a row that are sorted on the device; what needs more goes to the host.
-const CAPACITY: usize = 4096;
+/// The most tokens of a row that are sorted on the device; what needs more goes to the host. `CAPACITY` of sampling.cu, too.
+const CAPACITY: usize = SORTED_HEAD;
+/// Rows that the host draws from at a time, at most, each on a thread of its own.
+const HOST_ROWS: usize = 32;
 const THREADS: u32 = 256;
 const DRAWERS: u32 = 1024;
 /// `Kind` of sampling.cu.
@@ -66,7 +70,7 @@ struct Tables {
     candidates: Buffer,
     /// u32 `[MAX_JOBS]`, ids of the largest logits of changed rows
     largest: Buffer,
-    /// f32 `[COPIES, vocabulary]`
+    /// f32 `[COPIES, vocabulary]`; a lane has the copy of its number
     copies: Buffer,
 }
 
@@ -120,7 +124,7 @@ impl Sampler {
                 count += 1;
             }
             let (now, later) = rest.split_at(count);
-            let round = self.tables.round(now, logits, largest);
+            let round = self.tables.round(now, logits, largest, 0);
             self.exchange.make_room(&self.tables.device, &round)?;
             let round = self.tables.send(round, &mut self.exchange)?;
             self.tables.device.synchronize()?;
@@ -159,7 +163,7 @@ impl Sampler {
         largest: &Buffer,
     ) -> Result<Round, Error> {
         let wanted = [Wanted::Token { row: lane, sampling, kept: false }];
-        self.tables.send(self.tables.round(&wanted, logits, largest), &mut self.lanes[lane])
+        self.tables.send(self.tables.round(&wanted, logits, largest, lane), &mut self.lanes[lane])
     }
 
     /// The token that such a round drew, which has been waited for.
@@ -210,11 +214,11 @@ impl Exchange {
 }
 
 impl Tables {
-    /// Jobs for what is wanted.
-    fn round(&self, wanted: &[Wanted<'_>], logits: &Buffer, largest: &Buffer) -> Round {
+    /// Jobs for what is wanted, with copies from that one on.
+    fn round(&self, wanted: &[Wanted<'_>], logits: &Buffer, largest: &Buffer, copy: usize) -> Round {
         let mut round = Round::default();
         let row_bytes = (self.vocabulary * 4) as u64;
-        let mut copies = 0;
+        let mut copies = copy as u64;
         for wanted in wanted {
             let &(Wanted::Score { row, .. } | Wanted::Token { row, .. }) = wanted;
             let raw = Job {
@@ -269,20 +273,40 @@ impl Tables {
         row: &mut Pinned,
     ) -> Result<Vec<Sampled>, Error> {
         let mut jobs = round.jobs.iter();
-        let answer = |wanted: &Wanted<'_>| {
-            let mut job = || jobs.next().expect("there is a job for whatever is wanted");
-            match *wanted {
+        let mut job = || jobs.next().expect("there is a job for whatever is wanted");
+        let mut answers = Vec::with_capacity(wanted.len());
+        // Those that the host draws, with their places.
+        let mut host = Vec::new();
+        let at_once = std::thread::available_parallelism().map_or(1, |n| n.get()).min(HOST_ROWS);
+        for wanted in wanted {
+            answers.push(match *wanted {
                 Wanted::Score { token, top, .. } => {
                     let logprobs = Some(self.score(exchange, job(), token, top, &[], row)?);
-                    Ok(Sampled { token, logprobs })
+                    Sampled { token, logprobs }
                 }
                 Wanted::Token { sampling, .. } => {
                     let drawn = job();
-                    self.token(exchange, drawn, wanted.has_distribution().then(job), sampling, row)
+                    match self.token(
+                        exchange,
+                        drawn,
+                        wanted.has_distribution().then(&mut job),
+                        sampling,
+                        row,
+                    )? {
+                        Drawn::Token(sampled) => sampled,
+                        Drawn::ByHost(draw) => {
+                            host.push((answers.len(), draw));
+                            Sampled { token: 0, logprobs: None }
+                        }
+                    }
                 }
+            });
+            if host.len() == at_once {
+                draw_all(&mut host, &mut answers);
             }
-        };
-        wanted.iter().map(answer).collect()
+        }
+        draw_all(&mut host, &mut answers);
+        Ok(answers)
     }
 
     fn launch(&self, round: &Round, exchange: &Exchange) -> Result<(), Error> {
@@ -318,39 +342,44 @@ impl Tables {
         Ok(())
     }
 
-    /// What was drawn; what did not go on the device is done on the host.
-    fn token(
+    /// What was drawn; what did not go on the device is to be done on the host.
+    fn token<'a>(
         &self,
         exchange: &Exchange,
         drawn: &Job,
         distribution: Option<&Job>,
-        sampling: &Sampling,
+        sampling: &'a Sampling,
         row: &mut Pinned,
-    ) -> Result<Sampled, Error> {
+    ) -> Result<Drawn<'a>, Error> {
         let wanted = sampling.logprobs.as_ref();
         let processed = wanted.filter(|wanted| wanted.processed);
         let again = exchange.failed(drawn)
             || (processed.is_some() && distribution.is_some_and(|d| exchange.failed(d)));
-        let mut sampled = if again {
+        if again {
+            let logits = self.logits(drawn.logits, row)?.to_vec();
+            // The rank that was found is another token's.
+            let raw = match (distribution, wanted, processed) {
+                (Some(job), Some(wanted), None) => Some((self.logits(job.logits, row)?.to_vec(), wanted)),
+                _ => None,
+            };
             // Mask, biases and penalties are in the logits already.
             let plain = Sampling { mask: None, bias: Vec::new(), penalties: None, ..sampling.clone() };
-            sample(self.logits(drawn.logits, row)?, &Sampling { logprobs: processed.cloned(), ..plain })
-        } else {
-            let token = exchange.record(drawn).token;
-            let of = distribution.filter(|_| processed.is_some()).unwrap_or(drawn);
-            let logprobs =
-                processed.map(|wanted| self.logprobs(exchange, of, token, wanted.top, &wanted.ids));
-            Sampled { token, logprobs }
-        };
-        if let (Some(job), Some(wanted), None) = (distribution, wanted, processed) {
-            let token = sampled.token;
-            sampled.logprobs = Some(match exchange.failed(drawn) {
-                // The rank that was found is another token's.
-                true => score(self.logits(job.logits, row)?, token, wanted.top, &wanted.ids),
-                false => self.score(exchange, job, token, wanted.top, &wanted.ids, row)?,
-            });
+            let sampling = Sampling { logprobs: processed.cloned(), ..plain };
+            return Ok(Drawn::ByHost(HostDraw { logits, sampling, raw }));
         }
-        Ok(sampled)
+        let token = exchange.record(drawn).token;
+        let logprobs = match (wanted, processed) {
+            (Some(wanted), Some(_)) => {
+                let of = distribution.unwrap_or(drawn);
+                Some(self.logprobs(exchange, of, token, wanted.top, &wanted.ids))
+            }
+            (Some(wanted), None) => {
+                let job = distribution.expect("raw log-probabilities have a job");
+                Some(self.score(exchange, job, token, wanted.top, &wanted.ids, row)?)
+            }
+            (None, _) => None,
+        };
+        Ok(Drawn::Token(Sampled { token, logprobs }))
     }
 
     fn score(
@@ -401,6 +430,45 @@ impl Tables {
         self.device.synchronize()?;
         Ok(&mut row.slice_mut()[..self.vocabulary])
     }
+}
+
+/// What became of a token.
+enum Drawn<'a> {
+    Token(Sampled),
+    ByHost(HostDraw<'a>),
+}
+
+/// A draw that did not go on the device, with its rows.
+struct HostDraw<'a> {
+    logits: Vec<f32>,
+    sampling: Sampling,
+    /// Whose log-probabilities are wanted in place of those of what is drawn from.
+    raw: Option<(Vec<f32>, &'a Logprobs)>,
+}
+
+impl HostDraw<'_> {
+    fn draw(mut self) -> Sampled {
+        let mut sampled = sample(&mut self.logits, &self.sampling);
+        if let Some((logits, wanted)) = self.raw {
+            sampled.logprobs = Some(score(&logits, sampled.token, wanted.top, &wanted.ids));
+        }
+        sampled
+    }
+}
+
+/// Draws each on a thread of its own, to its place.
+fn draw_all(draws: &mut Vec<(usize, HostDraw<'_>)>, answers: &mut [Sampled]) {
+    if draws.len() == 1 {
+        draws.drain(..).for_each(|(place, draw)| answers[place] = draw.draw());
+        return;
+    }
+    std::thread::scope(|scope| {
+        let threads: Vec<_> =
+            draws.drain(..).map(|(place, draw)| (place, scope.spawn(move || draw.draw()))).collect();
+        for (place, thread) in threads {
+            answers[place] = thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        }
+    });
 }
 
 impl Wanted<'_> {
