@@ -6,7 +6,7 @@
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
 
-// Formats of a packed matrix; the same numbers as `Packing` in Rust.
+// Formats of a packed matrix; the same numbers as in `params.rs`.
 enum Format : uint32_t { BF16 = 0, FP4 = 1 };
 
 constexpr int WARP = 32;
@@ -173,8 +173,13 @@ __device__ __forceinline__ uint2 widen_e4m3(uint32_t v) {
         : "r"(v));
     return out;
 #else
-    const uint32_t low = __byte_perm(v, 0, 0x1404), high = __byte_perm(v, 0, 0x3424);
-    return make_uint2((low & 0x80008000u) | (low & 0x7f007f00u) >> 1, (high & 0x80008000u) | (high & 0x7f007f00u) >> 1);
+    // What is no number stays none: all bits of such a half are set.
+    const uint32_t none = __vcmpeq4(v & 0x7f7f7f7fu, 0x7f7f7f7fu);
+    auto half = [&](uint32_t spread) {
+        const uint32_t bits = __byte_perm(v, 0, spread);
+        return (bits & 0x80008000u) | (bits & 0x7f007f00u) >> 1;
+    };
+    return make_uint2(half(0x1404) | __byte_perm(none, 0, 0x1100), half(0x3424) | __byte_perm(none, 0, 0x3322));
 #endif
 }
 #if __CUDA_ARCH__ >= 890

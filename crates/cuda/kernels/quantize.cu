@@ -43,10 +43,12 @@ extern "C" __global__ void __launch_bounds__(256) quantize(const __grid_constant
 #pragma unroll
     for (int i = 0; i < 16; i++) {
         v[i] = p.format == FP4 ? __half2float(__ushort_as_half(halves[i])) : __bfloat162float(__ushort_as_bfloat16(halves[i]));
-        largest = fmaxf(largest, fabsf(v[i]));
+        largest = larger(largest, fabsf(v[i]));
     }
     // The divisions are IEEE's, as in the reference: a product with the inverse changes bytes at ties.
     uint32_t scale = to_e4m3(__fdiv_rn(largest, __fmul_rn(6.f, p.input_scale)));
+    // E4M3's NaN: the products are none, either.
+    if (!isfinite(largest)) scale = 0x7f;
     float s = __fmul_rn(from_e4m3(scale), p.input_scale);
     uint32_t code[2] = {};
 #pragma unroll

@@ -44,7 +44,6 @@ pub(crate) struct Ahead {
 }
 
 struct Begun {
-    plan: Plan,
     lane: Lane,
     round: Option<Round>,
 }
@@ -86,9 +85,7 @@ impl Cuda {
         if let (false, Some(begun)) = (foreseen, &begun) {
             self.device.wait(&self.ahead.ends[begun.lane.index])?;
             // What it wrote is in the cache.
-            if told(&self.arena, begun.lane.index).is_none() {
-                self.taint(&begun.plan.sequences[0]);
-            }
+            self.damaged |= told(&self.arena, begun.lane.index).is_none();
         }
         let Some(sequence) = sequence else { return Ok(None) };
         let (lane, round) = match begun.filter(|_| foreseen) {
@@ -108,7 +105,7 @@ impl Cuda {
             let lane = Lane { index: 1 - lane.index, token };
             let plan = Plan { sequences: vec![next.clone()] };
             let round = self.begin(&plan, lane)?;
-            self.ahead.begun = Some(Begun { plan, lane, round });
+            self.ahead.begun = Some(Begun { lane, round });
         }
         run_once(meanwhile);
         self.device.wait(&self.ahead.ends[lane.index])?;

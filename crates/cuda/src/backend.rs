@@ -1,14 +1,13 @@
 //! The backend: packed weights, the paged cache, and the step over a ragged batch as a chain of kernels.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use bytemuck::Zeroable;
 use checkpoint::{Config, Format, KvScales, LayerKind, MatrixId, MatrixKind, VectorKind, Weights, matrices};
 use gptoss::{
-    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, SequenceOutput, SequencePlan,
-    Traffic,
+    BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, Rotary, Sampled, SequenceOutput, Traffic,
 };
 
 use crate::ahead::{Ahead, Lane, Token};
@@ -69,8 +68,8 @@ pub struct Cuda {
     pub(crate) one: Option<OneToken>,
     pub(crate) cache: Vec<LayerCache>,
     blocks: (usize, usize),
-    /// Blocks of full and of sliding layers in which a sequence may have left what is no number.
-    tainted: (BTreeSet<BlockId>, BTreeSet<BlockId>),
+    /// Whether some logits were no numbers: then blocks may hold what is none, too.
+    pub(crate) damaged: bool,
     /// Decode steps by what decides their kernels, at most [`MOST_GRAPHS`].
     pub(crate) graphs: HashMap<GraphKey, Graph>,
     pub(crate) sampler: Sampler,
@@ -169,7 +168,7 @@ impl Cuda {
             one,
             cache: Vec::new(),
             blocks: (0, 0),
-            tainted: Default::default(),
+            damaged: false,
             graphs: HashMap::new(),
             sampler,
             ahead: Ahead::new(device)?,
@@ -177,6 +176,11 @@ impl Cuda {
             fp4: None,
             shared,
         })
+    }
+
+    /// Whether products of many tokens are W4A4.
+    pub fn uses_fp4(&self) -> bool {
+        self.fp4.is_some()
     }
 
     /// Packs the matrices of a W4A4 model a second time, for the generation's own FP4 products, which steps of many tokens then
@@ -385,7 +389,7 @@ impl Backend for Cuda {
             }
         }
         self.blocks = (full_blocks, sliding_blocks);
-        self.tainted = Default::default();
+        self.damaged = false;
         Ok(())
     }
 
@@ -416,9 +420,7 @@ impl Cuda {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
         self.device.bind()?;
         if let Some(output) = self.step_of_one(plan, meanwhile)? {
-            if output.corrupted {
-                self.taint(&plan.sequences[0]);
-            }
+            self.damaged |= output.corrupted;
             return Ok(vec![output]);
         }
         self.cleanse(plan)?;
@@ -450,34 +452,25 @@ impl Cuda {
                 self.run(&Batch::new(plan, segments), &mut results, meanwhile)?;
             }
         }
-        for (sequence, _) in plan.sequences.iter().zip(&results).filter(|(_, result)| result.corrupted) {
-            self.taint(sequence);
-        }
+        self.damaged |= results.iter().any(|result| result.corrupted);
         Ok(results)
     }
 
-    /// Keeps in mind that a sequence may have left what is no number in its blocks.
-    pub(crate) fn taint(&mut self, sequence: &SequencePlan) {
-        self.tainted.0.extend(&*sequence.full_blocks);
-        self.tainted.1.extend(&*sequence.sliding_blocks);
-    }
-
-    /// Zeroes the tainted blocks that begin anew: attention multiplies places that a sequence has not reached yet by zero, which
-    /// does not help against what is no number. Blocks that go on are left to those who share them, and fail.
-    pub(crate) fn cleanse(&mut self, plan: &Plan) -> Result<(), Error> {
-        if self.tainted.0.is_empty() && self.tainted.1.is_empty() {
+    /// Zeroes the blocks that begin anew if any may hold what is no number: attention multiplies places that a sequence has not reached
+    /// yet by zero, which does not help against that. Which blocks hold some nobody knows: a prompt may have given some of them back
+    /// before it had logits.
+    pub(crate) fn cleanse(&self, plan: &Plan) -> Result<(), Error> {
+        if !self.damaged {
             return Ok(());
         }
         let mut zeroed = Vec::new();
         for sequence in &plan.sequences {
             let begun = sequence.position.div_ceil(BLOCK_TOKENS);
-            let kinds = [
-                (LayerKind::Full, &mut self.tainted.0, &sequence.full_blocks),
-                (LayerKind::Sliding, &mut self.tainted.1, &sequence.sliding_blocks),
-            ];
-            for (kind, tainted, blocks) in kinds {
-                let begin_anew = blocks.iter().skip(begun).filter(|block| tainted.remove(block));
-                zeroed.extend(begin_anew.map(|&block| (kind, block)));
+            let end = (sequence.position + sequence.tokens.len()).div_ceil(BLOCK_TOKENS);
+            for (kind, blocks) in
+                [(LayerKind::Full, &sequence.full_blocks), (LayerKind::Sliding, &sequence.sliding_blocks)]
+            {
+                zeroed.extend(blocks[begun..end].iter().map(|&block| (kind, block)));
             }
         }
         for follower in self.followers() {
@@ -546,6 +539,10 @@ impl Cuda {
             run_once(meanwhile);
             self.collect(batch, rows, results)?;
         }
+        if batch.outputs.is_empty() && pending.is_some() {
+            // Nothing that other GPUs have sent may be left behind.
+            self.norm(&shape, pending, None)?;
+        }
         run_once(meanwhile);
         self.device.synchronize()
     }
@@ -561,7 +558,7 @@ impl Cuda {
 
     /// Whether GPUs that share the model share the rows of the output layer, too, in this step.
     fn divides_logits(&self, shape: &Shape) -> bool {
-        self.shared.as_ref().is_some_and(|shared| !shared.is_by_host())
+        self.shared.as_ref().is_some_and(|shared| !shared.is_by_host() && shared.divides(&self.unembedding))
             && (1..=LOGIT_ROWS).contains(&shape.outputs)
             // What many rows of logits take from GPU to GPU is more than they save.
             && (!shape.logits || shape.outputs <= SENT_LOGIT_ROWS)

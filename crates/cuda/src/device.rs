@@ -305,8 +305,9 @@ impl Device {
         self.shared_bytes
     }
 
-    /// Lets this device's kernels read and write the memory of another one, if they can.
-    pub(crate) fn reaches_memory_of(&self, peer: &Device) -> Result<bool, Error> {
+    /// Lets this device's kernels read and write the memory of another one, if they can. Where the driver says that they can it is tried:
+    /// on some machines, behind an IOMMU above all, what they write is lost.
+    pub(crate) fn reaches_memory_of(&self, peer: &Arc<Device>) -> Result<bool, Error> {
         if self.ordinal == peer.ordinal {
             return Ok(true);
         }
@@ -324,10 +325,23 @@ impl Device {
         /// It was allowed before.
         const PEER_ACCESS_ALREADY_ENABLED: c_int = 704;
         // SAFETY: both contexts are live.
-        match unsafe { (self.driver.enable_peer_access)(peer.context, 0) } {
-            PEER_ACCESS_ALREADY_ENABLED => Ok(true),
-            result => self.check(result, "letting one GPU read another's memory").map(|()| true),
+        let result = unsafe { (self.driver.enable_peer_access)(peer.context, 0) };
+        if result != 0 && result != PEER_ACCESS_ALREADY_ENABLED {
+            return Ok(false);
         }
+        const BYTES: usize = 4096;
+        peer.bind()?;
+        let (words, mut found) = (peer.filled(BYTES, 0)?, peer.pinned(BYTES)?);
+        peer.synchronize()?;
+        self.bind()?;
+        // SAFETY: the range is that of the buffer, which the peer has filled already and reads when this stream has come to its end.
+        let result = unsafe { (self.driver.fill)(words.address(), 0xa5, BYTES, self.stream) };
+        self.check(result, "writing to another GPU's memory")?;
+        self.synchronize()?;
+        peer.bind()?;
+        words.download(0, &mut found, BYTES)?;
+        peer.synchronize()?;
+        Ok(found.slice::<u8>()[..BYTES].iter().all(|&byte| byte == 0xa5))
     }
 
     fn load_module(&mut self, image: &'static [u8], names: &[&'static str]) -> Result<(), Error> {
@@ -452,7 +466,13 @@ impl Device {
         let mut graph = null_mut();
         // SAFETY: writes one handle; capture was begun above and ends whatever happened between.
         let result = unsafe { (self.driver.end_capture)(self.stream, &raw mut graph) };
-        enqueued?;
+        if let Err(error) = enqueued {
+            if !graph.is_null() {
+                // SAFETY: nobody has it.
+                unsafe { (self.driver.destroy_graph)(graph) };
+            }
+            return Err(error);
+        }
         self.check(result, "recording a graph")?;
         let mut executable = null_mut();
         // SAFETY: writes one handle; the graph was just made.

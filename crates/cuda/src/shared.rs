@@ -11,7 +11,7 @@ use crate::backend::{Cuda, Options, no_room};
 use crate::device::{Buffer, Device, Pinned};
 use crate::driver::Address;
 use crate::one::OneToken;
-use crate::packed::TILE_ROWS;
+use crate::packed::{PackedMatrix, TILE_ROWS};
 use crate::params::{AllReduce, Epilogue, Norm, Peers, SharedNorm, Together};
 use crate::products::{GEMM_ROW_TILES, LogitRows, SOME_TOKENS};
 
@@ -203,6 +203,11 @@ impl Shared {
         // SAFETY: `received` has room for MAX_TOKENS rows of each GPU, and this one may write there. All ranks launch the same kernels in the same
         // order, and blocks that wait come to their multiprocessors in the order of their numbers.
         unsafe { cuda.device.launch("all_reduce", [blocks as u32, 1, 1], THREADS as u32, 0, &params) }
+    }
+
+    /// Whether the output layer has rows for each GPU.
+    pub(crate) fn divides(&self, unembedding: &PackedMatrix) -> bool {
+        unembedding.row_tiles() / GEMM_ROW_TILES >= self.ranks.len()
     }
 
     /// This GPU's rows of the logits and the largest of them, to the one that leads, which puts these together.

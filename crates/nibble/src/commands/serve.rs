@@ -451,9 +451,14 @@ fn begin_again(port: Option<u16>) -> Failure {
     {
         use std::os::unix::process::CommandExt as _;
         let mut arguments = std::env::args_os();
-        let program = std::env::current_exe().ok().or_else(|| arguments.next().map(Into::into));
-        let mut command = std::process::Command::new(program.unwrap_or_default());
-        command.args(std::env::args_os().skip(1));
+        let name = arguments.next().unwrap_or_default();
+        // The very program that runs, even if another file has its name since.
+        #[cfg(target_os = "linux")]
+        let program = std::path::PathBuf::from("/proc/self/exe");
+        #[cfg(not(target_os = "linux"))]
+        let program = std::env::current_exe().unwrap_or_else(|_| name.clone().into());
+        let mut command = std::process::Command::new(program);
+        command.arg0(name).args(arguments);
         // Whatever port was free must be the same again; the last word counts.
         if let Some(port) = port {
             command.args(["--port", &port.to_string()]);
