@@ -8,6 +8,7 @@
 use std::mem::MaybeUninit;
 
 use half::bf16;
+use numerics::e4m3;
 
 use crate::simd::{LANES, Lanes};
 
@@ -21,11 +22,35 @@ pub(crate) fn place(block: usize, head: usize, heads: usize, len: usize) -> usiz
     ((block / GROUP * heads + head) * GROUP + block % GROUP) * len
 }
 
+/// What keys and values are kept in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum CacheFormat {
+    /// As they are computed.
+    #[default]
+    F32,
+    /// Half of that memory.
+    Bf16,
+    /// A quarter of it, with the model's scale of each layer, or 1 if it has none.
+    E4m3,
+}
+
+impl CacheFormat {
+    /// Of a number.
+    pub(crate) fn bytes(self) -> usize {
+        match self {
+            CacheFormat::F32 => size_of::<f32>(),
+            CacheFormat::Bf16 => size_of::<bf16>(),
+            CacheFormat::E4m3 => size_of::<E4m3>(),
+        }
+    }
+}
+
 /// Keys or values of a layer.
 #[derive(Clone, Copy)]
 pub(crate) enum Stored<'a> {
     F32(&'a [f32]),
     Bf16(&'a [bf16]),
+    E4m3(&'a [E4m3]),
 }
 
 /// What keys and values are stored as.
@@ -70,6 +95,27 @@ impl Element for bf16 {
     }
 }
 
+/// An E4M3 byte.
+#[derive(Clone, Copy, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(transparent)]
+pub(crate) struct E4m3(u8);
+
+impl Element for E4m3 {
+    #[inline(always)]
+    fn of(value: f32) -> E4m3 {
+        E4m3(e4m3::encode(value))
+    }
+    #[inline(always)]
+    fn value(self) -> f32 {
+        e4m3::decode(self.0)
+    }
+    #[inline(always)]
+    unsafe fn load<L: Lanes>(from: *const E4m3) -> L {
+        // SAFETY: the same contract.
+        unsafe { L::widen_e4m3(from.cast()) }
+    }
+}
+
 /// Queries that one call takes at most.
 pub(crate) const TILE: usize = 32;
 
@@ -88,7 +134,7 @@ const FEW_VECTORS: usize = 1;
 
 /// Queries that share a key/value head, and where its keys and values lie.
 pub(crate) struct Attend<'a> {
-    /// `[queries, head size]`, already divided by the square root of the head size; at most [`TILE`].
+    /// `[queries, head size]`, already divided by the square root of the head size and times the scale of the keys; at most [`TILE`].
     pub(crate) queries: &'a [f32],
     /// Per query: its sink.
     pub(crate) sinks: &'a [f32],
@@ -102,6 +148,8 @@ pub(crate) struct Attend<'a> {
     pub(crate) keys: Stored<'a>,
     /// Blocks `[16, head size]` likewise.
     pub(crate) values: Stored<'a>,
+    /// What the stored values are to be multiplied with.
+    pub(crate) value_scale: f32,
     /// Which of the key/value heads this is, and how many there are.
     pub(crate) head: usize,
     pub(crate) heads: usize,
@@ -148,7 +196,7 @@ impl Found {
     /// The result, `[queries, head size]`.
     pub(crate) fn finish(mut self, job: &Attend<'_>) -> Vec<f32> {
         for (values, sum) in self.values.chunks_exact_mut(job.size).zip(&self.sums) {
-            let inverse = 1.0 / sum;
+            let inverse = job.value_scale / sum;
             values.iter_mut().for_each(|v| *v *= inverse);
         }
         self.values
@@ -188,6 +236,7 @@ pub(crate) unsafe fn attend<L: Lanes>(job: &Attend<'_>, span: usize) -> Found {
         match (job.keys, job.values) {
             (Stored::F32(keys), Stored::F32(values)) => attend_stored::<L, f32>(job, keys, values, span),
             (Stored::Bf16(keys), Stored::Bf16(values)) => attend_stored::<L, bf16>(job, keys, values, span),
+            (Stored::E4m3(keys), Stored::E4m3(values)) => attend_stored::<L, E4m3>(job, keys, values, span),
             _ => unreachable!("keys and values are stored alike"),
         }
     }

@@ -1,17 +1,19 @@
 //! The backend: packed weights, the key/value cache and the step over a ragged batch.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
-use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, Values, VectorKind, Weights};
+use checkpoint::{Config, Format, KvScales, LayerKind, MatrixId, MatrixKind, Values, VectorKind, Weights};
 use gptoss::{
     BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, Sampling, SequenceOutput, SequencePlan, Traffic,
     is_corrupted, sample, score,
 };
+use numerics::nvfp4;
 
-use crate::attention::{Attend, Element, Found, GROUP, SPAN, Stored, TILE, place};
+use crate::attention::{Attend, CacheFormat, E4m3, Element, Found, GROUP, SPAN, Stored, TILE, place};
 use crate::bandwidth;
 use crate::kernels::{Isa, Kernels};
 use crate::packed::{Buffer, Job, Output, PackedMatrix, Then, multiply};
@@ -41,8 +43,8 @@ pub struct Options {
     pub fast_weights: bool,
     /// What weights of four or eight bits are multiplied with.
     pub activations: Activations,
-    /// Keeps keys and values in BF16, half the memory of f32.
-    pub bf16_cache: bool,
+    /// What keys and values are kept in.
+    pub cache: CacheFormat,
 }
 
 /// Time spent in one kind of phase.
@@ -85,6 +87,8 @@ struct Layer {
     value_bias: Vec<f32>,
     output_bias: Vec<f32>,
     sinks: Vec<f32>,
+    /// Of stored keys and values.
+    kv_scales: KvScales,
     post_attention_norm: Vec<f32>,
     router: PackedMatrix,
     router_bias: Vec<f32>,
@@ -102,10 +106,8 @@ struct LayerCache {
 
 impl LayerCache {
     /// Zeros; the pages are taken when they are first written.
-    fn new(len: usize, bf16: bool) -> Result<LayerCache, Error> {
-        let bytes = len
-            .checked_mul(if bf16 { size_of::<half::bf16>() } else { size_of::<f32>() })
-            .ok_or(Error::Memory { needed: usize::MAX })?;
+    fn new(len: usize, format: CacheFormat) -> Result<LayerCache, Error> {
+        let bytes = len.checked_mul(format.bytes()).ok_or(Error::Memory { needed: usize::MAX })?;
         Ok(LayerCache { keys: Buffer::new(bytes)?, values: Buffer::new(bytes)? })
     }
 }
@@ -218,14 +220,14 @@ impl Cpu {
         let mut layers = Vec::with_capacity(count);
         for layer in 0..count {
             progress(layer, count);
-            layers.push(Layer::load(&*weights, layer, &matrix)?);
+            layers.push(Layer::load(&*weights, layer, options, &matrix)?);
         }
-        let unembedding = matrix(MatrixKind::Unembedding.at(0))?;
+        let unembedding = with_input_scale(&*weights, MatrixKind::Unembedding.at(0), options, &matrix)?;
         let final_norm = weights.vector(VectorKind::FinalNorm.at(0))?.to_f32();
         let embedding = keep_if_owned(weights.matrix(MatrixKind::Embedding.at(0), 0)?);
         progress(count, count);
         let rotary = Rotary::new(&config.rope, config.head_dim);
-        let cache = (0..count).map(|_| LayerCache::new(0, false)).collect::<Result<_, Error>>()?;
+        let cache = (0..count).map(|_| LayerCache::new(0, options.cache)).collect::<Result<_, Error>>()?;
         Ok(Cpu {
             config,
             kernels,
@@ -241,6 +243,15 @@ impl Cpu {
             blocks: (0, 0),
             scratch: Scratch::default(),
         })
+    }
+
+    /// Matrices and stacks whose inputs are rounded to NVFP4.
+    pub fn rounded_inputs(&self) -> usize {
+        let of = |l: &Layer| {
+            let matrices = [&l.query, &l.key, &l.value, &l.output, &l.gate_up, &l.down];
+            matrices.iter().filter(|m| m.input_scale.is_some()).count()
+        };
+        self.layers.iter().map(of).sum::<usize>() + usize::from(self.unembedding.input_scale.is_some())
     }
 
     /// What a step reads.
@@ -286,7 +297,7 @@ impl Cpu {
     pub fn clear_kv(&mut self, plan: &Plan) -> Result<(), Error> {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
         let config = &self.config;
-        let block_len = config.head_dim * BLOCK_TOKENS * if self.options.bf16_cache { 2 } else { 4 };
+        let block_len = config.head_dim * BLOCK_TOKENS * self.options.cache.bytes();
         let caches = Output::new(&mut self.cache);
         self.pool.run(config.layer_kinds.len(), &|layer| {
             // SAFETY: each layer is one task's.
@@ -368,12 +379,16 @@ impl Cpu {
         coarser_words: &'a mut Vec<u32>,
     ) -> Prepared<'a> {
         let make = |kind: Kind, words: &'a mut Vec<u32>| {
+            // Float records are of matrices without input scales; the others have the same.
+            let input_scale = matrices.iter().find_map(|m| m.input_scale).filter(|_| kind != Kind::Float);
             let layout = Layout { kind, tokens: x.len() / width, cols: width.next_multiple_of(COLUMNS) };
             let words = room(words, layout.len());
             let place = Place(words.as_mut_ptr());
             self.each_token(layout.tokens, &|t| {
                 // SAFETY: each token's records are its own.
-                unsafe { layout.write(self.kernels, t, &x[t * width..][..width], place.get()) };
+                unsafe {
+                    layout.write(self.kernels, t, &inputs(&x[t * width..][..width], input_scale), place.get())
+                };
             });
             layout.records(words)
         };
@@ -453,15 +468,11 @@ impl Cpu {
             multiply(&self.pool, self.kernels, &jobs);
         });
 
-        // Rotate, scale the queries (exact for a head size that is a power of four), store keys and values.
+        // Rotate, scale the queries (exact for a head size that is a power of four) and what is stored, store keys and values.
         let sliding = config.layer_kinds[index] == LayerKind::Sliding;
         let LayerCache { keys, values } = &mut self.cache[index];
-        let cache = if self.options.bf16_cache {
-            CacheOutput::Bf16(Output::new(keys.elements_mut()), Output::new(values.elements_mut()))
-        } else {
-            CacheOutput::F32(Output::new(keys.elements_mut()), Output::new(values.elements_mut()))
-        };
-        let scale = 1.0 / (size as f32).sqrt();
+        let cache = CacheOutput::new(self.options.cache, keys, values);
+        let scale = layer.kv_scales.key / (size as f32).sqrt();
         let half = size / 2;
         times.run("rotate, store", || {
             let out = Output::new(qkv);
@@ -484,17 +495,11 @@ impl Cpu {
                     }
                     let block = blocks[position / BLOCK_TOKENS] as usize;
                     let lane = position % BLOCK_TOKENS;
+                    let (keys, values) = qkv[q_width..].split_at_mut(kv_width);
+                    keys.iter_mut().for_each(|key| *key /= layer.kv_scales.key);
+                    values.iter_mut().for_each(|value| *value /= layer.kv_scales.value);
                     // SAFETY: each position of each sequence is one task's, and no two share a block.
-                    unsafe {
-                        match &cache {
-                            CacheOutput::F32(keys, values) => {
-                                keep(keys, values, &qkv[q_width..], size, block, lane);
-                            }
-                            CacheOutput::Bf16(keys, values) => {
-                                keep(keys, values, &qkv[q_width..], size, block, lane);
-                            }
-                        }
-                    }
+                    unsafe { cache.keep(&qkv[q_width..], size, block, lane) };
                 }
             });
         });
@@ -604,12 +609,10 @@ impl Cpu {
         let (config, cache) = (&self.config, &self.cache[index]);
         let sliding = config.layer_kinds[index] == LayerKind::Sliding;
         let sequence = &plan.sequences[tables.rows[tile.rows.start].0];
-        let stored = |buffer: &'a Buffer| {
-            if self.options.bf16_cache {
-                Stored::Bf16(buffer.elements())
-            } else {
-                Stored::F32(buffer.elements())
-            }
+        let stored = |buffer: &'a Buffer| match self.options.cache {
+            CacheFormat::F32 => Stored::F32(buffer.elements()),
+            CacheFormat::Bf16 => Stored::Bf16(buffer.elements()),
+            CacheFormat::E4m3 => Stored::E4m3(buffer.elements()),
         };
         Attend {
             queries: &queries.values,
@@ -619,6 +622,7 @@ impl Cpu {
             size: config.head_dim,
             keys: stored(&cache.keys),
             values: stored(&cache.values),
+            value_scale: self.layers[index].kv_scales.value,
             head: tile.kv_head,
             heads: config.kv_heads,
             blocks: if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks },
@@ -708,7 +712,8 @@ impl Cpu {
             // SAFETY: the group's records begin there; each slot's are its own.
             unsafe {
                 let start = place.get().add(group.slots.start * per_slot);
-                layout.write(self.kernels, slot - group.slots.start, row(slot), start);
+                let x = inputs(row(slot), matrix.input_scale);
+                layout.write(self.kernels, slot - group.slots.start, &x, start);
             }
         });
         let words = |slots: &Range<usize>| &words[slots.start * per_slot..slots.end * per_slot];
@@ -811,21 +816,35 @@ impl Layer {
     fn load(
         weights: &dyn Weights,
         layer: usize,
+        options: Options,
         matrix: &dyn Fn(MatrixId) -> Result<PackedMatrix, Error>,
     ) -> Result<Layer, Error> {
-        let matrix = |kind: MatrixKind| matrix(kind.at(layer));
+        let matrix = |kind: MatrixKind| with_input_scale(weights, kind.at(layer), options, matrix);
         let vector = |kind: VectorKind| weights.vector(kind.at(layer)).map(|v| v.to_f32());
+        let [query, key, value] =
+            [matrix(MatrixKind::Query)?, matrix(MatrixKind::Key)?, matrix(MatrixKind::Value)?];
+        if key.input_scale != query.input_scale || value.input_scale != query.input_scale {
+            return Err(Error::Unsupported(format!(
+                "layer {layer}: expected one input scale for query, key and value, found {:?}, {:?} and {:?}",
+                query.input_scale, key.input_scale, value.input_scale
+            )));
+        }
+        let kv_scales = match options.cache {
+            CacheFormat::E4m3 => weights.kv_scales(layer),
+            CacheFormat::F32 | CacheFormat::Bf16 => None,
+        };
         Ok(Layer {
             input_norm: vector(VectorKind::InputNorm)?,
-            query: matrix(MatrixKind::Query)?,
-            key: matrix(MatrixKind::Key)?,
-            value: matrix(MatrixKind::Value)?,
+            query,
+            key,
+            value,
             output: matrix(MatrixKind::Output)?,
             query_bias: vector(VectorKind::QueryBias)?,
             key_bias: vector(VectorKind::KeyBias)?,
             value_bias: vector(VectorKind::ValueBias)?,
             output_bias: vector(VectorKind::OutputBias)?,
             sinks: vector(VectorKind::Sinks)?,
+            kv_scales: kv_scales.unwrap_or(KvScales { key: 1.0, value: 1.0 }),
             post_attention_norm: vector(VectorKind::PostAttentionNorm)?,
             router: matrix(MatrixKind::Router)?,
             router_bias: vector(VectorKind::RouterBias)?,
@@ -834,6 +853,31 @@ impl Layer {
             down: matrix(MatrixKind::Down)?,
             down_bias: vector(VectorKind::DownBias)?,
         })
+    }
+}
+
+/// The packed matrix, with the scale of its inputs where those are to be rounded.
+fn with_input_scale(
+    weights: &dyn Weights,
+    id: MatrixId,
+    options: Options,
+    matrix: &dyn Fn(MatrixId) -> Result<PackedMatrix, Error>,
+) -> Result<PackedMatrix, Error> {
+    let rounded = options.activations == Activations::Nvfp4 && weights.format(id) == Format::Nvfp4;
+    let mut matrix = matrix(id)?;
+    matrix.input_scale = weights.input_scale(id).filter(|_| rounded);
+    Ok(matrix)
+}
+
+/// What a matrix with this input scale multiplies. What has a number that is none stays as it is, so that it is not lost.
+fn inputs(x: &[f32], input_scale: Option<f32>) -> Cow<'_, [f32]> {
+    match input_scale {
+        Some(scale) if x.iter().all(|v| v.is_finite()) => {
+            let mut rounded = x.to_vec();
+            nvfp4::fake_quantize_activations(x, scale, &mut rounded);
+            Cow::Owned(rounded)
+        }
+        _ => Cow::Borrowed(x),
     }
 }
 
@@ -849,7 +893,7 @@ impl Backend for Cpu {
 
     fn kv_layout(&self) -> KvLayout {
         let KvLayout { full_block_bytes, sliding_block_bytes } = KvLayout::f32(&self.config);
-        let part = if self.options.bf16_cache { 2 } else { 1 };
+        let part = size_of::<f32>() / self.options.cache.bytes();
         KvLayout {
             full_block_bytes: full_block_bytes / part,
             sliding_block_bytes: sliding_block_bytes / part,
@@ -865,8 +909,8 @@ impl Backend for Cpu {
                 .and_then(|blocks| blocks.checked_mul(width))
                 .ok_or(Error::Memory { needed: usize::MAX })?;
             // The old cache is given back first: two never exist at once.
-            *cache = LayerCache::new(0, false)?;
-            *cache = LayerCache::new(len, self.options.bf16_cache)?;
+            *cache = LayerCache::new(0, self.options.cache)?;
+            *cache = LayerCache::new(len, self.options.cache)?;
         }
         self.blocks = (full_blocks, sliding_blocks);
         Ok(())
@@ -899,6 +943,33 @@ impl<'a> Prepared<'a> {
 enum CacheOutput {
     F32(Output<f32>, Output<f32>),
     Bf16(Output<half::bf16>, Output<half::bf16>),
+    E4m3(Output<E4m3>, Output<E4m3>),
+}
+
+impl CacheOutput {
+    fn new(format: CacheFormat, keys: &mut Buffer, values: &mut Buffer) -> CacheOutput {
+        use CacheOutput::{Bf16, E4m3, F32};
+        match format {
+            CacheFormat::F32 => F32(Output::new(keys.elements_mut()), Output::new(values.elements_mut())),
+            CacheFormat::Bf16 => Bf16(Output::new(keys.elements_mut()), Output::new(values.elements_mut())),
+            CacheFormat::E4m3 => E4m3(Output::new(keys.elements_mut()), Output::new(values.elements_mut())),
+        }
+    }
+
+    /// [`keep`].
+    ///
+    /// # Safety
+    /// As there.
+    unsafe fn keep(&self, new: &[f32], size: usize, block: usize, lane: usize) {
+        // SAFETY: the same contract.
+        unsafe {
+            match self {
+                CacheOutput::F32(keys, values) => keep(keys, values, new, size, block, lane),
+                CacheOutput::Bf16(keys, values) => keep(keys, values, new, size, block, lane),
+                CacheOutput::E4m3(keys, values) => keep(keys, values, new, size, block, lane),
+            }
+        }
+    }
 }
 
 /// Stores the keys and values (`new`) of one position in lane `lane` of a block.
@@ -1061,7 +1132,6 @@ impl Tables {
 
 /// The matrix itself if it was made for the caller; `None` if it is borrowed from a mapped file, where it can stay.
 fn keep_if_owned(matrix: checkpoint::Matrix<'_>) -> Option<checkpoint::Matrix<'static>> {
-    use std::borrow::Cow;
     let owned = match &matrix.values {
         Values::Bf16(v) => matches!(v, Cow::Owned(_)),
         Values::Mxfp4 { codes, .. } | Values::Nvfp4 { codes, .. } => matches!(codes, Cow::Owned(_)),

@@ -2,7 +2,7 @@
 
 #[cfg(target_arch = "x86_64")]
 use crate::amx;
-use crate::attention::{self, Attend, Found};
+use crate::attention::{self, Attend, CacheFormat, Found};
 use crate::bandwidth;
 use crate::panels;
 use crate::products::{
@@ -389,7 +389,7 @@ pub struct SelfTest {
 /// Runs every kernel family of `isa` on small cases against plain arithmetic. Empty if this CPU lacks it.
 pub fn self_test(isa: Isa) -> Vec<SelfTest> {
     let Some(kernels) = isa.kernels() else { return Vec::new() };
-    let families: [(&'static str, cases::Case); 18] = [
+    let families: [(&'static str, cases::Case); 19] = [
         ("nvfp4 × f32", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(3))),
         ("nvfp4 × int16", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(2))),
         ("nvfp4 × int8", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(1))),
@@ -404,8 +404,9 @@ pub fn self_test(isa: Isa) -> Vec<SelfTest> {
         ("mxfp4 × bf16", |k| cases::product(k, cases::Weights::Mxfp4, Kind::Bf16)),
         ("int8 × bf16", |k| cases::product(k, cases::Weights::Int8, Kind::Bf16)),
         ("bf16 × bf16", |k| cases::product(k, cases::Weights::Bf16, Kind::Bf16)),
-        ("attention", |k| cases::attention(k, false)),
-        ("attention, bf16", |k| cases::attention(k, true)),
+        ("attention", |k| cases::attention(k, CacheFormat::F32)),
+        ("attention, bf16", |k| cases::attention(k, CacheFormat::Bf16)),
+        ("attention, e4m3", |k| cases::attention(k, CacheFormat::E4m3)),
         ("rms norm", cases::norm),
         ("swiglu", cases::activation),
     ];
@@ -430,7 +431,7 @@ pub fn self_test(isa: Isa) -> Vec<SelfTest> {
 /// Small cases with an exact answer.
 mod cases {
     use super::*;
-    use crate::attention::Stored;
+    use crate::attention::{Element, Stored};
     use crate::products::{CODE_BYTES, Panel};
     use crate::records::{COLUMNS, Layout};
 
@@ -588,8 +589,13 @@ mod cases {
         }
     }
 
-    /// With keys and values in f32, or in BF16.
-    pub(super) fn attention(kernels: &Kernels, bf16: bool) -> Outcome {
+    pub(super) fn attention(kernels: &Kernels, format: CacheFormat) -> Outcome {
+        fn stored<T: Element>(values: &mut [f32]) -> Vec<T> {
+            let stored: Vec<T> = values.iter().map(|&v| T::of(v)).collect();
+            values.iter_mut().zip(&stored).for_each(|(value, stored)| *value = stored.value());
+            stored
+        }
+        const VALUE_SCALE: f32 = 0.75;
         let (mut found, mut expected) = (Vec::new(), Vec::new());
         // Head size, first position of the queries, queries per token, queries, window.
         for (size, position, heads, count, window) in [
@@ -607,12 +613,17 @@ mod cases {
             let group = attention::GROUP * size * LANES;
             let all = 3 * group * blocks.len().div_ceil(attention::GROUP);
             let (mut keys, mut values) = (noise(all, 17), noise(all, 19));
-            let rounded = |x: &[f32]| x.iter().map(|&x| half::bf16::from_f32(x)).collect::<Vec<_>>();
-            let halves = (rounded(&keys), rounded(&values));
-            if bf16 {
-                keys = halves.0.iter().map(|x| x.to_f32()).collect();
-                values = halves.1.iter().map(|x| x.to_f32()).collect();
+            let (mut halves, mut bytes) = ([vec![], vec![]], [vec![], vec![]]);
+            match format {
+                CacheFormat::F32 => {}
+                CacheFormat::Bf16 => halves = [stored(&mut keys), stored(&mut values)],
+                CacheFormat::E4m3 => bytes = [stored(&mut keys), stored(&mut values)],
             }
+            let [all_keys, all_values] = match format {
+                CacheFormat::F32 => [&keys, &values].map(|all| Stored::F32(all)),
+                CacheFormat::Bf16 => halves.each_ref().map(|all| Stored::Bf16(all)),
+                CacheFormat::E4m3 => bytes.each_ref().map(|all| Stored::E4m3(all)),
+            };
             let queries = noise(size * count, 23);
             let mut sinks = noise(count, 27).iter().map(|s| 3.0 * s).collect::<Vec<f32>>();
             // Some have none.
@@ -624,8 +635,9 @@ mod cases {
                 positions: &positions,
                 window,
                 size,
-                keys: if bf16 { Stored::Bf16(&halves.0) } else { Stored::F32(&keys) },
-                values: if bf16 { Stored::Bf16(&halves.1) } else { Stored::F32(&values) },
+                keys: all_keys,
+                values: all_values,
+                value_scale: VALUE_SCALE,
                 head: 1,
                 heads: 3,
                 blocks: &blocks,
@@ -653,6 +665,7 @@ mod cases {
                     (first..=last)
                         .map(|p| score(p) / sum * f64::from(values[start(p) + p % LANES * size + e]))
                         .sum::<f64>()
+                        * f64::from(VALUE_SCALE)
                 }));
             }
         }

@@ -18,6 +18,7 @@ mod products;
 mod records;
 mod simd;
 
+pub use attention::CacheFormat;
 pub use backend::{Cpu, Options, Timing};
 pub use bandwidth::read_bandwidth;
 pub use dense::{Rows, Update, products};

@@ -240,6 +240,8 @@ pub(crate) struct PackedMatrix {
     pub(crate) shape: Shape,
     data: Memory,
     scales: Vec<f32>,
+    /// The scale with which its inputs are rounded to NVFP4, if they are.
+    pub(crate) input_scale: Option<f32>,
 }
 
 impl PackedMatrix {
@@ -250,7 +252,7 @@ impl PackedMatrix {
             (shape.bytes(), shape.scales()),
             "memory of the shape"
         );
-        PackedMatrix { shape, data, scales }
+        PackedMatrix { shape, data, scales, input_scale: None }
     }
 
     /// Reads and packs a matrix or stack.
@@ -265,7 +267,7 @@ impl PackedMatrix {
         let mut data = Buffer::new(shape.bytes())?;
         let mut scales = vec![1.0; shape.scales()];
         shape.pack(weights, id, pool, kernels, data.as_mut_slice(), &mut scales)?;
-        Ok(PackedMatrix { shape, data: Memory::Own(data), scales })
+        Ok(PackedMatrix::new(shape, Memory::Own(data), scales))
     }
 
     /// Bytes of one matrix of the stack.

@@ -29,13 +29,16 @@ pub enum Activations {
     Int16,
     /// 8 bits, a scale per 32.
     Int8,
+    /// As the model asks for (W4A4): rounded to NVFP4 with a matrix's input scale where it has one, to the numbers that native FP4
+    /// products multiply; else as [`Activations::F32`].
+    Nvfp4,
 }
 
 impl Activations {
     /// The records that weights of four and eight bits take.
     pub(crate) fn kind(self) -> Kind {
         match self {
-            Activations::F32 => Kind::Limbs(3),
+            Activations::F32 | Activations::Nvfp4 => Kind::Limbs(3),
             Activations::Bf16 => Kind::Bf16,
             Activations::Int16 => Kind::Limbs(2),
             Activations::Int8 => Kind::Limbs(1),
@@ -49,6 +52,7 @@ impl Activations {
             Activations::Bf16 => "bf16",
             Activations::Int16 => "int16",
             Activations::Int8 => "int8",
+            Activations::Nvfp4 => "nvfp4",
         }
     }
 }

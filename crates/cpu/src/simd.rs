@@ -54,6 +54,8 @@ pub(crate) trait Lanes: Copy {
     unsafe fn byte_at(words: Self::Ints, shift: u32) -> Self;
     /// Sixteen BF16.
     unsafe fn widen_bf16(from: *const u16) -> Self;
+    /// E4M3 bytes with their signs; NaN stays NaN.
+    unsafe fn widen_e4m3(from: *const u8) -> Self;
     unsafe fn store(self, to: *mut f32);
     unsafe fn add(self, other: Self) -> Self;
     unsafe fn sub(self, other: Self) -> Self;
@@ -293,6 +295,12 @@ impl Lanes for Scalar {
         // SAFETY: valid for 64 bytes by the trait's contract.
         let bits = unsafe { from.cast::<[u32; LANES]>().read_unaligned() };
         [Scalar(bits.map(|b| f32::from_bits(b << 16))), Scalar(bits.map(|b| f32::from_bits(b & 0xffff_0000)))]
+    }
+    #[inline(always)]
+    unsafe fn widen_e4m3(from: *const u8) -> Self {
+        // SAFETY: valid for sixteen bytes by the trait's contract.
+        let bytes = unsafe { from.cast::<[u8; LANES]>().read_unaligned() };
+        Scalar(bytes.map(numerics::e4m3::decode))
     }
     #[inline(always)]
     unsafe fn widen_bf16(from: *const u16) -> Self {
@@ -553,6 +561,18 @@ mod x86 {
                     Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))),
                     Avx512(_mm512_castsi512_ps(odd)),
                 ]
+            }
+        }
+        #[inline(always)]
+        unsafe fn widen_e4m3(from: *const u8) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
+                let magnitudes = _mm256_set1_epi16(0x7f);
+                let nan = _mm256_cmpeq_epi16(_mm256_and_si256(bytes, magnitudes), magnitudes);
+                let bits = _mm256_and_si256(_mm256_slli_epi16::<7>(bytes), _mm256_set1_epi16(!0x4000));
+                let wide = _mm512_cvtph_ps(_mm256_or_si256(bits, nan));
+                Avx512(_mm512_mul_ps(wide, _mm512_set1_ps(super::E4M3_BIAS)))
             }
         }
         #[inline(always)]
@@ -1018,6 +1038,22 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn widen_e4m3(from: *const u8) -> Self {
+            // SAFETY: the trait's contract.
+            unsafe {
+                let bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
+                let magnitudes = _mm256_set1_epi16(0x7f);
+                let nan = _mm256_cmpeq_epi16(_mm256_and_si256(bytes, magnitudes), magnitudes);
+                let bits = _mm256_and_si256(_mm256_slli_epi16::<7>(bytes), _mm256_set1_epi16(!0x4000));
+                let bits = _mm256_or_si256(bits, nan);
+                let bias = _mm256_set1_ps(super::E4M3_BIAS);
+                Avx2(
+                    _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), bias),
+                    _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256::<1>(bits)), bias),
+                )
+            }
+        }
+        #[inline(always)]
         unsafe fn widen_bf16(from: *const u16) -> Self {
             // SAFETY: the trait's contract.
             unsafe {
@@ -1441,15 +1477,22 @@ mod tests {
             }
             for first in (0..=240).step_by(LANES) {
                 let bytes: [u8; LANES] = std::array::from_fn(|i| first + i as u8);
-                let (mut e4m3, mut e8m0) = ([0.0; LANES], [0.0; LANES]);
+                let (mut e4m3, mut e8m0, mut signed) = ([0.0; LANES], [0.0; LANES], [0.0f32; LANES]);
                 // SAFETY: the instruction set is available; the arrays have sixteen elements.
                 unsafe {
                     L::e4m3(bytes.as_ptr()).store(e4m3.as_mut_ptr());
                     L::e8m0(bytes.as_ptr()).store(e8m0.as_mut_ptr());
+                    L::widen_e4m3(bytes.as_ptr()).store(signed.as_mut_ptr());
                 }
                 for (i, byte) in bytes.into_iter().enumerate() {
+                    let value = numerics::e4m3::decode(byte);
+                    if value.is_nan() {
+                        assert!(signed[i].is_nan(), "{isa:?}, {byte}");
+                    } else {
+                        assert_eq!(signed[i].to_bits(), value.to_bits(), "{isa:?}, {byte}");
+                    }
                     if byte < 0x7f {
-                        assert_eq!(e4m3[i], numerics::e4m3::decode(byte), "{isa:?}, {byte}");
+                        assert_eq!(e4m3[i], value, "{isa:?}, {byte}");
                     }
                     if byte < numerics::e8m0::NAN {
                         assert_eq!(e8m0[i], numerics::e8m0::decode(byte), "{isa:?}, {byte}");

@@ -33,8 +33,8 @@ pub struct Report {
     pub tensors: Vec<Tensor>,
     /// What it cost, one entry per data set.
     pub quality: Vec<Quality>,
-    /// What these figures leave out of what the model is made for, as a clause; none if nothing.
-    pub not_measured: Option<String>,
+    /// What these figures include and leave out of what the model is made for, as a clause; none if that is weights alone.
+    pub quality_note: Option<String>,
     /// Other algorithms on the same data, for comparison.
     pub algorithms: Vec<AlgorithmResult>,
 }

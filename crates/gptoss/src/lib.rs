@@ -11,6 +11,6 @@ pub use backend::{
     BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Logprobs, Mask, Penalties, Plan, Sampled, Sampling,
     Score, SequenceOutput, SequencePlan, TokenLogprobs, Traffic,
 };
-pub use reference::{Reference, Tap, swiglu, top_experts};
+pub use reference::{Reference, Rounding, Tap, swiglu, top_experts};
 pub use rope::{Rotary, rotate};
 pub use sampling::{SORTED_HEAD, is_corrupted, log_sum, random, sample, score};

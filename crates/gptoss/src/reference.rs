@@ -5,7 +5,8 @@
 
 use std::sync::Arc;
 
-use checkpoint::{Config, LayerKind, MatrixId, MatrixKind, VectorId, VectorKind, Weights};
+use checkpoint::{Config, Format, LayerKind, MatrixId, MatrixKind, VectorId, VectorKind, Weights};
+use numerics::{e4m3, nvfp4};
 
 use crate::backend::{BLOCK_TOKENS, Backend, BlockId, Error, KvLayout, Plan, SequenceOutput, SequencePlan};
 use crate::rope::{Rotary, rotate};
@@ -23,6 +24,16 @@ pub struct Reference {
     values: Vec<Vec<f32>>,
     full_blocks: usize,
     sliding_blocks: usize,
+    rounding: Rounding,
+}
+
+/// What else than weights a model may be made for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Rounding {
+    /// Inputs of NVFP4 matrices that have an input scale are rounded to NVFP4 with it.
+    pub inputs: bool,
+    /// Keys and values are kept in E4M3, with the layer's scales, or 1 if there are none.
+    pub cache: bool,
 }
 
 impl Reference {
@@ -32,7 +43,20 @@ impl Reference {
         let rotary = Rotary::new(&config.rope, config.head_dim);
         let layers = config.layer_kinds.len();
         let none = || vec![Vec::new(); layers];
-        Reference { rotary, keys: none(), values: none(), weights, full_blocks: 0, sliding_blocks: 0 }
+        Reference {
+            rotary,
+            keys: none(),
+            values: none(),
+            weights,
+            full_blocks: 0,
+            sliding_blocks: 0,
+            rounding: Rounding::default(),
+        }
+    }
+
+    /// The same that rounds more than weights.
+    pub fn rounding(self, rounding: Rounding) -> Reference {
+        Reference { rounding, ..self }
     }
 
     /// Runs the layers over one sequence and returns the residual stream `[tokens, hidden]` after the last of them, or
@@ -117,6 +141,13 @@ impl Reference {
             let at = slot(blocks, sequence.position + t) * kv_width;
             self.keys[layer][at..at + kv_width].copy_from_slice(k);
             self.values[layer][at..at + kv_width].copy_from_slice(v);
+            if self.rounding.cache {
+                let scales = self.weights.kv_scales(layer);
+                let (key, value) = scales.map_or((1.0, 1.0), |scales| (scales.key, scales.value));
+                let round = |v: &mut f32, scale: f32| *v = e4m3::decode(e4m3::encode(*v / scale)) * scale;
+                self.keys[layer][at..at + kv_width].iter_mut().for_each(|v| round(v, key));
+                self.values[layer][at..at + kv_width].iter_mut().for_each(|v| round(v, value));
+            }
         }
 
         let sinks = self.weights.vector(VectorKind::Sinks.at(layer))?.to_f32();
@@ -200,6 +231,16 @@ impl Reference {
         bias: Option<VectorKind>,
     ) -> Result<Vec<f32>, Error> {
         let matrix = self.weights.matrix(id, expert)?;
+        let mut rounded = Vec::new();
+        let scale = self.weights.input_scale(id).filter(|_| self.rounding.inputs);
+        let x = match scale.filter(|_| self.weights.format(id) == Format::Nvfp4) {
+            Some(scale) => {
+                rounded.resize(x.len(), 0.0);
+                nvfp4::fake_quantize_activations(x, scale, &mut rounded);
+                &rounded[..]
+            }
+            None => x,
+        };
         let tokens = x.len() / matrix.cols;
         let mut row = vec![0.0; matrix.cols];
         let mut y = vec![0.0; tokens * matrix.rows];

@@ -92,8 +92,8 @@ pub(crate) struct Run {
     /// cache is not used
     #[arg(long)]
     pub(crate) batch_invariant: bool,
-    /// Type of the key/value cache. `auto` is f32 on a CPU and BF16 on a GPU; `fp8`, on a GPU, is E4M3 with the checkpoint's
-    /// scales, or 1 without
+    /// Type of the key/value cache. `auto` is f32 on a CPU and BF16 on a GPU; `fp8` is E4M3 with the checkpoint's scales, or 1
+    /// without
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) kv_cache_dtype: CacheType,
     /// Runs a GPU's kernels one by one, without graphs
@@ -105,8 +105,8 @@ pub(crate) struct Run {
     pub(crate) weights: WeightBits,
     /// What weights of four and eight bits are multiplied with, on a CPU: numbers of 24 bits, which are as good as f32, of 16
     /// or of 8, one scale per 32; or all weights with BF16, as GPUs do, which is fast on CPUs with AMX. BENCHMARKS.md has speed
-    /// and divergence of each. On a Blackwell GPU, `nvfp4` multiplies W4A4
-    /// models in four bits where there are many tokens: these kernels have not yet run on the chip, and are used only if their
+    /// and divergence of each. `nvfp4` is what W4A4 models ask for: a CPU rounds to it, which shows what it costs; a Blackwell GPU
+    /// multiplies in four bits where there are many tokens: these kernels have not yet run on the chip, and are used only if their
     /// self-test passes; the weights are in memory twice
     #[arg(long, value_enum, default_value = "f32")]
     pub(crate) activations: ActivationBits,

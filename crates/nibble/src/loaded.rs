@@ -48,22 +48,21 @@ pub(crate) fn watched_backend(
                     "--tensor-parallel-size: expected 1 on a CPU, found {count}"
                 )));
             }
-            if run.kv_cache_dtype == CacheType::Fp8 {
-                return Err(Failure::input("--kv-cache-dtype: expected auto or bf16 on a CPU, found fp8"));
-            }
             let options = cpu::Options {
                 threads: Some(threads(common)),
                 isa: None,
                 fast_weights: run.weights == WeightBits::Fast,
-                bf16_cache: run.kv_cache_dtype == CacheType::Bf16,
+                cache: match run.kv_cache_dtype {
+                    CacheType::Auto => cpu::CacheFormat::F32,
+                    CacheType::Bf16 => cpu::CacheFormat::Bf16,
+                    CacheType::Fp8 => cpu::CacheFormat::E4m3,
+                },
                 activations: match run.activations {
                     ActivationBits::F32 => cpu::Activations::F32,
                     ActivationBits::Bf16 => cpu::Activations::Bf16,
                     ActivationBits::Int16 => cpu::Activations::Int16,
                     ActivationBits::Int8 => cpu::Activations::Int8,
-                    ActivationBits::Nvfp4 => {
-                        return Err(Failure::input("--activations nvfp4: expected a GPU, found a CPU"));
-                    }
+                    ActivationBits::Nvfp4 => cpu::Activations::Nvfp4,
                 },
             };
             let mut notes = Vec::new();
@@ -75,7 +74,17 @@ pub(crate) fn watched_backend(
             };
             drop(bar);
             notes.iter().for_each(|note| ui.note(format_args!("note: {note}")));
-            Loaded::Cpu(Box::new(loaded?))
+            let loaded = loaded?;
+            if run.activations == ActivationBits::Nvfp4 {
+                ui.note(match loaded.rounded_inputs() {
+                    0 => "note: --activations nvfp4: the model has no input scales; activations stay f32"
+                        .to_owned(),
+                    count => format!(
+                        "note: --activations nvfp4: the inputs of {count} matrices are rounded to NVFP4"
+                    ),
+                });
+            }
+            Loaded::Cpu(Box::new(loaded))
         }
         #[cfg(feature = "cuda")]
         Device::Cuda(devices) => {
@@ -202,6 +211,15 @@ impl Loaded {
             Loaded::Cpu(cpu) => &mut **cpu,
             #[cfg(feature = "cuda")]
             Loaded::Cuda(cuda) => &mut **cuda,
+        }
+    }
+
+    /// Whether products have inputs in NVFP4, as W4A4 models ask for.
+    pub(crate) fn rounds_inputs(&self) -> bool {
+        match self {
+            Loaded::Cpu(cpu) => cpu.rounded_inputs() > 0,
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(cuda) => cuda.uses_fp4(),
         }
     }
 

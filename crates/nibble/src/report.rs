@@ -15,7 +15,7 @@ use crate::args::{self, Common, Quantize};
 use crate::calibration::Data;
 use crate::commands::quantize as command;
 use crate::failure::{Failure, Result};
-use crate::loaded::backend;
+use crate::loaded::{Loaded, backend};
 use crate::model::{Model, is_on_hub, threads};
 use crate::modelopt::flag;
 use crate::ui::{Ui, out, quoted};
@@ -71,8 +71,7 @@ pub(crate) fn write(
     let coverage: Vec<Vec<u64>> = run.view.facts().iter().map(|facts| facts.coverage.clone()).collect();
     let max = max_rule(run)?;
     let model = Arc::new(Checkpoint::open(&args.out)?);
-    let not_measured = not_measured(&model, &args::Run::exact());
-    let (quality, algorithms) = measure(run, model, max.as_ref(), ui)?;
+    let Measured { quality, algorithms, note } = measure(run, model, max.as_ref(), ui)?;
     let report = Report {
         run: evaluate::report::Run {
             model: public(&args.source),
@@ -123,8 +122,8 @@ pub(crate) fn write(
             })
             .collect(),
         tensors: tensors(run, max.as_ref(), name),
-        not_measured: not_measured.filter(|_| !quality.is_empty()),
         quality,
+        quality_note: note,
         algorithms,
     };
     evaluate::report::write(&report, folder).map_err(|error| Failure::machine(error.to_string()))?;
@@ -166,25 +165,32 @@ fn max_rule(run: &Run<'_>) -> Result<Option<Arc<Quantized>>> {
     Ok(Some(Arc::new(max)))
 }
 
-/// Divergence from the source on the windows held out of the calibration files, and that of the max rule on the first of them.
-fn measure(
-    run: &Run<'_>,
-    model: Arc<Checkpoint>,
-    max: Option<&Arc<Quantized>>,
-    ui: Ui,
-) -> Result<(Vec<Quality>, Vec<AlgorithmResult>)> {
-    let (mut quality, mut algorithms) = (Vec::new(), Vec::new());
+#[derive(Default)]
+struct Measured {
+    quality: Vec<Quality>,
+    algorithms: Vec<AlgorithmResult>,
+    /// What the figures include and leave out.
+    note: Option<String>,
+}
+
+/// Divergence of the model as it is made to run from the source, on the windows held out of the calibration files; on the first of
+/// them that of its weights alone and of the max rule's.
+fn measure(run: &Run<'_>, model: Arc<Checkpoint>, max: Option<&Arc<Quantized>>, ui: Ui) -> Result<Measured> {
+    let Measured { mut quality, mut algorithms, .. } = Measured::default();
     let sets: Vec<_> = run.data.sets.iter().filter(|set| !set.held_out.is_empty()).collect();
     let Some(first) = sets.first() else {
         ui.note(
             "note: the calibration files have no windows left to measure on: the report has no divergence",
         );
-        return Ok((quality, algorithms));
+        return Ok(Measured::default());
     };
     let mut reference = backend(Arc::clone(&run.source), &args::Run::exact(), run.common, ui)?;
-    let mut model = backend(model, &args::Run::exact(), run.common, ui)?;
+    let asked_for = AskedFor::by(&model);
+    let made_to = asked_for.run();
+    let mut loaded = backend(Arc::<Checkpoint>::clone(&model), &made_to, run.common, ui)?;
+    let beside = asked_for.beside(&made_to, &loaded);
     for set in &sets {
-        let found = divergence(&mut model, &mut reference, &set.held_out, ui)?;
+        let found = divergence(&mut loaded, &mut reference, &set.held_out, ui)?;
         quality.push(Quality {
             data: set.name.clone(),
             tokens: found.tokens as u64,
@@ -195,40 +201,106 @@ fn measure(
             top1_agreement: found.top1_agreement,
         });
     }
-    drop(model);
+    drop(loaded);
+    let mut note = beside.note();
     if let Some(max) = max {
-        let weights: Arc<dyn Weights> = Arc::<Quantized>::clone(max);
-        let found = divergence(
-            &mut backend(weights, &args::Run::exact(), run.common, ui)?,
-            &mut reference,
-            &first.held_out,
-            ui,
-        )?;
-        let own = &quality[0];
+        let mut of_weights = |weights: Arc<dyn Weights>| {
+            let mut model = backend(weights, &args::Run::exact(), run.common, ui)?;
+            divergence(&mut model, &mut reference, &first.held_out, ui)
+        };
+        let (own_kl, own_nll) = if beside.included.is_empty() {
+            (quality[0].kl_mean, quality[0].nll)
+        } else {
+            note = note.map(|note| note + "; those of the algorithms are of the rounded weights alone");
+            let own = of_weights(model)?;
+            (own.kl_mean, own.nll)
+        };
+        let found = of_weights(Arc::<Quantized>::clone(max))?;
         let chosen = command::algorithm(run.args, run.view);
-        algorithms.push(AlgorithmResult { algorithm: chosen, kl_mean: own.kl_mean, nll: own.nll });
+        algorithms.push(AlgorithmResult { algorithm: chosen, kl_mean: own_kl, nll: own_nll });
         let max = Method::Max.name().to_owned();
         algorithms.push(AlgorithmResult { algorithm: max, kl_mean: found.kl_mean, nll: found.nll });
     }
-    Ok((quality, algorithms))
+    Ok(Measured { quality, algorithms, note })
 }
 
-/// What a run of the model as `run` says leaves out of what its files ask for.
-pub(crate) fn not_measured(model: &Checkpoint, run: &args::Run) -> Option<String> {
-    let packed = model.packed();
-    let activations = matrices(model.config()).any(|id| packed.input_scale(id).is_some());
-    let cache = model.kv_cache() == Some(checkpoint::KvCache::Fp8);
-    let left_out: Vec<&str> = [
-        (activations && run.activations != args::ActivationBits::Nvfp4, "the activations in NVFP4"),
-        (cache && run.kv_cache_dtype != args::CacheType::Fp8, "the KV cache in FP8"),
-    ]
-    .into_iter()
-    .filter_map(|(left_out, what)| left_out.then_some(what))
-    .collect();
-    (!left_out.is_empty()).then(|| {
-        let left_out = left_out.join(" and ");
-        format!("the figures are those of the rounded weights alone, without {left_out} that the model is made for")
-    })
+/// What a model's files ask for beside its weights.
+#[derive(Clone, Copy)]
+pub(crate) struct AskedFor {
+    input_scales: bool,
+    fp8_cache: bool,
+}
+
+impl AskedFor {
+    pub(crate) fn by(model: &Checkpoint) -> AskedFor {
+        let packed = model.packed();
+        AskedFor {
+            input_scales: matrices(model.config()).any(|id| packed.input_scale(id).is_some()),
+            fp8_cache: model.kv_cache() == Some(checkpoint::KvCache::Fp8),
+        }
+    }
+
+    /// A run that rounds all of it.
+    fn run(self) -> args::Run {
+        let mut run = args::Run::exact();
+        if self.input_scales {
+            run.activations = args::ActivationBits::Nvfp4;
+        }
+        if self.fp8_cache {
+            run.kv_cache_dtype = args::CacheType::Fp8;
+        }
+        run
+    }
+
+    /// What of it this run, for which the model was loaded, does.
+    pub(crate) fn beside(self, run: &args::Run, loaded: &Loaded) -> Beside {
+        let fp8 = run.kv_cache_dtype == args::CacheType::Fp8;
+        let mut beside = Beside { included: Vec::new(), left_out: Vec::new(), flags: Vec::new() };
+        for (asked_for, included, what, flag) in [
+            (self.input_scales, loaded.rounds_inputs(), "the activations in NVFP4", "--activations nvfp4"),
+            (self.fp8_cache, fp8, "the KV cache in FP8", "--kv-cache-dtype fp8"),
+        ] {
+            if asked_for && included {
+                beside.included.push(what);
+            } else if asked_for {
+                beside.left_out.push(what);
+                beside.flags.push(flag);
+            }
+        }
+        beside
+    }
+}
+
+/// What a run rounds of what the model's files ask for beside its weights, and what it leaves out.
+pub(crate) struct Beside {
+    included: Vec<&'static str>,
+    left_out: Vec<&'static str>,
+    /// The flags that would include it.
+    flags: Vec<&'static str>,
+}
+
+impl Beside {
+    /// What the figures include and leave out.
+    fn note(&self) -> Option<String> {
+        let included = self.included.join(" and ");
+        if self.left_out.is_empty() {
+            let as_made =
+                || format!("the figures are those of the model as it is made to run, with {included}");
+            return (!self.included.is_empty()).then(as_made);
+        }
+        let weights = match &included[..] {
+            "" => "the rounded weights alone".to_owned(),
+            included => format!("the rounded weights with {included}"),
+        };
+        let left_out = self.left_out.join(" and ");
+        Some(format!("the figures are those of {weights}, without {left_out} that the model is made for"))
+    }
+
+    /// The same for somebody who can choose, if something is left out.
+    pub(crate) fn hint(&self) -> Option<String> {
+        let flags = || self.flags.join(" ");
+        self.note().filter(|_| !self.left_out.is_empty()).map(|note| format!("{note}: {}", flags()))
+    }
 }
 
 fn divergence(

@@ -11,7 +11,7 @@ fn every_kernel_is_right_and_equal_on_all_instruction_sets() {
             eprintln!("skipped: this CPU does not have {}", isa.name());
             continue;
         }
-        assert_eq!(tests.len(), 18);
+        assert_eq!(tests.len(), 19);
         for test in tests {
             assert!(test.passed, "{test:?}");
         }

@@ -4,13 +4,14 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use checkpoint::{
-    Checkpoint, Config, Format, Layout, MatrixId, MatrixKind, Synthetic, Target, VectorKind, Weights, write,
+    Checkpoint, Config, Format, KvScales, Layout, Matrix, MatrixId, MatrixKind, Synthetic, Target, Vector,
+    VectorId, VectorKind, Weights, write,
 };
-use cpu::{Activations, Cpu, Isa, Options};
-use gptoss::{Backend, Plan, Reference, Sampling, Score, SequenceOutput, SequencePlan};
+use cpu::{Activations, CacheFormat, Cpu, Isa, Options};
+use gptoss::{Backend, Plan, Reference, Rounding, Sampling, Score, SequenceOutput, SequencePlan};
 use serde_json::Value;
 
-use crate::models::{DAMAGED, Damaged, NoNumbers, golden, ids, json, open, relative, root, sequence};
+use crate::models::{DAMAGED, Damaged, NoNumbers, Scaled, golden, ids, json, open, relative, root, sequence};
 
 const BLOCKS: usize = 70;
 
@@ -108,6 +109,11 @@ fn logits_and_logprobs_of_the_small_models() {
 
 /// Odd shapes: widths that are no multiple of 64, heads of 24, 5 experts, and each format.
 fn odd(format: Format) -> Arc<dyn Weights> {
+    let pick = move |id: MatrixId| if id.kind.is_expert() { format } else { Format::Bf16 };
+    Arc::new(Synthetic::new(odd_config(), pick, 7))
+}
+
+fn odd_config() -> Config {
     let mut config = Config::gpt_oss_20b();
     config.hidden_size = 96;
     config.intermediate_size = 160;
@@ -119,8 +125,12 @@ fn odd(format: Format) -> Arc<dyn Weights> {
     config.vocab_size = 331;
     config.sliding_window = 20;
     config.layer_kinds.truncate(3);
-    let pick = move |id: MatrixId| if id.kind.is_expert() { format } else { Format::Bf16 };
-    Arc::new(Synthetic::new(config, pick, 7))
+    config
+}
+
+/// The same for activations in NVFP4 and a cache in E4M3.
+fn scaled(weights: Arc<dyn Weights>) -> Arc<dyn Weights> {
+    Arc::new(Scaled { weights, cache: Some(KvScales { key: 0.02, value: 0.005 }), input: Some(4.0 / 2688.0) })
 }
 
 fn tokens(count: usize) -> Vec<u32> {
@@ -163,15 +173,16 @@ fn experts_that_lie_input_by_input_give_the_same_bits() {
 #[test]
 fn coarser_activations_weights_and_caches_stay_near() {
     // Twice the error that each had when it was written: a wrong scale or limb is far beyond.
-    for (activations, fast_weights, bf16_cache, bound) in [
-        (Activations::Int16, false, false, 6e-5),
-        (Activations::Bf16, false, false, 4.4e-3),
-        (Activations::Int8, false, false, 1.3e-2),
-        (Activations::F32, true, false, 1.5e-2),
-        (Activations::Int8, true, false, 2.3e-2),
-        (Activations::F32, false, true, 5e-3),
+    for (activations, fast_weights, cache, bound) in [
+        (Activations::Int16, false, CacheFormat::F32, 6e-5),
+        (Activations::Bf16, false, CacheFormat::F32, 4.4e-3),
+        (Activations::Int8, false, CacheFormat::F32, 1.3e-2),
+        (Activations::F32, true, CacheFormat::F32, 1.5e-2),
+        (Activations::Int8, true, CacheFormat::F32, 2.3e-2),
+        (Activations::F32, false, CacheFormat::Bf16, 5e-3),
+        (Activations::F32, false, CacheFormat::E4m3, 4e-2),
     ] {
-        let options = Options { activations, fast_weights, bf16_cache, ..Options::default() };
+        let options = Options { activations, fast_weights, cache, ..Options::default() };
         let mut cpu = load(open("models/tiny-gpt-oss"), options);
         let case = &json("testdata/model/tiny-gpt-oss.json")["logits"]["long"];
         let plan = SequencePlan { logits: true, ..sequence(&ids(&case["ids"]), 0, 0) };
@@ -182,35 +193,106 @@ fn coarser_activations_weights_and_caches_stay_near() {
             .copied()
             .collect();
         let error = relative(&found, &golden("testdata/model/tiny-gpt-oss.safetensors", "long.logits"));
-        let case = format!("{activations:?}, fast {fast_weights}, BF16 cache {bf16_cache}");
+        let case = format!("{activations:?}, fast {fast_weights}, {cache:?} cache");
         assert!(error <= bound, "{case}: {error:e}");
         assert!(error >= bound / 10.0, "{case} took another road: {error:e}");
     }
 }
 
+/// What is rounded to NVFP4 or E4M3 is not what it would be without; two backends round the same but for what lies at the middle of two
+/// numbers, so they are much nearer to each other than either is to what is not rounded.
+#[test]
+fn inputs_and_caches_are_rounded_as_the_reference_does() {
+    for (inputs, cache, formats) in [
+        (true, false, &[Format::Nvfp4][..]),
+        (false, true, &[Format::Nvfp4, Format::Bf16]),
+        (true, true, &[Format::Nvfp4]),
+    ] {
+        for &format in formats {
+            let weights = scaled(odd(format));
+            let plan = SequencePlan { logits: true, ..sequence(&tokens(75), 0, 4) };
+            let reference = |rounding| {
+                let mut reference = Reference::new(Arc::clone(&weights)).rounding(rounding);
+                reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+                run(&mut reference, vec![plan.clone()]).remove(0).logits
+            };
+            let expected = reference(Rounding { inputs, cache });
+            let effect = relative(&expected, &reference(Rounding::default()));
+            let options = Options {
+                activations: if inputs { Activations::Nvfp4 } else { Activations::F32 },
+                cache: if cache { CacheFormat::E4m3 } else { CacheFormat::F32 },
+                ..Options::default()
+            };
+            let mut cpu = load(Arc::clone(&weights), options);
+            // Two products of the experts in each of three layers.
+            assert_eq!(cpu.rounded_inputs(), if inputs { 6 } else { 0 });
+            let error = relative(&run(&mut cpu, vec![plan.clone()]).remove(0).logits, &expected);
+            let case = format!("{format:?}, inputs {inputs}, cache {cache}: {error:e} of {effect:e}");
+            assert!(effect > 1e-3, "{case}");
+            assert!(error < effect / 20.0, "{case}");
+        }
+    }
+}
+
+/// Activations that are no numbers would be numbers in NVFP4.
+#[test]
+fn inputs_that_are_no_numbers_are_not_rounded() {
+    let options = Options { activations: Activations::Nvfp4, ..Options::default() };
+    let mut cpu = load(scaled(Arc::new(Damaged(odd(Format::Nvfp4)))), options);
+    let plan = SequencePlan { sample: vec![Sampling::default()], ..sequence(&[1, DAMAGED], 0, 0) };
+    assert!(run(&mut cpu, vec![plan]).remove(0).corrupted);
+}
+
+/// Query, key and value have the same input.
+#[test]
+fn different_input_scales_of_query_key_and_value_are_an_error() {
+    struct Different(Arc<dyn Weights>);
+    impl Weights for Different {
+        fn config(&self) -> &Config {
+            self.0.config()
+        }
+        fn format(&self, id: MatrixId) -> Format {
+            self.0.format(id)
+        }
+        fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
+            self.0.matrix(id, expert)
+        }
+        fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
+            self.0.vector(id)
+        }
+        fn input_scale(&self, id: MatrixId) -> Option<f32> {
+            Some(if id.kind == MatrixKind::Key { 2.0 } else { 1.0 })
+        }
+    }
+    let weights: Arc<dyn Weights> = Arc::new(Synthetic::new(odd_config(), |_| Format::Nvfp4, 7));
+    let load = |activations| {
+        let options = Options { activations, ..Options::default() };
+        Cpu::load(Arc::new(Different(Arc::clone(&weights))), options, &mut |_, _| {})
+    };
+    assert!(load(Activations::F32).is_ok());
+    let error = load(Activations::Nvfp4).err().unwrap().to_string();
+    assert!(error.contains("layer 0: expected one input scale for query, key and value"), "{error}");
+}
+
 #[test]
 fn the_same_bits_on_every_instruction_set_and_thread_count() {
-    for (format, activations, fast_weights) in [
-        (Format::Bf16, Activations::F32, false),
-        (Format::Bf16, Activations::F32, true),
-        (Format::Mxfp4, Activations::F32, false),
-        (Format::Nvfp4, Activations::F32, false),
-        (Format::Nvfp4, Activations::Int16, true),
-        (Format::Nvfp4, Activations::Int8, true),
-        (Format::Bf16, Activations::Bf16, false),
-        (Format::Mxfp4, Activations::Bf16, false),
-        (Format::Nvfp4, Activations::Bf16, true),
+    for (format, activations, fast_weights, cache) in [
+        (Format::Bf16, Activations::F32, false, CacheFormat::F32),
+        (Format::Bf16, Activations::F32, true, CacheFormat::Bf16),
+        (Format::Mxfp4, Activations::F32, false, CacheFormat::E4m3),
+        (Format::Nvfp4, Activations::F32, false, CacheFormat::F32),
+        (Format::Nvfp4, Activations::Int16, true, CacheFormat::Bf16),
+        (Format::Nvfp4, Activations::Int8, true, CacheFormat::Bf16),
+        (Format::Bf16, Activations::Bf16, false, CacheFormat::F32),
+        (Format::Mxfp4, Activations::Bf16, false, CacheFormat::F32),
+        (Format::Nvfp4, Activations::Bf16, true, CacheFormat::Bf16),
+        (Format::Nvfp4, Activations::Nvfp4, false, CacheFormat::E4m3),
     ] {
         let plan = SequencePlan { logits: true, ..sequence(&tokens(40), 0, 0) };
         let logits = |isa, threads| {
-            let options = Options {
-                isa: Some(isa),
-                threads: Some(threads),
-                fast_weights,
-                activations,
-                bf16_cache: fast_weights,
-            };
-            run(&mut load(odd(format), options), vec![plan.clone()]).remove(0).logits
+            let options =
+                Options { isa: Some(isa), threads: Some(threads), fast_weights, activations, cache };
+            run(&mut load(scaled(odd(format)), options), vec![plan.clone()]).remove(0).logits
         };
         let expected = logits(Isa::Scalar, 1);
         assert!(expected.iter().all(|l| l.is_finite()));
@@ -228,10 +310,14 @@ fn the_same_bits_on_every_instruction_set_and_thread_count() {
 
 #[test]
 fn the_same_bits_whatever_the_chunks_and_the_company() {
-    for activations in [Activations::F32, Activations::Bf16, Activations::Int8] {
-        let fast_weights = activations == Activations::Int8;
-        let options = Options { activations, fast_weights, bf16_cache: fast_weights, ..Options::default() };
-        cuts_and_company(&mut load(odd(Format::Nvfp4), options));
+    for (activations, fast_weights, cache) in [
+        (Activations::F32, false, CacheFormat::F32),
+        (Activations::Bf16, false, CacheFormat::F32),
+        (Activations::Int8, true, CacheFormat::Bf16),
+        (Activations::Nvfp4, false, CacheFormat::E4m3),
+    ] {
+        let options = Options { activations, fast_weights, cache, ..Options::default() };
+        cuts_and_company(&mut load(scaled(odd(Format::Nvfp4)), options));
     }
 }
 
@@ -288,16 +374,16 @@ fn the_same_bits_deep_in_a_context() {
 /// Of the sequences of the plan and of no other; of sliding layers what the window reaches.
 #[test]
 fn keys_and_values_can_be_made_zeros() {
-    for bf16_cache in [false, true] {
-        let mut cpu = load(odd(Format::Nvfp4), Options { bf16_cache, ..Options::default() });
+    for cache in [CacheFormat::F32, CacheFormat::Bf16, CacheFormat::E4m3] {
+        let mut cpu = load(odd(Format::Nvfp4), Options { cache, ..Options::default() });
         let plan = |first| SequencePlan { logits: true, ..sequence(&[5], 40, first) };
         let zeros = run(&mut cpu, vec![plan(4)]).remove(0).logits;
         run(&mut cpu, vec![sequence(&tokens(40), 0, 4), sequence(&tokens(40), 0, 20)]);
         let written = run(&mut cpu, vec![plan(4)]).remove(0).logits;
         assert!(written != zeros);
         cpu.clear_kv(&Plan { sequences: vec![plan(4)] }).unwrap();
-        assert!(run(&mut cpu, vec![plan(4)]).remove(0).logits == zeros, "BF16: {bf16_cache}");
-        assert!(run(&mut cpu, vec![plan(20)]).remove(0).logits == written, "BF16: {bf16_cache}");
+        assert!(run(&mut cpu, vec![plan(4)]).remove(0).logits == zeros, "{cache:?}");
+        assert!(run(&mut cpu, vec![plan(20)]).remove(0).logits == written, "{cache:?}");
     }
 }
 
@@ -344,14 +430,15 @@ fn weights_that_are_no_numbers_are_not_lost() {
             reference.allocate_kv(1, 1).unwrap();
             assert!(run(&mut reference, vec![plan()])[0].corrupted, "the reference, {case}");
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_available()) {
-                for (activations, fast_weights, bf16_cache) in [
-                    (Activations::F32, false, false),
-                    (Activations::Int16, true, true),
-                    (Activations::Int8, true, false),
-                    (Activations::Bf16, false, true),
+                for (activations, fast_weights, cache) in [
+                    (Activations::F32, false, CacheFormat::F32),
+                    (Activations::Int16, true, CacheFormat::Bf16),
+                    (Activations::Int8, true, CacheFormat::F32),
+                    (Activations::Bf16, false, CacheFormat::Bf16),
+                    (Activations::F32, false, CacheFormat::E4m3),
                 ] {
                     let options =
-                        Options { isa: Some(isa), threads: Some(1), fast_weights, bf16_cache, activations };
+                        Options { isa: Some(isa), threads: Some(1), fast_weights, cache, activations };
                     let mut cpu = Cpu::load(weights(), options, &mut |_, _| {}).unwrap();
                     cpu.allocate_kv(1, 1).unwrap();
                     let output = run(&mut cpu, vec![plan()]).remove(0);

@@ -1,6 +1,6 @@
 //! Tokens and log-probabilities of the device beside those that the host finds in the same logits.
 
-use checkpoint::{MatrixKind, Values};
+use checkpoint::{Matrix, MatrixKind, Values, Vector, VectorId};
 use gptoss::{Logprobs, Mask, Penalties, Sampling, Score, SequencePlan, sample, score};
 
 use super::*;

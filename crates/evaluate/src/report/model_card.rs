@@ -65,8 +65,8 @@ fn quality(report: &Report) -> String {
     }
     section += "Measured against the source model, token by token. KL is the mean of KL(source ‖ quantized) in nats, perplexity is e to \
                 the mean negative log-likelihood (NLL).\n\n";
-    if let Some(left_out) = &report.not_measured {
-        section += &format!("Note that {}.\n\n", prose(left_out));
+    if let Some(note) = &report.quality_note {
+        section += &format!("Note that {}.\n\n", prose(note));
     }
     section += "| Data | Tokens | KL mean | KL 99th percentile | Same first choice | Perplexity, source | Perplexity, quantized | \
                 NLL, source | NLL, quantized |\n|:--|--:|--:|--:|--:|--:|--:|--:|--:|\n";

@@ -108,8 +108,8 @@ fn quality(report: &Report) -> Result<String, Error> {
     if !report.quality.is_empty() {
         section += "<section>\n<h2>Quality</h2>\n<p>The quantized model against its source, token by token. Divergence is the \
                     mean of KL(source ‖ quantized) in nats; perplexity is e to the mean negative log-likelihood (NLL).</p>\n";
-        if let Some(left_out) = &report.not_measured {
-            section += &format!("<p>Note that {}.</p>\n", html(left_out));
+        if let Some(note) = &report.quality_note {
+            section += &format!("<p>Note that {}.</p>\n", html(note));
         }
         let rows = report.quality.iter().map(|quality| {
             let worse = change(quality.nll_source.exp(), quality.nll.exp());

@@ -102,7 +102,7 @@ pub(crate) fn run_of(layers: usize, experts: usize) -> Report {
             part("router, norms, biases", 8_300_000, 16.0),
         ],
         tensors,
-        not_measured: None,
+        quality_note: None,
         quality: vec![
             Quality {
                 data: "books-valid.txt".into(),
@@ -149,7 +149,7 @@ fn empty() -> Report {
         sizes: vec![],
         tensors: vec![],
         quality: vec![],
-        not_measured: None,
+        quality_note: None,
         algorithms: vec![],
     }
 }
@@ -287,7 +287,7 @@ fn the_json_has_every_field() {
         let object = json.pointer(pointer).and_then(|value| value.as_object()).unwrap();
         object.keys().map(String::as_str).collect::<Vec<_>>().join(" ")
     };
-    assert_eq!(keys(""), "run calibration sizes tensors quality not_measured algorithms");
+    assert_eq!(keys(""), "run calibration sizes tensors quality quality_note algorithms");
     assert_eq!(
         keys("/run"),
         "model source_layout source_license base_model layout recipe algorithm reason activations kv_cache scales_per command \
@@ -447,7 +447,7 @@ fn no_number_breaks_a_report() {
 }
 
 #[test]
-fn what_was_not_measured_did_not_keep_its_values() {
+fn what_was_quality_note_did_not_keep_its_values() {
     let mut report = run_of(4, 8);
     let tensor = &mut report.tensors[0];
     (tensor.mse, tensor.max_error, tensor.sqnr_db) = (f64::NAN, f64::NAN, None);
@@ -472,8 +472,8 @@ fn the_model_card_names_what_changed_beside_the_weights() {
 }
 
 #[test]
-fn what_the_figures_leave_out_is_said_beside_them() {
-    let report = Report { not_measured: Some("they are without <b>".into()), ..run_of(2, 4) };
+fn what_the_figures_include_and_leave_out_is_said_beside_them() {
+    let report = Report { quality_note: Some("they are without <b>".into()), ..run_of(2, 4) };
     let Written { json, page, card } = written(&report);
     assert!(json.contains("they are without <b>") && page.contains("Note that they are without &lt;b&gt;."));
     assert!(card.contains("Note that they are without &#60;b&#62;."), "{card}");

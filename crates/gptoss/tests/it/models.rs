@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use checkpoint::{
-    Checkpoint, Config, Format, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind, Weights,
+    Checkpoint, Config, Format, KvScales, Matrix, MatrixId, MatrixKind, Values, Vector, VectorId, VectorKind,
+    Weights,
 };
 use gptoss::{BLOCK_TOKENS, SequencePlan};
 use half::bf16;
@@ -90,6 +91,34 @@ impl Weights for NoNumbers {
             values.to_mut().iter_mut().skip(self.row).step_by(length).for_each(|v| *v = bf16::NAN);
         }
         Ok(vector)
+    }
+}
+
+/// Weights with scales that the checkpoint itself has not: of keys and values, of what enters a matrix.
+pub(crate) struct Scaled {
+    pub(crate) weights: Arc<dyn Weights>,
+    pub(crate) cache: Option<KvScales>,
+    pub(crate) input: Option<f32>,
+}
+
+impl Weights for Scaled {
+    fn config(&self) -> &Config {
+        self.weights.config()
+    }
+    fn format(&self, id: MatrixId) -> Format {
+        self.weights.format(id)
+    }
+    fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
+        self.weights.matrix(id, expert)
+    }
+    fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
+        self.weights.vector(id)
+    }
+    fn kv_scales(&self, _layer: usize) -> Option<KvScales> {
+        self.cache
+    }
+    fn input_scale(&self, _id: MatrixId) -> Option<f32> {
+        self.input
     }
 }
 

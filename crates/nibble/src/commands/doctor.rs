@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use cpu::{Activations, Cpu, Isa, Options};
+use cpu::{Activations, CacheFormat, Cpu, Isa, Options};
 use gptoss::{BLOCK_TOKENS, Backend, Plan, SequencePlan};
 use serde_json::{Value, json};
 
@@ -81,9 +81,9 @@ fn coarser(threads: usize) -> Result<Vec<(&'static str, f64)>> {
     let model = Model::built_in()?;
     let tokens = model.tokenizer()?.encode(TEXT);
     let weights = Arc::new(model.checkpoint);
-    let logits = |fast_weights, bf16_cache, activations| -> Result<Vec<f32>> {
+    let logits = |fast_weights, cache, activations| -> Result<Vec<f32>> {
         let threads = Some(threads);
-        let options = Options { threads, fast_weights, bf16_cache, activations, ..Options::default() };
+        let options = Options { threads, fast_weights, cache, activations, ..Options::default() };
         let mut cpu = Cpu::load(weights.clone(), options, &mut |_, _| {})?;
         let blocks = tokens.len().div_ceil(BLOCK_TOKENS);
         cpu.allocate_kv(blocks, blocks)?;
@@ -91,19 +91,20 @@ fn coarser(threads: usize) -> Result<Vec<(&'static str, f64)>> {
         let outputs = cpu.step(&Plan { sequences: vec![sequence] })?;
         Ok(outputs.into_iter().flat_map(|output| output.logits).collect())
     };
-    let exact = logits(false, false, Activations::F32)?;
+    let exact = logits(false, CacheFormat::F32, Activations::F32)?;
     let energy: f64 = exact.iter().map(|&e| f64::from(e).powi(2)).sum();
     [
-        ("--kv-cache-dtype bf16", false, true, Activations::F32),
-        ("--activations bf16", false, false, Activations::Bf16),
-        ("--activations int16", false, false, Activations::Int16),
-        ("--activations int8", false, false, Activations::Int8),
-        ("--weights fast", true, false, Activations::F32),
-        ("--weights fast --activations int8", true, false, Activations::Int8),
+        ("--kv-cache-dtype bf16", false, CacheFormat::Bf16, Activations::F32),
+        ("--kv-cache-dtype fp8", false, CacheFormat::E4m3, Activations::F32),
+        ("--activations bf16", false, CacheFormat::F32, Activations::Bf16),
+        ("--activations int16", false, CacheFormat::F32, Activations::Int16),
+        ("--activations int8", false, CacheFormat::F32, Activations::Int8),
+        ("--weights fast", true, CacheFormat::F32, Activations::F32),
+        ("--weights fast --activations int8", true, CacheFormat::F32, Activations::Int8),
     ]
     .into_iter()
-    .map(|(flags, fast, bf16, activations)| {
-        let found = logits(fast, bf16, activations)?;
+    .map(|(flags, fast, cache, activations)| {
+        let found = logits(fast, cache, activations)?;
         let error: f64 = found.iter().zip(&exact).map(|(f, e)| f64::from(f - e).powi(2)).sum();
         Ok((flags, (error / energy).sqrt()))
     })

@@ -11,7 +11,7 @@ use crate::commands::lines::{for_each_line, json_line, name, read_text};
 use crate::failure::{Failure, Result};
 use crate::loaded::backend;
 use crate::model::Model;
-use crate::report::not_measured;
+use crate::report::AskedFor;
 use crate::ui::{Ui, out};
 
 pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
@@ -33,11 +33,13 @@ pub(crate) fn run(args: &Eval, common: &Common, ui: Ui) -> Result<()> {
         limit = limit.min(its.max_context);
     }
     let windows = windows(&model, limit, options)?;
-    if let Some(left_out) = not_measured(&model.checkpoint, &options.run) {
+    let asked_for = AskedFor::by(&model.checkpoint);
+    let weights = model.weights(&options.run, common, ui)?;
+    let loaded = backend(weights, &options.run, common, ui)?;
+    if let Some(left_out) = asked_for.beside(&options.run, &loaded).hint() {
         ui.note(format_args!("note: {left_out}"));
     }
-    let weights = model.weights(&options.run, common, ui)?;
-    let mut model = backend(weights, &options.run, common, ui)?.at_work(&options.run);
+    let mut model = loaded.at_work(&options.run);
     let mut bar = ui.progress("Measuring", windows.len() as u64);
     match reference {
         None => {
