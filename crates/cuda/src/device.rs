@@ -270,6 +270,17 @@ impl Device {
         Device::open_with(self.ordinal, self.capability, true)
     }
 
+    /// The same GPU as if it had at most so many multiprocessors.
+    pub(crate) fn no_larger_than(self: &Arc<Self>, multiprocessors: usize) -> Result<Arc<Device>, Error> {
+        if self.multiprocessors <= multiprocessors {
+            return Ok(Arc::clone(self));
+        }
+        let mut device = Device::open_with(self.ordinal, self.capability, self.apart)?;
+        let own = Arc::get_mut(&mut device).expect("nobody else has it yet");
+        own.multiprocessors = multiprocessors;
+        Ok(device)
+    }
+
     /// Device name as the driver gives it.
     pub fn name(&self) -> &str {
         &self.name

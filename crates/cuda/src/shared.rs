@@ -268,8 +268,12 @@ impl Cuda {
                 config.intermediate_size
             ))
         })?;
+        // Of GPUs of different size each would choose kernels of its own, which do not add alike.
+        let least = devices.iter().map(|device| device.multiprocessors()).min().unwrap_or(0);
+        let devices =
+            devices.iter().map(|device| device.no_larger_than(least)).collect::<Result<Vec<_>, _>>()?;
         let mut near = true;
-        for device in devices {
+        for device in &devices {
             if device.capability() != devices[0].capability() {
                 return Err(Error::Unsupported(format!(
                     "a model on {} and {}, where all GPUs must be of one generation",
@@ -277,7 +281,7 @@ impl Cuda {
                     device.name()
                 )));
             }
-            for peer in devices {
+            for peer in &devices {
                 near &= device.reaches_memory_of(peer)?;
             }
         }

@@ -656,6 +656,34 @@ fn logits_that_are_no_numbers_are_told_of_the_sequence_that_has_them() {
     }
 }
 
+/// A prompt gives sliding blocks back before it has logits, which alone show that something in them is no number.
+#[test]
+fn blocks_that_a_damaged_prompt_gave_back_are_clean_when_they_begin_anew() {
+    let Some(device) = device() else { return };
+    let mut cuda = load(&device, &Damaged(odd(Format::Nvfp4)));
+    let mut text: Vec<u32> = vec![8; 96];
+    text[1] = DAMAGED;
+    let table: Arc<Vec<u32>> = Arc::new((0..6).collect());
+    let begin = SequencePlan {
+        tokens: text[..64].to_vec(),
+        full_blocks: Arc::clone(&table),
+        sliding_blocks: Arc::clone(&table),
+        ..SequencePlan::default()
+    };
+    let end = SequencePlan {
+        tokens: text[64..].to_vec(),
+        position: 64,
+        // Beyond the window.
+        sliding_blocks: vec![u32::MAX, u32::MAX, 2, 3, 4, 5].into(),
+        sample: vec![Sampling::default()],
+        ..begin.clone()
+    };
+    assert!(!run(&mut cuda, vec![begin])[0].corrupted, "nobody has looked");
+    assert!(run(&mut cuda, vec![end])[0].corrupted);
+    let after = SequencePlan { sample: vec![Sampling::default()], ..sequence(&[8; 5], 0, 0) };
+    assert!(!run(&mut cuda, vec![after])[0].corrupted);
+}
+
 /// Blocks of full and of sliding layers have numbers of their own, and those of sliding layers begin with the window.
 #[test]
 fn a_prompt_reads_no_blocks_but_its_own() {
@@ -1115,7 +1143,8 @@ fn the_self_test_passes() {
     all.extend(gpus(&device, 8).map(|devices| devices[..1 << devices.len().ilog2()].to_vec()));
     for devices in all {
         let tests = cuda::self_test(&devices).unwrap();
-        assert_eq!(tests.len(), 39);
+        // With several GPUs a single token of a wide model, too, and what was drawn there.
+        assert_eq!(tests.len(), if devices.len() > 1 { 41 } else { 39 });
         for test in tests {
             eprintln!("{} GPUs: {test:?}", devices.len());
             assert!(test.passed, "{test:?}");
