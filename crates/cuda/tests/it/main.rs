@@ -1015,22 +1015,13 @@ fn steps_that_begin_early_change_no_token() {
 fn check_early(device: &Arc<Device>, weights: &dyn Weights, prompt: &[u32], all_early: bool) {
     let drawn = |seed: u64| Sampling { temperature: 1.0, seed, ..Sampling::default() };
     let logprobs = |processed| Some(Logprobs { top: 3, ids: Vec::new(), processed });
-    let ways = [
+    let mut ways = vec![
         Sampling::default(),
         Sampling { logprobs: logprobs(false), ..Sampling::default() },
         drawn(1),
         Sampling { top_p: 0.9, logprobs: logprobs(true), ..drawn(2) },
         Sampling { temperature: 1000.0, top_p: 0.999, logprobs: logprobs(false), ..drawn(3) },
         Sampling { bias: vec![(11, -5.0), (13, 3.0)], min_p: 0.05, ..drawn(4) },
-        // Some of these heads are too large for the device, most are not: then a step that began early changes a row of its own while
-        // the host still needs that of the one before.
-        Sampling {
-            bias: vec![(11, -5.0)],
-            top_p: 0.9,
-            temperature: 0.45,
-            logprobs: logprobs(false),
-            ..drawn(5)
-        },
     ];
     // In turn with other work, all that the sequence says; then, how often a step had begun early.
     let say = |cuda: &mut Cuda,
@@ -1066,6 +1057,21 @@ fn check_early(device: &Arc<Device>, weights: &dyn Weights, prompt: &[u32], all_
     cuda.allocate_kv(blocks as usize, blocks as usize).unwrap();
     let mut eager = load_with(device, weights, Options { eager: true, ..Options::default() });
     eager.allocate_kv(blocks as usize, blocks as usize).unwrap();
+    // A temperature at which a few of the heads are too large for the device: then a step that began early must change a row of its own,
+    // while the host still needs that of the one before.
+    let (mut low, mut high) = (0.01f32, 100.0);
+    if !all_early {
+        ways.push(loop {
+            let temperature = (low * high).sqrt();
+            let bias = vec![(11, -5.0)];
+            let way = Sampling { bias, top_p: 0.9, temperature, logprobs: logprobs(false), ..drawn(5) };
+            match say(&mut cuda, 0, &way, 100, &mut |_, _| {}).1 {
+                20..=70 => break way,
+                early => *if early < 20 { &mut high } else { &mut low } = temperature,
+            }
+            assert!(low * 1.0001 < high, "no heads of different sizes at temperatures of {low}");
+        });
+    }
     for way in &ways {
         let (expected, early) = say(&mut eager, 0, way, 100, &mut |_, _| {});
         assert_eq!(early, 0);
