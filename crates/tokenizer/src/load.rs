@@ -1,6 +1,6 @@
 //! Reading a tokenizer: the built-in vocabulary, Hugging Face's `tokenizer.json`, tiktoken's file.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use crate::merge::{MAX_RANK, Merges};
 use crate::pieces::PATTERN;
-use crate::tokenizer::Tokenizer;
+use crate::tokenizer::{Spellings, Tokenizer};
 use crate::vocabulary::Vocabulary;
 
 /// What is wrong with a tokenizer file.
@@ -158,7 +158,12 @@ impl Tokenizer {
         let (vocab, merges) = (file.model.vocab.0, file.model.merges);
 
         let mut special: BTreeMap<u32, String> = BTreeMap::new();
+        let mut text = HashSet::new();
         for token in file.added_tokens {
+            // What is a control token of the model is none of a text, whatever the file says.
+            if token.special == Some(false) && O200K_SPECIAL.iter().all(|(_, name)| *name != token.content) {
+                text.insert(token.id);
+            }
             if let Some(other) = special.get(&token.id) {
                 return Err(Error::Invalid(format!(
                     "the added tokens {other:?} and {:?} have the same id: {}",
@@ -195,7 +200,7 @@ impl Tokenizer {
         }
         let vocabulary = vocabulary(&tokens)?;
         let merges = read_merges(&vocabulary, &merges)?;
-        build(vocabulary, merges, file.model.ignore_merges, special.into_iter().collect())
+        build(vocabulary, merges, file.model.ignore_merges, special.into_iter().collect(), &text)
     }
 }
 
@@ -276,14 +281,16 @@ fn from_ranks(tokens: &[impl AsRef<[u8]>]) -> Result<Tokenizer, Error> {
             .filter(|id| O200K_SPECIAL.iter().all(|(named, _)| named != id))
             .map(|id| (id, format!("<|reserved_{id}|>"))),
     );
-    build(vocabulary, Merges::ByRank, true, special)
+    build(vocabulary, Merges::ByRank, true, special, &HashSet::new())
 }
 
+/// `text` are those of the added tokens that are no special ones.
 fn build(
     vocabulary: Vocabulary,
     merges: Merges,
     whole_pieces: bool,
-    special_tokens: Vec<(u32, String)>,
+    added_tokens: Vec<(u32, String)>,
+    text: &HashSet<u32>,
 ) -> Result<Tokenizer, Error> {
     let mut bytes = [0; 256];
     for (byte, id) in (0u8..=255).zip(&mut bytes) {
@@ -291,14 +298,11 @@ fn build(
             .id(&[byte])
             .ok_or_else(|| Error::Invalid(format!("the single byte {byte:#04x} is not in the vocabulary")))?;
     }
-    let (mut special, mut spellings) = (HashMap::new(), HashMap::new());
-    let mut spelling_lengths = vec![Vec::new(); 256];
     let mut size = vocabulary.len();
-    for (id, spelling) in special_tokens {
-        let Some(&first) = spelling.as_bytes().first() else {
+    for (id, spelling) in &added_tokens {
+        if spelling.is_empty() {
             return Err(Error::Invalid(format!("the added token {id} has no spelling")));
-        };
-        spelling_lengths[usize::from(first)].push(spelling.len());
+        }
         if spelling.len() > MAX_TOKEN {
             return Err(Error::TooLarge {
                 what: format!("too many bytes in the added token {id}"),
@@ -306,17 +310,25 @@ fn build(
                 found: spelling.len() as u64,
             });
         }
-        if spellings.insert(spelling.clone(), id).is_some() {
-            return Err(Error::Invalid(format!("two special tokens are spelled {spelling:?}")));
-        }
-        size = size.max(id as usize + 1);
-        special.insert(id, spelling);
+        size = size.max(*id as usize + 1);
     }
-    for lengths in &mut spelling_lengths {
-        lengths.sort_unstable_by(|a, b| b.cmp(a));
-        lengths.dedup();
-    }
-    Ok(Tokenizer { vocabulary, merges, whole_pieces, bytes, special, spellings, spelling_lengths, size })
+    let spellings = |tokens: &[(u32, String)]| {
+        Spellings::new(tokens)
+            .map_err(|twice| Error::Invalid(format!("two added tokens are spelled {twice:?}")))
+    };
+    let all = spellings(&added_tokens)?;
+    let (added, special): (Vec<_>, Vec<_>) = added_tokens.into_iter().partition(|(id, _)| text.contains(id));
+    Ok(Tokenizer {
+        vocabulary,
+        merges,
+        whole_pieces,
+        bytes,
+        spellings: all,
+        added_spellings: spellings(&added)?,
+        special: special.into_iter().collect(),
+        added: added.into_iter().collect(),
+        size,
+    })
 }
 
 /// Undoes the byte-level alphabet: printable Latin-1 stands for itself, the other 68 bytes are U+0100 and up in order.
@@ -401,6 +413,8 @@ impl Merge {
 struct AddedToken {
     id: u32,
     content: String,
+    /// Of those that are no special ones text is made: they are found in what users write, and seen in answers.
+    special: Option<bool>,
     #[serde(default)]
     single_word: bool,
     #[serde(default)]

@@ -108,6 +108,30 @@ fn added_tokens_may_be_spelled_in_any_way() {
     assert!(tokenizer.encode(text).iter().all(|&id| !tokenizer.is_special(id)));
 }
 
+#[test]
+fn added_tokens_that_are_not_special_are_text() {
+    let mut file = read("models/tiny-gpt-oss/tokenizer.json");
+    let added = file["added_tokens"].as_array_mut().unwrap();
+    added.iter_mut().for_each(|token| token["special"] = json!(false));
+    for (id, spelling, special) in [(4096, "<think>", false), (4097, " and", false), (4098, "[PAD]", true)] {
+        added.push(json!({"id": id, "content": spelling, "special": special}));
+    }
+    let tokenizer = Tokenizer::from_json(file.to_string().as_bytes()).unwrap();
+    let plain = Tokenizer::from_file(&root("models/tiny-gpt-oss/tokenizer.json")).unwrap();
+    // Whatever the file says, nobody writes a control token.
+    let text = "salt and<think>sand<|start|>[PAD]";
+    let expected = [&plain.encode("salt")[..], &[4097, 4096], &plain.encode("sand<|start|>[PAD]")];
+    assert_eq!(tokenizer.encode(text), expected.concat());
+    let start = plain.special("<|start|>").unwrap();
+    let expected = [&plain.encode("salt")[..], &[4097, 4096], &plain.encode("sand"), &[start, 4098]];
+    let ids = tokenizer.encode_with_special(text);
+    assert_eq!(ids, expected.concat());
+    assert_eq!(tokenizer.decode(&ids), text);
+    assert_eq!([4096, 4097, 4098, start].map(|id| tokenizer.is_special(id)), [false, false, true, true]);
+    assert_eq!((tokenizer.special("<think>"), tokenizer.special("[PAD]")), (None, Some(4098)));
+    assert_eq!(tokenizer.token_bytes(4096), Some(&b"<think>"[..]));
+}
+
 /// A quadratic algorithm would take minutes to hours on these.
 #[test]
 fn a_mebibyte_of_anything_is_encoded() {
