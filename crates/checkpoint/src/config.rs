@@ -107,15 +107,31 @@ impl Config {
         let layer_kinds = layer_kinds(top, layers)?;
 
         let rope_type = read.one(&["rope.rope_type", "rope.type"])?;
+        let published = read.rope.is_empty() && read.one(&["rope_scaling_factor"])?.is_none();
         let factor = match rope_type {
             Some((_, kind)) if kind == "default" => 1.0,
             Some((name, kind)) if kind != "yarn" => {
                 return Err(Error::field(FILE, name, "\"yarn\" or \"default\"", kind));
             }
-            _ => read.positive(&["rope.factor", "rope_scaling_factor"])?.unwrap_or(1.0),
+            _ => match read.positive(&["rope.factor", "rope_scaling_factor"])? {
+                Some(factor) => factor,
+                // As transformers reads it.
+                None if published => {
+                    warnings.push(format!(
+                        "{FILE}: neither `rope_scaling` nor `rope_parameters`; the rotary embedding is read as that of the published \
+                         models, YaRN with a factor of {PUBLISHED_FACTOR}"
+                    ));
+                    PUBLISHED_FACTOR
+                }
+                None if rope_type.is_some() => {
+                    return Err(Error::field(FILE, "rope_scaling.factor", "a positive number", "nothing"));
+                }
+                None => 1.0,
+            },
         };
         let original_context = read
-            .optional_size(&["rope.original_max_position_embeddings", "initial_context_length"], MAX_SIZE)?;
+            .optional_size(&["rope.original_max_position_embeddings", "initial_context_length"], MAX_SIZE)?
+            .or(published.then_some(PUBLISHED_ORIGINAL_CONTEXT));
         let max_context = match read.optional_size(&["max_position_embeddings"], MAX_SIZE)? {
             Some(context) => context,
             None => {
@@ -188,7 +204,11 @@ impl Config {
             experts: read.size(&["num_local_experts", "num_experts"], MAX_SIZE)?,
             experts_per_token: read.size(&["num_experts_per_tok", "experts_per_token"], MAX_SIZE)?,
             vocab_size: read.size(&["vocab_size"], MAX_SIZE)?,
-            sliding_window: read.size(&["sliding_window"], MAX_SIZE)?,
+            // Where no layer has one it need not be said.
+            sliding_window: match read.optional_size(&["sliding_window"], MAX_SIZE)? {
+                None if !layer_kinds.contains(&LayerKind::Sliding) => max_context,
+                _ => read.size(&["sliding_window"], MAX_SIZE)?,
+            },
             layer_kinds,
             rms_norm_eps: read.positive(&["rms_norm_eps"])?.unwrap_or(1e-5),
             swiglu_limit: read.positive(&["swiglu_limit"])?.unwrap_or(7.0),
@@ -218,10 +238,10 @@ impl Config {
             swiglu_alpha: 1.702,
             rope: Rope {
                 base: 150_000.0,
-                factor: 32.0,
+                factor: PUBLISHED_FACTOR,
                 beta_fast: 32.0,
                 beta_slow: 1.0,
-                original_context: 4096,
+                original_context: PUBLISHED_ORIGINAL_CONTEXT,
                 truncate: false,
             },
             max_context: 131_072,
@@ -363,6 +383,10 @@ impl Config {
 
 /// How the file is called in messages.
 const FILE: &str = "config.json";
+
+/// YaRN's factor and original context of the published models.
+const PUBLISHED_FACTOR: f32 = 32.0;
+const PUBLISHED_ORIGINAL_CONTEXT: usize = 4096;
 
 /// The largest single dimension.
 const MAX_SIZE: usize = 1 << 24;

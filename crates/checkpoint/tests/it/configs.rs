@@ -45,6 +45,22 @@ fn all_spellings_of_the_published_model_are_one() {
     });
     assert_eq!(read(&original).unwrap(), expected);
 
+    // Without a word about it, as transformers reads it.
+    let mut silent = published();
+    for value in [None, Some(Value::Null)] {
+        silent.as_object_mut().unwrap().remove("rope_scaling");
+        silent.as_object_mut().unwrap().extend(value.map(|value| ("rope_scaling".to_owned(), value)));
+        let (config, warnings) = Config::from_value(&silent).unwrap();
+        assert_eq!(config, Config::gpt_oss_20b());
+        assert!(warnings.len() == 1 && warnings[0].contains("YaRN with a factor of 32"), "{warnings:?}");
+    }
+    // A window that no layer has need not be said.
+    let mut full = published();
+    full["layer_types"] = vec!["full_attention"; 24].into();
+    full["sliding_window"] = Value::Null;
+    let (config, warnings) = Config::from_value(&full).unwrap();
+    assert!(config.layer_kinds.iter().all(|&kind| kind == LayerKind::Full) && warnings.is_empty());
+
     let mut without = published();
     without["rope_scaling"].as_object_mut().unwrap().remove("truncate");
     let (config, warnings) = read(&without).unwrap();
@@ -81,6 +97,8 @@ fn fields_that_cannot_be_are_refused_by_name() {
         ("/rope_scaling/rope_theta", json!(10000), "rope_theta"),
         ("/rope_scaling/rope_type", json!("linear"), "rope_type"),
         ("/rope_scaling/factor", json!(-1), "factor"),
+        ("/rope_scaling/factor", Value::Null, "factor"),
+        ("/sliding_window", Value::Null, "sliding_window"),
         ("/rope_scaling/factor", json!(1e300), "factor"),
         ("/rope_scaling/beta_slow", json!(32), "beta_fast"),
         ("/rope_scaling/attention_factor", json!(2), "attention_factor"),
