@@ -3,6 +3,7 @@
 //! Files arrive as `blobs/<digest>.incomplete`, are continued where they broke off, checked, and only then get their final
 //! name; `snapshots/<commit>/` links to them. Nothing here runs unless a command was given a hub name.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, Write};
 use std::path::{Component, Path, PathBuf};
@@ -13,7 +14,8 @@ use serde::Deserialize;
 use sha1::Sha1;
 use sha2::{Digest, Sha256};
 
-use crate::unfinished::hex;
+use crate::reader::{INDEX, SINGLE};
+use crate::unfinished::{hex, without_locks};
 
 /// A hub and the cache of what came from it.
 pub struct Hub {
@@ -25,6 +27,8 @@ pub struct Hub {
     pub cache: PathBuf,
     /// Never connect: take what the cache has.
     pub offline: bool,
+    /// Certificate authorities in PEM, trusted in place of those that are built in.
+    pub authorities: Option<PathBuf>,
 }
 
 /// Which files are fetched.
@@ -72,7 +76,7 @@ pub enum Error {
     Refused {
         /// The model.
         name: String,
-        /// 401 or 403.
+        /// Of the fours, but for 404 and those that ask to try again.
         status: u16,
     },
     /// There is no such model or revision.
@@ -101,6 +105,21 @@ pub enum Error {
         /// What arrived.
         found: String,
     },
+    /// It lacks a file that is needed.
+    #[error("{name}: expected {expected} among its files on the hub, found {found}")]
+    Incomplete {
+        /// The model.
+        name: String,
+        /// The file.
+        expected: &'static str,
+        /// What is there in its place.
+        found: &'static str,
+    },
+    /// The token cannot be sent.
+    #[error(
+        "the hub's token, of HF_TOKEN or the file `token` in HF_HOME: expected visible ASCII characters on one line, found others"
+    )]
+    Token,
     /// The hub's answer makes no sense.
     #[error("{name}: the hub's answer is not valid: {message}")]
     Answer {
@@ -111,8 +130,14 @@ pub enum Error {
     },
 }
 
-/// Failed attempts without a single new byte after which a file is given up.
-const ATTEMPTS: u32 = 4;
+/// Failed attempts without a single new byte after which a file is given up: half a minute of pauses.
+const ATTEMPTS: u32 = 9;
+
+/// Failed attempts after which a hub counts as out of reach: before the first file people wait.
+const LISTING_ATTEMPTS: u32 = 4;
+
+/// The longest time that is waited when the hub asks for none.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 
 /// A body that takes longer is cut off and continued: the bound on a connection that stalls.
 const BODY_TIMEOUT: Duration = Duration::from_secs(300);
@@ -136,6 +161,7 @@ impl std::fmt::Debug for Hub {
             .field("token", &token)
             .field("cache", &self.cache)
             .field("offline", &self.offline)
+            .field("authorities", &self.authorities)
             .finish()
     }
 }
@@ -156,15 +182,18 @@ pub fn is_hub_name(text: &str) -> bool {
 
 impl Hub {
     /// The hub of the environment: `HF_ENDPOINT`, `HF_TOKEN` (or the token file), `HF_HUB_CACHE`, `HF_HOME`,
-    /// `HF_HUB_OFFLINE`.
+    /// `HF_HUB_OFFLINE`, and `SSL_CERT_FILE` or `REQUESTS_CA_BUNDLE`.
     pub fn from_env() -> Hub {
         let var = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let home = var("HF_HOME").map(PathBuf::from).unwrap_or_else(|| {
-            let cache = var("XDG_CACHE_HOME").map(PathBuf::from);
-            // Without HOME, as services have it, that of the user's entry in the system.
-            cache
-                .unwrap_or_else(|| std::env::home_dir().unwrap_or_default().join(".cache"))
-                .join("huggingface")
+        // Without HOME, as services have it, that of the user's entry in the system.
+        let user = || std::env::home_dir().unwrap_or_default();
+        // Where no shell has seen to `~`.
+        let path = |name: &str| {
+            let path = PathBuf::from(var(name)?);
+            Some(path.strip_prefix("~").map(|rest| user().join(rest)).unwrap_or(path))
+        };
+        let home = path("HF_HOME").unwrap_or_else(|| {
+            path("XDG_CACHE_HOME").unwrap_or_else(|| user().join(".cache")).join("huggingface")
         });
         let stored = || fs::read_to_string(home.join("token")).ok();
         let token = var("HF_TOKEN").or_else(stored).map(|t| t.trim().to_owned());
@@ -175,8 +204,9 @@ impl Hub {
                 |url| url.trim_end_matches('/').to_owned(),
             ),
             token: token.filter(|t| !t.is_empty()),
-            cache: var("HF_HUB_CACHE").map_or_else(|| home.join("hub"), PathBuf::from),
+            cache: path("HF_HUB_CACHE").unwrap_or_else(|| home.join("hub")),
             offline: var("HF_HUB_OFFLINE").is_some_and(|value| !off(&value)),
+            authorities: path("SSL_CERT_FILE").or_else(|| path("REQUESTS_CA_BUNDLE")),
         }
     }
 
@@ -208,16 +238,25 @@ impl Hub {
             }
             other => other?,
         };
-        let listed = listing.files(name, files)?;
-        let total = listed.iter().map(|file| file.size).sum();
+        let mut listed = listing.files(name, files)?;
         let snapshot = folder.join("snapshots").join(&listing.sha);
+        let get = |file: &Remote, report: &mut dyn FnMut(u64)| {
+            if snapshot.join(&file.name).exists() {
+                return Ok(());
+            }
+            let blob = self.download(name, &listing.sha, file, &folder, report)?;
+            link(&snapshot, &file.name, &blob)
+        };
+        // What it does not name nobody reads.
+        if let Some(file) = listed.iter().find(|file| file.name == INDEX) {
+            get(file, &mut |_| {})?;
+        }
+        keep_the_models(&mut listed, indexed(&snapshot));
+        let total = listed.iter().map(|file| file.size).sum();
         let mut before = 0;
         for file in &listed {
             let report = &mut |done| progress(Progress { file: &file.name, done: before + done, total });
-            if !snapshot.join(&file.name).exists() {
-                let blob = self.download(name, &listing.sha, file, &folder, report)?;
-                link(&snapshot, &file.name, &blob)?;
-            }
+            get(file, report)?;
             report(file.size);
             before += file.size;
         }
@@ -239,7 +278,7 @@ impl Hub {
                     return serde_json::from_slice(&body)
                         .map_err(|e| Error::Answer { name: name.to_owned(), message: e.to_string() });
                 }
-                Err(Failed { error: Error::Network { .. }, wait }) if failures < ATTEMPTS => {
+                Err(Failed { error: Error::Network { .. }, wait }) if failures < LISTING_ATTEMPTS => {
                     failures += 1;
                     std::thread::sleep(wait.max(pause(failures)));
                 }
@@ -274,14 +313,14 @@ impl Hub {
         let lock = blobs.join(format!("{}.lock", file.digest));
         let lock_file = File::create(&lock).map_err(io(&lock))?;
         match lock_file.lock() {
-            // Some network file systems know no locks.
-            Err(error) if error.kind() != std::io::ErrorKind::Unsupported => return Err(io(&lock)(error)),
+            Err(error) if !without_locks(&error) => return Err(io(&lock)(error)),
             _ => {}
         }
         if blob.exists() {
             return Ok(blob);
         }
-        let url = format!("{}/{name}/resolve/{commit}/{}", self.endpoint, file.name);
+        let path: Vec<String> = file.name.split('/').map(encoded).collect();
+        let url = format!("{}/{name}/resolve/{commit}/{}", self.endpoint, path.join("/"));
         let mut out = OpenOptions::new()
             .read(true)
             .append(true)
@@ -365,30 +404,52 @@ impl Hub {
             .max_redirects_will_error(false)
             .http_status_as_error(false)
             .user_agent(concat!("nibble/", env!("CARGO_PKG_VERSION")))
+            .tls_config(ureq::tls::TlsConfig::builder().root_certs(self.roots()?).build())
             .build();
+        let token = self.token.as_ref().map(|token| format!("Bearer {token}"));
+        let token = token.map(ureq::http::HeaderValue::try_from).transpose().map_err(|_| Error::Token)?;
         let agent = ureq::Agent::new_with_config(config);
+        let wrong = |message: &str| Error::Answer { name: url.to_owned(), message: message.to_owned() };
         let mut target = url.to_owned();
         for _ in 0..=REDIRECTS {
             let mut request = agent.get(&target);
-            if let Some(token) = self.token.as_ref().filter(|_| origin(&target) == origin(&self.endpoint)) {
-                request = request.header("Authorization", format!("Bearer {token}"));
+            if let Some(token) = token.as_ref().filter(|_| origin(&target) == origin(&self.endpoint)) {
+                request = request.header("Authorization", token);
             }
             if from > 0 {
                 request = request.header("Range", format!("bytes={from}-"));
             }
-            let answer = request.call().map_err(|e| network(url, e))?;
+            let proxy = || {
+                let uri = target.parse().ok();
+                let proxy =
+                    agent.config().proxy().filter(|proxy| uri.is_some_and(|uri| !proxy.is_no_proxy(&uri)));
+                proxy.map_or_else(String::new, |p| format!(", by the proxy {}:{}", p.host(), p.port()))
+            };
+            let answer = request.call().map_err(|error| network(url, format!("{error}{}", proxy())))?;
             if !answer.status().is_redirection() {
                 return Ok(answer);
             }
             let location = answer.headers().get("location").and_then(|v| v.to_str().ok());
-            let location = location.ok_or_else(|| network(url, "a redirect without a location"))?;
-            target = if location.starts_with('/') && !location.starts_with("//") {
-                format!("{}{location}", origin(&target))
-            } else {
-                location.to_owned()
-            };
+            target = redirected(&target, location.ok_or_else(|| wrong("a redirect without a location"))?);
         }
-        Err(network(url, format!("more than {REDIRECTS} redirects")))
+        Err(wrong(&format!("more than {REDIRECTS} redirects")))
+    }
+
+    /// The authorities whose certificates are trusted.
+    fn roots(&self) -> Result<ureq::tls::RootCerts, Error> {
+        let Some(path) = &self.authorities else { return Ok(ureq::tls::RootCerts::WebPki) };
+        let pem = fs::read(path).map_err(io(path))?;
+        let certificates: Vec<_> = ureq::tls::parse_pem(&pem)
+            .filter_map(|item| match item {
+                Ok(ureq::tls::PemItem::Certificate(certificate)) => Some(certificate),
+                _ => None,
+            })
+            .collect();
+        if certificates.is_empty() {
+            let message = "expected certificates in PEM, found none";
+            return Err(io(path)(std::io::Error::new(std::io::ErrorKind::InvalidData, message)));
+        }
+        Ok(ureq::tls::RootCerts::new_with_certs(&certificates))
     }
 }
 
@@ -466,9 +527,15 @@ impl Listing {
             let (name, digest) = (sibling.rfilename.clone(), digest.to_lowercase());
             files.push(Remote { name, size, digest, sha256: sibling.lfs.is_some() });
         }
-        let needed = wanted.needed();
-        if !files.iter().any(|file| file.name == needed) {
-            return Err(wrong(format!("there is no {needed}")));
+        let expected = wanted.needed();
+        if !files.iter().any(|file| file.name == expected) {
+            let there = |test: &dyn Fn(&str) -> bool| self.siblings.iter().any(|s| test(&s.rfilename));
+            let found = match wanted {
+                Files::Model if there(&|name| name == "adapter_config.json") => "an adapter",
+                Files::Model if there(&|name| name.ends_with(".gguf")) => "GGUF files",
+                _ => "none of that name",
+            };
+            return Err(Error::Incomplete { name: name.to_owned(), expected, found });
         }
         Ok(files)
     }
@@ -477,7 +544,7 @@ impl Listing {
 impl Files {
     /// Whether a file is one of them. Names that leave the folder are, and are refused later.
     fn include(self, name: &str) -> bool {
-        const NAMES: [&str; 8] = [
+        const NAMES: [&str; 9] = [
             "config.json",
             "generation_config.json",
             "tokenizer.json",
@@ -486,16 +553,13 @@ impl Files {
             "chat_template.jinja",
             "hf_quant_config.json",
             "model.safetensors.index.json",
+            // Names the licence.
+            "README.md",
         ];
         let fake = name.strip_prefix("fake_quant/").is_some_and(|rest| !rest.contains('/'));
         match self {
             Files::Tokenizer => name == self.needed(),
-            Files::Model => {
-                NAMES.contains(&name)
-                    || fake
-                    || (name.ends_with(".safetensors") && !name.contains('/'))
-                    || name.contains("..")
-            }
+            Files::Model => NAMES.contains(&name) || fake || is_weights(name) || name.contains(".."),
         }
     }
 
@@ -518,17 +582,41 @@ impl Files {
     }
 }
 
-/// Whether the weights of a snapshot are all there.
-fn has_weights(snapshot: &Path) -> bool {
+fn is_weights(name: &str) -> bool {
+    name.ends_with(".safetensors") && !name.contains('/')
+}
+
+/// Of a listing's tensor files leaves those that the reader takes: what the index names, if it is all there, else the one file
+/// with everything, else all.
+fn keep_the_models(listed: &mut Vec<Remote>, indexed: Option<BTreeSet<String>>) {
+    let there: BTreeSet<&str> = listed.iter().map(|file| file.name.as_str()).collect();
+    let whole = indexed.filter(|indexed| indexed.iter().all(|name| there.contains(name.as_str())));
+    let single = || BTreeSet::from([SINGLE.to_owned()]);
+    let taken = whole.or_else(|| there.contains(SINGLE).then(single));
+    if let Some(taken) = taken {
+        listed.retain(|file| !is_weights(&file.name) || taken.contains(&file.name));
+    }
+}
+
+/// The tensor files that the index of a snapshot names; `None` without one that can be read.
+fn indexed(snapshot: &Path) -> Option<BTreeSet<String>> {
     #[derive(Deserialize)]
     struct Index {
-        weight_map: std::collections::BTreeMap<String, String>,
+        weight_map: BTreeMap<String, String>,
     }
-    match fs::read(snapshot.join("model.safetensors.index.json")) {
-        Ok(index) => serde_json::from_slice::<Index>(&index).is_ok_and(|index| {
-            index.weight_map.values().all(|file| is_plain_path(file) && snapshot.join(file).exists())
-        }),
-        Err(_) => snapshot.join("model.safetensors").exists() || has_shards(snapshot),
+    let index = fs::read(snapshot.join(INDEX)).ok()?;
+    Some(serde_json::from_slice::<Index>(&index).ok()?.weight_map.into_values().collect())
+}
+
+/// Whether the weights of a snapshot are all there.
+fn has_weights(snapshot: &Path) -> bool {
+    let single = || snapshot.join(SINGLE).exists();
+    match indexed(snapshot) {
+        Some(names) => {
+            single() || names.iter().all(|file| is_plain_path(file) && snapshot.join(file).exists())
+        }
+        None if snapshot.join(INDEX).exists() => false,
+        None => single() || has_shards(snapshot),
     }
 }
 
@@ -626,12 +714,12 @@ fn check_status(answer: &Answer, name: &str, revision: &str, url: &str) -> Resul
     let status = answer.status().as_u16();
     match status {
         200 | 206 => Ok(()),
-        401 | 403 => Err(Error::Refused { name: name.to_owned(), status }.into()),
         404 => Err(Error::NotFound { name: name.to_owned(), revision: revision.to_owned() }.into()),
         429 => {
             let wait = answer.headers().get("retry-after").and_then(|v| v.to_str().ok());
             Err(Failed { error: network(url, "status 429"), wait: asked_for(wait.unwrap_or_default()) })
         }
+        400..500 if status != 408 => Err(Error::Refused { name: name.to_owned(), status }.into()),
         other => Err(network(url, format!("status {other}")).into()),
     }
 }
@@ -643,6 +731,23 @@ fn origin(url: &str) -> &str {
     &url[..end]
 }
 
+/// Where a redirect leads from `url`: to an address, another one of the same scheme or host, or one beside it.
+fn redirected(url: &str, location: &str) -> String {
+    let origin = origin(url);
+    let is_scheme = |text: &str| text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c));
+    if location.split_once("://").is_some_and(|(scheme, _)| is_scheme(scheme)) {
+        location.to_owned()
+    } else if location.starts_with("//") {
+        format!("{}:{location}", origin.split(':').next().unwrap_or_default())
+    } else if location.starts_with('/') {
+        format!("{origin}{location}")
+    } else {
+        let path = url[origin.len()..].split(['?', '#']).next().unwrap_or_default();
+        let folder = path.rfind('/').map_or("/", |end| &path[..=end]);
+        format!("{origin}{folder}{location}")
+    }
+}
+
 /// What `Retry-After` asks for, in seconds; a date, which the hub does not write, for no more than the usual pause.
 fn asked_for(retry_after: &str) -> Duration {
     Duration::from_secs(retry_after.trim().parse().unwrap_or(0).min(LONGEST_WAIT))
@@ -650,7 +755,7 @@ fn asked_for(retry_after: &str) -> Duration {
 
 /// Doubles from a tenth of a second.
 fn pause(failures: u32) -> Duration {
-    Duration::from_millis(50 << failures.min(6))
+    Duration::from_millis(50 << failures.min(8)).min(LONGEST_PAUSE)
 }
 
 fn network(url: &str, message: impl std::fmt::Display) -> Error {

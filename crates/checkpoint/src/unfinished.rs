@@ -41,8 +41,7 @@ impl Unfinished {
             Err(TryLockError::WouldBlock) => {
                 return Err(Error::file(directory, "no other process that writes there", "one that does"));
             }
-            // Some network file systems know no locks.
-            Err(TryLockError::Error(error)) if error.kind() != ErrorKind::Unsupported => {
+            Err(TryLockError::Error(error)) if !without_locks(&error) => {
                 return Err(Error::io(&path)(error));
             }
             _ => {}
@@ -84,6 +83,12 @@ impl Unfinished {
         let written = self.journal.write_all(text.as_bytes()).and_then(|()| self.journal.sync_data());
         written.map_err(Error::io(&self.directory.join(JOURNAL)))
     }
+}
+
+/// Whether a file was not locked because its file system knows no locks, as some on a network; work goes on without.
+pub(crate) fn without_locks(error: &std::io::Error) -> bool {
+    // NFS says that there are no locks available.
+    error.kind() == ErrorKind::Unsupported || error.raw_os_error() == Some(libc::ENOLCK)
 }
 
 /// Refuses what is not empty and has no journal: it is nobody's unfinished work, and stays as it is.

@@ -229,8 +229,11 @@ fn hub_failure(error: &hub::Error) -> Failure {
     let message = error.to_string();
     match error {
         hub::Error::Io { .. } | hub::Error::Network { .. } => Failure::machine(message),
-        hub::Error::Refused { .. } => {
+        hub::Error::Refused { status: 401 | 403, .. } => {
             Failure::input(message).hint("set HF_TOKEN, and accept the model's licence on its page")
+        }
+        hub::Error::Incomplete { found: "an adapter", .. } => {
+            Failure::input(message).hint("merge it into the model that it was trained on first")
         }
         _ => Failure::input(message),
     }

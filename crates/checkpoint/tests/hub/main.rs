@@ -132,7 +132,8 @@ fn answer(
         return stream.write_all(listing.as_bytes());
     }
     let name = path.strip_prefix(&format!("/owner/name/resolve/{COMMIT}/"));
-    let Some((name, bytes)) = name.and_then(|name| files.get_key_value(name)) else {
+    let name = name.map(decoded);
+    let Some((name, bytes)) = name.and_then(|name| files.get_key_value(&name)) else {
         return head("404 Not Found", "", 0);
     };
     if let Some(other) = behaviour.redirect.lock().unwrap().as_ref() {
@@ -155,12 +156,23 @@ fn answer(
     Ok(())
 }
 
+/// A path without its percent signs.
+fn decoded(path: &str) -> String {
+    let mut parts = path.split('%');
+    let first = parts.next().unwrap_or_default().to_owned();
+    parts.fold(first, |path, part| {
+        let (code, rest) = part.split_at(2);
+        format!("{path}{}{rest}", char::from(u8::from_str_radix(code, 16).unwrap()))
+    })
+}
+
 fn hub(server: &Server, cache: &Path) -> Hub {
     Hub {
         endpoint: server.url.clone(),
         token: Some("secret".to_owned()),
         cache: cache.to_owned(),
         offline: false,
+        authorities: None,
     }
 }
 
@@ -238,6 +250,7 @@ fn shards_without_an_index_are_a_model_offline_if_none_is_missing() {
 #[test]
 fn a_tokenizer_comes_alone_and_is_no_model() {
     let (server, cache) = (good(), tempfile::tempdir().unwrap());
+    let (model, listing_of) = (fetch, listing);
     let fetch = |hub: &Hub, files| hub.fetch("owner/name", None, files, &mut |_| {});
     let online = hub(&server, cache.path());
     let snapshot = fetch(&online, Files::Tokenizer).unwrap();
@@ -255,7 +268,83 @@ fn a_tokenizer_comes_alone_and_is_no_model() {
     let listing = listing(&files);
     let (server, cache) = (serve(files, &listing), tempfile::tempdir().unwrap());
     let error = fetch(&hub(&server, cache.path()), Files::Tokenizer).unwrap_err().to_string();
-    assert!(error.contains("there is no tokenizer.json"), "{error}");
+    assert_eq!(
+        error,
+        "owner/name: expected tokenizer.json among its files on the hub, found none of that name"
+    );
+    for (name, found) in [("adapter_config.json", "an adapter"), ("model-Q4_K_M.gguf", "GGUF files")] {
+        let files = HashMap::from([(name.to_owned(), b"{}".to_vec())]);
+        let (server, cache) = (serve(files.clone(), &listing_of(&files)), tempfile::tempdir().unwrap());
+        match model(&hub(&server, cache.path())) {
+            Err(Error::Incomplete { expected: "config.json", found: there, .. }) => assert_eq!(there, found),
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+/// A listing may have a model twice, and tensors that are no part of it.
+#[test]
+fn of_tensor_files_only_those_are_fetched_that_are_read() {
+    const INDEX: &str = "model.safetensors.index.json";
+    let fetched = |names: &[&str], indexed: &[&str]| {
+        let mut files: HashMap<String, Vec<u8>> =
+            names.iter().map(|name| ((*name).to_owned(), name.as_bytes().to_vec())).collect();
+        files.insert("config.json".to_owned(), contents()["config.json"].clone());
+        if !indexed.is_empty() {
+            let map: HashMap<&str, &str> = indexed.iter().map(|name| (*name, *name)).collect();
+            files.insert(INDEX.to_owned(), serde_json::json!({"weight_map": map}).to_string().into_bytes());
+        }
+        let mut listing = listing(&files);
+        for sibling in listing["siblings"].as_array_mut().unwrap() {
+            if sibling["rfilename"] == INDEX {
+                sibling["lfs"] =
+                    serde_json::json!({"sha256": hex(&files[INDEX]), "size": files[INDEX].len()});
+            }
+        }
+        let (server, cache) = (serve(files, &listing), tempfile::tempdir().unwrap());
+        let mut last = (0, 0);
+        let snapshot = hub(&server, cache.path())
+            .fetch("owner/name", None, Files::Model, &mut |p| last = (p.done, p.total))
+            .unwrap();
+        assert_eq!(last.0, last.1);
+        let offline = Hub { offline: true, ..hub(&server, cache.path()) };
+        assert_eq!(fetch(&offline).unwrap(), snapshot);
+        let mut names: Vec<String> = std::fs::read_dir(&snapshot)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .filter(|name| name.ends_with(".safetensors"))
+            .collect();
+        names.sort_unstable();
+        names
+    };
+    let (single, shards) = ("model.safetensors", ["a b.safetensors", "a#b?c%2e.safetensors"]);
+    let all = [&[single, "consolidated.safetensors", "adapter_model.safetensors"][..], &shards].concat();
+    assert_eq!(fetched(&all, &shards), shards);
+    // An index of which files are missing is one that saving in one file left there.
+    assert_eq!(fetched(&all, &[shards[0], "gone.safetensors"]), [single]);
+    assert_eq!(fetched(&[single, "consolidated.safetensors"], &[]), [single]);
+}
+
+#[test]
+fn a_redirect_may_be_relative() {
+    let (server, other, cache) = (good(), good(), tempfile::tempdir().unwrap());
+    let host = other.url.strip_prefix("http:").unwrap();
+    *server.behaviour.redirect.lock().unwrap() = Some(host.to_owned());
+    fetch(&hub(&server, cache.path())).unwrap();
+    assert_eq!(other.behaviour.authorized.load(Ordering::SeqCst), 0);
+    assert!(other.behaviour.sent.load(Ordering::SeqCst) > 0);
+}
+
+#[test]
+fn what_cannot_be_sent_or_trusted_is_named() {
+    let (server, cache) = (good(), tempfile::tempdir().unwrap());
+    let split = Hub { token: Some("two\nlines".to_owned()), ..hub(&server, cache.path()) };
+    assert!(matches!(fetch(&split), Err(Error::Token)));
+    let none = cache.path().join("authorities.pem");
+    std::fs::write(&none, "no certificate").unwrap();
+    let untrusting = Hub { authorities: Some(none.clone()), ..hub(&server, cache.path()) };
+    let error = fetch(&untrusting).unwrap_err().to_string();
+    assert!(error.contains("authorities.pem: expected certificates in PEM"), "{error}");
 }
 
 #[test]
@@ -334,13 +423,13 @@ fn redirects_do_not_carry_the_token() {
     // In circles there is an end.
     *other.behaviour.redirect.lock().unwrap() = Some(other.url.clone());
     let empty = tempfile::tempdir().unwrap();
-    assert!(matches!(fetch(&hub(&server, empty.path())), Err(Error::Network { .. })));
+    assert!(matches!(fetch(&hub(&server, empty.path())), Err(Error::Answer { .. })));
 }
 
 #[test]
 fn refusals_are_told_apart_and_never_show_the_token() {
     let cache = tempfile::tempdir().unwrap();
-    for (status, refused) in [(401, true), (403, true), (404, false)] {
+    for (status, refused) in [(401, true), (403, true), (410, true), (404, false)] {
         let server = good();
         *server.behaviour.refuse.lock().unwrap() = (1, status);
         let error = fetch(&hub(&server, cache.path())).unwrap_err();
