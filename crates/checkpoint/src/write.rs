@@ -8,7 +8,7 @@ use std::collections::HashSet;
 use std::fs::{self, File, OpenOptions};
 use std::io::{ErrorKind, Write};
 use std::ops::ControlFlow;
-use std::os::unix::fs::FileExt;
+use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
 use half::bf16;
@@ -142,10 +142,7 @@ pub fn write(
     let exists = fs::symlink_metadata(out).is_ok() && !is_empty(out);
 
     let plan = Plan::new(weights, target)?;
-    let parent = match out.parent() {
-        Some(parent) if parent != Path::new("") => parent,
-        _ => Path::new("."),
-    };
+    let parent = parent(out);
     fs::create_dir_all(parent).map_err(Error::io(parent))?;
     let mut work = Work::begin(&plan, &partial, target.overwrite)?;
     let result = work.run(weights, &plan, progress);
@@ -194,6 +191,11 @@ pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
     if there.is_symlink() {
         return Err(Error::file(out, "nothing there, or a model folder to replace", "a link"));
     }
+    // The finished model takes the place of what is there, which no rename does on the root of another file system.
+    if fs::metadata(parent(out)).is_ok_and(|parent| parent.dev() != there.dev()) {
+        let expected = "a folder that a model can take the place of";
+        return Err(Error::file(out, expected, "the root of a file system (a folder inside it would do)"));
+    }
     if is_empty(out) {
         return Ok(());
     }
@@ -207,6 +209,14 @@ pub fn may_write(out: &Path, overwrite: bool) -> Result<(), Error> {
         return Err(Error::file(&inner, "no folder of other files in a model that is replaced", "one"));
     }
     Ok(())
+}
+
+/// The folder around a path.
+fn parent(path: &Path) -> &Path {
+    match path.parent() {
+        Some(parent) if parent != Path::new("") => parent,
+        _ => Path::new("."),
+    }
 }
 
 /// Whether this is a folder with nothing in it, which is as good as none.

@@ -456,6 +456,9 @@ fn other_unfinished_work_is_not_continued() {
     std::fs::remove_dir_all(folder.path().join("out.partial")).unwrap();
     std::fs::write(folder.path().join("out.partial"), "dear").unwrap();
     assert!(matches!(may_write(&out, true), Err(Error::File { .. })));
+    // Nothing takes the place of a mounted file system.
+    let error = may_write(Path::new("/proc"), true).unwrap_err().to_string();
+    assert!(error.contains("found the root of a file system"), "{error}");
 }
 
 #[test]
