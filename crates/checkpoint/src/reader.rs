@@ -176,6 +176,13 @@ impl Checkpoint {
         if layout != Layout::FakeBf16 {
             ledger.kv_scales(layout, &config, &mut kv_scales)?;
         }
+        let ranges = ledger.pass_over_ranges();
+        if ranges > 0 {
+            warnings.push(format!(
+                "{ranges} ranges of Model Optimizer's quantizers (`…_quantizer._amax`) are passed over: the weights are read as they \
+                 are"
+            ));
+        }
         let mut mismatch = ledger.finish();
 
         let mut fake = HashMap::new();
@@ -292,6 +299,21 @@ impl Checkpoint {
     /// beside it. Empty for other matrices.
     pub fn global_scales(&self, id: MatrixId) -> &[f32] {
         &self.fake.get(&id).unwrap_or_else(|| self.stack(id)).global_scales
+    }
+
+    /// The bytes that a matrix or stack takes in the files, its scales included.
+    pub fn matrix_bytes(&self, id: MatrixId) -> u64 {
+        let scales = |stack: &Stack| {
+            let scalars = stack.global_scales.len() + usize::from(stack.input_scale.is_some());
+            stack.scales.as_ref().map_or(0, |scales| scales.range.len()) + 4 * scalars
+        };
+        let stack = self.stack(id);
+        (stack.values.range.len() + scales(stack) + self.fake.get(&id).map_or(0, scales)) as u64
+    }
+
+    /// The bytes that a vector, or one per expert, takes in the files.
+    pub fn vector_bytes(&self, id: VectorId) -> u64 {
+        self.vectors[&id].range.len() as u64
     }
 
     /// The model with the matrices of a fake-quantized folder in NVFP4, their codes recovered through the stored
@@ -714,6 +736,15 @@ impl<'a> Ledger<'a> {
             }
         }
         Ok(())
+    }
+
+    /// Takes what Model Optimizer leaves beside weights that are still to be quantized, and counts it.
+    fn pass_over_ranges(&mut self) -> usize {
+        let is_range =
+            |name: &&str| name.ends_with("_quantizer._amax") || name.ends_with("_quantizer._global_amax");
+        let before = self.claimed.len();
+        self.claimed.extend(self.tensors.keys().copied().filter(is_range));
+        self.claimed.len() - before
     }
 
     fn finish(mut self) -> Mismatch {

@@ -305,6 +305,33 @@ fn truncated_files_are_refused_wherever_they_end() {
 }
 
 #[test]
+fn the_ranges_of_quantizers_are_passed_over() {
+    let mut parts = Parts::read(&testdata("tiny-gpt-oss-bf16").join("model.safetensors"));
+    let end = parts.data.len();
+    parts.data.extend([0; 6]);
+    for (at, name) in [
+        (0, "mlp.experts.gate_up_proj_weight_quantizer._amax"),
+        (2, "self_attn.q_proj.input_quantizer._amax"),
+        (4, "self_attn.q_proj.input_quantizer._pre_quant_scale"),
+    ] {
+        let range = json!({"dtype": "BF16", "shape": [], "data_offsets": [end + at, end + at + 2]});
+        parts.header.insert(format!("model.layers.0.{name}"), range);
+    }
+    // These change what the weights stand for.
+    let Err(Error::Tensors { mismatch, .. }) =
+        Checkpoint::open(folder_with("tiny-gpt-oss-bf16", &parts.bytes()).path())
+    else {
+        panic!("opened");
+    };
+    assert_eq!(mismatch.unknown, ["model.layers.0.self_attn.q_proj.input_quantizer._pre_quant_scale"]);
+    parts.header.remove(&mismatch.unknown[0]);
+    parts.data.truncate(end + 4);
+    let folder = folder_with("tiny-gpt-oss-bf16", &parts.bytes());
+    let read = Checkpoint::open(folder.path()).unwrap();
+    assert!(read.warnings()[0].contains("2 ranges of Model Optimizer's"), "{:?}", read.warnings());
+}
+
+#[test]
 fn decoded_experts_may_be_described_as_what_they_were() {
     let folder = tempdir().unwrap();
     let source = testdata("tiny-gpt-oss-bf16");
