@@ -19,7 +19,7 @@ use crate::factor::Factor;
 use crate::gptq::{Scales, leave_out_zeros, refine, round};
 use crate::moments::{Moments, seen};
 use crate::rounded::{Rounded, diagonal_blocks, sweep};
-use crate::saved::{Calibrated, Done, LayerFacts, Record, bias_of, io};
+use crate::saved::{Calibrated, Done, FORM, LayerFacts, Record, bias_of, io};
 use crate::stream::Stream;
 use crate::{Error, Method, awq};
 
@@ -28,7 +28,7 @@ use crate::{Error, Method, awq};
 pub struct Calibration {
     /// Token ids, each window a sequence of its own.
     pub windows: Vec<Vec<u32>>,
-    /// Every token goes through every expert for the statistics; the model's outputs are unchanged.
+    /// Every token goes through every expert for the statistics and the scales of inputs; the model's outputs are unchanged.
     pub all_experts: bool,
     /// A folder for activations and finished layers, locked as long as what was calibrated is in use. Work that is found
     /// there continues if it has the same fingerprint.
@@ -88,7 +88,8 @@ pub(crate) fn calibrate(
             return Err(Error::Shape { found: size });
         }
     }
-    let (claim, _) = Unfinished::begin(folder, &job.calibration.fingerprint, job.calibration.overwrite)?;
+    let identity = format!("{FORM} {}", job.calibration.fingerprint);
+    let (claim, _) = Unfinished::begin(folder, &identity, job.calibration.overwrite)?;
     let done = (0..layers).take_while(|&layer| Done::exists(folder, layer)).count();
     let per_layer = config.experts + 2;
     let mut step = |layer: usize, part: usize| {
@@ -105,7 +106,7 @@ pub(crate) fn calibrate(
     }
     let _ = progress(layers * per_layer, layers * per_layer);
     let final_amax = final_amax(job)?;
-    Ok(Calibrated::open(claim, config, job.methods.keys().copied().collect(), final_amax)?)
+    Ok(Calibrated::open(claim, config, job.methods.keys().copied().collect(), final_amax, done > 0)?)
 }
 
 /// The largest magnitude that the output layer sees.
@@ -342,8 +343,8 @@ impl LayerPass<'_> {
         let (config, pool) = (self.config, self.job.pool);
         let norms = self.norms(VectorKind::PostAttentionNorm)?;
         let mut routes = vec![vec![Route::default(); config.experts]; self.sides.len()];
-        // Tokens of the last side that count for the statistics alone.
-        let mut others = vec![Route::default(); config.experts];
+        // Tokens that count for the statistics alone.
+        let mut others = routes.clone();
         for (i, side) in self.sides.iter().enumerate() {
             let router = self.linear(side.weights, MatrixKind::Router, 0)?;
             for window in windows(self.job.calibration) {
@@ -357,10 +358,10 @@ impl LayerPass<'_> {
                     for (expert, weight) in top_experts(logits, config.experts_per_token) {
                         routes[i][expert].push(window.start + t, weight);
                     }
-                    if i > 0 && self.job.calibration.all_experts {
+                    if self.job.calibration.all_experts {
                         let all = top_experts(logits, config.experts);
                         for (expert, weight) in all.into_iter().skip(config.experts_per_token) {
-                            others[expert].push(window.start + t, weight);
+                            others[i][expert].push(window.start + t, weight);
                         }
                     }
                 }
@@ -376,9 +377,18 @@ impl LayerPass<'_> {
         let release = |expert| kinds.iter().for_each(|k| self.job.source.release(k.at(self.layer), expert));
         // What an expert of one side adds to the tokens routed to it.
         let add = |i: usize, expert: usize, [up, down]: &[Linear; 2], facts: &mut LayerFacts| {
-            for (tokens, weights) in routes[i][expert].chunks() {
+            let hidden = |tokens: &[usize]| -> Result<Vec<f32>, Error> {
                 let x = normed(self.config, &middle[i].gather(tokens)?, &norms[i]);
-                let y = swiglu(&up.apply(pool, &x), config);
+                Ok(swiglu(&up.apply(pool, &x), config))
+            };
+            if i == 0 {
+                for (tokens, _) in others[0][expert].chunks() {
+                    let found = self.input_amax(MatrixKind::Down, &hidden(tokens)?)?;
+                    facts.input_amax[3] = facts.input_amax[3].max(found);
+                }
+            }
+            for (tokens, weights) in routes[i][expert].chunks() {
+                let y = hidden(tokens)?;
                 if i == 0 {
                     facts.input_amax[3] = facts.input_amax[3].max(self.input_amax(MatrixKind::Down, &y)?);
                 }
@@ -401,7 +411,7 @@ impl LayerPass<'_> {
         }
         // The record holds all experts of a kind one after the other, so the down matrices wait for their turn.
         let mut downs = Vec::new();
-        for (expert, others) in others.iter().enumerate() {
+        for expert in 0..config.experts {
             step(2 + expert)?;
             let source = source(expert)?;
             if !source_first {
@@ -409,7 +419,7 @@ impl LayerPass<'_> {
             }
             if let Some(routes) = routes.get(1) {
                 let mut down = Record::in_memory();
-                let routes = [&routes[expert], others];
+                let routes = [&routes[expert], &others[1][expert]];
                 let quantized =
                     self.expert(expert, &source, routes, middle, &norms, facts, record, &mut down)?;
                 add(1, expert, &quantized, facts)?;

@@ -77,7 +77,7 @@ pub enum Options {
         /// Activations in NVFP4 too (W4A4): every quantized matrix has the static scale of its input, its own if it stays as it
         /// is and has one, else from calibration.
         activations: bool,
-        /// Static scales for keys and values in FP8, from calibration.
+        /// Static scales for keys and values in FP8: those that a layer has, else from calibration.
         kv_scales: bool,
         /// The experts in BF16 all the same, for a layout that has no names for packed ones.
         experts_in_bf16: bool,
@@ -120,7 +120,7 @@ impl Options {
     /// Whether a matrix of `source` or a static scale needs calibration data.
     pub fn needs_calibration(&self, source: &dyn Weights) -> bool {
         let Options::Nvfp4 { activations, kv_scales, .. } = *self else { return false };
-        kv_scales
+        (kv_scales && lacks_kv_scales(source))
             || matrices(source.config()).any(|id| {
                 let method = self.method(id, source.format(id));
                 let packed = method.format(source.format(id)) == Format::Nvfp4 && id.kind.has_inputs();
@@ -170,6 +170,11 @@ impl Options {
             }
         }
     }
+}
+
+/// Whether a layer has no static scales for keys and values.
+pub(crate) fn lacks_kv_scales(source: &dyn Weights) -> bool {
+    (0..source.config().layer_kinds.len()).any(|layer| source.kv_scales(layer).is_none())
 }
 
 impl Method {

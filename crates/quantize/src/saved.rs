@@ -88,7 +88,12 @@ pub(crate) struct Calibrated {
     done: Vec<Done>,
     /// The largest magnitude of the output layer's input.
     pub(crate) final_amax: f32,
+    /// Whether layers of an earlier call were taken.
+    pub(crate) continued: bool,
 }
+
+/// The form of a scratch folder's files. One of another form is another command's.
+pub(crate) const FORM: u32 = 1;
 
 impl Calibrated {
     /// What all layers of a calibration of `ids` have left in their folder.
@@ -97,6 +102,7 @@ impl Calibrated {
         config: &Config,
         ids: BTreeSet<MatrixId>,
         final_amax: f32,
+        continued: bool,
     ) -> Result<Calibrated, checkpoint::Error> {
         let folder = claim.directory();
         let (mut files, mut done) = (Vec::new(), Vec::new());
@@ -106,7 +112,7 @@ impl Calibrated {
             files.push((path, file));
             done.push(Done::read(folder, layer)?);
         }
-        Ok(Calibrated { _claim: claim, config: config.clone(), ids, files, done, final_amax })
+        Ok(Calibrated { _claim: claim, config: config.clone(), ids, files, done, final_amax, continued })
     }
 
     /// What was found out about each layer.

@@ -15,7 +15,7 @@ use numerics::nvfp4::CastCounts;
 use numerics::{e4m3, mxfp4, nvfp4};
 
 use crate::calibrate::{self, Calibration, Job};
-use crate::recipe::{Method, Options, ScalesPer};
+use crate::recipe::{Method, Options, ScalesPer, lacks_kv_scales};
 use crate::report::{TensorReport, Totals};
 use crate::saved::{Calibrated, LayerFacts, input_scale};
 
@@ -157,7 +157,7 @@ impl Quantized {
         let input_scale = |(&id, plan): (&MatrixId, &Plan)| {
             self.has_input_scale(id) && plan.method.kept_input_scale(&*self.source, id).is_none()
         };
-        let waits = self.kv_scales
+        let waits = (self.kv_scales && lacks_kv_scales(&*self.source))
             || self.plans.values().any(|plan| plan.method.calibrates())
             || self.plans.iter().any(input_scale);
         waits && self.calibrated.is_none()
@@ -196,6 +196,11 @@ impl Quantized {
         self.totals = Mutex::default();
         self.calibrated = Some(calibrated);
         Ok(())
+    }
+
+    /// Whether the calibration took layers that an earlier, interrupted call had finished.
+    pub fn continued(&self) -> bool {
+        self.calibrated.as_ref().is_some_and(|calibrated| calibrated.continued)
     }
 
     /// What calibration found out about each layer; empty without one.
@@ -449,8 +454,9 @@ impl Weights for Quantized {
     }
 
     fn kv_scales(&self, layer: usize) -> Option<KvScales> {
-        if !self.kv_scales {
-            return self.source.kv_scales(layer);
+        let kept = self.source.kv_scales(layer);
+        if kept.is_some() || !self.kv_scales {
+            return kept;
         }
         let Some(calibrated) = &self.calibrated else {
             // So far it is known only that there will be some.

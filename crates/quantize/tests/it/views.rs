@@ -615,6 +615,36 @@ fn odd_shapes_and_many_experts_are_calibrated_for_w4a4() {
         assert_eq!(found.input_scale(id), written.input_scale(id), "{id:?}");
     }
     assert_eq!(found.kv_scales(0), written.kv_scales(0));
+    // Whoever made them knew what they are for.
+    assert!(!options.needs_calibration(&written));
+    let again = view(Arc::new(written), options);
+    assert!(!again.needs_calibration());
+    assert_eq!(found.kv_scales(0), again.kv_scales(0));
+}
+
+#[test]
+fn the_scales_of_inputs_see_the_tokens_of_all_experts() {
+    for algorithm in [Algorithm::Mse, Algorithm::Refine] {
+        let [routed, all] = [false, true].map(|all_experts| {
+            let folder = tempfile::tempdir().unwrap();
+            let options = Options::Nvfp4 {
+                recipe: Recipe::Experts,
+                algorithm,
+                embedding: false,
+                scales_per: ScalesPer::Stack,
+                activations: true,
+                kv_scales: false,
+                experts_in_bf16: false,
+            };
+            let mut found = view(Arc::new(Synthetic::new(config(), |_| Format::Bf16, 3)), options);
+            let calibration = quantize::Calibration { all_experts, ..calibration(folder.path(), 0) };
+            found.calibrate(&calibration, &mut |_, _| ControlFlow::Continue(())).unwrap();
+            found
+        });
+        let scale = |found: &Quantized, kind: MatrixKind| found.input_scale(kind.at(0)).unwrap();
+        assert_eq!(scale(&routed, MatrixKind::GateUp), scale(&all, MatrixKind::GateUp));
+        assert!(scale(&routed, MatrixKind::Down) < scale(&all, MatrixKind::Down), "{algorithm:?}");
+    }
 }
 
 /// Calibrated for W4A4.
