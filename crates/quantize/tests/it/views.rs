@@ -624,6 +624,8 @@ fn odd_shapes_and_many_experts_are_calibrated_for_w4a4() {
 
 #[test]
 fn the_scales_of_inputs_see_the_tokens_of_all_experts() {
+    let mut config = config();
+    (config.experts, config.experts_per_token) = (32, 1);
     for algorithm in [Algorithm::Mse, Algorithm::Refine] {
         let [routed, all] = [false, true].map(|all_experts| {
             let folder = tempfile::tempdir().unwrap();
@@ -636,8 +638,9 @@ fn the_scales_of_inputs_see_the_tokens_of_all_experts() {
                 kv_scales: false,
                 experts_in_bf16: false,
             };
-            let mut found = view(Arc::new(Synthetic::new(config(), |_| Format::Bf16, 3)), options);
-            let calibration = quantize::Calibration { all_experts, ..calibration(folder.path(), 0) };
+            let mut found = view(Arc::new(Synthetic::new(config.clone(), |_| Format::Bf16, 3)), options);
+            let windows = vec![vec![1, 2]];
+            let calibration = quantize::Calibration { windows, all_experts, ..calibration(folder.path(), 0) };
             found.calibrate(&calibration, &mut |_, _| ControlFlow::Continue(())).unwrap();
             found
         });
