@@ -48,28 +48,30 @@ pub struct Run {
     pub source_layout: String,
     /// Its licence, as its model card or its configuration names it.
     pub source_license: Option<String>,
-    /// The model's name on the hub.
+    /// The name on the hub of the source, or of the model that the source was made from.
     pub base_model: Option<String>,
     /// The layout that was written, for example `modelopt`.
     pub layout: String,
-    /// What was quantized: `experts`, `linear` or `all`.
-    pub recipe: String,
-    /// How scales and codes were chosen.
-    pub algorithm: String,
+    /// What was quantized: `experts`, `linear` or `all`; none for a layout that says so itself.
+    pub recipe: Option<String>,
+    /// How scales and codes were chosen; none for a layout of which all are made alike.
+    pub algorithm: Option<String>,
     /// Why `auto` took that algorithm.
     pub reason: Option<String>,
     /// What activations are rounded to: `none` or `nvfp4`.
     pub activations: String,
     /// The format that the KV cache is meant for.
     pub kv_cache: String,
-    /// Whether a global scale belongs to a `stack` of experts or to each `expert`.
-    pub scales_per: String,
+    /// Whether a global scale belongs to a `stack` of experts or to each `expert`; none for a layout without.
+    pub scales_per: Option<String>,
     /// The command line.
     pub command: String,
     /// The version of nibble.
     pub version: String,
-    /// Wall time.
+    /// Wall time of the last call.
     pub seconds: f64,
+    /// Whether that call continued the work of an interrupted one.
+    pub continued: bool,
     /// Most memory ever resident at once.
     pub peak_memory_bytes: Option<u64>,
     /// Threads used.
@@ -164,7 +166,7 @@ pub struct WorstBlock {
     pub relative_error: f64,
 }
 
-/// The quantized model against its source on one data set. Means are over tokens, in nats.
+/// The quantized model against its source on one data set, of which calibration saw other parts if any. Means are over tokens, in nats.
 #[derive(Debug, Clone, Serialize)]
 pub struct Quality {
     /// The data's name.
@@ -255,6 +257,11 @@ fn replace(path: &Path, content: &[u8]) -> std::io::Result<()> {
 }
 
 impl Report {
+    /// Says of the data that quality is measured on that calibration, if there was one, had other parts of them.
+    fn unseen(&self) -> &'static str {
+        if self.calibration.is_some() { ", on text that calibration did not see" } else { "" }
+    }
+
     /// The distinct formats of fewer than sixteen bits, as people write them: `NVFP4`.
     fn formats(&self) -> Vec<String> {
         let formats: BTreeSet<String> =

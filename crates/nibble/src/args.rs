@@ -191,7 +191,7 @@ pub(crate) struct Quantize {
     /// Activations in four bits too (W4A4): writes their static scales, from calibration
     #[arg(long, value_enum, default_value = "none")]
     pub(crate) activations: Activations,
-    /// What the KV cache is to be kept in: as the source says, or in FP8 with static scales from calibration
+    /// What the KV cache is to be kept in: as the source says, or in FP8 with static scales, the source's or from calibration
     #[arg(long, value_enum, default_value = "auto")]
     pub(crate) kv_cache: KvCache,
     /// One of Model Optimizer's configurations, for the flags that it stands for
@@ -215,11 +215,11 @@ pub(crate) struct Quantize {
     /// Which windows of the files: 0 takes the first, any other number draws them
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub(crate) seed: u64,
-    /// Every token goes through every expert for the statistics
+    /// Every token goes through every expert for the statistics and for the scales of inputs
     #[arg(long)]
     pub(crate) all_experts: bool,
     /// Measures the result and writes a report there: a page (index.html), the same as JSON (report.json), a model card
-    /// (README.md). Those of an earlier report are replaced, others are not
+    /// (README.md). Those of an earlier report are replaced, others are not. To measure takes source and result in memory at once
     #[arg(long, value_name = "DIR")]
     pub(crate) report: Option<PathBuf>,
     /// Cast even where values change

@@ -4,34 +4,21 @@ use std::path::{Path, PathBuf};
 
 use checkpoint::Weights;
 use harmony::ChatPrompt;
-use serde::Deserialize;
 
-use crate::commands::lines::{name, read_json_lines, read_text};
+use crate::commands::lines::{Line, for_each_line, name, read_text};
 use crate::failure::{Failure, Result};
 use crate::model::Model;
 use crate::ui::Ui;
 
-/// Tokens per window.
+/// Tokens per window, of a model whose context has as many.
 const WINDOW: usize = 1024;
 
-/// Windows of each file that are kept for measuring.
+/// Windows of each file that are kept for measuring: no more than half of them.
 const HELD_OUT: usize = 4;
 
 /// Public-domain English books, and Harmony conversations as the small model knows them (`models/calibration`).
 const BOOKS: &str = include_str!("../../../models/calibration/books.txt");
 const CONVERSATIONS: &str = include_str!("../../../models/calibration/conversations.jsonl");
-
-/// A line of a `.jsonl` file.
-#[derive(Deserialize)]
-#[serde(
-    untagged,
-    expecting = "expected an array of token ids, {\"prompt\"} or {\"messages\"} of a chat, found another document"
-)]
-enum Line {
-    Ids(Vec<u32>),
-    Prompt { prompt: String },
-    Messages(Box<ChatPrompt>),
-}
 
 /// What to calibrate on, and what to measure on afterwards.
 #[derive(Default)]
@@ -59,29 +46,49 @@ impl Data {
     }
 }
 
-/// At most `tokens` tokens, shared equally among the files; the built-in set if there are none. Seed 0 takes the first windows
-/// of each file, any other seed draws them.
-pub(crate) fn read(model: &Model, files: &[PathBuf], tokens: usize, seed: u64, ui: Ui) -> Result<Data> {
-    let share = (tokens / if files.is_empty() { 2 } else { files.len() }).max(1);
+/// What is wanted of the files.
+pub(crate) struct Wanted {
+    /// At most so many to calibrate on, shared equally among the files.
+    pub(crate) tokens: usize,
+    /// Seed 0 takes the first windows of each file, any other seed draws them.
+    pub(crate) seed: u64,
+    /// Whether windows are held out even of a file that has no more than its share.
+    pub(crate) measured: bool,
+}
+
+/// Windows of the files, or of the built-in set if there are none.
+pub(crate) fn read(model: &Model, files: &[PathBuf], wanted: &Wanted, ui: Ui) -> Result<Data> {
+    let share = (wanted.tokens / if files.is_empty() { 2 } else { files.len() }).max(1);
+    let window = WINDOW.min(model.checkpoint.config().max_context);
     let mut sets = Vec::new();
     if files.is_empty() {
         let lines = CONVERSATIONS
             .lines()
-            .map(|line| serde_json::from_str(line).expect("the built-in set is JSON"))
-            .collect();
+            .map(|line| serde_json::from_str(line).map_err(|error| error.to_string()).and_then(Line::new))
+            .collect::<std::result::Result<_, _>>()
+            .expect("the built-in set is conversations");
         for (name, windows) in [
-            ("built-in books", of_text(model, BOOKS, usize::MAX)?),
-            ("built-in conversations", of_lines(model, lines, "the built-in conversations")?),
+            ("built-in books", of_text(model, BOOKS, usize::MAX, window)?),
+            ("built-in conversations", of_lines(model, lines, "the built-in conversations", window)?),
         ] {
-            sets.push(divided(name.to_owned(), windows, share, seed));
+            sets.push(divided(name.to_owned(), windows, share, wanted));
         }
     }
     for path in files {
         let windows = match path.extension().and_then(|extension| extension.to_str()) {
-            Some("jsonl") => of_lines(model, read_json_lines(path)?, &name(path))?,
+            Some("jsonl") => {
+                let mut lines = Vec::new();
+                for_each_line(path, |number, line| {
+                    lines.push(Line::read(path, number, line)?);
+                    Ok(())
+                })?;
+                of_lines(model, lines, &name(path), window)?
+            }
             // No vocabulary has tokens longer than this on average, so that a large file is not encoded whole.
-            Some("txt") if seed == 0 => of_text(model, &read_text(path)?, 32 * (share + HELD_OUT * WINDOW))?,
-            Some("txt") => of_text(model, &read_text(path)?, usize::MAX)?,
+            Some("txt") if wanted.seed == 0 => {
+                of_text(model, &read_text(path)?, 32 * (share + HELD_OUT * window), window)?
+            }
+            Some("txt") => of_text(model, &read_text(path)?, usize::MAX, window)?,
             _ => {
                 return Err(Failure::input(format!(
                     "--calibration: expected a file that ends in .txt or .jsonl, found {}",
@@ -91,7 +98,7 @@ pub(crate) fn read(model: &Model, files: &[PathBuf], tokens: usize, seed: u64, u
         };
         check(model, path, &windows)?;
         let file = path.file_name().map_or_else(|| name(path), |file| file.to_string_lossy().into_owned());
-        let set = divided(file, windows, share, seed);
+        let set = divided(file, windows, share, wanted);
         if set.tokens() < share {
             ui.note(format_args!(
                 "note: {}: {} tokens to calibrate on, fewer than its share of {share}",
@@ -101,17 +108,25 @@ pub(crate) fn read(model: &Model, files: &[PathBuf], tokens: usize, seed: u64, u
         }
         sets.push(set);
     }
+    if wanted.measured && sets.iter().all(|set| set.held_out.is_empty()) {
+        ui.note(
+            "note: the calibration files have no windows left to measure on: the report has no divergence",
+        );
+    }
     Ok(Data { sets })
 }
 
-/// The share of a file, and what is held out.
-fn divided(name: String, mut windows: Vec<Vec<u32>>, share: usize, seed: u64) -> Set {
-    if seed != 0 {
-        shuffle(&mut windows, seed);
+/// The share of a file, and what is held out: the windows behind those that are taken.
+fn divided(name: String, mut windows: Vec<Vec<u32>>, share: usize, wanted: &Wanted) -> Set {
+    windows.retain(|window| !window.is_empty());
+    if wanted.seed != 0 {
+        shuffle(&mut windows, wanted.seed);
     }
+    let held_out = if wanted.measured { HELD_OUT.min(windows.len() / 2) } else { 0 };
+    let most = windows.len() - held_out;
     let (mut taken, mut left) = (Vec::new(), share);
-    let mut rest = windows.into_iter().filter(|window| !window.is_empty());
-    while left > 0 {
+    let mut rest = windows.into_iter();
+    while left > 0 && taken.len() < most {
         let Some(mut window) = rest.next() else { break };
         window.truncate(left);
         left -= window.len();
@@ -133,22 +148,22 @@ fn shuffle(windows: &mut [Vec<u32>], seed: u64) {
 }
 
 /// Windows of the first `bytes` of a text.
-fn of_text(model: &Model, text: &str, bytes: usize) -> Result<Vec<Vec<u32>>> {
+fn of_text(model: &Model, text: &str, bytes: usize, window: usize) -> Result<Vec<Vec<u32>>> {
     let text = &text[..text.floor_char_boundary(bytes.min(text.len()))];
-    Ok(model.tokenizer()?.encode(text).chunks(WINDOW).map(<[u32]>::to_vec).collect())
+    Ok(model.tokenizer()?.encode(text).chunks(window).map(<[u32]>::to_vec).collect())
 }
 
-fn of_lines(model: &Model, lines: Vec<Line>, file: &str) -> Result<Vec<Vec<u32>>> {
+fn of_lines(model: &Model, lines: Vec<Line>, file: &str, window: usize) -> Result<Vec<Vec<u32>>> {
     // Ids alone ask for no vocabulary.
-    let plain = lines.iter().all(|line| matches!(line, Line::Ids(_)));
+    let plain = lines.iter().all(|line| matches!(line, Line::Tokens(_)));
     let harmony = if plain { None } else { Some(model.harmony()?) };
     let each = lines.into_iter().enumerate().map(|(number, line)| {
         let mut ids = match line {
-            Line::Ids(ids) => ids,
-            Line::Prompt { prompt } => {
+            Line::Tokens(ids) => ids,
+            Line::Text(prompt) => {
                 harmony.iter().flat_map(|h| h.tokenizer().encode_with_special(&prompt)).collect()
             }
-            Line::Messages(prompt) => {
+            Line::Chat(prompt) => {
                 let prompt = ChatPrompt { add_generation_prompt: false, ..*prompt };
                 let rendered = harmony.as_ref().map(|harmony| harmony.render_chat(&prompt)).transpose();
                 rendered
@@ -156,7 +171,7 @@ fn of_lines(model: &Model, lines: Vec<Line>, file: &str) -> Result<Vec<Vec<u32>>
                     .unwrap_or_default()
             }
         };
-        ids.truncate(WINDOW);
+        ids.truncate(window);
         Ok(ids)
     });
     each.collect()

@@ -83,9 +83,26 @@ impl From<checkpoint::Error> for Failure {
             checkpoint::Error::Interrupted { .. } => {
                 Failure::new(Status::Interrupted, message).hint("the same command continues")
             }
+            checkpoint::Error::Tensors { mismatch, .. } => {
+                let failure = Failure::input(message);
+                match other_names(mismatch) {
+                    Some(hint) => failure.hint(hint),
+                    None => failure,
+                }
+            }
             _ => Failure::input(message),
         }
     }
+}
+
+/// What tools have made of a model whose tensors have other names.
+fn other_names(mismatch: &checkpoint::Mismatch) -> Option<String> {
+    if mismatch.unknown.iter().any(|name| name.contains(".lora_")) {
+        return Some("these are an adapter's weights: merge it into the model first".to_owned());
+    }
+    let missing = mismatch.missing.first()?;
+    let prefix = mismatch.unknown.iter().find_map(|name| name.strip_suffix(missing.as_str()))?;
+    Some(format!("a prefix before the names, {prefix:?}: save the model without what it was wrapped in"))
 }
 
 impl From<gptoss::Error> for Failure {

@@ -1,7 +1,7 @@
 //! Signals. Ctrl-C, and SIGTERM alike: commands with something to leave in order ask for it; all others end at once. A closed pipe ends those that
 //! print, and none that serves.
 
-use std::sync::OnceLock;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::failure::{Failure, Result, Status};
@@ -14,7 +14,7 @@ const GRACEFUL: u8 = 1;
 const INTERRUPTED: u8 = 2;
 
 /// What people are told at an interrupt that is noted.
-static NOTE: OnceLock<&str> = OnceLock::new();
+static NOTE: Mutex<Option<&str>> = Mutex::new(None);
 
 /// Watches for SIGINT and SIGTERM on a thread of its own. A second one always ends the process.
 pub(crate) fn watch() {
@@ -25,7 +25,7 @@ pub(crate) fn watch() {
                 if !change(GRACEFUL, INTERRUPTED) {
                     std::process::exit(130);
                 }
-                if let Some(note) = NOTE.get() {
+                if let Some(note) = NOTE.lock().ok().and_then(|note| *note) {
                     tell(note);
                 }
             }
@@ -58,17 +58,29 @@ pub(crate) fn handle_gracefully() {
     change(AT_ONCE, GRACEFUL);
 }
 
-/// As [`handle_gracefully`], for work that may take long to notice: people are told so.
-pub(crate) fn handle_with_note(note: &'static str) {
-    let _ = NOTE.set(note);
-    handle_gracefully();
+/// Has people told `note` at an interrupt while `work` runs, which may take long to see it.
+pub(crate) fn noting<T>(note: &'static str, work: impl FnOnce() -> T) -> T {
+    let set = |to| {
+        if let Ok(mut note) = NOTE.lock() {
+            *note = to;
+        }
+    };
+    set(Some(note));
+    let result = work();
+    set(None);
+    result
+}
+
+/// What was to be left in order is: an interrupt ends the process again.
+pub(crate) fn end_at_once() {
+    change(GRACEFUL, AT_ONCE);
 }
 
 /// As [`handle_gracefully`] while `work` runs. After an interrupt that is the result, whatever `work` returned.
 pub(crate) fn gracefully<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     handle_gracefully();
     let result = work();
-    change(GRACEFUL, AT_ONCE);
+    end_at_once();
     if interrupted() { Err(Failure::new(Status::Interrupted, "interrupted")) } else { result }
 }
 

@@ -15,10 +15,12 @@ use crate::args::{self, Common, Quantize};
 use crate::calibration::Data;
 use crate::commands::quantize as command;
 use crate::failure::{Failure, Result};
+use crate::gpus::gpus;
 use crate::loaded::{Loaded, backend};
+use crate::memory;
 use crate::model::{Model, is_on_hub, threads};
 use crate::modelopt::flag;
-use crate::ui::{Ui, out, quoted};
+use crate::ui::{Ui, bytes, out, quoted};
 
 /// What is to be told of the source's files.
 pub(crate) struct SourceFacts {
@@ -45,6 +47,37 @@ impl SourceFacts {
     }
 }
 
+/// Says so if the machine's memory is too little for measuring: source and result are in it at once.
+pub(crate) fn check_memory(
+    source: &dyn Weights,
+    result: &dyn Weights,
+    common: &Common,
+    ui: Ui,
+) -> Result<()> {
+    let (needed, available) = (loaded_bytes(source) + loaded_bytes(result), memory::available());
+    if let Some(available) = available.filter(|&available| needed > available as u64)
+        && gpus(&common.device)?.is_none()
+    {
+        ui.note(format_args!(
+            "note: --report measures source and result in memory at once, about {}, and {} are available: the model may be \
+             written and the report fail",
+            bytes(needed),
+            bytes(available as u64)
+        ));
+    }
+    Ok(())
+}
+
+/// About what weights take when they are loaded.
+fn loaded_bytes(weights: &dyn Weights) -> u64 {
+    let config = weights.config();
+    let matrices = matrices(config).map(|id| {
+        let (count, rows, cols) = id.kind.shape(config);
+        weights.format(id).bytes(count * rows * cols) as u64
+    });
+    matrices.sum()
+}
+
 /// A finished run.
 pub(crate) struct Run<'a> {
     pub(crate) args: &'a Quantize,
@@ -53,6 +86,8 @@ pub(crate) struct Run<'a> {
     pub(crate) facts: SourceFacts,
     pub(crate) data: &'a Data,
     pub(crate) view: &'a Quantized,
+    /// As they were written.
+    pub(crate) scales_per: args::ScalesPer,
     pub(crate) started: Instant,
     pub(crate) source_bytes: u64,
     pub(crate) bits: f64,
@@ -70,8 +105,9 @@ pub(crate) fn write(
     let (seconds, peak_memory_bytes) = (run.started.elapsed().as_secs_f64(), command::peak_memory());
     let coverage: Vec<Vec<u64>> = run.view.facts().iter().map(|facts| facts.coverage.clone()).collect();
     let max = max_rule(run)?;
+    let packs = matches!(command::options(args), Options::Nvfp4 { .. });
     let model = Arc::new(Checkpoint::open(&args.out)?);
-    let Measured { quality, algorithms, note } = measure(run, model, max.as_ref(), ui)?;
+    let Measured { quality, algorithms, note } = measure(run, Arc::clone(&model), max.as_ref(), ui)?;
     let report = Report {
         run: evaluate::report::Run {
             model: public(&args.source),
@@ -79,15 +115,16 @@ pub(crate) fn write(
             source_license: run.facts.license.clone(),
             base_model: run.facts.base_model.clone(),
             layout: command::layout(args.format).name().to_owned(),
-            recipe: flag(&args.recipe),
-            algorithm: command::algorithm(args, run.view),
+            recipe: packs.then(|| flag(&args.recipe)),
+            algorithm: packs.then(|| command::algorithm(args, run.view)),
             reason: command::reason(args, run.view).map(str::to_owned),
             activations: flag(&args.activations),
             kv_cache: flag(&args.kv_cache),
-            scales_per: flag(&args.scales_per),
+            scales_per: packs.then(|| flag(&run.scales_per)),
             command: command_line(),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             seconds,
+            continued: run.view.continued() || written.resumed_bytes > 0,
             peak_memory_bytes,
             threads: threads(run.common),
             bytes: written.tensor_bytes,
@@ -112,7 +149,7 @@ pub(crate) fn write(
             starved: coverage.iter().flatten().filter(|&&tokens| tokens < STARVED_TOKENS).count(),
             coverage,
         }),
-        sizes: parts(run.view)
+        sizes: parts(&model)
             .zip(&run.facts.bytes)
             .map(|((name, parameters, bytes), &source_bytes)| Part {
                 name: name.to_owned(),
@@ -178,12 +215,7 @@ struct Measured {
 fn measure(run: &Run<'_>, model: Arc<Checkpoint>, max: Option<&Arc<Quantized>>, ui: Ui) -> Result<Measured> {
     let Measured { mut quality, mut algorithms, .. } = Measured::default();
     let sets: Vec<_> = run.data.sets.iter().filter(|set| !set.held_out.is_empty()).collect();
-    let Some(first) = sets.first() else {
-        ui.note(
-            "note: the calibration files have no windows left to measure on: the report has no divergence",
-        );
-        return Ok(Measured::default());
-    };
+    let Some(first) = sets.first() else { return Ok(Measured::default()) };
     let mut reference = backend(Arc::clone(&run.source), &args::Run::exact(), run.common, ui)?;
     let asked_for = AskedFor::by(&model);
     let made_to = asked_for.run();
@@ -345,12 +377,12 @@ fn tensors(run: &Run<'_>, max: Option<&Arc<Quantized>>, name: &dyn Fn(MatrixId) 
         .collect()
 }
 
-/// Parts of a model: name, parameters, bytes.
-fn parts(weights: &dyn Weights) -> impl Iterator<Item = (&'static str, u64, u64)> {
+/// Parts of a model: name, parameters, bytes in its files.
+fn parts(model: &Checkpoint) -> impl Iterator<Item = (&'static str, u64, u64)> {
     const NAMES: [&str; 6] =
         ["experts", "attention", "router", "embedding", "output layer", "norms, biases and sinks"];
     let mut sums = [(0, 0); 6];
-    let config = weights.config();
+    let config = model.config();
     for id in matrices(config) {
         let part = match id.kind {
             MatrixKind::GateUp | MatrixKind::Down => 0,
@@ -360,14 +392,13 @@ fn parts(weights: &dyn Weights) -> impl Iterator<Item = (&'static str, u64, u64)
             MatrixKind::Unembedding => 4,
         };
         let (count, rows, cols) = id.kind.shape(config);
-        let parameters = count as u64 * rows as u64 * cols as u64;
-        sums[part].0 += parameters;
-        sums[part].1 += weights.format(id).bytes(count * rows * cols) as u64;
+        sums[part].0 += count as u64 * rows as u64 * cols as u64;
+        sums[part].1 += model.matrix_bytes(id);
     }
     for id in vectors(config) {
         let (count, len) = id.kind.shape(config);
         sums[5].0 += count as u64 * len as u64;
-        sums[5].1 += count as u64 * len as u64 * 2;
+        sums[5].1 += model.vector_bytes(id);
     }
     NAMES.into_iter().zip(sums).map(|(name, (parameters, bytes))| (name, parameters, bytes))
 }

@@ -25,7 +25,11 @@ fn front_matter(report: &Report) -> String {
         yaml_lines += &format!("license: {}\n", yaml(license));
     }
     if let Some(base) = &run.base_model {
-        yaml_lines += &format!("base_model: {}\nbase_model_relation: quantized\n", yaml(base));
+        yaml_lines += &format!("base_model: {}\n", yaml(base));
+        // Of a fine-tune the hub would list it among the quantized forms of the model that was tuned.
+        if *base == run.model {
+            yaml_lines += "base_model_relation: quantized\n";
+        }
     }
     let mut tags = vec!["gpt-oss".to_owned(), "nibble".to_owned()];
     tags.extend(report.formats().iter().map(|format| format.to_lowercase()));
@@ -41,7 +45,7 @@ fn front_matter(report: &Report) -> String {
 
 fn heading(report: &Report) -> String {
     let run = &report.run;
-    let name = code(run.base_model.as_deref().unwrap_or(&run.model));
+    let name = code(&run.model);
     let formats = report.formats().join(" and ");
     let formats = if formats.is_empty() { "quantized".to_owned() } else { format!("in {}", prose(&formats)) };
     let smaller = change(run.source_bytes as f64, run.bytes as f64);
@@ -63,8 +67,11 @@ fn quality(report: &Report) -> String {
     if report.quality.is_empty() {
         return section + "Not measured in this run: neither perplexity nor divergence from the source.\n\n";
     }
-    section += "Measured against the source model, token by token. KL is the mean of KL(source ‖ quantized) in nats, perplexity is e to \
-                the mean negative log-likelihood (NLL).\n\n";
+    section += &format!(
+        "Measured against the source model, token by token{}. KL is the mean of KL(source ‖ quantized) in nats, perplexity is e to \
+         the mean negative log-likelihood (NLL).\n\n",
+        report.unseen()
+    );
     if let Some(note) = &report.quality_note {
         section += &format!("Note that {}.\n\n", prose(note));
     }
@@ -132,15 +139,20 @@ fn making(report: &Report) -> String {
     let reason = run.reason.as_ref().map_or_else(String::new, |reason| {
         format!(" (chosen by `auto`: {})", prose(reason.trim_end_matches('.')))
     });
+    if let (Some(recipe), Some(algorithm)) = (&run.recipe, &run.algorithm) {
+        section += &format!("- recipe {}, algorithm {}{reason}\n", code(recipe), code(algorithm));
+    }
+    let scales = run
+        .scales_per
+        .as_ref()
+        .map_or_else(String::new, |scales_per| format!("; one global scale per {}", code(scales_per)));
     section += &format!(
-        "- recipe {}, algorithm {}{reason}\n- activations: {}; KV cache: {}; one global scale per {}\n- {} on {}{}\n",
-        code(&run.recipe),
-        code(&run.algorithm),
+        "- activations: {}; KV cache: {}{scales}\n- {} on {}{}{}\n",
         code(&run.activations),
         code(&run.kv_cache),
-        code(&run.scales_per),
         duration(run.seconds),
         plural(run.threads as u64, "thread", "threads"),
+        if run.continued { " for the last call, which continued an interrupted one" } else { "" },
         run.peak_memory_bytes.map_or_else(String::new, |peak| format!(", {} of memory at most", bytes(peak)))
     );
     let exact = report.tensors.iter().filter(|tensor| tensor.mse == 0.0).count();
@@ -198,8 +210,11 @@ fn provenance(report: &Report) -> String {
             .to_owned(),
     };
     let by = |algorithm: &str| report.tensors.iter().any(|tensor| tensor.algorithm == algorithm);
-    let mut changes = "Weights were rounded".to_owned();
-    if by("refine") {
+    // What was not measured is NaN, and may have changed.
+    let kept = report.tensors.iter().all(|tensor| tensor.mse == 0.0);
+    let mut changes = if kept { "Every weight kept its value" } else { "Weights were rounded" }.to_owned();
+    let experts: usize = report.calibration.iter().flat_map(|data| &data.coverage).map(Vec::len).sum();
+    if by("refine") && report.calibration.as_ref().is_some_and(|data| data.starved < experts) {
         changes += ", biases took the mean of the error";
     }
     if by("awq") {

@@ -49,13 +49,15 @@ fn summary(report: &Report) -> String {
     let run = &report.run;
     let formats = report.formats().join(" and ");
     let what = if formats.is_empty() { formats } else { format!(" to {}", html(&formats)) };
+    let how =
+        run.algorithm.as_ref().zip(run.recipe.as_ref()).map_or_else(String::new, |(algorithm, recipe)| {
+            format!(" by <b>{}</b>, recipe <b>{}</b>", html(algorithm), html(recipe))
+        });
     let mut summary = format!(
         "<header>\n<p class=\"eyebrow\">nibble · quantization report</p>\n<h1>{}</h1>\n\
-         <p class=\"lead\">Quantized from {}{what} by <b>{}</b>, recipe <b>{}</b>, written as <b>{}</b> in {} on {}.{}</p>\n",
+         <p class=\"lead\">Quantized from {}{what}{how}, written as <b>{}</b> in {} on {}.{}</p>\n",
         html(&run.model),
         html(&run.source_layout),
-        html(&run.algorithm),
-        html(&run.recipe),
         html(&run.layout),
         duration(run.seconds),
         plural(run.threads as u64, "thread", "threads"),
@@ -106,8 +108,11 @@ fn card(name: &str, value: &str, note: &str) -> String {
 fn quality(report: &Report) -> Result<String, Error> {
     let mut section = String::new();
     if !report.quality.is_empty() {
-        section += "<section>\n<h2>Quality</h2>\n<p>The quantized model against its source, token by token. Divergence is the \
-                    mean of KL(source ‖ quantized) in nats; perplexity is e to the mean negative log-likelihood (NLL).</p>\n";
+        section += &format!(
+            "<section>\n<h2>Quality</h2>\n<p>The quantized model against its source, token by token{}. Divergence is the \
+             mean of KL(source ‖ quantized) in nats; perplexity is e to the mean negative log-likelihood (NLL).</p>\n",
+            report.unseen()
+        );
         if let Some(note) = &report.quality_note {
             section += &format!("<p>Note that {}.</p>\n", html(note));
         }
@@ -147,7 +152,7 @@ fn quality(report: &Report) -> Result<String, Error> {
                 value: format!("KL {} · NLL {}", figures(result.kl_mean), fixed(result.nll, 4)),
                 lengths: vec![(
                     if result.kl_mean.is_finite() { result.kl_mean.max(0.0) } else { 0.0 },
-                    if result.algorithm == report.run.algorithm { AFTER } else { BEFORE },
+                    if Some(&result.algorithm) == report.run.algorithm.as_ref() { AFTER } else { BEFORE },
                 )],
             })
             .collect();
@@ -412,18 +417,27 @@ fn tensors(report: &Report) -> String {
 
 fn run_facts(report: &Report) -> String {
     let run = &report.run;
-    let known = |text: &Option<String>| text.as_deref().map_or_else(|| "unknown".to_owned(), html);
+    let or = |text: &Option<String>, other: &str| text.as_deref().map_or_else(|| other.to_owned(), html);
+    let (known, none) = (|text| or(text, "unknown"), |text| or(text, NONE));
+    let continued = if run.continued { ", the last call alone" } else { "" };
     let facts = [
         ("Source", html(&run.model)),
         ("Base model", known(&run.base_model)),
         ("Licence of the source", known(&run.source_license)),
         ("Layout", format!("{} → {}", html(&run.source_layout), html(&run.layout))),
-        ("Recipe", html(&run.recipe)),
-        ("Algorithm", html(&run.algorithm)),
+        ("Recipe", none(&run.recipe)),
+        ("Algorithm", none(&run.algorithm)),
         ("Activations", html(&run.activations)),
         ("KV cache", html(&run.kv_cache)),
-        ("A global scale per", html(&run.scales_per)),
-        ("Time", format!("{} on {}", duration(run.seconds), plural(run.threads as u64, "thread", "threads"))),
+        ("A global scale per", none(&run.scales_per)),
+        (
+            "Time",
+            format!(
+                "{} on {}{continued}",
+                duration(run.seconds),
+                plural(run.threads as u64, "thread", "threads")
+            ),
+        ),
         ("Peak memory", run.peak_memory_bytes.map_or_else(|| "unknown".to_owned(), bytes)),
     ];
     let facts: String =

@@ -65,17 +65,18 @@ pub(crate) fn run_of(layers: usize, experts: usize) -> Report {
             source_license: Some("apache-2.0".into()),
             base_model: Some("openai/gpt-oss-20b".into()),
             layout: "modelopt".into(),
-            recipe: "linear".into(),
-            algorithm: "gptq".into(),
+            recipe: Some("linear".into()),
+            algorithm: Some("gptq".into()),
             reason: Some("the lowest measured divergence of six".into()),
             activations: "none".into(),
             kv_cache: "auto".into(),
-            scales_per: "stack".into(),
+            scales_per: Some("stack".into()),
             command:
                 "nibble quantize acme/gpt-oss-20b-tuned --recipe linear --out tuned-nvfp4 --report report"
                     .into(),
             version: "0.1.0".into(),
             seconds: 4711.5,
+            continued: false,
             peak_memory_bytes: Some(1_834_000_000),
             threads: 2,
             bytes: 12_610_000_000,
@@ -254,13 +255,14 @@ fn the_page_says_what_happened() {
 fn the_model_card_states_the_facts() {
     let report = run_of(24, 32);
     let card = written(&report).card;
-    let expected = "---\nlicense: \"apache-2.0\"\nbase_model: \"openai/gpt-oss-20b\"\nbase_model_relation: quantized\ntags:\n  - \"gpt-oss\"\n  \
-                    - \"nibble\"\n  - \"nvfp4\"\n  - \"modelopt\"\n---\n\n# `openai/gpt-oss-20b` in NVFP4\n\n";
+    let expected = "---\nlicense: \"apache-2.0\"\nbase_model: \"openai/gpt-oss-20b\"\ntags:\n  - \"gpt-oss\"\n  \
+                    - \"nibble\"\n  - \"nvfp4\"\n  - \"modelopt\"\n---\n\n# `acme/gpt-oss-20b-tuned` in NVFP4\n\n";
     assert_eq!(&card[..expected.len()], expected);
     assert_all(
         &card,
         &[
             "from `bf16` to the `modelopt` layout: 12.6 GB instead of 41.8 GB (−70 %), 4.82 bits per weight",
+            "Measured against the source model, token by token, on text that calibration did not see. KL",
             "| `books-valid.txt` | 16,368 | 0.0136 | 0.110 | 94.1 % | 12.18 | 12.34 | 2.5000 | 2.5125 |\n",
             "| `max` | 0.0250 | 2.5301 |\n",
             "| experts | 19,110,000,000 | 38.2 GB | 10.7 GB | 4.50 |\n",
@@ -269,14 +271,41 @@ fn the_model_card_states_the_facts() {
             "| `conversations-train.jsonl` | 40 | 32,768 |\n",
             "nibble chat DIR",
             "nibble serve DIR",
-            "Made from `acme/gpt-oss-20b-tuned`, whose base model is `openai/gpt-oss-20b`.",
+            "one global scale per `stack`\n- 1 h 18 min on 2 threads, 1.83 GB",
+            "Made from `acme/gpt-oss-20b-tuned`, whose base model is `openai/gpt-oss-20b`. Weights were rounded;",
             "The source's licence is `apache-2.0`",
             "Quality was measured on the data named above and on nothing else.",
             "experts saw fewer than 16 calibration tokens",
         ],
     );
-    let own = Report { run: Run { model: "openai/gpt-oss-20b".into(), ..report.run.clone() }, ..report };
-    assert!(model_card(&own).contains("Made from `openai/gpt-oss-20b`. Weights"));
+    let own = Run { model: "openai/gpt-oss-20b".into(), continued: true, ..report.run.clone() };
+    let card = model_card(&Report { run: own, ..report.clone() });
+    assert_all(
+        &card,
+        &[
+            "base_model_relation: quantized\n",
+            "# `openai/gpt-oss-20b` in NVFP4\n",
+            "Made from `openai/gpt-oss-20b`. Weights",
+            "2 threads for the last call, which continued an interrupted one, 1.83 GB",
+        ],
+    );
+
+    // Of a cast nothing is said that rounding does.
+    let mut cast = report;
+    cast.tensors.iter_mut().for_each(|tensor| tensor.mse = 0.0);
+    (cast.run.recipe, cast.run.algorithm, cast.run.scales_per, cast.run.reason) = (None, None, None, None);
+    cast.calibration = None;
+    let Written { card, page, .. } = written(&cast);
+    assert_all(
+        &card,
+        &[
+            "token by token. KL",
+            "- activations: `none`; KV cache: `auto`\n",
+            "Every weight kept its value; nothing was trained.",
+        ],
+    );
+    assert!(!card.contains("algorithm `") && !card.contains("global scale"), "{card}");
+    assert_all(&page, &["from bf16 to NVFP4, written as", "<dt>Recipe</dt><dd>–</dd>"]);
 }
 
 #[test]
@@ -291,7 +320,7 @@ fn the_json_has_every_field() {
     assert_eq!(
         keys("/run"),
         "model source_layout source_license base_model layout recipe algorithm reason activations kv_cache scales_per command \
-         version seconds peak_memory_bytes threads bytes source_bytes bits_per_weight"
+         version seconds continued peak_memory_bytes threads bytes source_bytes bits_per_weight"
     );
     assert_eq!(keys("/calibration"), "files tokens window all_experts seed coverage starved");
     assert_eq!(keys("/calibration/files/1"), "name windows tokens");
@@ -345,17 +374,23 @@ fn hostile_names_stay_names() {
         &mut run.model,
         &mut run.source_layout,
         &mut run.layout,
-        &mut run.recipe,
-        &mut run.algorithm,
         &mut run.activations,
         &mut run.kv_cache,
-        &mut run.scales_per,
         &mut run.command,
         &mut run.version,
     ] {
         *field = name();
     }
-    (run.source_license, run.base_model, run.reason) = (Some(name()), Some(name()), Some(name()));
+    for field in [
+        &mut run.source_license,
+        &mut run.base_model,
+        &mut run.recipe,
+        &mut run.algorithm,
+        &mut run.reason,
+        &mut run.scales_per,
+    ] {
+        *field = Some(name());
+    }
     for tensor in &mut report.tensors {
         (tensor.name, tensor.kind, tensor.format, tensor.algorithm) = (name(), name(), name(), name());
     }

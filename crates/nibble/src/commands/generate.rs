@@ -8,50 +8,11 @@ use harmony::{ChatMessage, ChatPrompt};
 use serde_json::{Value, json};
 
 use crate::args::{Common, Generate};
-use crate::commands::lines::{for_each_line, json_line, name};
+use crate::commands::lines::{Line, for_each_line};
 use crate::engine::{sampling, start};
 use crate::failure::{Failure, Result};
 use crate::model::Model;
 use crate::ui::{Ui, bold, dim, label, out};
-
-/// A line of `--prompts`.
-enum Line {
-    Text(String),
-    Tokens(Vec<u32>),
-    Chat(Box<ChatPrompt>),
-}
-
-impl Line {
-    /// The error says what was expected and what was found.
-    fn new(mut document: Value) -> std::result::Result<Line, String> {
-        const NAMES: [&str; 3] = ["prompt", "messages", "prompt_token_ids"];
-        let named = match &document {
-            Value::String(_) => vec!["prompt"],
-            Value::Array(_) => vec!["prompt_token_ids"],
-            Value::Object(fields) => {
-                NAMES.into_iter().filter(|name| fields.get(*name).is_some_and(|v| !v.is_null())).collect()
-            }
-            _ => Vec::new(),
-        };
-        let [name] = named[..] else {
-            let found = if named.is_empty() { "another document".to_owned() } else { named.join(" and ") };
-            return Err(format!(
-                "expected a text, an array of token ids, or one of {{\"prompt\"}}, {{\"messages\"}} and \
-                 {{\"prompt_token_ids\"}}, found {found}"
-            ));
-        };
-        let value = match document.get_mut(name).filter(|_| name != "messages") {
-            Some(value) => value.take(),
-            None => document,
-        };
-        match name {
-            "prompt" => serde_json::from_value(value).map(Line::Text),
-            "prompt_token_ids" => serde_json::from_value(value).map(Line::Tokens),
-            _ => serde_json::from_value(value).map(Line::Chat),
-        }
-        .map_err(|error| format!("{name}: {error}"))
-    }
-}
 
 /// Prompts in their order: raw ones and conversations may be mixed.
 enum Input {
@@ -115,9 +76,7 @@ fn inputs(args: &Generate) -> Result<Vec<Input>> {
     let mut inputs: Vec<Input> = args.prompt.iter().cloned().map(text).collect();
     if let Some(path) = &args.prompts {
         for_each_line(path, |number, line| {
-            let line = Line::new(json_line(path, number, line)?)
-                .map_err(|error| Failure::input(format!("{}: line {number}: {error}", name(path))))?;
-            inputs.push(match line {
+            inputs.push(match Line::read(path, number, line)? {
                 Line::Text(prompt) => text(prompt),
                 Line::Tokens(ids) => Input::Raw(Prompt::Tokens(ids)),
                 Line::Chat(prompt) => chat(*prompt),

@@ -3,7 +3,9 @@
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 
+use harmony::ChatPrompt;
 use serde::de::DeserializeOwned;
+use serde_json::Value;
 
 use crate::failure::{Failure, Result};
 
@@ -48,14 +50,50 @@ pub(crate) fn for_each_line(path: &Path, mut each: impl FnMut(usize, &str) -> Re
     Ok(())
 }
 
-/// Every line as JSON.
-pub(crate) fn read_json_lines<T: DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let mut documents = Vec::new();
-    for_each_line(path, |number, line| {
-        documents.push(json_line(path, number, line)?);
-        Ok(())
-    })?;
-    Ok(documents)
+/// A line of prompts, or of calibration data.
+pub(crate) enum Line {
+    Text(String),
+    Tokens(Vec<u32>),
+    Chat(Box<ChatPrompt>),
+}
+
+impl Line {
+    /// A line that says two things is refused: one of them would be lost.
+    pub(crate) fn read(path: &Path, number: usize, line: &str) -> Result<Line> {
+        Line::new(json_line(path, number, line)?)
+            .map_err(|error| Failure::input(format!("{}: line {number}: {error}", name(path))))
+    }
+
+    /// The error says what was expected and what was found.
+    pub(crate) fn new(mut document: Value) -> std::result::Result<Line, String> {
+        // The last is what the data of trainers have beside a prompt.
+        const NAMES: [&str; 4] = ["prompt", "messages", "prompt_token_ids", "completion"];
+        let named = match &document {
+            Value::String(_) => vec!["prompt"],
+            Value::Array(_) => vec!["prompt_token_ids"],
+            Value::Object(fields) => {
+                NAMES.into_iter().filter(|name| fields.get(*name).is_some_and(|v| !v.is_null())).collect()
+            }
+            _ => Vec::new(),
+        };
+        let [name @ ("prompt" | "messages" | "prompt_token_ids")] = named[..] else {
+            let found = if named.is_empty() { "another document".to_owned() } else { named.join(" and ") };
+            return Err(format!(
+                "expected a text, an array of token ids, or one of {{\"prompt\"}}, {{\"messages\"}} and \
+                 {{\"prompt_token_ids\"}}, found {found}"
+            ));
+        };
+        let value = match document.get_mut(name).filter(|_| name != "messages") {
+            Some(value) => value.take(),
+            None => document,
+        };
+        match name {
+            "prompt" => serde_json::from_value(value).map(Line::Text),
+            "prompt_token_ids" => serde_json::from_value(value).map(Line::Tokens),
+            _ => serde_json::from_value(value).map(Line::Chat),
+        }
+        .map_err(|error| format!("{name}: {error}"))
+    }
 }
 
 pub(crate) fn json_line<T: DeserializeOwned>(path: &Path, number: usize, line: &str) -> Result<T> {

@@ -58,7 +58,12 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     }
     // Files that were named are checked even so: who mistypes a name should learn of it.
     let data = if calibrated || args.report.is_some() || !args.calibration.is_empty() {
-        calibration::read(&model, &args.calibration, args.calibration_tokens as usize, args.seed, ui)?
+        let wanted = calibration::Wanted {
+            tokens: args.calibration_tokens as usize,
+            seed: args.seed,
+            measured: args.report.is_some(),
+        };
+        calibration::read(&model, &args.calibration, &wanted, ui)?
     } else {
         calibration::Data::default()
     };
@@ -92,13 +97,17 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         return Err(failure.hint("--allow-loss casts all the same; --scales-per expert may lose less"));
     }
 
-    interrupt::handle_with_note("interrupted: this layer is finished first; a second time stops at once");
     let calibrates = view.needs_calibration();
     let windows = if calibrates { data.windows() } else { Vec::new() };
     target.fingerprint = fingerprint(&view, args, &windows);
-    let scratch = checkpoint::beside(&args.out, ".calibration")?;
+    let scratch = checkpoint::beside(&args.out, CALIBRATION)?;
     let unfinished = |error| unfinished(error, &scratch);
     checkpoint::may_begin(&view, &target, &args.out).map_err(unfinished)?;
+    if let Some(folder) = &args.report {
+        std::fs::create_dir_all(folder).map_err(|error| Failure::io(folder, &error))?;
+        report::check_memory(&*source, &view, common, ui)?;
+    }
+    interrupt::handle_gracefully();
     if calibrates {
         let calibration = quantize::Calibration {
             windows,
@@ -108,10 +117,13 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
             overwrite: args.overwrite,
         };
         let mut bar = ui.progress("Calibrating", 1);
-        let calibrated = view.calibrate(&calibration, &mut |done, total| {
-            bar.set_total(total as u64);
-            bar.set(done as u64);
-            if interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        let note = "interrupted: this layer is finished first; a second time stops at once";
+        let calibrated = interrupt::noting(note, || {
+            view.calibrate(&calibration, &mut |done, total| {
+                bar.set_total(total as u64);
+                bar.set(done as u64);
+                if interrupt::interrupted() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+            })
         });
         drop(bar);
         calibrated.map_err(|error| match error {
@@ -136,6 +148,8 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     if calibrates {
         checkpoint::remove_unfinished(&scratch)?;
     }
+    // The model is complete: an interrupt that came too late for it is one of the report.
+    interrupt::end_at_once();
     let bits = written.tensor_bytes as f64 * 8.0 / parameters as f64;
     if ui.json {
         ui.document(&document(args, &view, &written, &names, bits, source_bytes, started))?;
@@ -157,8 +171,15 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         }
     }
     if let Some(folder) = &args.report {
+        if interrupt::interrupted() {
+            return Err(Failure::new(crate::failure::Status::Interrupted, "interrupted before the report"));
+        }
         let data = &data;
-        let run = report::Run { args, common, source, facts, data, view: &view, started, source_bytes, bits };
+        let scales_per =
+            if target.scales_per_expert { args::ScalesPer::Expert } else { args::ScalesPer::Stack };
+        let view = &view;
+        let run =
+            report::Run { args, common, source, facts, data, view, scales_per, started, source_bytes, bits };
         report::write(&run, &written, &|id| names.name(id).to_owned(), folder, ui)?;
     }
     Ok(())
@@ -187,17 +208,38 @@ fn check(args: &Quantize) -> Result<()> {
             return Err(Failure::input(format!("{name}: the layout {format} has no place for its scales")));
         }
     }
+    let whole = |path: &Path| std::path::absolute(path).unwrap_or_else(|_| path.to_owned());
+    if let Some(report) = args.report.as_deref().filter(|report| whole(report).starts_with(whole(&args.out)))
+    {
+        return Err(Failure::input(format!(
+            "--report: expected a folder outside of --out, which is replaced as a whole, found {}",
+            report.display()
+        )));
+    }
     if let Some(path) = args.report.as_deref().and_then(evaluate::report::in_the_way) {
         return Err(Failure::input(format!(
             "--report: {}: expected nothing there, or the file of an earlier report, found something else",
             path.display()
         )));
     }
-    checkpoint::may_write(&args.out, args.overwrite).map_err(|error| match error {
-        checkpoint::Error::Exists { .. } => Failure::from(error).hint("--overwrite replaces it"),
-        error => error.into(),
+    checkpoint::may_write(&args.out, args.overwrite).map_err(|error| match &error {
+        checkpoint::Error::Exists { .. } => {
+            let scratch = checkpoint::beside(&args.out, CALIBRATION).ok().filter(|scratch| scratch.is_dir());
+            let left = scratch.map_or_else(String::new, |scratch| {
+                format!("; {}, which a calibration left, is not needed for it", scratch.display())
+            });
+            Failure::from(error).hint(format!("--overwrite replaces it{left}"))
+        }
+        // Beside the output, or in it.
+        checkpoint::Error::File { path, .. } if *path != args.out => {
+            Failure::from(error).hint("move it elsewhere first")
+        }
+        _ => error.into(),
     })
 }
+
+/// Behind the name of the output: where a calibration keeps what it has.
+const CALIBRATION: &str = ".calibration";
 
 /// Refuses to replace a folder with an input in it, were it a link that leads there: the input would be gone.
 fn keeps_inputs(args: &Quantize, source: &Path) -> Result<()> {
@@ -247,7 +289,13 @@ fn left_out(source: &Checkpoint, args: &Quantize, ui: Ui) {
         ui.note(format_args!(
             "note: the layout {format} has no place for the source's static scales of inputs or of the cache: they are left out"
         ));
-    } else if inputs && args.activations != args::Activations::Nvfp4 {
+    } else if cache && source.kv_cache().is_none() && args.kv_cache != args::KvCache::Fp8 {
+        ui.note(
+            "note: the source's configuration names no format of the cache: the static scales for it are left out (--kv-cache fp8 \
+             keeps them)",
+        );
+    }
+    if !no_place && inputs && args.activations != args::Activations::Nvfp4 {
         ui.note("note: the source is W4A4: its input scales are left out (--activations nvfp4 keeps them)");
     }
 }
@@ -415,7 +463,7 @@ pub(crate) fn algorithm(args: &Quantize, view: &Quantized) -> String {
 /// Why `auto` chose as it did.
 pub(crate) fn reason(args: &Quantize, view: &Quantized) -> Option<&'static str> {
     (algorithm(args, view) != flag(&args.algorithm))
-        .then_some("the lowest divergence of all algorithms measured")
+        .then_some("the lowest divergence of all algorithms on the small model of nibble's BENCHMARKS.md")
 }
 
 /// Says which experts calibration hardly saw.

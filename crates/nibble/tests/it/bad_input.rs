@@ -150,6 +150,8 @@ fn an_output_that_exists_is_kept() {
         2,
         "inner: expected no folder of other files",
     );
+    let moved = run(&["quantize", &inner, "--out", &checkpoint, "--overwrite"]);
+    assert!(moved.stderr.contains("hint: move it elsewhere first"), "{}", moved.stderr);
     std::fs::rename(&inner, format!("{out}/inner")).unwrap();
     let refused = format!("--out {checkpoint}: expected a folder without the source");
     std::fs::write(&text, "A text of somebody.").unwrap();

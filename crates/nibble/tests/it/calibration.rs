@@ -20,8 +20,22 @@ fn bad_calibration_data_are_refused_before_any_work() {
         (
             "shape.jsonl",
             "{\"text\": \"no such field\"}\n",
-            "line 1: expected an array of token ids, {\"prompt\"} or {\"messages\"} of a chat, found another document",
+            "line 1: expected a text, an array of token ids, or one of {\"prompt\"}, {\"messages\"} and {\"prompt_token_ids\"}, \
+             found another document",
         ),
+        // As some sets have it: one of the two would be left out.
+        (
+            "both.jsonl",
+            "{\"prompt\": \"Hi\", \"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}\n",
+            "line 1: expected a text, an array of token ids, or one of {\"prompt\"}, {\"messages\"} and {\"prompt_token_ids\"}, \
+             found prompt and messages",
+        ),
+        (
+            "pair.jsonl",
+            "\"Hi\"\n{\"prompt\": \"Hi\", \"completion\": \"Ho\"}\n",
+            "found prompt and completion",
+        ),
+        ("half.jsonl", "{\"completion\": \"Ho\"}\n", "found completion"),
         ("unknown.jsonl", "[1, 2, 4096]\n", "expected ids below 4096, found 4096"),
         ("negative.jsonl", "[-1]\n", "line 1"),
         ("empty.txt", "", "expected at least one token"),
@@ -120,6 +134,7 @@ fn w4a4_with_an_fp8_cache_and_a_report() {
     // Its own scales go from layout to layout, or it is said that they do not.
     let again = ["--format", "fake-bf16", "--recipe", "linear", "--json"];
     let kept = [&["quantize", &path("out"), "--out", &path("kept"), "--activations", "nvfp4"], &again[..]];
+    let kept = [&kept.concat()[..], &["--kv-cache", "fp8"]];
     assert!(ok(&kept.concat()).json().get("expert_coverage").is_none(), "nothing was calibrated");
     let compared = ok(&["verify", &path("out"), &path("kept"), "--json"]).json();
     assert_eq!((&compared["identical"], &compared["scales_of_one"]), (&true.into(), &serde_json::json!([])));
@@ -173,13 +188,13 @@ fn w4a4_with_an_fp8_cache_and_a_report() {
     assert!(tensor["mse"].as_f64().unwrap() < tensor["max_rule_mse"].as_f64().unwrap(), "{tensor}");
     assert!(tensor["worst_block"]["relative_error"].as_f64().unwrap() > 0.0, "{tensor}");
     let bytes: u64 = report["sizes"].as_array().unwrap().iter().map(|p| p["bytes"].as_u64().unwrap()).sum();
-    // The files hold the global scales and the static scales as well.
+    // The files hold the scales of the cache as well.
     let scales = report["run"]["bytes"].as_u64().unwrap() - bytes;
-    assert_eq!(scales, 4 * (6 * 2 + 2) * 4);
+    assert_eq!(scales, 4 * 2 * 4);
     let page = std::fs::read_to_string(folder.path().join("report/index.html")).unwrap();
     assert!(page.contains("<svg") && page.contains("book.txt"));
     let card = std::fs::read_to_string(folder.path().join("report/README.md")).unwrap();
-    assert!(card.contains("`book.txt`"));
+    assert!(card.contains("`book.txt`") && card.contains("on text that calibration did not see"));
     // Pages that others may read know no path of this machine.
     let command = report["run"]["command"].as_str().unwrap();
     assert!(command.starts_with("nibble quantize tiny-gpt-oss-bf16 --out out "), "{command}");
@@ -211,6 +226,88 @@ fn auto_says_which_algorithm_it_took_and_why() {
     assert_eq!(report["run"]["algorithm"], "refine");
     assert_eq!(report["algorithms"][0]["algorithm"], "refine");
     assert!(report["run"]["reason"].as_str().unwrap().contains("lowest divergence"));
+}
+
+#[test]
+fn a_report_of_few_data_has_figures_and_tells_the_model_from_its_base() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let tuned = folder.path().join("tuned");
+    crate::copy_model(&bf16(), &tuned);
+    write(&tuned, "README.md", "---\nbase_model: openai/gpt-oss-20b\nlicense: mit\n---\nMine.\n");
+    // Fewer tokens than are asked for, of a model with a context below that of a window.
+    let config = std::fs::read_to_string(tuned.join("config.json")).unwrap();
+    let mut config: serde_json::Value = serde_json::from_str(&config).unwrap();
+    config["max_position_embeddings"] = 128.into();
+    config["initial_context_length"] = serde_json::Value::Null;
+    write(&tuned, "config.json", &config.to_string());
+    let lines: String = (0..6).map(|line| format!("{:?}\n", vec![line + 1; 200])).collect();
+    let few = write(folder.path(), "few.jsonl", &lines);
+    let (source, report) = (path("tuned"), path("report"));
+    let args = ["quantize", &source, "--calibration", &few, "--report", &report, "--algorithm", "max"];
+    let fake = ["--out", &path("fake"), "--format", "fake-bf16", "--activations", "nvfp4"];
+    let done = ok(&[&args[..], &fake].concat());
+    assert!(done.stderr.contains("few.jsonl: 384 tokens to calibrate on, fewer than"), "{}", done.stderr);
+    let text = std::fs::read_to_string(folder.path().join("report/report.json")).unwrap();
+    let facts: serde_json::Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(
+        (&facts["calibration"]["tokens"], &facts["calibration"]["window"]),
+        (&384.into(), &128.into())
+    );
+    assert_eq!(facts["quality"][0]["tokens"], 3 * 127);
+    let sum = |field: &str| -> u64 {
+        facts["sizes"].as_array().unwrap().iter().map(|part| part[field].as_u64().unwrap()).sum()
+    };
+    assert_eq!(
+        sum("bytes"),
+        facts["run"]["bytes"].as_u64().unwrap(),
+        "what is beside the values counts, too"
+    );
+    assert_eq!(sum("source_bytes"), facts["run"]["source_bytes"].as_u64().unwrap());
+    let card = std::fs::read_to_string(folder.path().join("report/README.md")).unwrap();
+    assert!(card.contains("# `tuned`") && card.contains("base_model: \"openai/gpt-oss-20b\"\n"), "{card}");
+    assert!(!card.contains("base_model_relation"), "{card}");
+
+    // One window is calibrated on, and none is left: it is said at once.
+    let one = write(folder.path(), "one.jsonl", "[1, 2, 3]\n");
+    let one = ["quantize", &source, "--out", &path("one"), "--calibration", &one, "--report", &report];
+    let done = ok(&[&one[..], &["--algorithm", "max", "--activations", "nvfp4"]].concat());
+    assert!(done.stderr.contains("have no windows left to measure on"), "{}", done.stderr);
+}
+
+#[test]
+fn where_no_report_can_be_is_found_before_the_calibration() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("out").to_str().unwrap().to_owned();
+    let args = ["quantize", &bf16(), "--out", &out, "--report"];
+    for report in ["/proc/nowhere/report", "/proc/version"] {
+        fails(&[&args[..], &[report]].concat(), 2, report);
+    }
+    for report in [out.clone(), format!("{out}/report")] {
+        fails(&[&args[..], &[&report]].concat(), 2, "--report: expected a folder outside of --out");
+    }
+    assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn an_interrupt_ends_the_measuring_of_a_report() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (out, report) = (path("out"), path("report"));
+    let source = bf16();
+    let args = ["quantize", &source, "--out", &out, "--algorithm", "mse", "--report", &report];
+    let child = nibble(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    while !Path::new(&out).exists() {
+        std::thread::yield_now();
+    }
+    // SAFETY: a signal to a child that has not been waited for.
+    unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    let stopped = child.wait_with_output().unwrap();
+    let stderr = String::from_utf8_lossy(&stopped.stderr);
+    assert_eq!(stopped.status.code(), Some(130), "{stderr}");
+    assert!(!stderr.contains("this layer"), "{stderr}");
+    assert_eq!(std::fs::read_dir(&report).unwrap().count(), 0);
+    ok(&["inspect", &out]);
 }
 
 #[test]

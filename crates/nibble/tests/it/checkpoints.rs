@@ -109,6 +109,35 @@ fn scales_per_expert_are_kept() {
     ok(&["quantize", &bf16(), "--out", &each, "--algorithm", "max", "--scales-per", "expert"]);
     ok(&["quantize", &each, "--out", &fake, "--format", "fake-bf16"]);
     identical(&each, &fake);
+    let (kept, report) = (folder.path("kept"), folder.path("report"));
+    ok(&["quantize", &each, "--out", &kept, "--report", &report, "--calibration-tokens", "64"]);
+    let card = std::fs::read_to_string(std::path::Path::new(&report).join("README.md")).unwrap();
+    assert!(card.contains("one global scale per `expert`"), "{card}");
+}
+
+#[test]
+fn tensors_of_other_names_are_refused_with_a_hint() {
+    let folder = Folder::new();
+    let other = folder.path("other");
+    crate::copy_model(&small(), std::path::Path::new(&other));
+    let path = std::path::Path::new(&other).join("model.safetensors");
+    let file = std::fs::read(&path).unwrap();
+    let (length, rest) = file.split_at(8);
+    let length = u64::from_le_bytes(length.try_into().unwrap()) as usize;
+    let header = String::from_utf8(rest[..length].to_vec()).unwrap();
+    for (renamed, hint) in [
+        (
+            header.replace("\"model.", "\"_orig_mod.model.").replace("\"lm_head", "\"_orig_mod.lm_head"),
+            "a prefix before the names, \"_orig_mod.\"",
+        ),
+        (header.replace("q_proj.bias", "q_proj.lora_A.weight"), "merge it into the model first"),
+    ] {
+        let length = (renamed.len() as u64).to_le_bytes();
+        std::fs::remove_file(&path).unwrap();
+        std::fs::write(&path, [&length, renamed.as_bytes(), &rest[header.len()..]].concat()).unwrap();
+        let refused = crate::fails(&["inspect", &other], 2, "the tensors do not fit");
+        assert!(refused.stderr.contains(hint), "{}", refused.stderr);
+    }
 }
 
 #[test]

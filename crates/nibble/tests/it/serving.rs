@@ -652,6 +652,43 @@ fn a_revision_of_a_model_on_the_hub() {
 }
 
 #[test]
+fn a_hub_may_have_an_authority_of_its_own() {
+    let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("script.json");
+    std::fs::write(&script, json!({"default": {"tokens": [24_912]}}).to_string()).unwrap();
+    let engine = format!("scripted:{}", script.display());
+    let tls = |file: &str| crate::path(&format!("testdata/tls/{file}"));
+    let (key, certificate) = (tls("server.key"), tls("server.pem"));
+    let mut server = nibble(&["serve", "--port", "0", "--engine", &engine])
+        .args(["--ssl-keyfile", &key, "--ssl-certfile", &certificate])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(server.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
+    let endpoint = line.trim().replace("127.0.0.1", "localhost");
+    assert!(endpoint.starts_with("https://"), "{line}");
+    for (variable, expected) in [
+        ("OTHER", "UnknownIssuer"),
+        ("SSL_CERT_FILE", "the hub knows no such model"),
+        ("REQUESTS_CA_BUNDLE", "the hub knows no such model"),
+    ] {
+        let mut command = nibble(&["inspect", "owner/name"]);
+        command.env("HF_ENDPOINT", &endpoint).env("HF_HOME", folder.path()).env_remove("HF_HUB_OFFLINE");
+        command.env_remove("SSL_CERT_FILE").env_remove("REQUESTS_CA_BUNDLE").env(variable, tls("root.pem"));
+        for proxy in ["ALL_PROXY", "all_proxy", "HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy"] {
+            command.env_remove(proxy);
+        }
+        let output = command.output().unwrap();
+        let stderr = String::from_utf8(output.stderr).unwrap();
+        assert!(stderr.contains(expected), "{variable}: {stderr}");
+    }
+    let _ = server.kill();
+    let _ = server.wait();
+}
+
+#[test]
 #[cfg(target_os = "linux")]
 fn a_client_that_goes_away_ends_nobody_else() {
     // A write to a connection that was reset raises SIGPIPE, whose default is the end of the process. The moment cannot be
