@@ -473,16 +473,17 @@ impl Engine {
         if prompt + request.params.max_tokens.unwrap_or(1).min(1) > max_model_len {
             return Err(SubmitError::TooLong { prompt, max_model_len });
         }
-        self.bound_logprobs(std::slice::from_mut(&mut request))?;
+        self.bound_logprobs(std::slice::from_mut(&mut request), 1)?;
         Ok(request)
     }
 
     /// Bounds how many log-probabilities there are of requests that belong together: those of each token of prompts and answers, with
-    /// its alternatives. Answers without a `max_tokens` get one if there might be too many.
+    /// its alternatives. Those of prompts count as often as they are shown. Answers without a `max_tokens` get one if there might be too
+    /// many.
     ///
     /// # Errors
     /// Names the field of which there may be more.
-    pub fn bound_logprobs(&self, requests: &mut [Request]) -> Result<(), InvalidParam> {
+    pub fn bound_logprobs(&self, requests: &mut [Request], prompts_shown: usize) -> Result<(), InvalidParam> {
         let room = |prompt: &[u32]| self.inner.max_model_len.saturating_sub(prompt.len());
         // Those of a token of each of a request's answers.
         let of_token = |params: &SamplingParams| {
@@ -494,7 +495,7 @@ impl Engine {
         for Request { prompt, params, .. } in &*requests {
             let of_prompt =
                 params.prompt_logprobs.map_or(0, |top| top.saturating_add(1).saturating_mul(prompt.len()));
-            of_prompts = of_prompts.saturating_add(of_prompt);
+            of_prompts = of_prompts.saturating_add(of_prompt.saturating_mul(prompts_shown));
             match params.max_tokens {
                 Some(tokens) => {
                     let tokens = tokens.min(room(prompt));

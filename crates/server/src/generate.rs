@@ -283,7 +283,10 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
         ..call.request(&request.common, &request.params, prompt.ids.clone(), OutputMode::Text)
     };
     let mut engine_requests: Vec<Request> = prompts.iter().map(engine_request).collect();
-    engine.bound_logprobs(&mut engine_requests)?;
+    // Each choice shows its prompt's anew.
+    let lists = usize::from(request.echo && request.params.logprobs.is_some())
+        + usize::from(request.prompt_logprobs.is_some());
+    engine.bound_logprobs(&mut engine_requests, lists * request.params.n)?;
     let harmony = Arc::clone(engine.harmony());
     let answer = CompletionAnswer::new(harmony, call.identity.clone(), shape, prompts);
 

@@ -101,7 +101,7 @@ fn log_probabilities_are_bounded() {
     let valid = engine.validate(text_request(&[1; 100], of_answers.clone())).unwrap();
     assert_eq!(valid.params.max_tokens, Some(most));
     let mut two = [text_request(&[1; 100], of_answers.clone()), text_request(&[1; 9], of_answers)];
-    engine.bound_logprobs(&mut two).unwrap();
+    engine.bound_logprobs(&mut two, 1).unwrap();
     assert_eq!(two.map(|request| request.params.max_tokens), [Some(most / 2); 2]);
     let without = SamplingParams { n: 128, ..unlimited() };
     assert_eq!(engine.validate(text_request(&[1; 100], without)).unwrap().params.max_tokens, None);

@@ -135,6 +135,17 @@ fn log_probabilities_of_all_prompts_are_bounded_together() {
     assert_eq!(server.complete(&request).error().2.as_deref(), Some("logprobs"));
     request["max_tokens"] = 1.into();
     assert_eq!(server.complete(&request).status, 200);
+    // Each choice shows its prompt's, in both ways if both are asked for.
+    let shown = |tokens: usize, more: &Value| {
+        let mut request =
+            json!({"prompt": vec![5; tokens], "n": 128, "max_tokens": 1, "logprobs": 20, "echo": true});
+        request.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        server.complete(&request)
+    };
+    let both = json!({"prompt_logprobs": 20});
+    assert_eq!(shown(7000, &json!({})).error().2.as_deref(), Some("prompt_logprobs"));
+    assert_eq!(shown(3500, &both).error().2.as_deref(), Some("prompt_logprobs"));
+    assert_eq!(shown(2, &both).status, 200);
 }
 
 #[test]
