@@ -1,6 +1,7 @@
 //! `SamplingParams`: vLLM's names, defaults and rules (`serving.md` 10), and the check that makes them valid.
 
 use std::collections::BTreeMap;
+use std::sync::Arc;
 
 /// How a request is sampled and when it stops. Fields are free; [`SamplingParams::validate`] is asked before a request
 /// enters the engine.
@@ -43,7 +44,7 @@ pub struct SamplingParams {
     /// Added to single logits, each within ±100.
     pub logit_bias: BTreeMap<u32, f32>,
     /// The only tokens that may be drawn; `None`: all.
-    pub allowed_token_ids: Option<Vec<u32>>,
+    pub allowed_token_ids: Option<Arc<[u32]>>,
     /// Texts that must not come, at the beginning of a word or within one.
     pub bad_words: Vec<String>,
     /// The drawn token comes with the log-probabilities of these, in place of the best. Needs `logprobs`.
@@ -128,7 +129,8 @@ impl SamplingParams {
     pub const MAX_BAD_WORD_BYTES: usize = 256;
 
     /// Checks every rule and returns the parameters as the engine uses them: temperatures near 0 raised or greedy, a greedy
-    /// request without filters, a `top_k` of the whole vocabulary as none, biases clamped, duplicate stop tokens removed, a seed of -1 as none.
+    /// request without filters, a `top_k` of the whole vocabulary as none, biases clamped, duplicates among stop tokens and
+    /// allowed ones removed, a seed of -1 as none.
     ///
     /// # Errors
     /// Names the first field, in the order of the struct, that breaks its rule.
@@ -202,7 +204,14 @@ impl SamplingParams {
         }
         if let Some(allowed) = &self.allowed_token_ids {
             require(!allowed.is_empty(), "allowed_token_ids", || "must not be empty.".to_owned())?;
-            in_vocabulary(allowed, vocab_size, "allowed_token_ids")?;
+            in_vocabulary(allowed.iter(), vocab_size, "allowed_token_ids")?;
+            // What is valid already stays shared.
+            if !allowed.is_sorted_by(|a, b| a < b) {
+                let mut different = allowed.to_vec();
+                different.sort_unstable();
+                different.dedup();
+                valid.allowed_token_ids = Some(different.into());
+            }
         }
         require(self.bad_words.len() <= Self::MAX_BAD_WORDS, "bad_words", || {
             format!("must have at most {} words, got {}.", Self::MAX_BAD_WORDS, self.bad_words.len())

@@ -367,7 +367,7 @@ fn rendered(id: &str, model: &str, ids: &[u32], params: &SamplingParams) -> serd
         "frequency_penalty": params.frequency_penalty,
         "repetition_penalty": params.repetition_penalty,
         "logit_bias": params.logit_bias,
-        "allowed_token_ids": params.allowed_token_ids,
+        "allowed_token_ids": params.allowed_token_ids.as_deref(),
         "bad_words": params.bad_words,
         "skip_special_tokens": params.skip_special_tokens
     }})

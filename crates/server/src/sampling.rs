@@ -147,7 +147,7 @@ impl SamplingFields {
             frequency_penalty: or(self.frequency_penalty, 0.0),
             repetition_penalty: or(self.repetition_penalty, defaults.repetition_penalty),
             logit_bias: biases(self.logit_bias)?,
-            allowed_token_ids: self.allowed_token_ids,
+            allowed_token_ids: self.allowed_token_ids.map(Into::into),
             bad_words: self.bad_words,
             thinking_token_budget: endpoint.thinking_token_budget,
             skip_special_tokens: self.skip_special_tokens,

@@ -349,7 +349,7 @@ fn other_limits_hold_as_well() {
     // Fields that forbid what the grammar demands: an error, not another answer.
     let engine = says(good);
     let grammar = grammars().turn(&answering(point())).unwrap();
-    let params = SamplingParams { allowed_token_ids: Some(vec![5, 6]), ..unlimited() };
+    let params = SamplingParams { allowed_token_ids: Some(vec![5, 6].into()), ..unlimited() };
     let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
     let (_handle, events) =
         submit(&engine, Request { grammar: Some(grammar), ..Request::new(vec![1], params, output) });
@@ -520,7 +520,7 @@ fn words_and_tokens_that_are_not_to_come() {
     assert_eq!((pair[1], &pair[..3]), (two, &free[..3]));
     assert_ne!(pair[3], two);
 
-    let only = word(SamplingParams { allowed_token_ids: Some(vec![two, 7]), ..at_most(5) });
+    let only = word(SamplingParams { allowed_token_ids: Some(vec![two, 7].into()), ..at_most(5) });
     assert!(only.iter().all(|token| [two, 7].contains(token)), "{only:?}");
 }
 

@@ -102,7 +102,7 @@ fn stop_tokens_are_not_drawn_before_min_tokens() {
     assert!(!found[..3].contains(&RETURN) && found[3] == RETURN, "{found:?}");
     assert_eq!(ending(&events), (FinishReason::Stop, None));
     // Where no others may come they come, and end nothing yet.
-    let only = SamplingParams { allowed_token_ids: Some(vec![RETURN]), ..params };
+    let only = SamplingParams { allowed_token_ids: Some(vec![RETURN].into()), ..params };
     assert_eq!(tokens_of(&run(&says("x"), text_request(&[1], only)), 0), [RETURN; 4]);
     // So does what the end of reasoning demands.
     let end = tokens("<|end|>");
@@ -122,7 +122,7 @@ fn stop_tokens_are_not_drawn_before_min_tokens() {
 #[test]
 fn fields_that_leave_no_token_fail_the_request() {
     let params = SamplingParams {
-        allowed_token_ids: Some(tokens("the")),
+        allowed_token_ids: Some(tokens("the").into()),
         bad_words: vec!["the".to_owned()],
         ..unlimited()
     };

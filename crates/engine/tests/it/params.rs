@@ -84,6 +84,10 @@ fn what_is_valid_is_normalized() {
         (|p| p.seed = Some(i64::MIN), |p| p.seed = Some(i64::MIN)),
         (|p| p.stop_token_ids = vec![9, 3, 9], |p| p.stop_token_ids = vec![3, 9]),
         (
+            |p| p.allowed_token_ids = Some(vec![9, 3, 9].into()),
+            |p| p.allowed_token_ids = Some(vec![3, 9].into()),
+        ),
+        (
             |p| p.logit_bias = [(1, 1e9), (2, f32::NEG_INFINITY)].into(),
             |p| p.logit_bias = [(1, 100.0), (2, -100.0)].into(),
         ),
@@ -93,4 +97,12 @@ fn what_is_valid_is_normalized() {
     for (given, expected) in cases {
         assert_eq!(changed(*given).validate(VOCABULARY), Ok(changed(*expected)));
     }
+}
+
+#[test]
+fn allowed_tokens_are_shared_by_all_prompts() {
+    let once = changed(|p| p.allowed_token_ids = Some(vec![9, 3].into())).validate(VOCABULARY).unwrap();
+    let [one, again] =
+        [once.clone(), once.validate(VOCABULARY).unwrap()].map(|p| p.allowed_token_ids.unwrap());
+    assert!(std::sync::Arc::ptr_eq(&one, &again));
 }
