@@ -1,6 +1,6 @@
 //! Tools as the TypeScript that the model was trained on. Its odd indentation is part of the format.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt::Write;
 
 use serde_json::{Map, Value};
@@ -84,13 +84,13 @@ fn object(schema: &Value, indent: &str) -> String {
     out.push_str("{\n");
     let none = Map::new();
     let properties = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
-    let required: Vec<&str> = schema
+    let required: HashSet<&str> = schema
         .get("required")
         .and_then(Value::as_array)
         .map(|names| names.iter().filter_map(Value::as_str).collect())
         .unwrap_or_default();
     for (name, property) in properties {
-        let mark = if required.contains(&name.as_str()) { "" } else { "?" };
+        let mark = if required.contains(name.as_str()) { "" } else { "?" };
         write_property(&mut out, &format!("{name}{mark}"), property, indent);
     }
     let _ = write!(out, "{indent}}}");
