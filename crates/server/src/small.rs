@@ -160,7 +160,7 @@ pub(crate) async fn invocations(
     let shape = Field::root(json::document(&body)?).object(&["messages", "prompt", "input"])?;
     let is = |name| shape.field(name).is_some();
     let (chat, prompt, input) = (is("messages"), is("prompt"), is("input"));
-    let body = Body::from(body.to_vec());
+    let body = body.release();
     match (chat, prompt, input) {
         (true, ..) => generate::chat(state, origin, body).await,
         (_, true, _) => generate::completions(state, origin, body).await,
