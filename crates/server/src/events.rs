@@ -4,7 +4,7 @@ use std::collections::HashSet;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use engine::{Event, Failure, Replicas, Request, RequestHandle, Sink, SubmitError, Valve};
@@ -24,6 +24,7 @@ pub(crate) struct Events {
     receiver: mpsc::UnboundedReceiver<(usize, Event)>,
     backlog: Arc<Backlog>,
     aborted: Pin<Box<dyn Future<Output = Cause> + Send>>,
+    given_up: Pin<Box<dyn Future<Output = ()> + Send>>,
     deadline: Option<Pin<Box<Sleep>>>,
     /// The field that asks for a form of the answer.
     form_param: String,
@@ -231,20 +232,35 @@ impl Events {
         fate.accepted.store(true, Ordering::Release);
         log.submitted(prompt_tokens);
         let valves: Vec<Valve> = handles.iter().map(RequestHandle::valve).collect();
+        let mut look_again = abort.clone();
+        let given_up = Box::pin(async move {
+            if look_again.wait_for(|_| valves.iter().any(Valve::abandoned)).await.is_err() {
+                // The server is gone, which `aborted` says.
+                std::future::pending().await
+            }
+        });
         let aborted = Box::pin(async move {
-            let given_up = || valves.iter().any(Valve::abandoned);
             tokio::select! {
                 biased;
-                abort = abort.wait_for(|everything| *everything || given_up()) => match abort {
-                    Ok(everything) if !*everything => Cause::EngineGivenUp,
-                    // An error means that the server is gone.
-                    _ => Cause::ShuttingDown,
-                },
+                // An error means that the server is gone.
+                _ = abort.wait_for(|everything| *everything) => Cause::ShuttingDown,
                 () = entry.request.aborted.notified() => Cause::Aborted,
             }
         });
         let deadline = timeout.map(|timeout| Box::pin(tokio::time::sleep(timeout)));
-        Ok(Events { receiver, backlog, aborted, deadline, form_param, running, handles, fate, metrics, log })
+        Ok(Events {
+            receiver,
+            backlog,
+            aborted,
+            given_up,
+            deadline,
+            form_param,
+            running,
+            handles,
+            fate,
+            metrics,
+            log,
+        })
     }
 
     /// Waits for the next event.
@@ -255,14 +271,16 @@ impl Events {
     /// The next event. After `Done` or `Failed` nothing runs any more.
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Next> {
         while self.running > 0 {
+            // Whatever waits: a client that reads slowly does not put these off.
+            if let Poll::Ready(cause) = self.aborted.as_mut().poll(cx) {
+                return Poll::Ready(self.end(Next::Failed(cause)));
+            }
+            if self.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
+                return Poll::Ready(self.end(Next::Failed(Cause::Timeout)));
+            }
             let Poll::Ready(received) = self.receiver.poll_recv(cx) else {
-                if let Poll::Ready(cause) = self.aborted.as_mut().poll(cx) {
-                    return Poll::Ready(self.end(Next::Failed(cause)));
-                }
-                if self.deadline.as_mut().is_some_and(|deadline| deadline.as_mut().poll(cx).is_ready()) {
-                    return Poll::Ready(self.end(Next::Failed(Cause::Timeout)));
-                }
-                return Poll::Pending;
+                ready!(self.given_up.as_mut().poll(cx));
+                return Poll::Ready(self.end(Next::Failed(Cause::EngineGivenUp)));
             };
             let Some((prompt, event)) = received else {
                 let cause = if self.backlog.flow().given_up { Cause::SlowReader } else { Cause::EngineGone };

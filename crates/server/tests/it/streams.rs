@@ -125,8 +125,9 @@ fn clients_that_go_away_free_their_sequences() {
     }
 }
 
-/// Tokens of an answer that nobody reads.
+/// Tokens of an answer that nobody reads, and the request's name.
 const UNREAD: usize = 12_000;
+const UNREAD_ID: &str = "unread";
 
 /// A client that does not read what it has asked for, and the server that has stopped computing it.
 fn unread(options: &Options) -> (Fixture, std::net::TcpStream) {
@@ -138,8 +139,9 @@ fn unread(options: &Options) -> (Fixture, std::net::TcpStream) {
     // Large chunks fill what the connection holds sooner: the system takes some four megabytes of them, three thousand or so.
     (request["logprobs"], request["top_logprobs"]) = (true.into(), 20.into());
     request["max_tokens"] = UNREAD.into();
+    let headers = format!("{JSON}x-request-id: {UNREAD_ID}\r\n");
     let mut connection = server.connect();
-    connection.write_all(&message("POST", CHAT, JSON, request.to_string().as_bytes())).unwrap();
+    connection.write_all(&message("POST", CHAT, &headers, request.to_string().as_bytes())).unwrap();
     (server, connection)
 }
 
@@ -177,6 +179,19 @@ fn clients_that_do_not_read_are_given_up() {
     let _ = std::io::Read::read_to_end(&mut { connection }, &mut rest);
     assert!(!String::from_utf8_lossy(&rest).contains("\"finish_reason\":\"length\""));
     assert_eq!(server.complete(&json!({"prompt": "x", "max_tokens": 3})).status, 200);
+}
+
+#[test]
+fn what_waits_for_a_client_does_not_put_its_end_off() {
+    let (server, connection) = unread(&Options { dev_mode: true, ..options() });
+    server.until(|stats| stats.paused == 1);
+    assert_eq!(server.post("/abort_requests", &json!({"request_ids": [UNREAD_ID]})).status, 200);
+    let mut stream = crate::fixture::Stream::new(connection);
+    let events: Vec<String> = std::iter::from_fn(|| stream.next()).collect();
+    let [.., error, _] = &events[..] else { panic!("{events:?}") };
+    assert_eq!(parse_data(error)["error"]["type"], "RequestAbortedError");
+    server.until(|stats| stats.running + stats.waiting + stats.paused == 0);
+    assert!(server.stats().generated_tokens < UNREAD as u64);
 }
 
 #[test]
