@@ -121,7 +121,7 @@ pub(crate) struct ChatRequest {
     pub(crate) legacy_functions: bool,
     pub(crate) include_reasoning: bool,
     pub(crate) return_prompt_text: bool,
-    /// Bytes of text that the prompt will hold, at least.
+    /// Bytes of text that the prompt will hold, about.
     pub(crate) text_bytes: usize,
 }
 
@@ -164,7 +164,7 @@ impl ChatRequest {
         }
         wire.common.cross_check(params.prompt_logprobs)?;
         let choice = wire.tool_choice.check(wire.tools.as_ref())?;
-        let (mut messages, text_bytes) = history(wire.messages)?;
+        let (mut messages, mut text_bytes) = history(wire.messages)?;
         let continued = match wire.continue_final_message {
             true => Some(last_answer(&mut messages)?),
             false => None,
@@ -190,16 +190,16 @@ impl ChatRequest {
             let message = "continue_final_message cannot be used with tools or a form of the answer.";
             return Err(ApiError::invalid("continue_final_message", message));
         }
+        let shown = wire.tools.as_ref().filter(|_| !context.hides_tools(&choice));
+        text_bytes += shown.map_or(0, Tools::bytes)
+            + kwargs.model_identity.as_ref().map_or(0, String::len)
+            + kwargs.builtin_tools.iter().map(String::len).sum::<usize>();
         Ok(ChatRequest {
             common: wire.common,
             tools: wire.tools.as_ref().map_or_else(Vec::new, Tools::names),
             prompt: ChatPrompt {
                 messages,
-                tools: wire
-                    .tools
-                    .as_ref()
-                    .filter(|_| !context.hides_tools(&choice))
-                    .map_or_else(Vec::new, Tools::shown),
+                tools: shown.map_or_else(Vec::new, Tools::shown),
                 response_format: wire.wanted.and_then(|wanted| wanted.shown).map(Box::new),
                 reasoning_effort: Some(effort.shown().to_owned()),
                 date: context.date.map(str::to_owned),
@@ -442,7 +442,10 @@ fn read_call(field: &Field<'_>) -> Result<FunctionCall, ApiError> {
     let name = object.required("name")?.string()?;
     let arguments = match object.field("arguments") {
         None => Value::String(String::new()),
-        Some(arguments) if arguments.is_object() => arguments.value(MAX_TOOLS_BYTES)?,
+        // As the prompt shows them: of many calls one tree is there at a time.
+        Some(arguments) if arguments.is_object() => {
+            Value::String(arguments.value(MAX_TOOLS_BYTES)?.to_string())
+        }
         Some(arguments) => Value::String(arguments.string()?),
     };
     Ok(FunctionCall { name, arguments })
@@ -519,9 +522,9 @@ pub(crate) fn text_bytes(message: &ChatMessage) -> usize {
         Some(MessageContent::Text(text)) => text.len(),
         _ => 0,
     };
-    let calls = message.tool_calls.iter().flatten().map(|call| match &call.function.arguments {
-        Value::String(text) => text.len(),
-        _ => 0,
+    let calls = message.tool_calls.iter().flatten().map(|call| {
+        let FunctionCall { name, arguments } = &call.function;
+        name.len() + arguments.as_str().map_or(0, str::len)
     });
     content + message.reasoning.as_ref().map_or(0, String::len) + calls.sum::<usize>()
 }

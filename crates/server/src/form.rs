@@ -2,6 +2,7 @@
 
 use engine::{Form, GrammarError, Whitespace};
 use harmony::ResponseFormat;
+use serde_json::value::RawValue;
 use serde_json::{Map, Value, json};
 
 use crate::error::ApiError;
@@ -182,9 +183,9 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
     let kind = KINDS.into_iter().find(|kind| object.field(kind).is_some());
     match kind {
         Some("json") => {
-            let schema: Value = if only.is_string() {
-                serde_json::from_str(&only.string()?)
-                    .map_err(|e| only.error(format!("{} is not valid JSON: {e}.", only.path())))?
+            let schema = if only.is_string() {
+                let text = only.string()?;
+                schema_value(&Field::at(only.path(), document(&text, only)?))?
             } else {
                 schema_value(only)?
             };
@@ -207,12 +208,15 @@ fn structured_outputs(field: &Field<'_>) -> Result<Wanted, ApiError> {
         // The last of them: an object, written as a string.
         _ => {
             let text = only.string()?;
-            let raw = json::document(text.as_bytes())
-                .map_err(|_| only.error(format!("{} is not valid JSON.", only.path())))?;
-            let object = Field::at(only.path(), raw).object(&structural::FIELDS)?;
+            let object = Field::at(only.path(), document(&text, only)?).object(&structural::FIELDS)?;
             structural_tag(&object, only.path())
         }
     }
+}
+
+/// JSON that a field has as a string.
+fn document<'a>(text: &'a str, field: &Field<'_>) -> Result<&'a RawValue, ApiError> {
+    json::document(text.as_bytes()).map_err(|_| field.error(format!("{} is not valid JSON.", field.path())))
 }
 
 fn names_properties(keywords: &Map<String, Value>) -> bool {

@@ -231,6 +231,8 @@ impl ResponseRequest {
             context,
         );
         let messages = conversation.finish();
+        let shown = tools.filter(|_| !context.hides_tools(&choice));
+        let text_bytes = messages.iter().map(text_bytes).sum::<usize>() + shown.map_or(0, Tools::bytes);
         let mut common = wire.common;
         if wire.may_truncate {
             common.truncation.get_or_insert(Truncation { tokens: None, keep_first: false });
@@ -239,12 +241,12 @@ impl ResponseRequest {
         echo["temperature"] = json!(params.temperature);
         echo["top_p"] = json!(params.top_p);
         Ok(ResponseRequest {
-            text_bytes: messages.iter().map(text_bytes).sum(),
+            text_bytes,
             tools: tools.map_or_else(Vec::new, Tools::names),
             free_tools: tools.map_or_else(Vec::new, Tools::free),
             namespaced_tools: tools.map_or_else(Vec::new, Tools::namespaced),
             prompt: ChatPrompt {
-                tools: tools.filter(|_| !context.hides_tools(&choice)).map_or_else(Vec::new, Tools::shown),
+                tools: shown.map_or_else(Vec::new, Tools::shown),
                 response_format: wire.wanted.and_then(|wanted| wanted.shown).map(Box::new),
                 reasoning_effort: Some(effort.shown().to_owned()),
                 date: context.date.map(str::to_owned),

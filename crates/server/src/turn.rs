@@ -97,6 +97,7 @@ impl Turn {
 pub(crate) struct Tools {
     tools: Vec<Tool>,
     field: String,
+    bytes: usize,
 }
 
 #[derive(Debug)]
@@ -140,7 +141,7 @@ impl Tools {
         if field.text().len() > MAX_TOOLS_BYTES {
             return Err(field.error(format!("{} is longer than {MAX_TOOLS_BYTES} bytes.", field.path())));
         }
-        Ok(Tools { tools: Vec::new(), field: field.path().to_owned() })
+        Ok(Tools { tools: Vec::new(), field: field.path().to_owned(), bytes: field.text().len() })
     }
 
     /// Adds a function: `name`, `description`, `parameters` and `strict`, wherever they stand.
@@ -251,6 +252,11 @@ impl Tools {
 
     pub(crate) fn is_empty(&self) -> bool {
         self.tools.is_empty()
+    }
+
+    /// How long they are as JSON.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes
     }
 
     /// As the prompt shows them.

@@ -129,6 +129,20 @@ fn chat_fields() {
             "structured_outputs.structural_tag",
             "not valid JSON",
         ),
+        ("structured_outputs", json!({"json": "{"}), "structured_outputs.json", "not valid JSON"),
+        ("structured_outputs", json!({"json": "[]"}), "structured_outputs.json", "must be an object"),
+        (
+            "structured_outputs",
+            json!({"json": json!({"enum": vec![0; 200_000]}).to_string()}),
+            "structured_outputs.json",
+            "longer than 262144 bytes",
+        ),
+        (
+            "chat_template_kwargs",
+            json!({"model_identity": "x".repeat(2 << 20)}),
+            "input_tokens",
+            "bytes of text",
+        ),
         ("response_format", json!({"type": "yaml"}), "response_format.type", "structural_tag"),
         ("response_format", json!({"type": "regex", "pattern": "("}), "response_format.pattern", "regex"),
         (
