@@ -68,9 +68,9 @@ async fn run(mut answer: ResponseAnswer, mut events: Events, place: InMaking, lo
         }
         let items = Some(answer.items().len());
         let changed = std::mem::replace(&mut told, items) != items;
-        let response = changed.then(|| answer.response("in_progress"));
+        let response = changed.then(|| answer.response("in_progress", None));
         let news: Vec<Bytes> = answer.take_events();
-        if let Err(error) = place.tell(news, response.as_ref()) {
+        if let Err(error) = place.tell(news, response.as_deref()) {
             break answer.cut_short(Some(&error), nowhere);
         }
     };

@@ -150,7 +150,7 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
     let keep =
         request.store.then(|| state.responses.place(origin.owner, earlier.conversation, items)).flatten();
     let harmony = Arc::clone(engine.harmony());
-    let record = (!request.tools.is_empty()).then(|| Record::new(&state.memory, &prompt.begun));
+    let record = Record::new(&state.memory, &prompt.begun);
     let mut answer =
         ResponseAnswer::new(harmony, call.identity.clone(), &mut request, prompt.ids.len(), keep, record);
     let output = OutputMode::Chat { tools: request.tools, begun: prompt.begun };

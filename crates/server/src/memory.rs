@@ -67,7 +67,7 @@ impl Record {
         self.turn.extend(tokens);
     }
 
-    /// How much of it is reasoning, of a turn that may call these functions.
+    /// How much of it is reasoning so far, of a turn that may call these functions.
     pub(crate) fn reasoning_tokens(&self, harmony: &Harmony, tools: &[String]) -> usize {
         let mut parser = harmony.parser(tools);
         self.turn.iter().for_each(|&token| drop(parser.push(token)));

@@ -7,13 +7,16 @@ use axum::body::Bytes;
 use engine::{Event, FinishReason};
 use gptoss::TokenLogprobs;
 use harmony::{Delta, Harmony};
-use serde_json::{Map, Value, json};
+use serde::Serialize;
+use serde_json::value::{RawValue, to_raw_value};
+use serde_json::{Value, json};
 
 use crate::answer::{ChatLogprob, Identity, TokenNames, Usage};
 use crate::chat_answer::call_id;
 use crate::error::{ApiError, ErrorStyle};
 use crate::identifier::identifier;
 use crate::memory::Record;
+use crate::response_items::Item;
 use crate::response_request::ResponseRequest;
 use crate::response_store::Keep;
 use crate::sse::Encoder;
@@ -36,7 +39,7 @@ pub(crate) struct ResponseAnswer {
     keep: Option<Keep>,
     /// All events, or those since [`ResponseAnswer::take_events`]; for a response that is kept.
     recorded: Option<Vec<Bytes>>,
-    /// Remembers the turn if it ends with a call.
+    /// Counts the turn's reasoning, and remembers the turn if it ends with a call.
     record: Option<Record>,
     prompt_tokens: usize,
     cached_tokens: usize,
@@ -45,7 +48,7 @@ pub(crate) struct ResponseAnswer {
     visible: Visible,
     /// Whether reasoning and answer have text of earlier messages, from which Harmony's parser separates more by a newline.
     has: Fields,
-    items: Vec<Value>,
+    items: Vec<Arc<Item>>,
     open: Option<Open>,
     finish: Option<FinishReason>,
     /// Where events go; nowhere if the answer is not streamed.
@@ -59,14 +62,14 @@ struct Fields {
     content: bool,
 }
 
-/// The item that is being written.
+/// The item that is being written. Log-probabilities are JSON already, which takes a tenth of the memory of a tree.
 struct Open {
     kind: Kind,
     id: String,
     text: String,
-    logprobs: Vec<Value>,
+    logprobs: Vec<Box<RawValue>>,
     /// Of tokens whose text has not come yet.
-    pending: Vec<Value>,
+    pending: Vec<Box<RawValue>>,
     /// Its message is over; whether it was cut off is not known yet.
     ended: bool,
 }
@@ -79,12 +82,10 @@ enum Kind {
 
 impl Kind {
     /// The part of the kinds that have one, with this text.
-    fn part(&self, text: &str, logprobs: &[Value]) -> Option<Value> {
+    fn part<'a>(&self, text: &'a str, logprobs: &'a [Box<RawValue>]) -> Option<Part<'a>> {
         match self {
-            Kind::Reasoning => Some(json!({"type": "reasoning_text", "text": text})),
-            Kind::Message => {
-                Some(json!({"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}))
-            }
+            Kind::Reasoning => Some(Part::ReasoningText { text }),
+            Kind::Message => Some(Part::OutputText { text, annotations: [], logprobs }),
             Kind::Call { .. } => None,
         }
     }
@@ -102,6 +103,109 @@ impl Kind {
             }
         }
     }
+}
+
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Part<'a> {
+    ReasoningText { text: &'a str },
+    OutputText { text: &'a str, annotations: [(); 0], logprobs: &'a [Box<RawValue>] },
+}
+
+/// An item as it is shown.
+#[derive(Serialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+enum Shown<'a> {
+    Reasoning {
+        id: &'a str,
+        summary: [(); 0],
+        #[serde(skip_serializing_if = "Option::is_none")]
+        content: Option<[Part<'a>; 1]>,
+        /// Null, where it is there.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        encrypted_content: Option<()>,
+        status: &'a str,
+    },
+    Message {
+        id: &'a str,
+        role: &'static str,
+        status: &'a str,
+        content: Vec<Part<'a>>,
+    },
+    FunctionCall {
+        id: &'a str,
+        call_id: &'a str,
+        name: &'a str,
+        arguments: &'a str,
+        status: &'a str,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        namespace: Option<&'a str>,
+    },
+    CustomToolCall {
+        id: &'a str,
+        call_id: &'a str,
+        name: &'a str,
+        input: &'a str,
+        status: &'a str,
+    },
+}
+
+/// What an event says of an item's text.
+#[derive(Default, Serialize)]
+struct Piece<'a> {
+    item_id: &'a str,
+    output_index: usize,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content_index: Option<usize>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    part: Option<Part<'a>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    delta: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    arguments: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    input: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    logprobs: Option<&'a [Box<RawValue>]>,
+}
+
+#[derive(Serialize)]
+struct ItemEvent<I> {
+    output_index: usize,
+    item: I,
+}
+
+#[derive(Serialize)]
+struct ResponseEvent<'a> {
+    response: &'a RawValue,
+}
+
+#[derive(Serialize)]
+struct Numbered<'a, E> {
+    r#type: &'a str,
+    sequence_number: u64,
+    #[serde(flatten)]
+    event: E,
+}
+
+/// The response object.
+#[derive(Serialize)]
+struct Response<'a> {
+    id: &'a str,
+    object: &'static str,
+    created_at: u64,
+    status: &'a str,
+    error: Option<Value>,
+    incomplete_details: Option<Value>,
+    model: &'a str,
+    output: Vec<&'a Item>,
+    #[serde(flatten)]
+    echo: &'a Value,
+    usage: Option<Value>,
 }
 
 impl Open {
@@ -123,37 +227,41 @@ impl Open {
     }
 
     /// The item as it is shown; empty when it begins.
-    fn item(&self, status: &str) -> Value {
-        let parts: Vec<Value> = match status {
-            "in_progress" => Vec::new(),
-            _ => self.kind.part(&self.text, &self.logprobs).into_iter().collect(),
-        };
+    fn shown<'a>(&'a self, status: &'a str) -> Shown<'a> {
+        let (id, text) = (&self.id, &self.text);
+        let part = self.kind.part(text, &self.logprobs).filter(|_| status != "in_progress");
         match &self.kind {
-            Kind::Reasoning if parts.is_empty() => {
-                json!({"type": "reasoning", "id": self.id, "summary": [], "status": status})
+            Kind::Reasoning => Shown::Reasoning {
+                id,
+                summary: [],
+                encrypted_content: part.is_some().then_some(()),
+                content: part.map(|part| [part]),
+                status,
+            },
+            Kind::Message => {
+                Shown::Message { id, role: "assistant", status, content: part.into_iter().collect() }
             }
-            Kind::Reasoning => json!({
-                "type": "reasoning", "id": self.id, "summary": [], "content": parts, "encrypted_content": null,
-                "status": status
-            }),
-            Kind::Message => json!({
-                "type": "message", "id": self.id, "role": "assistant", "status": status, "content": parts
-            }),
-            Kind::Call { call_id, name, namespace, free: false } => {
-                let mut item = json!({
-                    "type": "function_call", "id": self.id, "call_id": call_id, "name": name, "arguments": self.text,
-                    "status": status
-                });
-                if let Some(namespace) = namespace {
-                    item["namespace"] = namespace.as_str().into();
-                }
-                item
+            Kind::Call { call_id, name, namespace, free: false } => Shown::FunctionCall {
+                id,
+                call_id,
+                name,
+                arguments: text,
+                status,
+                namespace: namespace.as_deref(),
+            },
+            Kind::Call { call_id, name, free: true, .. } => {
+                Shown::CustomToolCall { id, call_id, name, input: text, status }
             }
-            Kind::Call { call_id, name, free: true, .. } => json!({
-                "type": "custom_tool_call", "id": self.id, "call_id": call_id, "name": name, "input": self.text,
-                "status": status
-            }),
         }
+    }
+
+    /// An event of the item, which has this index.
+    fn piece(&self, index: usize) -> Piece<'_> {
+        let content_index = match self.kind {
+            Kind::Call { .. } => None,
+            _ => Some(0),
+        };
+        Piece { item_id: &self.id, output_index: index, content_index, ..Piece::default() }
     }
 }
 
@@ -164,7 +272,7 @@ impl ResponseAnswer {
         request: &mut ResponseRequest,
         prompt_tokens: usize,
         keep: Option<Keep>,
-        record: Option<Record>,
+        record: Record,
     ) -> ResponseAnswer {
         let mut echo = request.echo.take();
         // What is said is what is done.
@@ -184,7 +292,7 @@ impl ResponseAnswer {
             echo,
             recorded: keep.is_some().then(Vec::new),
             keep,
-            record,
+            record: Some(record),
             prompt_tokens,
             cached_tokens: 0,
             completion_tokens: 0,
@@ -224,14 +332,14 @@ impl ResponseAnswer {
 
     /// The whole response, which is kept if it is to be.
     pub(crate) fn finish(mut self) -> Vec<u8> {
-        let response = self.complete(&mut Vec::new());
-        serde_json::to_vec(&response).expect("an answer is JSON")
+        let response = Box::<str>::from(self.complete(&mut Vec::new()));
+        String::from(response).into_bytes()
     }
 
     /// The response goes on without its client: as it is before its beginning, and its place, if it has one.
-    pub(crate) fn leave(&mut self) -> (Value, Option<Keep>) {
+    pub(crate) fn leave(&mut self) -> (Box<RawValue>, Option<Keep>) {
         self.streamed = false;
-        (self.response("queued"), self.keep.take())
+        (self.response("queued", None), self.keep.take())
     }
 
     /// The events since the last call, of a response that is kept.
@@ -240,23 +348,29 @@ impl ResponseAnswer {
     }
 
     /// Items that are complete.
-    pub(crate) fn items(&self) -> &[Value] {
+    pub(crate) fn items(&self) -> &[Arc<Item>] {
         &self.items
     }
 
-    /// Ends a response that will not be complete: by an error, or else because somebody wanted it so.
-    pub(crate) fn cut_short(&mut self, error: Option<&ApiError>, out: &mut Vec<u8>) -> Value {
+    /// Ends a response that will not be complete: by an error, or else because somebody wanted it so. It is kept if it is to be.
+    pub(crate) fn cut_short(&mut self, error: Option<&ApiError>, out: &mut Vec<u8>) -> Box<RawValue> {
         self.close("incomplete", out);
         let (status, kind) = match error {
             Some(_) => ("failed", "response.failed"),
             None => ("cancelled", "response.incomplete"),
         };
-        let mut response = self.response(status);
-        if let Some(error) = error {
-            response["error"] = json!({"code": "server_error", "message": error.to_string()});
+        if self.reasoning_tokens.is_none() {
+            self.count_reasoning();
         }
-        self.emit(kind, json!({"response": response}), out);
+        let response = self.response(status, error);
+        self.end_with(kind, &response, out);
         response
+    }
+
+    /// Counts what the engine will not.
+    fn count_reasoning(&mut self) {
+        let count = |record: &Record| record.reasoning_tokens(&self.harmony, &self.tools);
+        self.reasoning_tokens = self.record.as_ref().map(count);
     }
 
     fn add_tokens(&mut self, deltas: Vec<Delta>, logprobs: &[TokenLogprobs], out: &mut Vec<u8>) {
@@ -264,18 +378,16 @@ impl ResponseAnswer {
         if self.open.as_ref().is_some_and(|open| open.ended) {
             self.close("completed", out);
         }
-        let mut entries: Vec<Value> = Vec::new();
+        let mut entries = Vec::new();
         if self.logprobs {
             let names = TokenNames { tokenizer: self.harmony.tokenizer(), as_ids: false };
             let ordinary = logprobs.iter().filter(|entry| !names.tokenizer.is_special(entry.token));
-            entries.extend(ordinary.map(|entry| json!(ChatLogprob::new(entry, names))));
+            entries.extend(ordinary.map(|entry| json(&ChatLogprob::new(entry, names))));
         }
         for delta in deltas {
             if self.visible.is_beyond(&delta, &self.rules) {
                 self.finish = Some(FinishReason::ToolCalls);
-                // The engine will not say.
-                let count = |record: &Record| record.reasoning_tokens(&self.harmony, &self.tools);
-                self.reasoning_tokens = self.record.as_ref().map(count);
+                self.count_reasoning();
                 return;
             }
             match self.visible.show(delta, &self.rules) {
@@ -321,7 +433,7 @@ impl ResponseAnswer {
         kind: Kind,
         text: &str,
         joined: bool,
-        logprobs: &mut Vec<Value>,
+        logprobs: &mut Vec<Box<RawValue>>,
         out: &mut Vec<u8>,
     ) {
         let same = |open: &Open| std::mem::discriminant(&open.kind) == std::mem::discriminant(&kind);
@@ -337,32 +449,27 @@ impl ResponseAnswer {
     fn begin(&mut self, kind: Kind, out: &mut Vec<u8>) {
         let open = Open::new(kind);
         let index = self.items.len();
-        let added = json!({"output_index": index, "item": open.item("in_progress")});
+        let added = ItemEvent { output_index: index, item: open.shown("in_progress") };
         self.emit("response.output_item.added", added, out);
         if let Some(part) = open.kind.part("", &[]) {
-            let added = json!({"item_id": open.id, "output_index": index, "content_index": 0, "part": part});
+            let added = Piece { part: Some(part), ..open.piece(index) };
             self.emit("response.content_part.added", added, out);
         }
         self.open = Some(open);
     }
 
-    fn write(&mut self, text: &str, logprobs: &mut Vec<Value>, out: &mut Vec<u8>) {
-        let index = self.items.len();
-        let Some(open) = &mut self.open else { return };
-        if text.is_empty() {
-            return open.pending.append(logprobs);
-        }
-        open.text.push_str(text);
+    fn write(&mut self, text: &str, logprobs: &mut Vec<Box<RawValue>>, out: &mut Vec<u8>) {
+        let Some(mut open) = self.open.take() else { return };
         open.pending.append(logprobs);
-        let logprobs = std::mem::take(&mut open.pending);
-        let (event, _) = open.kind.events();
-        let mut delta = located(open, index);
-        delta["delta"] = text.into();
-        if matches!(open.kind, Kind::Message) {
-            delta["logprobs"] = logprobs.clone().into();
+        if !text.is_empty() {
+            open.text.push_str(text);
+            let (event, _) = open.kind.events();
+            let logprobs = matches!(open.kind, Kind::Message).then_some(&open.pending[..]);
+            let delta = Piece { delta: Some(text), logprobs, ..open.piece(self.items.len()) };
+            self.emit(event, delta, out);
+            open.logprobs.append(&mut open.pending);
         }
-        open.logprobs.extend(logprobs);
-        self.emit(event, delta, out);
+        self.open = Some(open);
     }
 
     /// Ends the open item.
@@ -371,32 +478,26 @@ impl ResponseAnswer {
         open.logprobs.append(&mut open.pending);
         let index = self.items.len();
         let (_, event) = open.kind.events();
-        let mut done = located(&open, index);
+        let mut done = open.piece(index);
+        let text = Some(&open.text[..]);
         match &open.kind {
-            Kind::Reasoning => done["text"] = open.text.as_str().into(),
-            Kind::Message => {
-                done["text"] = open.text.as_str().into();
-                done["logprobs"] = open.logprobs.clone().into();
-            }
-            Kind::Call { name, free: false, .. } => {
-                done["name"] = name.as_str().into();
-                done["arguments"] = open.text.as_str().into();
-            }
-            Kind::Call { free: true, .. } => done["input"] = open.text.as_str().into(),
+            Kind::Reasoning => done.text = text,
+            Kind::Message => (done.text, done.logprobs) = (text, Some(&open.logprobs[..])),
+            Kind::Call { name, free: false, .. } => (done.name, done.arguments) = (Some(&name[..]), text),
+            Kind::Call { free: true, .. } => done.input = text,
         }
         self.emit(event, done, out);
         if let Some(part) = open.kind.part(&open.text, &open.logprobs) {
-            let mut done = located(&open, index);
-            done["part"] = part;
+            let done = Piece { part: Some(part), ..open.piece(index) };
             self.emit("response.content_part.done", done, out);
         }
-        let item = open.item(status);
-        self.emit("response.output_item.done", json!({"output_index": index, "item": item}), out);
-        self.items.push(item);
+        let item = json(&open.shown(status));
+        self.emit("response.output_item.done", ItemEvent { output_index: index, item: &item }, out);
+        self.items.push(Item::new(Some(open.id), item));
     }
 
     /// Closes what is open and tells the end; the result is the response, which is kept if it is to be.
-    pub(crate) fn complete(&mut self, out: &mut Vec<u8>) -> Value {
+    pub(crate) fn complete(&mut self, out: &mut Vec<u8>) -> Box<RawValue> {
         let cut = self.finish == Some(FinishReason::Length);
         let says = self.open.is_some() || !self.items.is_empty();
         if !says && !cut {
@@ -408,56 +509,52 @@ impl ResponseAnswer {
             true => ("incomplete", "response.incomplete"),
             false => ("completed", "response.completed"),
         };
-        let response = self.response(status);
-        self.emit(event, json!({"response": response}), out);
+        let response = self.response(status, None);
         self.record.take().into_iter().for_each(Record::end);
-        if let Some(keep) = self.keep.take() {
-            let events = self.take_events();
-            keep.store(&self.identity.id, &response, &self.items, events);
-        }
+        self.end_with(event, &response, out);
         response
     }
 
-    /// The response object with the items that are complete.
-    pub(crate) fn response(&self, status: &str) -> Value {
-        let incomplete = (status == "incomplete").then(|| json!({"reason": "max_output_tokens"}));
-        let mut response = json!({
-            "id": self.identity.id,
-            "object": "response",
-            "created_at": self.identity.created,
-            "status": status,
-            "error": null,
-            "incomplete_details": incomplete,
-            "model": self.identity.model,
-            "output": self.items,
-        });
-        if let (Some(response), Some(echo)) = (response.as_object_mut(), self.echo.as_object()) {
-            response.extend(echo.iter().map(|(key, value)| (key.clone(), value.clone())));
+    /// Tells the last event, and keeps the response if it is to be.
+    fn end_with(&mut self, event: &str, response: &RawValue, out: &mut Vec<u8>) {
+        self.emit(event, ResponseEvent { response }, out);
+        if let Some(keep) = self.keep.take() {
+            let events = self.take_events();
+            keep.store(&self.identity.id, response, &self.items, events);
         }
-        response["usage"] = match status {
-            "queued" | "in_progress" => Value::Null,
-            _ => json!({
+    }
+
+    /// The response object with the items that are complete.
+    pub(crate) fn response(&self, status: &str, error: Option<&ApiError>) -> Box<RawValue> {
+        let usage = || {
+            json!({
                 "input_tokens": self.prompt_tokens,
                 "input_tokens_details": {"cached_tokens": self.cached_tokens},
                 "output_tokens": self.completion_tokens,
                 "output_tokens_details": {"reasoning_tokens": self.reasoning_tokens.unwrap_or(0)},
                 "total_tokens": self.prompt_tokens + self.completion_tokens,
-            }),
+            })
         };
-        response
+        json(&Response {
+            id: &self.identity.id,
+            object: "response",
+            created_at: self.identity.created,
+            status,
+            error: error.map(|error| json!({"code": "server_error", "message": error.to_string()})),
+            incomplete_details: (status == "incomplete").then(|| json!({"reason": "max_output_tokens"})),
+            model: &self.identity.model,
+            output: self.items.iter().map(AsRef::as_ref).collect(),
+            echo: &self.echo,
+            usage: (!matches!(status, "queued" | "in_progress")).then(usage),
+        })
     }
 
-    fn emit(&mut self, kind: &str, body: Value, out: &mut Vec<u8>) {
+    fn emit(&mut self, kind: &str, event: impl Serialize, out: &mut Vec<u8>) {
         if !self.streamed && self.recorded.is_none() {
             return;
         }
-        let mut event = Map::new();
-        event.insert("type".to_owned(), kind.into());
-        event.insert("sequence_number".to_owned(), self.sequence.into());
+        let event = Numbered { r#type: kind, sequence_number: self.sequence, event };
         self.sequence += 1;
-        if let Value::Object(body) = body {
-            event.extend(body);
-        }
         let begin = out.len();
         out.extend_from_slice(format!("event: {kind}\ndata: ").as_bytes());
         serde_json::to_writer(&mut *out, &event).expect("an answer is JSON");
@@ -471,19 +568,15 @@ impl ResponseAnswer {
     }
 }
 
-/// Where an event belongs.
-fn located(open: &Open, index: usize) -> Value {
-    match open.kind {
-        Kind::Call { .. } => json!({"item_id": open.id, "output_index": index}),
-        _ => json!({"item_id": open.id, "output_index": index, "content_index": 0}),
-    }
+fn json(value: &impl Serialize) -> Box<RawValue> {
+    to_raw_value(value).expect("an answer is JSON")
 }
 
 impl Encoder for ResponseAnswer {
     fn begin(&mut self, out: &mut Vec<u8>) {
         for kind in ["response.created", "response.in_progress"] {
-            let response = self.response("in_progress");
-            self.emit(kind, json!({"response": response}), out);
+            let response = self.response("in_progress", None);
+            self.emit(kind, ResponseEvent { response: &response }, out);
         }
     }
 

@@ -150,9 +150,13 @@ pub(crate) struct Item {
 }
 
 impl Item {
-    pub(crate) fn new(item: &Value) -> Arc<Item> {
+    pub(crate) fn new(id: Option<String>, text: Box<RawValue>) -> Arc<Item> {
+        Arc::new(Item { id, text })
+    }
+
+    fn of(item: &Value) -> Arc<Item> {
         let text = RawValue::from_string(item.to_string()).expect("a value is JSON");
-        Arc::new(Item { id: item["id"].as_str().map(str::to_owned), text })
+        Item::new(item["id"].as_str().map(str::to_owned), text)
     }
 
     pub(crate) fn id(&self) -> Option<&str> {
@@ -206,12 +210,12 @@ pub(crate) fn kept(item: &Field<'_>) -> Result<Arc<Item>, ApiError> {
         };
         value["id"] = format!("{prefix}_{}", identifier()).into();
     }
-    Ok(Item::new(&value))
+    Ok(Item::of(&value))
 }
 
 /// A text of the user.
 pub(crate) fn kept_text(text: &str) -> Arc<Item> {
     let id = format!("msg_{}", identifier());
     let content = json!([{"type": "input_text", "text": text}]);
-    Item::new(&json!({"type": "message", "role": "user", "content": content, "id": id}))
+    Item::of(&json!({"type": "message", "role": "user", "content": content, "id": id}))
 }

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
-use serde_json::Value;
+use serde_json::value::RawValue;
 use tokio::sync::watch;
 
 use crate::body::Source;
@@ -213,7 +213,7 @@ pub(crate) struct Keep {
 
 impl Keep {
     /// Keeps a response that will be made in the background.
-    pub(crate) fn begin(self, id: &str, response: &Value) -> Result<InMaking, ApiError> {
+    pub(crate) fn begin(self, id: &str, response: &RawValue) -> Result<InMaking, ApiError> {
         let mut inner = self.store.inner();
         if inner.responses.len() - inner.order.len() >= self.store.max {
             return Err(ApiError::Busy { seconds: 1 });
@@ -236,7 +236,7 @@ impl Keep {
     }
 
     /// Keeps a complete response and the events that made it.
-    pub(crate) fn store(self, id: &str, response: &Value, output: &[Value], events: Vec<Bytes>) {
+    pub(crate) fn store(self, id: &str, response: &RawValue, output: &[Arc<Item>], events: Vec<Bytes>) {
         let conversation = conversation(self.earlier, &self.input, output);
         let response = response.to_string();
         let bytes = bytes(&response, &conversation) + events.iter().map(event_bytes).sum::<usize>();
@@ -269,7 +269,7 @@ pub(crate) struct InMaking {
 
 impl InMaking {
     /// Adds events, and what is there by now if that changed. Fails if there is no room.
-    pub(crate) fn tell(&self, events: Vec<Bytes>, response: Option<&Value>) -> Result<(), ApiError> {
+    pub(crate) fn tell(&self, events: Vec<Bytes>, response: Option<&RawValue>) -> Result<(), ApiError> {
         let mut inner = self.store.inner();
         let mut made = self.stored.made();
         let bytes: usize = events.iter().map(event_bytes).sum();
@@ -288,7 +288,7 @@ impl InMaking {
     }
 
     /// The response is complete.
-    pub(crate) fn end(mut self, response: &Value, output: &[Value], events: Vec<Bytes>) {
+    pub(crate) fn end(mut self, response: &RawValue, output: &[Arc<Item>], events: Vec<Bytes>) {
         let conversation = conversation(std::mem::take(&mut self.earlier), &self.stored.input, output);
         let response = response.to_string();
         let bytes = bytes(&response, &conversation) + events.iter().map(event_bytes).sum::<usize>();
@@ -334,10 +334,10 @@ impl Drop for InMaking {
     }
 }
 
-fn conversation(earlier: Vec<Arc<Item>>, input: &[Arc<Item>], output: &[Value]) -> Vec<Arc<Item>> {
+fn conversation(earlier: Vec<Arc<Item>>, input: &[Arc<Item>], output: &[Arc<Item>]) -> Vec<Arc<Item>> {
     let mut conversation = earlier;
     conversation.extend(input.iter().cloned());
-    conversation.extend(output.iter().map(Item::new));
+    conversation.extend(output.iter().cloned());
     conversation
 }
 

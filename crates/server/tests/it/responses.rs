@@ -635,8 +635,10 @@ fn auto_without_tools() {
 
 #[test]
 fn a_device_that_fails() {
-    let (server, steps) = Fixture::stepwise(HELLO, &options());
-    for _ in 0..4 {
+    let options = Options { responses_store: 1, ..options() };
+    let (server, steps) = Fixture::stepwise(HELLO, &options);
+    // Up to the second token of the reasoning.
+    for _ in 0..5 {
         steps.send(engine::Step::Run).unwrap();
     }
     let mut stream = server.stream(PATH, &json!({"input": "Hi", "stream": true}));
@@ -652,6 +654,15 @@ fn a_device_that_fails() {
         (&json!("failed"), &json!("server_error"))
     );
     assert!(!events.iter().any(|event| event.contains("[DONE]")));
+    let usage = &data["response"]["usage"];
+    assert_eq!(
+        (&usage["output_tokens"], &usage["output_tokens_details"]["reasoning_tokens"]),
+        (&json!(5), &json!(2))
+    );
+    // What says that it is stored is.
+    assert_eq!(data["response"]["store"], true);
+    let id = data["response"]["id"].as_str().unwrap();
+    assert_eq!(server.get(&format!("{PATH}/{id}")).ok(), data["response"]);
     drop(steps);
 }
 
