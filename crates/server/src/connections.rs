@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::pin::Pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Duration;
 
@@ -12,9 +12,10 @@ use axum::body::{Body, Bytes, HttpBody};
 use http_body::Frame;
 use hyper::Uri;
 use hyper::body::Incoming;
+use hyper::rt::Executor;
 use hyper::server::conn::{http1, http2};
 use hyper::service::{Service, service_fn};
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Semaphore, watch};
@@ -73,7 +74,7 @@ pub(crate) async fn serve(
         .header_read_timeout(None)
         .max_headers(MAX_HEADERS)
         .max_header_size(MAX_HEAD_BYTES);
-    let mut http2 = http2::Builder::new(TokioExecutor::new());
+    let mut http2 = http2::Builder::new(Streams { stall_timeout: settings.stall_timeout });
     http2
         .timer(TokioTimer::new())
         .max_header_list_size(MAX_HEAD_BYTES as u32)
@@ -142,7 +143,7 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Stream for S {}
 #[derive(Clone)]
 struct Http {
     http1: http1::Builder,
-    http2: http2::Builder<TokioExecutor>,
+    http2: http2::Builder<Streams>,
     settings: Settings,
 }
 
@@ -228,7 +229,13 @@ fn tracked(
             *request.uri_mut() = uri;
         }
         let answer = inner.call(request);
-        async move { answer.await.map(|response| response.map(|body| Held { body, _busy: busy })) }
+        async move {
+            let response = answer.await?;
+            // None: the connection is one of HTTP/1.1, whose socket tells.
+            let reader = READER.try_with(Arc::clone).ok();
+            reader.iter().for_each(|reader| reader.wait());
+            Ok(response.map(|body| Held { body, reader, _busy: busy }))
+        }
     })
 }
 
@@ -335,6 +342,7 @@ impl Drop for Busy {
 /// The body of an answer.
 struct Held {
     body: Body,
+    reader: Option<Arc<Reader>>,
     _busy: Busy,
 }
 
@@ -346,7 +354,14 @@ impl HttpBody for Held {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if let Some(reader) = &self.reader {
+            match frame {
+                Poll::Ready(_) => reader.wait(),
+                Poll::Pending => reader.is_there(),
+            }
+        }
+        frame
     }
 
     fn is_end_stream(&self) -> bool {
@@ -355,6 +370,64 @@ impl HttpBody for Held {
 
     fn size_hint(&self) -> http_body::SizeHint {
         self.body.size_hint()
+    }
+}
+
+/// Runs the streams of connections of HTTP/2. One whose client takes nothing for too long of what there is for it is reset: others
+/// on its connection may be read.
+#[derive(Debug, Clone, Copy)]
+struct Streams {
+    stall_timeout: Duration,
+}
+
+impl<F: Future<Output = ()> + Send + 'static> Executor<F> for Streams {
+    fn execute(&self, stream: F) {
+        let reader = Arc::<Reader>::default();
+        let stalled = Arc::clone(&reader).stalled(self.stall_timeout);
+        tokio::spawn(READER.scope(reader, async {
+            tokio::select! {
+                () = stream => {}
+                () = stalled => {}
+            }
+        }));
+    }
+}
+
+tokio::task_local! {
+    /// Whoever reads the stream that is being run.
+    static READER: Arc<Reader>;
+}
+
+/// The client of a stream: since when a part of its answer waits for it to make room, if one does.
+#[derive(Debug, Default)]
+struct Reader(Mutex<Option<Instant>>);
+
+impl Reader {
+    /// A part has been handed over.
+    fn wait(&self) {
+        self.set(Some(Instant::now()));
+    }
+
+    /// All parts are gone; the next one is awaited.
+    fn is_there(&self) {
+        self.set(None);
+    }
+
+    fn set(&self, since: Option<Instant>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = since;
+    }
+
+    /// Waits until the client has made no room for so long. Looks again only when it might be so.
+    async fn stalled(self: Arc<Reader>, timeout: Duration) {
+        loop {
+            let since = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let now = Instant::now();
+            let until = since.unwrap_or(now) + timeout;
+            if until <= now {
+                return;
+            }
+            tokio::time::sleep_until(until).await;
+        }
     }
 }
 
