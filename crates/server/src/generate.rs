@@ -557,6 +557,17 @@ impl<'a> Call<'a> {
         if state.log_outputs {
             self.log.keep_output(self.engine.harmony(), state.max_log_len);
         }
+        // None: the server has fallen asleep since the request came.
+        let mut replicas = state.loaded().ok_or(ApiError::ShuttingDown)?;
+        if let Some(rank) = self.rank {
+            let known = usize::try_from(rank).ok().filter(|&rank| rank < state.replicas);
+            let Some(rank) = known else {
+                let last = state.replicas - 1;
+                let message = format!("X-data-parallel-rank must be 0 to {last}, got {rank}.");
+                return Err(ApiError::invalid("X-data-parallel-rank", message));
+            };
+            replicas = replicas.only(rank);
+        }
         let prompt_tokens = requests.iter().map(|request| request.prompt.len()).sum();
         let account = state.rate_limits.admit(self.owner, prompt_tokens).map_err(|wait| {
             state.metrics.reject(Rejection::RateLimited);
@@ -573,25 +584,17 @@ impl<'a> Call<'a> {
             abort: state.abort(),
             timeout: state.request_timeout,
             stall_timeout: state.client_stall_timeout,
-            account,
+            account: account.clone(),
         };
-        // None: the server has fallen asleep since the request came.
-        let mut replicas = state.loaded().ok_or(ApiError::ShuttingDown)?;
-        if let Some(rank) = self.rank {
-            let known = usize::try_from(rank).ok().filter(|&rank| rank < state.replicas);
-            let Some(rank) = known else {
-                let last = state.replicas - 1;
-                let message = format!("X-data-parallel-rank must be 0 to {last}, got {rank}.");
-                return Err(ApiError::invalid("X-data-parallel-rank", message));
-            };
-            replicas = replicas.only(rank);
-        }
-        Events::submit(&replicas, requests, terms).map_err(|error| match error {
-            SubmitError::Full => {
-                let queued = state.stats().iter().map(|stats| stats.running + stats.waiting).sum();
-                ApiError::Busy { seconds: state.retry_after(queued) }
+        Events::submit(&replicas, requests, terms).map_err(|error| {
+            account.refund(prompt_tokens);
+            match error {
+                SubmitError::Full => {
+                    let queued = state.stats().iter().map(|stats| stats.running + stats.waiting).sum();
+                    ApiError::Busy { seconds: state.retry_after(queued) }
+                }
+                error => refusal(&error, self.log.request_id()),
             }
-            error => refusal(&error, self.log.request_id()),
         })
     }
 

@@ -89,13 +89,21 @@ impl RateLimits {
 impl Account {
     /// Counts generated tokens.
     pub(crate) fn charge(&self, tokens: usize) {
-        if self.limits.tokens.is_none() {
-            return;
-        }
+        self.change(|left| left.tokens -= tokens as f64);
+    }
+
+    /// Gives a request with a prompt of so many tokens back: the server did not take it.
+    pub(crate) fn refund(&self, prompt_tokens: usize) {
+        self.change(|left| {
+            left.requests += 1.0;
+            left.tokens += prompt_tokens as f64;
+        });
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Used)) {
         let mut used = self.limits.used.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(left) = used.get_mut(&self.owner) {
-            left.tokens -= tokens as f64;
-        }
+        // Where nothing is limited nothing is there.
+        used.get_mut(&self.owner).map(change);
     }
 }
 
@@ -123,6 +131,11 @@ mod tests {
         // A prompt beyond the limit passes alone.
         assert!(limits.admit_at(other, 1000, after(600)).is_ok());
         assert!(limits.admit_at(other, 1, after(601)).is_err());
+        // What was given back can be used.
+        let account = limits.admit_at(one, 100, after(700)).unwrap();
+        assert!(limits.admit_at(one, 100, after(700)).is_err());
+        account.refund(100);
+        assert!(limits.admit_at(one, 100, after(700)).is_ok());
         let free = Arc::new(RateLimits::new(None, None));
         assert!((0..1000).all(|_| free.admit_at(one, 1 << 20, start).is_ok()));
     }

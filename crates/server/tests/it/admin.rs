@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use engine::{Engine, Scripted, Step};
+use engine::{Engine, EngineOptions, Scripted, Step};
 use serde_json::{Value, json};
 use server::{Fingerprint, Options};
 
@@ -277,6 +277,28 @@ fn a_key_has_its_minute() {
     server.until(|stats| stats.running == 0);
     // The engine tells the account when it forgets the request, which is a moment after the answer.
     while ask(1) != 429 {}
+}
+
+#[test]
+fn what_the_server_does_not_take_does_not_count() {
+    let options = Options { rate_limit_requests: Some(2), ..options() };
+    let (steps, control) = std::sync::mpsc::channel();
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]).controlled_by(control);
+    let engine_options = EngineOptions { max_queued_requests: 1, ..engine_options() };
+    let server = Fixture::start(&options, backend, engine_options);
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| server.chat(&hi()).status);
+        server.until(|stats| stats.step_started.is_some());
+        assert_eq!([server.chat(&hi()).status, server.chat(&hi()).status], [503; 2]);
+        drop(steps);
+        assert_eq!(first.join().unwrap(), 200);
+    });
+    // The engine's queue is free a moment after the answer.
+    let mut second = server.chat(&hi()).status;
+    while second == 503 {
+        second = server.chat(&hi()).status;
+    }
+    assert_eq!(second, 200);
 }
 
 #[test]
