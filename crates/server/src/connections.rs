@@ -23,7 +23,7 @@ use tokio::time::Instant;
 
 use crate::error::ErrorStyle;
 use crate::listener::{Accepted, Listener};
-use crate::socket::{Begun, Explaining, Impatient};
+use crate::socket::{Ahead, Begun, Explaining, Impatient};
 use crate::tls::Tls;
 
 /// Of a request.
@@ -183,27 +183,39 @@ impl Http {
             tracked(TowerToHyperService::new(router), Arc::clone(&activity), &self.settings.root_path);
         // The two kinds of connection have no type in common.
         macro_rules! until_ended {
-            ($connection:expr) => {{
+            ($connection:expr, $gone:expr) => {{
                 let mut connection = std::pin::pin!($connection);
+                let mut gone = std::pin::pin!($gone);
                 tokio::select! {
                     biased;
                     // First of all what has already arrived is read.
                     _ = connection.as_mut() => return,
+                    () = gone.as_mut() => return,
                     () = wait(&mut down) => {}
                     () = activity.ended() => {}
                 }
                 connection.as_mut().graceful_shutdown();
                 tokio::select! {
+                    biased;
                     _ = connection => {}
+                    () = gone => {}
                     () = activity.head_is_late() => {}
                 }
             }};
         }
         if two {
-            until_ended!(self.http2.serve_connection(TokioIo::new(stream), service));
+            let gone = std::future::pending();
+            until_ended!(self.http2.serve_connection(TokioIo::new(stream), service), gone);
         } else {
+            let stream = Ahead::new(stream);
+            let ahead = stream.clone();
+            // The protocol's library does not read on while a request is answered and it has bytes of the next one.
+            let gone = std::future::poll_fn(|cx| match activity.is_busy() {
+                true => ahead.poll_gone(cx),
+                false => Poll::Pending,
+            });
             let stream = Explaining::new(stream, || activity.heard(), self.settings.error_style);
-            until_ended!(self.http1.serve_connection(TokioIo::new(stream), service));
+            until_ended!(self.http1.serve_connection(TokioIo::new(stream), service), gone);
         }
     }
 }
@@ -285,6 +297,11 @@ impl Activity {
             }
             begins
         });
+    }
+
+    /// There is a request without its whole answer.
+    fn is_busy(&self) -> bool {
+        self.state.borrow().requests > 0
     }
 
     /// Waits until the connection has been idle for too long, or a head has not arrived in time.

@@ -1,8 +1,10 @@
-//! Layers over a socket: patience with clients that do not read, a look at how they begin to speak, word of those that do, and
-//! words for those that cannot be understood.
+//! Layers over a socket: patience with clients that do not read, a look at how they begin to speak and at whether they are still there,
+//! word of those that speak, and words for those that cannot be understood.
 
+use std::collections::VecDeque;
 use std::io;
 use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -149,6 +151,97 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Begun<S> {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.inner).poll_shutdown(cx)
+    }
+}
+
+/// So much is read ahead.
+const MAX_AHEAD: usize = 64 << 10;
+
+/// A connection that is read ahead while its reader is busy, which is how the end of a client shows behind bytes that are not wanted
+/// yet. Clones are the same connection.
+pub(crate) struct Ahead<S>(Arc<Mutex<Behind<S>>>);
+
+struct Behind<S> {
+    inner: S,
+    /// What was read and is not taken yet.
+    read: VecDeque<u8>,
+}
+
+impl<S> Clone for Ahead<S> {
+    fn clone(&self) -> Ahead<S> {
+        Ahead(Arc::clone(&self.0))
+    }
+}
+
+impl<S> Ahead<S> {
+    pub(crate) fn new(inner: S) -> Ahead<S> {
+        Ahead(Arc::new(Mutex::new(Behind { inner, read: VecDeque::new() })))
+    }
+
+    fn behind(&self) -> MutexGuard<'_, Behind<S>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl<S: AsyncRead + Unpin> Ahead<S> {
+    /// Reads what there is, up to a limit. Ready when the client has gone.
+    pub(crate) fn poll_gone(&self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut behind = self.behind();
+        let Behind { inner, read } = &mut *behind;
+        let mut part = [0; 4096];
+        while read.len() < MAX_AHEAD {
+            let mut buffer = ReadBuf::new(&mut part);
+            match ready!(Pin::new(&mut *inner).poll_read(cx, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() => read.extend(buffer.filled()),
+                _ => return Poll::Ready(()),
+            }
+        }
+        Poll::Pending
+    }
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Ahead<S> {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let mut behind = self.behind();
+        let Behind { inner, read } = &mut *behind;
+        if read.is_empty() {
+            return Pin::new(inner).poll_read(cx, buffer);
+        }
+        let (first, _) = read.as_slices();
+        let count = first.len().min(buffer.remaining());
+        buffer.put_slice(&first[..count]);
+        read.drain(..count);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Ahead<S> {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.behind().inner).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.behind().inner).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.behind().inner.is_write_vectored()
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.behind().inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.behind().inner).poll_shutdown(cx)
     }
 }
 

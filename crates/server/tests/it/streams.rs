@@ -125,6 +125,23 @@ fn clients_that_go_away_free_their_sequences() {
     }
 }
 
+#[test]
+fn bytes_that_are_not_wanted_yet_do_not_hide_that_a_client_goes_away() {
+    let (server, steps) = Fixture::stepwise("word ", &options());
+    let request = message("POST", CHAT, JSON, json!({"messages": hi()["messages"]}).to_string().as_bytes());
+    for more in [&b"\r\n"[..], &request[..]] {
+        let mut connection = server.connect();
+        connection.write_all(&[&request, more].concat()).unwrap();
+        steps.send(Step::Run).unwrap();
+        server.until(|stats| stats.running == 1);
+        drop(connection);
+        server.until(|stats| {
+            let _ = steps.send(Step::Run);
+            stats.running == 0 && stats.full_blocks_used == 0
+        });
+    }
+}
+
 /// Tokens of an answer that nobody reads, and the request's name.
 const UNREAD: usize = 12_000;
 const UNREAD_ID: &str = "unread";
