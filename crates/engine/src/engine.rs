@@ -473,6 +473,11 @@ impl Engine {
         if prompt + request.params.max_tokens.unwrap_or(1).min(1) > max_model_len {
             return Err(SubmitError::TooLong { prompt, max_model_len });
         }
+        let (min, room) = (request.params.min_tokens, max_model_len - prompt);
+        if request.params.max_tokens.is_none() && min > room {
+            let message = format!("must be less than or equal to max_tokens={room}, got {min}.");
+            return Err(InvalidParam { field: "min_tokens", message }.into());
+        }
         self.bound_logprobs(std::slice::from_mut(&mut request), 1)?;
         Ok(request)
     }

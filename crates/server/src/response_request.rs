@@ -296,7 +296,7 @@ impl Wire {
         if object.int("n")?.is_some_and(|n| n != 1) {
             return Err(ApiError::invalid("n", "n is not supported: a response has one answer."));
         }
-        let text = object.field("text").map(|text| text.object(&["format"])).transpose()?;
+        let text = object.field("text").map(|text| text.object(&["format", "verbosity"])).transpose()?;
         let format = text.as_ref().and_then(|text| text.field("format"));
         let wanted = match (&format, form::read(object)?) {
             (Some(format), outputs) => match (text_format(format)?, outputs) {
@@ -308,8 +308,10 @@ impl Wire {
             },
             (None, outputs) => outputs,
         };
-        let reasoning = object.field("reasoning").map(|field| field.object(&["effort"])).transpose()?;
-        let effort = reasoning.map(|reasoning| reasoning.string("effort")).transpose()?.flatten();
+        let reasoning =
+            object.field("reasoning").map(|field| field.object(&["effort", "summary"])).transpose()?;
+        let of_reasoning = |name| reasoning.as_ref().map(|reasoning| reasoning.string(name)).transpose();
+        let (effort, summary) = (of_reasoning("effort")?.flatten(), of_reasoning("summary")?.flatten());
         let mut include_logprobs = false;
         for include in object.field("include").map_or(Ok(Vec::new()), |field| field.array(MAX_INCLUDE))? {
             include_logprobs |= include.string()? == "message.output_text.logprobs";
@@ -336,18 +338,22 @@ impl Wire {
         for (_, value) in metadata.into_iter().flatten() {
             value.value(MAX_METADATA_BYTES)?;
         }
+        let mut shown_text = json!({"format": match &format {
+            Some(format) => format.value(MAX_TOOLS_BYTES)?,
+            None => json!({"type": "text"}),
+        }});
+        if let Some(verbosity) = text.as_ref().map(|text| text.string("verbosity")).transpose()?.flatten() {
+            shown_text["verbosity"] = verbosity.into();
+        }
         let echo = json!({
             "instructions": instructions,
             "max_output_tokens": object.int("max_output_tokens")?,
             "max_tool_calls": object.int("max_tool_calls")?,
             "parallel_tool_calls": parallel_tool_calls,
             "previous_response_id": object.string("previous_response_id")?,
-            "reasoning": {"effort": effort.as_deref().unwrap_or("medium"), "summary": null},
+            "reasoning": {"effort": effort.as_deref().unwrap_or("medium"), "summary": summary},
             "temperature": null,
-            "text": {"format": match &format {
-                Some(format) => format.value(MAX_TOOLS_BYTES)?,
-                None => json!({"type": "text"}),
-            }},
+            "text": shown_text,
             "tool_choice": or(copy("tool_choice")?, "auto".into()),
             "tools": tools,
             "top_logprobs": object.int("top_logprobs")?.unwrap_or(0),

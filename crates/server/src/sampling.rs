@@ -232,9 +232,11 @@ fn logit_bias(field: &Field<'_>) -> Result<Vec<(String, f64)>, ApiError> {
 }
 
 fn biases(entries: Vec<(String, f64)>) -> Result<BTreeMap<u32, f32>, ApiError> {
-    let bias = |(key, value): (String, f64)| match key.parse() {
-        Ok(id) => Ok((id, value as f32)),
-        Err(_) => {
+    // In one way only, lest two keys be one token's.
+    let id = |key: &str| key.parse().ok().filter(|id: &u32| id.to_string() == key);
+    let bias = |(key, value): (String, f64)| match id(&key) {
+        Some(id) => Ok((id, value as f32)),
+        None => {
             let message = format!("logit_bias must have token ids as keys, got {}.", excerpt(&key));
             Err(ApiError::invalid("logit_bias", message))
         }

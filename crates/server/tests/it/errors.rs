@@ -52,6 +52,8 @@ fn chat_fields() {
         ("top_logprobs", json!(21), "top_logprobs", "greater than max allowed: 20"),
         ("prompt_logprobs", json!(-1), "prompt_logprobs", "negative"),
         ("logit_bias", json!({"x": 1}), "logit_bias", "token ids"),
+        ("logit_bias", json!({"+1": 1}), "logit_bias", "token ids"),
+        ("logit_bias", json!({"1": 1, "01": 2}), "logit_bias", "got 01"),
         ("logit_bias", json!({"201088": 1}), "logit_bias", "out of vocabulary"),
         ("logit_bias", json!({"1": "x"}), "logit_bias.1", "number"),
         ("logit_bias", (0..1025).map(|id| (id.to_string(), json!(1))).collect(), "logit_bias", "1024"),
@@ -262,6 +264,7 @@ fn rules_across_fields() {
     for (fields, param, message) in [
         (json!({"n": 2, "temperature": 0}), "n", "n must be 1 when using greedy sampling, got 2."),
         (json!({"min_tokens": 5, "max_tokens": 4}), "min_tokens", "max_tokens=4"),
+        (json!({"min_tokens": 8192}), "min_tokens", "less than or equal to max_tokens="),
         (json!({"stream": true, "prompt_logprobs": 1}), "prompt_logprobs", "stream"),
         (
             json!({"stream": true, "stream_options": {"continuous_usage_stats": true}}),

@@ -110,7 +110,8 @@ fn every_field() {
     let server = server(&[HELLO], 0);
     let request = json!({
         "input": "Hi", "instructions": "Be kind.", "temperature": 0.5, "metadata": {"a": "b"}, "user": "u",
-        "max_output_tokens": 100, "reasoning": {"effort": "low"}, "prompt_cache_retention": "24h"
+        "max_output_tokens": 100, "reasoning": {"effort": "low", "summary": "auto"}, "text": {"verbosity": "low"},
+        "prompt_cache_retention": "24h"
     });
     let whole = server.post(PATH, &request).ok();
     assert_eq!(whole["prompt_cache_retention"], "24h");
@@ -154,7 +155,9 @@ fn every_field() {
     assert!(whole["id"].as_str().unwrap().starts_with("resp_"));
     assert_eq!((&whole["object"], &whole["status"]), (&json!("response"), &json!("completed")));
     assert_eq!((&whole["temperature"], &whole["metadata"]["a"]), (&json!(0.5), &json!("b")));
-    assert_eq!((&whole["store"], &whole["reasoning"]["effort"]), (&json!(false), &json!("low")));
+    assert_eq!(whole["store"], false);
+    assert_eq!(whole["reasoning"], json!({"effort": "low", "summary": "auto"}));
+    assert_eq!(whole["text"], json!({"format": {"type": "text"}, "verbosity": "low"}));
     let [thought, message] = &whole["output"].as_array().unwrap()[..] else { panic!("{whole}") };
     assert_eq!(thought["content"], json!([{"type": "reasoning_text", "text": "Say hi."}]));
     assert_eq!((&thought["summary"], &thought["status"]), (&json!([]), &json!("completed")));
