@@ -143,6 +143,16 @@ pub(crate) static ROUTES: &[Route] = &[
 const NOT_APPLICABLE: [&str; 6] =
     ["/v1/embeddings", "/v1/audio/{*rest}", "/v1/images/{*rest}", "/score", "/rerank", "/pooling"];
 
+/// Paths that a server which shuts down still answers: probes, and those of what it waits for.
+const WHILE_DRAINING: [&str; 6] = [
+    "/live",
+    "/metrics",
+    "/v1/responses/{id}",
+    "/v1/responses/{id}/cancel",
+    "/v1/responses/{id}/input_items",
+    "/abort_requests",
+];
+
 /// Endpoints of OpenAI that would be taken for a stored response.
 const UNKNOWN: [&str; 2] = ["/v1/responses/input_tokens", "/v1/responses/compact"];
 
@@ -271,7 +281,7 @@ async fn guard(Shared(state): Shared<Arc<State>>, mut request: Request, next: Ne
         ApiError::Encoded.into_response()
     } else if !admitted && request.method() != Method::OPTIONS {
         ApiError::Unauthorized.into_response()
-    } else if state.is_draining() && !matches!(name, "/live" | "/metrics") {
+    } else if state.is_draining() && !WHILE_DRAINING.contains(&name) {
         ApiError::ShuttingDown.into_response()
     } else {
         if let Some(log) = &log {

@@ -787,6 +787,27 @@ fn a_server_that_ends_finishes_what_is_in_the_background() {
 }
 
 #[test]
+fn what_a_server_that_ends_waits_for_can_be_seen_and_ended() {
+    let options = Options { responses_store: 1, dev_mode: true, ..options() };
+    for abort in [false, true] {
+        let (mut server, steps) = Fixture::stepwise(HELLO, &options);
+        let begun = server.post(PATH, &json!({"input": "Hi", "background": true})).ok();
+        let path = format!("{PATH}/{}", begun["id"].as_str().unwrap());
+        server.shut_down();
+        while server.get("/ready").status == 200 {}
+        assert_eq!(server.post(PATH, &json!({"input": "Hi"})).status, 503);
+        assert_eq!(server.get(&path).ok(), begun);
+        let ended = match abort {
+            true => server.post("/abort_requests", &json!({"request_ids": [begun["id"]]})),
+            false => server.post(&format!("{path}/cancel"), &json!({})),
+        };
+        assert_eq!(ended.status, 200);
+        server.ended();
+        drop(steps);
+    }
+}
+
+#[test]
 fn the_next_turn_goes_on_from_the_tokens_that_were_generated() {
     let options = Options { responses_store: 1, ..options() };
     let caching = engine::EngineOptions { prefix_caching: true, ..engine_options() };
