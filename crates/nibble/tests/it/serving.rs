@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::process::{Child, Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -85,6 +85,15 @@ impl Scripted {
 
     fn log(&self) -> String {
         std::fs::read_to_string(self.folder.path().join("log")).unwrap()
+    }
+
+    /// Waits until the log says so.
+    fn logged(&self, text: &str) {
+        let start = Instant::now();
+        while !self.log().contains(text) {
+            assert!(start.elapsed() < TIMEOUT, "{text}: {}", self.log());
+            std::thread::yield_now();
+        }
     }
 
     fn signal(&self, signal: i32) {
@@ -274,7 +283,7 @@ fn logs_are_structured_and_discreet() {
 
     let server = Scripted::start(&["--enable-log-requests", "--enable-log-outputs", "--max-log-len", "60"]);
     assert_eq!(server.post("/v1/completions", &json!({"prompt": "my own words", "max_tokens": 2})).0, 200);
-    while !server.log().contains("hello world") {}
+    server.logged("hello world");
     assert!(server.log().contains("my own words"), "{}", server.log());
 }
 
@@ -389,8 +398,7 @@ fn a_flag_of_several_values_takes_no_model() {
     let folder = tempfile::tempdir().unwrap();
     let names = ["--served-model-name", "a", "b/c"];
     let server = Scripted::run(folder, &[&["--device", "cpu", &small], &names[..]].concat());
-    let ready = format!("ready: {small} at http://{}, CPU", server.address);
-    while !server.log().contains(&ready) {}
+    server.logged(&format!("ready: {small} at http://{}, CPU", server.address));
     assert!(!server.log().contains("no MODEL was given"), "{}", server.log());
     let folder = tempfile::tempdir().unwrap();
     let names = ["--served-model-name", "b/c", "--api-key=x/y"];
