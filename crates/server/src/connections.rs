@@ -38,6 +38,8 @@ const NO_FILES_PAUSE: Duration = Duration::from_millis(100);
 const MAX_STREAMS: u32 = 256;
 /// What is kept of an answer for a client of HTTP/2 that does not read.
 const MAX_SEND_BUFFER: usize = 64 << 10;
+/// An answer's parts for a client of HTTP/2: the last one is out of sight before it is read.
+const MAX_FRAME: usize = 16 << 10;
 /// How often a silent client of HTTP/2 is asked whether it is there, and how long it may take to say so.
 const PING: Duration = Duration::from_secs(20);
 
@@ -200,6 +202,7 @@ impl Http {
                     _ = connection => {}
                     () = gone => {}
                     () = activity.head_is_late() => {}
+                    () = activity.is_unread(self.settings.stall_timeout) => {}
                 }
             }};
         }
@@ -246,7 +249,7 @@ fn tracked(
             // None: the connection is one of HTTP/1.1, whose socket tells.
             let reader = READER.try_with(Arc::clone).ok();
             reader.iter().for_each(|reader| reader.wait());
-            Ok(response.map(|body| Held { body, reader, _busy: busy }))
+            Ok(response.map(|body| Held { body, rest: Bytes::new(), reader, _busy: busy }))
         }
     })
 }
@@ -306,22 +309,27 @@ impl Activity {
 
     /// Waits until the connection has been idle for too long, or a head has not arrived in time.
     async fn ended(&self) {
-        self.late(|state| state.requests == 0).await;
+        self.late(|state| state.requests == 0, Duration::ZERO).await;
+    }
+
+    /// Waits until nothing was asked for so much longer, in which the last answers' ends could have been read.
+    async fn is_unread(&self, stall_timeout: Duration) {
+        self.late(|state| state.requests == 0, stall_timeout).await;
     }
 
     /// Waits until a head has not arrived in time.
     async fn head_is_late(&self) {
-        self.late(|state| state.head).await;
+        self.late(|state| state.head, Duration::ZERO).await;
     }
 
-    /// Waits until the client takes too long in a state of this kind.
-    async fn late(&self, applies: impl Fn(&State) -> bool) {
+    /// Waits until the client takes too long in a state of this kind, and so much longer.
+    async fn late(&self, applies: impl Fn(&State) -> bool, longer: Duration) {
         let mut states = self.state.subscribe();
         loop {
             let state = *states.borrow_and_update();
             let late = async {
                 match applies(&state) {
-                    true => tokio::time::sleep_until(state.until).await,
+                    true => tokio::time::sleep_until(state.until + longer).await,
                     false => std::future::pending().await,
                 }
             };
@@ -359,6 +367,8 @@ impl Drop for Busy {
 /// The body of an answer.
 struct Held {
     body: Body,
+    /// Of the last part, which is told bit by bit.
+    rest: Bytes,
     reader: Option<Arc<Reader>>,
     _busy: Busy,
 }
@@ -371,22 +381,36 @@ impl HttpBody for Held {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let frame = Pin::new(&mut self.body).poll_frame(cx);
-        if let Some(reader) = &self.reader {
-            match frame {
-                Poll::Ready(_) => reader.wait(),
-                Poll::Pending => reader.is_there(),
+        let this = &mut *self;
+        let Some(reader) = &this.reader else { return Pin::new(&mut this.body).poll_frame(cx) };
+        if this.rest.is_empty() {
+            let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) else {
+                reader.is_there();
+                return Poll::Pending;
+            };
+            match frame.map(|frame| frame.map(Frame::into_data)) {
+                Some(Ok(Ok(data))) => this.rest = data,
+                // Trailers, of which there are none.
+                Some(Ok(Err(frame))) => return Poll::Ready(Some(Ok(frame))),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                None => return Poll::Ready(None),
             }
         }
-        frame
+        reader.wait();
+        let part = this.rest.split_to(this.rest.len().min(MAX_FRAME));
+        Poll::Ready(Some(Ok(Frame::data(part))))
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> http_body::SizeHint {
-        self.body.size_hint()
+        let (hint, rest) = (self.body.size_hint(), self.rest.len() as u64);
+        let mut whole = http_body::SizeHint::new();
+        whole.set_lower(hint.lower() + rest);
+        hint.upper().into_iter().for_each(|upper| whole.set_upper(upper + rest));
+        whole
     }
 }
 

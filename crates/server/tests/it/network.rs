@@ -211,7 +211,8 @@ fn http2_in_the_clear_and_encrypted() {
 
 /// The client writes its frames itself, so that nothing makes room for it.
 #[test]
-fn streams_of_http2_that_are_not_read_are_reset() {
+fn answers_over_http2_that_are_not_read_are_given_up() {
+    const DATA: u8 = 0;
     const HEADERS: u8 = 1;
     const RESET: u8 = 3;
     const SETTINGS: u8 = 4;
@@ -219,31 +220,48 @@ fn streams_of_http2_that_are_not_read_are_reset() {
     fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
         [&[0, 0, payload.len() as u8, kind, flags, 0, 0, 0, stream], payload].concat()
     }
-    // GET /version, all of it.
-    let get = |stream: u8| frame(HEADERS, 5, stream, b"\x82\x86\x01\x01x\x04\x08/version");
-    let options = Options { client_stall_timeout: Duration::from_millis(50), ..options() };
-    let server = serving(&options);
-    let mut connection = server.connect();
-    // Kind and stream of the next frame that is about a stream.
-    let mut next = |write: Vec<u8>| {
-        connection.write_all(&write).unwrap();
-        loop {
-            let mut head = [0; 9];
-            connection.read_exact(&mut head).unwrap();
-            connection.read_exact(&mut vec![0; usize::from(head[1]) << 8 | usize::from(head[2])]).unwrap();
-            if head[8] > 0 {
-                return (head[3], head[8]);
+    // All of a request.
+    let get = |stream: u8, path: &str| {
+        let path = [&[4, path.len() as u8], path.as_bytes()].concat();
+        frame(HEADERS, 5, stream, &[b"\x82\x86\x01\x01x", &path[..]].concat())
+    };
+    // A connection with this room for each answer.
+    let connect = |server: &Fixture, room: u8| {
+        let mut connection = server.connect();
+        let settings = frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, room]);
+        connection.write_all(&[b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", &settings[..]].concat()).unwrap();
+        // Sends frames, and says kind and stream of the next one that is about a stream, if there is one.
+        move |frames: &[u8]| {
+            connection.write_all(frames).unwrap();
+            loop {
+                let mut head = [0; 9];
+                connection.read_exact(&mut head).ok()?;
+                let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+                connection.read_exact(&mut payload).ok()?;
+                if head[8] > 0 {
+                    return Some((head[3], head[8]));
+                }
             }
         }
     };
-    let no_room = frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0]);
-    let begin = [b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".to_vec(), no_room, get(1)].concat();
-    assert_eq!(next(begin), (HEADERS, 1));
-    assert_eq!(next(Vec::new()), (RESET, 1));
-    // The connection goes on.
-    let room = frame(WINDOW_UPDATE, 0, 3, &[0, 0, 4, 0]);
-    assert_eq!(next([get(3), room].concat()), (HEADERS, 3));
-    assert_eq!(next(Vec::new()), (0, 3));
+    let patient = Options { client_stall_timeout: Duration::from_millis(50), ..options() };
+    let server = serving(&patient);
+    // Of which nothing is read, and the beginning.
+    for room in [0, 10] {
+        let mut next = connect(&server, room);
+        assert_eq!(next(&get(1, "/metrics")), Some((HEADERS, 1)));
+        let begun = next(&[]);
+        assert_eq!(if room > 0 { next(&[]) } else { begun }, Some((RESET, 1)), "{room}: {begun:?}");
+        // The connection goes on.
+        let more = frame(WINDOW_UPDATE, 0, 3, &[0, 0, 4, 0]);
+        assert_eq!(next(&[get(3, "/version"), more].concat()), Some((HEADERS, 3)));
+        assert_eq!(next(&[]), Some((DATA, 3)));
+    }
+    // Of which nothing but the end is unread: the connection does not stay for that.
+    let server = serving(&Options { keep_alive: Duration::from_millis(20), ..patient });
+    let mut next = connect(&server, 10);
+    assert_eq!([next(&get(1, "/version")), next(&[])], [Some((HEADERS, 1)), Some((DATA, 1))]);
+    assert_eq!(next(&[]), None);
 }
 
 type Sender = hyper::client::conn::http2::SendRequest<String>;
