@@ -9,11 +9,11 @@ use checkpoint::Config;
 use gptoss::{BLOCK_TOKENS, Backend, BlockId, KvLayout};
 use harmony::Harmony;
 
+use crate::costs::MAX_STEP_TOKENS;
 use crate::grammar::Grammars;
 use crate::kv::Blocks;
 use crate::masks::{self, Masks};
 use crate::scheduler::{Limits, Scheduler};
-use crate::speculation::MAX_STEP_TOKENS;
 use crate::worker::{Settings, Worker, default_seed};
 use crate::{InvalidParam, Request, SamplingParams, Sink, Speculation, SpeculationCounts};
 
@@ -25,11 +25,13 @@ pub struct EngineOptions {
     pub max_model_len: Option<usize>,
     /// Sequences computed at a time. Default 64.
     pub max_num_seqs: usize,
-    /// Tokens per step, at least `max_num_seqs`. Default 512: on CPUs larger steps are hardly more efficient, and decoding
-    /// sequences wait for them.
+    /// Tokens per step, at least `max_num_seqs`. Default 512: on CPUs larger steps are hardly more efficient.
     pub max_num_batched_tokens: usize,
     /// Of these, tokens of one sequence's prompt; 0 (the default): all.
     pub long_prefill_token_threshold: usize,
+    /// While sequences decode, prompts add to a step about the time that it takes without them, so that answers come at about half
+    /// their speed or more. For devices whose small steps are about as efficient as large ones. Default false.
+    pub even_steps: bool,
     /// Bytes of the key/value cache. Default 1 GiB.
     pub kv_cache_bytes: usize,
     /// Requests that may be in the engine at a time, running ones included. Default 4096.
@@ -72,6 +74,7 @@ impl Default for EngineOptions {
             max_num_seqs: 64,
             max_num_batched_tokens: 512,
             long_prefill_token_threshold: 0,
+            even_steps: false,
             kv_cache_bytes: 1 << 30,
             max_queued_requests: 4096,
             max_queued_tokens: None,
@@ -382,6 +385,7 @@ impl Engine {
             max_model_len: capacity.max_model_len,
             seed: options.seed,
             prefix_caching: options.prefix_caching,
+            even_steps: options.even_steps,
             speculation: options.speculation,
             harmony_guard: options.harmony_guard,
             processed_logprobs: options.processed_logprobs,

@@ -3,10 +3,11 @@
 //! [`Engine`] runs a [`gptoss::Backend`] on a thread of its own; [`Llm`] is the offline API over it. Each step is scheduled
 //! (`scheduler.rs`, over the blocks of `kv.rs`), run by the backend, and committed (`worker.rs`); tokens become text and
 //! message fields in `output.rs` and are told while the next step is computed (`outbox.rs`); `speculation.rs` guesses tokens
-//! that one step verifies together. What a client demands of an answer is compiled in `grammar.rs` and kept to by the masks of
+//! that one step verifies together; `costs.rs` knows how long steps take. What a client demands of an answer is compiled in `grammar.rs` and kept to by the masks of
 //! `masks.rs`. Where several engines serve one model, `replicas.rs` chooses one for each request.
 #![forbid(unsafe_code)]
 
+mod costs;
 mod demands;
 mod engine;
 mod gbnf;

@@ -66,6 +66,11 @@ impl Share {
     pub fn tokens(&self) -> usize {
         self.positions.len() + self.guesses.len()
     }
+
+    /// It is the one token before the next that is drawn.
+    pub fn decodes(&self) -> bool {
+        self.complete && self.positions.len() == 1
+    }
 }
 
 /// A new sequence.
@@ -167,13 +172,17 @@ impl Scheduler {
         !self.running.is_empty() || !self.waiting.is_empty()
     }
 
-    /// Chooses the next step's work and takes the blocks for it. Empty only if there is no work.
-    pub fn schedule(&mut self) -> Vec<Share> {
+    /// Chooses the next step's work and takes the blocks for it. Empty only if there is no work. Beside decoding sequences, prompts get
+    /// at most so many tokens.
+    pub fn schedule(&mut self, beside: usize) -> Vec<Share> {
         let mut shares = Vec::new();
         let mut budget = self.limits.tokens;
         let before = self.preemptions;
 
         self.schedule_decodes(&mut shares, &mut budget);
+        if !shares.is_empty() {
+            budget = budget.min(beside);
+        }
         let mut starved = self.schedule_prompts(&mut shares, &mut budget);
         while shares.is_empty()
             && let Some((&youngest, _)) = self.running.last_key_value()

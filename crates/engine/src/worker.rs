@@ -12,13 +12,14 @@ use gptoss::{
 use harmony::{Guard, Harmony, Place};
 use tokenizer::Tokenizer;
 
+use crate::costs::{Costs, MAX_STEP_TOKENS};
 use crate::engine::{Job, Phase, Shared};
 use crate::kv::{SHARED, Tokens};
 use crate::masks::{Constraint, Masks, others};
 use crate::outbox::{News, Outbox};
 use crate::output::{End, Output, Rules, Transcript};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
-use crate::speculation::{Chance, Costs, Guesser, MAX_STEP_TOKENS};
+use crate::speculation::{Chance, Guesser};
 use crate::turns::Turns;
 use crate::{Event, Failure, FinishReason, OutputMode, Request, Speculation, SpeculationCounts};
 
@@ -59,6 +60,7 @@ pub(crate) struct Settings {
     /// Of requests without one.
     pub(crate) seed: u64,
     pub(crate) prefix_caching: bool,
+    pub(crate) even_steps: bool,
     pub(crate) speculation: Option<Speculation>,
     pub(crate) harmony_guard: bool,
     pub(crate) processed_logprobs: bool,
@@ -274,7 +276,8 @@ impl Worker {
 
     /// Schedule, run, commit.
     fn step(&mut self) {
-        let mut shares = self.scheduler.schedule();
+        let beside = if self.settings.even_steps { self.costs.prompt_tokens() } else { usize::MAX };
+        let mut shares = self.scheduler.schedule(beside);
         for share in shares.iter().filter(|share| share.begins) {
             self.turns.begin(share.id.turn);
         }
@@ -303,12 +306,7 @@ impl Worker {
                 self.steps += 1;
                 self.failures = 0;
                 self.relax(&shares);
-                if shares.iter().all(|share| share.complete && share.positions.len() == 1) {
-                    self.costs.measure(shares.iter().map(Share::tokens).sum(), begin.elapsed());
-                }
-                let tokens = shares.iter().map(Share::tokens).sum();
-                let prompts = shares.iter().any(|share| share.positions.len() > 1);
-                self.shared.stats().step(tokens, prompts, begin.elapsed());
+                self.measure(&shares, begin.elapsed());
                 // Of the plan only this is looked at again. Tables of blocks that nobody shares can grow in place.
                 let samplings: Vec<_> = plan.sequences.into_iter().map(|sequence| sequence.sample).collect();
                 for ((share, output), samplings) in shares.iter().zip(outputs).zip(&samplings) {
@@ -327,10 +325,24 @@ impl Worker {
         }
     }
 
+    /// Takes note of how long a step took.
+    fn measure(&mut self, shares: &[Share], time: Duration) {
+        let count = |shares: &[&Share]| shares.iter().map(|share| share.tokens()).sum::<usize>();
+        let (answers, prompts): (Vec<_>, Vec<_>) = shares.iter().partition(|share| share.decodes());
+        let (tokens, prompt_tokens) = (count(&answers), count(&prompts));
+        match (tokens, prompt_tokens) {
+            (0, _) => {}
+            (_, 0) => self.costs.measure(tokens, time),
+            _ => self.costs.measure_prompts(tokens, prompt_tokens, time),
+        }
+        let chunks = prompts.iter().any(|share| share.positions.len() > 1);
+        self.shared.stats().step(tokens + prompt_tokens, chunks, time);
+    }
+
     /// Adds guesses to the shares of a step in which every sequence draws a token, where they are worth it.
     fn guess(&mut self, shares: &mut [Share]) {
         let Some(options) = self.settings.speculation else { return };
-        if shares.len() >= MAX_STEP_TOKENS || shares.iter().any(|s| !s.complete || s.positions.len() > 1) {
+        if shares.len() >= MAX_STEP_TOKENS || !shares.iter().all(Share::decodes) {
             return;
         }
         let mut chances = Vec::with_capacity(shares.len());

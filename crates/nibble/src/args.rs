@@ -355,7 +355,7 @@ pub(crate) struct Capacity {
     /// Sequences that run at a time [default: 64 on a CPU, 256 on a GPU]
     #[arg(long, value_name = "N", value_parser = count)]
     pub(crate) max_num_seqs: Option<u64>,
-    /// Tokens per step [default: 512 on a CPU, 8192 on a GPU]
+    /// Tokens per step [default: 512 on a CPU, 8192 on a GPU]. A CPU that serves takes fewer of prompts while answers are made
     #[arg(long, value_name = "N", value_parser = positive)]
     pub(crate) max_num_batched_tokens: Option<u64>,
     /// Share of a GPU's memory that may be in use with the key/value cache [default: all but half a GiB]

@@ -86,6 +86,7 @@ pub(crate) fn start_all(
         let base = EngineOptions {
             max_num_seqs: backend.step_sequences(),
             max_num_batched_tokens: backend.step_tokens(),
+            even_steps: base.even_steps && backend.small_steps(),
             kv_cache_bytes: cache_bytes.unwrap_or(base.kv_cache_bytes),
             ..base.clone()
         };
@@ -115,7 +116,7 @@ pub(crate) fn scripted(file: &str, capacity: &Capacity, base: &EngineOptions) ->
         .map_err(|e| Failure::input(format!("{file}: {e}")))?;
     let harmony = Harmony::new(Tokenizer::o200k_harmony()).map_err(|e| Failure::input(e.to_string()))?;
     // Scripts are played as they are written.
-    let base = EngineOptions { speculation: None, harmony_guard: false, ..base.clone() };
+    let base = EngineOptions { speculation: None, harmony_guard: false, even_steps: false, ..base.clone() };
     let options = options(&backend, capacity, &GenerationConfig::default(), &base)?;
     engine(Box::new(backend), Arc::new(harmony), options)
 }

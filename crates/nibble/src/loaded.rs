@@ -308,6 +308,15 @@ impl Loaded {
         }
     }
 
+    /// Whether steps of few tokens use the device about as well.
+    pub(crate) fn small_steps(&self) -> bool {
+        match self {
+            Loaded::Cpu(_) => true,
+            #[cfg(feature = "cuda")]
+            Loaded::Cuda(_) => false,
+        }
+    }
+
     /// Sequences that use the device well: more of them make each wait longer than all of them gain.
     pub(crate) fn step_sequences(&self) -> usize {
         match self {

@@ -86,7 +86,7 @@ fn says(position: usize, choice: usize) -> u32 {
     (position as u32 + choice as u32) % 3
 }
 
-fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
+fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits, beside: usize) {
     let mut scheduler = Scheduler::new(limits, Blocks::new(full, sliding, WINDOW));
     let slots = |blocks| vec![None; blocks * BLOCK_TOKENS];
     let mut store = Store { full: slots(full), sliding: slots(sliding) };
@@ -114,7 +114,7 @@ fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits) {
             if held(&id) { scheduler.pause(id) } else { scheduler.resume(id) }
         }
         assert_eq!(scheduler.paused(), live.keys().filter(|id| held(id)).count());
-        let mut shares = scheduler.schedule();
+        let mut shares = scheduler.schedule(beside);
         scheduler.check();
         assert!(!shares.iter().any(|share| held(&share.id)));
         for share in shares.iter_mut().filter(|share| share.complete && share.positions.len() == 1) {
@@ -201,9 +201,10 @@ proptest! {
         sliding in 4usize..30,
         sequences in 1usize..8,
         tokens in 8usize..100,
+        beside in 1usize..100,
     ) {
         // The longest sequence, 4 · 39 + 39 tokens, fits 13 blocks, and its window two or three.
-        check(&jobs, full, sliding, Limits { sequences, tokens, prompt_tokens: tokens / 2 });
+        check(&jobs, full, sliding, Limits { sequences, tokens, prompt_tokens: tokens / 2 }, beside);
     }
 }
 
@@ -223,7 +224,11 @@ fn add_with(scheduler: &mut Scheduler, priority: i64, request: u64, prompt: &[u3
 }
 
 fn step(scheduler: &mut Scheduler) -> Vec<(u64, std::ops::Range<usize>)> {
-    let shares = scheduler.schedule();
+    step_beside(scheduler, usize::MAX)
+}
+
+fn step_beside(scheduler: &mut Scheduler, beside: usize) -> Vec<(u64, std::ops::Range<usize>)> {
+    let shares = scheduler.schedule(beside);
     for share in &shares {
         scheduler.commit(share);
         if share.complete {
@@ -260,6 +265,22 @@ fn a_long_prompt_leaves_room_for_others() {
 }
 
 #[test]
+fn prompts_get_a_part_of_a_step_while_others_decode() {
+    let mut scheduler = Scheduler::new(limits(5, 40), Blocks::new(100, 100, 16));
+    let step = |scheduler: &mut Scheduler| step_beside(scheduler, 10);
+    add(&mut scheduler, 1, &[1; 30]);
+    add(&mut scheduler, 2, &[2; 12]);
+    assert_eq!(step(&mut scheduler), [(1, 0..30), (2, 0..10)], "nobody decodes yet");
+    add(&mut scheduler, 3, &[3; 100]);
+    assert_eq!(step(&mut scheduler), [(1, 30..31), (2, 10..12), (3, 0..8)]);
+    assert_eq!(step(&mut scheduler), [(1, 31..32), (2, 12..13), (3, 8..18)]);
+    for request in [1, 2] {
+        scheduler.remove(SequenceId { priority: 0, turn: 0, request, choice: 0 });
+    }
+    assert_eq!(step(&mut scheduler), [(3, 18..58)]);
+}
+
+#[test]
 fn a_better_priority_goes_first_and_takes_places() {
     let mut scheduler = Scheduler::new(limits(2, 64), Blocks::new(100, 100, 16));
     add_with(&mut scheduler, 1, 1, &[1; 20]);
@@ -282,7 +303,7 @@ fn guesses_take_no_block_that_others_need() {
     let id = add(&mut scheduler, 1, &[1; 15]);
     assert_eq!(step(&mut scheduler), [(1, 0..15)]);
     let guess = |scheduler: &mut Scheduler, count: usize| {
-        let mut share = scheduler.schedule().remove(0);
+        let mut share = scheduler.schedule(usize::MAX).remove(0);
         scheduler.guess(&mut share, vec![7; count]);
         scheduler.check();
         (share.guesses.len(), scheduler.plan(&share).full_blocks.len())
@@ -293,7 +314,7 @@ fn guesses_take_no_block_that_others_need() {
     scheduler.push(id, 7);
     scheduler.accept(id, 1);
     add(&mut scheduler, 2, &[2; 3]);
-    assert_eq!(scheduler.schedule().len(), 1, "there is no block left but the one that is needed");
+    assert_eq!(scheduler.schedule(usize::MAX).len(), 1, "there is no block left but the one that is needed");
 }
 
 #[test]

@@ -317,6 +317,7 @@ fn base(args: &Serve, limits: &Limits) -> EngineOptions {
         long_prefill_token_threshold: scheduling.long_prefill_token_threshold,
         processed_logprobs: scheduling.logprobs_mode == "processed_logprobs",
         harmony_guard: !scheduling.no_harmony_guard,
+        even_steps: true,
         ..crate::engine::base()
     };
     match (scheduling.speculative_config, scheduling.spec_method.as_deref()) {
