@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use harmony::Harmony;
 use llguidance::api::{GrammarInit, GrammarWithLexer, ParserLimits, TopLevelGrammar};
+use llguidance::earley::lexerspec::LexerSpec;
 use llguidance::toktrie::{InferenceCapabilities, TokEnv, TokRxInfo, TokTrie, TokenId, TokenizerEnv};
 use llguidance::{Matcher, ParserFactory};
 use serde_json::Value;
@@ -148,6 +149,8 @@ const MAX_REGEX_BYTES: usize = 16 << 10;
 const MAX_LARK_BYTES: usize = 64 << 10;
 /// Deepest nesting of a schema, or of a grammar's brackets.
 const MAX_NESTING: usize = 64;
+/// Most intersections of a grammar, each of which may double what they take together.
+const MAX_INTERSECTIONS: usize = 10;
 /// Most properties and enumerated values of a schema.
 const MAX_NODES: usize = 10_000;
 /// Most grammars kept, and most memory of their automata, beside which they hold up to eight times as much.
@@ -269,11 +272,16 @@ impl Grammars {
 
 fn compile(factory: &ParserFactory, grammars: Vec<GrammarWithLexer>) -> Result<Compiled, String> {
     let error = |error: &dyn std::fmt::Display| error.to_string();
-    grammars.iter().filter_map(|grammar| grammar.json_schema.as_ref()).try_for_each(demands::check)?;
+    for grammar in &grammars {
+        grammar.json_schema.as_ref().map_or(Ok(()), demands::check)?;
+        let text = grammar.lark_grammar.as_deref().unwrap_or_default();
+        schemas_in(text).try_for_each(|schema| demands::check(&schema))?;
+    }
     let source = GrammarInit::Serialized(TopLevelGrammar { grammars, max_tokens: None });
     let limits = factory.limits().clone();
     let (grammar, lexer) =
         source.to_internal(Some(factory.tok_env().clone()), limits).map_err(|e| error(&e))?;
+    begin(&lexer, factory.limits().clone())?;
     let symbols = grammar.num_symbols();
     let parser = factory
         .create_parser_from_init_default(GrammarInit::Internal(grammar, lexer))
@@ -283,6 +291,28 @@ fn compile(factory: &ParserFactory, grammars: Vec<GrammarWithLexer>) -> Result<C
     let mut matcher = Matcher::new(Ok(parser));
     let warnings = matcher.grammar_warnings().iter().map(|warning| shorten(warning)).collect();
     Ok(Compiled { matcher: Mutex::new(matcher), goes_back, warnings, bytes })
+}
+
+/// Refuses what has no first states within the limits, which the compiler makes without a bound.
+fn begin(lexer: &LexerSpec, mut limits: ParserLimits) -> Result<(), String> {
+    let fuel = limits.initial_lexer_fuel;
+    let mut automaton = lexer.to_regex_vec(&mut limits).map_err(|error| error.to_string())?;
+    automaton.set_fuel(fuel);
+    let start = automaton.initial_state(&lexer.all_lexemes());
+    for byte in 0..=u8::MAX {
+        automaton.transition(start, byte);
+    }
+    match automaton.has_error() {
+        true => Err("its numbers or patterns need too large an automaton".to_owned()),
+        false => Ok(()),
+    }
+}
+
+/// The JSON Schemas in a grammar's text, and whatever else looks like one.
+fn schemas_in(text: &str) -> impl Iterator<Item = Value> + '_ {
+    text.match_indices("%json").filter_map(|(at, keyword)| {
+        serde_json::Deserializer::from_str(&text[at + keyword.len()..]).into_iter().next()?.ok()
+    })
 }
 
 /// The grammar of a turn, which others of the list are part of.
@@ -446,6 +476,7 @@ pub(crate) fn check(form: &Form) -> Result<(), String> {
                 return Err("it must not name special tokens (`<|…|>` or `<[…]>`)".to_owned());
             }
             at_most(brackets(text), MAX_NESTING, "levels of brackets")?;
+            at_most(text.matches('&').count(), MAX_INTERSECTIONS, "`&` (in texts write \\x26)")?;
             let not = text.split(|c| c != '~').map(str::len).max().unwrap_or(0);
             at_most(not, MAX_NESTING, "negations in a row")
         }

@@ -442,8 +442,38 @@ fn hostile_forms() {
         let error = error.unwrap_or_else(|| panic!("{what} was taken")).to_string();
         assert!(error.len() < 1000, "{what}: {error}");
     }
+    // What would be compiled for ever is refused for what it is, not because its time is over.
+    let strings = json!({"type": "string", "allOf": patterns(24)});
+    let items: Vec<Value> = patterns(24).iter().map(|pattern| json!({"items": [pattern]})).collect();
+    let draft = "http://json-schema.org/draft-07/schema#";
+    let both = (0..24).map(|i| format!("/.*[z{}].*/", char::from(b'a' + i))).collect::<Vec<_>>().join(" & ");
+    for (form, reason) in [
+        (schema(json!({"type": "integer", "multipleOf": 99_999_989})), "automaton"),
+        (schema(json!({"type": "number", "multipleOf": 90_001})), "automaton"),
+        (
+            schema(json!({"allOf": [{"type": "integer", "multipleOf": 997}, {"multipleOf": 991}]})),
+            "automaton",
+        ),
+        (Form::Lark(format!("start: %json {strings}")), "5 patterns"),
+        (Form::Lark(format!("start: A | b\nA: \"%json\"\nb: %json\n{strings}")), "5 patterns"),
+        (Form::Lark(format!("start: A\nA: {both}")), "at most 10 `&`"),
+        (schema(json!({"$schema": draft, "type": "array", "allOf": items})), "5 patterns"),
+    ] {
+        let error = grammars().turn(&answering(form.clone())).unwrap_err().to_string();
+        assert!(error.contains(reason), "{form:?}: {error}");
+    }
     // Large, but as good as any.
+    let multiple =
+        |of: f64| schema(json!({"type": "number", "multipleOf": of, "minimum": 0, "maximum": 99_999}));
     for (what, form) in [
+        ("a multiple of 5", multiple(5.0)),
+        ("a multiple of 0.01", multiple(0.01)),
+        ("a multiple of 1000", multiple(1000.0)),
+        ("a multiple of 3600", schema(json!({"type": "integer", "multipleOf": 3600}))),
+        (
+            "a schema in a grammar",
+            Form::Lark("start: \"x\" %json {\"type\": \"integer\", \"multipleOf\": 100}".to_owned()),
+        ),
         ("a chain of references", schema(json!({"$ref": "#/$defs/d0", "$defs": chain}))),
         ("many properties", schema(wide(2000))),
         ("many repetitions", Form::Gbnf("root ::= (((\"ab\"{9999}){9999}){9999}){9999}".to_owned())),
