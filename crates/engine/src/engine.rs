@@ -384,6 +384,7 @@ impl Engine {
             eos_ids: eos_ids.clone(),
             max_model_len: capacity.max_model_len,
             seed: options.seed,
+            policy: options.policy,
             prefix_caching: options.prefix_caching,
             even_steps: options.even_steps,
             speculation: options.speculation,

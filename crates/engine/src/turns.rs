@@ -5,30 +5,50 @@ use std::collections::HashMap;
 /// Clients that are remembered before those that have nothing waiting are forgotten.
 const REMEMBERED: usize = 1024;
 
-/// Numbers of turns by client. Requests of lower turns are served first, so a client with many of them waits behind its own.
+/// Numbers of turns by client. Requests of lower turns are served first, so a client with many of them waits behind its own. A turn
+/// that nobody took is the next request's of the same client.
 #[derive(Debug, Default)]
 pub(crate) struct Turns {
     /// Of the latest request that began.
     now: u64,
-    /// Of the last request of each client.
-    last: HashMap<Option<[u8; 32]>, u64>,
+    clients: HashMap<Option<[u8; 32]>, Client>,
+}
+
+#[derive(Debug, Default)]
+struct Client {
+    /// The turn after its latest request that began.
+    next: u64,
+    /// Requests that did not begin.
+    waiting: u64,
 }
 
 impl Turns {
-    /// The turn of a client's next request.
+    /// The turn of a client's next request, which waits from now on.
     pub(crate) fn next(&mut self, client: Option<[u8; 32]>) -> u64 {
-        if self.last.len() >= REMEMBERED {
+        if self.clients.len() >= REMEMBERED {
             let now = self.now;
-            self.last.retain(|_, last| *last >= now);
+            self.clients.retain(|_, client| client.waiting > 0 || client.next > now);
         }
-        let turn = self.last.get(&client).map_or(self.now, |last| self.now.max(last + 1));
-        self.last.insert(client, turn);
+        let client = self.clients.entry(client).or_default();
+        let turn = self.now.max(client.next) + client.waiting;
+        client.waiting += 1;
         turn
     }
 
-    /// A request of this turn begins.
-    pub(crate) fn begin(&mut self, turn: u64) {
+    /// A waiting request of this turn begins.
+    pub(crate) fn begin(&mut self, client: Option<[u8; 32]>, turn: u64) {
         self.now = self.now.max(turn);
+        if let Some(client) = self.clients.get_mut(&client) {
+            client.next = client.next.max(turn + 1);
+            client.waiting = client.waiting.saturating_sub(1);
+        }
+    }
+
+    /// A waiting request will not begin.
+    pub(crate) fn leave(&mut self, client: Option<[u8; 32]>) {
+        if let Some(client) = self.clients.get_mut(&client) {
+            client.waiting = client.waiting.saturating_sub(1);
+        }
     }
 }
 
@@ -44,7 +64,7 @@ mod tests {
         let mut turns = Turns::default();
         let many: Vec<u64> = (0..100).map(|_| turns.next(ONE)).collect();
         assert!(many.is_sorted_by(|a, b| a < b));
-        many[..8].iter().for_each(|&turn| turns.begin(turn));
+        many[..8].iter().for_each(|&turn| turns.begin(ONE, turn));
         let few = [turns.next(OTHER), turns.next(OTHER)];
         // Its first before all that wait, its second after the other's next one only.
         assert!(few[0] < many[8] && few[0] >= many[7], "{few:?}");
@@ -54,28 +74,42 @@ mod tests {
     #[test]
     fn who_was_away_has_saved_nothing_up() {
         let mut turns = Turns::default();
-        turns.next(OTHER);
+        let turn = turns.next(OTHER);
+        turns.begin(OTHER, turn);
         (0..50).for_each(|_| {
             let turn = turns.next(ONE);
-            turns.begin(turn);
+            turns.begin(ONE, turn);
         });
         assert_eq!(turns.next(OTHER), turns.now);
         assert_eq!(turns.next(OTHER), turns.now + 1);
     }
 
     #[test]
+    fn who_hangs_up_gives_the_turn_back() {
+        let mut turns = Turns::default();
+        let others: Vec<u64> = (0..6).map(|_| turns.next(OTHER)).collect();
+        (0..300).for_each(|_| {
+            turns.next(ONE);
+        });
+        (0..300).for_each(|_| turns.leave(ONE));
+        assert!(turns.next(ONE) <= others[0]);
+        // What begins keeps its turn.
+        turns.begin(ONE, others[0]);
+        assert_eq!(turns.next(ONE), others[1]);
+    }
+
+    #[test]
     fn memory_is_bounded_and_who_waits_is_not_forgotten() {
         let mut turns = Turns::default();
-        turns.begin(5);
-        let waiting: Vec<u64> = (0..20_000).map(|_| turns.next(ONE)).collect();
+        let last = (0..20_000).map(|_| turns.next(ONE)).last();
         for i in 0..10_000u32 {
             let mut client = [0; 32];
             client[..4].copy_from_slice(&i.to_le_bytes());
             let turn = turns.next(Some(client));
             // A client a turn.
-            turns.begin(turn + 1);
-            assert!(turns.last.len() <= REMEMBERED + 1);
+            turns.begin(Some(client), turn + 1);
+            assert!(turns.clients.len() <= REMEMBERED + 1);
         }
-        assert_eq!(Some(&turns.next(ONE)), waiting.last().map(|turn| turn + 1).as_ref());
+        assert!(Some(turns.next(ONE)) > last);
     }
 }

@@ -21,7 +21,9 @@ use crate::output::{End, Output, Rules, Transcript};
 use crate::scheduler::{NewSequence, Scheduler, SequenceId, Share};
 use crate::speculation::{Chance, Guesser};
 use crate::turns::Turns;
-use crate::{Event, Failure, FinishReason, OutputMode, Request, Speculation, SpeculationCounts};
+use crate::{
+    Event, Failure, FinishReason, OutputMode, Request, SchedulingPolicy, Speculation, SpeculationCounts,
+};
 
 pub(crate) struct Worker {
     backend: Box<dyn Backend>,
@@ -59,6 +61,7 @@ pub(crate) struct Settings {
     pub(crate) max_model_len: usize,
     /// Of requests without one.
     pub(crate) seed: u64,
+    pub(crate) policy: SchedulingPolicy,
     pub(crate) prefix_caching: bool,
     pub(crate) even_steps: bool,
     pub(crate) speculation: Option<Speculation>,
@@ -75,6 +78,8 @@ struct Active {
     rules: Arc<Rules>,
     /// Of its first choice.
     id: SequenceId,
+    /// Who takes turns with others.
+    client: Option<[u8; 32]>,
     prompt: Arc<[u32]>,
     /// Where its chain of blocks starts.
     root: u64,
@@ -216,7 +221,11 @@ impl Worker {
         // Scores need the prompt computed.
         let cache_limit = if scores.is_some() { 0 } else { prompt.len() };
         let sequence = NewSequence { tokens: Tokens::new(Arc::clone(&prompt)), root, cache_limit };
-        let id = SequenceId { priority, turn: self.turns.next(client), request: number, choice: 0 };
+        let turn = match self.settings.policy {
+            SchedulingPolicy::RoundRobin => self.turns.next(client),
+            _ => 0,
+        };
+        let id = SequenceId { priority, turn, request: number, choice: 0 };
         self.scheduler.add(id, sequence);
         let seed = params.seed.map_or_else(|| default_seed(self.settings.seed, number), |s| s as u64);
         // Who forbids tokens may forbid all that the format allows.
@@ -246,6 +255,7 @@ impl Worker {
             Active {
                 rules,
                 id,
+                client,
                 prompt,
                 root,
                 seed,
@@ -279,7 +289,11 @@ impl Worker {
         let beside = if self.settings.even_steps { self.costs.prompt_tokens() } else { usize::MAX };
         let mut shares = self.scheduler.schedule(beside);
         for share in shares.iter().filter(|share| share.begins) {
-            self.turns.begin(share.id.turn);
+            if let Some(active) = self.requests.get(&share.id.request)
+                && active.queued.is_none()
+            {
+                self.turns.begin(active.client, share.id.turn);
+            }
         }
         for id in self.scheduler.take_preempted() {
             let active = self.requests.get_mut(&id.request);
@@ -606,6 +620,9 @@ impl Worker {
         let Some(active) = self.requests.remove(&number) else { return false };
         for choice in 0..active.choices.len() {
             self.scheduler.remove(SequenceId { choice, ..active.id });
+        }
+        if active.queued.is_none() {
+            self.turns.leave(active.client);
         }
         let mut mailbox = self.shared.mailbox();
         mailbox.open -= 1;

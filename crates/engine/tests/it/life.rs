@@ -578,6 +578,31 @@ fn clients_take_turns_where_that_is_asked_for() {
 }
 
 #[test]
+fn who_hung_up_often_does_not_wait_for_it() {
+    let (control, steps) = channel();
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens("Yes.<|return|>")]).controlled_by(steps);
+    let options = EngineOptions { policy: SchedulingPolicy::RoundRobin, max_num_seqs: 1, ..small(200) };
+    let engine = start(backend, options);
+    let (sender, events) = channel();
+    let submit = |client: u8, name: &'static str| {
+        let sender = sender.clone();
+        let request = Request { client: Some([client; 32]), ..text_request(&[1, 2, 3], unlimited()) };
+        engine.submit(request, Box::new(move |event| sender.send((name, event)).is_ok())).unwrap()
+    };
+    let mut handles = vec![submit(1, "first")];
+    (0..20).for_each(|_| drop(submit(2, "gone")));
+    handles.extend(["second", "third"].map(|name| submit(1, name)));
+    control.send(Step::Run).unwrap();
+    // It is told while the next step is computed: who hung up is gone by then.
+    assert_eq!(events.recv().unwrap().0, "first");
+    handles.push(submit(2, "other"));
+    drop(control);
+    let finished = events.iter().filter(|(_, event)| matches!(event, Event::Finished { .. }));
+    let order: Vec<_> = finished.map(|(name, _)| name).take(4).collect();
+    assert_eq!(order, ["first", "other", "second", "third"]);
+}
+
+#[test]
 fn answers_of_one_request_share_the_prompt() {
     let scripts = vec![vec![11, RETURN], vec![12, 12, RETURN], vec![13, 13, 13, RETURN]];
     let engine = start(Scripted::new(Scripted::gpt_oss(), scripts), small(200));
