@@ -530,11 +530,9 @@ impl Round {
         job.biases = self
             .append(&biases.iter().flat_map(|&(token, bias)| [token, bias.to_bits()]).collect::<Vec<_>>());
         if let Some(penalties) = &sampling.penalties {
-            let mut seen = penalties.seen.clone();
-            seen.sort_by_key(|&(token, _)| token);
-            job.seen_count = seen.len() as u32;
-            job.seen =
-                self.append(&seen.iter().flat_map(|&(token, count)| [token, count]).collect::<Vec<_>>());
+            let seen: Vec<u32> = penalties.seen().flat_map(|(token, count)| [token, count]).collect();
+            job.seen_count = seen.len() as u32 / 2;
+            job.seen = self.append(&seen);
             (job.repetition, job.frequency, job.presence) =
                 (penalties.repetition, penalties.frequency, penalties.presence);
         }
@@ -602,7 +600,7 @@ fn is_changed(job: &Job) -> bool {
 fn is_modified(sampling: &Sampling) -> bool {
     sampling.mask.is_some()
         || !sampling.bias.is_empty()
-        || sampling.penalties.as_ref().is_some_and(|penalties| !penalties.seen.is_empty())
+        || sampling.penalties.as_ref().is_some_and(|penalties| penalties.seen().next().is_some())
 }
 
 /// Whether the host's sampler sorts the most probable tokens.

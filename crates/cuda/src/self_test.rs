@@ -207,7 +207,8 @@ fn sampling(at: usize) -> Sampling {
                 repetition: 1.3,
                 frequency: 0.4,
                 presence: 0.2,
-                seen: some[..100].iter().map(|&token| (token, token % 4)).collect(),
+                prompt: some[..80].into(),
+                output: some[60..100].iter().map(|&token| (token, 1 + token % 3)).collect(),
             };
             let bias = some[50..150].iter().map(|&token| (token, 0.7)).collect();
             Sampling { mask: Some(Mask::of(&some)), bias, penalties: Some(penalties), ..drawn }

@@ -81,6 +81,8 @@ struct Active {
     /// Who takes turns with others.
     client: Option<[u8; 32]>,
     prompt: Arc<[u32]>,
+    /// For penalties: each token of the prompt once, ascending. Made when the first token is about to be drawn.
+    said: Option<Arc<[u32]>>,
     /// Where its chain of blocks starts.
     root: u64,
     seed: u64,
@@ -99,8 +101,8 @@ struct Active {
 
 struct Choice {
     output: Output,
-    /// For penalties: each token of prompt and output, with its occurrences in the output.
-    seen: BTreeMap<u32, u32>,
+    /// If there are any; with the tokens of the prompt from the first token that is drawn on.
+    penalties: Option<Penalties>,
     /// The last tokens, as many as the longest bad word has before its last.
     recent: VecDeque<u32>,
     /// Tokens that must come next, whatever the model says.
@@ -246,7 +248,7 @@ impl Worker {
             grammar,
             params,
         });
-        let choices = (0..rules.params.n).map(|_| Some(Choice::new(&rules, &prompt))).collect();
+        let choices = (0..rules.params.n).map(|_| Some(Choice::new(&rules))).collect();
         let read_later = if rules.text_decides() { 0 } else { rules.params.n };
         let transcripts = (0..read_later).map(|_| Transcript::new(Arc::clone(&rules))).collect();
         self.outbox.open(number, sink, transcripts);
@@ -257,6 +259,7 @@ impl Worker {
                 id,
                 client,
                 prompt,
+                said: None,
                 root,
                 seed,
                 scores,
@@ -461,6 +464,12 @@ impl Worker {
             if let (Some(grammar), None) = (&rules.grammar, &choice.constraint) {
                 let may_stop = choice.output.may_stop();
                 choice.constraint = Some(Constraint::new(&self.masks, rules, grammar, may_stop));
+            }
+            if let Some(penalties) = &mut choice.penalties
+                && penalties.prompt.is_empty()
+            {
+                let said = active.said.get_or_insert_with(|| distinct(&active.prompt));
+                penalties.prompt = Arc::clone(said);
             }
             plan.sample = choice.samplings(rules, active.seed, share, &self.settings);
         }
@@ -715,16 +724,21 @@ impl Drop for Worker {
 }
 
 impl Choice {
-    fn new(rules: &Arc<Rules>, prompt: &[u32]) -> Choice {
+    fn new(rules: &Arc<Rules>) -> Choice {
         let params = &rules.params;
         let penalized = params.repetition_penalty != 1.0
             || params.frequency_penalty != 0.0
             || params.presence_penalty != 0.0;
-        let seen = if penalized { prompt.iter().map(|&t| (t, 0)).collect() } else { BTreeMap::new() };
-        let output = Output::new(Arc::clone(rules));
+        let penalties = Penalties {
+            repetition: params.repetition_penalty,
+            frequency: params.frequency_penalty,
+            presence: params.presence_penalty,
+            prompt: Arc::default(),
+            output: Vec::new(),
+        };
         let mut choice = Choice {
-            output,
-            seen,
+            output: Output::new(Arc::clone(rules)),
+            penalties: penalized.then_some(penalties),
             recent: VecDeque::new(),
             forced: VecDeque::new(),
             constraint: None,
@@ -742,8 +756,8 @@ impl Choice {
 
     /// Takes a token that was drawn. The result is set if it was the last.
     fn push(&mut self, token: u32, room: bool, over: bool, rules: &Rules) -> Option<End> {
-        if !self.seen.is_empty() {
-            *self.seen.entry(token).or_default() += 1;
+        if let Some(penalties) = &mut self.penalties {
+            penalties.count(token);
         }
         let end = self.output.push(token, room, over);
         if end.is_none() {
@@ -850,9 +864,9 @@ impl Choice {
             };
             bias.extend(rules.bad_words.iter().filter_map(completed));
         }
-        let mut seen = self.seen.clone();
-        if !seen.is_empty() {
-            guessed.iter().for_each(|&token| *seen.entry(token).or_default() += 1);
+        let mut penalties = self.penalties.clone();
+        if let Some(penalties) = &mut penalties {
+            guessed.iter().for_each(|&token| penalties.count(token));
         }
         Sampling {
             mask,
@@ -863,12 +877,7 @@ impl Choice {
             seed,
             position: (end + guessed.len()) as u64,
             bias,
-            penalties: (!seen.is_empty()).then(|| Penalties {
-                repetition: params.repetition_penalty,
-                frequency: params.frequency_penalty,
-                presence: params.presence_penalty,
-                seen: seen.into_iter().collect(),
-            }),
+            penalties,
             logprobs: params.logprobs.map(|top| Logprobs {
                 top,
                 ids: params.logprob_token_ids.clone().unwrap_or_default(),
@@ -889,6 +898,14 @@ const MAX_SALTS: usize = 4096;
 
 /// Failed steps that a request may be part of.
 const MAX_FAULTS: u32 = 5;
+
+/// Each token once, ascending.
+fn distinct(tokens: &[u32]) -> Arc<[u32]> {
+    let mut distinct = tokens.to_vec();
+    distinct.sort_unstable();
+    distinct.dedup();
+    distinct.into()
+}
 
 /// The tokens of each word, as it is and after a space.
 fn bad_words(words: &[String], tokenizer: &Tokenizer) -> Vec<Vec<u32>> {

@@ -229,8 +229,34 @@ pub struct Penalties {
     pub frequency: f32,
     /// Subtracted once if the token occurs in the output.
     pub presence: f32,
-    /// Each token of prompt and output once, with its number of occurrences in the output.
-    pub seen: Vec<(u32, u32)>,
+    /// Each token of the prompt once, ascending.
+    pub prompt: Arc<[u32]>,
+    /// Each token of the output once, ascending, with its number of occurrences.
+    pub output: Vec<(u32, u32)>,
+}
+
+impl Penalties {
+    /// Takes note of a token of the output.
+    pub fn count(&mut self, token: u32) {
+        match self.output.binary_search_by_key(&token, |&(token, _)| token) {
+            Ok(place) => self.output[place].1 += 1,
+            Err(place) => self.output.insert(place, (token, 1)),
+        }
+    }
+
+    /// Each token of prompt and output once, ascending, with its number of occurrences in the output.
+    pub fn seen(&self) -> impl Iterator<Item = (u32, u32)> + '_ {
+        let (mut prompt, mut output) =
+            (self.prompt.iter().copied().peekable(), self.output.iter().peekable());
+        std::iter::from_fn(move || {
+            let next = output.peek().map(|&&(token, _)| token);
+            if let Some(token) = prompt.next_if(|&token| next.is_none_or(|next| token < next)) {
+                return Some((token, 0));
+            }
+            prompt.next_if(|&token| Some(token) == next);
+            output.next().copied()
+        })
+    }
 }
 
 /// Asks for the log-probability of given successors.

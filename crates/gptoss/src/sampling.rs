@@ -15,7 +15,7 @@ pub fn sample(logits: &mut [f32], sampling: &Sampling) -> Sampled {
         }
     }
     if let Some(penalties) = &sampling.penalties {
-        for &(token, count) in &penalties.seen {
+        for (token, count) in penalties.seen() {
             if let Some(logit) = logits.get_mut(token as usize) {
                 *logit =
                     if *logit > 0.0 { *logit / penalties.repetition } else { *logit * penalties.repetition };
@@ -475,8 +475,15 @@ mod tests {
     #[test]
     fn penalties_and_logprobs() {
         let logits = [2.0f32, 1.9, -1.0];
-        let penalties =
-            Penalties { repetition: 2.0, frequency: 0.5, presence: 0.25, seen: vec![(0, 2), (2, 0)] };
+        let mut penalties = Penalties {
+            repetition: 2.0,
+            frequency: 0.5,
+            presence: 0.25,
+            prompt: [0, 2, 5].into(),
+            output: Vec::new(),
+        };
+        [7, 0, 3, 0].into_iter().for_each(|token| penalties.count(token));
+        assert_eq!(penalties.seen().collect::<Vec<_>>(), [(0, 2), (2, 0), (3, 1), (5, 0), (7, 1)]);
         let sampling = Sampling {
             penalties: Some(penalties),
             logprobs: Some(Logprobs { top: 2, ..Logprobs::default() }),

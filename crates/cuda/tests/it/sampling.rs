@@ -56,7 +56,8 @@ impl Random {
                 repetition: self.pick(&[1.0, 1.3, 0.8]),
                 frequency: self.pick(&[0.0, 0.6, -0.4]),
                 presence: self.pick(&[0.0, 1.1]),
-                seen: seen.into_iter().map(|id| (id, self.below(4) as u32)).collect(),
+                output: seen.iter().map(|&id| (id, self.below(4) as u32)).filter(|&(_, n)| n > 0).collect(),
+                prompt: seen.into(),
             }
         });
         Sampling {
