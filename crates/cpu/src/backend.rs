@@ -902,15 +902,18 @@ impl Backend for Cpu {
 
     fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
         let width = self.config.kv_heads * self.config.head_dim * BLOCK_TOKENS;
+        let layout = self.kv_layout();
+        let needed = full_blocks
+            .saturating_mul(layout.full_block_bytes)
+            .saturating_add(sliding_blocks.saturating_mul(layout.sliding_block_bytes));
+        let no_room = || Error::Memory { needed };
         for (cache, kind) in self.cache.iter_mut().zip(&self.config.layer_kinds) {
             let blocks = if *kind == LayerKind::Sliding { sliding_blocks } else { full_blocks };
             let blocks = blocks.checked_next_multiple_of(GROUP);
-            let len = blocks
-                .and_then(|blocks| blocks.checked_mul(width))
-                .ok_or(Error::Memory { needed: usize::MAX })?;
+            let len = blocks.and_then(|blocks| blocks.checked_mul(width)).ok_or_else(no_room)?;
             // The old cache is given back first: two never exist at once.
             *cache = LayerCache::new(0, self.options.cache)?;
-            *cache = LayerCache::new(len, self.options.cache)?;
+            *cache = LayerCache::new(len, self.options.cache).map_err(|_| no_room())?;
         }
         self.blocks = (full_blocks, sliding_blocks);
         Ok(())

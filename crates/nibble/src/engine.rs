@@ -94,7 +94,15 @@ pub(crate) fn start_all(
         if run.batch_invariant && !backend.answers_are_prompts() {
             options.prefix_caching = false;
         }
-        engine(backend.at_work(run), Arc::clone(&harmony), options)
+        Engine::start(backend.at_work(run), Arc::clone(&harmony), options).map_err(|error| {
+            match (error, cache_bytes) {
+                (engine::Error::Backend(error @ gptoss::Error::Memory { .. }), Some(room)) => {
+                    Failure::machine(format!("{error}, found room for about {room}"))
+                        .hint(format!("--kv-cache-memory-bytes {room}"))
+                }
+                (error, _) => error.into(),
+            }
+        })
     };
     backends.into_iter().map(start).collect()
 }

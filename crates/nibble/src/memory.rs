@@ -3,13 +3,21 @@
 use std::fs::read_to_string;
 use std::path::Path;
 
-/// Bytes that are left on the machine, and below the limits of the control groups that this process is in, as those of a
-/// container. `None` if the system does not say.
+/// Bytes that are left on the machine, below this process's limit of addresses, and below the limits of the control groups that it
+/// is in, as those of a container. `None` if the system does not say.
 pub(crate) fn available() -> Option<usize> {
     let info = read_to_string("/proc/meminfo").unwrap_or_default();
-    let of_machine = field(&info, "MemAvailable:").and_then(|kilobytes| kilobytes.checked_mul(1024));
+    let of_machine = kilobytes(&info, "MemAvailable:");
+    let limits = read_to_string("/proc/self/limits").unwrap_or_default();
+    let status = read_to_string("/proc/self/status").unwrap_or_default();
     let groups = read_to_string("/proc/self/cgroup").unwrap_or_default();
-    of_machine.into_iter().chain(below_limits(Path::new("/sys/fs/cgroup"), &groups)).min()
+    let below_limits = below_limits(Path::new("/sys/fs/cgroup"), &groups);
+    of_machine.into_iter().chain(addresses(&limits, &status)).chain(below_limits).min()
+}
+
+/// What is left of the addresses that this process may have, if they are limited.
+fn addresses(limits: &str, status: &str) -> Option<usize> {
+    Some(field(limits, "Max address space")?.saturating_sub(kilobytes(status, "VmSize:")?))
 }
 
 /// Of each limited group in `groups`, and of those around it, what is left; `root` is where they are mounted. A container may see
@@ -40,6 +48,11 @@ fn below_limits(root: &Path, groups: &str) -> Vec<usize> {
     left
 }
 
+/// The number of kilobytes behind `name` at the beginning of a line, in bytes.
+fn kilobytes(text: &str, name: &str) -> Option<usize> {
+    field(text, name)?.checked_mul(1024)
+}
+
 /// The number behind `name` at the beginning of a line.
 fn field(text: &str, name: &str) -> Option<usize> {
     text.lines().find_map(|line| line.strip_prefix(name))?.split_whitespace().next()?.parse().ok()
@@ -48,6 +61,20 @@ fn field(text: &str, name: &str) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_left_of_limited_addresses() {
+        let limits = |soft: &str| {
+            format!(
+                "Max resident set          unlimited            unlimited            bytes\n\
+                     Max address space         {soft}           unlimited            bytes\n"
+            )
+        };
+        let status = "Name:\tnibble\nVmPeak:\t  500 kB\nVmSize:\t  400 kB\n";
+        assert_eq!(addresses(&limits("2048000"), status), Some(2_048_000 - 400 * 1024));
+        assert_eq!(addresses(&limits("1024"), status), Some(0));
+        assert_eq!(addresses(&limits("unlimited"), status), None);
+    }
 
     #[test]
     fn what_is_left_below_the_limits_of_groups() {

@@ -87,6 +87,22 @@ fn a_context_that_does_not_fit_is_no_hint() {
 }
 
 #[test]
+fn a_cache_that_finds_no_room_is_refused_with_one_that_does() {
+    let mut command = Command::new("sh");
+    let limited = "ulimit -v 2000000; exec \"$0\" \"$@\"";
+    command.args(["-c", limited, env!("CARGO_BIN_EXE_nibble"), "generate", "-p", "x", "--max-tokens", "1"]);
+    // What there is room for by default is below the limit.
+    assert_eq!(command.output().unwrap().status.code(), Some(0));
+    let output = command.args(["--kv-cache-memory-bytes", "1T"]).output().unwrap();
+    let stderr = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(3), "{stderr}");
+    assert!(
+        stderr.contains("found room for about ") && stderr.contains("hint: --kv-cache-memory-bytes "),
+        "{stderr}"
+    );
+}
+
+#[test]
 fn help_shows_no_key_of_the_environment() {
     for (args, name) in
         [(&["serve", "--help"][..], "VLLM_API_KEY"), (&["bench", "serve", "--help"], "OPENAI_API_KEY")]
