@@ -186,13 +186,11 @@ impl Request<'_> {
             Ok(metadata) => metadata,
             Err(error) => return Ok(bad(&error)),
         };
-        let mut magic = Vec::new();
-        if let Err(error) = (&mut file).take(MAGIC.len() as u64).read_to_end(&mut magic) {
-            return Ok(bad(&error));
-        }
-        // What somebody else keeps under that name is not replaced; an empty file is nobody's.
-        if !MAGIC.starts_with(&magic) {
-            return Err(foreign());
+        // What somebody else keeps under that name is not replaced.
+        match is_ours(&mut file) {
+            Ok(true) => {}
+            Ok(false) => return Err(foreign()),
+            Err(error) => return Ok(bad(&error)),
         }
         if metadata.len() != places.len as u64 {
             let expected = places.len;
@@ -230,7 +228,12 @@ impl Request<'_> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Mmap, Failed> {
         let partial = PathBuf::from(format!("{}.partial", self.path.display()));
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(&partial)?;
+        let mut options = OpenOptions::new();
+        options.read(true).write(true).create(true).truncate(false);
+        // Not through a link, which would be another's file.
+        #[cfg(unix)]
+        std::os::unix::fs::OpenOptionsExt::custom_flags(&mut options, libc::O_NOFOLLOW);
+        let mut file = options.open(&partial)?;
         match file.try_lock() {
             Ok(()) => {}
             Err(TryLockError::WouldBlock) => {
@@ -245,6 +248,12 @@ impl Request<'_> {
             if std::fs::metadata(&partial).ok().map(|m| m.ino()) != Some(file.metadata()?.ino()) {
                 return Err(Failed::File("another process has written it".to_owned()));
             }
+        }
+        if !file.metadata()?.is_file() || !is_ours(&mut file)? {
+            return Err(Failed::File(format!(
+                "{}: expected no file, or one of packed weights, found something else",
+                partial.display()
+            )));
         }
         let made = self.fill(&file, identity, places, progress);
         match &made {
@@ -263,6 +272,8 @@ impl Request<'_> {
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Mmap, Failed> {
         file.set_len(0)?;
+        file.rewind()?;
+        file.write_all(MAGIC)?;
         for (done, id) in places.order.iter().enumerate() {
             progress(done, places.order.len());
             let Place { shape, data, scales } = &places.of[id];
@@ -330,6 +341,13 @@ fn stamp_file(mut file: &File) -> std::io::Result<()> {
     file.seek(SeekFrom::Start(Header::STAMP.start as u64))?;
     file.write_all(&(since.as_nanos() as u64).to_le_bytes())?;
     file.set_modified(now)
+}
+
+/// Whether a file begins as these do; an empty one is nobody's.
+fn is_ours(file: &mut File) -> std::io::Result<bool> {
+    let mut magic = Vec::new();
+    file.take(MAGIC.len() as u64).read_to_end(&mut magic)?;
+    Ok(MAGIC.starts_with(&magic))
 }
 
 /// Whether the file was last written, and last changed in any way that the system tells, when it was stamped.

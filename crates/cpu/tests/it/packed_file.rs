@@ -213,6 +213,23 @@ fn what_somebody_else_keeps_there_stays() {
     let (found, notes) = kept(model(), false, &folder.path().join("busy")).unwrap();
     assert!(found == expected(model(), false));
     assert!(notes.len() == 1 && notes[0].contains("another process is writing it"), "{notes:?}");
+
+    // Somebody keeps something under the name in which it is written, or leads it elsewhere.
+    let theirs = folder.path().join("theirs.partial");
+    std::fs::write(&theirs, "not ours").unwrap();
+    std::os::unix::fs::symlink(&path, folder.path().join("led.partial")).unwrap();
+    for name in ["theirs", "led"] {
+        let (found, notes) = kept(model(), false, &folder.path().join(name)).unwrap();
+        assert!(found == expected(model(), false));
+        assert!(notes.len() == 1 && notes[0].contains("packed in memory"), "{notes:?}");
+        assert!(!folder.path().join(name).exists());
+    }
+    assert_eq!(std::fs::read(&theirs).unwrap(), b"not ours");
+    assert_eq!(std::fs::read(&path).unwrap(), b"not ours");
+    // What a start left that was stopped is written anew.
+    std::fs::write(folder.path().join("left.partial"), b"nibble, packed\r\nand more").unwrap();
+    let (found, notes) = kept(model(), false, &folder.path().join("left")).unwrap();
+    assert!(found == expected(model(), false) && notes.is_empty(), "{notes:?}");
 }
 
 #[test]
