@@ -353,9 +353,10 @@ fn measurements() {
     assert!(found["gpus"].is_array(), "{}", found["gpus"]);
     // The same bits on every machine; half and twice leave room for another order of sums.
     let coarser = found["coarser"].as_array().unwrap();
-    assert_eq!(coarser.len(), 6);
+    assert_eq!(coarser.len(), 7);
     for (row, (options, usual)) in coarser.iter().zip([
         ("--kv-cache-dtype bf16", 4.6e-3),
+        ("--kv-cache-dtype fp8", 3.6e-2),
         ("--activations bf16", 6.8e-3),
         ("--activations int16", 2.5e-5),
         ("--activations int8", 7.3e-3),
