@@ -892,20 +892,12 @@ impl Backend for Cpu {
     }
 
     fn kv_layout(&self) -> KvLayout {
-        let KvLayout { full_block_bytes, sliding_block_bytes } = KvLayout::f32(&self.config);
-        let part = size_of::<f32>() / self.options.cache.bytes();
-        KvLayout {
-            full_block_bytes: full_block_bytes / part,
-            sliding_block_bytes: sliding_block_bytes / part,
-        }
+        KvLayout::new(&self.config, self.options.cache.bytes())
     }
 
     fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
         let width = self.config.kv_heads * self.config.head_dim * BLOCK_TOKENS;
-        let layout = self.kv_layout();
-        let needed = full_blocks
-            .saturating_mul(layout.full_block_bytes)
-            .saturating_add(sliding_blocks.saturating_mul(layout.sliding_block_bytes));
+        let needed = self.kv_layout().bytes(full_blocks, sliding_blocks);
         let no_room = || Error::Memory { needed };
         for (cache, kind) in self.cache.iter_mut().zip(&self.config.layer_kinds) {
             let blocks = if *kind == LayerKind::Sliding { sliding_blocks } else { full_blocks };

@@ -352,12 +352,7 @@ impl Backend for Cuda {
     }
 
     fn kv_layout(&self) -> KvLayout {
-        let layout = KvLayout::f32(&self.config);
-        let smaller = size_of::<f32>() / self.number_bytes();
-        KvLayout {
-            full_block_bytes: layout.full_block_bytes / smaller,
-            sliding_block_bytes: layout.sliding_block_bytes / smaller,
-        }
+        KvLayout::new(&self.config, self.number_bytes())
     }
 
     fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
@@ -380,10 +375,7 @@ impl Backend for Cuda {
                 (Ok(keys), Ok(values)) => self.cache.push(LayerCache { keys, values }),
                 _ => {
                     self.cache.clear();
-                    let layout = self.kv_layout();
-                    let needed = full_blocks
-                        .saturating_mul(layout.full_block_bytes)
-                        .saturating_add(sliding_blocks.saturating_mul(layout.sliding_block_bytes));
+                    let needed = self.kv_layout().bytes(full_blocks, sliding_blocks);
                     return Err(Error::Memory { needed });
                 }
             }

@@ -372,8 +372,7 @@ impl Engine {
             stats: Mutex::new(Stats {
                 full_blocks: capacity.full_blocks,
                 sliding_blocks: capacity.sliding_blocks,
-                cache_bytes: capacity.full_blocks * layout.full_block_bytes
-                    + capacity.sliding_blocks * layout.sliding_block_bytes,
+                cache_bytes: layout.bytes(capacity.full_blocks, capacity.sliding_blocks),
                 weight_bytes: backend.weight_bytes(),
                 ..Stats::default()
             }),

@@ -54,14 +54,20 @@ pub struct KvLayout {
 }
 
 impl KvLayout {
-    /// The layout of keys and values stored as f32.
-    pub fn f32(config: &Config) -> KvLayout {
-        let layer = BLOCK_TOKENS * config.kv_heads * config.head_dim * 2 * size_of::<f32>();
+    /// The layout of keys and values of which each number takes so many bytes.
+    pub fn new(config: &Config, number_bytes: usize) -> KvLayout {
+        let layer = BLOCK_TOKENS * config.kv_heads * config.head_dim * 2 * number_bytes;
         let sliding = config.layer_kinds.iter().filter(|&&kind| kind == LayerKind::Sliding).count();
         KvLayout {
             full_block_bytes: (config.layer_kinds.len() - sliding) * layer,
             sliding_block_bytes: sliding * layer,
         }
+    }
+
+    /// Bytes of so many blocks.
+    pub fn bytes(&self, full_blocks: usize, sliding_blocks: usize) -> usize {
+        let full = full_blocks.saturating_mul(self.full_block_bytes);
+        full.saturating_add(sliding_blocks.saturating_mul(self.sliding_block_bytes))
     }
 }
 

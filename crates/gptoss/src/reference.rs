@@ -269,7 +269,7 @@ impl Backend for Reference {
     }
 
     fn kv_layout(&self) -> KvLayout {
-        KvLayout::f32(self.weights.config())
+        KvLayout::new(self.weights.config(), size_of::<f32>())
     }
 
     fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
