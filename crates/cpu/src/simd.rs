@@ -567,11 +567,7 @@ mod x86 {
         unsafe fn widen_e4m3(from: *const u8) -> Self {
             // SAFETY: the trait's contract.
             unsafe {
-                let bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
-                let magnitudes = _mm256_set1_epi16(0x7f);
-                let nan = _mm256_cmpeq_epi16(_mm256_and_si256(bytes, magnitudes), magnitudes);
-                let bits = _mm256_and_si256(_mm256_slli_epi16::<7>(bytes), _mm256_set1_epi16(!0x4000));
-                let wide = _mm512_cvtph_ps(_mm256_or_si256(bits, nan));
+                let wide = _mm512_cvtph_ps(e4m3_bits(from));
                 Avx512(_mm512_mul_ps(wide, _mm512_set1_ps(super::E4M3_BIAS)))
             }
         }
@@ -1041,11 +1037,7 @@ mod x86 {
         unsafe fn widen_e4m3(from: *const u8) -> Self {
             // SAFETY: the trait's contract.
             unsafe {
-                let bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
-                let magnitudes = _mm256_set1_epi16(0x7f);
-                let nan = _mm256_cmpeq_epi16(_mm256_and_si256(bytes, magnitudes), magnitudes);
-                let bits = _mm256_and_si256(_mm256_slli_epi16::<7>(bytes), _mm256_set1_epi16(!0x4000));
-                let bits = _mm256_or_si256(bits, nan);
+                let bits = e4m3_bits(from);
                 let bias = _mm256_set1_ps(super::E4M3_BIAS);
                 Avx2(
                     _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), bias),
@@ -1408,6 +1400,19 @@ mod x86 {
                 i += 1;
             }
             pairs
+        }
+    }
+
+    /// Sixteen E4M3 bytes with their signs as the bits of FP16 numbers, each divided by `E4M3_BIAS`; NaN stays NaN.
+    #[inline(always)]
+    unsafe fn e4m3_bits(from: *const u8) -> __m256i {
+        // SAFETY: as above, and sixteen bytes are valid.
+        unsafe {
+            let bytes = _mm256_cvtepi8_epi16(_mm_loadu_si128(from.cast()));
+            let magnitudes = _mm256_set1_epi16(0x7f);
+            let nan = _mm256_cmpeq_epi16(_mm256_and_si256(bytes, magnitudes), magnitudes);
+            let bits = _mm256_and_si256(_mm256_slli_epi16::<7>(bytes), _mm256_set1_epi16(!0x4000));
+            _mm256_or_si256(bits, nan)
         }
     }
 

@@ -42,7 +42,7 @@ pub fn self_test(devices: &[Arc<Device>]) -> Result<Vec<SelfTest>, Error> {
     }
     let expected: Vec<_> = std::thread::scope(|scope| {
         let reference = |(_, steps, weights): &(Format, &[Steps], Arc<Synthetic>)| {
-            let longest = steps.iter().map(|steps| steps.total).max().unwrap_or(0);
+            let longest = steps.iter().map(|&(.., total)| total).max().unwrap_or(0);
             let weights = Arc::clone(weights);
             scope.spawn(move || reference(weights, longest))
         };
@@ -60,48 +60,28 @@ pub fn self_test(devices: &[Arc<Device>]) -> Result<Vec<SelfTest>, Error> {
     Ok(tests)
 }
 
-/// Steps of one kind.
-struct Steps {
-    /// See [`SelfTest::kernel`].
-    kernel: &'static str,
-    cache: CacheFormat,
-    batch_invariant: bool,
-    /// Sequences, tokens of each in a step, and in all.
-    copies: usize,
-    chunk: usize,
-    total: usize,
-}
-
-const fn steps(
-    kernel: &'static str,
-    cache: CacheFormat,
-    batch_invariant: bool,
-    copies: usize,
-    chunk: usize,
-    total: usize,
-) -> Steps {
-    Steps { kernel, cache, batch_invariant, copies, chunk, total }
-}
+/// Steps of one kind: as in [`SelfTest::kernel`]; the cache; whether a batch changes no bit; sequences, tokens of each in a step and in all.
+type Steps = (&'static str, CacheFormat, bool, usize, usize, usize);
 
 const STEPS: [Steps; 12] = {
     use CacheFormat::{Bf16, E4m3};
     [
-        steps("1 token", Bf16, false, 1, 1, FEW),
-        steps("6 tokens", Bf16, false, 1, 6, FEW),
-        steps("12 tokens", Bf16, false, 1, 12, FEW),
-        steps("40 tokens", Bf16, false, 1, 40, SOME),
-        steps("150 tokens", Bf16, false, 1, 150, SOME),
-        steps("600 tokens", Bf16, false, 1, 600, TOKENS),
-        steps("3600 tokens", Bf16, false, COPIES, 600, TOKENS),
-        steps("1 token, FP8 cache", E4m3, false, 1, 1, FEW),
-        steps("40 tokens, FP8 cache", E4m3, false, 1, 40, SOME),
-        steps("600 tokens, FP8 cache", E4m3, false, 1, 600, TOKENS),
-        steps("40 tokens, invariant", Bf16, true, 1, 40, SOME),
-        steps("600 tokens, invariant", Bf16, true, 1, 600, TOKENS),
+        ("1 token", Bf16, false, 1, 1, FEW),
+        ("6 tokens", Bf16, false, 1, 6, FEW),
+        ("12 tokens", Bf16, false, 1, 12, FEW),
+        ("40 tokens", Bf16, false, 1, 40, SOME),
+        ("150 tokens", Bf16, false, 1, 150, SOME),
+        ("600 tokens", Bf16, false, 1, 600, TOKENS),
+        ("3600 tokens", Bf16, false, COPIES, 600, TOKENS),
+        ("1 token, FP8 cache", E4m3, false, 1, 1, FEW),
+        ("40 tokens, FP8 cache", E4m3, false, 1, 40, SOME),
+        ("600 tokens, FP8 cache", E4m3, false, 1, 600, TOKENS),
+        ("40 tokens, invariant", Bf16, true, 1, 40, SOME),
+        ("600 tokens, invariant", Bf16, true, 1, 600, TOKENS),
     ]
 };
 /// Of a model as wide as gpt-oss: several GPUs take a single token of a narrower one as one of few.
-const WIDE_STEPS: [Steps; 1] = [steps("1 token, wide", CacheFormat::Bf16, false, 1, 1, FEW)];
+const WIDE_STEPS: [Steps; 1] = [("1 token, wide", CacheFormat::Bf16, false, 1, 1, FEW)];
 
 fn test(
     cuda: &mut Cuda,
@@ -113,7 +93,7 @@ fn test(
     let (tokens, vocabulary) = (tokens(), cuda.config().vocab_size);
     let blocks = COPIES * TOKENS.div_ceil(BLOCK_TOKENS);
     let (mut drawn, mut wrong) = (0, 0);
-    for &Steps { kernel, cache, batch_invariant, copies, chunk, total } in steps {
+    for &(kernel, cache, batch_invariant, copies, chunk, total) in steps {
         set(cuda, Options { cache, batch_invariant, ..cuda.options });
         cuda.allocate_kv(blocks, blocks)?;
         let found = run(cuda, &tokens[..total], copies, chunk, true)?;

@@ -213,7 +213,7 @@ struct Measured {
 /// Divergence of the model as it is made to run from the source, on the windows held out of the calibration files; on the first of
 /// them that of its weights alone and of the max rule's.
 fn measure(run: &Run<'_>, model: Arc<Checkpoint>, max: Option<&Arc<Quantized>>, ui: Ui) -> Result<Measured> {
-    let Measured { mut quality, mut algorithms, .. } = Measured::default();
+    let (mut quality, mut algorithms) = (Vec::new(), Vec::new());
     let sets: Vec<_> = run.data.sets.iter().filter(|set| !set.held_out.is_empty()).collect();
     let Some(first) = sets.first() else { return Ok(Measured::default()) };
     let mut reference = backend(Arc::clone(&run.source), &args::Run::exact(), run.common, ui)?;
@@ -287,7 +287,7 @@ impl AskedFor {
     /// What of it this run, for which the model was loaded, does.
     pub(crate) fn beside(self, run: &args::Run, loaded: &Loaded) -> Beside {
         let fp8 = run.kv_cache_dtype == args::CacheType::Fp8;
-        let mut beside = Beside { included: Vec::new(), left_out: Vec::new(), flags: Vec::new() };
+        let mut beside = Beside { included: Vec::new(), left_out: Vec::new() };
         for (asked_for, included, what, flag) in [
             (self.input_scales, loaded.rounds_inputs(), "the activations in NVFP4", "--activations nvfp4"),
             (self.fp8_cache, fp8, "the KV cache in FP8", "--kv-cache-dtype fp8"),
@@ -295,8 +295,7 @@ impl AskedFor {
             if asked_for && included {
                 beside.included.push(what);
             } else if asked_for {
-                beside.left_out.push(what);
-                beside.flags.push(flag);
+                beside.left_out.push((what, flag));
             }
         }
         beside
@@ -306,9 +305,8 @@ impl AskedFor {
 /// What a run rounds of what the model's files ask for beside its weights, and what it leaves out.
 pub(crate) struct Beside {
     included: Vec<&'static str>,
-    left_out: Vec<&'static str>,
-    /// The flags that would include it.
-    flags: Vec<&'static str>,
+    /// With the flag that would include it.
+    left_out: Vec<(&'static str, &'static str)>,
 }
 
 impl Beside {
@@ -324,14 +322,15 @@ impl Beside {
             "" => "the rounded weights alone".to_owned(),
             included => format!("the rounded weights with {included}"),
         };
-        let left_out = self.left_out.join(" and ");
+        let left_out: Vec<_> = self.left_out.iter().map(|&(what, _)| what).collect();
+        let left_out = left_out.join(" and ");
         Some(format!("the figures are those of {weights}, without {left_out} that the model is made for"))
     }
 
     /// The same for somebody who can choose, if something is left out.
     pub(crate) fn hint(&self) -> Option<String> {
-        let flags = || self.flags.join(" ");
-        self.note().filter(|_| !self.left_out.is_empty()).map(|note| format!("{note}: {}", flags()))
+        let flags: Vec<_> = self.left_out.iter().map(|&(_, flag)| flag).collect();
+        self.note().filter(|_| !flags.is_empty()).map(|note| format!("{note}: {}", flags.join(" ")))
     }
 }
 

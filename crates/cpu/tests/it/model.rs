@@ -4,8 +4,8 @@ use std::ops::ControlFlow;
 use std::sync::Arc;
 
 use checkpoint::{
-    Checkpoint, Config, Format, KvScales, Layout, Matrix, MatrixId, MatrixKind, Synthetic, Target, Vector,
-    VectorId, VectorKind, Weights, write,
+    Checkpoint, Config, Format, KvScales, Layout, MatrixId, MatrixKind, Synthetic, Target, VectorKind,
+    Weights, write,
 };
 use cpu::{Activations, CacheFormat, Cpu, Isa, Options};
 use gptoss::{Backend, Plan, Reference, Rounding, Sampling, Score, SequenceOutput, SequencePlan};
@@ -130,7 +130,11 @@ fn odd_config() -> Config {
 
 /// The same for activations in NVFP4 and a cache in E4M3.
 fn scaled(weights: Arc<dyn Weights>) -> Arc<dyn Weights> {
-    Arc::new(Scaled { weights, cache: Some(KvScales { key: 0.02, value: 0.005 }), input: Some(4.0 / 2688.0) })
+    Arc::new(Scaled {
+        weights,
+        cache: Some(KvScales { key: 0.02, value: 0.005 }),
+        input: |_| Some(4.0 / 2688.0),
+    })
 }
 
 fn tokens(count: usize) -> Vec<u32> {
@@ -246,28 +250,12 @@ fn inputs_that_are_no_numbers_are_not_rounded() {
 /// Query, key and value have the same input.
 #[test]
 fn different_input_scales_of_query_key_and_value_are_an_error() {
-    struct Different(Arc<dyn Weights>);
-    impl Weights for Different {
-        fn config(&self) -> &Config {
-            self.0.config()
-        }
-        fn format(&self, id: MatrixId) -> Format {
-            self.0.format(id)
-        }
-        fn matrix(&self, id: MatrixId, expert: usize) -> Result<Matrix<'_>, checkpoint::Error> {
-            self.0.matrix(id, expert)
-        }
-        fn vector(&self, id: VectorId) -> Result<Vector<'_>, checkpoint::Error> {
-            self.0.vector(id)
-        }
-        fn input_scale(&self, id: MatrixId) -> Option<f32> {
-            Some(if id.kind == MatrixKind::Key { 2.0 } else { 1.0 })
-        }
-    }
     let weights: Arc<dyn Weights> = Arc::new(Synthetic::new(odd_config(), |_| Format::Nvfp4, 7));
     let load = |activations| {
         let options = Options { activations, ..Options::default() };
-        Cpu::load(Arc::new(Different(Arc::clone(&weights))), options, &mut |_, _| {})
+        let input = |id: MatrixId| Some(if id.kind == MatrixKind::Key { 2.0 } else { 1.0 });
+        let weights = Scaled { weights: Arc::clone(&weights), cache: None, input };
+        Cpu::load(Arc::new(weights), options, &mut |_, _| {})
     };
     assert!(load(Activations::F32).is_ok());
     let error = load(Activations::Nvfp4).err().unwrap().to_string();

@@ -74,7 +74,7 @@ fn a_w4a4_model_runs_in_fp4_where_it_can() {
         false => Format::Bf16,
     };
     let weights = Arc::new(Synthetic::new(odd_config(), pick, 7));
-    let weights = Scaled { weights, cache: None, input: Some(8.0 / 2688.0) };
+    let weights = Scaled { weights, cache: None, input: |_| Some(8.0 / 2688.0) };
     let mut cuda = load(&device, &weights);
     let (few, many) = (logits(&mut cuda, &tokens(200), 7), logits(&mut cuda, &tokens(200), 200));
     let matrices = cuda.use_fp4(&weights).unwrap();

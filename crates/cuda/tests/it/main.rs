@@ -569,7 +569,7 @@ fn tokens_of_any_depth_share_a_step() {
 }
 
 fn scaled(weights: Arc<dyn Weights>, cache: KvScales) -> Scaled {
-    Scaled { weights, cache: Some(cache), input: None }
+    Scaled { weights, cache: Some(cache), input: |_| None }
 }
 
 /// A weight that is no number makes the logits no numbers, whichever tensor it is in: nothing on the way takes it for a number.

@@ -98,7 +98,7 @@ impl Weights for NoNumbers {
 pub(crate) struct Scaled {
     pub(crate) weights: Arc<dyn Weights>,
     pub(crate) cache: Option<KvScales>,
-    pub(crate) input: Option<f32>,
+    pub(crate) input: fn(MatrixId) -> Option<f32>,
 }
 
 impl Weights for Scaled {
@@ -117,8 +117,8 @@ impl Weights for Scaled {
     fn kv_scales(&self, _layer: usize) -> Option<KvScales> {
         self.cache
     }
-    fn input_scale(&self, _id: MatrixId) -> Option<f32> {
-        self.input
+    fn input_scale(&self, id: MatrixId) -> Option<f32> {
+        (self.input)(id)
     }
 }
 
