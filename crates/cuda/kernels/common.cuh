@@ -98,7 +98,7 @@ __device__ __forceinline__ void split(float a, float b, uint32_t (&parts)[3]) {
     }
 }
 
-// What several forms of the router do with a token, said so that the compiler rounds alike in all of them.
+// What several kernels do with a token, said so that the compiler rounds alike in all of them.
 __device__ __forceinline__ float4 times(const float4& a, const float4& b) {
     return make_float4(__fmul_rn(a.x, b.x), __fmul_rn(a.y, b.y), __fmul_rn(a.z, b.z), __fmul_rn(a.w, b.w));
 }
@@ -299,6 +299,23 @@ __device__ __forceinline__ float warp_sum(float v) {
 #pragma unroll
     for (int i = WARP / 2; i; i /= 2) v += __shfl_xor_sync(~0u, v, i);
     return v;
+}
+
+// The squares of a row of the residual stream, of which a thread has the vectors `i * blockDim.x + threadIdx.x`, whatever the size of the
+// block: those of 32 neighbouring vectors are added by their warp, then these sums in their order. Every thread gets the sum; `sums` has
+// one float for each that the threads have room for.
+template <int COUNT> __device__ __forceinline__ float sum_of_squares(const float4 (&v)[COUNT], float* sums) {
+    const uint32_t warps = blockDim.x / WARP;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+        const float part = warp_sum(add_squares(0, v[i]));
+        if (threadIdx.x % WARP == 0) sums[i * warps + threadIdx.x / WARP] = part;
+    }
+    __syncthreads();
+    float sum = 0;
+#pragma unroll 8
+    for (int i = 0; i < COUNT * warps; i++) sum += sums[i];
+    return sum;
 }
 
 // Sums `v` over the block; every thread gets the sum. `shared` has one float per warp.

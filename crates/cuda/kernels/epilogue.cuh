@@ -49,6 +49,11 @@ struct Affine {
     }
 };
 
+// A pair of numbers, rotated; all kernels round alike.
+__device__ __forceinline__ float2 rotated(float a, float b, float cos, float sin) {
+    return make_float2(fmaf(a, cos, -__fmul_rn(b, sin)), fmaf(b, cos, __fmul_rn(a, sin)));
+}
+
 // What query and key need of the token: its angles, and where its keys go.
 struct Rotation {
     float cos, sin;
@@ -65,8 +70,8 @@ struct Rotation {
 __device__ __forceinline__ void finish(
     const Epilogue& e, const Matrix& m, const Affine& affine, uint32_t row_tile, uint32_t pair, uint32_t token, float a, float b,
     const Rotation& rotation) {
-    a = a * affine.scale + affine.a;
-    b = b * affine.scale + affine.b;
+    a = fmaf(a, affine.scale, affine.a);
+    b = fmaf(b, affine.scale, affine.b);
     uint2 rows = stored_rows(e, row_tile, pair);
     if (e.kind == STORE || e.kind == RESIDUAL) {
         float* out = e.out + size_t(token) * m.rows;
@@ -81,11 +86,10 @@ __device__ __forceinline__ void finish(
         for (unit += 8; unit < e.out_cols; unit += 8) e.out16[activation_place(e.out_stack, e.out_cols, token, unit)] = 0;
     } else {
         uint32_t head = row_tile / 4, first = rows.x % HEAD, second = rows.y % HEAD;
-        bool rotated = head < e.query_heads + e.kv_heads;
-        if (rotated) {
-            float before = a;
-            a = a * rotation.cos - b * rotation.sin;
-            b = b * rotation.cos + before * rotation.sin;
+        const bool rotates = head < e.query_heads + e.kv_heads;
+        if (rotates) {
+            const float2 pair = rotated(a, b, rotation.cos, rotation.sin);
+            a = pair.x, b = pair.y;
         }
         uint16_t first16 = activation(BF16, a), second16 = activation(BF16, b);
         uint16_t* q = e.out16 + (size_t(token) * e.query_heads + head) * HEAD;
@@ -94,17 +98,17 @@ __device__ __forceinline__ void finish(
         uint32_t slot = rotation.slot, kv = (head - e.query_heads) % e.kv_heads;
         size_t at = (size_t(slot / BLOCK_TOKENS) * e.kv_heads + kv) * (BLOCK_TOKENS * HEAD);
         if (e.out_format == CACHE_E4M3) {
-            const float scale = rotated ? e.limit : e.alpha;
+            const float scale = rotates ? e.limit : e.alpha;
             const uint8_t first8 = e4m3(a / scale), second8 = e4m3(b / scale);
             if (e.out_cols) q[first] = first8, q[second] = second8;
-            if (rotated) {
+            if (rotates) {
                 uint8_t* k = (uint8_t*)e.keys + at + slot % BLOCK_TOKENS * HEAD;
                 k[first] = first8, k[second] = second8;
             } else {
                 uint8_t* v = (uint8_t*)e.values + at + slot % BLOCK_TOKENS;
                 v[first * BLOCK_TOKENS] = first8, v[second * BLOCK_TOKENS] = second8;
             }
-        } else if (rotated) {
+        } else if (rotates) {
             uint16_t* k = (uint16_t*)e.keys + at + slot % BLOCK_TOKENS * HEAD;
             k[first] = first16, k[second] = second16;
         } else {

@@ -181,15 +181,15 @@ template <Format F, int N, int HALVES> __device__ __forceinline__ void consume(f
 // Where a warp's rows of a token go: query, or key or value in the cache.
 struct Outputs {
     uint8_t* base;
-    bool query, rotated, bytes; // `bytes`: E4M3
+    bool query, rotates, bytes; // `bytes`: E4M3
     uint32_t shift, mask;       // of a place: its block; its token in the block. A query's place is its token, alone in a block
     uint32_t block_step, step;  // in numbers, not bytes
     uint32_t second;            // from the first number of a pair to the second
     float scale;
     __device__ __forceinline__ Outputs(const Epilogue& e, uint32_t row_tile, uint32_t row, uint32_t second_row) {
         const uint32_t head = row_tile / 4, kv = head - e.query_heads, first = row % HEAD;
-        query = head < e.query_heads, rotated = kv < e.kv_heads || query, bytes = !query && e.out_format == CACHE_E4M3;
-        const bool value = !rotated;
+        query = head < e.query_heads, rotates = kv < e.kv_heads || query, bytes = !query && e.out_format == CACHE_E4M3;
+        const bool value = !rotates;
         static_assert(BLOCK_TOKENS == 16);
         shift = query ? 0 : 4, mask = query ? 0 : 15;
         block_step = query ? e.query_heads * HEAD : e.kv_heads * BLOCK_TOKENS * HEAD, step = value ? 1 : HEAD;
@@ -199,9 +199,9 @@ struct Outputs {
         base = (uint8_t*)(query ? e.out16 : value ? e.values : e.keys) + at * (bytes ? 1 : 2);
     }
     __device__ __forceinline__ void store(bool inside, uint32_t token, uint32_t slot, const float* angle, float a, float b) const {
-        if (rotated) {
-            const float cos = angle[0], sin = angle[HEAD / 2], x = a;
-            a = x * cos - b * sin, b = b * cos + x * sin;
+        if (rotates) {
+            const float2 pair = rotated(a, b, angle[0], angle[HEAD / 2]);
+            a = pair.x, b = pair.y;
         }
         const uint32_t place = query ? token : slot;
         const size_t at = size_t(place >> shift) * block_step + (place & mask) * step;
@@ -452,7 +452,7 @@ template <After KIND, Format F, int HALVES> __device__ __forceinline__ void prod
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             const int local = 8 * i + 2 * t + k, token = 8 * first + local;
-            const float a = (k ? sum.y : sum.x) * affine.scale + affine.a, b = (k ? sum.w : sum.z) * affine.scale + affine.b;
+            const float a = fmaf(k ? sum.y : sum.x, affine.scale, affine.a), b = fmaf(k ? sum.w : sum.z, affine.scale, affine.b);
             if (KIND == QKV) {
                 outputs.store(token < n, token, places[local], rotary + local * HEAD + stored.x % (HEAD / 2), a, b);
             } else {

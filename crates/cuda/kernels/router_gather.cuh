@@ -2,6 +2,7 @@
 #pragma once
 
 #include "epilogue.cuh"
+#include "router.cuh"
 
 struct RouterGather {
     const float* residual;           // [n, hidden]
@@ -20,14 +21,7 @@ struct RouterGather {
 static_assert(sizeof(RouterGather) == 96);
 
 constexpr int ROUTER_EXPERTS = 32;   // at most: a lane's each
-constexpr int ROUTER_STEP = 16;      // inputs of a product
 constexpr int ROUTER_SUMS = 8 + 1;   // numbers of an expert's sums of eight tokens, such that neighbours lie in different banks
-
-// Adds products of sixteen experts' weights with sixteen of eight tokens' inputs, of which a lane has two pairs in three parts each.
-__device__ __forceinline__ void multiply_parts(float (&sum)[4], const uint32_t (&weights)[4], const uint32_t (&first)[3], const uint32_t (&second)[3]) {
-#pragma unroll
-    for (int part = 2; part >= 0; part--) Number<BF16>::multiply(sum, weights, first[part], second[part]);
-}
 
 // A warp's sums of eight tokens go to `to`, [warps][experts][ROUTER_SUMS].
 __device__ __forceinline__ void keep_sums(const float (&sum)[ROUTER_EXPERTS / 16][4], float* to, uint32_t warp, uint32_t experts) {

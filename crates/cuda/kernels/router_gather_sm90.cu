@@ -5,7 +5,7 @@
 #include "hopper.cuh"
 #include "router_gather.cuh"
 
-constexpr int WARPS = 16, THREADS = WARPS * WARP;
+constexpr int WARPS = ROUTER_WARPS, THREADS = WARPS * WARP;
 constexpr int TOKENS = 8;                     // of a cluster
 constexpr int MAX_RANKS = 4;                  // blocks of a cluster
 constexpr int STEP = ROUTER_STEP;
@@ -57,12 +57,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
         const uint32_t k = own + i * WARPS * STEP;
         x[i] = k < layout.inputs ? *(const float4*)(row + k) : make_float4(0, 0, 0, 0);
     }
-    float sum_of_squares = 0;
+    float all_squares = 0;
 #pragma unroll
-    for (int i = 0; i < STEPS; i++) sum_of_squares = add_squares(sum_of_squares, x[i]);
-    sum_of_squares += __shfl_xor_sync(~0u, sum_of_squares, 1);
-    sum_of_squares += __shfl_xor_sync(~0u, sum_of_squares, 2);
-    if (t == 0) squares[warp][g] = sum_of_squares;
+    for (int i = 0; i < STEPS; i++) all_squares += squares_of_step(x[i]);
+    if (t == 0) squares[warp][g] = all_squares;
     wait_for_copies<0>();
     __syncthreads();
     float sum[ROUTER_EXPERTS / 16][4] = {};
@@ -86,17 +84,9 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1) router_gather(const __g
     __syncthreads();
 #pragma unroll 1
     for (uint32_t i = threadIdx.x; i < p.experts * TOKENS; i += THREADS) {
-        float all = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) all += sums[(w * p.experts + i / TOKENS) * ROUTER_SUMS + i % TOKENS];
-        partial[i] = all;
+        partial[i] = sum_of_warps([&](int w) { return sums[(w * p.experts + i / TOKENS) * ROUTER_SUMS + i % TOKENS]; });
     }
-    if (threadIdx.x < TOKENS) {
-        float all = 0;
-#pragma unroll
-        for (int w = 0; w < WARPS; w++) all += squares[w][threadIdx.x];
-        square[threadIdx.x] = all;
-    }
+    if (threadIdx.x < TOKENS) square[threadIdx.x] = sum_of_warps([&](int w) { return squares[w][threadIdx.x]; });
     cluster_barrier();
     // What all blocks have of it, all reads on their way together.
     auto sum_of_cluster = [&](const float* own) {

@@ -1,5 +1,6 @@
 // What happens to the residual stream between products: embedding, norms, the router, and the largest logit.
 #include "epilogue.cuh"
+#include "router.cuh"
 #include "shared.cuh"
 
 struct Embed {
@@ -91,7 +92,7 @@ using Row = Vector<NORM_VALUES>;
 __device__ __forceinline__ void add_row(Row& to, float w, const Row& y) {
 #pragma unroll
     for (int i = 0; i < NORM_VALUES; i++)
-        to.v[i].x += w * y.v[i].x, to.v[i].y += w * y.v[i].y, to.v[i].z += w * y.v[i].z, to.v[i].w += w * y.v[i].w;
+        to.v[i] = make_float4(fmaf(w, y.v[i].x, to.v[i].x), fmaf(w, y.v[i].y, to.v[i].y), fmaf(w, y.v[i].z, to.v[i].z), fmaf(w, y.v[i].w, to.v[i].w));
 }
 
 __device__ __forceinline__ void store_row(float* to, const Row& x, uint32_t hidden) {
@@ -127,9 +128,9 @@ __device__ __forceinline__ Row sum_experts(const Norm& p, uint32_t row) {
 }
 
 __device__ __forceinline__ void norm_row(const Norm& p, const Row& x, const Row& scale) {
-    __shared__ float scratch[WARP];
+    __shared__ float sums[NORM_VALUES * MAX_NORM_THREADS / WARP];
     if (!p.out) return;
-    float inverse = rsqrtf(block_sum(x.square(), scratch) / p.hidden + p.eps);
+    const float inverse = rsqrtf(sum_of_squares(x.v, sums) / p.hidden + p.eps);
     x.store(p.out, p.stack, blockIdx.x, p.cols, p.format, scale, inverse);
 }
 
@@ -328,8 +329,8 @@ extern "C" __global__ void __launch_bounds__(256) router(const __grid_constant__
 // The same for many tokens, eight at a time: their products with the experts on tensor cores, the inputs shared among the warps, which
 // hold the tokens in registers until the norm is known. Scales and weights lie in shared memory, those of `shares` experts at a time:
 // where that is all of them, once and for all. It sums as a cluster of two blocks in router_gather_sm90.cu does: half of the inputs, then the others.
-extern "C" __global__ void __launch_bounds__(512, 1) router_many(const __grid_constant__ Router p) {
-    constexpr int WARPS = 16, TOKENS = 8, EXPERTS = 32, STEP = 16, HALVES = 2, STEPS = MAX_HIDDEN / STEP / WARPS / HALVES;
+extern "C" __global__ void __launch_bounds__(ROUTER_WARPS * WARP, 1) router_many(const __grid_constant__ Router p) {
+    constexpr int WARPS = ROUTER_WARPS, TOKENS = 8, EXPERTS = 32, STEP = ROUTER_STEP, HALVES = 2, STEPS = MAX_HIDDEN / STEP / WARPS / HALVES;
     extern __shared__ __align__(16) float scales[]; // [hidden], then the weights; in the end the counts of `sort_pairs`
     __shared__ float sums[WARPS][EXPERTS][TOKENS + 1], squares[HALVES][WARPS][TOKENS];
     const uint32_t warp = threadIdx.x / WARP, g = lane_row(), t = lane_quarter();
@@ -367,20 +368,13 @@ extern "C" __global__ void __launch_bounds__(512, 1) router_many(const __grid_co
         for (int half = 0; half < HALVES; half++) {
             float square = 0;
 #pragma unroll
-            for (int i = 0; i < STEPS; i++) square = add_squares(square, x[half][i]);
-            square += __shfl_xor_sync(~0u, square, 1);
-            square += __shfl_xor_sync(~0u, square, 2);
+            for (int i = 0; i < STEPS; i++) square += squares_of_step(x[half][i]);
             if (t == 0) squares[half][warp][g] = square;
         }
         auto inverse_of = [&](uint32_t token) {
             float all = 0;
 #pragma unroll
-            for (int half = 0; half < HALVES; half++) {
-                float part = 0;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) part += squares[half][w][token];
-                all += part;
-            }
+            for (int half = 0; half < HALVES; half++) all += sum_of_warps([&](int w) { return squares[half][w][token]; });
             return rsqrtf(all / p.hidden + p.eps);
         };
         wait_for_copies<0>();
@@ -418,9 +412,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) router_many(const __grid_co
                         if (16 * j >= p.shares) break;
                         const uint8_t* from = weights + (16 * j + g) * line + k * 2;
                         const uint2 w = *(const uint2*)from, w8 = *(const uint2*)(from + 8 * line);
-                        const uint32_t a[4] = {w.x, w8.x, w.y, w8.y};
-#pragma unroll
-                        for (int part = 2; part >= 0; part--) Number<BF16>::multiply(sum[j], a, lower[part], upper[part]);
+                        multiply_parts(sum[j], {w.x, w8.x, w.y, w8.y}, lower, upper);
                     }
                 }
                 // The first half's have been read.
@@ -432,10 +424,7 @@ extern "C" __global__ void __launch_bounds__(512, 1) router_many(const __grid_co
                 }
                 __syncthreads();
                 if (local >= TOKENS) continue;
-                float part = 0;
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) part += sums[w][at][local];
-                logit += part;
+                logit += sum_of_warps([&](int w) { return sums[w][at][local]; });
             }
             if (local < TOKENS && token < p.n && at < p.shares && expert < p.experts)
                 p.logits[size_t(token) * p.experts + expert] = fmaf(logit, inverse_of(local), p.bias[expert]);

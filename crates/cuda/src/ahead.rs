@@ -74,8 +74,9 @@ impl Cuda {
         meanwhile: &mut Meanwhile<'_>,
     ) -> Result<Option<SequenceOutput>, Error> {
         let sequence = plan.sequences.first().filter(|sequence| {
-            let alone = plan.sequences.len() == 1 && self.one.is_some() && self.shared.is_none();
-            alone && !self.options.eager && goes_on(sequence)
+            let alone = plan.sequences.len() == 1 && self.single().is_some() && self.shared.is_none();
+            let prompt = self.options.batch_invariant && sequence.generated == 0;
+            alone && !self.options.eager && !prompt && goes_on(sequence)
         });
         let window = self.config.sliding_window;
         let foreseen =

@@ -102,7 +102,7 @@ impl Cuda {
             kv_heads,
             window: if sliding { self.config.sliding_window as u32 } else { 0 },
             out_format: layer.output.format(),
-            out_stack: self.stack(&layer.output, shape.tokens),
+            out_stack: if one.is_some() { 0 } else { self.stack(&layer.output, shape.tokens) },
             splits: 1,
             key_scale: layer.kv_scales.key,
             value_scale: layer.kv_scales.value,

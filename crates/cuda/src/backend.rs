@@ -19,8 +19,8 @@ use crate::driver::Address;
 use crate::fp4::{self, Fp4Matrix};
 use crate::one::OneToken;
 use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
-use crate::params::{After, CacheFormat, Embed, Epilogue, Largest, NO_NUMBER, Norm, Read, RowOrder};
-use crate::products::LogitRows;
+use crate::params::{After, CacheFormat, Embed, Epilogue, FP4, Largest, NO_NUMBER, Norm, Read, RowOrder};
+use crate::products::{LogitRows, chains};
 use crate::router::{MAX_EXPERTS, MAX_RANKS};
 use crate::sampling::{Sampler, Wanted};
 use crate::shared::Shared;
@@ -66,6 +66,8 @@ pub struct Cuda {
     pub(crate) arena: Arena,
     /// How a step of one token goes, where the model and the device allow it; else it goes as those of few.
     pub(crate) one: Option<OneToken>,
+    /// The same where the batch may not matter.
+    one_invariant: Option<OneToken>,
     pub(crate) cache: Vec<LayerCache>,
     blocks: (usize, usize),
     /// Whether some logits were no numbers: then blocks may hold what is none, too.
@@ -149,10 +151,9 @@ impl Cuda {
         let rotary = Rotary::new(&config.rope, config.head_dim);
         let frequencies = loader.floats(&rotary.frequencies).map_err(rest)?;
         drop(loader);
-        let one = match options.batch_invariant {
-            true => None,
-            false => OneToken::new(device, &config, &layers, &unembedding).map_err(activations)?,
-        };
+        let one = |chains| OneToken::new(device, &config, &layers, &unembedding, chains).map_err(activations);
+        let chains = layers.first().and_then(|layer| chains(device, layer)).filter(|_| shared.is_none());
+        let (one, one_invariant) = (one(None)?, chains.map_or(Ok(None), |chains| one(Some(chains)))?);
         device.synchronize()?;
         progress(count, count);
         Ok(Cuda {
@@ -166,6 +167,7 @@ impl Cuda {
             unembedding,
             arena,
             one,
+            one_invariant,
             cache: Vec::new(),
             blocks: (0, 0),
             damaged: false,
@@ -682,9 +684,14 @@ impl Cuda {
         self.arena.logits.address() + (shape.lane.index * self.config.vocab_size * 4) as u64
     }
 
+    /// How steps of one token go, other than a prompt's.
+    pub(crate) fn single(&self) -> Option<&OneToken> {
+        if self.options.batch_invariant { self.one_invariant.as_ref() } else { self.one.as_ref() }
+    }
+
     /// How a step of this shape goes if it is of one token.
     pub(crate) fn one_token(&self, shape: &Shape) -> Option<&OneToken> {
-        self.one.as_ref().filter(|_| shape.tokens == 1)
+        self.single().filter(|_| shape.tokens == 1 && shape.singles == 1)
     }
 
     fn embed(&self, shape: &Shape) -> Result<(), Error> {
@@ -834,8 +841,10 @@ impl Cuda {
         let some = self.finds_largest(n);
         let stack = if some { stack_rows(n) as u32 } else { self.stack(&self.unembedding, n) };
         if let Some(one) = self.one_token(shape) {
-            one.norm(self, pending, stack)?;
-            if !some {
+            // In BF16 the kernel of several rows is as fast, and that of one has no form whose sums are a batch's.
+            let own = self.unembedding.format() == FP4 || !(some || self.options.batch_invariant);
+            one.norm(self, pending, if own { 0 } else { stack })?;
+            if own {
                 return one.output(self, shape.lane.index, epilogue);
             }
         } else {
@@ -863,12 +872,13 @@ impl Cuda {
             };
         }
         self.product(&self.unembedding, self.arena.normed.address(), n, epilogue)?;
+        let lane = 4 * shape.lane.index as u64;
         let params = Largest {
-            logits: self.arena.logits.address(),
+            logits: epilogue.out,
             partial: self.arena.largest_parts.address(),
             arrivals: self.arena.arrivals.address(),
-            out: self.arena.largest.address(),
-            told: self.arena.largest_host.address(),
+            out: self.arena.largest.address() + lane,
+            told: self.arena.largest_host.address() + lane,
             vocabulary: self.config.vocab_size as u32,
             padding: 0,
         };

@@ -73,6 +73,21 @@ const MODULES: &[Module] = &[
         &[],
     ),
     (
+        fatbin!("one_invariant_sm90"),
+        &[
+            "one_qkv_bf16_invariant",
+            "one_qkv_fp4_invariant",
+            "one_attended_bf16_invariant",
+            "one_attended_fp4_invariant",
+            "one_experts_bf16_invariant",
+            "one_experts_fp4_invariant",
+            "one_norm_bf16_invariant",
+            "one_norm_fp4_invariant",
+            "one_output_fp4_invariant",
+        ],
+        &[90],
+    ),
+    (
         fatbin!("gemm_sm90"),
         &["gemm_bf16_split", "gemm_fp4_split", "gemm_experts_bf16_few", "gemm_experts_fp4_few"],
         &[90],

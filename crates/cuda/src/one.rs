@@ -1,4 +1,4 @@
-//! A step of one token: the grids of the kernels in `one.cu`, and what they scribble on.
+//! A step of one token: the grids of the kernels in `one.cuh`, and what they scribble on.
 
 use std::sync::Arc;
 
@@ -30,7 +30,7 @@ const OWN_SHARED: usize = 7 << 10;
 /// Blocks of the output layer that a multiprocessor has registers for.
 const OUTPUT_BLOCKS: usize = 4;
 
-/// A kernel of `one.cu`.
+/// A kernel of `one.cu` or `one_invariant_sm90.cu`.
 struct Kernel {
     name: &'static str,
     /// The one for several GPUs that share the model.
@@ -45,12 +45,15 @@ macro_rules! kernel {
     };
 }
 
-/// The kernels of a layer, each for weights in BF16 and in four bits.
+/// The kernels of a layer, and the final norm, which has no flow, each for weights in BF16 and in four bits.
 struct Kernels {
     qkv: [Kernel; 2],
     attended: [Kernel; 2],
     experts: [Kernel; 2],
+    norm: [Kernel; 2],
 }
+
+const NORM: [Kernel; 2] = [kernel!("one_norm_bf16", 0, 0), kernel!("one_norm_fp4", 0, 0)];
 
 /// With much on its way, and for multiprocessors of 100 KB of shared memory.
 static KERNELS: [Kernels; 2] = [
@@ -58,16 +61,23 @@ static KERNELS: [Kernels; 2] = [
         qkv: [kernel!("one_qkv_bf16", 1, 3), kernel!("one_qkv_fp4", 9, 1)],
         attended: [kernel!("one_attended_bf16", 1, 3), kernel!("one_attended_fp4", 4, 1)],
         experts: [kernel!("one_experts_bf16", 1, 2), kernel!("one_experts_fp4", 3, 2)],
+        norm: NORM,
     },
     Kernels {
         qkv: [kernel!("one_qkv_bf16_small", 1, 2), kernel!("one_qkv_fp4", 9, 1)],
         attended: [kernel!("one_attended_bf16_small", 1, 1), kernel!("one_attended_fp4", 4, 1)],
         experts: [kernel!("one_experts_bf16", 1, 2), kernel!("one_experts_fp4_small", 2, 2)],
+        norm: NORM,
     },
 ];
 
-/// The final norm, which has no flow.
-static NORM: [Kernel; 2] = [kernel!("one_norm_bf16", 0, 0), kernel!("one_norm_fp4", 0, 0)];
+/// Those whose sums are a batch's.
+static INVARIANT: [Kernels; 1] = [Kernels {
+    qkv: [kernel!("one_qkv_bf16_invariant", 2, 3), kernel!("one_qkv_fp4_invariant", 15, 1)],
+    attended: [kernel!("one_attended_bf16_invariant", 4, 3), kernel!("one_attended_fp4_invariant", 16, 1)],
+    experts: [kernel!("one_experts_bf16_invariant", 1, 4), kernel!("one_experts_fp4_invariant", 5, 2)],
+    norm: [kernel!("one_norm_bf16_invariant", 0, 0), kernel!("one_norm_fp4_invariant", 0, 0)],
+}];
 
 /// The one for such weights.
 fn of_format(kernels: &[Kernel; 2], format: u32) -> &Kernel {
@@ -86,7 +96,7 @@ pub(crate) struct OneToken {
     /// Where in there what attention takes and the residual stream begin.
     fresh: u64,
     whole: u64,
-    /// f32 `[hidden]`, see one.cu
+    /// f32 `[hidden]`, see one.cuh
     scaled: Buffer,
     router_parts: Buffer,
     shares: Buffer,
@@ -98,13 +108,22 @@ pub(crate) struct OneToken {
     /// Blocks per rank of the experts, and their row tiles in the first product.
     per_rank: usize,
     experts: Split,
-    /// Warps of a row tile in the second.
+    /// Warps of a row tile in the second; where the sums are a batch's, one block adds all there is.
     share_warps: usize,
+    /// Where the sums are a batch's.
+    chains: Option<Chains>,
     /// Experts per token.
     ranks: usize,
     /// Half of the memory that the blocks of a multiprocessor share.
     half: usize,
     kernels: &'static Kernels,
+}
+
+/// By how many blocks a batch's products share their inputs, so that a row has as many chains of sums.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Chains {
+    pub(crate) qkv: usize,
+    pub(crate) attended: usize,
 }
 
 /// How the row tiles of a rank are divided among its blocks.
@@ -129,12 +148,14 @@ impl Split {
 }
 
 impl OneToken {
-    /// `None` if the kernels do not have the model's shape, or the device not the memory that their blocks share.
+    /// `None` if the kernels do not have the model's shape, or the device not the memory that their blocks share. `chains`: the sums
+    /// are to be a batch's.
     pub(crate) fn new(
         device: &Arc<Device>,
         config: &Config,
         layers: &[Layer],
         unembedding: &PackedMatrix,
+        chains: Option<Chains>,
     ) -> Result<Option<OneToken>, Error> {
         let Some(layer) = layers.first() else { return Ok(None) };
         let (blocks, ranks) = (device.multiprocessors(), config.experts_per_token);
@@ -164,7 +185,7 @@ impl OneToken {
             whole: whole as u64,
             scaled: device.buffer(config.hidden_size * 4)?,
             router_parts: device.buffer(row_tiles.next_multiple_of(4) * (config.experts + 1) * 4)?,
-            shares: device.buffer(blocks * SHARES * 16 * 4)?,
+            shares: device.buffer((blocks * SHARES * 16).max(config.hidden_size) * 4)?,
             exchange: device.buffer(ranks * layer.down.padded_cols() * 4)?,
             rounds: device.buffer(blocks * 4)?,
             best: device.buffer(unembedding.row_tiles().div_ceil(NARROW) * 8)?,
@@ -172,6 +193,7 @@ impl OneToken {
             per_rank,
             experts,
             share_warps,
+            chains,
             ranks,
             half: (device.shared_bytes() + BLOCK_SHARED) / 2,
             kernels: &KERNELS[0],
@@ -181,7 +203,15 @@ impl OneToken {
         if one.experts.groups > EXPERT_WARPS || reach > SHARES || output_shared(unembedding) > room {
             return Ok(None);
         }
-        for kernels in &KERNELS {
+        if let Some(chains) = chains
+            && (groups * chains.qkv > WARPS
+                || chains.attended > WARPS
+                || one.experts_busy(layer) > EXPERT_WARPS)
+        {
+            return Ok(None);
+        }
+        let all = if chains.is_some() { &INVARIANT[..] } else { &KERNELS };
+        for kernels in all {
             one.kernels = kernels;
             if layers.iter().all(|layer| one.fits(layer, room)) {
                 return Ok(Some(one));
@@ -197,10 +227,25 @@ impl OneToken {
             && self.experts_shared(layer) <= room
     }
 
+    /// Warps that multiply in a block: of query, key and value, and of the projection of attention.
+    fn qkv_busy(&self) -> usize {
+        self.chains.map_or(WARPS, |chains| self.qkv.0 * chains.qkv)
+    }
+
+    fn attended_busy(&self) -> usize {
+        self.chains.map_or(WARPS, |chains| chains.attended)
+    }
+
+    /// Of the experts, where a warp has whole row tiles: one of the first product, and one of the second, those of all ranks in a block.
+    fn experts_busy(&self, layer: &Layer) -> usize {
+        let tiles = layer.down.row_tiles().div_ceil(self.per_rank * self.ranks);
+        self.chains.map_or(EXPERT_WARPS, |_| self.experts.groups.max(tiles * self.ranks))
+    }
+
     fn qkv_shared(&self, layer: &Layer) -> usize {
         let format = layer.qkv.format();
         let flow = flow_bytes(format, of_format(&self.kernels.qkv, format).flow);
-        let needed = layer.qkv.padded_cols() * 2 + WARPS * flow;
+        let needed = layer.qkv.padded_cols() * 2 + self.qkv_busy() * flow;
         // In BF16 a block takes more than it needs, so that one of the projection of attention has no room beside it: its weights
         // would keep those waiting that attention waits for. Two of the projection have room.
         if format == BF16 { needed.max(self.half) } else { needed }
@@ -209,7 +254,7 @@ impl OneToken {
     fn attended_shared(&self, layer: &Layer) -> usize {
         let format = layer.output.format();
         let flow = flow_bytes(format, of_format(&self.kernels.attended, format).flow);
-        let needed = layer.output.padded_cols() * 2 + WARPS * flow;
+        let needed = layer.output.padded_cols() * 2 + self.attended_busy() * flow;
         let half = self.half - BLOCK_SHARED - ATTENDED_SHARED;
         if format == BF16 { needed.max(half) } else { needed }
     }
@@ -218,7 +263,7 @@ impl OneToken {
         let format = layer.gate_up.format();
         let flow = flow_bytes(format, of_format(&self.kernels.experts, format).flow);
         let (first, second) = (layer.gate_up.padded_cols() * 2, self.ranks * layer.down.padded_cols() * 2);
-        EXPERT_WARPS * flow + first.max(second)
+        self.experts_busy(layer) * flow + first.max(second)
     }
 
     fn params(&self, cuda: &Cuda, matrix: &PackedMatrix, epilogue: Epilogue) -> One {
@@ -254,7 +299,7 @@ impl OneToken {
             eps: config.rms_norm_eps,
             stack: 0,
             awaited_count: (self.awaited.bytes() / 16) as u32,
-            padding: 0,
+            busy: 0,
         }
     }
 
@@ -317,6 +362,7 @@ impl OneToken {
         let params = One {
             norm_scale: layer.input_norm.address(),
             groups: self.qkv.0 as u32,
+            busy: self.qkv_busy() as u32,
             share_warps: self.pending(pending),
             ..self.params(cuda, &layer.qkv, epilogue)
         };
@@ -333,6 +379,7 @@ impl OneToken {
             norm_scale: layer.post_attention_norm.address(),
             input: self.context(),
             router: layer.router.address(),
+            busy: self.attended_busy() as u32,
             ..self.params(cuda, &layer.output, cuda.epilogue(After::Residual))
         };
         let kernel = of_format(&self.kernels.attended, layer.output.format());
@@ -350,6 +397,7 @@ impl OneToken {
             groups: self.experts.groups as u32,
             early: self.experts.early as u32,
             late_groups: self.experts.late_groups as u32,
+            busy: self.experts_busy(layer) as u32,
             ..self.params(cuda, &layer.gate_up, cuda.epilogue(After::Swiglu))
         };
         let kernel = of_format(&self.kernels.experts, layer.gate_up.format());
@@ -372,7 +420,7 @@ impl OneToken {
             stack,
             ..self.params(cuda, matrix, cuda.epilogue(After::Store))
         };
-        let kernel = of_format(&NORM, matrix.format());
+        let kernel = of_format(&self.kernels.norm, matrix.format());
         // Behind that layer.
         let next = pending.map_or(0, |layer| layer + 1);
         // SAFETY: one block, which changes what it alone has read.
@@ -388,7 +436,11 @@ impl OneToken {
             told: cuda.arena.largest_host.address() + row,
             ..self.params(cuda, matrix, epilogue)
         };
-        let name = if matrix.format() == BF16 { "one_output_bf16" } else { "one_output_fp4" };
+        let name = match (matrix.format(), self.chains) {
+            (BF16, _) => "one_output_bf16",
+            (_, None) => "one_output_fp4",
+            (_, Some(_)) => "one_output_fp4_invariant",
+        };
         let shared = output_shared(matrix);
         // In BF16 all blocks are at work at a time, and none begins with nothing on its way.
         let each = (cuda.device.shared_bytes() / (shared + (2 << 10))).clamp(1, OUTPUT_BLOCKS);

@@ -83,19 +83,19 @@ params! {
     Dense, 136 {
         matrix: Matrix, input: Address, epilogue: Epilogue, n: u32, padding: u32,
     }
-    /// one.cu
+    /// one.cuh
     One, 336 {
         matrix: Matrix, down: Matrix, norm_scale: Address, input: Address, residual: Address, whole: Address, awaited: Address,
         scaled: Address, router: Address, router_bias: Address, router_parts: Address, shares: Address, exchange: Address, rounds: Address,
         best: Address, arrivals: Address, largest: Address, told: Address, epilogue: Epilogue,
         hidden: u32, part_count: u32, experts: u32, experts_per_token: u32, groups: u32, early: u32, late_groups: u32, share_warps: u32,
-        eps: f32, stack: u32, awaited_count: u32, padding: u32,
+        eps: f32, stack: u32, awaited_count: u32, busy: u32,
     }
-    /// one.cu
+    /// one.cuh
     Together, 152 {
         shares: [Address; 8], projected: [Address; 8], read: Address, rank: u32, ranks: u32, share_words: u32, padding: u32,
     }
-    /// one.cu
+    /// one.cuh
     SharedOne, 488 {
         one: One, together: Together,
     }

@@ -3,9 +3,11 @@
 use gptoss::Error;
 
 use crate::arena::{max_slots, stack_rows};
-use crate::backend::Cuda;
+use crate::backend::{Cuda, Layer};
+use crate::device::Device;
 use crate::driver::Address;
 use crate::fp4::{self, FP4_FROM, Fp4Matrix};
+use crate::one::Chains;
 use crate::packed::{PackedMatrix, TILE_COLS, TILE_ROWS};
 use crate::params::{self, After, BF16, Dense, Epilogue, Exchanged, FP4, Gemm, Product};
 
@@ -50,6 +52,18 @@ pub(crate) struct LogitRows {
     pub(crate) all: u32,
     pub(crate) rank: u32,
     pub(crate) ranks: u32,
+}
+
+fn shares(device: &Device, matrix: &PackedMatrix, most: usize) -> usize {
+    let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
+    (device.multiprocessors() / blocks).min(most).min(matrix.padded_cols() / TILE_COLS)
+}
+
+/// How a single token's sums are those of a batch that may not matter, if its products take product_some_sm90.cu.
+pub(crate) fn chains(device: &Device, layer: &Layer) -> Option<Chains> {
+    let of = |matrix| shares(device, matrix, MAX_CLUSTER);
+    let chains = Chains { qkv: of(&layer.qkv), attended: of(&layer.output) };
+    (device.capability() == 90 && chains.qkv > 1 && chains.attended > 1).then_some(chains)
 }
 
 impl Cuda {
@@ -124,9 +138,7 @@ impl Cuda {
     /// By how many blocks product_some_sm90.cu shares the inputs of a product with this matrix; where the batch may not matter by as many as
     /// gemm_sm90.cu can, which then has the same sums of more tokens.
     fn shares(&self, matrix: &PackedMatrix) -> usize {
-        let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
-        let most = if self.options.batch_invariant { MAX_CLUSTER } else { SOME_SHARES };
-        (self.device.multiprocessors() / blocks).min(most).min(matrix.padded_cols() / TILE_COLS)
+        shares(&self.device, matrix, if self.options.batch_invariant { MAX_CLUSTER } else { SOME_SHARES })
     }
 
     /// `logits`: of the output layer.

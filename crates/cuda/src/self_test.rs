@@ -18,13 +18,13 @@ const LIMIT_E4M3: f64 = 0.08;
 /// What came out for one family of kernels.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SelfTest {
-    /// What was run: steps of so many tokens, some with keys and values in FP8 or in the mode in which a batch changes no bit; or
-    /// `drawn tokens`.
+    /// What was run: steps of so many tokens, some with keys and values in FP8 or in the mode in which a batch changes no bit; whether it
+    /// did; or `drawn tokens`.
     pub kernel: &'static str,
     /// Format of the experts.
     pub format: &'static str,
-    /// Root mean square of the difference from the reference's logits, relative to theirs; the share of drawn tokens that are not what
-    /// the host draws from the same logits.
+    /// Root mean square of the difference from the reference's logits, relative to theirs; the share of sequences whose logits are others
+    /// alone; the share of drawn tokens that are not what the host draws from the same logits.
     pub error: f64,
     /// Whether the error is small enough.
     pub passed: bool,
@@ -63,7 +63,7 @@ pub fn self_test(devices: &[Arc<Device>]) -> Result<Vec<SelfTest>, Error> {
 /// Steps of one kind: as in [`SelfTest::kernel`]; the cache; whether a batch changes no bit; sequences, tokens of each in a step and in all.
 type Steps = (&'static str, CacheFormat, bool, usize, usize, usize);
 
-const STEPS: [Steps; 12] = {
+const STEPS: [Steps; 13] = {
     use CacheFormat::{Bf16, E4m3};
     [
         ("1 token", Bf16, false, 1, 1, FEW),
@@ -76,6 +76,7 @@ const STEPS: [Steps; 12] = {
         ("1 token, FP8 cache", E4m3, false, 1, 1, FEW),
         ("40 tokens, FP8 cache", E4m3, false, 1, 40, SOME),
         ("600 tokens, FP8 cache", E4m3, false, 1, 600, TOKENS),
+        ("1 token, invariant", Bf16, true, COPIES, 1, FEW),
         ("40 tokens, invariant", Bf16, true, 1, 40, SOME),
         ("600 tokens, invariant", Bf16, true, 1, 600, TOKENS),
     ]
@@ -103,6 +104,12 @@ fn test(
         let errors = found.iter().map(|found| relative(&found.logits, &expected[..total * vocabulary]));
         let error = errors.fold(0.0, f64::max);
         tests.push(SelfTest { kernel, format: format.name(), error, passed: error <= limit });
+        if batch_invariant && copies > 1 {
+            let alone = run(cuda, &tokens[..total], 1, chunk, true)?;
+            let others = found.iter().filter(|found| found.logits != alone[0].logits).count();
+            let (kernel, error) = ("the same alone and in a batch", others as f64 / copies as f64);
+            tests.push(SelfTest { kernel, format: format.name(), error, passed: others == 0 });
+        }
         for (found, again) in found.iter().zip(&again) {
             drawn += total;
             for (at, row) in found.logits.chunks_exact(vocabulary).enumerate() {
@@ -236,6 +243,7 @@ fn run(
             full_blocks: Arc::clone(blocks),
             sliding_blocks: Arc::clone(blocks),
             logits,
+            generated: usize::from(chunk == 1),
             sample: (position..position + part.len()).map(sampling).collect(),
             ..SequencePlan::default()
         };

@@ -74,7 +74,7 @@ impl Received {
     }
 }
 
-/// Sums that come to the others as words: see one.cu. All bits are set before and after.
+/// Sums that come to the others as words: see one.cuh. All bits are set before and after.
 struct Words {
     /// f32 `[MAX_GPUS, share words]`, of layers in turn
     shares: [Buffer; 2],
