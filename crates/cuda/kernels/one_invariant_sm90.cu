@@ -4,9 +4,9 @@
 #define KERNEL(NAME, REGISTERS, ...) \
     extern "C" __global__ void __maxnreg__(REGISTERS) NAME(const __grid_constant__ One p) { __VA_ARGS__(p, Alone()); }
 KERNEL(one_qkv_bf16_invariant, 56, qkv<BF16, 2, 3, true>)
-KERNEL(one_qkv_fp4_invariant, 56, qkv<FP4, 15, 1, true>)
+KERNEL(one_qkv_fp4_invariant, 56, qkv<FP4, 8, 2, true>)
 KERNEL(one_attended_bf16_invariant, 56, attended<BF16, 4, 3, true>)
-KERNEL(one_attended_fp4_invariant, 56, attended<FP4, 16, 1, true>)
+KERNEL(one_attended_fp4_invariant, 56, attended<FP4, 8, 2, true>)
 KERNEL(one_experts_bf16_invariant, 48, both_products<BF16, 1, 4, true>)
 KERNEL(one_experts_fp4_invariant, 48, both_products<FP4, 5, 2, true>)
 KERNEL(one_norm_bf16_invariant, 64, last_norm<BF16, true>)

@@ -73,8 +73,8 @@ static KERNELS: [Kernels; 2] = [
 
 /// Those whose sums are a batch's.
 static INVARIANT: [Kernels; 1] = [Kernels {
-    qkv: [kernel!("one_qkv_bf16_invariant", 2, 3), kernel!("one_qkv_fp4_invariant", 15, 1)],
-    attended: [kernel!("one_attended_bf16_invariant", 4, 3), kernel!("one_attended_fp4_invariant", 16, 1)],
+    qkv: [kernel!("one_qkv_bf16_invariant", 2, 3), kernel!("one_qkv_fp4_invariant", 8, 2)],
+    attended: [kernel!("one_attended_bf16_invariant", 4, 3), kernel!("one_attended_fp4_invariant", 8, 2)],
     experts: [kernel!("one_experts_bf16_invariant", 1, 4), kernel!("one_experts_fp4_invariant", 5, 2)],
     norm: [kernel!("one_norm_bf16_invariant", 0, 0), kernel!("one_norm_fp4_invariant", 0, 0)],
 }];
