@@ -318,21 +318,25 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
     __syncthreads();
     if (arrived != uint32_t(splits - 1)) return;
     if (threadIdx.x == 0) p.arrivals[pair] = 0;
-    // A warp per row, a lane per part.
+    // A warp per row, a lane per part. What all parts have comes together.
     if (warp >= rows) return;
     const bool inside = lane < splits;
     const float* own_part = global_part_of(lane, warp);
-    const float largest = inside ? __ldcg(own_part + HEAD) : NOTHING;
+    const float largest = inside ? __ldcg(own_part + HEAD) : NOTHING, own_sum = inside ? __ldcg(own_part + HEAD + 1) : 0.f;
+    float2 values[MAX_SPLITS];
+#pragma unroll
+    for (int k = 0; k < MAX_SPLITS; k++)
+        if (k < splits) values[k] = __ldcg((const float2*)(global_part_of(k, warp) + d));
     max = fmaxf(largest, sink);
 #pragma unroll
     for (int i = WARP / 2; i; i /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-    share = power(largest - max), sum = warp_sum(inside ? share * __ldcg(own_part + HEAD + 1) : 0.f);
+    share = power(largest - max), sum = warp_sum(share * own_sum);
     share /= sum + power(sink - max);
-#pragma unroll 8
-    for (int k = 0; k < splits; k++) {
-        const float2 v = __ldcg((const float2*)(global_part_of(k, warp) + d));
+#pragma unroll
+    for (int k = 0; k < MAX_SPLITS; k++) {
+        if (k == splits) break;
         const float share_of_part = __shfl_sync(~0u, share, k);
-        total.x += share_of_part * v.x, total.y += share_of_part * v.y;
+        total.x += share_of_part * values[k].x, total.y += share_of_part * values[k].y;
     }
     store(warp, total);
 }

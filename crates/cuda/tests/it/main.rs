@@ -1016,15 +1016,32 @@ fn a_step_gives_the_same_bits_whatever_came_before() {
 fn steps_that_begin_early_change_no_token() {
     let Some(device) = device() else { return };
     let (_, prompt, _) = certain_continuations().remove(0);
-    check_early(&device, &*open("models/tiny-gpt-oss"), &prompt, true);
+    check_early(&device, &*open("models/tiny-gpt-oss"), Options::default(), &prompt, true);
     // Here a head of more tokens than are sorted on the device is drawn from by the host, whose token no step has foreseen.
     let mut config = Config { experts: 4, vocab_size: 16_384, ..Config::gpt_oss_20b() };
     config.layer_kinds.truncate(2);
-    check_early(&device, &Synthetic::new(config, experts_in_nvfp4, 1), &tokens(20), false);
+    check_early(
+        &device,
+        &Synthetic::new(config, experts_in_nvfp4, 1),
+        Options::default(),
+        &tokens(20),
+        false,
+    );
+    // Logits by the kernels of few rows, and of one.
+    let invariant = Options { batch_invariant: true, ..Options::default() };
+    for format in [Format::Bf16, Format::Nvfp4] {
+        check_early(&device, &*odd(format), invariant, &tokens(20), true);
+    }
 }
 
 /// `all_early`: no token is drawn by the host.
-fn check_early(device: &Arc<Device>, weights: &dyn Weights, prompt: &[u32], all_early: bool) {
+fn check_early(
+    device: &Arc<Device>,
+    weights: &dyn Weights,
+    options: Options,
+    prompt: &[u32],
+    all_early: bool,
+) {
     let drawn = |seed: u64| Sampling { temperature: 1.0, seed, ..Sampling::default() };
     let logprobs = |processed| Some(Logprobs { top: 3, ids: Vec::new(), processed });
     let mut ways = vec![
@@ -1050,6 +1067,7 @@ fn check_early(device: &Arc<Device>, weights: &dyn Weights, prompt: &[u32], all_
             let plan = SequencePlan {
                 tokens: tokens.clone(),
                 position,
+                generated: usize::from(i > 0),
                 full_blocks: Arc::clone(&table),
                 sliding_blocks: Arc::clone(&table),
                 sample: vec![sample],
@@ -1065,9 +1083,9 @@ fn check_early(device: &Arc<Device>, weights: &dyn Weights, prompt: &[u32], all_
         (said, early)
     };
     let blocks = 2 * (prompt.len() + 100).div_ceil(BLOCK_TOKENS) as u32;
-    let mut cuda = load(device, weights);
+    let mut cuda = load_with(device, weights, options);
     cuda.allocate_kv(blocks as usize, blocks as usize).unwrap();
-    let mut eager = load_with(device, weights, Options { eager: true, ..Options::default() });
+    let mut eager = load_with(device, weights, Options { eager: true, ..options });
     eager.allocate_kv(blocks as usize, blocks as usize).unwrap();
     // A temperature at which a few of the heads are too large for the device: then a step that began early must change a row of its own,
     // while the host still needs that of the one before.
@@ -1110,6 +1128,7 @@ fn check_early(device: &Arc<Device>, weights: &dyn Weights, prompt: &[u32], all_
             let plan = SequencePlan {
                 tokens: text[at..].to_vec(),
                 position: at,
+                generated: usize::from(i > 0),
                 sample: vec![Sampling::default()],
                 ..all
             };
