@@ -4,7 +4,6 @@
 #include "attention.cuh"
 
 constexpr int WARPS = 8;       // of a block
-constexpr int SLOTS = 2;       // pages that a warp has on their way, beside the one in its registers
 constexpr int ROWS = 8;        // query heads of a warp, at most
 constexpr int PART = HEAD + 2; // weighted values, largest score, sum of a row
 constexpr int MAX_SPLITS = 32; // blocks that share a token's keys
@@ -17,11 +16,13 @@ struct State {
     float max[2] = {NOTHING, NOTHING}, sum[2] = {0, 0}, out[HEAD / 16][4] = {};
 };
 
-// How a page lies in shared memory, keys first: rows of 16-byte pieces, exchanged such that those that eight rows give to one matrix are in
-// different banks. 32 pieces further on are 512 bytes further on; with the keys, an odd number of times, at a place with bit `FLIP` changed.
+// How many pages a warp has on their way, beside the one in its registers. How a page lies in shared memory, keys first: rows of 16-byte
+// pieces, exchanged such that those that eight rows give to one matrix are in different banks. 32 pieces further on are 512 bytes further
+// on; with the keys, an odd number of times, at a place with bit `FLIP` changed.
 template <CacheFormat C> struct Layout;
 
 template <> struct Layout<CACHE_BF16> {
+    static constexpr int SLOTS = 2;
     static constexpr uint32_t HALF = BLOCK_TOKENS * HEAD * 2, KEY_PIECES = 8, VALUE_PIECES = 2, FLIP = 64;
     static __device__ __forceinline__ uint32_t key_place(uint32_t key, uint32_t piece) { return key * 128 + ((piece ^ key % 8) << 4); }
     static __device__ __forceinline__ uint32_t value_place(uint32_t d, uint32_t piece) { return d * 32 + ((piece ^ (d / 4 & 1)) << 4); }
@@ -32,6 +33,7 @@ template <> struct Layout<CACHE_BF16> {
 
 // A word has four numbers, which are those of two words of a product.
 template <> struct Layout<CACHE_E4M3> {
+    static constexpr int SLOTS = 3;
     static constexpr uint32_t HALF = BLOCK_TOKENS * HEAD, KEY_PIECES = 4, VALUE_PIECES = 1, FLIP = 32;
     static __device__ __forceinline__ uint32_t key_place(uint32_t key, uint32_t piece) { return key * 64 + ((piece ^ key / 4) << 4); }
     static __device__ __forceinline__ uint32_t value_place(uint32_t d, uint32_t) { return d * 16; }
@@ -201,7 +203,7 @@ __device__ __forceinline__ int own_splits(const Attention& p, int position) {
 // and so are the pages before a token's own, unless a sequence has several tokens: what is older is read before the kernel waits. In a step
 // of one token all pages are read then, and the token's own key and value, `fresh`, are put where they belong as they come.
 template <CacheFormat C> __device__ __forceinline__ void split(const Attention& p) {
-    constexpr int RING = SLOTS * Page<C>::BYTES;
+    constexpr int SLOTS = Layout<C>::SLOTS, RING = SLOTS * Page<C>::BYTES;
     static_assert(MAX_SPLITS <= WARP && ROWS == WARPS && ROWS * PART * sizeof(float) <= RING);
     extern __shared__ __align__(128) uint8_t shared[];
     __shared__ uint32_t arrived;

@@ -11,8 +11,9 @@ use crate::params::{Attention, CacheFormat};
 
 /// Warps of a block of attention.cu, each of which has up to as many query heads that share keys.
 pub(crate) const ATTENTION_WARPS: usize = 8;
-/// Shared memory of a block there, two pages for each warp, in BF16.
+/// Shared memory of a block there, two pages for each warp, and in E4M3, three.
 const ATTENTION_SHARED: usize = ATTENTION_WARPS * 2 * (2 * BLOCK_TOKENS * HEAD * 2);
+const ATTENTION_SHARED_E4M3: usize = ATTENTION_WARPS * 3 * (2 * BLOCK_TOKENS * HEAD);
 /// Its parts that exist at a time: (token, heads of a warp, split).
 pub(crate) const MAX_PARTS: usize = 4096;
 /// Its blocks that a multiprocessor has at a time.
@@ -67,7 +68,12 @@ impl Cuda {
         // Where one token has many more pages than others, it should not keep them waiting.
         let mean = total * heads / fitting;
         let sharers = full.max(most.div_ceil((2 * mean).max(8)).next_power_of_two());
-        let splits = (sharers / ATTENTION_WARPS).clamp(1, useful.min(room));
+        // A block of a single token finds room beside one of the kernel before, and has pages on their way before that ends; a second does not.
+        let early = match singles {
+            ..2 if self.device.capability() >= 90 => power_below(self.device.multiprocessors() / heads),
+            _ => MAX_SPLITS,
+        };
+        let splits = (sharers / ATTENTION_WARPS).clamp(1, useful.min(room).min(early));
         let warps = |sharers: usize| sharers.min(ATTENTION_WARPS);
         (Sharing { warps: warps(sharers), splits }, Sharing { warps: warps(sliding), splits: 1 })
     }
@@ -132,7 +138,7 @@ impl Cuda {
                 _ => MAX_PARTS / (heads * splits) / 8 * 8,
             };
             let (name, shared) = match e4m3 {
-                true => ("attend_split_e4m3", ATTENTION_SHARED / 2),
+                true => ("attend_split_e4m3", ATTENTION_SHARED_E4M3),
                 false => ("attend_split", ATTENTION_SHARED),
             };
             let row = (2 * HEAD * self.config.query_heads) as u64;
