@@ -447,17 +447,19 @@ template <int THREADS, bool INVARIANT = false> struct Stream {
         for (int i = 0; i < VALUES; i++)
 #pragma unroll
             for (int j = 0; j < NEAR; j++) add(v[i], more[i][j]);
-        if (INVARIANT || p.share_warps <= DOWN_WARPS + 1) return;
-        // Row tiles of more blocks.
+        if constexpr (!INVARIANT) {
+            if (p.share_warps <= DOWN_WARPS + 1) return;
+            // Row tiles of more blocks.
 #pragma unroll 1
-        for (int i = 0; i < VALUES; i++) {
-            const int own = i * THREADS + threadIdx.x;
+            for (int i = 0; i < VALUES; i++) {
+                const int own = i * THREADS + threadIdx.x;
 #pragma unroll 1
-            for (int block = first_block(p, own / (TILE_ROWS / 4)) + NEAR, from; (from = place(p, own, block)) >= 0; block++) {
-                const float4 b = shares[from];
+                for (int block = first_block(p, own / (TILE_ROWS / 4)) + NEAR, from; (from = place(p, own, block)) >= 0; block++) {
+                    const float4 b = shares[from];
 #pragma unroll
-                for (int k = 0; k < VALUES; k++)
-                    if (k == i) add(v[k], b);
+                    for (int k = 0; k < VALUES; k++)
+                        if (k == i) add(v[k], b);
+                }
             }
         }
     }
