@@ -883,7 +883,8 @@ fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
 #[test]
 fn a_batch_of_full_width_changes_no_bit_where_that_is_asked_for() {
     let Some(device) = device() else { return };
-    for pick in [experts_in_nvfp4, all_in_nvfp4] {
+    let all_in_bf16 = |_: MatrixId| Format::Bf16;
+    for pick in [experts_in_nvfp4, all_in_nvfp4, all_in_bf16] {
         let options = Options { batch_invariant: true, ..Options::default() };
         let mut cuda = load_with(&device, &Synthetic::new(wide_config(), pick, 1), options);
         cuda.allocate_kv(9000, 9000).unwrap();
