@@ -47,9 +47,12 @@ struct Affine {
         b = m.bias && rows.y < m.rows ? bias[rows.y] : 0.f;
         scale = m.tile_scale ? m.tile_scale[expert * ((m.rows + TILE_ROWS - 1) / TILE_ROWS) + row_tile] : 1.f;
     }
+    // The outputs of the first row and of the second, said so that the compiler rounds alike in several kernels.
+    __device__ __forceinline__ float first(float sum) const { return fmaf(sum, scale, a); }
+    __device__ __forceinline__ float second(float sum) const { return fmaf(sum, scale, b); }
 };
 
-// A pair of numbers, rotated; all kernels round alike.
+// A pair of numbers, rotated, likewise.
 __device__ __forceinline__ float2 rotated(float a, float b, float cos, float sin) {
     return make_float2(fmaf(a, cos, -__fmul_rn(b, sin)), fmaf(b, cos, __fmul_rn(a, sin)));
 }
@@ -70,8 +73,7 @@ struct Rotation {
 __device__ __forceinline__ void finish(
     const Epilogue& e, const Matrix& m, const Affine& affine, uint32_t row_tile, uint32_t pair, uint32_t token, float a, float b,
     const Rotation& rotation) {
-    a = fmaf(a, affine.scale, affine.a);
-    b = fmaf(b, affine.scale, affine.b);
+    a = affine.first(a), b = affine.second(b);
     uint2 rows = stored_rows(e, row_tile, pair);
     if (e.kind == STORE || e.kind == RESIDUAL) {
         float* out = e.out + size_t(token) * m.rows;

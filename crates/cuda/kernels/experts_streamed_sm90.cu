@@ -271,7 +271,7 @@ __device__ __forceinline__ void finish_first(const float (&d)[EACH][SUMS], const
 #pragma unroll
             for (int r = 0; r < EACH; r++) {
                 const Affine& f = affine[r];
-                v[r] = Number<FP4>::from(swiglu(fmaf(d[r][4 * j + i], f.scale, f.a), fmaf(d[r][4 * j + 2 + i], f.scale, f.b), e.limit, e.alpha));
+                v[r] = Number<FP4>::from(swiglu(f.first(d[r][4 * j + i]), f.second(d[r][4 * j + 2 + i]), e.limit, e.alpha));
             }
             y[i] = __half_as_ushort(v[0]) | uint32_t(__half_as_ushort(v[1])) << 16;
         }
@@ -295,8 +295,8 @@ __device__ __forceinline__ void finish_second(
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 float* to = out + size_t(8 * j + i) * rows;
-                if (lower) to[0] = fmaf(d[r][4 * j + i], affine[r].scale, affine[r].a);
-                if (upper) to[8] = fmaf(d[r][4 * j + 2 + i], affine[r].scale, affine[r].b);
+                if (lower) to[0] = affine[r].first(d[r][4 * j + i]);
+                if (upper) to[8] = affine[r].second(d[r][4 * j + 2 + i]);
             }
         }
     }

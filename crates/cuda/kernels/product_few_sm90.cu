@@ -168,8 +168,8 @@ template <int NT> __device__ __forceinline__ void product(const Dense& p) {
         if (e.kind == RESIDUAL) {
             const uint2 to = stored_rows(e, o.row_tile, pair);
             float* out = e.out + size_t(o.column) * m.rows;
-            if (to.x < m.rows) out[to.x] = old[i].x + (a * o.affine.scale + o.affine.a);
-            if (to.y < m.rows) out[to.y] = old[i].y + (b * o.affine.scale + o.affine.b);
+            if (to.x < m.rows) out[to.x] = old[i].x + o.affine.first(a);
+            if (to.y < m.rows) out[to.y] = old[i].y + o.affine.second(b);
         } else {
             finish(e, m, o.affine, o.row_tile, pair, o.column, a, b, rotations[i]);
         }

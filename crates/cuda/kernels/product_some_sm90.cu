@@ -452,7 +452,7 @@ template <After KIND, Format F, int HALVES> __device__ __forceinline__ void prod
 #pragma unroll
         for (int k = 0; k < 2; k++) {
             const int local = 8 * i + 2 * t + k, token = 8 * first + local;
-            const float a = fmaf(k ? sum.y : sum.x, affine.scale, affine.a), b = fmaf(k ? sum.w : sum.z, affine.scale, affine.b);
+            const float a = affine.first(k ? sum.y : sum.x), b = affine.second(k ? sum.w : sum.z);
             if (KIND == QKV) {
                 outputs.store(token < n, token, places[local], rotary + local * HEAD + stored.x % (HEAD / 2), a, b);
             } else {
