@@ -424,23 +424,25 @@ impl Cpu {
         multiply(&self.pool, self.kernels, &[job]);
     }
 
-    /// Attention of one layer over the batch, added to the residual stream.
-    fn attention(
+    /// Keys and values of one layer, rotated and stored, and where it is asked for rotated and scaled queries in `scratch.qkv`.
+    fn project(
         &mut self,
         index: usize,
-        x: &mut [f32],
+        x: &[f32],
         scratch: &mut Scratch,
         plan: &Plan,
         tables: &Tables,
+        queries: bool,
     ) {
         let config = &self.config;
         let layer = &self.layers[index];
         let size = config.head_dim;
-        let (q_width, kv_width) = (config.query_heads * size, config.kv_heads * size);
+        let (q_width, kv_width) =
+            (if queries { config.query_heads * size } else { 0 }, config.kv_heads * size);
         let stride = q_width + 2 * kv_width;
         let tokens = tables.rows.len();
         let d = config.hidden_size;
-        let Scratch { h, float_words, coarser_words, qkv, context, times, .. } = scratch;
+        let Scratch { h, float_words, coarser_words, qkv, times, .. } = scratch;
 
         let h = room(h, tokens * d);
         let records = times.run("norm", || {
@@ -465,7 +467,7 @@ impl Cpu {
                 part(&layer.key, &layer.key_bias, q_width),
                 part(&layer.value, &layer.value_bias, q_width + kv_width),
             ];
-            multiply(&self.pool, self.kernels, &jobs);
+            multiply(&self.pool, self.kernels, if queries { &jobs } else { &jobs[1..] });
         });
 
         // Rotate, scale the queries (exact for a head size that is a power of four) and what is stored, store keys and values.
@@ -484,12 +486,12 @@ impl Cpu {
                     let (cos, sin) = (&tables.cos[row * half..][..half], &tables.sin[row * half..][..half]);
                     // SAFETY: each row is one task's.
                     let qkv = unsafe { out.slice(row * stride, stride) };
-                    for (head, values) in qkv[..q_width + kv_width].chunks_exact_mut(size).enumerate() {
+                    for (at, values) in qkv[..q_width + kv_width].chunks_exact_mut(size).enumerate() {
                         let (first, second) = values.split_at_mut(half);
                         for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
                             (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                         }
-                        if head < config.query_heads {
+                        if at * size < q_width {
                             values.iter_mut().for_each(|v| *v *= scale);
                         }
                     }
@@ -503,7 +505,22 @@ impl Cpu {
                 }
             });
         });
+    }
 
+    /// Attention of one layer over the batch, added to the residual stream.
+    fn attention(
+        &mut self,
+        index: usize,
+        x: &mut [f32],
+        scratch: &mut Scratch,
+        plan: &Plan,
+        tables: &Tables,
+    ) {
+        self.project(index, x, scratch, plan, tables, true);
+        let layer = &self.layers[index];
+        let tokens = tables.rows.len();
+        let q_width = self.config.query_heads * self.config.head_dim;
+        let Scratch { float_words, coarser_words, qkv, context, times, .. } = scratch;
         let context = room(context, tokens * q_width);
         times.run("attention", || self.attend(index, qkv, plan, tables, context));
         times.run("attention output", || {
@@ -767,11 +784,29 @@ impl Cpu {
         scratch: &mut Scratch,
     ) -> Result<Vec<SequenceOutput>, Error> {
         let d = self.config.hidden_size;
-        let tables = Tables::new(plan, &self.rotary);
-        let x = room(x, tables.rows.len() * d);
+        let mut tables = Tables::new(plan, &self.rotary, |_, _| true);
+        let mut x = room(x, tables.rows.len() * d);
         self.embed(plan, x)?;
         let mut hidden = vec![Vec::new(); plan.sequences.len()];
         for layer in 0..self.layers.len() {
+            if layer + 1 == self.layers.len() {
+                let needed =
+                    |s: &SequencePlan, token| s.hidden_after_layer == Some(layer) || s.needs_logits(token);
+                if plan.sequences.iter().any(|s| (0..s.tokens.len()).any(|token| !needed(s, token))) {
+                    // Of tokens that nobody asks about later steps read nothing but keys and values.
+                    self.project(layer, x, scratch, plan, &tables, false);
+                    let kept = Tables::new(plan, &self.rotary, needed);
+                    for (to, &(s, position)) in kept.rows.iter().enumerate() {
+                        let from = tables.ranges[s].start + position - plan.sequences[s].position;
+                        x.copy_within(from * d..(from + 1) * d, to * d);
+                    }
+                    x = &mut x[..kept.rows.len() * d];
+                    tables = kept;
+                }
+                if tables.rows.is_empty() {
+                    break;
+                }
+            }
             self.attention(layer, x, scratch, plan, &tables);
             self.moe(layer, x, scratch);
             for (s, rows) in tables.ranges.iter().enumerate() {
@@ -1096,7 +1131,7 @@ fn room<T: Copy + Default>(buffer: &mut Vec<T>, len: usize) -> &mut [T] {
     &mut buffer[..len]
 }
 
-/// What all layers of a step share: cosines and sines per row of the batch, and which sequence a row belongs to.
+/// What layers of a step share: cosines and sines per row of the residual stream, and which sequence a row belongs to.
 struct Tables {
     cos: Vec<f32>,
     sin: Vec<f32>,
@@ -1107,11 +1142,13 @@ struct Tables {
 }
 
 impl Tables {
-    fn new(plan: &Plan, rotary: &Rotary) -> Tables {
+    /// `has`: which of a sequence's tokens have a row.
+    fn new(plan: &Plan, rotary: &Rotary, has: impl Fn(&SequencePlan, usize) -> bool) -> Tables {
         let (mut rows, mut ranges) = (Vec::new(), Vec::new());
         for (s, sequence) in plan.sequences.iter().enumerate() {
             let first = rows.len();
-            rows.extend((0..sequence.tokens.len()).map(|t| (s, sequence.position + t)));
+            let tokens = (0..sequence.tokens.len()).filter(|&t| has(sequence, t));
+            rows.extend(tokens.map(|t| (s, sequence.position + t)));
             ranges.push(first..rows.len());
         }
         let half = rotary.frequencies.len();

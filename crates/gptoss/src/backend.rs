@@ -155,6 +155,21 @@ impl SequencePlan {
             ..SequencePlan::default()
         }
     }
+
+    /// How a token is drawn after this one of `tokens`, if one is.
+    pub fn sampling(&self, token: usize) -> Option<&Sampling> {
+        self.sample.get((token + self.sample.len()).checked_sub(self.tokens.len())?)
+    }
+
+    /// Whether this one of `tokens` is scored.
+    pub fn is_scored(&self, token: usize) -> bool {
+        self.score.as_ref().is_some_and(|score| token < score.next.len())
+    }
+
+    /// Whether anything asks for the logits of this one of `tokens`. Of the others the last layer needs only keys and values.
+    pub fn needs_logits(&self, token: usize) -> bool {
+        self.logits || self.is_scored(token) || self.sampling(token).is_some()
+    }
 }
 
 /// How the next token is drawn. `Default` is greedy.

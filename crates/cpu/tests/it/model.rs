@@ -343,6 +343,58 @@ fn cuts_and_company(cpu: &mut Cpu) {
     }
 }
 
+/// Of the tokens that nobody asks about the last layer has keys and values alone, which is nothing that anybody sees.
+#[test]
+fn the_same_bits_whichever_tokens_are_asked_about() {
+    for (activations, fast_weights, cache) in [
+        (Activations::F32, false, CacheFormat::F32),
+        (Activations::Int8, true, CacheFormat::Bf16),
+        (Activations::Nvfp4, false, CacheFormat::E4m3),
+    ] {
+        let options = Options { activations, fast_weights, cache, ..Options::default() };
+        let mut cpu = load(scaled(odd(Format::Nvfp4)), options);
+        let (text, vocabulary) = (tokens(60), 331);
+        let drawn = |at: usize| Sampling { temperature: 1.0, position: at as u64, ..Sampling::default() };
+        let score = |count: usize| Some(Score { next: text[1..=count].to_vec(), top: 1 });
+        let plan = |asked: SequencePlan| SequencePlan { tokens: text[..59].to_vec(), ..asked };
+        let blocks = |first| sequence(&text, 0, first);
+        let whole = plan(SequencePlan {
+            logits: true,
+            score: score(59),
+            sample: (0..59).map(drawn).collect(),
+            hidden_after_layer: Some(2),
+            ..blocks(0)
+        });
+        let whole = run(&mut cpu, vec![whole]).remove(0);
+        let next =
+            |first| SequencePlan { logits: true, tokens: vec![text[59]], position: 59, ..blocks(first) };
+        let after = run(&mut cpu, vec![next(0)]).remove(0);
+        let some = vec![
+            plan(SequencePlan { sample: vec![drawn(58)], ..blocks(4) }),
+            plan(SequencePlan { score: score(3), sample: vec![drawn(57), drawn(58)], ..blocks(8) }),
+            plan(blocks(12)),
+            plan(SequencePlan { logits: true, ..blocks(16) }),
+            plan(SequencePlan { hidden_after_layer: Some(1), score: score(59), ..blocks(20) }),
+            plan(SequencePlan { hidden_after_layer: Some(2), ..blocks(24) }),
+        ];
+        let found = run(&mut cpu, some.clone());
+        for ((asked, found), first) in some.iter().zip(&found).zip((4..).step_by(4)) {
+            assert_eq!(found.sampled, whole.sampled[59 - asked.sample.len()..], "{first}");
+            let scored = asked.score.as_ref().map_or(0, |score| score.next.len());
+            assert_eq!(found.scores, whole.scores[..scored], "{first}");
+            assert!(
+                found.logits == whole.logits[..if asked.logits { 59 * vocabulary } else { 0 }],
+                "{first}"
+            );
+            assert!(run(&mut cpu, vec![next(first)]).remove(0) == after, "{first}");
+        }
+        assert!(found[5].hidden == whole.hidden && found[4].hidden.len() == whole.hidden.len());
+        // A step that nobody asks anything.
+        run(&mut cpu, vec![plan(blocks(40))]);
+        assert!(run(&mut cpu, vec![next(40)]).remove(0) == after);
+    }
+}
+
 /// The positions before a single token are looked at in parts when they are many, those before the tokens of a prompt are not.
 #[test]
 fn the_same_bits_deep_in_a_context() {
