@@ -72,6 +72,45 @@ extern "C" __global__ void embed(const __grid_constant__ Embed p) {
     }
 }
 
+struct Keep {
+    uint4 *residual, *rotary;    // [tokens, residual_vectors], [tokens, rotary_vectors]
+    uint32_t* slots;             // [2, tokens]; afterwards [2, n]
+    const uint32_t* rows;        // [n], ascending
+    uint32_t tokens, n;
+    uint32_t residual_vectors, rotary_vectors;
+};
+static_assert(sizeof(Keep) == 48);
+
+// Brings some rows to the front, in their order. A thread has one column and writes rows only when it has read those that lie there: a row
+// never comes from further ahead.
+template <class T> __device__ __forceinline__ void keep_column(T* to, const T* from, size_t step, const Keep& p) {
+    constexpr uint32_t TOGETHER = 16; // rows on their way
+    for (uint32_t first = 0; first < p.n; first += TOGETHER) {
+        T v[TOGETHER];
+#pragma unroll
+        for (uint32_t i = 0; i < TOGETHER; i++)
+            if (first + i < p.n) v[i] = from[p.rows[first + i] * step];
+#pragma unroll
+        for (uint32_t i = 0; i < TOGETHER; i++)
+            if (first + i < p.n) to[(first + i) * step] = v[i];
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(64) keep(const __grid_constant__ Keep p) {
+    wait_for_previous();
+    start_next();
+    const uint32_t residual = blockIdx.x * 64 + threadIdx.x, rotary = residual - p.residual_vectors;
+    if (residual < p.residual_vectors) {
+        keep_column(p.residual + residual, p.residual + residual, p.residual_vectors, p);
+    } else if (rotary < p.rotary_vectors) {
+        keep_column(p.rotary + rotary, p.rotary + rotary, p.rotary_vectors, p);
+    } else if (rotary == p.rotary_vectors) {
+        // Those of sliding layers come to where those of full layers were.
+        keep_column(p.slots, p.slots, 1, p);
+        keep_column(p.slots + p.n, p.slots + p.tokens, 1, p);
+    }
+}
+
 struct Norm {
     float* residual;             // [n, hidden]; changed only if `experts` is given
     const float* experts;        // [slots, hidden], or null: added, weighted, in the order of the ranks

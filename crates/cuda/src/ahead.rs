@@ -132,7 +132,7 @@ impl Cuda {
     /// Puts a step on the stream, with the drawing of its token, if that is not simply the largest.
     fn begin(&mut self, plan: &Plan, lane: Lane) -> Result<Option<Round>, Error> {
         let batch = Batch::new(plan, vec![Segment { sequence: 0, range: 0..1, single: true }]);
-        let shape = self.upload(&batch, lane)?;
+        let shape = self.upload(&batch, None, lane)?.shape;
         let graph = self.graph(&batch, &shape, true)?.expect("a step of one token is a graph");
         self.graphs[&graph].launch()?;
         let sampling = &plan.sequences[0].sample[0];

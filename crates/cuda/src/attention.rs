@@ -84,9 +84,10 @@ impl Cuda {
         self.config.query_heads / group.min(ATTENTION_WARPS)
     }
 
-    pub(crate) fn attention(&self, index: usize, shape: &Shape, starts: usize) -> Result<(), Error> {
+    pub(crate) fn attention(&self, index: usize, shape: &Shape) -> Result<(), Error> {
         let layer = &self.layers[index];
         let sliding = self.config.layer_kinds[index] == LayerKind::Sliding;
+        let starts = if sliding { shape.words.sliding_starts } else { shape.words.full_starts };
         let cache = &self.cache[index];
         let kv_heads = self.config.kv_heads as u32;
         let one = self.one_token(shape);
@@ -108,7 +109,7 @@ impl Cuda {
             kv_heads,
             window: if sliding { self.config.sliding_window as u32 } else { 0 },
             out_format: layer.output.format(),
-            out_stack: if one.is_some() { 0 } else { self.stack(&layer.output, shape.tokens) },
+            out_stack: if one.is_some() { 0 } else { self.stack(layer.output.params(), shape.tokens) },
             splits: 1,
             key_scale: layer.kv_scales.key,
             value_scale: layer.kv_scales.value,

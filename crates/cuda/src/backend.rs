@@ -13,13 +13,15 @@ use gptoss::{
 use crate::ahead::{Ahead, Lane, Token};
 use crate::arena::{Arena, LARGEST_BLOCKS, LOGIT_ROWS, MAX_TOKENS, max_slots, stack_rows};
 use crate::attention::{QUERY_ROWS, Sharing, TILE_QUERIES};
-use crate::batch::{Batch, Segment, Shape, Words, is_largest, sampling};
+use crate::batch::{Batch, Segment, Shape, Step, Words, is_largest};
 use crate::device::{Buffer, Device, Graph, KernelTime};
 use crate::driver::Address;
 use crate::fp4::{self, Fp4Matrix};
 use crate::one::OneToken;
-use crate::packed::{Loader, PackedMatrix, TILE_COLS, Table};
-use crate::params::{After, CacheFormat, Embed, Epilogue, FP4, Largest, NO_NUMBER, Norm, Read, RowOrder};
+use crate::packed::{Loader, PackedMatrix, TILE_COLS, TILE_ROWS, Table};
+use crate::params::{
+    After, CacheFormat, Embed, Epilogue, FP4, Keep, Largest, Matrix, NO_NUMBER, Norm, Read, RowOrder,
+};
 use crate::products::{LogitRows, chains};
 use crate::router::{MAX_EXPERTS, MAX_RANKS};
 use crate::sampling::{Sampler, Wanted};
@@ -493,20 +495,22 @@ impl Cuda {
         meanwhile: &mut Meanwhile<'_>,
     ) -> Result<(), Error> {
         let hidden = batch.segments.iter().any(|s| batch.sequence(s).hidden_after_layer.is_some());
+        let kept = batch.kept(self.layers.len() - 1, self.options.batch_invariant);
+        let answered = kept.as_ref().unwrap_or(batch);
         // First what can fail for want of memory, on all GPUs: none may begin what others do not.
         let prepared = self.followers_mut().iter_mut().map(|follower| {
             follower.device.bind()?;
-            let shape = follower.upload(batch, Lane::default())?;
-            let output = follower.divides_logits(&shape);
-            Ok((shape, output, follower.graph(batch, &shape, output)?))
+            let step = follower.upload(batch, kept.as_ref(), Lane::default())?;
+            let output = follower.divides_logits(step.answered());
+            Ok((step, output, follower.graph(batch, &step.shape, output)?))
         });
         let prepared = prepared.collect::<Result<Vec<_>, Error>>()?;
         self.device.bind()?;
-        let shape = self.upload(batch, Lane::default())?;
-        let graph = if hidden { None } else { self.graph(batch, &shape, true)? };
+        let step = self.upload(batch, kept.as_ref(), Lane::default())?;
+        let graph = if hidden { None } else { self.graph(batch, &step.shape, true)? };
         // They are at work before this one: it waits in the midst of some steps.
-        for (follower, (shape, output, graph)) in self.followers().iter().zip(&prepared) {
-            follower.follow(shape, *output, *graph)?;
+        for (follower, (step, output, graph)) in self.followers().iter().zip(&prepared) {
+            follower.follow(step, *output, *graph)?;
         }
         self.device.bind()?;
         if let Some(graph) = graph {
@@ -514,39 +518,39 @@ impl Cuda {
             run_once(meanwhile);
             return self.collect(batch, 0..batch.tokens, results);
         }
-        self.embed(&shape)?;
+        self.embed(&step.shape)?;
         let mut pending = None;
         for layer in 0..self.layers.len() {
-            pending = self.layer(layer, &shape, pending)?;
+            pending = self.layer(layer, &step, pending)?;
             let wanted = |s: &Segment| batch.sequence(s).hidden_after_layer == Some(layer);
             if hidden && batch.segments.iter().any(wanted) {
                 if pending.is_some() {
-                    self.norm(&shape, pending, None)?;
+                    self.norm(&step.shape, pending, None)?;
                     pending = None;
                 }
                 self.collect_hidden(batch, layer, results)?;
             }
         }
-        for first in (0..batch.outputs.len()).step_by(LOGIT_ROWS) {
-            let rows = first..batch.outputs.len().min(first + LOGIT_ROWS);
-            self.output(&shape, rows.clone(), pending)?;
+        for first in (0..answered.outputs.len()).step_by(LOGIT_ROWS) {
+            let rows = first..answered.outputs.len().min(first + LOGIT_ROWS);
+            self.output(step.answered(), rows.clone(), pending)?;
             run_once(meanwhile);
-            self.collect(batch, rows, results)?;
+            self.collect(answered, rows, results)?;
         }
-        if batch.outputs.is_empty() && pending.is_some() {
+        if answered.outputs.is_empty() && pending.is_some() {
             // Nothing that other GPUs have sent may be left behind.
-            self.norm(&shape, pending, None)?;
+            self.norm(step.answered(), pending, None)?;
         }
         run_once(meanwhile);
         self.device.synchronize()
     }
 
     /// This GPU's part of a step, from which the one that leads brings back what is wanted.
-    fn follow(&self, shape: &Shape, output: bool, graph: Option<GraphKey>) -> Result<(), Error> {
+    fn follow(&self, step: &Step, output: bool, graph: Option<GraphKey>) -> Result<(), Error> {
         self.device.bind()?;
         match graph {
             Some(graph) => self.graphs[&graph].launch(),
-            None => self.whole_step(shape, output),
+            None => self.whole_step(step, output),
         }
     }
 
@@ -561,7 +565,7 @@ impl Cuda {
 
     /// Whether the product for so many rows of logits finds the largest of each, too, and stores logits only where they are wanted.
     fn finds_largest(&self, rows: usize) -> bool {
-        self.some(&self.unembedding, rows, &self.epilogue(After::Store)).is_some()
+        self.some(self.unembedding.params(), rows, &self.epilogue(After::Store)).is_some()
     }
 
     /// The graph of a decode step, which is recorded when there is none.
@@ -581,37 +585,38 @@ impl Cuda {
                 self.device.synchronize()?;
                 self.graphs.clear();
             }
-            let graph = self.device.capture(|| self.whole_step(shape, output))?;
+            let step = Step { shape: *shape, kept: None };
+            let graph = self.device.capture(|| self.whole_step(&step, output))?;
             self.graphs.insert(key, graph);
         }
         Ok(Some(key))
     }
 
     /// All layers, and the logits if those are wanted.
-    fn whole_step(&self, shape: &Shape, output: bool) -> Result<(), Error> {
-        self.embed(shape)?;
+    fn whole_step(&self, step: &Step, output: bool) -> Result<(), Error> {
+        self.embed(&step.shape)?;
         let pending =
-            (0..self.layers.len()).try_fold(None, |pending, layer| self.layer(layer, shape, pending))?;
+            (0..self.layers.len()).try_fold(None, |pending, layer| self.layer(layer, step, pending))?;
+        let answered = step.answered();
         match pending {
-            pending if output => self.output(shape, 0..shape.outputs, pending),
+            pending if output => self.output(answered, 0..answered.outputs, pending),
             // Nothing that others have sent may be left behind.
-            Some(_) => self.norm(shape, pending, None),
+            Some(_) => self.norm(answered, pending, None),
             None => Ok(()),
         }
     }
 
-    /// Writes the step's words and sends them on their way; at once, if the step before is under way.
-    pub(crate) fn upload(&mut self, batch: &Batch<'_>, lane: Lane) -> Result<Shape, Error> {
-        let groups = self.config.query_heads / self.config.kv_heads;
-        let tiles = batch.tiles(TILE_QUERIES / groups);
-        let words = Words::new(batch.tokens, batch.outputs.len(), tiles.len(), batch.segments.len());
-        // Tables of the full layers from the start, of the sliding layers from the window.
-        let window = |s: &Segment| {
-            let first = batch.sequence(s).position + s.range.start;
-            (first + 1).saturating_sub(self.config.sliding_window) / BLOCK_TOKENS
-        };
-        let blocks = |s: &Segment| (batch.sequence(s).position + s.range.end).div_ceil(BLOCK_TOKENS);
-        let total = words.tables + batch.segments.iter().map(|s| 2 * blocks(s) - window(s)).sum::<usize>();
+    /// Writes the step's words and sends them on their way; at once, if the step before is under way. `kept`: see `Step`.
+    pub(crate) fn upload(
+        &mut self,
+        batch: &Batch<'_>,
+        kept: Option<&Batch<'_>>,
+        lane: Lane,
+    ) -> Result<Step, Error> {
+        let tile = TILE_QUERIES / (self.config.query_heads / self.config.kv_heads);
+        let words = Words::new(batch, 0, tile, self.config.sliding_window);
+        let kept = kept.map(|kept| (kept, Words::new(kept, words.end, tile, self.config.sliding_window)));
+        let total = kept.as_ref().map_or(words.end, |(_, words)| words.end);
         if total * 4 > self.arena.step[lane.index].bytes() {
             self.device.synchronize()?;
             self.graphs.clear();
@@ -620,48 +625,37 @@ impl Cuda {
             self.arena.step[lane.index] = self.device.buffer(bytes)?;
         }
         let host = self.arena.step_host[lane.index].slice_mut::<u32>();
-        let (mut row, mut table, mut pages, mut total_pages) = (0, words.tables, 0, 0);
-        for (s, segment) in batch.segments.iter().enumerate() {
-            let sequence = batch.sequence(segment);
-            for token in segment.range.clone() {
-                host[words.tokens + row] = sequence.tokens[token];
-                host[words.positions + row] = (sequence.position + token) as u32;
-                host[words.sequences + row] = s as u32;
-                row += 1;
-            }
-            let (first, end) = (window(segment), blocks(segment));
-            let mut put = |from: &[BlockId], skipped: usize| {
-                host[table..table + from.len()].copy_from_slice(from);
-                table += from.len();
-                // May be negative: entries before the window are not read.
-                (table - from.len()) as i32 - skipped as i32
-            };
-            let full = put(&sequence.full_blocks[..end], 0);
-            let sliding = put(&sequence.sliding_blocks[first..end], first);
-            host[words.full_starts + s] = full as u32;
-            host[words.sliding_starts + s] = sliding as u32;
-            if s < batch.singles {
-                pages = pages.max(end);
-                total_pages += end;
-            }
-        }
-        for (i, &(row, ..)) in batch.outputs.iter().enumerate() {
-            host[words.outputs + i] = row as u32;
-        }
-        for (i, &(first, count)) in tiles.iter().enumerate() {
-            host[words.tiles + 2 * i] = first as u32;
-            host[words.tiles + 2 * i + 1] = count as u32;
+        words.write(batch, host);
+        if let Some((kept, words)) = &kept {
+            words.write(kept, host);
         }
         let (step, host) = (&self.arena.step[lane.index], &self.arena.step_host[lane.index]);
         match lane.token {
             Token::Told => step.upload(0, host, total * 4)?,
             Token::Largest | Token::Drawn => step.upload_now(host, total * 4)?,
         }
-        let (full, sliding) = self.sharing(batch.singles, total_pages, pages);
-        let (tokens, singles) = (batch.tokens, batch.singles);
-        let ahead = batch.segments[..singles].windows(2).all(|pair| pair[0].sequence != pair[1].sequence);
-        let (outputs, tiles) = (batch.outputs.len(), tiles.len());
-        Ok(Shape { words, tokens, outputs, singles, tiles, full, sliding, ahead, logits: batch.logits, lane })
+        let shape = |batch: &Batch<'_>, words: Words, kept: bool| {
+            let singles = batch.segments[..batch.singles].iter();
+            let pages = singles.map(|segment| batch.blocks(segment));
+            let (total, most) = pages.fold((0, 0), |(sum, most), pages| (sum + pages, most.max(pages)));
+            let (full, sliding) = self.sharing(batch.singles, total, most);
+            let pairs = || batch.segments[..batch.singles].windows(2);
+            Shape {
+                words,
+                tokens: batch.tokens,
+                outputs: batch.outputs.len(),
+                singles: batch.singles,
+                tiles: words.tile_count(),
+                full,
+                sliding,
+                // Keys and values of the rows that are kept are of this very step.
+                ahead: !kept && pairs().all(|pair| pair[0].sequence != pair[1].sequence),
+                logits: batch.logits,
+                lane,
+            }
+        };
+        let kept = kept.map(|(kept, words)| shape(kept, words, true));
+        Ok(Step { shape: shape(batch, words, false), kept })
     }
 
     /// A word of a step.
@@ -721,35 +715,42 @@ impl Cuda {
     }
 
     /// One layer. `pending`, here and in the result: the layer whose experts' outputs are not yet added to the residual stream.
-    fn layer(&self, index: usize, shape: &Shape, pending: Option<usize>) -> Result<Option<usize>, Error> {
-        let layer = &self.layers[index];
-        let one = self.one_token(shape);
-        if one.is_none() && (self.shared.is_none() || index == 0) {
-            self.norm(shape, pending, Some((&layer.input_norm, &layer.qkv)))?;
-        }
-        let sliding = self.config.layer_kinds[index] == LayerKind::Sliding;
-        let cache = &self.cache[index];
-        let starts = if sliding { shape.words.sliding_starts } else { shape.words.full_starts };
-        let epilogue = Epilogue {
-            out16: self.arena.queries.address(),
-            keys: cache.keys.address(),
-            values: cache.values.address(),
-            rotary: self.arena.rotary.address(),
-            slots: self.arena.slots.address() + if sliding { 4 * shape.tokens as u64 } else { 0 },
-            out_format: self.options.cache as u32,
-            limit: layer.kv_scales.key,
-            alpha: layer.kv_scales.value,
-            ..self.epilogue(After::Qkv)
+    fn layer(&self, index: usize, step: &Step, pending: Option<usize>) -> Result<Option<usize>, Error> {
+        // GPUs that share the model norm what they have summed.
+        let normed = self.shared.is_some() && index > 0;
+        let Some(kept) = step.kept.as_ref().filter(|_| index + 1 == self.layers.len()) else {
+            return self.whole_layer(index, &step.shape, pending, normed);
         };
-        if let Some(one) = one {
+        self.keys_values(index, &step.shape, pending, normed)?;
+        if kept.tokens == 0 {
+            return Ok(None);
+        }
+        self.keep(&step.shape, kept)?;
+        self.whole_layer(index, kept, None, false)
+    }
+
+    /// A layer for all rows of a shape. `normed`: the norm before it is done.
+    fn whole_layer(
+        &self,
+        index: usize,
+        shape: &Shape,
+        pending: Option<usize>,
+        normed: bool,
+    ) -> Result<Option<usize>, Error> {
+        let layer = &self.layers[index];
+        let epilogue = self.qkv_epilogue(index, shape);
+        if let Some(one) = self.one_token(shape) {
             one.qkv(self, index, Epilogue { out16: one.fresh(), out_cols: 1, ..epilogue }, pending)?;
-            self.attention(index, shape, starts)?;
+            self.attention(index, shape)?;
             one.attended(self, index)?;
             one.experts(self, index)?;
             return Ok(Some(index));
         }
+        if !normed {
+            self.norm(shape, pending, Some((&layer.input_norm, layer.qkv.params())))?;
+        }
         self.product(&layer.qkv, self.arena.normed.address(), shape.tokens, epilogue)?;
-        self.attention(index, shape, starts)?;
+        self.attention(index, shape)?;
         let residual = self.arena.residual.address();
         let out = self.shared.as_ref().map_or(residual, Shared::attention);
         let epilogue = Epilogue { out, ..self.epilogue(After::Residual) };
@@ -761,9 +762,70 @@ impl Cuda {
         shared.add_attention(self, shape.tokens)?;
         self.experts(index, shape.tokens)?;
         // With the norm that the next layer begins with.
-        let next = self.layers.get(index + 1).map(|next| (&next.input_norm, &next.qkv));
+        let next = self.layers.get(index + 1).map(|next| (&next.input_norm, next.qkv.params()));
         shared.add_experts(self, self.norm_with(shape, Some(index), next))?;
         Ok(None)
+    }
+
+    /// Keys and values of a layer, by the product that makes queries, too, where it must: another one would add in another order, which
+    /// matters where no batch may change a bit; its input may be normed already, as it takes it; and it may be in FP4.
+    fn keys_values(
+        &self,
+        index: usize,
+        shape: &Shape,
+        pending: Option<usize>,
+        normed: bool,
+    ) -> Result<(), Error> {
+        let layer = &self.layers[index];
+        let all = layer.qkv.params();
+        let queries_too =
+            normed || self.options.batch_invariant || self.fp4(&layer.qkv, shape.tokens).is_some();
+        let first = if queries_too { 0 } else { self.config.query_heads * HEAD / TILE_ROWS };
+        let matrix = all.rows_of(first..all.row_tiles());
+        if !normed {
+            self.norm(shape, pending, Some((&layer.input_norm, matrix)))?;
+        }
+        let (input, epilogue) = (self.arena.normed.address(), self.qkv_epilogue(index, shape));
+        match queries_too {
+            true => self.product(&layer.qkv, input, shape.tokens, epilogue),
+            false => self.product_of(matrix, input, shape.tokens, Epilogue { query_heads: 0, ..epilogue }),
+        }
+    }
+
+    /// What becomes of the product that makes queries, keys and values.
+    fn qkv_epilogue(&self, index: usize, shape: &Shape) -> Epilogue {
+        let (layer, cache) = (&self.layers[index], &self.cache[index]);
+        let sliding = self.config.layer_kinds[index] == LayerKind::Sliding;
+        Epilogue {
+            out16: self.arena.queries.address(),
+            keys: cache.keys.address(),
+            values: cache.values.address(),
+            rotary: self.arena.rotary.address(),
+            slots: self.arena.slots.address() + if sliding { 4 * shape.tokens as u64 } else { 0 },
+            out_format: self.options.cache as u32,
+            limit: layer.kv_scales.key,
+            alpha: layer.kv_scales.value,
+            ..self.epilogue(After::Qkv)
+        }
+    }
+
+    /// Brings what the rows that are kept have of the residual stream, of angles and of places in the cache to the front.
+    fn keep(&self, shape: &Shape, kept: &Shape) -> Result<(), Error> {
+        const THREADS: usize = 64;
+        let (residual, rotary) = (self.config.hidden_size / 4, HEAD / 4);
+        let params = Keep {
+            residual: self.arena.residual.address(),
+            rotary: self.arena.rotary.address(),
+            slots: self.arena.slots.address(),
+            rows: self.word(shape, shape.words.outputs),
+            tokens: shape.tokens as u32,
+            n: kept.tokens as u32,
+            residual_vectors: residual as u32,
+            rotary_vectors: rotary as u32,
+        };
+        let blocks = (residual + rotary + 1).div_ceil(THREADS);
+        // SAFETY: the list names rows of this batch in their order, each once.
+        unsafe { self.device.launch("keep", [blocks as u32, 1, 1], THREADS as u32, 0, &params) }
     }
 
     pub(crate) fn epilogue(&self, after: After) -> Epilogue {
@@ -782,7 +844,7 @@ impl Cuda {
         &self,
         shape: &Shape,
         pending: Option<usize>,
-        scale: Option<(&Buffer, &PackedMatrix)>,
+        scale: Option<(&Buffer, Matrix)>,
     ) -> Result<(), Error> {
         if let Some(one) = self.one_token(shape) {
             return one.norm(self, pending, 0);
@@ -795,12 +857,7 @@ impl Cuda {
     }
 
     /// A norm of all rows by this scale for products with this matrix, if they are given.
-    fn norm_with(
-        &self,
-        shape: &Shape,
-        pending: Option<usize>,
-        scale: Option<(&Buffer, &PackedMatrix)>,
-    ) -> Norm {
+    fn norm_with(&self, shape: &Shape, pending: Option<usize>, scale: Option<(&Buffer, Matrix)>) -> Norm {
         let out = scale.map_or(0, |_| self.arena.normed.address());
         Norm {
             scale: scale.map_or(0, |(scale, _)| scale.address()),
@@ -839,7 +896,7 @@ impl Cuda {
         let n = outputs.len();
         let epilogue = Epilogue { out: self.logits(shape), ..self.epilogue(After::Store) };
         let some = self.finds_largest(n);
-        let stack = if some { stack_rows(n) as u32 } else { self.stack(&self.unembedding, n) };
+        let stack = if some { stack_rows(n) as u32 } else { self.stack(self.unembedding.params(), n) };
         if let Some(one) = self.one_token(shape) {
             // In BF16 the kernel of several rows is as fast, and that of one has no form whose sums are a batch's.
             let own = self.unembedding.format() == FP4 || !(some || self.options.batch_invariant);
@@ -908,7 +965,7 @@ impl Cuda {
             }
             let score = sequence.score.as_ref().and_then(|score| Some((*score.next.get(token)?, score.top)));
             wanted.extend(score.map(|(token, top)| Wanted::Score { row, token, top }));
-            if let Some(sampling) = sampling(sequence, token).filter(|sampling| !is_largest(sampling)) {
+            if let Some(sampling) = sequence.sampling(token).filter(|sampling| !is_largest(sampling)) {
                 wanted.push(Wanted::Token { row, sampling, kept: score.is_some() });
             }
         }
@@ -919,12 +976,12 @@ impl Cuda {
             let segment = &batch.segments[segment];
             let sequence = batch.sequence(segment);
             let result = &mut results[segment.sequence];
-            if sequence.score.as_ref().is_some_and(|score| token < score.next.len()) {
+            if sequence.is_scored(token) {
                 result.scores.extend(found.next().and_then(|sampled| sampled.logprobs));
             }
             let largest = told(arena, row);
             result.corrupted |= largest.is_none();
-            match sampling(sequence, token) {
+            match sequence.sampling(token) {
                 Some(sampling) if is_largest(sampling) => {
                     result.sampled.push(Sampled { token: largest.unwrap_or(0), logprobs: None });
                 }

@@ -124,7 +124,17 @@ const MODULES: &[Module] = &[
     (fatbin!("all_reduce"), &["all_reduce"], &[]),
     (
         fatbin!("stream"),
-        &["embed", "rms_norm", "rms_norm_shared", "router", "router_many", "gather", "largest", "read"],
+        &[
+            "embed",
+            "keep",
+            "rms_norm",
+            "rms_norm_shared",
+            "router",
+            "router_many",
+            "gather",
+            "largest",
+            "read",
+        ],
         &[],
     ),
     (fatbin!("sampling"), &["modify", "survey", "collect", "draw", "rank"], &[]),

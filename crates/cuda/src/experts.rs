@@ -87,8 +87,8 @@ impl Cuda {
         let (normed, activated) = (self.arena.normed.address(), self.arena.activated.address());
         let pairs = n * config.experts_per_token;
         if pairs > EXPERTS_FEW * config.experts && !self.options.batch_invariant {
-            self.product_anywhere(&layer.gate_up, normed, n, true, epilogue)?;
-            return self.product_anywhere(&layer.down, activated, n, true, store);
+            self.product_anywhere(layer.gate_up.params(), normed, n, true, epilogue)?;
+            return self.product_anywhere(layer.down.params(), activated, n, true, store);
         }
         let columns = if n <= 32 && !self.options.batch_invariant { 8 } else { 16 };
         let name = |format| match (format, columns) {
@@ -99,7 +99,7 @@ impl Cuda {
         };
         let active = config.experts.min(pairs) as u32;
         let multiply = |matrix: &PackedMatrix, input: Address, epilogue: Epilogue| {
-            let params = self.product_params(matrix, input, n, epilogue);
+            let params = self.product_params(matrix.params(), input, n, epilogue);
             let (name, grid) = (name(matrix.format()), [matrix.row_tiles() as u32, active, 1]);
             // SAFETY: the router's list names rows and slots of these tokens, for which the arena has room.
             unsafe { self.device.launch(name, grid, PRODUCT_THREADS, partial_bytes(columns), &params) }
@@ -255,7 +255,8 @@ impl Cuda {
             (_, false) => "gemm_experts_fp4",
         };
         let tiles = self.expert_tiles(n, tokens);
-        let params = Gemm { stack: self.slot_stack(n), ..self.gemm_params(matrix, input, n, epilogue) };
+        let params =
+            Gemm { stack: self.slot_stack(n), ..self.gemm_params(matrix.params(), input, n, epilogue) };
         let grid = [matrix.row_tiles().div_ceil(GEMM_ROW_TILES) as u32, 1, tiles as u32];
         let shared = if few { GEMM_SHARED } else { gemm_many_shared(matrix.format()) };
         // SAFETY: the slots are those of `n` tokens, for which the arena has room.

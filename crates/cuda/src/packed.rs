@@ -25,6 +25,11 @@ const COPY: usize = 1 << 20;
 /// Chunks are whole heads, so that rows that rotate together come together.
 const CHUNK_ROWS: usize = 64;
 
+/// Bytes of a tile in BF16, and in four bits, and of the scales of that.
+const TILE_BYTES: usize = TILE_ROWS * TILE_COLS * 2;
+const FP4_TILE_BYTES: usize = TILE_ROWS * TILE_COLS / 2;
+const FP4_TILE_SCALES: usize = TILE_ROWS * TILE_COLS / 16;
+
 /// A matrix, several matrices one above the other, or a stack of one per expert, packed as common.cuh describes.
 pub(crate) struct PackedMatrix {
     weights: Buffer,
@@ -42,11 +47,6 @@ impl PackedMatrix {
     /// `BF16` or `FP4`: also the type of the activations that it is multiplied with.
     pub(crate) fn format(&self) -> u32 {
         if self.scales.is_some() { FP4 } else { BF16 }
-    }
-
-    /// Whether something is added to the sums.
-    pub(crate) fn has_bias(&self) -> bool {
-        self.bias.is_some()
     }
 
     /// Columns, padded to whole tiles.
@@ -88,18 +88,36 @@ impl params::Matrix {
         if self.tile_scale == 0 { BF16 } else { FP4 }
     }
 
-    /// Some row tiles of a matrix without a bias.
-    pub(crate) fn row_tiles(self, tiles: Range<usize>) -> params::Matrix {
-        let before = (tiles.start * (self.cols as usize / TILE_COLS)) as u64;
-        let rows = (tiles.len() * TILE_ROWS) as u32;
+    /// Tiles of rows.
+    pub(crate) fn row_tiles(&self) -> usize {
+        (self.rows as usize).div_ceil(TILE_ROWS)
+    }
+
+    /// Tiles of columns.
+    pub(crate) fn col_tiles(&self) -> usize {
+        self.cols as usize / TILE_COLS
+    }
+
+    /// Bytes of the weights and their scales.
+    pub(crate) fn bytes(&self) -> usize {
+        let tile = if self.format() == BF16 { TILE_BYTES } else { FP4_TILE_BYTES + FP4_TILE_SCALES };
+        self.row_tiles() * self.col_tiles() * tile
+    }
+
+    /// Some of its row tiles.
+    pub(crate) fn rows_of(self, tiles: Range<usize>) -> params::Matrix {
+        let before = (tiles.start * self.col_tiles()) as u64;
+        let first = (tiles.start * TILE_ROWS) as u32;
+        let end = self.rows.min((tiles.end * TILE_ROWS) as u32);
+        let bias = if self.bias == 0 { 0 } else { self.bias + 4 * u64::from(first) };
+        let some = params::Matrix { bias, rows: end - first, ..self };
         match self.format() {
-            BF16 => params::Matrix { weights: self.weights + before * 2048, rows, ..self },
+            BF16 => params::Matrix { weights: self.weights + before * TILE_BYTES as u64, ..some },
             _ => params::Matrix {
-                weights: self.weights + before * 512,
-                scales: self.scales + before * 64,
+                weights: self.weights + before * FP4_TILE_BYTES as u64,
+                scales: self.scales + before * FP4_TILE_SCALES as u64,
                 tile_scale: self.tile_scale + 4 * tiles.start as u64,
-                rows,
-                ..self
+                ..some
             },
         }
     }
@@ -231,8 +249,8 @@ impl<'a> Loader<'a> {
             }
         }
         let mut packed = PackedMatrix {
-            weights: self.device.buffer(tiles * if four_bits { 512 } else { 2048 })?,
-            scales: if four_bits { Some(self.device.buffer(tiles * 64)?) } else { None },
+            weights: self.device.buffer(tiles * if four_bits { FP4_TILE_BYTES } else { TILE_BYTES })?,
+            scales: if four_bits { Some(self.device.buffer(tiles * FP4_TILE_SCALES)?) } else { None },
             tile_scale: None,
             bias: if bias.is_empty() { None } else { Some(self.floats(&bias)?) },
             matrices,

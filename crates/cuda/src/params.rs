@@ -155,6 +155,11 @@ params! {
         hidden: u32, n: u32, block: u32, global_scale: f32, concentration: f32, vocabulary: u32,
     }
     /// stream.cu
+    Keep, 48 {
+        residual: Address, rotary: Address, slots: Address, rows: Address,
+        tokens: u32, n: u32, residual_vectors: u32, rotary_vectors: u32,
+    }
+    /// stream.cu
     Norm, 80 {
         residual: Address, experts: Address, routes: Address, rows: Address, scale: Address, out: Address,
         hidden: u32, cols: u32, n: u32, experts_count: u32, experts_per_token: u32, format: u32, stack: u32, eps: f32,

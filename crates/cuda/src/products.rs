@@ -9,7 +9,7 @@ use crate::driver::Address;
 use crate::fp4::{self, FP4_FROM, Fp4Matrix};
 use crate::one::Chains;
 use crate::packed::{PackedMatrix, TILE_COLS, TILE_ROWS};
-use crate::params::{self, After, BF16, Dense, Epilogue, Exchanged, FP4, Gemm, Product};
+use crate::params::{After, BF16, Dense, Epilogue, Exchanged, FP4, Gemm, Matrix, Product};
 
 /// product_few_sm90.cu: tokens and row tiles of a block, at most, its warps, and the shared memory of their rings.
 const DENSE_TOKENS: usize = 32;
@@ -54,14 +54,14 @@ pub(crate) struct LogitRows {
     pub(crate) ranks: u32,
 }
 
-fn shares(device: &Device, matrix: &PackedMatrix, most: usize) -> usize {
+fn shares(device: &Device, matrix: Matrix, most: usize) -> usize {
     let blocks = matrix.row_tiles().div_ceil(GEMM_ROW_TILES);
-    (device.multiprocessors() / blocks).min(most).min(matrix.padded_cols() / TILE_COLS)
+    (device.multiprocessors() / blocks).min(most).min(matrix.col_tiles())
 }
 
 /// How a single token's sums are those of a batch that may not matter, if its products take product_some_sm90.cu.
 pub(crate) fn chains(device: &Device, layer: &Layer) -> Option<Chains> {
-    let of = |matrix| shares(device, matrix, MAX_CLUSTER);
+    let of = |matrix: &PackedMatrix| shares(device, matrix.params(), MAX_CLUSTER);
     let chains = Chains { qkv: of(&layer.qkv), attended: of(&layer.output) };
     (device.capability() == 90 && chains.qkv > 1 && chains.attended > 1).then_some(chains)
 }
@@ -78,19 +78,30 @@ impl Cuda {
         if let Some((scratch, fp4)) = self.fp4(matrix, n) {
             return fp4::multiply(&self.device, scratch, fp4, matrix.params(), (input, n), None, epilogue);
         }
+        self.product_of(matrix.params(), input, n, epilogue)
+    }
+
+    /// The same with 16-bit activations.
+    pub(crate) fn product_of(
+        &self,
+        matrix: Matrix,
+        input: Address,
+        n: usize,
+        epilogue: Epilogue,
+    ) -> Result<(), Error> {
         if self.few(matrix, n) {
             let name = match n {
                 ..=8 => "product_few_8",
                 9..=16 => "product_few_16",
                 _ => "product_few_32",
             };
-            let params = Dense { matrix: matrix.params(), input, epilogue, n: n as u32, padding: 0 };
+            let params = Dense { matrix, input, epilogue, n: n as u32, padding: 0 };
             let grid = [self.device.multiprocessors().min(matrix.row_tiles()) as u32, 1, 1];
             // SAFETY: input and outputs have `n` rows in the arena or the cache; blocks and tables were checked with the plan.
             return unsafe { self.device.launch(name, grid, 32 * DENSE_WARPS, DENSE_SHARED, &params) };
         }
         if let Some(shares) = self.some(matrix, n, &epilogue) {
-            return self.product_of_some(matrix.params(), shares, input, n, epilogue, LogitRows::default());
+            return self.product_of_some(matrix, shares, input, n, epilogue, LogitRows::default());
         }
         if self.many(n) {
             return self.product_of_many(matrix, input, n, epilogue);
@@ -115,7 +126,7 @@ impl Cuda {
     }
 
     /// If a product with this matrix, which is dense, takes product_some_sm90.cu: by how many blocks the inputs are shared.
-    pub(crate) fn some(&self, matrix: &PackedMatrix, n: usize, epilogue: &Epilogue) -> Option<usize> {
+    pub(crate) fn some(&self, matrix: Matrix, n: usize, epilogue: &Epilogue) -> Option<usize> {
         let shares = self.shares(matrix);
         let from = match (matrix.format(), epilogue.kind) {
             _ if self.options.batch_invariant => 0,
@@ -129,7 +140,7 @@ impl Cuda {
             && !self.few(matrix, n)
             && match epilogue.kind {
                 QKV | RESIDUAL => shares > 1,
-                STORE => matrix.rows.is_multiple_of(GEMM_ROW_TILES * TILE_ROWS) && !matrix.has_bias(),
+                STORE => matrix.rows.is_multiple_of((GEMM_ROW_TILES * TILE_ROWS) as u32) && matrix.bias == 0,
                 _ => false,
             };
         fits.then_some(if epilogue.kind == STORE { 1 } else { shares })
@@ -137,14 +148,14 @@ impl Cuda {
 
     /// By how many blocks product_some_sm90.cu shares the inputs of a product with this matrix; where the batch may not matter by as many as
     /// gemm_sm90.cu can, which then has the same sums of more tokens.
-    fn shares(&self, matrix: &PackedMatrix) -> usize {
+    fn shares(&self, matrix: Matrix) -> usize {
         shares(&self.device, matrix, if self.options.batch_invariant { MAX_CLUSTER } else { SOME_SHARES })
     }
 
     /// `logits`: of the output layer.
     pub(crate) fn product_of_some(
         &self,
-        matrix: params::Matrix,
+        matrix: Matrix,
         shares: usize,
         input: Address,
         n: usize,
@@ -195,7 +206,7 @@ impl Cuda {
 
     fn product_of_many(
         &self,
-        matrix: &PackedMatrix,
+        matrix: Matrix,
         input: Address,
         n: usize,
         epilogue: Epilogue,
@@ -213,7 +224,7 @@ impl Cuda {
             // Too few blocks for the device: several share the inputs.
             let shares = match self.options.batch_invariant {
                 true => self.shares(matrix),
-                false => (fitting / (blocks * tiles)).min(MAX_CLUSTER).min(matrix.padded_cols() / TILE_COLS),
+                false => (fitting / (blocks * tiles)).min(MAX_CLUSTER).min(matrix.col_tiles()),
             };
             let name = if matrix.format() == FP4 { "gemm_fp4_split" } else { "gemm_bf16_split" };
             let tile = n.div_ceil(tiles).next_multiple_of(8);
@@ -229,7 +240,7 @@ impl Cuda {
         let name = if matrix.format() == FP4 { "gemm_fp4" } else { "gemm_bf16" };
         let tiles = n.div_ceil(tile);
         // What does not fit the cache is read once.
-        let tokens_first = matrix.matrix_bytes() > GEMM_CACHED;
+        let tokens_first = matrix.bytes() > GEMM_CACHED;
         let params = Gemm { tokens_first: u32::from(tokens_first), ..params(tile) };
         let (rows, tokens) = (blocks as u32, tiles as u32);
         let grid = if tokens_first { [tokens, 1, rows] } else { [rows, 1, tokens] };
@@ -240,7 +251,7 @@ impl Cuda {
     /// A product of many tokens where there is no wgmma: dense, or of the experts with the activations of their tokens or slots.
     pub(crate) fn product_anywhere(
         &self,
-        matrix: &PackedMatrix,
+        matrix: Matrix,
         input: Address,
         n: usize,
         experts: bool,
@@ -266,13 +277,13 @@ impl Cuda {
 
     pub(crate) fn product_params(
         &self,
-        matrix: &PackedMatrix,
+        matrix: Matrix,
         input: Address,
         n: usize,
         epilogue: Epilogue,
     ) -> Product {
         Product {
-            matrix: matrix.params(),
+            matrix,
             input,
             list: self.arena.routes.address(),
             epilogue,
@@ -283,15 +294,9 @@ impl Cuda {
         }
     }
 
-    pub(crate) fn gemm_params(
-        &self,
-        matrix: &PackedMatrix,
-        input: Address,
-        n: usize,
-        epilogue: Epilogue,
-    ) -> Gemm {
+    pub(crate) fn gemm_params(&self, matrix: Matrix, input: Address, n: usize, epilogue: Epilogue) -> Gemm {
         Gemm {
-            matrix: matrix.params(),
+            matrix,
             input,
             list: self.arena.routes.address(),
             epilogue,
@@ -318,7 +323,7 @@ impl Cuda {
     }
 
     /// Whether products with this matrix, which is dense, take product_few_sm90.cu.
-    fn few(&self, matrix: &PackedMatrix, n: usize) -> bool {
+    fn few(&self, matrix: Matrix, n: usize) -> bool {
         self.device.capability() == 90
             && !self.options.batch_invariant
             && n <= DENSE_TOKENS
@@ -332,7 +337,7 @@ impl Cuda {
     }
 
     /// Rows of a stack of activations of `n` tokens for products with this matrix, or 0 where they are plain.
-    pub(crate) fn stack(&self, matrix: &PackedMatrix, n: usize) -> u32 {
+    pub(crate) fn stack(&self, matrix: Matrix, n: usize) -> u32 {
         if self.many(n) && !self.few(matrix, n) { stack_rows(n) as u32 } else { 0 }
     }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use checkpoint::{Config, Format, MatrixId, MatrixKind, Synthetic};
 use gptoss::{
     BLOCK_TOKENS, Backend, Error, Logprobs, Mask, Penalties, Plan, Reference, Sampled, Sampling,
-    SequencePlan, sample,
+    SequenceOutput, SequencePlan, sample,
 };
 
 use crate::{CacheFormat, Cuda, Device, Options};
@@ -19,7 +19,7 @@ const LIMIT_E4M3: f64 = 0.08;
 #[derive(Debug, Clone, PartialEq)]
 pub struct SelfTest {
     /// What was run: steps of so many tokens, some with keys and values in FP8 or in the mode in which a batch changes no bit; whether it
-    /// did; or `drawn tokens`.
+    /// did; or `drawn tokens`; or the last tokens of prompts that nobody asks about otherwise.
     pub kernel: &'static str,
     /// Format of the experts.
     pub format: &'static str,
@@ -120,7 +120,37 @@ fn test(
     }
     let error = wrong as f64 / drawn as f64;
     tests.push(SelfTest { kernel: "drawn tokens", format: format.name(), error, passed: wrong == 0 });
+    let total = steps.iter().map(|&(.., total)| total).max().unwrap_or(0);
+    set(cuda, Options { cache: CacheFormat::Bf16, batch_invariant: false, ..cuda.options });
+    cuda.allocate_kv(blocks, blocks)?;
+    let error = last_of_prompts(cuda, &tokens[..total], &expected[(total - 1) * vocabulary..][..vocabulary])?;
+    let kernel = "the last of a prompt's tokens";
+    tests.push(SelfTest { kernel, format: format.name(), error, passed: error <= LIMIT });
     Ok(())
+}
+
+/// The error of the last token's logits, `expected` to be these, where a prompt, alone or some copies of it, is asked about nothing else.
+fn last_of_prompts(cuda: &mut Cuda, tokens: &[u32], expected: &[f32]) -> Result<f64, Error> {
+    let ids = (0..expected.len() as u32).collect();
+    let logprobs = Some(Logprobs { top: 0, ids, processed: false });
+    let prompt = |copy: usize| SequencePlan {
+        sample: vec![Sampling { logprobs: logprobs.clone(), ..Sampling::default() }],
+        ..SequencePlan::in_blocks(tokens, 0, (copy * tokens.len().div_ceil(BLOCK_TOKENS)) as u32)
+    };
+    let mut outputs = cuda.step(&Plan { sequences: vec![prompt(0)] })?;
+    outputs.extend(cuda.step(&Plan { sequences: (0..COPIES).map(prompt).collect() })?);
+    // Logarithms of probabilities are logits but for what is the same in all.
+    let centred = |of: &mut dyn Iterator<Item = f32>| -> Vec<f32> {
+        let all: Vec<f32> = of.collect();
+        let mean = all.iter().sum::<f32>() / all.len() as f32;
+        all.into_iter().map(|v| v - mean).collect()
+    };
+    let expected = centred(&mut expected.iter().copied());
+    let error = |output: &SequenceOutput| {
+        let found = output.sampled.iter().filter_map(|sampled| sampled.logprobs.as_ref());
+        relative(&centred(&mut found.flat_map(|l| &l.top).map(|&(_, logprob)| logprob)), &expected)
+    };
+    Ok(outputs.iter().map(error).fold(0.0, f64::max))
 }
 
 /// Has these options of all GPUs that share the model; those of loading are as they were.

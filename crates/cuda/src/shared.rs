@@ -233,7 +233,7 @@ impl Shared {
             rank: self.rank as u32,
             ranks: count as u32,
         };
-        cuda.product_of_some(matrix.row_tiles(tiles), 1, normed, n, Epilogue { out, ..epilogue }, rows)
+        cuda.product_of_some(matrix.rows_of(tiles), 1, normed, n, Epilogue { out, ..epilogue }, rows)
     }
 
     /// Adds what the experts of all ranks found, and does `norm`.

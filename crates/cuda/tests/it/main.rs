@@ -843,6 +843,84 @@ fn a_batch_changes_no_bit_where_that_is_asked_for() {
     }
 }
 
+/// Of tokens that nobody asks about the last layer has keys and values alone. What is asked about is as it was, to the bit where no batch
+/// may change one.
+#[test]
+fn tokens_that_nobody_asks_about_change_nothing() {
+    let Some(device) = device() else { return };
+    let wide: Arc<dyn Weights> = Arc::new(Synthetic::new(wide_config(), experts_in_nvfp4, 1));
+    let models = [(odd(Format::Bf16), 331), (odd(Format::Nvfp4), 331), (wide, 4096)];
+    for ((weights, vocabulary), batch_invariant) in
+        models.iter().flat_map(|model| [(model, false), (model, true)])
+    {
+        let vocabulary = *vocabulary;
+        let mut cuda = load_with(&device, &**weights, Options { batch_invariant, ..Options::default() });
+        cuda.allocate_kv(400, 400).unwrap();
+        let text: Vec<u32> = (0..700u32).map(|i| (i * i * 31 + 7 * i) % vocabulary).collect();
+        let all = Logprobs { top: 0, ids: (0..vocabulary).collect(), processed: false };
+        let drawn = Sampling { logprobs: Some(all), ..Sampling::default() };
+        for len in [2, 9, 30, 100, 200, 600] {
+            // The last, none, the last two and the first one of a prompt, and an answer.
+            let score = Some(Score { next: vec![text[1]], top: 3 });
+            let plans = |first: u32, logits: bool| -> Vec<SequencePlan> {
+                let prompt = |i: u32, count: usize| SequencePlan {
+                    tokens: text[..len].to_vec(),
+                    sample: vec![drawn.clone(); count],
+                    logits,
+                    ..sequence(&text, 0, first + 50 * i)
+                };
+                let third = SequencePlan { score: score.clone(), ..prompt(2, 2) };
+                let answer =
+                    SequencePlan { tokens: vec![7], position: len - 1, generated: 1, ..prompt(3, 1) };
+                vec![prompt(0, 1), prompt(1, 0), third, answer]
+            };
+            let begun = |first: u32| SequencePlan {
+                tokens: text[..len - 1].to_vec(),
+                ..sequence(&text, 0, first + 150)
+            };
+            run(&mut cuda, vec![begun(0), begun(200)]);
+            let whole = run(&mut cuda, plans(0, true));
+            let some = run(&mut cuda, plans(200, false));
+            for (whole, some) in whole.iter().zip(&some) {
+                assert!(some.logits.is_empty() && some.sampled.len() == whole.sampled.len());
+                if batch_invariant {
+                    assert!(some.sampled == whole.sampled && some.scores == whole.scores, "{len} tokens");
+                }
+                let of = |output: &SequenceOutput| -> Vec<f32> {
+                    let drawn = output.sampled.iter().filter_map(|sampled| sampled.logprobs.as_ref());
+                    let all = drawn.chain(&output.scores).flat_map(|logprobs| &logprobs.top);
+                    all.map(|&(_, logprob)| logprob).collect()
+                };
+                if !whole.sampled.is_empty() {
+                    let row = ..vocabulary as usize;
+                    check_logits(&of(some)[row], &of(whole)[row], row.end, &format!("{len} tokens"));
+                }
+            }
+            // What comes after reads keys and values of all.
+            let next = |first: u32| -> Vec<SequencePlan> {
+                let after = |i: u32| SequencePlan {
+                    tokens: vec![text[len]],
+                    position: len,
+                    generated: 1,
+                    logits: true,
+                    ..sequence(&text, 0, first + 50 * i)
+                };
+                (0..3).map(after).collect()
+            };
+            let (whole, some) = (run(&mut cuda, next(0)), run(&mut cuda, next(200)));
+            assert!(!batch_invariant || some == whole, "after {len} tokens");
+            for (whole, some) in whole.iter().zip(&some) {
+                check_logits(
+                    &some.logits,
+                    &whole.logits,
+                    vocabulary as usize,
+                    &format!("after {len} tokens"),
+                );
+            }
+        }
+    }
+}
+
 #[test]
 fn full_width_batches_give_the_same_bits_again_and_those_of_single_tokens() {
     let Some(device) = device() else { return };
@@ -1181,8 +1259,8 @@ fn the_self_test_passes() {
     all.extend(gpus(&device, 8).map(|devices| devices[..1 << devices.len().ilog2()].to_vec()));
     for devices in all {
         let tests = cuda::self_test(&devices).unwrap();
-        // With several GPUs a single token of a wide model, too, and what was drawn there.
-        assert_eq!(tests.len(), if devices.len() > 1 { 47 } else { 45 });
+        // With several GPUs a single token of a wide model, too, what was drawn there, and the last of a prompt's.
+        assert_eq!(tests.len(), if devices.len() > 1 { 51 } else { 48 });
         for test in tests {
             eprintln!("{} GPUs: {test:?}", devices.len());
             assert!(test.passed, "{test:?}");
