@@ -639,7 +639,7 @@ impl Cuda {
             let pages = singles.map(|segment| batch.blocks(segment));
             let (total, most) = pages.fold((0, 0), |(sum, most), pages| (sum + pages, most.max(pages)));
             let (full, sliding) = self.sharing(batch.singles, total, most);
-            let pairs = || batch.segments[..batch.singles].windows(2);
+            let mut pairs = batch.segments[..batch.singles].windows(2);
             Shape {
                 words,
                 tokens: batch.tokens,
@@ -649,7 +649,7 @@ impl Cuda {
                 full,
                 sliding,
                 // Keys and values of the rows that are kept are of this very step.
-                ahead: !kept && pairs().all(|pair| pair[0].sequence != pair[1].sequence),
+                ahead: !kept && pairs.all(|pair| pair[0].sequence != pair[1].sequence),
                 logits: batch.logits,
                 lane,
             }

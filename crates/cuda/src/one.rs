@@ -9,7 +9,7 @@ use gptoss::Error;
 use crate::backend::{Cuda, HEAD, Layer};
 use crate::device::{Buffer, Device};
 use crate::driver::Address;
-use crate::packed::{PackedMatrix, TILE_COLS};
+use crate::packed::{PackedMatrix, TILE_COLS, tile_bytes};
 use crate::params::{After, BF16, Epilogue, FP4, One, SharedOne};
 
 /// Warps of a block, of one of the experts, those of them that the second product has, of one of the output layer.
@@ -86,8 +86,8 @@ fn of_format(kernels: &[Kernel; 2], format: u32) -> &Kernel {
 
 /// Bytes of the slots of a warp's flow.
 fn flow_bytes(format: u32, (chunk, slots): (usize, usize)) -> usize {
-    let tile = if format == FP4 { 512 + 64 } else { 2048 };
-    slots * (chunk * tile + 16)
+    let (weights, scales) = tile_bytes(format);
+    slots * (chunk * (weights + scales) + 16)
 }
 
 pub(crate) struct OneToken {

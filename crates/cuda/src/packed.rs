@@ -25,10 +25,11 @@ const COPY: usize = 1 << 20;
 /// Chunks are whole heads, so that rows that rotate together come together.
 const CHUNK_ROWS: usize = 64;
 
-/// Bytes of a tile in BF16, and in four bits, and of the scales of that.
-const TILE_BYTES: usize = TILE_ROWS * TILE_COLS * 2;
-const FP4_TILE_BYTES: usize = TILE_ROWS * TILE_COLS / 2;
-const FP4_TILE_SCALES: usize = TILE_ROWS * TILE_COLS / 16;
+/// Bytes of a tile's weights, and of their block scales.
+pub(crate) fn tile_bytes(format: u32) -> (usize, usize) {
+    const WEIGHTS: usize = TILE_ROWS * TILE_COLS;
+    if format == FP4 { (WEIGHTS / 2, WEIGHTS / 16) } else { (2 * WEIGHTS, 0) }
+}
 
 /// A matrix, several matrices one above the other, or a stack of one per expert, packed as common.cuh describes.
 pub(crate) struct PackedMatrix {
@@ -100,25 +101,25 @@ impl params::Matrix {
 
     /// Bytes of the weights and their scales.
     pub(crate) fn bytes(&self) -> usize {
-        let tile = if self.format() == BF16 { TILE_BYTES } else { FP4_TILE_BYTES + FP4_TILE_SCALES };
-        self.row_tiles() * self.col_tiles() * tile
+        let (weights, scales) = tile_bytes(self.format());
+        self.row_tiles() * self.col_tiles() * (weights + scales)
     }
 
     /// Some of its row tiles.
     pub(crate) fn rows_of(self, tiles: Range<usize>) -> params::Matrix {
-        let before = (tiles.start * self.col_tiles()) as u64;
-        let first = (tiles.start * TILE_ROWS) as u32;
-        let end = self.rows.min((tiles.end * TILE_ROWS) as u32);
-        let bias = if self.bias == 0 { 0 } else { self.bias + 4 * u64::from(first) };
-        let some = params::Matrix { bias, rows: end - first, ..self };
-        match self.format() {
-            BF16 => params::Matrix { weights: self.weights + before * TILE_BYTES as u64, ..some },
-            _ => params::Matrix {
-                weights: self.weights + before * FP4_TILE_BYTES as u64,
-                scales: self.scales + before * FP4_TILE_SCALES as u64,
-                tile_scale: self.tile_scale + 4 * tiles.start as u64,
-                ..some
-            },
+        let (weights, scales) = tile_bytes(self.format());
+        let before = tiles.start * self.col_tiles();
+        let first = tiles.start * TILE_ROWS;
+        let end = (self.rows as usize).min(tiles.end * TILE_ROWS);
+        // What is not there has no address.
+        let behind = |from: Address, bytes: usize| if from == 0 { 0 } else { from + bytes as u64 };
+        params::Matrix {
+            weights: behind(self.weights, before * weights),
+            scales: behind(self.scales, before * scales),
+            tile_scale: behind(self.tile_scale, 4 * tiles.start),
+            bias: behind(self.bias, 4 * first),
+            rows: (end - first) as u32,
+            cols: self.cols,
         }
     }
 }
@@ -248,9 +249,10 @@ impl<'a> Loader<'a> {
                 bias.extend(self.weights.vector(*id)?.to_f32());
             }
         }
+        let (weight_bytes, scale_bytes) = tile_bytes(if four_bits { FP4 } else { BF16 });
         let mut packed = PackedMatrix {
-            weights: self.device.buffer(tiles * if four_bits { FP4_TILE_BYTES } else { TILE_BYTES })?,
-            scales: if four_bits { Some(self.device.buffer(tiles * FP4_TILE_SCALES)?) } else { None },
+            weights: self.device.buffer(tiles * weight_bytes)?,
+            scales: if four_bits { Some(self.device.buffer(tiles * scale_bytes)?) } else { None },
             tile_scale: None,
             bias: if bias.is_empty() { None } else { Some(self.floats(&bias)?) },
             matrices,
@@ -344,12 +346,12 @@ impl<'a> Loader<'a> {
             copy(&mut to_scales[..scales.len()], scales);
             stage.device.upload(0, &stage.host, values.len() + scales.len())?;
             let tile = (first_tile + first / TILE_ROWS) * column_tiles;
-            let four_bits = to.format() == FP4;
+            let (weight_bytes, scale_bytes) = tile_bytes(to.format());
             let params = Pack {
                 values: stage.device.address(),
                 scales: stage.device.address() + values.len() as u64,
-                weights: to.weights.address() + (tile * if four_bits { 512 } else { 2048 }) as u64,
-                packed_scales: to.scales.as_ref().map_or(0, |s| s.address() + (tile * 64) as u64),
+                weights: to.weights.address() + (tile * weight_bytes) as u64,
+                packed_scales: to.scales.as_ref().map_or(0, |s| s.address() + (tile * scale_bytes) as u64),
                 rows: rows as u32,
                 cols: matrix.cols as u32,
                 order: order as u32,
@@ -358,7 +360,7 @@ impl<'a> Loader<'a> {
                 padding: 0,
             };
             let lanes = rows.div_ceil(TILE_ROWS) * column_tiles * 32;
-            let name = if four_bits { "pack_fp4" } else { "pack_bf16" };
+            let name = if to.format() == FP4 { "pack_fp4" } else { "pack_bf16" };
             // SAFETY: the tiles of these rows lie in `to`, the rows in the stage.
             unsafe { self.device.launch(name, [lanes.div_ceil(256) as u32, 1, 1], 256, 0, &params)? };
             self.device.record(&stage.free)?;
