@@ -355,6 +355,16 @@ impl Backend for Cuda {
         )
     }
 
+    /// From 16 answers on 256 tokens add about the time that answers take. Fewer answers take so little that a prompt would hardly come to
+    /// its end if it did not add several times that, so it has what the kernels do best with; more than 32 are there for throughput.
+    fn least_prompt_tokens(&self, answers: usize) -> usize {
+        match answers {
+            ..16 => 512,
+            16..=32 => 256,
+            _ => 2048,
+        }
+    }
+
     fn kv_layout(&self) -> KvLayout {
         KvLayout::new(&self.config, self.number_bytes())
     }

@@ -17,8 +17,6 @@ const MARGIN: f64 = 1.03;
 
 /// By how much the shortest time grows with each step that takes longer.
 const LONGER: f64 = 1.01;
-/// Tokens of prompts beside answers, at least: prompts come to their end, too, and a few together cost much less than each alone.
-const LEAST_PROMPT_TOKENS: usize = 4;
 
 /// How long steps take, by their number of tokens.
 #[derive(Debug)]
@@ -27,7 +25,8 @@ pub(crate) struct Costs {
     steps: u64,
     /// Time that prompts added to steps with answers, and their tokens, each step counting half as much as the next.
     prompts: (f64, f64),
-    prompt_tokens: usize,
+    /// Tokens of prompts that add to a step with answers about the time that it takes without them.
+    fitting: usize,
 }
 
 #[derive(Debug, Clone, Copy, Default)]
@@ -41,12 +40,7 @@ struct Time {
 
 impl Default for Costs {
     fn default() -> Costs {
-        Costs {
-            times: [Time::default(); MAX_STEP_TOKENS + 1],
-            steps: 0,
-            prompts: (0.0, 0.0),
-            prompt_tokens: LEAST_PROMPT_TOKENS,
-        }
+        Costs { times: [Time::default(); MAX_STEP_TOKENS + 1], steps: 0, prompts: (0.0, 0.0), fitting: 0 }
     }
 }
 
@@ -77,13 +71,13 @@ impl Costs {
         self.prompts = (self.prompts.0 / 2.0 + added, self.prompts.1 / 2.0 + tokens as f64);
         let fitting = alone * self.prompts.1 / self.prompts.0;
         // Of more tokens than were measured it is not known what they take.
-        let most = if tokens >= self.prompt_tokens { 2 * tokens } else { self.prompt_tokens };
-        self.prompt_tokens = (fitting as usize).min(most).max(LEAST_PROMPT_TOKENS);
+        let most = if tokens >= self.fitting { 2 * tokens } else { self.fitting };
+        self.fitting = (fitting as usize).min(most);
     }
 
-    /// Tokens of prompts that add to a step with answers about the time that it takes without them.
-    pub(crate) fn prompt_tokens(&self) -> usize {
-        self.prompt_tokens
+    /// Tokens of prompts that add to a step with answers about the time that it takes without them, but at least so many.
+    pub(crate) fn prompt_tokens(&self, least: usize) -> usize {
+        self.fitting.max(least)
     }
 
     /// How many tokens to verify for each sequence of a step that has `tokens` without any.
@@ -178,31 +172,32 @@ mod tests {
 
     #[test]
     fn prompts_take_as_much_of_a_step_as_answers_do() {
+        const LEAST: usize = 4;
         let mut costs = Costs::default();
         // Steps of so many tokens of prompts as there may be, which take a millisecond for each and `answers` beside them.
         let run = |costs: &mut Costs, steps: usize, answers: u64| {
             for _ in 0..steps {
-                let tokens = costs.prompt_tokens();
+                let tokens = costs.prompt_tokens(LEAST);
                 costs.measure_prompts(4, tokens, Duration::from_millis(answers + tokens as u64));
             }
-            costs.prompt_tokens()
+            costs.prompt_tokens(LEAST)
         };
-        assert_eq!(run(&mut costs, 9, 20), LEAST_PROMPT_TOKENS, "it is not known what answers take");
+        assert_eq!(run(&mut costs, 9, 20), LEAST, "it is not known what answers take");
         (0..5).for_each(|_| costs.measure(4, Duration::from_millis(50)));
         // Something else was done on the machine.
         (0..3).for_each(|_| costs.measure(4, Duration::from_millis(300)));
-        assert_eq!(run(&mut costs, 1, 50), 2 * LEAST_PROMPT_TOKENS, "one step does not decide");
+        assert_eq!(run(&mut costs, 1, 50), 2 * LEAST, "one step does not decide");
         assert!((45..=55).contains(&run(&mut costs, 9, 50)), "{costs:?}");
         // Answers have become slower than when they were alone.
         assert!((25..=35).contains(&run(&mut costs, 9, 70)), "{costs:?}");
-        assert_eq!(run(&mut costs, 9, 1000), LEAST_PROMPT_TOKENS);
+        assert_eq!(run(&mut costs, 9, 1000), LEAST);
         assert!((45..=55).contains(&run(&mut costs, 20, 50)), "{costs:?}");
         // Steps that seem to take no time, of few tokens and of as many as there may be.
         (0..100).for_each(|_| costs.measure_prompts(4, 8, Duration::ZERO));
-        assert!((45..=55).contains(&costs.prompt_tokens()), "{costs:?}");
-        let tokens = costs.prompt_tokens();
+        assert!((45..=55).contains(&costs.prompt_tokens(LEAST)), "{costs:?}");
+        let tokens = costs.prompt_tokens(LEAST);
         costs.measure_prompts(4, tokens, Duration::ZERO);
-        assert_eq!(costs.prompt_tokens(), 2 * tokens);
+        assert_eq!(costs.prompt_tokens(LEAST), 2 * tokens);
         assert!((45..=55).contains(&run(&mut costs, 20, 50)), "{costs:?}");
     }
 }

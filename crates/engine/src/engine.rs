@@ -30,7 +30,8 @@ pub struct EngineOptions {
     /// Of these, tokens of one sequence's prompt; 0 (the default): all.
     pub long_prefill_token_threshold: usize,
     /// While sequences decode, prompts add to a step about the time that it takes without them, so that answers come at about half
-    /// their speed or more. For devices whose small steps are about as efficient as large ones. Default false.
+    /// their speed or more, but get at least what [`Backend::least_prompt_tokens`] says. Otherwise they get all that the answers leave of a step.
+    /// Default false.
     pub even_steps: bool,
     /// Bytes of the key/value cache. Default 1 GiB.
     pub kv_cache_bytes: usize,

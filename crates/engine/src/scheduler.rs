@@ -172,16 +172,16 @@ impl Scheduler {
         !self.running.is_empty() || !self.waiting.is_empty()
     }
 
-    /// Chooses the next step's work and takes the blocks for it. Empty only if there is no work. Beside decoding sequences, prompts get
-    /// at most so many tokens.
-    pub fn schedule(&mut self, beside: usize) -> Vec<Share> {
+    /// Chooses the next step's work and takes the blocks for it. Empty only if there is no work. `beside` says how many tokens prompts
+    /// get at most beside a number of decoding sequences.
+    pub fn schedule(&mut self, beside: impl FnOnce(usize) -> usize) -> Vec<Share> {
         let mut shares = Vec::new();
         let mut budget = self.limits.tokens;
         let before = self.preemptions;
 
         self.schedule_decodes(&mut shares, &mut budget);
         if !shares.is_empty() {
-            budget = budget.min(beside);
+            budget = budget.min(beside(shares.len()));
         }
         let mut starved = self.schedule_prompts(&mut shares, &mut budget);
         while shares.is_empty()

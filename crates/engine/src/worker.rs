@@ -289,8 +289,11 @@ impl Worker {
 
     /// Schedule, run, commit.
     fn step(&mut self) {
-        let beside = if self.settings.even_steps { self.costs.prompt_tokens() } else { usize::MAX };
-        let mut shares = self.scheduler.schedule(beside);
+        let (even_steps, costs, backend) = (self.settings.even_steps, &self.costs, &self.backend);
+        let mut shares = self.scheduler.schedule(|answers| match even_steps {
+            true => costs.prompt_tokens(backend.least_prompt_tokens(answers)),
+            false => usize::MAX,
+        });
         for share in shares.iter().filter(|share| share.begins) {
             if let Some(active) = self.requests.get(&share.id.request)
                 && active.queued.is_none()

@@ -26,6 +26,13 @@ pub trait Backend: Send {
         0
     }
 
+    /// Tokens of prompts beside so many answers in a step, at least, if answers are to come evenly: prompts come to their end, too, and a
+    /// few together cost much less than each alone.
+    fn least_prompt_tokens(&self, answers: usize) -> usize {
+        let _ = answers;
+        4
+    }
+
     /// What a block costs.
     fn kv_layout(&self) -> KvLayout;
 

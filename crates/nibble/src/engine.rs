@@ -86,7 +86,6 @@ pub(crate) fn start_all(
         let base = EngineOptions {
             max_num_seqs: backend.step_sequences(),
             max_num_batched_tokens: backend.step_tokens(),
-            even_steps: base.even_steps && backend.small_steps(),
             kv_cache_bytes: cache_bytes.unwrap_or(base.kv_cache_bytes),
             ..base.clone()
         };

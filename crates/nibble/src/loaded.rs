@@ -308,15 +308,6 @@ impl Loaded {
         }
     }
 
-    /// Whether steps of few tokens use the device about as well.
-    pub(crate) fn small_steps(&self) -> bool {
-        match self {
-            Loaded::Cpu(_) => true,
-            #[cfg(feature = "cuda")]
-            Loaded::Cuda(_) => false,
-        }
-    }
-
     /// Sequences that use the device well: more of them make each wait longer than all of them gain.
     pub(crate) fn step_sequences(&self) -> usize {
         match self {
@@ -338,6 +329,10 @@ impl Backend for Loaded {
 
     fn describe(&self) -> String {
         self.backend().describe()
+    }
+
+    fn least_prompt_tokens(&self, answers: usize) -> usize {
+        self.backend().least_prompt_tokens(answers)
     }
 
     fn kv_layout(&self) -> KvLayout {

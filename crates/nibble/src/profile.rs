@@ -34,6 +34,10 @@ impl Backend for Profiled {
         self.loaded.describe()
     }
 
+    fn least_prompt_tokens(&self, answers: usize) -> usize {
+        self.loaded.least_prompt_tokens(answers)
+    }
+
     fn kv_layout(&self) -> KvLayout {
         self.loaded.kv_layout()
     }

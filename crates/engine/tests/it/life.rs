@@ -1,6 +1,6 @@
 //! Requests that come, go, are refused and fail, over scripts.
 
-use std::sync::mpsc::channel;
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
 
 use engine::{
@@ -238,6 +238,58 @@ fn after_a_failed_step_requests_go_on_where_they_were() {
         engine.wait();
         let stats = engine.stats();
         assert_eq!((stats.failed_steps, stats.unhealthy, stats.full_blocks_used), (1, false, 0));
+    }
+}
+
+/// Tells how many tokens of each sequence steps have.
+struct Watched(Scripted, Sender<Vec<usize>>);
+
+impl Backend for Watched {
+    fn config(&self) -> &Config {
+        self.0.config()
+    }
+
+    fn describe(&self) -> String {
+        self.0.describe()
+    }
+
+    fn least_prompt_tokens(&self, answers: usize) -> usize {
+        10 * answers
+    }
+
+    fn kv_layout(&self) -> KvLayout {
+        self.0.kv_layout()
+    }
+
+    fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), gptoss::Error> {
+        self.0.allocate_kv(full_blocks, sliding_blocks)
+    }
+
+    fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, gptoss::Error> {
+        let outputs = self.0.step(plan)?;
+        let _ = self.1.send(plan.sequences.iter().map(|sequence| sequence.tokens.len()).collect());
+        Ok(outputs)
+    }
+}
+
+#[test]
+fn beside_answers_a_prompt_gets_what_uses_the_device_well() {
+    for even_steps in [false, true] {
+        let (control, steps) = channel();
+        let (sender, plans) = channel();
+        let inner = Scripted::new(Scripted::gpt_oss(), vec![(0..20).chain([RETURN]).collect()]);
+        let watched = Watched(inner.controlled_by(steps), sender);
+        let options = EngineOptions { even_steps, ..small(200) };
+        let engine = engine::Engine::start(Box::new(watched), harmony(), options).unwrap();
+        let two = SamplingParams { n: 2, ..unlimited() };
+        let (_answers, events) = submit(&engine, text_request(&[1; 20], two));
+        while control.send(Step::Run).is_ok() && plans.recv() != Ok(vec![1, 1]) {}
+        let (_prompt, others) = submit(&engine, text_request(&[2; 50], unlimited()));
+        drop(control);
+        let first = plans.iter().find(|plan| plan.len() == 3);
+        assert_eq!(first, Some(vec![1, 1, if even_steps { 20 } else { 50 }]));
+        let ends = [events, others].map(|events| events.iter().last());
+        assert_eq!(ends, [Some(Event::Done), Some(Event::Done)]);
     }
 }
 

@@ -114,7 +114,7 @@ fn check(jobs: &[Job], full: usize, sliding: usize, limits: Limits, beside: usiz
             if held(&id) { scheduler.pause(id) } else { scheduler.resume(id) }
         }
         assert_eq!(scheduler.paused(), live.keys().filter(|id| held(id)).count());
-        let mut shares = scheduler.schedule(beside);
+        let mut shares = scheduler.schedule(|_| beside);
         scheduler.check();
         assert!(!shares.iter().any(|share| held(&share.id)));
         for share in shares.iter_mut().filter(|share| share.complete && share.positions.len() == 1) {
@@ -228,7 +228,7 @@ fn step(scheduler: &mut Scheduler) -> Vec<(u64, std::ops::Range<usize>)> {
 }
 
 fn step_beside(scheduler: &mut Scheduler, beside: usize) -> Vec<(u64, std::ops::Range<usize>)> {
-    let shares = scheduler.schedule(beside);
+    let shares = scheduler.schedule(|_| beside);
     for share in &shares {
         scheduler.commit(share);
         if share.complete {
@@ -303,7 +303,7 @@ fn guesses_take_no_block_that_others_need() {
     let id = add(&mut scheduler, 1, &[1; 15]);
     assert_eq!(step(&mut scheduler), [(1, 0..15)]);
     let guess = |scheduler: &mut Scheduler, count: usize| {
-        let mut share = scheduler.schedule(usize::MAX).remove(0);
+        let mut share = scheduler.schedule(|_| usize::MAX).remove(0);
         scheduler.guess(&mut share, vec![7; count]);
         scheduler.check();
         (share.guesses.len(), scheduler.plan(&share).full_blocks.len())
@@ -314,7 +314,7 @@ fn guesses_take_no_block_that_others_need() {
     scheduler.push(id, 7);
     scheduler.accept(id, 1);
     add(&mut scheduler, 2, &[2; 3]);
-    assert_eq!(scheduler.schedule(usize::MAX).len(), 1, "there is no block left but the one that is needed");
+    assert_eq!(scheduler.schedule(|_| usize::MAX).len(), 1, "there is no block left but the one that is needed");
 }
 
 #[test]
