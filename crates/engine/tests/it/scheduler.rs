@@ -314,7 +314,11 @@ fn guesses_take_no_block_that_others_need() {
     scheduler.push(id, 7);
     scheduler.accept(id, 1);
     add(&mut scheduler, 2, &[2; 3]);
-    assert_eq!(scheduler.schedule(|_| usize::MAX).len(), 1, "there is no block left but the one that is needed");
+    assert_eq!(
+        scheduler.schedule(|_| usize::MAX).len(),
+        1,
+        "there is no block left but the one that is needed"
+    );
 }
 
 #[test]
