@@ -101,7 +101,7 @@ impl Cuda {
         next.sample[0].position += 1;
         // Blocks that begin anew are not known yet.
         let has_room = !next.position.is_multiple_of(BLOCK_TOKENS) && next.position < self.config.max_context;
-        if self.ahead.steps >= STEADY && has_room {
+        if self.ahead.steps >= STEADY && has_room && !sequence.ends {
             let token = if is_largest(sampling) { Token::Largest } else { Token::Drawn };
             let lane = Lane { index: 1 - lane.index, token };
             let plan = Plan { sequences: vec![next.clone()] };

@@ -475,6 +475,9 @@ impl Worker {
                 penalties.prompt = Arc::clone(said);
             }
             plan.sample = choice.samplings(rules, active.seed, share, &self.settings);
+            let most =
+                rules.params.max_tokens.map_or(usize::MAX, |most| active.prompt.len().saturating_add(most));
+            plan.ends = end + 1 >= most.min(self.settings.max_model_len);
         }
         plan
     }

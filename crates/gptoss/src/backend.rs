@@ -141,6 +141,8 @@ pub struct SequencePlan {
     /// Sample tokens after the last ones, at most one per token: the last entry belongs to the last token, the one before
     /// it to the token before. More than one is how guessed tokens are verified.
     pub sample: Vec<Sampling>,
+    /// The sequence ends with the token that is drawn after the last one, whichever it is: nothing need be prepared for another.
+    pub ends: bool,
     /// Score each token's successor.
     pub score: Option<Score>,
     /// Return the logits of every token.

@@ -1150,10 +1150,12 @@ fn check_early(
                 full_blocks: Arc::clone(&table),
                 sliding_blocks: Arc::clone(&table),
                 sample: vec![sample],
+                ends: i + 1 == count,
                 ..SequencePlan::default()
             };
             position += tokens.len();
             let sampled = run(cuda, vec![plan]).remove(0).sampled.remove(0);
+            assert!(i + 1 < count || !cuda.is_ahead(), "a step has begun after the last");
             early += usize::from(cuda.is_ahead());
             tokens = vec![sampled.token];
             said.push(sampled);

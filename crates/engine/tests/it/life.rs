@@ -9,7 +9,7 @@ use engine::{
 };
 
 use checkpoint::Config;
-use gptoss::{Backend, KvLayout, Plan, SequenceOutput};
+use gptoss::{Backend, KvLayout, Plan, SequenceOutput, SequencePlan};
 
 use crate::common::{
     RETURN, channel_sink, harmony, run, says, start, submit, text_request, tokens, tokens_of, unlimited,
@@ -241,8 +241,8 @@ fn after_a_failed_step_requests_go_on_where_they_were() {
     }
 }
 
-/// Tells how many tokens of each sequence steps have.
-struct Watched(Scripted, Sender<Vec<usize>>);
+/// Tells what steps are of.
+struct Watched(Scripted, Sender<Vec<SequencePlan>>);
 
 impl Backend for Watched {
     fn config(&self) -> &Config {
@@ -267,7 +267,7 @@ impl Backend for Watched {
 
     fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, gptoss::Error> {
         let outputs = self.0.step(plan)?;
-        let _ = self.1.send(plan.sequences.iter().map(|sequence| sequence.tokens.len()).collect());
+        let _ = self.1.send(plan.sequences.clone());
         Ok(outputs)
     }
 }
@@ -283,13 +283,36 @@ fn beside_answers_a_prompt_gets_what_uses_the_device_well() {
         let engine = engine::Engine::start(Box::new(watched), harmony(), options).unwrap();
         let two = SamplingParams { n: 2, ..unlimited() };
         let (_answers, events) = submit(&engine, text_request(&[1; 20], two));
-        while control.send(Step::Run).is_ok() && plans.recv() != Ok(vec![1, 1]) {}
+        let tokens = |plan: Vec<SequencePlan>| plan.iter().map(|s| s.tokens.len()).collect::<Vec<_>>();
+        while control.send(Step::Run).is_ok() && tokens(plans.recv().unwrap()) != [1, 1] {}
         let (_prompt, others) = submit(&engine, text_request(&[2; 50], unlimited()));
         drop(control);
-        let first = plans.iter().find(|plan| plan.len() == 3);
+        let first = plans.iter().map(tokens).find(|plan| plan.len() == 3);
         assert_eq!(first, Some(vec![1, 1, if even_steps { 20 } else { 50 }]));
         let ends = [events, others].map(|events| events.iter().last());
         assert_eq!(ends, [Some(Event::Done), Some(Event::Done)]);
+    }
+}
+
+#[test]
+fn the_backend_knows_which_token_is_the_last() {
+    let script: Vec<u32> = (0..20).chain([RETURN]).collect();
+    // By its limit, by the longest length, by what it says.
+    for (limit, longest, last) in
+        [(Some(5), 200, true), (Some(1), 200, true), (None, 32, true), (None, 200, false)]
+    {
+        let (sender, plans) = channel();
+        let watched = Watched(Scripted::new(Scripted::gpt_oss(), vec![script.clone()]), sender);
+        let options = EngineOptions { max_model_len: Some(longest), ..small(200) };
+        let engine = engine::Engine::start(Box::new(watched), harmony(), options).unwrap();
+        let params = SamplingParams { max_tokens: limit, ..unlimited() };
+        let events = run(&engine, text_request(&[1; 20], params));
+        engine.shutdown();
+        engine.wait();
+        let ends: Vec<bool> = plans.iter().map(|plan| plan[0].ends).collect();
+        let expected: Vec<bool> = (1..=ends.len()).map(|step| last && step == ends.len()).collect();
+        assert_eq!(ends, expected);
+        assert_eq!(tokens_of(&events, 0).len(), ends.len());
     }
 }
 
