@@ -71,12 +71,16 @@ impl Output {
         self.generated + tokens >= self.rules.params.min_tokens
     }
 
+    /// How many tokens may still come, by `max_tokens`.
+    pub(crate) fn left(&self) -> usize {
+        self.rules.params.max_tokens.map_or(usize::MAX, |max| max.saturating_sub(self.generated))
+    }
+
     /// Of these tokens, how many could come before the answer ends or what may be drawn depends on more than its tokens.
     pub(crate) fn foreseeable(&self, tokens: &[u32]) -> usize {
         let rules = &self.rules;
-        let most = rules.params.max_tokens.map_or(usize::MAX, |max| max.saturating_sub(self.generated + 1));
         let stop = tokens.iter().position(|token| rules.stop_tokens.binary_search(token).is_ok());
-        let mut count = stop.unwrap_or(tokens.len()).min(most);
+        let mut count = stop.unwrap_or(tokens.len()).min(self.left().saturating_sub(1));
         if let Some((parser, left)) = self.reasoning_left() {
             // Within a message each token is one of reasoning or none.
             let special = tokens.iter().position(|&token| rules.harmony.tokenizer().is_special(token));
@@ -118,7 +122,7 @@ impl Output {
         let rules = &self.rules;
         let armed = self.may_stop() || over;
         self.generated += 1;
-        let exhausted = !room || rules.params.max_tokens.is_some_and(|max| self.generated >= max);
+        let exhausted = !room || self.left() == 0;
         let repeated = self.repetition.as_mut().is_some_and(|repetition| repetition.push(token)) && armed;
         let end = if over || (armed && rules.stop_tokens.binary_search(&token).is_ok()) {
             let [end_of_turn, ..] = rules.harmony.stop_ids();

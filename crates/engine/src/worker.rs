@@ -475,9 +475,8 @@ impl Worker {
                 penalties.prompt = Arc::clone(said);
             }
             plan.sample = choice.samplings(rules, active.seed, share, &self.settings);
-            let most =
-                rules.params.max_tokens.map_or(usize::MAX, |most| active.prompt.len().saturating_add(most));
-            plan.ends = end + 1 >= most.min(self.settings.max_model_len);
+            let exhausted = choice.output.left() <= share.guesses.len() + 1;
+            plan.ends = exhausted || end + 1 >= self.settings.max_model_len;
         }
         plan
     }
