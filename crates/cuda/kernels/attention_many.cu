@@ -1,12 +1,13 @@
 // Attention of prompts over the paged cache: a block takes 128 rows (tokens times the query heads of one key/value head), sixteen
-// per warp, through 64 keys at a time, which come to shared memory by asynchronous copies two steps ahead. Scores and values on
-// tensor cores, softmax online in f32.
+// per warp, through 64 keys at a time, which come to shared memory by asynchronous copies two steps ahead; where that is too few blocks
+// for the chip, several share the keys of a tile. Scores and values on tensor cores, softmax online in f32.
 #include "attention.cuh"
 
 constexpr int WARPS = 8, THREADS = WARPS * WARP;
 constexpr int STAGES = 3;
 
-template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p) {
+// `SPLIT`: whether several blocks share the keys of a tile.
+template <CacheFormat C, bool SPLIT> __device__ __forceinline__ void many(const Attention& p) {
     using Product = typename Cached<C>::Product;
     extern __shared__ __align__(128) uint8_t shared[];
     wait_for_previous();
@@ -18,7 +19,9 @@ template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p
     const uint32_t* table = p.table + (int)p.table_starts[p.sequences[first]];
     const uint32_t stages = shared_address(shared);
     const int first_key = p.window ? max(0, start + 1 - (int)p.window) : 0, last_key = start + count - 1;
-    const int begin = first_key / KEYS, end = last_key / KEYS + 1, first_page = first_key / BLOCK_TOKENS, last_page = last_key / BLOCK_TOKENS;
+    const int first_page = first_key / BLOCK_TOKENS, last_page = last_key / BLOCK_TOKENS;
+    int splits = 1, begin = first_key / KEYS, end = last_key / KEYS + 1;
+    if (SPLIT && !take_share(p, splits, begin, end)) return;
 
     // This thread brings pieces of one page: of keys `threadIdx.x % 8` of two keys, of values one half of two dimensions.
     const int page = threadIdx.x / 64, key = threadIdx.x % 64 / 8 * 2, piece = threadIdx.x % 8;
@@ -167,6 +170,7 @@ template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p
             }
         }
     }
+    if (SPLIT && splits > 1 && !put_together(p, splits, factor, !idle, max_score, sum, reinterpret_cast<float (&)[32]>(out))) return;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         sum[h] += __shfl_xor_sync(~0u, sum[h], 1);
@@ -187,5 +191,7 @@ template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __grid_constant__ Attention p) { many<CACHE_BF16>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many_e4m3(const __grid_constant__ Attention p) { many<CACHE_E4M3>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many(const __grid_constant__ Attention p) { many<CACHE_BF16, false>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many_e4m3(const __grid_constant__ Attention p) { many<CACHE_E4M3, false>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many_split(const __grid_constant__ Attention p) { many<CACHE_BF16, true>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_many_split_e4m3(const __grid_constant__ Attention p) { many<CACHE_E4M3, true>(p); }

@@ -1,7 +1,8 @@
 // Attention of prompts on Hopper, over the paged cache: a block takes 128 rows (tokens times the query heads of one key/value head), 64
-// per warpgroup, through 64 keys at a time, which come to shared memory by asynchronous copies three steps ahead. Scores and values
-// are products of a warpgroup, softmax is online in f32. Products and exponentials take a multiprocessor about the same time: while
-// one warpgroup waits for its products, the other three of the multiprocessor's two blocks have their exponentials.
+// per warpgroup, through 64 keys at a time, which come to shared memory by asynchronous copies three steps ahead; where that is too few
+// blocks for the chip, several share the keys of a tile. Scores and values are products of a warpgroup, softmax is online in f32. Products
+// and exponentials take a multiprocessor about the same time: while one warpgroup waits for its products, the other three of the
+// multiprocessor's two blocks have their exponentials.
 #include "attention.cuh"
 #include "hopper.cuh"
 
@@ -85,7 +86,8 @@ template <CacheFormat C> struct Copies {
     }
 };
 
-template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p) {
+// `SPLIT`: whether several blocks share the keys of a tile.
+template <CacheFormat C, bool SPLIT> __device__ __forceinline__ void many(const Attention& p) {
     constexpr Format F = C == CACHE_BF16 ? BF16 : FP4;
     extern __shared__ uint8_t unaligned[];
     __shared__ __align__(8) uint64_t barriers[STAGES];
@@ -100,7 +102,8 @@ template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p
     const uint32_t* tile = p.tiles + 2 * (gridDim.x - 1 - blockIdx.x);
     const int first = tile[0], count = tile[1], start = p.positions[first];
     const int first_key = p.window ? max(0, start + 1 - (int)p.window) : 0, last_key = start + count - 1;
-    const int begin = first_key / KEYS, end = last_key / KEYS + 1;
+    int splits = 1, begin = first_key / KEYS, end = last_key / KEYS + 1;
+    if (SPLIT && !take_share(p, splits, begin, end)) return;
     const Copies<C> copies = {p, p.table + (int)p.table_starts[p.sequences[first]], shared_address(shared), begin, end,
                               first_key / BLOCK_TOKENS, last_key / BLOCK_TOKENS};
 #pragma unroll
@@ -212,6 +215,7 @@ template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p
     begin_products();
     multiply_values(step);
     wait_for_products<0>();
+    if (SPLIT && splits > 1 && !put_together(p, splits, factor, warp * per_warp < count, max_score, sum, out)) return;
 
     // Rows of 64 outputs, in the order of activations, each then in pieces of 16 bytes to memory.
     uint8_t* lines = shared + LINES + warp * 16 * 128;
@@ -244,5 +248,7 @@ template <CacheFormat C> __device__ __forceinline__ void many(const Attention& p
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_prompts(const __grid_constant__ Attention p) { many<CACHE_BF16>(p); }
-extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_prompts_e4m3(const __grid_constant__ Attention p) { many<CACHE_E4M3>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_prompts(const __grid_constant__ Attention p) { many<CACHE_BF16, false>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_prompts_e4m3(const __grid_constant__ Attention p) { many<CACHE_E4M3, false>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_prompts_split(const __grid_constant__ Attention p) { many<CACHE_BF16, true>(p); }
+extern "C" __global__ void __launch_bounds__(THREADS, 2) attend_prompts_split_e4m3(const __grid_constant__ Attention p) { many<CACHE_E4M3, true>(p); }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use checkpoint::Config;
 use gptoss::Error;
 
-use crate::attention::{ATTENTION_WARPS, MAX_PARTS};
+use crate::attention::{MAX_PARTS, PARTS_BYTES};
 use crate::backend::HEAD;
 use crate::device::{Buffer, Device, Pinned};
 use crate::packed::{TILE_COLS, TILE_ROWS};
@@ -35,7 +35,7 @@ pub(crate) struct Arena {
     pub(crate) queries: Buffer,
     /// 16-bit `[tokens, query heads * 64]`
     pub(crate) context: Buffer,
-    /// f32, see attention.cu
+    /// f32, see attention.cu and attention.cuh
     pub(crate) parts: Buffer,
     pub(crate) arrivals: Buffer,
     /// f32 `[tokens, experts]`
@@ -88,7 +88,7 @@ impl Arena {
             gathered: device.buffer(slots * padded(config.hidden_size) * 2)?,
             queries: device.buffer(tokens * context * 2)?,
             context: device.buffer(rows * context * 2)?,
-            parts: device.buffer(MAX_PARTS * ATTENTION_WARPS * (HEAD + 2) * 4)?,
+            parts: device.buffer(PARTS_BYTES)?,
             arrivals: device.buffer((MAX_PARTS + tokens + 1) * 4)?,
             router_logits: device.buffer(tokens * config.experts * 4)?,
             routes: device.buffer(route_words(config, tokens) * 4)?,

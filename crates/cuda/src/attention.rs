@@ -18,7 +18,7 @@ const ATTENTION_SHARED_E4M3: usize = ATTENTION_WARPS * 3 * (2 * BLOCK_TOKENS * H
 pub(crate) const MAX_PARTS: usize = 4096;
 /// Its blocks that a multiprocessor has at a time.
 const ATTENTION_BLOCKS: usize = 2;
-/// Blocks that share a token's keys, at most.
+/// Blocks that share a token's keys or a tile's, at most.
 const MAX_SPLITS: usize = 32;
 /// The same where it may not depend on the number of tokens, and warps for the few keys of a sliding layer.
 const INVARIANT_SPLITS: usize = 8;
@@ -27,6 +27,23 @@ const INVARIANT_SLIDING: usize = 4;
 pub(crate) const QUERY_ROWS: usize = 16;
 /// Rows of queries of a block of attention_many.cu.
 pub(crate) const TILE_QUERIES: usize = 128;
+/// Threads of a block there, and what each has of a part, in f32: see `put_together` in attention.cuh.
+const TILE_THREADS: u32 = 256;
+const TILE_PART: usize = 36;
+/// Pages that each has at least where several share a tile's keys: as `LEAST_STEPS` there.
+const LEAST_TILE_PAGES: usize = 16;
+/// Its parts that exist at a time: (tile, key/value head, split).
+const MAX_TILE_PARTS: usize = 256;
+/// Blocks there that a multiprocessor has at a time.
+const TILE_BLOCKS: usize = 2;
+/// Bytes of the parts of both.
+pub(crate) const PARTS_BYTES: usize = 4 * {
+    let (singles, tiles) =
+        (MAX_PARTS * ATTENTION_WARPS * (HEAD + 2), MAX_TILE_PARTS * TILE_THREADS as usize * TILE_PART);
+    if singles > tiles { singles } else { tiles }
+};
+/// Shared memory of attention_many.cu: three stages of 64 keys and values.
+const MANY_SHARED: usize = 3 * 16384;
 /// Shared memory of attention_many_sm90.cu: `RAW` and room to align it to 1024 bytes; with E4M3 three stages more.
 const PROMPTS_SHARED: usize = 81_920 + 1024;
 const PROMPTS_SHARED_E4M3: usize = PROMPTS_SHARED + 3 * 8192;
@@ -78,6 +95,16 @@ impl Cuda {
         (Sharing { warps: warps(sharers), splits }, Sharing { warps: warps(sliding), splits: 1 })
     }
 
+    /// Blocks that share the keys of a tile in full layers, at most, where there are so many tiles, with `most` pages: as many as find
+    /// room beside one another. None share where what else is in a step may not change a token's bits.
+    pub(crate) fn tile_splits(&self, tiles: usize, most: usize) -> usize {
+        if self.options.batch_invariant {
+            return 1;
+        }
+        let room = (TILE_BLOCKS * self.device.multiprocessors()).min(MAX_TILE_PARTS);
+        (room / (tiles.max(1) * self.config.kv_heads)).min(most / LEAST_TILE_PAGES).clamp(1, MAX_SPLITS)
+    }
+
     /// Groups of query heads that share keys, of which attention.cu gives each to a warp.
     fn attention_heads(&self) -> usize {
         let group = self.config.query_heads / self.config.kv_heads;
@@ -120,14 +147,22 @@ impl Cuda {
         };
         let e4m3 = self.options.cache == CacheFormat::E4m3;
         if shape.tiles > 0 {
-            let (name, shared) = match (self.device.capability(), e4m3) {
-                (90, false) => ("attend_prompts", PROMPTS_SHARED),
-                (90, true) => ("attend_prompts_e4m3", PROMPTS_SHARED_E4M3),
-                (_, false) => ("attend_many", 3 * 16384),
-                (_, true) => ("attend_many_e4m3", 3 * 16384),
+            // The few keys of a window are not worth sharing.
+            let splits = if sliding { 1 } else { shape.tile_splits };
+            let (name, shared) = match (self.device.capability(), splits > 1, e4m3) {
+                (90, false, false) => ("attend_prompts", PROMPTS_SHARED),
+                (90, false, true) => ("attend_prompts_e4m3", PROMPTS_SHARED_E4M3),
+                (90, true, false) => ("attend_prompts_split", PROMPTS_SHARED),
+                (90, true, true) => ("attend_prompts_split_e4m3", PROMPTS_SHARED_E4M3),
+                (_, false, false) => ("attend_many", MANY_SHARED),
+                (_, false, true) => ("attend_many_e4m3", MANY_SHARED),
+                (_, true, false) => ("attend_many_split", MANY_SHARED),
+                (_, true, true) => ("attend_many_split_e4m3", MANY_SHARED),
             };
-            // SAFETY: the tiles are of rows of this batch; the tables' blocks were checked with the plan.
-            unsafe { self.device.launch(name, [shape.tiles as u32, kv_heads, 1], 256, shared, &params)? };
+            params.splits = splits as u32;
+            let grid = [shape.tiles as u32, kv_heads, params.splits];
+            // SAFETY: the tiles are of rows of this batch, the tables' blocks were checked with the plan, there is room for the parts.
+            unsafe { self.device.launch(name, grid, TILE_THREADS, shared, &params)? };
         }
         if shape.singles > 0 {
             let Sharing { warps, splits } = if sliding { shape.sliding } else { shape.full };

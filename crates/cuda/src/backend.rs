@@ -39,6 +39,9 @@ const RESERVE: usize = 512 << 20;
 
 /// Graphs that are kept. Each has memory on the device, which nobody counts, for some 200 kernels; steps repeat, so few are in use at a time.
 const MOST_GRAPHS: usize = 256;
+/// See `are_few`: tokens of a sequence, and pages that all of them look at.
+const FEW_TOKENS: usize = 16;
+const FEW_PAGES: usize = 8192;
 
 /// The number of tokens of a decode step, how full and sliding layers share their keys, whether those are read ahead, whether logits are
 /// stored, and where words, token and logits are.
@@ -421,6 +424,13 @@ pub(crate) fn run_once(meanwhile: &mut Meanwhile<'_>) {
     }
 }
 
+/// Whether sequences of up to `FEW_TOKENS` tokens are so few, behind so little, that attention is faster with each token by itself.
+fn are_few(plan: &Plan) -> bool {
+    let short = plan.sequences.iter().filter(|sequence| sequence.tokens.len() <= FEW_TOKENS);
+    let pages = short.map(|s| s.tokens.len() * (s.position + s.tokens.len()).div_ceil(BLOCK_TOKENS));
+    pages.sum::<usize>() <= FEW_PAGES
+}
+
 impl Cuda {
     fn run_plan(&mut self, plan: &Plan, meanwhile: &mut Meanwhile<'_>) -> Result<Vec<SequenceOutput>, Error> {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
@@ -431,6 +441,7 @@ impl Cuda {
         }
         self.cleanse(plan)?;
         let invariant = self.options.batch_invariant;
+        let few = !invariant && are_few(plan);
         let mut results = vec![SequenceOutput::default(); plan.sequences.len()];
         // First what each sequence begins with, then the answers that come after prompts.
         for answers in [false, true] {
@@ -442,9 +453,9 @@ impl Cuda {
                 let first = if prompt > 0 { prompt } else { len };
                 let (mut at, end) = if answers { (first, len) } else { (0, first) };
                 while at < end {
-                    let whole = if at < prompt { end - at } else { 1 };
-                    let count = whole.min(MAX_TOKENS - tokens);
-                    let single = if invariant { at >= prompt } else { count == 1 };
+                    let alone = at >= prompt || (few && len <= FEW_TOKENS);
+                    let count = if alone { 1 } else { (end - at).min(MAX_TOKENS - tokens) };
+                    let single = alone || (!invariant && count == 1);
                     segments.push(Segment { sequence, range: at..at + count, single });
                     (at, tokens) = (at + count, tokens + count);
                     if tokens == MAX_TOKENS {
@@ -645,11 +656,14 @@ impl Cuda {
             Token::Largest | Token::Drawn => step.upload_now(host, total * 4)?,
         }
         let shape = |batch: &Batch<'_>, words: Words, kept: bool| {
-            let singles = batch.segments[..batch.singles].iter();
-            let pages = singles.map(|segment| batch.blocks(segment));
-            let (total, most) = pages.fold((0, 0), |(sum, most), pages| (sum + pages, most.max(pages)));
+            let (singles, chunks) = batch.segments.split_at(batch.singles);
+            let pages = |segments: &[Segment]| {
+                let pages = segments.iter().map(|segment| batch.blocks(segment));
+                pages.fold((0, 0), |(sum, most), pages| (sum + pages, most.max(pages)))
+            };
+            let ((total, most), (_, most_of_chunks)) = (pages(singles), pages(chunks));
             let (full, sliding) = self.sharing(batch.singles, total, most);
-            let mut pairs = batch.segments[..batch.singles].windows(2);
+            let mut pairs = singles.windows(2);
             Shape {
                 words,
                 tokens: batch.tokens,
@@ -660,6 +674,7 @@ impl Cuda {
                 sliding,
                 // Keys and values of the rows that are kept are of this very step.
                 ahead: !kept && pairs.all(|pair| pair[0].sequence != pair[1].sequence),
+                tile_splits: self.tile_splits(words.tile_count(), most_of_chunks),
                 logits: batch.logits,
                 lane,
             }

@@ -125,6 +125,8 @@ pub(crate) struct Shape {
     pub(crate) sliding: Sharing,
     /// Whether each of them is of another sequence.
     pub(crate) ahead: bool,
+    /// Blocks that share the keys of a tile in full layers, at most.
+    pub(crate) tile_splits: usize,
     /// Whether more is wanted of any row of logits than which one is the largest.
     pub(crate) logits: bool,
     pub(crate) lane: Lane,

@@ -119,8 +119,16 @@ const MODULES: &[Module] = &[
     (fatbin!("experts_some"), &["experts_some"], &[]),
     (fatbin!("experts_streamed_sm90"), &["experts_streamed"], &[90]),
     (fatbin!("attention"), &["attend_split", "attend_split_e4m3"], &[]),
-    (fatbin!("attention_many"), &["attend_many", "attend_many_e4m3"], &[]),
-    (fatbin!("attention_many_sm90"), &["attend_prompts", "attend_prompts_e4m3"], &[90]),
+    (
+        fatbin!("attention_many"),
+        &["attend_many", "attend_many_e4m3", "attend_many_split", "attend_many_split_e4m3"],
+        &[],
+    ),
+    (
+        fatbin!("attention_many_sm90"),
+        &["attend_prompts", "attend_prompts_e4m3", "attend_prompts_split", "attend_prompts_split_e4m3"],
+        &[90],
+    ),
     (fatbin!("all_reduce"), &["all_reduce"], &[]),
     (
         fatbin!("stream"),

@@ -568,6 +568,51 @@ fn tokens_of_any_depth_share_a_step() {
     }
 }
 
+/// A few tokens behind a long context, whose keys several blocks share, beside others behind a short one, and a single one.
+#[test]
+fn the_keys_before_a_few_tokens_are_split_and_put_together() {
+    let Some(device) = device() else { return };
+    let text = tokens(2200);
+    for (query_heads, kv_heads) in [(64, 8), (8, 8), (32, 2)] {
+        // All experts of a token take part: none is chosen otherwise for the last bit of a logit.
+        let config = Config { query_heads, kv_heads, experts: 3, ..odd_config() };
+        let weights = Synthetic::new(config, |_| Format::Bf16, 7);
+        for (generation, cache) in [
+            (90, CacheFormat::Bf16),
+            (90, CacheFormat::E4m3),
+            (80, CacheFormat::Bf16),
+            (80, CacheFormat::E4m3),
+        ] {
+            let device =
+                if generation == 80 { device.as_generation(80).unwrap() } else { Arc::clone(&device) };
+            let mut cuda = load_with(&device, &weights, Options { cache, ..Options::default() });
+            cuda.allocate_kv(340, 340).unwrap();
+            let starts = [2090, 130, 700];
+            let of = |s: usize, from: usize, to: usize| SequencePlan {
+                tokens: text[from..to].to_vec(),
+                position: from,
+                hidden_after_layer: Some(1),
+                ..sequence(&text, 0, [0, 140, 200][s])
+            };
+            run(&mut cuda, (0..3).map(|s| of(s, 0, starts[s])).collect());
+            for counts in [[20, 40, 1], [17, 90, 3], [33, 1, 20], [90, 2, 17], [2, 5, 16]] {
+                let plans: Vec<_> = (0..3).map(|s| of(s, starts[s], starts[s] + counts[s])).collect();
+                let together = run(&mut cuda, plans.clone());
+                assert!(together == run(&mut cuda, plans), "the same step gives the same bits");
+                for (s, found) in together.iter().enumerate() {
+                    let one = |at: usize| run(&mut cuda, vec![of(s, at, at + 1)]).remove(0).hidden;
+                    let alone: Vec<f32> = (starts[s]..starts[s] + counts[s]).flat_map(one).collect();
+                    let error = relative(&found.hidden, &alone);
+                    assert!(
+                        error < 1e-2,
+                        "{query_heads} heads, {cache:?}, as {generation}, sequence {s} of {counts:?}: {error:e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
 fn scaled(weights: Arc<dyn Weights>, cache: KvScales) -> Scaled {
     Scaled { weights, cache: Some(cache), input: |_| None }
 }
