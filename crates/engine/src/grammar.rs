@@ -16,6 +16,7 @@ use serde_json::Value;
 
 use crate::demands;
 use crate::gbnf;
+use crate::numbers;
 use crate::structure::{self, Structure};
 
 /// What a text must look like.
@@ -142,7 +143,7 @@ pub struct Grammars {
 }
 
 /// Longest form as text.
-const MAX_FORM_BYTES: usize = 256 << 10;
+pub(crate) const MAX_FORM_BYTES: usize = 256 << 10;
 /// Longest regular expression.
 const MAX_REGEX_BYTES: usize = 16 << 10;
 /// Longest grammar: its rules may nest as deep as it has lines, which costs stack.
@@ -275,7 +276,17 @@ fn compile(factory: &ParserFactory, grammars: Vec<GrammarWithLexer>) -> Result<C
     for grammar in &grammars {
         grammar.json_schema.as_ref().map_or(Ok(()), demands::check)?;
         let text = grammar.lark_grammar.as_deref().unwrap_or_default();
-        schemas_in(text).try_for_each(|schema| demands::check(&schema))?;
+        schemas_in(text).try_for_each(|schema| {
+            demands::check(&schema)?;
+            let mut held = schema.clone();
+            numbers::hold(&mut held, false)?;
+            // The text stays as it is.
+            if held == schema {
+                Ok(())
+            } else {
+                Err("its integers beyond 2^53 must be ones that F64 has".to_owned())
+            }
+        })?;
     }
     let source = GrammarInit::Serialized(TopLevelGrammar { grammars, max_tokens: None });
     let limits = factory.limits().clone();
@@ -389,9 +400,17 @@ pub(crate) fn lark(name: &str, text: String) -> GrammarWithLexer {
     GrammarWithLexer { name: Some(name.to_owned()), lark_grammar: Some(text), json_schema: None }
 }
 
+/// Of its text and its schema.
+pub(crate) fn bytes(grammar: &GrammarWithLexer) -> usize {
+    grammar.lark_grammar.as_ref().map_or(0, String::len)
+        + grammar.json_schema.as_ref().map_or(0, |schema| schema.to_string().len())
+}
+
 /// The grammar of a JSON document.
 fn json(name: &str, schema: &Value, lenient: bool, whitespace: &Whitespace) -> GrammarWithLexer {
     let mut schema = schema.clone();
+    // `check` has said what is wrong with one that cannot be held to.
+    let _ = numbers::hold(&mut schema, lenient);
     let pattern = match whitespace {
         Whitespace::Single => Some(" "),
         Whitespace::None => None,
@@ -436,7 +455,7 @@ pub(crate) fn check(form: &Form) -> Result<(), String> {
     };
     match form {
         Form::Text => Ok(()),
-        Form::Json { schema, whitespace, .. } => {
+        Form::Json { schema, lenient, whitespace } => {
             if !schema.is_object() {
                 return Err("it must be an object".to_owned());
             }
@@ -447,7 +466,8 @@ pub(crate) fn check(form: &Form) -> Result<(), String> {
             measure(schema, 1, &mut depth, &mut nodes);
             at_most(depth, MAX_NESTING, "levels")?;
             at_most(nodes, MAX_NODES, "properties and enumerated values")?;
-            at_most(schema.to_string().len(), MAX_FORM_BYTES, "bytes")
+            at_most(schema.to_string().len(), MAX_FORM_BYTES, "bytes")?;
+            numbers::hold(&mut schema.clone(), *lenient)
         }
         Form::Regex(regex) => {
             at_most(regex.len(), MAX_REGEX_BYTES, "bytes")?;
@@ -460,11 +480,7 @@ pub(crate) fn check(form: &Form) -> Result<(), String> {
             at_most(choices.len(), MAX_NODES, "choices")?;
             at_most(choices.iter().map(String::len).sum(), MAX_FORM_BYTES, "bytes")
         }
-        Form::Structure(structure) => {
-            let grammars = structure::grammars("text", structure)?;
-            let text = |grammar: &GrammarWithLexer| grammar.lark_grammar.as_ref().map_or(0, String::len);
-            at_most(grammars.iter().map(text).sum(), 4 * MAX_FORM_BYTES, "bytes of grammar")
-        }
+        Form::Structure(structure) => structure::grammars("text", structure).map(drop),
         Form::Gbnf(text) => {
             at_most(text.len(), MAX_LARK_BYTES, "bytes")?;
             at_most(brackets(&gbnf::to_lark(text)?), 4 * MAX_NESTING, "levels of brackets and repetitions")

@@ -15,6 +15,7 @@ mod grammar;
 pub mod kv;
 mod llm;
 mod masks;
+mod numbers;
 mod outbox;
 mod output;
 mod params;

@@ -57,16 +57,17 @@ pub struct Tag {
     pub end: String,
 }
 
-/// Most parts of a structure, and their deepest nesting.
+/// Most parts of a structure, their deepest nesting, and the bytes of text and of schemas that the grammars may have.
 const MAX_PARTS: usize = 1000;
 const MAX_DEPTH: usize = 32;
+const MAX_BYTES: usize = 4 * grammar::MAX_FORM_BYTES;
 
 /// The grammar of a structure under this name, and those that it is made of.
 ///
 /// # Errors
 /// A sentence's rest that says what is wrong.
 pub(crate) fn grammars(name: &str, structure: &Structure) -> Result<Vec<GrammarWithLexer>, String> {
-    let mut builder = Builder { name, rules: String::new(), parts: Vec::new(), count: 0 };
+    let mut builder = Builder { name, rules: String::new(), parts: Vec::new(), count: 0, bytes: 0 };
     let start = builder.expression(structure, true, 0)?;
     let mut grammars = vec![grammar::lark(name, format!("start: {start}\n{}", builder.rules))];
     grammars.append(&mut builder.parts);
@@ -78,6 +79,7 @@ struct Builder<'a> {
     rules: String,
     parts: Vec<GrammarWithLexer>,
     count: usize,
+    bytes: usize,
 }
 
 impl Builder<'_> {
@@ -85,7 +87,7 @@ impl Builder<'_> {
     fn expression(&mut self, structure: &Structure, last: bool, depth: usize) -> Result<String, String> {
         let number = self.next(depth)?;
         Ok(match structure {
-            Structure::Const(text) => quote(text),
+            Structure::Const(text) => self.counted(quote(text))?,
             Structure::Any if last => "/(?s:.*)/".to_owned(),
             Structure::Any => {
                 return Err("any_text must be the last of a text, or the content of a tag".to_owned());
@@ -93,7 +95,10 @@ impl Builder<'_> {
             Structure::Form(form) => {
                 grammar::check(form)?;
                 let part = format!("{}_{number}", self.name);
-                self.parts.extend(grammar::of_form(&part, form));
+                for part in grammar::of_form(&part, form) {
+                    self.count_bytes(grammar::bytes(&part))?;
+                    self.parts.push(part);
+                }
                 format!("@{part}")
             }
             Structure::Sequence(all) => {
@@ -125,7 +130,8 @@ impl Builder<'_> {
             Structure::Triggered { triggers, tags, at_least_one, stop_after_first } => {
                 let tags = self.triggered(number, triggers, tags, depth)?;
                 // Text without a trigger; the end of what comes is the end of the text.
-                let free = format!("/(?s:.*)/ & ~/(?s:.*)({})(?s:.*)/", regexes(triggers));
+                let any = self.counted(regexes(triggers))?;
+                let free = format!("/(?s:.*)/ & ~/(?s:.*)({any})(?s:.*)/");
                 let _ = writeln!(self.rules, "FREE{number}: {free}");
                 match (at_least_one, stop_after_first) {
                     (true, true) => tags,
@@ -167,7 +173,8 @@ impl Builder<'_> {
                 continue;
             }
             let until = format!("until{number}_{i}");
-            let _ = writeln!(self.rules, "{until}[lazy]: /(?s:.*){}/", regex(trigger));
+            let trigger = self.counted(regex(trigger))?;
+            let _ = writeln!(self.rules, "{until}[lazy]: /(?s:.*){trigger}/");
             all.push(format!("{until} {}", alternatives(&rests)?));
         }
         alternatives(&all)
@@ -175,15 +182,31 @@ impl Builder<'_> {
 
     /// A tag of which so much of the beginning is still to come.
     fn tag(&mut self, tag: &Tag, begin: &str, depth: usize) -> Result<String, String> {
-        let begin = if begin.is_empty() { String::new() } else { format!("{} ", quote(begin)) };
+        let begin = if begin.is_empty() { String::new() } else { self.counted(quote(begin))? + " " };
         if matches!(tag.content, Structure::Any) && !tag.end.is_empty() {
             let number = self.next(depth)?;
-            let _ = writeln!(self.rules, "content{number}[lazy]: /(?s:.*){}/", regex(&tag.end));
+            let end = self.counted(regex(&tag.end))?;
+            let _ = writeln!(self.rules, "content{number}[lazy]: /(?s:.*){end}/");
             return Ok(format!("{begin}content{number}"));
         }
         let content = self.expression(&tag.content, false, depth + 1)?;
-        let end = if tag.end.is_empty() { String::new() } else { format!(" {}", quote(&tag.end)) };
+        let end =
+            if tag.end.is_empty() { String::new() } else { format!(" {}", self.counted(quote(&tag.end))?) };
         Ok(format!("{begin}{content}{end}"))
+    }
+
+    /// A text that goes into the grammars. What comes several times counts each time, before more is made of it.
+    fn counted(&mut self, text: String) -> Result<String, String> {
+        self.count_bytes(text.len())?;
+        Ok(text)
+    }
+
+    fn count_bytes(&mut self, bytes: usize) -> Result<(), String> {
+        self.bytes += bytes;
+        match self.bytes {
+            ..=MAX_BYTES => Ok(()),
+            _ => Err(format!("it must have at most {MAX_BYTES} bytes of grammar")),
+        }
     }
 
     fn next(&mut self, depth: usize) -> Result<usize, String> {

@@ -458,6 +458,21 @@ fn hostile_forms() {
         (Form::Lark(format!("start: A | b\nA: \"%json\"\nb: %json\n{strings}")), "5 patterns"),
         (Form::Lark(format!("start: A\nA: {both}")), "at most 10 `&`"),
         (schema(json!({"$schema": draft, "type": "array", "allOf": items})), "5 patterns"),
+        (
+            schema(json!({"properties": {"id": {"enum": [9_007_199_254_740_993i64]}}})),
+            "`enum` has 9007199254740993",
+        ),
+        (Form::Lark("start: %json {\"maximum\": 9007199254740993}".to_owned()), "2^53"),
+        // A tag for each of the triggers that it begins with.
+        (
+            Form::Structure(Structure::Triggered {
+                triggers: vec!["a".to_owned(); 900],
+                tags: vec![Tag { begin: "a".repeat(300_000), content: Structure::Any, end: "b".to_owned() }],
+                at_least_one: false,
+                stop_after_first: false,
+            }),
+            "1048576 bytes of grammar",
+        ),
     ] {
         let error = grammars().turn(&answering(form.clone())).unwrap_err().to_string();
         assert!(error.contains(reason), "{form:?}: {error}");
@@ -513,6 +528,10 @@ fn large_forms_are_kept_to() {
     for (form, answer) in [
         (schema(json!({"anyOf": (0..2_100).map(|i| json!({"const": [i]})).collect::<Vec<_>>()})), "[2099]"),
         (schema(members), r#"{"p3":4,"p599":5}"#),
+        (
+            schema(json!({"type": "integer", "minimum": i64::MIN, "maximum": i64::MAX})),
+            "-1795947594123456789",
+        ),
         (Form::Choice(choices), "choice 77"),
     ] {
         let said = format!("<|channel|>final<|message|>{answer}<|return|>");
