@@ -10,7 +10,7 @@ use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
 use serde_json::{Map, Value};
 use tokenizer::Tokenizer;
 
-use crate::args::{Common, FromHub, Run};
+use crate::args::{ActivationBits, Common, FromHub, Run};
 use crate::failure::{Failure, Result};
 use crate::interrupt;
 use crate::ui::Ui;
@@ -166,7 +166,7 @@ impl Model {
             ))
             .hint("auto takes what the files hold"));
         }
-        Ok(Arc::new(self.checkpoint))
+        Ok(as_run(self.checkpoint, run))
     }
 
     fn nvfp4(self, common: &Common, ui: Ui) -> Result<Arc<dyn Weights>> {
@@ -200,6 +200,15 @@ impl Model {
             .hint("run it as it is (--quantization auto), or see nibble quantize --allow-loss"));
         }
         Ok(Arc::new(view))
+    }
+}
+
+/// The weights as a run takes them from the files. The scales of inputs belong to four bits: a run that rounds inputs takes
+/// fake-quantized weights as the codes that they stand for.
+pub(crate) fn as_run(checkpoint: Checkpoint, run: &Run) -> Arc<dyn Weights> {
+    match checkpoint.layout() {
+        Layout::FakeBf16 if run.activations == ActivationBits::Nvfp4 => Arc::new(checkpoint.into_packed()),
+        _ => Arc::new(checkpoint),
     }
 }
 

@@ -18,7 +18,7 @@ use crate::failure::{Failure, Result};
 use crate::gpus::gpus;
 use crate::loaded::{Loaded, backend};
 use crate::memory;
-use crate::model::{Model, is_on_hub, threads};
+use crate::model::{Model, as_run, is_on_hub, threads};
 use crate::modelopt::flag;
 use crate::ui::{Ui, bytes, out, quoted};
 
@@ -106,8 +106,17 @@ pub(crate) fn write(
     let coverage: Vec<Vec<u64>> = run.view.facts().iter().map(|facts| facts.coverage.clone()).collect();
     let max = max_rule(run)?;
     let packs = matches!(command::options(args), Options::Nvfp4 { .. });
-    let model = Arc::new(Checkpoint::open(&args.out)?);
-    let Measured { quality, algorithms, note } = measure(run, Arc::clone(&model), max.as_ref(), ui)?;
+    let model = Checkpoint::open(&args.out)?;
+    let sizes = parts(&model)
+        .zip(&run.facts.bytes)
+        .map(|((name, parameters, bytes), &source_bytes)| Part {
+            name: name.to_owned(),
+            parameters,
+            source_bytes,
+            bytes,
+        })
+        .collect();
+    let Measured { quality, algorithms, note } = measure(run, model, max.as_ref(), ui)?;
     let report = Report {
         run: evaluate::report::Run {
             model: public(&args.source),
@@ -149,15 +158,7 @@ pub(crate) fn write(
             starved: coverage.iter().flatten().filter(|&&tokens| tokens < STARVED_TOKENS).count(),
             coverage,
         }),
-        sizes: parts(&model)
-            .zip(&run.facts.bytes)
-            .map(|((name, parameters, bytes), &source_bytes)| Part {
-                name: name.to_owned(),
-                parameters,
-                source_bytes,
-                bytes,
-            })
-            .collect(),
+        sizes,
         tensors: tensors(run, max.as_ref(), name),
         quality,
         quality_note: note,
@@ -212,14 +213,15 @@ struct Measured {
 
 /// Divergence of the model as it is made to run from the source, on the windows held out of the calibration files; on the first of
 /// them that of its weights alone and of the max rule's.
-fn measure(run: &Run<'_>, model: Arc<Checkpoint>, max: Option<&Arc<Quantized>>, ui: Ui) -> Result<Measured> {
+fn measure(run: &Run<'_>, model: Checkpoint, max: Option<&Arc<Quantized>>, ui: Ui) -> Result<Measured> {
     let (mut quality, mut algorithms) = (Vec::new(), Vec::new());
     let sets: Vec<_> = run.data.sets.iter().filter(|set| !set.held_out.is_empty()).collect();
     let Some(first) = sets.first() else { return Ok(Measured::default()) };
     let mut reference = backend(Arc::clone(&run.source), &args::Run::exact(), run.common, ui)?;
     let asked_for = AskedFor::by(&model);
     let made_to = asked_for.run();
-    let mut loaded = backend(Arc::<Checkpoint>::clone(&model), &made_to, run.common, ui)?;
+    let model = as_run(model, &made_to);
+    let mut loaded = backend(Arc::clone(&model), &made_to, run.common, ui)?;
     let beside = asked_for.beside(&made_to, &loaded);
     for set in &sets {
         let found = divergence(&mut loaded, &mut reference, &set.held_out, ui)?;

@@ -150,10 +150,10 @@ fn w4a4_with_an_fp8_cache_and_a_report() {
         "the figures are those of the model as it is made to run, with the activations in NVFP4 and the KV cache in FP8; those \
          of the algorithms are of the rounded weights alone"
     );
-    let eval = |flags: &[&str]| {
+    let eval = |model: &str, flags: &[&str]| {
         let args = [
             "eval",
-            &path("out"),
+            &path(model),
             "perplexity",
             "--text",
             &file,
@@ -166,15 +166,19 @@ fn w4a4_with_an_fp8_cache_and_a_report() {
         let measured = ok(&[&args[..], flags].concat());
         (measured.json()["nll"].as_f64().unwrap(), measured.stderr)
     };
-    let (weights, note) = eval(&[]);
+    let (weights, note) = eval("out", &[]);
     let left_out = "weights alone, without the activations in NVFP4 and the KV cache in FP8 that the model is made for: \
                     --activations nvfp4 --kv-cache-dtype fp8";
     assert!(note.contains(left_out), "{note}");
-    let (activations, note) = eval(&["--activations", "nvfp4"]);
+    let (activations, note) = eval("out", &["--activations", "nvfp4"]);
     let left_out = "weights with the activations in NVFP4, without the KV cache in FP8 that the model is made for: --kv-";
     assert!(note.contains(left_out) && note.contains("the inputs of 24 matrices are rounded"), "{note}");
-    let (all, note) = eval(&["--activations", "nvfp4", "--kv-cache-dtype", "fp8"]);
-    assert!(!note.contains("without"), "{note}");
+    // The codes that stand for fake-quantized weights are those of the packed form.
+    let as_made = ["--activations", "nvfp4", "--kv-cache-dtype", "fp8"];
+    let (all, note) = eval("out", &as_made);
+    let (fake, fake_note) = eval("kept", &as_made);
+    assert!(!note.contains("without") && note == fake_note, "{note} {fake_note}");
+    assert_eq!(all, fake);
     assert!(weights != activations && activations != all, "{weights}, {activations}, {all}");
     let quality = &report["quality"][0];
     assert_eq!((&quality["data"], &report["calibration"]["tokens"]), (&"book.txt".into(), &1024.into()));
@@ -255,6 +259,10 @@ fn a_report_of_few_data_has_figures_and_tells_the_model_from_its_base() {
         (&384.into(), &128.into())
     );
     assert_eq!(facts["quality"][0]["tokens"], 3 * 127);
+    assert_eq!(
+        facts["quality_note"],
+        "the figures are those of the model as it is made to run, with the activations in NVFP4"
+    );
     let sum = |field: &str| -> u64 {
         facts["sizes"].as_array().unwrap().iter().map(|part| part[field].as_u64().unwrap()).sum()
     };
