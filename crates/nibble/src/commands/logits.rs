@@ -1,6 +1,6 @@
 //! `nibble logits`: the logits of a prompt as a tensor file, for comparisons with other programs.
 
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use gptoss::{BLOCK_TOKENS, Plan, SequencePlan};
@@ -8,6 +8,7 @@ use serde_json::{Map, json};
 
 use crate::args::{Common, Logits};
 use crate::failure::{Failure, Result};
+use crate::interrupt;
 use crate::loaded::backend;
 use crate::model::Model;
 use crate::ui::{Ui, out};
@@ -50,7 +51,7 @@ pub(crate) fn run(args: &Logits, common: &Common, ui: Ui) -> Result<()> {
     if args.layer.is_some() {
         tensors.push(("hidden", config.hidden_size, hidden));
     }
-    write(args, positions, &tensors)?;
+    interrupt::gracefully(|| write(args, positions, &tensors))?;
     if ui.json {
         ui.document(&json!({
             "out": args.out.display().to_string(), "positions": positions, "vocabulary": config.vocab_size
@@ -72,7 +73,7 @@ fn may_write(out: &Path) -> Result<()> {
     }
 }
 
-/// A safetensors file under its final name only when it is complete.
+/// A safetensors file under its final name only when it is complete. An interrupt ends the writing, and nothing is left.
 fn write(args: &Logits, positions: usize, tensors: &[(&str, usize, Vec<f32>)]) -> Result<()> {
     let mut header = Map::new();
     let mut end = 0;
@@ -93,9 +94,14 @@ fn write(args: &Logits, positions: usize, tensors: &[(&str, usize, Vec<f32>)]) -
         let mut file = std::io::BufWriter::new(std::fs::File::create_new(&partial)?);
         file.write_all(&(header.len() as u64).to_le_bytes())?;
         file.write_all(header.as_bytes())?;
-        for (_, _, values) in tensors {
-            for value in values {
-                file.write_all(&value.to_le_bytes())?;
+        for (_, width, values) in tensors {
+            for row in values.chunks(*width) {
+                if interrupt::interrupted() {
+                    return Err(ErrorKind::Interrupted.into());
+                }
+                for value in row {
+                    file.write_all(&value.to_le_bytes())?;
+                }
             }
         }
         file.flush()?;

@@ -472,3 +472,24 @@ fn logits_replace_files_alone() {
     }
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 4, "nothing unfinished is left");
 }
+
+#[test]
+fn interrupted_logits_leave_nothing_unfinished() {
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("logits");
+    let (small, ids) = (small(), vec!["1"; 2048].join(","));
+    let args = ["logits", &small, "--ids", &ids, "--out", out.to_str().unwrap()];
+    let mut child = nibble(&args).stdout(Stdio::null()).spawn().unwrap();
+    let names = || -> Vec<_> {
+        std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect()
+    };
+    while names().is_empty() {
+        std::thread::yield_now();
+    }
+    // SAFETY: a signal to a child that has not been waited for.
+    unsafe { libc::kill(child.id() as i32, libc::SIGINT) };
+    // The file may have been finished first.
+    let whole = child.wait().unwrap().success() || out.exists();
+    assert_eq!(names().len(), usize::from(whole), "{:?}", names());
+    assert_eq!(out.exists(), whole);
+}
