@@ -1,27 +1,30 @@
 //! `nibble generate`: completions of one or many prompts, offline and batched.
 
+use std::fmt::Display;
 use std::time::Instant;
 
-use engine::{CompletionOutput, Llm, Prompt, RequestOutput, SamplingParams};
+use engine::{
+    CompletionOutput, Engine, Llm, OutputMode, Prompt, Request, RequestOutput, SamplingParams, SubmitError,
+};
 use gptoss::TokenLogprobs;
 use harmony::{ChatMessage, ChatPrompt};
 use serde_json::{Value, json};
 
 use crate::args::{Common, Generate};
-use crate::commands::lines::{Line, for_each_line};
+use crate::commands::lines::{Line, for_each_line, name};
 use crate::engine::{sampling, start};
 use crate::failure::{Failure, Result};
 use crate::model::Model;
 use crate::ui::{Ui, bold, dim, label, out};
 
-/// Prompts in their order: raw ones and conversations may be mixed.
+/// Raw prompts and conversations may be mixed.
 enum Input {
     Raw(Prompt),
     Chat(ChatPrompt),
 }
 
 pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
-    let inputs = inputs(args)?;
+    let (places, inputs): (Vec<String>, Vec<Input>) = inputs(args)?.into_iter().unzip();
     let started = Instant::now();
     let running = start(
         Model::open(args.model.as_deref(), ui)?,
@@ -38,6 +41,7 @@ pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
         ignore_eos: args.ignore_eos,
         ..sampling(&args.sampling, &running.generation)
     };
+    check(&running.engine, &places, &inputs, &params)?;
     let llm = Llm::new(running.engine);
     let mut bar = ui.progress("Generating", inputs.len() as u64);
     let outputs = complete(&llm, &inputs, &params, &mut |done| bar.set(done as u64))?;
@@ -57,7 +61,8 @@ pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
     Ok(())
 }
 
-fn inputs(args: &Generate) -> Result<Vec<Input>> {
+/// What is to be completed in its order, each with the place where it was given.
+fn inputs(args: &Generate) -> Result<Vec<(String, Input)>> {
     let chat = |prompt: ChatPrompt| {
         let own = [("system", &args.system), ("developer", &args.developer)];
         let own = own.into_iter().filter_map(|(role, text)| Some(ChatMessage::new(role, text.as_ref()?)));
@@ -73,14 +78,17 @@ fn inputs(args: &Generate) -> Result<Vec<Input>> {
         true => chat(ChatPrompt::new(vec![ChatMessage::new("user", text)])),
         false => Input::Raw(Prompt::Text(text)),
     };
-    let mut inputs: Vec<Input> = args.prompt.iter().cloned().map(text).collect();
+    let flags = args.prompt.iter().zip(1..);
+    let mut inputs: Vec<_> =
+        flags.map(|(prompt, number)| (format!("prompt {number}"), text(prompt.clone()))).collect();
     if let Some(path) = &args.prompts {
         for_each_line(path, |number, line| {
-            inputs.push(match Line::read(path, number, line)? {
+            let input = match Line::read(path, number, line)? {
                 Line::Text(prompt) => text(prompt),
                 Line::Tokens(ids) => Input::Raw(Prompt::Tokens(ids)),
                 Line::Chat(prompt) => chat(*prompt),
-            });
+            };
+            inputs.push((format!("{}: line {number}", name(path)), input));
             Ok(())
         })?;
     }
@@ -88,13 +96,34 @@ fn inputs(args: &Generate) -> Result<Vec<Input>> {
         return Err(Failure::input("expected a prompt, found none").hint("-p TEXT, or --prompts FILE"));
     }
     let only_chats = args.system.is_some() || args.developer.is_some() || args.reasoning_effort.is_some();
-    if only_chats && inputs.iter().any(|input| matches!(input, Input::Raw(_))) {
+    if only_chats && inputs.iter().any(|(_, input)| matches!(input, Input::Raw(_))) {
         return Err(Failure::input(
             "--system, --developer and --reasoning-effort: expected chats, found a raw prompt",
         )
         .hint("--chat makes each prompt a user message"));
     }
     Ok(inputs)
+}
+
+/// Refuses what cannot be completed before anything is.
+fn check(engine: &Engine, places: &[String], inputs: &[Input], params: &SamplingParams) -> Result<()> {
+    let harmony = engine.harmony();
+    for (place, input) in places.iter().zip(inputs) {
+        let refused = |error: &dyn Display| Failure::input(format!("{place}: {error}"));
+        let prompt = match input {
+            Input::Raw(Prompt::Text(text)) => harmony.tokenizer().encode_with_special(text),
+            Input::Raw(Prompt::Tokens(ids)) => ids.clone(),
+            Input::Chat(prompt) => harmony.render_chat(prompt).map_err(|error| refused(&error))?,
+        };
+        engine.validate(Request::new(prompt, params.clone(), OutputMode::Text)).map_err(
+            |error| match error {
+                // Of a flag, whatever the prompt.
+                SubmitError::Invalid(_) => error.into(),
+                _ => refused(&error),
+            },
+        )?;
+    }
+    Ok(())
 }
 
 /// Runs both kinds as one batch each and puts the results in the order of the inputs.

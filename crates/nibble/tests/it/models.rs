@@ -162,6 +162,16 @@ fn a_line_of_prompts_is_taken_whole_or_refused() {
         std::fs::write(file, format!("\"a\"\n{line}\n")).unwrap();
         fails(&["generate", "--prompts", file], 2, named);
     }
+    // What only the model's vocabulary and the chat format know, too.
+    let nobody = json!({"messages": [{"role": "nobody", "content": "Hi"}]});
+    for (line, named) in [
+        (nobody, "prompts.jsonl: line 3: messages.0.role: "),
+        (json!([1, 4096]), "prompts.jsonl: line 3: Token id 4096"),
+    ] {
+        std::fs::write(file, format!("\"a\"\n\n{line}\n")).unwrap();
+        fails(&["generate", "--prompts", file], 2, named);
+    }
+    fails(&["generate", "-p", "a", "-p", ""], 2, "prompt 2: The prompt is empty.");
 }
 
 #[test]
