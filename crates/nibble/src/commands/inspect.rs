@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use checkpoint::{Checkpoint, LayerKind, StoredTensor, TensorFile, Weights, matrices};
+use checkpoint::{Checkpoint, LayerKind, MatrixId, StoredTensor, TensorFile, Weights, matrices};
 use serde_json::json;
 
 use crate::args::Inspect;
@@ -103,10 +103,10 @@ fn tensor(checkpoint: &Checkpoint, name: &str, ui: Ui) -> Result<()> {
     let (file, tensor) = found.ok_or_else(|| unknown(checkpoint, name))?;
     let first = &file.data(tensor)[..tensor.range.len().min(32)];
     let hex: Vec<String> = first.iter().map(|b| format!("{b:02x}")).collect();
-    // What the model makes of it, if it is the main tensor of a matrix.
-    let id = matrices(checkpoint.config()).find(|&id| checkpoint.name_of(id) == name);
-    let values = match id {
-        Some(id) => Some(statistics(checkpoint, id)?),
+    // What the model makes of it, if it is the main tensor of a matrix, or of several that are fused.
+    let ids: Vec<_> = matrices(checkpoint.config()).filter(|&id| checkpoint.name_of(id) == name).collect();
+    let values = match ids.first() {
+        Some(&id) => Some((checkpoint.format(id).name(), statistics(checkpoint, &ids)?)),
         None => None,
     };
     if ui.json {
@@ -137,23 +137,25 @@ struct Statistics {
     count: f64,
 }
 
-fn statistics(checkpoint: &Checkpoint, id: checkpoint::MatrixId) -> Result<(&'static str, Statistics)> {
+fn statistics(checkpoint: &Checkpoint, ids: &[MatrixId]) -> Result<Statistics> {
     let mut s = Statistics { min: f32::MAX, max: f32::MIN, sum: 0.0, squares: 0.0, count: 0.0 };
-    let (count, rows, cols) = id.kind.shape(checkpoint.config());
-    let mut row = vec![0.0; cols];
-    for expert in 0..count {
-        let matrix = checkpoint.matrix(id, expert)?;
-        for r in 0..rows {
-            matrix.row(r, &mut row);
-            for &v in &row {
-                (s.min, s.max) = (s.min.min(v), s.max.max(v));
-                s.sum += f64::from(v);
-                s.squares += f64::from(v) * f64::from(v);
+    for &id in ids {
+        let (count, rows, cols) = id.kind.shape(checkpoint.config());
+        let mut row = vec![0.0; cols];
+        for expert in 0..count {
+            let matrix = checkpoint.matrix(id, expert)?;
+            for r in 0..rows {
+                matrix.row(r, &mut row);
+                for &v in &row {
+                    (s.min, s.max) = (s.min.min(v), s.max.max(v));
+                    s.sum += f64::from(v);
+                    s.squares += f64::from(v) * f64::from(v);
+                }
+                s.count += cols as f64;
             }
-            s.count += cols as f64;
         }
     }
-    Ok((checkpoint.format(id).name(), s))
+    Ok(s)
 }
 
 fn unknown(checkpoint: &Checkpoint, name: &str) -> Failure {

@@ -57,6 +57,21 @@ fn the_published_form_is_cast_without_loss() {
 }
 
 #[test]
+fn a_fused_tensor_is_looked_at_whole() {
+    let model = crate::root("testdata/model/original-mxfp4");
+    let name = "block.0.attn.qkv.weight";
+    let found = ok(&["inspect", model.to_str().unwrap(), "--tensor", name, "--json"]).json();
+    let file = checkpoint::TensorFile::open(&model.join("model.safetensors")).unwrap();
+    let bytes = file.data(file.tensor(name).unwrap()).chunks_exact(2);
+    let values: Vec<f64> =
+        bytes.map(|b| f64::from(f32::from_bits(u32::from(u16::from_le_bytes([b[0], b[1]])) << 16))).collect();
+    let mean = values.iter().sum::<f64>() / values.len() as f64;
+    assert!((found["values"]["mean"].as_f64().unwrap() - mean).abs() < 1e-9, "{found}, {mean}");
+    let max = values.iter().copied().fold(f64::MIN, f64::max);
+    assert_eq!((&found["values"]["format"], found["values"]["max"].as_f64()), (&"bf16".into(), Some(max)));
+}
+
+#[test]
 fn layouts_convert_into_one_another() {
     let folder = Folder::new();
     for recipe in ["experts", "linear", "all"] {
