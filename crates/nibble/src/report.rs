@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
 
-use checkpoint::{Checkpoint, MatrixId, MatrixKind, Weights, Written, matrices, vectors};
+use checkpoint::{Checkpoint, MatrixKind, Weights, Written, matrices, vectors};
 use evaluate::report::{
     AlgorithmResult, Calibration, CalibrationFile, Part, Quality, Report, STARVED_TOKENS, Tensor, WorstBlock,
 };
@@ -94,13 +94,7 @@ pub(crate) struct Run<'a> {
 }
 
 /// Measures the checkpoint that was written and writes the report to `folder`.
-pub(crate) fn write(
-    run: &Run<'_>,
-    written: &Written,
-    name: &dyn Fn(MatrixId) -> String,
-    folder: &Path,
-    ui: Ui,
-) -> Result<()> {
+pub(crate) fn write(run: &Run<'_>, written: &Written, folder: &Path, ui: Ui) -> Result<()> {
     let args = run.args;
     let (seconds, peak_memory_bytes) = (run.started.elapsed().as_secs_f64(), command::peak_memory());
     let coverage: Vec<Vec<u64>> = run.view.facts().iter().map(|facts| facts.coverage.clone()).collect();
@@ -159,7 +153,7 @@ pub(crate) fn write(
             coverage,
         }),
         sizes,
-        tensors: tensors(run, max.as_ref(), name),
+        tensors: tensors(run, max.as_ref()),
         quality,
         quality_note: note,
         algorithms,
@@ -346,7 +340,7 @@ fn divergence(
     Ok(evaluate::divergence(model, reference, windows, &mut |done| bar.set(done as u64))?)
 }
 
-fn tensors(run: &Run<'_>, max: Option<&Arc<Quantized>>, name: &dyn Fn(MatrixId) -> String) -> Vec<Tensor> {
+fn tensors(run: &Run<'_>, max: Option<&Arc<Quantized>>) -> Vec<Tensor> {
     let max = max.map(|max| max.report()).unwrap_or_default();
     let changed = run.view.report().into_iter().filter(|t| t.method != Method::Keep);
     changed
@@ -354,7 +348,7 @@ fn tensors(run: &Run<'_>, max: Option<&Arc<Quantized>>, name: &dyn Fn(MatrixId) 
             let stack = t.id.kind.is_expert();
             let in_layer = !matches!(t.id.kind, MatrixKind::Embedding | MatrixKind::Unembedding);
             Tensor {
-                name: name(t.id),
+                name: t.id.name(),
                 layer: in_layer.then_some(t.id.layer),
                 kind: kind(t.id.kind).to_owned(),
                 format: t.format.name().to_owned(),

@@ -26,7 +26,6 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     keeps_inputs(args, model.checkpoint.directory())?;
     let source_bytes = model.checkpoint.tensor_bytes();
     let parameters = model.checkpoint.parameters();
-    let names = Names::of(&model.checkpoint);
     let layout = layout(args.format);
     let mut target = Target {
         shard_bytes: args.max_shard_size,
@@ -152,9 +151,9 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
     interrupt::end_at_once();
     let bits = written.tensor_bytes as f64 * 8.0 / parameters as f64;
     if ui.json {
-        ui.document(&document(args, &view, &written, &names, bits, source_bytes, started))?;
+        ui.document(&document(args, &view, &written, bits, source_bytes, started))?;
     } else {
-        table(args, &view, &names)?;
+        table(args, &view)?;
         out!(
             "{}: {} ({bits:.3} bits per weight), from {}, in {:.1} s",
             bold(&args.out.display().to_string()),
@@ -180,7 +179,7 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
         let view = &view;
         let run =
             report::Run { args, common, source, facts, data, view, scales_per, started, source_bytes, bits };
-        report::write(&run, &written, &|id| names.name(id).to_owned(), folder, ui)?;
+        report::write(&run, &written, folder, ui)?;
     }
     Ok(())
 }
@@ -375,27 +374,11 @@ fn digest(windows: &[Vec<u32>]) -> u64 {
     hasher.finish()
 }
 
-/// The names of the source's matrices, kept for the report.
-struct Names(Vec<(checkpoint::MatrixId, String)>);
-
-impl Names {
-    fn of(checkpoint: &Checkpoint) -> Names {
-        let name =
-            |id| checkpoint.name_of(id).trim_end_matches("_blocks").trim_end_matches(".blocks").to_owned();
-        Names(checkpoint::matrices(checkpoint.config()).map(|id| (id, name(id))).collect())
-    }
-
-    fn name(&self, id: checkpoint::MatrixId) -> &str {
-        self.0.iter().find(|(own, _)| *own == id).map_or("", |(_, name)| name)
-    }
-}
-
 /// The result for programs.
 fn document(
     args: &Quantize,
     view: &Quantized,
     written: &Written,
-    names: &Names,
     bits: f64,
     source_bytes: u64,
     started: Instant,
@@ -403,7 +386,7 @@ fn document(
     let cast = view.cast_counts();
     let rows: Vec<Value> = changed(view)
         .map(|t| {
-            json!({"name": names.name(t.id), "format": t.format, "algorithm": t.method,
+            json!({"name": t.id.name(), "format": t.format, "algorithm": t.method,
                 "mse": t.totals.map(|totals| totals.mse()), "max_error": t.totals.map(|totals| totals.max_error),
                 "sqnr_db": t.totals.and_then(|totals| finite(totals.sqnr_db()))})
         })
@@ -423,7 +406,7 @@ fn document(
 }
 
 /// What was done to each matrix, for people.
-fn table(args: &Quantize, view: &Quantized, names: &Names) -> Result<()> {
+fn table(args: &Quantize, view: &Quantized) -> Result<()> {
     for t in changed(view).filter(|t| t.method != Method::Cast || t.cast.changed_values > 0) {
         let method = t.method.name();
         let quality = match t.totals {
@@ -433,7 +416,7 @@ fn table(args: &Quantize, view: &Quantized, names: &Names) -> Result<()> {
             }
             Some(_) => "every value kept".to_owned(),
         };
-        out!("{:<52} {method:<13} {quality}", names.name(t.id))?;
+        out!("{:<52} {method:<13} {quality}", t.id.name())?;
     }
     if let Some(reason) = reason(args, view) {
         out!("{}", dim(&format!("auto took refine for what is BF16: {reason}")))?;

@@ -72,6 +72,22 @@ fn a_fused_tensor_is_looked_at_whole() {
 }
 
 #[test]
+fn the_parts_of_a_fused_tensor_have_names_of_their_own() {
+    let folder = Folder::new();
+    let (source, out) = (crate::path("testdata/model/original-mxfp4"), folder.path("out"));
+    let args = ["quantize", &source, "--out", &out, "--recipe", "linear", "--algorithm", "max", "--json"];
+    let found = ok(&args).json();
+    let names: Vec<&str> =
+        found["tensors"].as_array().unwrap().iter().map(|t| t["name"].as_str().unwrap()).collect();
+    let different: std::collections::BTreeSet<&str> = names.iter().copied().collect();
+    assert_eq!(different.len(), names.len(), "{names:?}");
+    // They are those of the output.
+    for name in names {
+        ok(&["inspect", &out, "--tensor", name]);
+    }
+}
+
+#[test]
 fn layouts_convert_into_one_another() {
     let folder = Folder::new();
     for recipe in ["experts", "linear", "all"] {
