@@ -1,6 +1,6 @@
 //! Calibration data on the command line: files to windows of token ids, and the built-in set.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use checkpoint::Weights;
 use harmony::ChatPrompt;
@@ -65,8 +65,9 @@ pub(crate) fn read(model: &Model, files: &[PathBuf], wanted: &Wanted, ui: Ui) ->
         let lines = CONVERSATIONS
             .lines()
             .map(|line| serde_json::from_str(line).map_err(|error| error.to_string()).and_then(Line::new))
-            .collect::<std::result::Result<_, _>>()
+            .collect::<std::result::Result<Vec<_>, _>>()
             .expect("the built-in set is conversations");
+        let lines = (1..).zip(lines).collect();
         for (name, windows) in [
             ("built-in books", of_text(model, BOOKS, usize::MAX, window)?),
             ("built-in conversations", of_lines(model, lines, "the built-in conversations", window)?),
@@ -79,7 +80,7 @@ pub(crate) fn read(model: &Model, files: &[PathBuf], wanted: &Wanted, ui: Ui) ->
             Some("jsonl") => {
                 let mut lines = Vec::new();
                 for_each_line(path, |number, line| {
-                    lines.push(Line::read(path, number, line)?);
+                    lines.push((number, Line::read(path, number, line)?));
                     Ok(())
                 })?;
                 of_lines(model, lines, &name(path), window)?
@@ -96,7 +97,9 @@ pub(crate) fn read(model: &Model, files: &[PathBuf], wanted: &Wanted, ui: Ui) ->
                 )));
             }
         };
-        check(model, path, &windows)?;
+        if windows.iter().all(Vec::is_empty) {
+            return Err(Failure::input(format!("{}: expected at least one token, found none", name(path))));
+        }
         let file = path.file_name().map_or_else(|| name(path), |file| file.to_string_lossy().into_owned());
         let set = divided(file, windows, share, wanted);
         if set.tokens() < share {
@@ -153,11 +156,14 @@ fn of_text(model: &Model, text: &str, bytes: usize, window: usize) -> Result<Vec
     Ok(model.tokenizer()?.encode(text).chunks(window).map(<[u32]>::to_vec).collect())
 }
 
-fn of_lines(model: &Model, lines: Vec<Line>, file: &str, window: usize) -> Result<Vec<Vec<u32>>> {
+/// The windows of lines, each with its number in the file.
+fn of_lines(model: &Model, lines: Vec<(usize, Line)>, file: &str, window: usize) -> Result<Vec<Vec<u32>>> {
+    let vocabulary = model.checkpoint.config().vocab_size;
     // Ids alone ask for no vocabulary.
-    let plain = lines.iter().all(|line| matches!(line, Line::Tokens(_)));
+    let plain = lines.iter().all(|(_, line)| matches!(line, Line::Tokens(_)));
     let harmony = if plain { None } else { Some(model.harmony()?) };
-    let each = lines.into_iter().enumerate().map(|(number, line)| {
+    let each = lines.into_iter().map(|(number, line)| {
+        let failed = |what: String| Failure::input(format!("{file}: line {number}: {what}"));
         let mut ids = match line {
             Line::Tokens(ids) => ids,
             Line::Text(prompt) => {
@@ -166,26 +172,14 @@ fn of_lines(model: &Model, lines: Vec<Line>, file: &str, window: usize) -> Resul
             Line::Chat(prompt) => {
                 let prompt = ChatPrompt { add_generation_prompt: false, ..*prompt };
                 let rendered = harmony.as_ref().map(|harmony| harmony.render_chat(&prompt)).transpose();
-                rendered
-                    .map_err(|e| Failure::input(format!("{file}: line {}: {e}", number + 1)))?
-                    .unwrap_or_default()
+                rendered.map_err(|e| failed(e.to_string()))?.unwrap_or_default()
             }
         };
         ids.truncate(window);
-        Ok(ids)
+        match ids.iter().find(|&&id| id as usize >= vocabulary) {
+            Some(id) => Err(failed(format!("expected ids below {vocabulary}, found {id}"))),
+            None => Ok(ids),
+        }
     });
     each.collect()
-}
-
-fn check(model: &Model, path: &Path, windows: &[Vec<u32>]) -> Result<()> {
-    let vocabulary = model.checkpoint.config().vocab_size;
-    if windows.iter().all(Vec::is_empty) {
-        return Err(Failure::input(format!("{}: expected at least one token, found none", name(path))));
-    }
-    match windows.iter().flatten().find(|&&id| id as usize >= vocabulary) {
-        Some(id) => {
-            Err(Failure::input(format!("{}: expected ids below {vocabulary}, found {id}", name(path))))
-        }
-        None => Ok(()),
-    }
 }

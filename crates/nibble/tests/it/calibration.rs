@@ -36,7 +36,12 @@ fn bad_calibration_data_are_refused_before_any_work() {
             "found prompt and completion",
         ),
         ("half.jsonl", "{\"completion\": \"Ho\"}\n", "found completion"),
-        ("unknown.jsonl", "[1, 2, 4096]\n", "expected ids below 4096, found 4096"),
+        ("unknown.jsonl", "[1]\n\n[1, 2, 4096]\n", "line 3: expected ids below 4096, found 4096"),
+        (
+            "role.jsonl",
+            "[1]\n\n{\"messages\": [{\"role\": \"nobody\", \"content\": \"Hi\"}]}\n",
+            "line 3: messages.0.role",
+        ),
         ("negative.jsonl", "[-1]\n", "line 1"),
         ("empty.txt", "", "expected at least one token"),
         ("empty.jsonl", "[]\n\n", "expected at least one token"),
