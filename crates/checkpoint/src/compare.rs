@@ -49,11 +49,17 @@ pub struct Difference {
 /// `tolerance`, tensors and scales count as different only if the root mean square of the difference exceeds that share of the
 /// root mean square of `a`.
 ///
-/// Takes the memory of one matrix of each side that a layout cannot lend, and a row.
+/// Takes the memory of one matrix of each side that a layout cannot lend, and on each of so many `threads` two rows. The result does
+/// not depend on their number.
 ///
 /// # Errors
 /// Those of reading either model.
-pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Result<Comparison, Error> {
+pub fn compare(
+    a: &dyn Weights,
+    b: &dyn Weights,
+    tolerance: Option<f64>,
+    threads: usize,
+) -> Result<Comparison, Error> {
     let (ours, theirs) = (Names::of(a.config()), Names::of(b.config()));
     let (mut different, mut within_tolerance) = (Vec::new(), Vec::new());
     let mut note = |name: String, difference: Totals| {
@@ -71,7 +77,7 @@ pub fn compare(a: &dyn Weights, b: &dyn Weights, tolerance: Option<f64>) -> Resu
         } else {
             for expert in 0..shape.0 {
                 let (left, right) = (a.matrix(id, expert)?, b.matrix(id, expert)?);
-                totals.add(&compare_matrices(&left, &right, tolerance.is_some()));
+                totals.add(&compare_matrices(&left, &right, tolerance.is_some(), threads));
                 a.release(id, expert);
                 b.release(id, expert);
             }
@@ -212,7 +218,7 @@ impl Totals {
 const ROWS_PER_CHUNK: usize = 64;
 
 /// `power` says that the power of `a` is wanted even where nothing differs.
-fn compare_matrices(a: &Matrix<'_>, b: &Matrix<'_>, power: bool) -> Totals {
+fn compare_matrices(a: &Matrix<'_>, b: &Matrix<'_>, power: bool, threads: usize) -> Totals {
     let elements = (a.rows * a.cols) as u64;
     let same = same_storage(&a.values, &b.values);
     if same && !power {
@@ -231,7 +237,7 @@ fn compare_matrices(a: &Matrix<'_>, b: &Matrix<'_>, power: bool) -> Totals {
         totals
     };
     let chunk = |index: usize| compare(index * ROWS_PER_CHUNK..((index + 1) * ROWS_PER_CHUNK).min(a.rows));
-    let threads = thread::available_parallelism().map_or(1, usize::from).min(chunks);
+    let threads = threads.min(chunks).max(1);
     let mut sums: Vec<(usize, Totals)> = if elements < 1 << 18 {
         (0..chunks).map(|index| (index, chunk(index))).collect()
     } else {

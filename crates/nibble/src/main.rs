@@ -64,7 +64,7 @@ fn run(cli: Cli) -> Result<()> {
         Command::Demo => commands::demo::run(&common, ui),
         Command::Quantize(args) => commands::quantize::run(*args, &common, ui),
         Command::Inspect(args) => commands::inspect::run(&args, ui),
-        Command::Verify(args) => commands::verify::run(&args, ui),
+        Command::Verify(args) => commands::verify::run(&args, &common, ui),
         Command::Generate(args) => commands::generate::run(&args, &common, ui),
         Command::Chat(args) => commands::chat::run(&args, &common, ui),
         Command::Serve(args) => commands::serve::run(*args, &common, ui),

@@ -79,7 +79,7 @@ fn differences_are_measured_and_located() {
         let Values::Bf16(values) = &mut matrix.values else { panic!() };
         values.to_mut()[4] = bf16::NEG_ZERO;
     });
-    let comparison = compare(&moved, &zeroed, None).unwrap();
+    let comparison = compare(&moved, &zeroed, None, 2).unwrap();
     let [difference] = comparison.different.as_slice() else { panic!("{comparison:?}") };
     assert_eq!(difference.name, "model.layers.2.self_attn.o_proj.weight");
     assert_eq!(difference.elements, 1);
@@ -89,8 +89,8 @@ fn differences_are_measured_and_located() {
     assert!(!comparison.identical && comparison.missing.is_empty() && comparison.unknown.is_empty());
 
     // Root mean square of the difference 1 / sqrt(96 · 144) against 0.018 of the weights: a relative 0.47.
-    assert!(!compare(&zeroed, &moved, Some(0.3)).unwrap().identical);
-    let comparison = compare(&zeroed, &moved, Some(0.7)).unwrap();
+    assert!(!compare(&zeroed, &moved, Some(0.3), 2).unwrap().identical);
+    let comparison = compare(&zeroed, &moved, Some(0.7), 2).unwrap();
     assert!(comparison.identical);
     assert_eq!((comparison.within_tolerance[0].elements, comparison.within_tolerance.len()), (1, 1));
 }
@@ -132,13 +132,13 @@ fn static_scales_differ_where_both_models_have_them() {
     let one = with(Some(0.5), Some(1.0));
     assert_identical(&one, &with(Some(f32::from_bits(0.5f32.to_bits() + 1)), Some(1.0)));
 
-    let found = compare(&one, &with(Some(0.75), Some(1.25)), None).unwrap();
+    let found = compare(&one, &with(Some(0.75), Some(1.25)), None, 2).unwrap();
     assert_eq!((found.identical, names(&found.different)), (false, vec![input.to_owned(), cache.to_owned()]));
-    let found = compare(&one, &with(Some(0.75), Some(1.25)), Some(0.3)).unwrap();
+    let found = compare(&one, &with(Some(0.75), Some(1.25)), Some(0.3), 2).unwrap();
     assert_eq!(names(&found.different), [input]);
     assert_eq!(names(&found.within_tolerance), [cache]);
 
-    let found = compare(&with(None, Some(1.0)), &with(Some(0.5), None), None).unwrap();
+    let found = compare(&with(None, Some(1.0)), &with(Some(0.5), None), None, 2).unwrap();
     let key = "model.layers.0.self_attn.k_proj.k_scale";
     assert!(found.identical);
     assert_eq!(found.scales_of_one, [input, key, cache]);
@@ -168,8 +168,8 @@ fn a_tolerance_is_relative_to_the_whole_stack() {
         }
     }
     let other = OneExpert(mxfp4(), id);
-    assert!(!compare(&mxfp4(), &other, Some(0.42)).unwrap().identical);
-    assert!(compare(&mxfp4(), &other, Some(0.48)).unwrap().identical);
+    assert!(!compare(&mxfp4(), &other, Some(0.42), 2).unwrap().identical);
+    assert!(compare(&mxfp4(), &other, Some(0.48), 2).unwrap().identical);
 }
 
 #[test]
@@ -183,7 +183,7 @@ fn what_is_no_number_is_never_equal_to_one() {
     };
     for (a, b) in [(bf16::NAN, bf16::ONE), (bf16::ONE, bf16::NAN), (bf16::INFINITY, bf16::NEG_INFINITY)] {
         for tolerance in [None, Some(1e9)] {
-            let comparison = compare(&with(a), &with(b), tolerance).unwrap();
+            let comparison = compare(&with(a), &with(b), tolerance, 2).unwrap();
             assert_eq!((comparison.different.len(), comparison.different[0].elements), (1, 1));
             assert!(comparison.different[0].max_abs.is_infinite());
             let json = serde_json::to_value(&comparison).unwrap();
@@ -198,23 +198,23 @@ fn models_of_other_shapes_are_described() {
     let more_layers = Config { layer_kinds: vec![LayerKind::Full; 4], ..odd_config() };
     let more = Synthetic::new(more_layers, |_| Format::Bf16, 7);
     let plain = Synthetic::new(odd_config(), |_| Format::Bf16, 7);
-    let comparison = compare(&plain, &more, None).unwrap();
+    let comparison = compare(&plain, &more, None, 2).unwrap();
     assert_eq!((comparison.missing.len(), comparison.unknown.len()), (0, 17));
     assert!(comparison.unknown.contains(&"model.layers.3.mlp.experts.down_proj".to_owned()));
     assert!(comparison.different.is_empty() && !comparison.identical);
-    assert_eq!(compare(&more, &plain, None).unwrap().missing, comparison.unknown);
+    assert_eq!(compare(&more, &plain, None, 2).unwrap().missing, comparison.unknown);
 
     let wider = Synthetic::new(Config { vocab_size: 78, ..odd_config() }, |_| Format::Bf16, 7);
-    let comparison = compare(&plain, &wider, Some(1e9)).unwrap();
+    let comparison = compare(&plain, &wider, Some(1e9), 2).unwrap();
     let names: Vec<_> = comparison.different.iter().map(|difference| difference.name.as_str()).collect();
     assert_eq!(names, ["model.embed_tokens.weight", "lm_head.weight"]);
 }
 
 #[test]
 fn a_trained_model_and_its_rounding_are_close_but_not_identical() {
-    let comparison = compare(&open("tiny-gpt-oss-bf16"), &open("../models/tiny-gpt-oss"), None).unwrap();
+    let comparison = compare(&open("tiny-gpt-oss-bf16"), &open("../models/tiny-gpt-oss"), None, 2).unwrap();
     assert!(!comparison.identical);
-    let threads = compare(&open("tiny-gpt-oss-bf16"), &open("../models/tiny-gpt-oss"), None).unwrap();
+    let threads = compare(&open("tiny-gpt-oss-bf16"), &open("../models/tiny-gpt-oss"), None, 3).unwrap();
     assert_eq!(comparison, threads, "sums do not depend on the order in which threads end");
 }
 

@@ -63,7 +63,7 @@ fn mxfp4() -> Synthetic {
 
 #[track_caller]
 fn assert_identical(a: &dyn Weights, b: &dyn Weights) {
-    let comparison = compare(a, b, None).unwrap();
+    let comparison = compare(a, b, None, 2).unwrap();
     assert!(comparison.identical, "{comparison:?}");
     let config = a.config();
     assert_eq!(comparison.tensors, matrices(config).count() + vectors(config).count());

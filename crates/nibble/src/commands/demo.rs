@@ -134,7 +134,7 @@ fn checkpoints(
         counts.changed_values
     )?;
     let cast = Arc::new(Checkpoint::open(&cast_folder)?);
-    let comparison = checkpoint::compare(&**original, &*cast, None)?;
+    let comparison = checkpoint::compare(&**original, &*cast, None, threads(common))?;
     let verdict = if comparison.identical { green("identical") } else { "different".to_owned() };
     say!(ui, "   read back and compared with the original: {verdict}, {} tensors", comparison.tensors)?;
     if !comparison.identical {

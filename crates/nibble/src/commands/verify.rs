@@ -2,17 +2,17 @@
 
 use checkpoint::{Layout, Weights};
 
-use crate::args::Verify;
+use crate::args::{Common, Verify};
 use crate::failure::{Failure, Result};
-use crate::model::Model;
+use crate::model::{Model, threads};
 use crate::ui::{Ui, green, out};
 
-pub(crate) fn run(args: &Verify, ui: Ui) -> Result<()> {
+pub(crate) fn run(args: &Verify, common: &Common, ui: Ui) -> Result<()> {
     if args.tolerance.is_some_and(|t| !(t.is_finite() && t >= 0.0)) {
         return Err(Failure::input("--tolerance: expected a number of at least 0"));
     }
     let (a, b) = (Model::open(Some(&args.a), ui)?, Model::open(Some(&args.b), ui)?);
-    let comparison = checkpoint::compare(&*packed(a), &*packed(b), args.tolerance)?;
+    let comparison = checkpoint::compare(&*packed(a), &*packed(b), args.tolerance, threads(common))?;
     if ui.json {
         ui.document(&comparison)?;
     } else {

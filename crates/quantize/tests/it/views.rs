@@ -21,19 +21,19 @@ fn every_block_of_the_small_model_is_cast_without_loss_and_back() {
     let cast = Arc::new(view(open(SMALL), nvfp4(Recipe::Experts, Algorithm::Auto)));
     let counts = cast.cast_counts();
     assert_eq!((counts.blocks, counts.lossless_blocks, counts.changed_values), (393_216, 393_216, 0));
-    assert!(compare(&*cast, &*open(SMALL), None).unwrap().identical);
+    assert!(compare(&*cast, &*open(SMALL), None, 2).unwrap().identical);
     let back = view(Arc::clone(&cast) as Arc<dyn Weights>, Options::Mxfp4);
     assert_eq!(back.format(MatrixKind::Down.at(1)), Format::Mxfp4);
-    assert!(compare(&back, &*open(SMALL), None).unwrap().identical);
+    assert!(compare(&back, &*open(SMALL), None, 2).unwrap().identical);
     let upcast = view(cast, Options::Bf16);
-    assert!(compare(&upcast, &*open(SMALL), None).unwrap().identical);
+    assert!(compare(&upcast, &*open(SMALL), None, 2).unwrap().identical);
     assert!(upcast.report().iter().all(|t| t.totals.unwrap().changed == 0 && t.format == Format::Bf16));
 }
 
 #[test]
 fn max_changes_values_and_reports_the_error() {
     let max = view(open(SMALL), nvfp4(Recipe::All, Algorithm::Max));
-    let comparison = compare(&max, &*open(SMALL), None).unwrap();
+    let comparison = compare(&max, &*open(SMALL), None, 2).unwrap();
     // Two stacks and four projections in each of four layers, and the output layer.
     assert_eq!(comparison.different.len(), 4 * 6 + 1);
     assert_eq!(max.cast_counts().blocks, 0);
@@ -80,7 +80,7 @@ fn searched_scales_lower_the_error_and_leave_the_cast_alone() {
     assert!(mse < 0.85 * max && four < 0.92 * max && mse < four, "{max} {mse} {four}");
     for algorithm in [Algorithm::Mse, Algorithm::FourOverSix] {
         let cast = view(open(SMALL), nvfp4(Recipe::Experts, algorithm));
-        assert!(compare(&cast, &*open(SMALL), None).unwrap().identical);
+        assert!(compare(&cast, &*open(SMALL), None, 2).unwrap().identical);
     }
 }
 
@@ -232,7 +232,7 @@ fn values_beyond_bf16_are_refused_by_name() {
     };
     // 6 · 2^125 is a BF16 value, 6 · 2^127 is not even one of F32.
     let found = view(source(252), Options::Bf16);
-    assert!(compare(&found, &*source(252), None).unwrap().identical);
+    assert!(compare(&found, &*source(252), None, 2).unwrap().identical);
     let error = view(source(254), Options::Bf16).matrix(MatrixKind::GateUp.at(0), 1).unwrap_err().to_string();
     assert_eq!(
         error,
@@ -271,7 +271,7 @@ fn a_cast_out_of_the_window_is_counted_before_anything_is_read() {
     assert_eq!((counts.blocks, counts.lossless_blocks), (blocks, blocks - 3));
     // 0.5 and 1 at 20 octaves below the top both vanish.
     assert_eq!(counts.changed_values, 3 * 32);
-    let comparison = compare(&view, &*source, None).unwrap();
+    let comparison = compare(&view, &*source, None, 2).unwrap();
     assert!(!comparison.identical && comparison.different[0].elements == 96, "{comparison:?}");
     let report = view.report();
     let tensor = report.iter().find(|t| t.id.kind == MatrixKind::GateUp).unwrap();
@@ -331,7 +331,7 @@ fn the_numbers_do_not_depend_on_the_threads() {
         Quantized::new(Arc::clone(&source) as Arc<dyn Weights>, options, threads, &mut |_, _| {}).unwrap()
     };
     let (one, many) = (make(1), make(5));
-    assert!(compare(&one, &many, None).unwrap().identical);
+    assert!(compare(&one, &many, None, 2).unwrap().identical);
     let errors =
         |view: &Quantized| view.report().iter().map(|t| t.totals.unwrap().squared_error).collect::<Vec<_>>();
     assert_eq!(errors(&one), errors(&many));
@@ -379,7 +379,7 @@ fn an_interrupted_calibration_continues_to_the_same_result() {
         view
     };
     let (whole, continued) = (make("whole", None), make("continued", Some(20)));
-    assert!(compare(&whole, &continued, None).unwrap().identical);
+    assert!(compare(&whole, &continued, None, 2).unwrap().identical);
     let bias = VectorKind::DownBias.at(2);
     assert_eq!(whole.vector(bias).unwrap(), continued.vector(bias).unwrap());
     assert_ne!(whole.vector(bias).unwrap(), source().vector(bias).unwrap(), "the bias takes the mean error");
@@ -610,7 +610,7 @@ fn odd_shapes_and_many_experts_are_calibrated_for_w4a4() {
     let out = folder.path().join("out");
     checkpoint::write(&found, &target, &out, &mut |_| ControlFlow::Continue(())).unwrap();
     let written = checkpoint::Checkpoint::open(&out).unwrap();
-    assert!(compare(&found, &written, None).unwrap().identical);
+    assert!(compare(&found, &written, None, 2).unwrap().identical);
     for id in checkpoint::matrices(&config) {
         assert_eq!(found.input_scale(id), written.input_scale(id), "{id:?}");
     }
@@ -690,7 +690,7 @@ fn gptq_sees_inputs_in_four_bits_where_they_will_be() {
             let scratch = folder.path().join(format!("{algorithm:?} {activations}"));
             w4a4(source(), algorithm, activations, &scratch)
         });
-        let different = compare(&with, &without, None).unwrap().different;
+        let different = compare(&with, &without, None, 2).unwrap().different;
         let names: Vec<&str> = different.iter().map(|d| d.name.rsplit('.').next().unwrap()).collect();
         match algorithm {
             Algorithm::Gptq => {
@@ -790,7 +790,7 @@ fn one_token_leaves_every_expert_at_the_sweep() {
     let mut refined = view(source(), nvfp4(Recipe::Experts, Algorithm::Refine));
     refined.calibrate(&calibration, &mut |_, _| ControlFlow::Continue(())).unwrap();
     let mse = view(source(), nvfp4(Recipe::Experts, Algorithm::Mse));
-    assert!(compare(&refined, &mse, None).unwrap().identical);
+    assert!(compare(&refined, &mse, None, 2).unwrap().identical);
 
     let nothing = quantize::Calibration { windows: vec![], ..calibration.clone() };
     let error = refined.calibrate(&nothing, &mut |_, _| ControlFlow::Continue(())).unwrap_err();
