@@ -52,6 +52,10 @@ pub(crate) struct Common {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// The main job from end to end on the small built-in model: quantize, verify, measure, answer
+    #[command(after_help = "\
+Examples:
+  nibble demo               for people
+  nibble demo --json        for scripts")]
     Demo,
     /// Write a quantized checkpoint
     Quantize(Box<Quantize>),
@@ -70,12 +74,30 @@ pub(crate) enum Command {
     /// Speed: prompt processing, decoding, batches
     Bench(Bench),
     /// What this machine has, which kernels are chosen, and whether each gives the right numbers
+    #[command(after_help = "\
+Examples:
+  nibble doctor
+  nibble doctor --device cpu --threads 4")]
     Doctor,
     /// Text to token ids and back
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  nibble tokens encode --text \"Hello, world\"
+  nibble tokens decode 13225 11 2375
+  nibble tokens encode --lines texts.jsonl         a JSON string on each line"
+    )]
     Tokens(Tokens),
     /// Messages to Harmony prompts, and generated ids to messages
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "\
+Examples:
+  echo '{\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}]}' | nibble harmony render -
+  nibble harmony parse 200005 17196 200008 24912 200002
+  nibble harmony parse --lines answers.jsonl       {\"ids\": […], \"tools\": […]} on each line"
+    )]
     Harmony(Harmony),
     /// The logits of a prompt, as a tensor file
     Logits(Logits),
@@ -301,6 +323,11 @@ pub(crate) enum ScalesPer {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nibble inspect openai/gpt-oss-20b
+  nibble inspect gpt-oss-20b-nvfp4 --json
+  nibble inspect gpt-oss-20b-nvfp4 --tensor model.layers.0.mlp.experts.down_proj")]
 pub(crate) struct Inspect {
     /// The checkpoint
     pub(crate) model: String,
@@ -310,6 +337,10 @@ pub(crate) struct Inspect {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nibble verify openai/gpt-oss-20b gpt-oss-20b-nvfp4         value by value
+  nibble verify my-finetune my-finetune-nvfp4 --tolerance 0.2")]
 pub(crate) struct Verify {
     /// One checkpoint
     pub(crate) a: String,
@@ -424,6 +455,11 @@ pub(crate) struct Generate {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nibble chat                                  the small built-in model
+  nibble chat gpt-oss-20b-nvfp4 --reasoning-effort high
+  echo \"What is 2 + 2?\" | nibble chat --temperature 0 --json")]
 pub(crate) struct Chat {
     /// The model [default: the small built-in one]
     pub(crate) model: Option<String>,
@@ -1006,6 +1042,10 @@ pub(crate) enum Harmony {
 }
 
 #[derive(Debug, Args)]
+#[command(after_help = "\
+Examples:
+  nibble logits MODEL --ids 1,2,3 --out logits.safetensors
+  nibble logits MODEL --ids 1,2,3 --layer 0 --out logits.safetensors    the first layer's output too")]
 pub(crate) struct Logits {
     /// The model
     pub(crate) model: String,
