@@ -91,12 +91,20 @@ pub(crate) fn without_locks(error: &std::io::Error) -> bool {
     error.kind() == ErrorKind::Unsupported || error.raw_os_error() == Some(libc::ENOLCK)
 }
 
-/// Refuses what is not empty and has no journal: it is nobody's unfinished work, and stays as it is.
+/// Refuses what is not empty and has no journal: it is nobody's unfinished work, and stays as it is. So does what is no folder above
+/// it.
 pub(crate) fn refuse_foreign(directory: &Path) -> Result<(), Error> {
     let foreign = match fs::read_dir(directory) {
         Ok(mut entries) => entries.next().is_some() && !directory.join(JOURNAL).is_file(),
-        Err(error) if error.kind() == ErrorKind::NotFound => false,
-        Err(error) if error.kind() == ErrorKind::NotADirectory => true,
+        // But for a link that leads nowhere.
+        Err(error) if error.kind() == ErrorKind::NotFound => fs::symlink_metadata(directory).is_ok(),
+        Err(error) if error.kind() == ErrorKind::NotADirectory => {
+            let no_folder = |path: &&Path| fs::metadata(path).is_ok_and(|there| !there.is_dir());
+            if let Some(above) = directory.ancestors().skip(1).find(no_folder) {
+                return Err(Error::file(above, "a folder, or nothing", "something else"));
+            }
+            true
+        }
         Err(error) => return Err(Error::io(directory)(error)),
     };
     if foreign {

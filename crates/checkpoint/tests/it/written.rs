@@ -456,6 +456,19 @@ fn other_unfinished_work_is_not_continued() {
     std::fs::remove_dir_all(folder.path().join("out.partial")).unwrap();
     std::fs::write(folder.path().join("out.partial"), "dear").unwrap();
     assert!(matches!(may_write(&out, true), Err(Error::File { .. })));
+    // Above it, the file itself is named; a link is something even if it leads nowhere.
+    let refused = |name: &str| may_write(&folder.path().join(name), true).unwrap_err().to_string();
+    let inside = refused("out.partial/a/b");
+    assert!(
+        inside.ends_with("/out.partial: expected a folder, or nothing, found something else"),
+        "{inside}"
+    );
+    std::os::unix::fs::symlink("nowhere", folder.path().join("link.partial")).unwrap();
+    let link = refused("link");
+    assert!(
+        link.ends_with("/link.partial: expected unfinished work, or nothing, found something else"),
+        "{link}"
+    );
     // Nothing takes the place of a mounted file system.
     let error = may_write(Path::new("/proc"), true).unwrap_err().to_string();
     assert!(error.contains("found the root of a file system"), "{error}");

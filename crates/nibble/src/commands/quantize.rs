@@ -229,7 +229,7 @@ fn check(args: &Quantize) -> Result<()> {
             });
             Failure::from(error).hint(format!("--overwrite replaces it{left}"))
         }
-        // Beside the output, or in it.
+        // Beside the output, in it or above it.
         checkpoint::Error::File { path, .. } if *path != args.out => {
             Failure::from(error).hint("move it elsewhere first")
         }
