@@ -96,14 +96,14 @@ impl ScaleSearch {
             let start = static_block_scale(amax(values), self.amax, self.max_scale) as usize - 1;
             start.saturating_sub(SWEEP_BELOW)..(start + SWEEP_ABOVE + 1).min(self.sweep.len())
         };
-        let (mut best, mut least) = (candidates.start, f32::INFINITY);
+        let (mut best, mut least) = (None, f32::INFINITY);
         for i in candidates {
             let error = squared_error(values, self.sweep[i].1);
             if error < least {
-                (best, least) = (i, error);
+                (best, least) = (Some(i), error);
             }
         }
-        static_block_scale(self.sweep[best].0, self.amax, self.max_scale)
+        self.found(best, values)
     }
 
     /// The E4M3 scale of the smallest `d H dᵀ`, `d` being the block's error and `hessian` the second moment `H` of its inputs;
@@ -111,9 +111,9 @@ impl ScaleSearch {
     pub fn best_by_hessian(&self, values: &[f32], hessian: &[[f32; BLOCK]; BLOCK]) -> u8 {
         const LANES: usize = 16;
         if amax(values) == 0.0 {
-            return static_block_scale(self.sweep[0].0, self.amax, self.max_scale);
+            return self.found(Some(0), values);
         }
-        let (mut best, mut least) = (0, f32::INFINITY);
+        let (mut best, mut least) = (None, f32::INFINITY);
         for first in (0..self.sweep.len()).step_by(LANES) {
             // So many candidates side by side; the last one repeated where there are fewer.
             let scales: [f32; LANES] =
@@ -135,12 +135,20 @@ impl ScaleSearch {
                 }
             }
             for (c, &loss) in losses.iter().enumerate() {
-                if loss < least {
-                    (best, least) = (first + c, loss);
+                if loss < least && loss.is_finite() {
+                    (best, least) = (Some(first + c), loss);
                 }
             }
         }
-        static_block_scale(self.sweep[best].0, self.amax, self.max_scale)
+        self.found(best, values)
+    }
+
+    /// The scale byte of the best candidate; that of the max rule where the losses of all are beyond F32.
+    fn found(&self, best: Option<usize>, values: &[f32]) -> u8 {
+        match best {
+            Some(best) => static_block_scale(self.sweep[best].0, self.amax, self.max_scale),
+            None => block_scale(amax(values), static_global_scale(self.amax, self.max_scale)),
+        }
     }
 
     /// Scales the block so that its largest magnitude lands on 6 or on 4, whichever has the smaller squared error; 6 on a tie
