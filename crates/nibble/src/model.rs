@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use checkpoint::hub::{self, Files, Hub};
-use checkpoint::{Checkpoint, Layout, Weights};
+use checkpoint::{Checkpoint, Format, Layout, Weights, matrices};
 use harmony::Harmony;
 use quantize::{Algorithm, Options, Quantized, Recipe, ScalesPer};
 use serde_json::{Map, Value};
@@ -149,7 +149,7 @@ impl Model {
             "mxfp4" => matches!(layout, Layout::Mxfp4 | Layout::Original),
             "modelopt" | "modelopt_fp4" => layout == Layout::ModelOpt,
             "compressed-tensors" => layout == Layout::CompressedTensors,
-            "nvfp4" => return self.nvfp4(common, ui),
+            "nvfp4" => return self.nvfp4(run, common, ui),
             other => {
                 return Err(Failure::input(format!(
                     "--quantization: expected auto, nvfp4, none, mxfp4, modelopt, modelopt_fp4 or \
@@ -169,11 +169,23 @@ impl Model {
         Ok(as_run(self.checkpoint, run))
     }
 
-    fn nvfp4(self, common: &Common, ui: Ui) -> Result<Arc<dyn Weights>> {
-        match self.checkpoint.layout() {
-            Layout::ModelOpt | Layout::CompressedTensors => return Ok(Arc::new(self.checkpoint)),
-            Layout::FakeBf16 => return Ok(Arc::new(self.checkpoint.into_packed())),
-            Layout::Mxfp4 | Layout::Original | Layout::Bf16 => {}
+    fn nvfp4(self, run: &Run, common: &Common, ui: Ui) -> Result<Arc<dyn Weights>> {
+        let weights: Arc<dyn Weights> = match self.checkpoint.layout() {
+            Layout::FakeBf16 => Arc::new(self.checkpoint.into_packed()),
+            _ => Arc::new(self.checkpoint),
+        };
+        let ids: Vec<_> = matrices(weights.config()).collect();
+        if ids.iter().all(|&id| !id.kind.is_expert() || weights.format(id) == Format::Nvfp4) {
+            return Ok(weights);
+        }
+        // What is rounded here has no scales for its inputs.
+        if run.activations == ActivationBits::Nvfp4 && ids.iter().any(|&id| weights.input_scale(id).is_some())
+        {
+            return Err(Failure::input(format!(
+                "{}: --quantization nvfp4 with --activations nvfp4: expected experts in NVFP4, found others",
+                self.name
+            ))
+            .hint("--quantization auto runs the experts as they are"));
         }
         let options = Options::Nvfp4 {
             recipe: Recipe::Experts,
@@ -186,11 +198,10 @@ impl Model {
             experts_in_bf16: false,
         };
         let mut bar = ui.progress("Quantizing", 1);
-        let view =
-            Quantized::new(Arc::new(self.checkpoint), options, threads(common), &mut |done, total| {
-                bar.set_total(total as u64);
-                bar.set(done as u64);
-            })?;
+        let view = Quantized::new(weights, options, threads(common), &mut |done, total| {
+            bar.set_total(total as u64);
+            bar.set(done as u64);
+        })?;
         let changed = view.cast_counts().changed_values;
         if changed > 0 {
             return Err(Failure::input(format!(

@@ -141,6 +141,27 @@ fn chats_have_reasoning_content_and_logprobs() {
 }
 
 #[test]
+fn experts_that_stayed_in_bf16_are_rounded_by_max_where_that_is_asked_for() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (source, mixed, rounded) = (crate::bf16(), path("mixed"), path("rounded"));
+    let linear = ["--recipe", "linear", "--algorithm", "max", "--activations", "nvfp4"];
+    let few = ["--format", "compressed-tensors", "--calibration-tokens", "64"];
+    ok(&[&["quantize", &source, "--out", &mixed][..], &linear, &few].concat());
+    ok(&["quantize", &mixed, "--out", &rounded, "--algorithm", "cast"]);
+    let nll = |model: &str, quantization: &str| {
+        let text = crate::path("testdata/data/books-valid.txt");
+        let args =
+            ["eval", model, "perplexity", "--text", &text, "--context", "64", "--windows", "1", "--json"];
+        ok(&[&args[..], &["--quantization", quantization]].concat()).json()["nll"].as_f64().unwrap()
+    };
+    assert_eq!(nll(&mixed, "nvfp4"), nll(&rounded, "auto"));
+    assert_ne!(nll(&mixed, "nvfp4"), nll(&mixed, "auto"));
+    let with_inputs = ["--quantization", "nvfp4", "--activations", "nvfp4"];
+    fails(&[&["generate", &mixed, "-p", "x"], &with_inputs[..]].concat(), 2, "expected experts in NVFP4");
+}
+
+#[test]
 fn a_line_of_prompts_is_taken_whole_or_refused() {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("prompts.jsonl");
