@@ -3,7 +3,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::fmt::Write;
 use std::hash::{BuildHasher, RandomState};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, LazyLock, Mutex, MutexGuard, OnceLock, PoisonError, mpsc};
 use std::time::{Duration, Instant};
 
@@ -81,6 +81,8 @@ struct Compiled {
     goes_back: bool,
     warnings: Vec<String>,
     bytes: usize,
+    /// Whether a mask of it took long.
+    slow: AtomicBool,
 }
 
 impl Grammar {
@@ -92,6 +94,15 @@ impl Grammar {
     /// Whether guesses can be looked at: what counts tokens cannot go back.
     pub(crate) fn goes_back(&self) -> bool {
         self.0.goes_back
+    }
+
+    /// Whether one of its masks ever took long.
+    pub(crate) fn is_slow(&self) -> bool {
+        self.0.slow.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_slow(&self) {
+        self.0.slow.store(true, Ordering::Relaxed);
     }
 
     /// A state of its own at the beginning of the grammar.
@@ -301,7 +312,7 @@ fn compile(factory: &ParserFactory, grammars: Vec<GrammarWithLexer>) -> Result<C
     let goes_back = parser.parser.grammar().lexer_spec().can_rollback();
     let mut matcher = Matcher::new(Ok(parser));
     let warnings = matcher.grammar_warnings().iter().map(|warning| shorten(warning)).collect();
-    Ok(Compiled { matcher: Mutex::new(matcher), goes_back, warnings, bytes })
+    Ok(Compiled { matcher: Mutex::new(matcher), goes_back, warnings, bytes, slow: AtomicBool::new(false) })
 }
 
 /// Refuses what has no first states within the limits, which the compiler makes without a bound.

@@ -1,6 +1,8 @@
 //! The masks of constrained answers, made on threads of their own while the model computes the logits that they apply to.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, mpsc};
+use std::time::{Duration, Instant};
 
 use gptoss::Mask;
 use llguidance::Matcher;
@@ -8,12 +10,15 @@ use llguidance::Matcher;
 use crate::grammar::{Grammar, shorten};
 use crate::output::Rules;
 
-/// How many threads make masks: a device waits for all those of its step, each some 50 microseconds.
+/// How many threads make masks: a device waits for all those of its step, each some 50 microseconds. One that takes long leaves another.
 pub(crate) fn threads() -> usize {
     const MAX: usize = 4;
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    (cores / 4).clamp(1, MAX)
+    (cores / 4).clamp(2, MAX)
 }
+
+/// A mask that takes longer is one for which other sequences do not wait.
+const LONG: Duration = Duration::from_millis(20);
 
 /// The threads; they end when the engine's last constraint is gone.
 pub(crate) struct Masks {
@@ -46,6 +51,9 @@ pub(crate) struct Constraint {
     state: Arc<Mutex<State>>,
     /// Of the next token; maybe still in the making.
     mask: Mask,
+    /// Whether the mask before it took long; of the first one, any of its grammar.
+    slow: Arc<AtomicBool>,
+    grammar: Grammar,
     work: mpsc::Sender<Box<dyn FnOnce() + Send>>,
 }
 
@@ -62,6 +70,8 @@ impl Constraint {
             rules: Arc::clone(rules),
             state: Arc::default(),
             mask: Mask::default(),
+            slow: Arc::new(AtomicBool::new(grammar.is_slow())),
+            grammar: grammar.clone(),
             work: masks.work.clone(),
         };
         let grammar = grammar.clone();
@@ -100,6 +110,16 @@ impl Constraint {
         masks
     }
 
+    /// Whether it is better left out of a step that others have part in: its mask is not there yet, and it may take long.
+    pub(crate) fn is_late(&self) -> bool {
+        !self.mask.is_set() && self.is_slow()
+    }
+
+    /// Whether the mask before the next took long.
+    pub(crate) fn is_slow(&self) -> bool {
+        self.slow.load(Ordering::Relaxed)
+    }
+
     /// What may come next.
     pub(crate) fn mask(&self) -> Mask {
         self.mask.clone()
@@ -118,11 +138,18 @@ impl Constraint {
     ) {
         self.mask = Mask::default();
         let (state, rules) = (Arc::clone(&self.state), Arc::clone(&self.rules));
+        let (slow, grammar) = (Arc::clone(&self.slow), self.grammar.clone());
         let promise = Promise(self.mask.clone());
         // An error drops the job, which sets the mask.
         let _ = self.work.send(Box::new(move || {
+            let begin = Instant::now();
             let mut state = state.lock().unwrap_or_else(PoisonError::into_inner);
             let made = step(&mut state).and_then(|()| state.mask(&rules, may_stop));
+            let long = begin.elapsed() > LONG;
+            slow.store(long, Ordering::Relaxed);
+            if long {
+                grammar.set_slow();
+            }
             match made {
                 Ok(words) => promise.0.set(words),
                 Err(failure) => state.failure = Some(shorten(&failure)),

@@ -14,6 +14,7 @@ use tokenizer::Tokenizer;
 
 use crate::costs::{Costs, MAX_STEP_TOKENS};
 use crate::engine::{Job, Phase, Shared};
+use crate::grammar::Grammar;
 use crate::kv::{SHARED, Tokens};
 use crate::masks::{Constraint, Masks, others};
 use crate::outbox::{News, Outbox};
@@ -307,6 +308,7 @@ impl Worker {
                 choice.preemptions += 1;
             }
         }
+        self.leave_out(&mut shares);
         self.guess(&mut shares);
         let sequences = shares.iter().map(|share| self.plan(share)).collect();
         let plan = Plan { sequences };
@@ -342,6 +344,29 @@ impl Worker {
                 self.failures += 1;
                 self.start_over(&shares, &message);
             }
+        }
+    }
+
+    /// Takes those from a step whose mask may take long and is not there yet, so that the others need not wait for it.
+    fn leave_out(&mut self, shares: &mut Vec<Share>) {
+        let mut late: Vec<bool> = shares.iter().map(|share| self.is_late(share)).collect();
+        if late.contains(&false) {
+            let mut late = late.drain(..);
+            shares.retain(|_| late.next() == Some(false));
+        }
+    }
+
+    fn is_late(&mut self, share: &Share) -> bool {
+        let Some(active) = self.requests.get_mut(&share.id.request).filter(|_| share.complete) else {
+            return false;
+        };
+        let (Some(grammar), Some(choice)) = (&active.rules.grammar, &mut active.choices[share.id.choice])
+        else {
+            return false;
+        };
+        match &choice.constraint {
+            Some(constraint) => constraint.is_late(),
+            None => grammar.is_slow() && choice.constraint(&self.masks, &active.rules, grammar).is_late(),
         }
     }
 
@@ -391,6 +416,10 @@ impl Worker {
             return None;
         }
         let choice = active.choices[id.choice].as_mut()?;
+        // A guess needs a mask, too.
+        if choice.constraint.as_ref().is_some_and(Constraint::is_slow) {
+            return None;
+        }
         let room = self.settings.max_model_len.saturating_sub(tokens.len() + 1);
         let mut chance = choice.guesser.guess(tokens, options, options.tokens.min(room));
         chance.tokens = match choice.forced.is_empty() {
@@ -464,9 +493,8 @@ impl Worker {
             && rules.params.max_tokens != Some(0)
             && let Some(choice) = choice
         {
-            if let (Some(grammar), None) = (&rules.grammar, &choice.constraint) {
-                let may_stop = choice.output.may_stop();
-                choice.constraint = Some(Constraint::new(&self.masks, rules, grammar, may_stop));
+            if let Some(grammar) = &rules.grammar {
+                choice.constraint(&self.masks, rules, grammar);
             }
             if let Some(penalties) = &mut choice.penalties
                 && penalties.prompt.is_empty()
@@ -800,6 +828,12 @@ impl Choice {
                 self.forced.truncate(1);
             }
         }
+    }
+
+    /// Its place in the grammar, with a mask in the making from the first call on.
+    fn constraint(&mut self, masks: &Masks, rules: &Arc<Rules>, grammar: &Grammar) -> &Constraint {
+        let may_stop = self.output.may_stop();
+        self.constraint.get_or_insert_with(|| Constraint::new(masks, rules, grammar, may_stop))
     }
 
     /// What may be drawn next and after each guess, if not everything.

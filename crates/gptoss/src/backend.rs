@@ -239,6 +239,11 @@ impl Mask {
         let _ = self.0.set(words);
     }
 
+    /// Whether nobody would wait for it.
+    pub fn is_set(&self) -> bool {
+        self.0.get().is_some()
+    }
+
     /// The words, as soon as they are set.
     pub fn wait(&self) -> &[u32] {
         self.0.wait()

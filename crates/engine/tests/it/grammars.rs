@@ -540,6 +540,35 @@ fn large_forms_are_kept_to() {
     }
 }
 
+/// Where a mask took long, other answers go on without the one that waits for the next.
+#[test]
+fn others_do_not_wait_for_slow_masks() {
+    let objects = |i| {
+        let members: serde_json::Map<String, Value> =
+            (0..20).map(|k| (format!("k{k}"), json!({"const": i}))).collect();
+        json!({"type": "object", "properties": members})
+    };
+    let many = schema(json!({"anyOf": (0..100).map(objects).collect::<Vec<_>>()}));
+    let engine = says(r#"<|channel|>final<|message|>{"k0": 7, "k1": 7}<|return|>"#);
+    let free = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let long = SamplingParams { ignore_eos: true, ..at_most(300) };
+    let (sender, events) = std::sync::mpsc::channel();
+    let requests = [request(&answering(many), at_most(9)), Request::new(vec![1], long, free)];
+    let handles: Vec<_> = ["slow", "other"]
+        .into_iter()
+        .zip(requests)
+        .map(|(name, request)| {
+            let sender = sender.clone();
+            engine.submit(request, Box::new(move |event| sender.send((name, event)).is_ok())).unwrap()
+        })
+        .collect();
+    drop(sender);
+    // Step by step the short answer would be the first.
+    let finished = events.iter().filter(|(_, event)| matches!(event, Event::Finished { .. }));
+    assert_eq!(finished.map(|(name, _)| name).collect::<Vec<_>>(), ["other", "slow"]);
+    drop(handles);
+}
+
 /// The grammar is at its end: nothing but the end of the turn may come, so that it does, once.
 #[test]
 fn where_the_grammar_ends_the_turn_ends() {
