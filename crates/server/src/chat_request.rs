@@ -1,6 +1,6 @@
 //! `POST /v1/chat/completions`: from a body to a request that cannot be wrong (`serving.md` 5.1 to 5.3).
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 
 use engine::SamplingParams;
 use harmony::{ChatMessage, ChatPrompt, FunctionCall, MessageContent, ToolCallInput};
@@ -164,7 +164,8 @@ impl ChatRequest {
         }
         wire.common.cross_check(params.prompt_logprobs)?;
         let choice = wire.tool_choice.check(wire.tools.as_ref())?;
-        let (mut messages, mut text_bytes) = history(wire.messages)?;
+        let mut messages = history(wire.messages)?;
+        let mut text_bytes = text_bytes(&messages);
         let continued = match wire.continue_final_message {
             true => Some(last_answer(&mut messages)?),
             false => None,
@@ -451,15 +452,14 @@ fn read_call(field: &Field<'_>) -> Result<FunctionCall, ApiError> {
     Ok(FunctionCall { name, arguments })
 }
 
-/// Checks that results answer calls, gives old-style calls ids, and counts the text.
-fn history(messages: Vec<WireMessage>) -> Result<(Vec<ChatMessage>, usize), ApiError> {
+/// Checks that results answer calls, and gives old-style calls ids.
+fn history(messages: Vec<WireMessage>) -> Result<Vec<ChatMessage>, ApiError> {
     let mut known: HashSet<String> = HashSet::new();
     // Calls of the last assistant message without a result yet, and its path.
     let mut open: Vec<String> = Vec::new();
     let mut open_path = String::new();
     // The old-style call that waits for a message of the role `function`.
     let mut open_function: Option<(String, String)> = None;
-    let mut bytes = 0;
     let mut checked = Vec::with_capacity(messages.len());
     for (i, WireMessage { path, mut message, function_call }) in messages.into_iter().enumerate() {
         match message.role.as_str() {
@@ -502,7 +502,6 @@ fn history(messages: Vec<WireMessage>) -> Result<(Vec<ChatMessage>, usize), ApiE
             "user" => open.clear(),
             _ => {}
         }
-        bytes += text_bytes(&message);
         checked.push(message);
     }
     if !open.is_empty() {
@@ -514,19 +513,25 @@ fn history(messages: Vec<WireMessage>) -> Result<(Vec<ChatMessage>, usize), ApiE
         let message = format!("These tool calls have no result: {ids}.");
         return Err(ApiError::invalid(&format!("{open_path}.tool_calls"), message));
     }
-    Ok((checked, bytes))
+    Ok(checked)
 }
 
-pub(crate) fn text_bytes(message: &ChatMessage) -> usize {
-    let content = match &message.content {
-        Some(MessageContent::Text(text)) => text.len(),
-        _ => 0,
-    };
-    let calls = message.tool_calls.iter().flatten().map(|call| {
-        let FunctionCall { name, arguments } = &call.function;
-        name.len() + arguments.as_str().map_or(0, str::len)
-    });
-    content + message.reasoning.as_ref().map_or(0, String::len) + calls.sum::<usize>()
+/// The bytes of text that the prompt will have of the messages: each result, too, names the function that was called.
+pub(crate) fn text_bytes(messages: &[ChatMessage]) -> usize {
+    let mut names: HashMap<&str, usize> = HashMap::new();
+    let mut bytes = 0;
+    for message in messages {
+        if let Some(MessageContent::Text(text)) = &message.content {
+            bytes += text.len();
+        }
+        bytes += message.reasoning.as_ref().map_or(0, String::len);
+        for ToolCallInput { id, function, .. } in message.tool_calls.iter().flatten() {
+            bytes += function.name.len() + function.arguments.as_str().map_or(0, str::len);
+            names.insert(id, function.name.len());
+        }
+        bytes += message.tool_call_id.as_deref().and_then(|id| names.get(id)).copied().unwrap_or(0);
+    }
+    bytes
 }
 
 /// Takes the last message away, which must be an answer of the assistant; the result is its text.

@@ -232,7 +232,7 @@ impl ResponseRequest {
         );
         let messages = conversation.finish();
         let shown = tools.filter(|_| !context.hides_tools(&choice));
-        let text_bytes = messages.iter().map(text_bytes).sum::<usize>() + shown.map_or(0, Tools::bytes);
+        let text_bytes = text_bytes(&messages) + shown.map_or(0, Tools::bytes);
         let mut common = wire.common;
         if wire.may_truncate {
             common.truncation.get_or_insert(Truncation { tokens: None, keep_first: false });

@@ -16,6 +16,14 @@ fn check(what: &str, found: (u16, String, Option<String>, String), expected: (u1
     assert!(message.len() < 1000, "{what}: {message}");
 }
 
+/// A conversation in which a function with a name of so many bytes has so many results.
+fn results(name: usize, count: usize) -> Value {
+    let function = json!({"name": "f".repeat(name), "arguments": "{}"});
+    let mut messages = vec![json!({"role": "assistant", "tool_calls": [{"id": "a", "function": function}]})];
+    messages.resize(count + 1, json!({"role": "tool", "tool_call_id": "a", "content": ""}));
+    Value::from(messages)
+}
+
 #[test]
 fn chat_fields() {
     let server = Fixture::saying(&[HI]);
@@ -145,6 +153,8 @@ fn chat_fields() {
             "input_tokens",
             "bytes of text",
         ),
+        // Each result names the function that was called.
+        ("messages", results(40_000, 30), "input_tokens", "bytes of text"),
         ("response_format", json!({"type": "yaml"}), "response_format.type", "structural_tag"),
         ("response_format", json!({"type": "regex", "pattern": "("}), "response_format.pattern", "regex"),
         (
