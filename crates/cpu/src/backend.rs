@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use checkpoint::{Config, Format, KvScales, LayerKind, MatrixId, MatrixKind, Values, VectorKind, Weights};
 use gptoss::{
-    BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, Sampling, SequenceOutput, SequencePlan, Traffic,
-    is_corrupted, sample, score,
+    BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, Sampled, Sampling, SequenceOutput, SequencePlan,
+    Traffic, is_corrupted, sample, score,
 };
 use numerics::nvfp4;
 
@@ -29,7 +29,7 @@ const _: () = assert!(BLOCK_TOKENS == LANES);
 /// Rows of logits that exist at a time: 16 rows of the 20b's vocabulary are 13 MB.
 const LOGIT_ROWS: usize = 16;
 
-/// Tokens per task of what is done token by token: less than this is not worth a hand-over.
+/// Tokens per task of what is done token by token, at most.
 const TOKEN_TASK: usize = 8;
 
 /// How to run on this CPU.
@@ -350,8 +350,9 @@ impl Cpu {
 
     /// Calls `work` for each of `0..tokens`, several per task.
     fn each_token(&self, tokens: usize, work: &(dyn Fn(usize) + Sync)) {
-        self.pool.run(tokens.div_ceil(TOKEN_TASK), &|task| {
-            (task * TOKEN_TASK..((task + 1) * TOKEN_TASK).min(tokens)).for_each(work);
+        let each = tokens.div_ceil(self.pool.threads()).min(TOKEN_TASK);
+        self.pool.run(tokens.div_ceil(each.max(1)), &|task| {
+            (task * each..((task + 1) * each).min(tokens)).for_each(work);
         });
     }
 
@@ -478,31 +479,29 @@ impl Cpu {
         let half = size / 2;
         times.run("rotate, store", || {
             let out = Output::new(qkv);
-            self.pool.run(tokens.div_ceil(TOKEN_TASK), &|task| {
-                for row in task * TOKEN_TASK..((task + 1) * TOKEN_TASK).min(tokens) {
-                    let (s, position) = tables.rows[row];
-                    let sequence = &plan.sequences[s];
-                    let blocks = if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks };
-                    let (cos, sin) = (&tables.cos[row * half..][..half], &tables.sin[row * half..][..half]);
-                    // SAFETY: each row is one task's.
-                    let qkv = unsafe { out.slice(row * stride, stride) };
-                    for (at, values) in qkv[..q_width + kv_width].chunks_exact_mut(size).enumerate() {
-                        let (first, second) = values.split_at_mut(half);
-                        for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                            (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                        }
-                        if at * size < q_width {
-                            values.iter_mut().for_each(|v| *v *= scale);
-                        }
+            self.each_token(tokens, &|row| {
+                let (s, position) = tables.rows[row];
+                let sequence = &plan.sequences[s];
+                let blocks = if sliding { &sequence.sliding_blocks } else { &sequence.full_blocks };
+                let (cos, sin) = (&tables.cos[row * half..][..half], &tables.sin[row * half..][..half]);
+                // SAFETY: each row is one call's.
+                let qkv = unsafe { out.slice(row * stride, stride) };
+                for (at, values) in qkv[..q_width + kv_width].chunks_exact_mut(size).enumerate() {
+                    let (first, second) = values.split_at_mut(half);
+                    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
                     }
-                    let block = blocks[position / BLOCK_TOKENS] as usize;
-                    let lane = position % BLOCK_TOKENS;
-                    let (keys, values) = qkv[q_width..].split_at_mut(kv_width);
-                    keys.iter_mut().for_each(|key| *key /= layer.kv_scales.key);
-                    values.iter_mut().for_each(|value| *value /= layer.kv_scales.value);
-                    // SAFETY: each position of each sequence is one task's, and no two share a block.
-                    unsafe { cache.keep(&qkv[q_width..], size, block, lane) };
+                    if at * size < q_width {
+                        values.iter_mut().for_each(|v| *v *= scale);
+                    }
                 }
+                let block = blocks[position / BLOCK_TOKENS] as usize;
+                let lane = position % BLOCK_TOKENS;
+                let (keys, values) = qkv[q_width..].split_at_mut(kv_width);
+                keys.iter_mut().for_each(|key| *key /= layer.kv_scales.key);
+                values.iter_mut().for_each(|value| *value /= layer.kv_scales.value);
+                // SAFETY: each position of each sequence is one call's, and no two share a block.
+                unsafe { cache.keep(&qkv[q_width..], size, block, lane) };
             });
         });
     }
@@ -751,6 +750,20 @@ impl Cpu {
         logits
     }
 
+    /// What is drawn from each row of logits, and whether the row is corrupted.
+    fn sample(&self, logits: &mut [f32], samplings: &[&Sampling]) -> Vec<(bool, Sampled)> {
+        let vocabulary = self.config.vocab_size;
+        let drawn: Vec<OnceLock<(bool, Sampled)>> = samplings.iter().map(|_| OnceLock::new()).collect();
+        let logits = Output::new(logits);
+        self.pool.run(samplings.len(), &|row| {
+            // SAFETY: each row is one task's.
+            let logits = unsafe { logits.slice(row * vocabulary, vocabulary) };
+            // Each task sets its own, once.
+            let _ = drawn[row].set((is_corrupted(logits), sample(logits, samplings[row])));
+        });
+        drawn.into_iter().map(|drawn| drawn.into_inner().expect("every task has run")).collect()
+    }
+
     /// What the plan asks for one sequence, from its residual stream `[tokens, hidden]`.
     fn output(&self, sequence: &SequencePlan, x: &[f32], scratch: &mut Scratch) -> SequenceOutput {
         let (d, vocabulary) = (self.config.hidden_size, self.config.vocab_size);
@@ -835,12 +848,13 @@ impl Cpu {
         for group in sampled.chunks(LOGIT_ROWS) {
             let rows: Vec<f32> =
                 group.iter().flat_map(|&(_, row, _)| &x[row * d..(row + 1) * d]).copied().collect();
-            let logits = self.logits(&rows, scratch);
-            for (&(s, _, sampling), logits) in
-                group.iter().zip(logits.chunks_exact_mut(self.config.vocab_size))
-            {
-                outputs[s].corrupted |= is_corrupted(logits);
-                outputs[s].sampled.push(sample(logits, sampling));
+            self.logits(&rows, scratch);
+            let Scratch { logits, times, .. } = scratch;
+            let samplings: Vec<&Sampling> = group.iter().map(|&(.., sampling)| sampling).collect();
+            let drawn = times.run("sampling", || self.sample(logits, &samplings));
+            for (&(s, ..), (corrupted, sampled)) in group.iter().zip(drawn) {
+                outputs[s].corrupted |= corrupted;
+                outputs[s].sampled.push(sampled);
             }
         }
         Ok(outputs)

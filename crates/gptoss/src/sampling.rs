@@ -41,7 +41,14 @@ pub fn sample(logits: &mut [f32], sampling: &Sampling) -> Sampled {
 
 /// Whether a logit is infinite or no number; see [`crate::SequenceOutput::corrupted`].
 pub fn is_corrupted(logits: &[f32]) -> bool {
-    logits.iter().any(|logit| !logit.is_finite())
+    logits.chunks(TOGETHER).any(|chunk| has(chunk, |logit| !logit.is_finite()))
+}
+
+/// Logits looked at without an exit between, so that many are at a time.
+const TOGETHER: usize = 1024;
+
+fn has(logits: &[f32], is: impl Fn(f32) -> bool) -> bool {
+    logits.iter().fold(false, |found, &logit| found | is(logit))
 }
 
 fn forbid_others(logits: &mut [f32], mask: &[u32]) {
@@ -88,13 +95,17 @@ impl Distribution {
 
 /// The largest logit's id, the lowest on a tie.
 fn argmax(logits: &[f32]) -> u32 {
-    let mut best = 0;
-    for (id, &logit) in logits.iter().enumerate() {
-        if logit > logits[best] {
-            best = id;
-        }
+    const LANES: usize = 16;
+    let larger = |a: f32, b: f32| if b > a { b } else { a };
+    let mut lanes = [f32::NEG_INFINITY; LANES];
+    let (chunks, rest) = logits.as_chunks::<LANES>();
+    for chunk in chunks {
+        lanes.iter_mut().zip(chunk).for_each(|(largest, &logit)| *largest = larger(*largest, logit));
     }
-    best as u32
+    let largest = lanes.iter().chain(rest).copied().fold(f32::NEG_INFINITY, larger);
+    let chunk = logits.chunks(TOGETHER).position(|chunk| has(chunk, |logit| logit == largest)).unwrap_or(0);
+    let first = chunk * TOGETHER;
+    (first + logits[first..].iter().position(|&logit| logit == largest).unwrap_or(0)) as u32
 }
 
 /// The `count` largest, in descending order, the lower id first on a tie.
@@ -322,6 +333,22 @@ mod tests {
             philox([0x243f_6a88, 0x85a3_08d3, 0x1319_8a2e, 0x0370_7344], [0xa409_3822, 0x299f_31d0]),
             [0xd16c_fe09, 0x94fd_cceb, 0x5001_e420, 0x2412_6ea1]
         );
+    }
+
+    #[test]
+    fn the_first_of_the_largest_is_found_wherever_it_is() {
+        for size in [1, 15, 16, 1000, 1024, 1025, 5000] {
+            for first in [0, size / 3, size - 1] {
+                let mut logits: Vec<f32> = (0..size).map(|i| -((i % 7) as f32) - 1.0).collect();
+                logits[first] = 0.5;
+                logits[first + (size - first) / 2] = 0.5;
+                assert_eq!(argmax(&logits), first as u32, "{size}");
+                assert!(!is_corrupted(&logits));
+                logits[first] = if first % 2 == 0 { f32::NAN } else { f32::NEG_INFINITY };
+                assert!(is_corrupted(&logits), "{size}");
+            }
+        }
+        assert_eq!(argmax(&[f32::NEG_INFINITY; 40]), 0);
     }
 
     #[test]
