@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use engine::{Event, FinishReason};
 use gptoss::TokenLogprobs;
-use harmony::{Delta, Harmony, Parser, Turn};
+use harmony::{Delta, Harmony, Turn};
 use serde::Serialize;
 
 use crate::answer::{
@@ -18,6 +18,7 @@ use crate::identifier::identifier;
 use crate::memory::{Memory, Record};
 use crate::request::StreamOptions;
 use crate::server::State;
+use crate::sorter::{Place, Sorter, Stretch};
 use crate::sse::{DONE, Encoder};
 use crate::turn::Choice as CallChoice;
 use crate::visible::{Rules, Visible};
@@ -92,6 +93,17 @@ impl Shape {
             reason => Reason::Usual(reason),
         }
     }
+
+    /// Keeps of some tokens, and of their log-probabilities, what the client is to see.
+    fn keep_shown(&self, stretch: &mut Stretch) {
+        let shown = |place| !self.hides_tokens || !matches!(place, Place::Marker | Place::Reasoning);
+        let shown_logprobs = |place| shown(place) && (!self.final_logprobs || place == Place::Final);
+        // Where places are not known, all is shown.
+        let mut places = stretch.places.iter();
+        stretch.token_ids.retain(|_| places.next().is_none_or(|&place| shown(place)));
+        let mut places = stretch.places.iter();
+        stretch.logprobs.retain(|_| places.next().is_none_or(|&place| shown_logprobs(place)));
+    }
 }
 
 /// An answer in the making.
@@ -114,34 +126,9 @@ struct Choice {
     /// Known at the end.
     reasoning_tokens: Option<usize>,
     /// Tells where tokens belong, if some are not to be shown.
-    parser: Option<Parser>,
+    sorter: Option<Sorter>,
     /// Remembers the turn if it ends with a call.
     record: Option<Record>,
-}
-
-impl Choice {
-    /// Keeps of some tokens, and of their log-probabilities, what the client is to see.
-    fn shown(
-        &mut self,
-        mut token_ids: Vec<u32>,
-        mut logprobs: Vec<TokenLogprobs>,
-        shape: &Shape,
-        harmony: &Harmony,
-    ) -> (Vec<u32>, Vec<TokenLogprobs>) {
-        let Some(parser) = &mut self.parser else { return (token_ids, logprobs) };
-        let (mut ids_shown, mut logprobs_shown) = (Vec::new(), Vec::new());
-        for &token in &token_ids {
-            let is_text = parser.is_content() && !harmony.tokenizer().is_special(token);
-            let shown = !shape.hides_tokens || is_text && !parser.is_reasoning();
-            ids_shown.push(shown);
-            logprobs_shown.push(shown && (!shape.final_logprobs || is_text && parser.is_final()));
-            parser.push(token);
-        }
-        let (mut ids_shown, mut logprobs_shown) = (ids_shown.into_iter(), logprobs_shown.into_iter());
-        token_ids.retain(|_| ids_shown.next() == Some(true));
-        logprobs.retain(|_| logprobs_shown.next() == Some(true));
-        (token_ids, logprobs)
-    }
 }
 
 /// What an event adds to a choice.
@@ -164,9 +151,10 @@ impl ChatAnswer {
             shape.begun.iter().for_each(|&token| drop(parser.push(token)));
             parser
         };
-        let sorts = shape.hides_tokens || shape.final_logprobs;
+        let sorter = || Sorter::new(harmony.tokenizer(), parser());
+        let sorts = shape.hides_tokens || shape.final_logprobs || shape.rules.limit_calls();
         let record = || memory.map(|memory| Record::new(memory, &shape.begun));
-        let choice = |_| Choice { parser: sorts.then(parser), record: record(), ..Choice::default() };
+        let choice = |_| Choice { sorter: sorts.then(sorter), record: record(), ..Choice::default() };
         let choices = (0..n).map(choice).collect();
         ChatAnswer {
             harmony,
@@ -228,16 +216,24 @@ impl ChatAnswer {
                 let Some(choice) = self.choices.get_mut(index).filter(|choice| !choice.finished) else {
                     return changes;
                 };
-                choice.completion_tokens += token_ids.len();
-                choice.record.iter_mut().for_each(|record| record.push(&token_ids));
-                let (token_ids, logprobs) = choice.shown(token_ids, logprobs, &self.shape, &self.harmony);
-                let mut shown = Vec::with_capacity(deltas.len());
-                for delta in deltas {
-                    if choice.visible.is_beyond(&delta, &self.shape.rules) {
+                let event = Stretch { token_ids, logprobs, deltas, ..Stretch::default() };
+                let stretches = match &mut choice.sorter {
+                    Some(sorter) => sorter.split(event),
+                    None => vec![event],
+                };
+                let (mut token_ids, mut logprobs, mut shown) = (Vec::new(), Vec::new(), Vec::new());
+                for mut stretch in stretches {
+                    if choice.visible.is_over {
                         choice.finished = true;
                         break;
                     }
-                    shown.extend(choice.visible.show(delta, &self.shape.rules));
+                    choice.completion_tokens += stretch.token_ids.len();
+                    choice.record.iter_mut().for_each(|record| record.push(&stretch.token_ids));
+                    self.shape.keep_shown(&mut stretch);
+                    let deltas = stretch.deltas.into_iter();
+                    shown.extend(deltas.filter_map(|delta| choice.visible.show(delta, &self.shape.rules)));
+                    token_ids.extend(stretch.token_ids);
+                    logprobs.extend(stretch.logprobs);
                 }
                 let finished = choice.finished;
                 if finished {

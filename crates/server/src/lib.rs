@@ -41,6 +41,7 @@ mod sampling;
 mod server;
 mod small;
 mod socket;
+mod sorter;
 mod sse;
 mod structural;
 mod throughput;

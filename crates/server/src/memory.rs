@@ -4,7 +4,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use harmony::{ChatMessage, Harmony};
+use harmony::{ChatMessage, Harmony, Parser};
 
 /// Tokens of all remembered turns together: 16 MiB.
 const MAX_TOKENS: usize = 4 << 20;
@@ -67,11 +67,16 @@ impl Record {
         self.turn.extend(tokens);
     }
 
-    /// How much of it is reasoning so far, of a turn that may call these functions.
-    pub(crate) fn reasoning_tokens(&self, harmony: &Harmony, tools: &[String]) -> usize {
+    /// A parser that has read it so far, of a turn that may call these functions.
+    pub(crate) fn parser(&self, harmony: &Harmony, tools: &[String]) -> Parser {
         let mut parser = harmony.parser(tools);
         self.turn.iter().for_each(|&token| drop(parser.push(token)));
-        parser.reasoning_tokens()
+        parser
+    }
+
+    /// How much of it is reasoning so far.
+    pub(crate) fn reasoning_tokens(&self, harmony: &Harmony, tools: &[String]) -> usize {
+        self.parser(harmony, tools).reasoning_tokens()
     }
 
     /// A call is known to the client by this id.

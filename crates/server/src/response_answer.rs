@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 use axum::body::Bytes;
 use engine::{Event, FinishReason};
-use gptoss::TokenLogprobs;
 use harmony::{Delta, Harmony};
 use serde::Serialize;
 use serde_json::value::{RawValue, to_raw_value};
@@ -19,6 +18,7 @@ use crate::memory::Record;
 use crate::response_items::Item;
 use crate::response_request::ResponseRequest;
 use crate::response_store::Keep;
+use crate::sorter::{Place, Sorter, Stretch};
 use crate::sse::Encoder;
 use crate::turn::Choice;
 use crate::visible::{Rules, Visible};
@@ -50,6 +50,10 @@ pub(crate) struct ResponseAnswer {
     has: Fields,
     items: Vec<Arc<Item>>,
     open: Option<Open>,
+    /// Log-probabilities of the answer's tokens whose text has not come yet.
+    pending: Vec<Box<RawValue>>,
+    /// Tells where tokens belong, if that matters.
+    sorter: Option<Sorter>,
     finish: Option<FinishReason>,
     /// Where events go; nowhere if the answer is not streamed.
     streamed: bool,
@@ -68,8 +72,6 @@ struct Open {
     id: String,
     text: String,
     logprobs: Vec<Box<RawValue>>,
-    /// Of tokens whose text has not come yet.
-    pending: Vec<Box<RawValue>>,
     /// Its message is over; whether it was cut off is not known yet.
     ended: bool,
 }
@@ -221,7 +223,6 @@ impl Open {
             id: format!("{prefix}_{}", identifier()),
             text: String::new(),
             logprobs: Vec::new(),
-            pending: Vec::new(),
             ended: false,
         }
     }
@@ -277,14 +278,17 @@ impl ResponseAnswer {
         let mut echo = request.echo.take();
         // What is said is what is done.
         echo["store"] = keep.is_some().into();
+        let rules = Rules {
+            calls_allowed: request.choice != Choice::None,
+            max_calls: request.max_calls,
+            include_reasoning: request.include_reasoning,
+        };
+        let sorter = || Sorter::new(harmony.tokenizer(), record.parser(&harmony, &request.tools));
+        let sorter = (request.logprobs || rules.limit_calls()).then(sorter);
         ResponseAnswer {
             harmony,
             identity,
-            rules: Rules {
-                calls_allowed: request.choice != Choice::None,
-                max_calls: request.max_calls,
-                include_reasoning: request.include_reasoning,
-            },
+            rules,
             tools: request.tools.clone(),
             free_tools: std::mem::take(&mut request.free_tools),
             namespaced_tools: std::mem::take(&mut request.namespaced_tools),
@@ -301,6 +305,8 @@ impl ResponseAnswer {
             has: Fields::default(),
             items: Vec::new(),
             open: None,
+            pending: Vec::new(),
+            sorter,
             finish: None,
             streamed: request.common.stream.is_some(),
             sequence: 0,
@@ -316,9 +322,19 @@ impl ResponseAnswer {
         match event {
             Event::Started { cached_tokens, .. } => self.cached_tokens = cached_tokens,
             Event::Tokens { token_ids, deltas, logprobs, .. } if self.finish.is_none() => {
-                self.completion_tokens += token_ids.len();
-                self.record.iter_mut().for_each(|record| record.push(&token_ids));
-                self.add_tokens(deltas, &logprobs, out);
+                let event = Stretch { token_ids, logprobs, deltas, ..Stretch::default() };
+                let stretches = match &mut self.sorter {
+                    Some(sorter) => sorter.split(event),
+                    None => vec![event],
+                };
+                for stretch in stretches {
+                    if self.visible.is_over {
+                        self.finish = Some(FinishReason::ToolCalls);
+                        self.count_reasoning();
+                        break;
+                    }
+                    self.add(stretch, out);
+                }
             }
             Event::Finished { reason, completion_tokens, reasoning_tokens, .. } if self.finish.is_none() => {
                 self.completion_tokens = completion_tokens;
@@ -373,32 +389,29 @@ impl ResponseAnswer {
         self.reasoning_tokens = self.record.as_ref().map(count);
     }
 
-    fn add_tokens(&mut self, deltas: Vec<Delta>, logprobs: &[TokenLogprobs], out: &mut Vec<u8>) {
+    fn add(&mut self, stretch: Stretch, out: &mut Vec<u8>) {
+        self.completion_tokens += stretch.token_ids.len();
+        self.record.iter_mut().for_each(|record| record.push(&stretch.token_ids));
         // What went on after it was not cut off.
         if self.open.as_ref().is_some_and(|open| open.ended) {
             self.close("completed", out);
         }
-        let mut entries = Vec::new();
         if self.logprobs {
             let names = TokenNames { tokenizer: self.harmony.tokenizer(), as_ids: false };
-            let ordinary = logprobs.iter().filter(|entry| !names.tokenizer.is_special(entry.token));
-            entries.extend(ordinary.map(|entry| json(&ChatLogprob::new(entry, names))));
+            let sorted = stretch.logprobs.iter().zip(&stretch.places);
+            let answers = sorted.filter(|(_, place)| matches!(place, Place::Preamble | Place::Final));
+            self.pending.extend(answers.map(|(entry, _)| json(&ChatLogprob::new(entry, names))));
         }
-        for delta in deltas {
-            if self.visible.is_beyond(&delta, &self.rules) {
-                self.finish = Some(FinishReason::ToolCalls);
-                self.count_reasoning();
-                return;
-            }
+        for delta in stretch.deltas {
             match self.visible.show(delta, &self.rules) {
                 None => {}
                 Some(Delta::Reasoning(text)) => {
                     let joined = std::mem::replace(&mut self.has.reasoning, true);
-                    self.add_text(Kind::Reasoning, &text, joined, &mut Vec::new(), out);
+                    self.add_text(Kind::Reasoning, &text, joined, out);
                 }
                 Some(Delta::Content(text)) => {
                     let joined = std::mem::replace(&mut self.has.content, true);
-                    self.add_text(Kind::Message, &text, joined, &mut entries, out);
+                    self.add_text(Kind::Message, &text, joined, out);
                 }
                 Some(Delta::CallStart { name, .. }) => {
                     self.close("completed", out);
@@ -413,7 +426,7 @@ impl ResponseAnswer {
                     self.record.iter_mut().for_each(|record| record.called(&call_id));
                     self.begin(Kind::Call { call_id, name, namespace, free }, out);
                 }
-                Some(Delta::CallArguments { text, .. }) => self.write(&text, &mut Vec::new(), out),
+                Some(Delta::CallArguments { text, .. }) => self.write(&text, out),
                 Some(Delta::End) => {
                     if let Some(open) = &mut self.open {
                         open.ended = true;
@@ -421,29 +434,18 @@ impl ResponseAnswer {
                 }
             }
         }
-        // A token may be the first part of a character.
-        if let Some(Open { kind: Kind::Message, ended: false, pending, .. }) = &mut self.open {
-            pending.append(&mut entries);
-        }
     }
 
     /// Adds text to the open item of this kind, or to a new one. `joined`: there was a message for this field before.
-    fn add_text(
-        &mut self,
-        kind: Kind,
-        text: &str,
-        joined: bool,
-        logprobs: &mut Vec<Box<RawValue>>,
-        out: &mut Vec<u8>,
-    ) {
+    fn add_text(&mut self, kind: Kind, text: &str, joined: bool, out: &mut Vec<u8>) {
         let same = |open: &Open| std::mem::discriminant(&open.kind) == std::mem::discriminant(&kind);
         if self.open.as_ref().is_some_and(|open| same(open) && !open.ended) {
-            return self.write(text, logprobs, out);
+            return self.write(text, out);
         }
         self.close("completed", out);
         let text = if joined { text.strip_prefix('\n').unwrap_or(text) } else { text };
         self.begin(kind, out);
-        self.write(text, logprobs, out);
+        self.write(text, out);
     }
 
     fn begin(&mut self, kind: Kind, out: &mut Vec<u8>) {
@@ -458,16 +460,16 @@ impl ResponseAnswer {
         self.open = Some(open);
     }
 
-    fn write(&mut self, text: &str, logprobs: &mut Vec<Box<RawValue>>, out: &mut Vec<u8>) {
+    fn write(&mut self, text: &str, out: &mut Vec<u8>) {
         let Some(mut open) = self.open.take() else { return };
-        open.pending.append(logprobs);
         if !text.is_empty() {
             open.text.push_str(text);
+            let mut entries = std::mem::take(&mut self.pending);
             let (event, _) = open.kind.events();
-            let logprobs = matches!(open.kind, Kind::Message).then_some(&open.pending[..]);
+            let logprobs = matches!(open.kind, Kind::Message).then_some(&entries[..]);
             let delta = Piece { delta: Some(text), logprobs, ..open.piece(self.items.len()) };
             self.emit(event, delta, out);
-            open.logprobs.append(&mut open.pending);
+            open.logprobs.append(&mut entries);
         }
         self.open = Some(open);
     }
@@ -475,7 +477,9 @@ impl ResponseAnswer {
     /// Ends the open item.
     fn close(&mut self, status: &str, out: &mut Vec<u8>) {
         let Some(mut open) = self.open.take() else { return };
-        open.logprobs.append(&mut open.pending);
+        if matches!(open.kind, Kind::Message) {
+            open.logprobs.append(&mut self.pending);
+        }
         let index = self.items.len();
         let (_, event) = open.kind.events();
         let mut done = open.piece(index);

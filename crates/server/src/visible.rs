@@ -11,6 +11,13 @@ pub(crate) struct Rules {
     pub(crate) include_reasoning: bool,
 }
 
+impl Rules {
+    /// Whether a turn may end before the model ends it.
+    pub(crate) fn limit_calls(&self) -> bool {
+        self.max_calls < usize::MAX
+    }
+}
+
 /// A turn on its way to the client.
 #[derive(Debug, Default)]
 pub(crate) struct Visible {
@@ -19,19 +26,11 @@ pub(crate) struct Visible {
     /// A call that is not allowed has begun after other reasoning: its text, kept as reasoning, needs a line of its own.
     stray_call: bool,
     has_reasoning: bool,
+    /// The last call that may be made has ended: nothing that comes after it is shown or counted.
+    pub(crate) is_over: bool,
 }
 
 impl Visible {
-    /// Whether a delta comes after the last call that may be made.
-    pub(crate) fn is_beyond(&self, delta: &Delta, rules: &Rules) -> bool {
-        let more = match delta {
-            Delta::CallArguments { index, .. } => *index >= rules.max_calls,
-            Delta::End => false,
-            _ => true,
-        };
-        self.calls >= rules.max_calls && more
-    }
-
     /// A delta as the client is to see it, if at all.
     pub(crate) fn show(&mut self, delta: Delta, rules: &Rules) -> Option<Delta> {
         let delta = match delta {
@@ -50,7 +49,8 @@ impl Visible {
             Delta::Reasoning(_) if !rules.include_reasoning => return None,
             Delta::Reasoning(_) => self.has_reasoning = true,
             Delta::CallStart { .. } => self.calls += 1,
-            Delta::Content(_) | Delta::CallArguments { .. } | Delta::End => {}
+            Delta::End => self.is_over |= self.calls >= rules.max_calls,
+            Delta::Content(_) | Delta::CallArguments { .. } => {}
         }
         Some(delta)
     }

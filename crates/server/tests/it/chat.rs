@@ -295,6 +295,33 @@ fn one_call_at_most() {
 }
 
 #[test]
+fn nothing_is_shown_or_counted_of_a_call_too_many() {
+    let server = Fixture::saying(&[TWO_CALLS]);
+    let (first, _) = TWO_CALLS.split_once("<|start|>").unwrap();
+    let entries = |choice: &Value| choice["logprobs"]["content"].as_array().map_or(0, Vec::len);
+    for interval in [1, 3, 20] {
+        let mut request = json!({
+            "messages": ask("Hi"), "tools": [tool("f"), tool("g")], "parallel_tool_calls": false,
+            "stream_interval": interval, "logprobs": true, "return_token_ids": true
+        });
+        let whole = server.chat(&request).ok();
+        let choice = &whole["choices"][0];
+        assert_eq!(choice["token_ids"], json!(tokens(first)), "{interval}");
+        assert_eq!(entries(choice), tokens(first).len(), "{interval}");
+        assert_eq!(whole["usage"]["completion_tokens"], tokens(first).len(), "{interval}");
+        request["stream"] = true.into();
+        request["stream_options"] = json!({"include_usage": true});
+        let chunks = server.chunks("/v1/chat/completions", &request);
+        assert_eq!(chunks.last().unwrap()["usage"], whole["usage"], "{interval}");
+        let choices = chunks.iter().map(|chunk| &chunk["choices"][0]);
+        assert_eq!(choices.clone().map(entries).sum::<usize>(), tokens(first).len(), "{interval}");
+        let ids: Vec<&Value> =
+            choices.flat_map(|choice| choice["token_ids"].as_array().into_iter().flatten()).collect();
+        assert_eq!(json!(ids), choice["token_ids"], "{interval}");
+    }
+}
+
+#[test]
 fn a_turn_that_ends_with_its_last_call_is_counted_like_others() {
     // The engine would go on for long.
     let said = format!(

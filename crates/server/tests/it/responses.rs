@@ -287,6 +287,28 @@ fn log_probabilities() {
     assert_eq!(json!(streamed), json!(entries));
 }
 
+#[test]
+fn log_probabilities_are_of_the_message_however_many_tokens_come_at_a_time() {
+    let said = "<|channel|>commentary<|message|>Wait.<|end|><|start|>assistant<|channel|>final";
+    let script = HELLO.replace("<|channel|>final", said);
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(&script)]);
+    let server = Fixture::start(&Options { stream_interval: 20, ..options() }, backend, engine_options());
+    let request = json!({
+        "input": "Hi", "include": ["message.output_text.logprobs"], "include_reasoning": false
+    });
+    let whole = server.post(PATH, &request).ok();
+    let streamed = join(&events(&server, &request));
+    assert_eq!(without_ids(streamed), without_ids(whole.clone()));
+    let named = |item: &Value| -> String {
+        let entries = item["content"][0]["logprobs"].as_array().unwrap();
+        entries.iter().map(|entry| entry["token"].as_str().unwrap()).collect()
+    };
+    let texts: Vec<String> = whole["output"].as_array().unwrap().iter().map(named).collect();
+    assert_eq!(texts.len(), 2);
+    assert_eq!(texts[0], "Wait.");
+    assert!(texts[1].starts_with("Hello there"), "{texts:?}");
+}
+
 /// The prompt of a request, as the next chat would see it.
 fn prompt_tokens(server: &Fixture, request: &Value) -> u64 {
     server.post(PATH, request).ok()["usage"]["input_tokens"].as_u64().unwrap()
