@@ -1,5 +1,6 @@
 //! Small endpoints: tokens of texts and back, load, and what tools made for Ollama ask before they start (`serving.md` 4).
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use axum::Json;
@@ -7,6 +8,7 @@ use axum::body::Body;
 use axum::extract::{Extension, State as Shared};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
+use serde::{Serialize, Serializer};
 use serde_json::json;
 use tokenizer::Tokenizer;
 
@@ -42,24 +44,43 @@ pub(crate) async fn tokenize(
             engine.harmony().tokenizer().encode_with_special(&prompt)
         };
         let names = object.bool("return_token_strs")? == Some(true);
-        let strings = names.then(|| names_of(&tokens, engine.harmony().tokenizer()));
-        Ok(json!({
-            "count": tokens.len(), "max_model_len": engine.max_model_len(), "tokens": tokens, "token_strs": strings
-        }))
+        let tokenized = Tokenized {
+            count: tokens.len(),
+            max_model_len: engine.max_model_len(),
+            tokens: &tokens,
+            token_strs: names.then(|| Names { tokens: &tokens, tokenizer: engine.harmony().tokenizer() }),
+        };
+        Ok(serde_json::to_vec(&tokenized).expect("an answer is JSON"))
     });
-    Ok(Json(answer.await?).into_response())
+    Ok(([(header::CONTENT_TYPE, HeaderValue::from_static("application/json"))], answer.await?)
+        .into_response())
+}
+
+/// The answer, written as JSON without a copy of its parts: there may be millions.
+#[derive(Serialize)]
+struct Tokenized<'a> {
+    count: usize,
+    max_model_len: usize,
+    tokens: &'a [u32],
+    token_strs: Option<Names<'a>>,
 }
 
 /// Each token alone; what is not UTF-8 alone is shown byte by byte.
-fn names_of(tokens: &[u32], tokenizer: &Tokenizer) -> Vec<String> {
-    let name = |&token: &u32| {
-        let bytes = tokenizer.token_bytes(token).unwrap_or_default();
-        match std::str::from_utf8(bytes) {
-            Ok(text) => text.to_owned(),
-            Err(_) => bytes.iter().map(|byte| format!("<0x{byte:02X}>")).collect(),
-        }
-    };
-    tokens.iter().map(name).collect()
+struct Names<'a> {
+    tokens: &'a [u32],
+    tokenizer: &'a Tokenizer,
+}
+
+impl Serialize for Names<'_> {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_seq(self.tokens.iter().map(|&token| {
+            let bytes = self.tokenizer.token_bytes(token).unwrap_or_default();
+            match std::str::from_utf8(bytes) {
+                Ok(text) => Cow::Borrowed(text),
+                Err(_) => bytes.iter().map(|byte| format!("<0x{byte:02X}>")).collect(),
+            }
+        }))
+    }
 }
 
 /// `POST /detokenize`

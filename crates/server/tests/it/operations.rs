@@ -269,6 +269,37 @@ fn tokens_and_back() {
     assert_eq!(server.request("POST", "/tokenize", "", b"{}").status, 415);
 }
 
+/// In a process of its own, since only the most memory that a process ever had is known.
+#[test]
+#[cfg(target_os = "linux")]
+fn names_of_tokens_are_not_held_all_at_a_time() {
+    const CHILD: &str = "NIBBLE_TEST_CHILD";
+    if std::env::var_os(CHILD).is_none() {
+        let test = "operations::names_of_tokens_are_not_held_all_at_a_time";
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let output = child.args(["--exact", test, "--nocapture"]).env(CHILD, "1").output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        return;
+    }
+    let most = || -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse::<usize>().unwrap() << 10
+    };
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]);
+    let (max_model_len, kv_cache_bytes) = (Some(131_072), 16 << 30);
+    let long = engine::EngineOptions { max_model_len, kv_cache_bytes, ..engine_options() };
+    let server = Fixture::start(&options(), backend, long);
+    // Two tokens of four bytes.
+    let prompt = "‹|".repeat(1 << 20);
+    let before = most();
+    let found = server.post("/tokenize", &json!({"prompt": prompt, "return_token_strs": true}));
+    assert_eq!(found.status, 200);
+    assert!(found.body.ends_with(r#""‹","|"]}"#));
+    let per_byte = (most() - before) / prompt.len();
+    assert!(per_byte < 40, "{per_byte} times the text");
+}
+
 #[test]
 fn what_tools_for_ollama_ask() {
     let server = Fixture::saying(&[HELLO]);
