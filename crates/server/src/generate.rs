@@ -41,6 +41,12 @@ use crate::sse::{self, Chunks, Encoder, StreamRules};
 /// tokens, which people understand, for all but absurd lengths.
 const MAX_BYTES_PER_TOKEN: usize = 8 * 16;
 
+/// Of prompts that an answer repeats: twice the largest body that is read unless another limit is set, so that one choice can nearly
+/// always show what it was asked.
+const MAX_REPEATED_BYTES: usize = 64 << 20;
+/// Of a token's id as JSON, with the comma.
+const MAX_ID_BYTES: usize = 7;
+
 /// `POST /v1/chat/completions`
 pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
     let engine = state.engine()?;
@@ -59,6 +65,11 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
             let (at_once, continued) = (request.turn.answer_at_once, request.continued.as_ref());
             let truncation = truncation(&request.common, &request.params, &engine);
             let prompt = fed(&mut request.prompt, at_once, continued, truncation, &engine, &state)?;
+            let echoed = continued.filter(|_| request.echo).map_or(0, String::len);
+            // A whole answer shows the ids once.
+            let shows_ids = request.common.return_token_ids && request.common.stream.is_some();
+            let ids = if shows_ids { prompt.ids.len() } else { 0 };
+            bound_repeated(echoed, ids, request.params.n)?;
             let start = Instant::now();
             let grammar = request.turn.compile(engine.grammars())?;
             if grammar.is_some() {
@@ -265,6 +276,12 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
             let prompts = prompts.into_iter().map(|prompt| tokenize(prompt, truncation, &engine));
             let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
             state.metrics.tokenized(start.elapsed());
+            let of_prompts = |shown: bool, size: fn(&completion_answer::Prompt) -> usize| {
+                if shown { prompts.iter().map(size).sum() } else { 0 }
+            };
+            let echoed = of_prompts(request.echo, |prompt| prompt.text.len());
+            let ids = of_prompts(request.common.return_token_ids, |prompt| prompt.ids.len());
+            bound_repeated(echoed, ids, request.params.n)?;
             let wanted = request.wanted.as_ref();
             let grammar = wanted.map(|wanted| {
                 let grammar = engine.grammars().text(&wanted.form);
@@ -683,6 +700,21 @@ pub(crate) fn bound_text(bytes: usize, engine: &Engine) -> Result<(), ApiError> 
          Please reduce the length of the input prompt."
     );
     Err(ApiError::invalid("input_tokens", message))
+}
+
+/// Refuses answers that would be long by repeating prompts for each of `n` choices: their text, so many bytes, and so many ids.
+fn bound_repeated(text: usize, ids: usize, n: usize) -> Result<(), ApiError> {
+    let (text, ids) = (text.saturating_mul(n), ids.saturating_mul(MAX_ID_BYTES).saturating_mul(n));
+    let bytes = text.saturating_add(ids);
+    if bytes <= MAX_REPEATED_BYTES {
+        return Ok(());
+    }
+    let field = if text > ids { "echo" } else { "return_token_ids" };
+    let message = format!(
+        "{field} must be of prompts so short, or for so few choices, that they take at most {MAX_REPEATED_BYTES} bytes in all \
+         choices together, got {bytes}."
+    );
+    Err(ApiError::invalid(field, message))
 }
 
 /// What the engine would say as well, after time was spent on a grammar.

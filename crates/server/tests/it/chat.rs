@@ -363,6 +363,30 @@ fn calls_that_were_not_allowed_are_reasoning() {
 }
 
 #[test]
+fn prompts_that_are_repeated_are_bounded_together() {
+    let long = EngineOptions { max_model_len: Some(131_072), kv_cache_bytes: 16 << 30, ..engine_options() };
+    let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HELLO)]);
+    let server = Fixture::start(&options(), backend, long);
+    let user = json!({"role": "user", "content": "a ".repeat(80_000)});
+    let said = json!({"role": "assistant", "content": " ".repeat(600_000)});
+    let refused = |request: Value, expected: &str| {
+        let (status, _, param, message) = server.chat(&request).error();
+        assert_eq!((status, param.as_deref()), (400, Some(expected)));
+        assert!(message.contains("at most 67108864 bytes"), "{message}");
+    };
+    let streamed = json!({"messages": [user], "n": 128, "return_token_ids": true, "stream": true});
+    refused(streamed, "return_token_ids");
+    let echoed = json!({
+        "messages": [user, said], "n": 128, "continue_final_message": true, "add_generation_prompt": false,
+        "echo": true
+    });
+    refused(echoed, "echo");
+    // A whole answer says it once.
+    let request = json!({"messages": [user], "n": 128, "return_token_ids": true, "max_tokens": 1});
+    assert_eq!(server.chat(&request).status, 200);
+}
+
+#[test]
 fn usage_on_every_chunk() {
     let server = Fixture::saying(&[HELLO]);
     let chunks = server.chunks(

@@ -149,6 +149,23 @@ fn log_probabilities_of_all_prompts_are_bounded_together() {
 }
 
 #[test]
+fn prompts_that_are_repeated_are_bounded_together() {
+    let server = Fixture::saying(&["x"]);
+    let ask = |prompt: Value, n: usize, field: &str| {
+        server.complete(&json!({"prompt": prompt, "n": n, "max_tokens": 1, field: true}))
+    };
+    for (prompt, field) in [
+        (json!(vec!["word ".repeat(200); 600]), "echo"),
+        (json!(vec![vec![5; 1000]; 80]), "return_token_ids"),
+    ] {
+        let (status, _, param, message) = ask(prompt, 128, field).error();
+        assert_eq!((status, param.as_deref()), (400, Some(field)));
+        assert!(message.contains("at most 67108864 bytes"), "{message}");
+        assert_eq!(ask(json!("word"), 128, field).status, 200);
+    }
+}
+
+#[test]
 fn prompt_logprobs() {
     let server = Fixture::saying(&[" x<|return|>"]);
     let whole = server.complete(&json!({"prompt": ["Hello world", "Hello"], "prompt_logprobs": 1})).ok();
