@@ -156,13 +156,22 @@ impl Tools {
         let strict = object.bool("strict")?;
         let description = object.string("description")?;
         let function = FunctionTool { name: name.string()?, description, parameters };
-        self.tools.push(Tool {
+        self.push(Tool {
             tool: ChatTool { function },
             strict,
             free: false,
             namespace: None,
             path: field.path().to_owned(),
-        });
+        })
+    }
+
+    /// Those in namespaces count like others.
+    fn push(&mut self, tool: Tool) -> Result<(), ApiError> {
+        if self.tools.len() == MAX_TOOLS {
+            let field = &self.field;
+            return Err(ApiError::invalid(field, format!("{field} has more than {MAX_TOOLS} functions.")));
+        }
+        self.tools.push(tool);
         Ok(())
     }
 
@@ -179,7 +188,10 @@ impl Tools {
                 }
                 "namespace" => {
                     let object = tool.object(&["name", "tools"])?;
-                    let name = object.required("name")?.string()?;
+                    let field = object.required("name")?;
+                    let name = field.string()?;
+                    // Before each of its functions has a copy.
+                    check_name(field.path(), &name)?;
                     for inner in object.required("tools")?.array(MAX_TOOLS)? {
                         let kind = inner.object(&["type"])?.required("type")?;
                         if kind.string()? != "function" {
@@ -189,7 +201,7 @@ impl Tools {
                         tools.tools.last_mut().expect("one was added").put_in(&name);
                     }
                 }
-                name @ ("local_shell" | "shell") => tools.tools.push(Tool::shell(name, tool.path())),
+                name @ ("local_shell" | "shell") => tools.push(Tool::shell(name, tool.path()))?,
                 // Nobody searches here. The model is not told of it, and answers from what it knows.
                 kind if is_search(kind) => {}
                 other => {
@@ -229,20 +241,10 @@ impl Tools {
             );
             return Err(ApiError::invalid(field, message));
         }
-        let letters = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
         let mut names = HashSet::new();
         for tool in &self.tools {
             let (name, path) = (&tool.tool.function.name, format!("{}.name", tool.path));
-            let parts = [tool.inner_name(), tool.namespace.as_deref().unwrap_or("none")];
-            if parts.iter().any(|part| part.is_empty() || part.len() > MAX_TOOL_NAME)
-                || !name.chars().all(letters)
-            {
-                let message = format!(
-                    "{path} must be 1 to {MAX_TOOL_NAME} letters, digits, `_`, `.` or `-`, got {}.",
-                    excerpt(name)
-                );
-                return Err(ApiError::invalid(&path, message));
-            }
+            check_name(&path, tool.inner_name())?;
             if !names.insert(name.as_str()) {
                 return Err(ApiError::invalid(&path, format!("Two tools are named {name}.")));
             }
@@ -267,6 +269,19 @@ impl Tools {
     pub(crate) fn names(&self) -> Vec<String> {
         self.tools.iter().map(|tool| tool.tool.function.name.clone()).collect()
     }
+}
+
+/// The name at this path, of a function or of a namespace, follows the rule.
+fn check_name(path: &str, name: &str) -> Result<(), ApiError> {
+    let letter = |c: char| c.is_ascii_alphanumeric() || matches!(c, '_' | '.' | '-');
+    if (1..=MAX_TOOL_NAME).contains(&name.len()) && name.chars().all(letter) {
+        return Ok(());
+    }
+    let message = format!(
+        "{path} must be 1 to {MAX_TOOL_NAME} letters, digits, `_`, `.` or `-`, got {}.",
+        excerpt(name)
+    );
+    Err(ApiError::invalid(path, message))
 }
 
 /// Whether tools of this type search the web, which whoever declares them does without if need be.

@@ -278,8 +278,22 @@ fn functions_in_namespaces_and_tools_that_search() {
     ]);
     let second = server.post("/v1/responses", &request).ok();
     assert_eq!(second["output"][0]["content"][0]["text"], "Done");
+    // Together they are one too many.
+    let many = |namespaces: usize, functions: usize| -> Value {
+        let function = |i| json!({"type": "function", "name": format!("f{i}")});
+        let inner: Vec<Value> = (0..functions).map(function).collect();
+        let namespace = |i| json!({"type": "namespace", "name": format!("n{i}"), "tools": inner});
+        (0..namespaces).map(namespace).collect()
+    };
+    assert_eq!(server.post("/v1/responses", &json!({"input": "Hi", "tools": many(2, 256)})).status, 200);
     for (tools, param) in [
-        (json!([{"type": "namespace", "name": "a b", "tools": [spawn]}]), "tools.0.tools.0.name"),
+        (json!([{"type": "namespace", "name": "a b", "tools": [spawn]}]), "tools.0.name"),
+        (json!([{"type": "namespace", "name": "a".repeat(65), "tools": [spawn]}]), "tools.0.name"),
+        (
+            json!([{"type": "namespace", "name": "a", "tools": [{"type": "function", "name": ""}]}]),
+            "tools.0.tools.0.name",
+        ),
+        (many(2, 257), "tools"),
         (
             json!([{"type": "namespace", "name": "a", "tools": [{"type": "custom", "name": "x"}]}]),
             "tools.0.tools.0.type",
