@@ -251,13 +251,13 @@ impl Metrics {
         }
 
         let cached = |one: &Replica<'_>| one.served.cached_tokens.load(Relaxed);
-        text.counter("vllm:prompt_tokens", "Tokens of prompts.", |one| one.stats.prompt_tokens);
+        // An engine's own count begins anew with it.
+        let computed = |one: &Replica<'_>| one.served.computed_tokens.sum() as u64;
+        text.counter("vllm:prompt_tokens", "Tokens of prompts.", |one| computed(one) + cached(one));
         text.counter("vllm:generation_tokens", "Tokens generated.", |one| one.stats.generated_tokens);
         text.begin("vllm:prompt_tokens_by_source", "counter", "Tokens of prompts, by where they came from.");
         let name = "vllm:prompt_tokens_by_source_total";
-        text.samples(name, "source=\"local_compute\"", |one| {
-            one.stats.prompt_tokens.saturating_sub(cached(one)) as f64
-        });
+        text.samples(name, "source=\"local_compute\"", |one| computed(one) as f64);
         text.samples(name, "source=\"local_cache_hit\"", |one| cached(one) as f64);
         text.samples(name, "source=\"external_kv_transfer\"", |_| 0.0);
         text.counter("vllm:prompt_tokens_cached", "Tokens of prompts that were cached.", cached);
@@ -597,6 +597,10 @@ impl Histogram {
         // It always has a result.
         let _ = self.sum.fetch_update(Relaxed, Relaxed, add);
     }
+
+    fn sum(&self) -> f64 {
+        f64::from_bits(self.sum.load(Relaxed))
+    }
 }
 
 /// A replica's series.
@@ -640,8 +644,7 @@ impl<'a> Text<'a> {
 
     fn observed(&mut self, name: &str, labels: &str, histogram: &Histogram) {
         let counts: Vec<u64> = histogram.counts.iter().map(|count| count.load(Relaxed)).collect();
-        let sum = f64::from_bits(histogram.sum.load(Relaxed));
-        self.buckets(name, labels, histogram.bounds, &counts, sum);
+        self.buckets(name, labels, histogram.bounds, &counts, histogram.sum());
     }
 
     fn buckets(&mut self, name: &str, labels: &str, bounds: &[f64], counts: &[u64], sum: f64) {

@@ -135,6 +135,42 @@ fn sleep_frees_the_engine_and_waking_loads_it_again() {
 }
 
 #[test]
+fn where_prompts_came_from_is_counted_across_engines() {
+    let options = Options { dev_mode: true, sleep_mode: true, ..options() };
+    let caching = || EngineOptions { prefix_caching: true, ..engine_options() };
+    let backend = || Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]);
+    let mut server = Fixture::start(&options, backend(), caching());
+    server.handle.reload_with(Box::new(move |_, _| {
+        let engine = Engine::start(Box::new(backend()), harmony(), caching());
+        engine.map(|engine| vec![engine]).map_err(|error| error.to_string())
+    }));
+    // Else it would not be gone.
+    server.engine = None;
+    let (mut prompt, mut cached) = (0, 0);
+    let mut ask = |times: usize| {
+        for _ in 0..times {
+            let usage = server.chat(&hi()).ok()["usage"].take();
+            prompt += usage["prompt_tokens"].as_u64().unwrap();
+            cached += usage["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+        }
+        let metrics = server.get("/metrics").body;
+        for (name, labels, value) in [
+            ("prompt_tokens", "", prompt),
+            ("prompt_tokens_by_source", ",source=\"local_compute\"", prompt - cached),
+            ("prompt_tokens_by_source", ",source=\"local_cache_hit\"", cached),
+        ] {
+            let line = format!("vllm:{name}_total{{model_name=\"tiny\",engine=\"0\"{labels}}} {value}\n");
+            assert!(metrics.contains(&line), "{line}: {metrics}");
+        }
+        assert!(cached > 0);
+    };
+    ask(3);
+    assert_eq!(server.request("POST", "/sleep", "", b"").status, 200);
+    assert_eq!(server.request("POST", "/wake_up", "", b"").status, 200);
+    ask(1);
+}
+
+#[test]
 fn who_wakes_the_server_need_not_wait() {
     use std::io::Write;
     // The next connection is accepted when the one before is gone.
