@@ -4,7 +4,7 @@
 
 use std::fmt;
 
-use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Visitor};
+use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, de::DeserializeSeed};
 use serde_json::value::RawValue;
 
@@ -102,6 +102,14 @@ impl<'a> Field<'a> {
         }
     }
 
+    /// What a parser says of something within.
+    fn invalid(&self, error: &serde_json::Error) -> ApiError {
+        match self.path.as_str() {
+            "" => ApiError::body(format!("The request body is not valid: {error}.")),
+            path => self.error(format!("{path} is not valid: {error}.")),
+        }
+    }
+
     fn kind(&self) -> &'static str {
         match self.text().as_bytes().first() {
             Some(b'"') => "a string",
@@ -184,8 +192,9 @@ impl<'a> Field<'a> {
         if !self.is_array() {
             return Err(self.expected("an array of token ids"));
         }
-        parse(self.text())
+        parse::<Vec<Id>>(self.text())
             .map_err(|_| self.error(format!("{} must hold token ids, integers from 0.", self.path)))
+            .map(|ids| ids.into_iter().map(|Id(id)| id).collect())
     }
 
     /// An object, of which `known` fields are kept.
@@ -193,8 +202,7 @@ impl<'a> Field<'a> {
         if !self.is_object() {
             return Err(self.expected("an object"));
         }
-        let (fields, unknown) =
-            seeded(self.text(), Known(known)).map_err(|e| self.error(format!("{}: {e}.", self.path)))?;
+        let (fields, unknown) = seeded(self.text(), Known(known)).map_err(|e| self.invalid(&e))?;
         Ok(Object { path: self.path.clone(), fields, unknown })
     }
 
@@ -219,7 +227,7 @@ impl<'a> Field<'a> {
         if self.text().len() > max_bytes {
             return Err(self.error(format!("{} is longer than {max_bytes} bytes.", self.path)));
         }
-        parse(self.text()).map_err(|e| self.error(format!("{} is not valid: {e}.", self.path)))
+        parse(self.text()).map_err(|e| self.invalid(&e))
     }
 }
 
@@ -279,6 +287,36 @@ fn seeded<'a, S: DeserializeSeed<'a>>(text: &'a str, seed: S) -> serde_json::Res
     let mut deserializer = serde_json::Deserializer::from_str(text);
     deserializer.disable_recursion_limit();
     seed.deserialize(&mut deserializer)
+}
+
+/// A token's id, in any way to write an integer.
+struct Id(u32);
+
+impl<'a> Deserialize<'a> for Id {
+    fn deserialize<D: Deserializer<'a>>(deserializer: D) -> Result<Id, D::Error> {
+        deserializer.deserialize_u32(IdVisitor)
+    }
+}
+
+struct IdVisitor;
+
+impl Visitor<'_> for IdVisitor {
+    type Value = Id;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an integer from 0")
+    }
+
+    fn visit_u64<E: serde::de::Error>(self, id: u64) -> Result<Id, E> {
+        u32::try_from(id).map(Id).map_err(|_| E::invalid_value(Unexpected::Unsigned(id), &self))
+    }
+
+    fn visit_f64<E: serde::de::Error>(self, id: f64) -> Result<Id, E> {
+        match id.fract() == 0.0 && (0.0..=f64::from(u32::MAX)).contains(&id) {
+            true => Ok(Id(id as u32)),
+            false => Err(E::invalid_value(Unexpected::Float(id), &self)),
+        }
+    }
 }
 
 struct Elements {
@@ -435,5 +473,18 @@ mod tests {
         let raw = document(b"[1,2,3]").unwrap();
         assert!(Field::root(raw).array(3).is_ok());
         assert!(Field::root(raw).array(2).is_err());
+    }
+
+    #[test]
+    fn ids_are_integers_like_others() {
+        let ids = |text: &str| {
+            let raw = document(text.as_bytes()).unwrap();
+            Field { path: "ids".to_owned(), raw }.ids().map_err(|e| e.to_string())
+        };
+        assert_eq!(ids("[]"), Ok(vec![]));
+        assert_eq!(ids("[7, 1e1, 2.0, 4294967295, -0.0]"), Ok(vec![7, 10, 2, u32::MAX, 0]));
+        for bad in ["[1.5]", "[-1]", "[-1.0]", "[4294967296]", "[1e10]", "[true]", "[null]", "[[1]]"] {
+            assert_eq!(ids(bad), Err("ids must hold token ids, integers from 0.".to_owned()), "{bad}");
+        }
     }
 }

@@ -403,6 +403,14 @@ fn bodies_that_cannot_be_read() {
     let surrogate = r#"{"messages": [{"role": "user", "content": "\ud800"}]}"#;
     check("surrogate", post(surrogate.as_bytes()), (400, BAD, Some("messages.0.content")));
 
+    for body in [r#"{"\ud800": 1}"#, r#"{"messages": [], "\ud800": 1}"#] {
+        let error = post(body.as_bytes());
+        assert!(error.3.starts_with("The request body is not valid: "), "{}", error.3);
+        check("surrogate in a name", error, (400, BAD, None));
+    }
+    let nested = post(br#"{"messages": [{"\ud800": 1}]}"#);
+    check("surrogate in a name", nested, (400, BAD, Some("messages.0")));
+
     check("too large", post(&[b' '; 10_001]), (413, BAD, None));
     let huge = format!("POST {path} HTTP/1.1\r\nhost: test\r\n{JSON}content-length: 99999999999\r\n\r\n");
     check("announced too large", server.raw(huge.as_bytes()).error(), (413, BAD, None));
