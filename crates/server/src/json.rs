@@ -2,10 +2,12 @@
 //!
 //! Nothing is built that the body's size does not bound: unknown fields are skipped, arrays are counted before they are kept.
 
+use std::collections::{HashMap, hash_map};
 use std::fmt;
 
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
 use serde::{Deserialize, de::DeserializeSeed};
+use serde_json::error::Category;
 use serde_json::value::RawValue;
 
 use crate::error::ApiError;
@@ -206,13 +208,15 @@ impl<'a> Field<'a> {
         Ok(Object { path: self.path.clone(), fields, unknown })
     }
 
-    /// An object of at most `max` entries, all kept; of equal keys the last counts.
+    /// An object of at most `max` entries, those with equal keys included, of which the last is kept.
     pub(crate) fn entries(&self, max: usize) -> Result<Vec<(String, Field<'a>)>, ApiError> {
         if !self.is_object() {
             return Err(self.expected("an object"));
         }
-        let entries = seeded(self.text(), Entries { max })
-            .map_err(|_| self.error(format!("{} has more than {max} entries.", self.path)))?;
+        let entries = seeded(self.text(), Entries { max }).map_err(|e| match e.classify() {
+            Category::Data => self.error(format!("{} has more than {max} entries.", self.path)),
+            _ => self.invalid(&e),
+        })?;
         Ok(entries
             .into_iter()
             .map(|(key, raw)| {
@@ -412,16 +416,21 @@ impl<'a> Visitor<'a> for Entries {
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut entries: Self::Value = Vec::new();
+        let mut places: HashMap<String, usize> = HashMap::new();
+        let mut count = 0;
         while let Some(key) = map.next_key::<String>()? {
             let raw = map.next_value()?;
-            if let Some(entry) = entries.iter_mut().find(|(known, _)| *known == key) {
-                entry.1 = raw;
-                continue;
+            count += 1;
+            if count > self.max {
+                return Err(serde::de::Error::invalid_length(count, &self));
             }
-            if entries.len() == self.max {
-                return Err(serde::de::Error::invalid_length(self.max + 1, &self));
+            match places.entry(key) {
+                hash_map::Entry::Occupied(place) => entries[*place.get()].1 = raw,
+                hash_map::Entry::Vacant(place) => {
+                    entries.push((place.key().clone(), raw));
+                    place.insert(entries.len() - 1);
+                }
             }
-            entries.push((key, raw));
         }
         Ok(entries)
     }
@@ -473,6 +482,20 @@ mod tests {
         let raw = document(b"[1,2,3]").unwrap();
         assert!(Field::root(raw).array(3).is_ok());
         assert!(Field::root(raw).array(2).is_err());
+    }
+
+    #[test]
+    fn entries_are_counted_with_equal_keys() {
+        let entries = |text: &str, max| {
+            let raw = document(text.as_bytes()).unwrap();
+            let entries = Field { path: "o".to_owned(), raw }.entries(max).map_err(|e| e.to_string())?;
+            Ok(entries.into_iter().map(|(key, value)| format!("{key} {}", value.text())).collect::<Vec<_>>())
+        };
+        let text = r#"{"a":1,"b":2,"a":3}"#;
+        assert_eq!(entries(text, 3), Ok(vec!["a 3".to_owned(), "b 2".to_owned()]));
+        assert_eq!(entries(text, 2), Err("o has more than 2 entries.".to_owned()));
+        let broken = entries(r#"{"\ud800":1}"#, 2).unwrap_err();
+        assert!(broken.starts_with("o is not valid: "), "{broken}");
     }
 
     #[test]
