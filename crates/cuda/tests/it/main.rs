@@ -1139,8 +1139,12 @@ fn a_step_gives_the_same_bits_whatever_came_before() {
 #[test]
 fn steps_that_begin_early_change_no_token() {
     let Some(device) = device() else { return };
-    let (_, prompt, _) = certain_continuations().remove(0);
-    check_early(&device, &*open("models/tiny-gpt-oss"), Options::default(), &prompt, true);
+    // Other generations have kernels of a single token only for wide models.
+    let narrow = device.capability() == 90;
+    if narrow {
+        let (_, prompt, _) = certain_continuations().remove(0);
+        check_early(&device, &*open("models/tiny-gpt-oss"), Options::default(), &prompt, true);
+    }
     // Here a head of more tokens than are sorted on the device is drawn from by the host, whose token no step has foreseen.
     let mut config = Config { experts: 4, vocab_size: 16_384, ..Config::gpt_oss_20b() };
     config.layer_kinds.truncate(2);
@@ -1153,7 +1157,7 @@ fn steps_that_begin_early_change_no_token() {
     );
     // Logits by the kernels of few rows, and of one.
     let invariant = Options { batch_invariant: true, ..Options::default() };
-    for format in [Format::Bf16, Format::Nvfp4] {
+    for format in [Format::Bf16, Format::Nvfp4].into_iter().filter(|_| narrow) {
         check_early(&device, &*odd(format), invariant, &tokens(20), true);
     }
 }
