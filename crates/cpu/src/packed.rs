@@ -379,7 +379,7 @@ pub(crate) struct Output<T = f32> {
     len: usize,
 }
 
-// SAFETY: tasks write disjoint elements: each (job, panel) is one task's, and the jobs of a phase have disjoint outputs.
+// SAFETY: tasks write disjoint elements: each (job, panel, token) is one task's, and the jobs of a phase have disjoint outputs.
 unsafe impl<T: Send> Sync for Output<T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Send for Output<T> {}
@@ -424,11 +424,20 @@ pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
         let (bytes, least) = if job.x.tokens > 8 { (BATCH_TASK_BYTES, PANELS / width) } else { (few, 1) };
         let units = matrix.shape.panels() / width;
         let step = (bytes / (width * matrix.shape.panel_bytes())).max(least);
-        tasks.extend((0..units).step_by(step).map(|u| (j, u, (u + step).min(units))));
+        tasks.extend((0..units).step_by(step).map(|u| (j, u..(u + step).min(units), 0..job.x.tokens)));
+    }
+    // So few panels, as a router has, that threads would have none: those of one panel share the tokens.
+    let sharers = pool.threads() / tasks.len().max(1);
+    if sharers > 1 {
+        let shares = |(j, units, tokens): (usize, Range<usize>, Range<usize>)| {
+            let each = tokens.len().div_ceil(sharers).max(1);
+            tokens.clone().step_by(each).map(move |t| (j, units.clone(), t..(t + each).min(tokens.end)))
+        };
+        tasks = tasks.into_iter().flat_map(shares).collect();
     }
     let task = |task: usize| {
-        let (job, from, to) = tasks[task];
-        run_panels(kernels, &jobs[job], from, to);
+        let (job, units, tokens) = &tasks[task];
+        run_panels(kernels, &jobs[*job], units.clone(), tokens.clone());
     };
     if jobs.iter().map(|job| job.matrix.matrix_bytes() * job.x.tokens).sum::<usize>() < ALONE {
         (0..tasks.len()).for_each(task);
@@ -437,17 +446,18 @@ pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
     }
 }
 
-/// The panels, or pairs of panels, `from .. to` of a job.
-fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
+/// Some panels, or pairs of panels, of a job, for some of its tokens.
+fn run_panels(kernels: &Kernels, job: &Job<'_>, units: Range<usize>, tokens: Range<usize>) {
     let matrix = job.matrix;
     let kernel = matrix.kernel(kernels, job.x.kind);
     let block = block(job.x.kind, matrix.shape.slabs());
     let width = if matrix.shape.paired { 2 } else { 1 };
     let mut sums = [[const { MaybeUninit::<[f32; LANES]>::uninit() }; MOST_TOKENS]; PANELS];
-    for first in (0..job.x.tokens).step_by(block) {
-        let x = job.x.part(first, (first + block).min(job.x.tokens));
-        for start in (from..to).step_by(PANELS / width) {
-            let end = (start + PANELS / width).min(to);
+    let mut first = tokens.start;
+    while first < tokens.end {
+        let x = job.x.part(first, ((first / block + 1) * block).min(tokens.end));
+        for start in units.clone().step_by(PANELS / width) {
+            let end = (start + PANELS / width).min(units.end);
             let panels = matrix.panels(job.expert, start * width..end * width);
             // SAFETY: the kernels were chosen for this CPU; the panels have as many slabs as the records, and there is room for the
             // sums of a block of tokens with each.
@@ -476,7 +486,7 @@ fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
                     let scale = matrix.scale(job.expert, unit * width + 1);
                     let bias = matrix.bias(job.bias, unit * width + 1);
                     let ups = Finish { sums: sums_of(1), scale: &scale, bias: &bias, ..finish };
-                    // SAFETY: the kernels were chosen for this CPU; this task alone has these rows, which are within the slice.
+                    // SAFETY: the kernels were chosen for this CPU; this task alone has these rows of these tokens, which are within the slice.
                     unsafe { (kernels.finish_swiglu)(&finish, &ups, limit, alpha) };
                 } else {
                     // SAFETY: as above.
@@ -484,6 +494,7 @@ fn run_panels(kernels: &Kernels, job: &Job<'_>, from: usize, to: usize) {
                 }
             }
         }
+        first += x.tokens;
     }
 }
 
