@@ -115,9 +115,14 @@ impl Builder<'_> {
             Structure::Tag(tag) => self.tag(tag, &tag.begin, depth)?,
             Structure::Separated { tags, separator, at_least_one, stop_after_first } => {
                 let each = tags.iter().map(|tag| self.tag(tag, &tag.begin, depth));
-                let tag = alternatives(&each.collect::<Result<Vec<_>, _>>()?)?;
-                let more =
-                    if *stop_after_first { String::new() } else { format!(" ({} {tag})*", quote(separator)) };
+                let any = alternatives(&each.collect::<Result<Vec<_>, _>>()?)?;
+                // A rule of its own: it is named twice, and what it consists of may be such tags again.
+                let tag = format!("tag{number}");
+                let _ = writeln!(self.rules, "{tag}: {any}");
+                let more = match stop_after_first {
+                    true => String::new(),
+                    false => format!(" ({} {tag})*", self.counted(quote(separator))?),
+                };
                 let optional = if *at_least_one { "" } else { "?" };
                 format!("({tag}{more}){optional}")
             }

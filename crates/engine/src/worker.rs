@@ -349,9 +349,9 @@ impl Worker {
 
     /// Takes those from a step whose mask may take long and is not there yet, so that the others need not wait for it.
     fn leave_out(&mut self, shares: &mut Vec<Share>) {
-        let mut late: Vec<bool> = shares.iter().map(|share| self.is_late(share)).collect();
+        let late: Vec<bool> = shares.iter().map(|share| self.is_late(share)).collect();
         if late.contains(&false) {
-            let mut late = late.drain(..);
+            let mut late = late.into_iter();
             shares.retain(|_| late.next() == Some(false));
         }
     }

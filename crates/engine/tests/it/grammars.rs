@@ -525,6 +525,13 @@ fn large_forms_are_kept_to() {
     let members: serde_json::Map<String, Value> =
         (0..600).map(|i| (format!("p{i}"), json!({"type": "integer"}))).collect();
     let members = json!({"type": "object", "properties": members, "additionalProperties": false});
+    let nested = (0..28).fold(Structure::Const("x".to_owned()), |content, _| Structure::Separated {
+        tags: vec![Tag { begin: "<".to_owned(), content, end: ">".to_owned() }],
+        separator: ",".to_owned(),
+        at_least_one: true,
+        stop_after_first: false,
+    });
+    let tags = format!("{}x{}", "<".repeat(28), ">".repeat(28));
     for (form, answer) in [
         (schema(json!({"anyOf": (0..2_100).map(|i| json!({"const": [i]})).collect::<Vec<_>>()})), "[2099]"),
         (schema(members), r#"{"p3":4,"p599":5}"#),
@@ -533,6 +540,7 @@ fn large_forms_are_kept_to() {
             "-1795947594123456789",
         ),
         (Form::Choice(choices), "choice 77"),
+        (Form::Structure(nested), &tags),
     ] {
         let said = format!("<|channel|>final<|message|>{answer}<|return|>");
         let (turn, reason, _) = chat(&said, &answering(form), unlimited());
