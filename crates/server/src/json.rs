@@ -2,7 +2,6 @@
 //!
 //! Nothing is built that the body's size does not bound: unknown fields are skipped, arrays are counted before they are kept.
 
-use std::collections::{HashMap, hash_map};
 use std::fmt;
 
 use serde::de::{Deserializer, IgnoredAny, MapAccess, SeqAccess, Unexpected, Visitor};
@@ -416,7 +415,6 @@ impl<'a> Visitor<'a> for Entries {
 
     fn visit_map<A: MapAccess<'a>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut entries: Self::Value = Vec::new();
-        let mut places: HashMap<String, usize> = HashMap::new();
         let mut count = 0;
         while let Some(key) = map.next_key::<String>()? {
             let raw = map.next_value()?;
@@ -424,12 +422,9 @@ impl<'a> Visitor<'a> for Entries {
             if count > self.max {
                 return Err(serde::de::Error::invalid_length(count, &self));
             }
-            match places.entry(key) {
-                hash_map::Entry::Occupied(place) => entries[*place.get()].1 = raw,
-                hash_map::Entry::Vacant(place) => {
-                    entries.push((place.key().clone(), raw));
-                    place.insert(entries.len() - 1);
-                }
+            match entries.iter_mut().find(|(known, _)| *known == key) {
+                Some(entry) => entry.1 = raw,
+                None => entries.push((key, raw)),
             }
         }
         Ok(entries)
