@@ -206,7 +206,6 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
     constexpr int SLOTS = Layout<C>::SLOTS, RING = SLOTS * Page<C>::BYTES;
     static_assert(MAX_SPLITS <= WARP && ROWS == WARPS && ROWS * PART * sizeof(float) <= RING);
     extern __shared__ __align__(128) uint8_t shared[];
-    __shared__ uint32_t arrived;
     start_next();
     // `warps` and `rows` are powers of two.
     const int split = blockIdx.y, warps = p.warps, warp = threadIdx.x / WARP, lane = threadIdx.x % WARP, rank = warp & (warps - 1);
@@ -314,12 +313,7 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
     // Who waits for this kernel waits for the one before, too.
     wait_for_previous();
     if (splits == 1) return;
-    __syncthreads();
-    // What the block wrote is seen by the last to arrive.
-    if (threadIdx.x == 0) asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(p.arrivals + pair) : "memory");
-    __syncthreads();
-    if (arrived != uint32_t(splits - 1)) return;
-    if (threadIdx.x == 0) p.arrivals[pair] = 0;
+    if (!last_to_arrive(p.arrivals + pair, splits)) return;
     // A warp per row, a lane per part. What all parts have comes together.
     if (warp >= rows) return;
     const bool inside = lane < splits;

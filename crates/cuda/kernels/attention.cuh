@@ -90,7 +90,6 @@ __device__ __forceinline__ float power(float v) {
 __device__ __forceinline__ bool put_together(const Attention& p, int splits, float factor, bool rows, float (&max_score)[2], float (&sum)[2],
                                              float (&out)[32]) {
     constexpr int PIECES = 9;
-    __shared__ uint32_t arrived;
     const uint32_t pair = blockIdx.x * gridDim.y + blockIdx.y;
     float4* parts = (float4*)p.partial + size_t(pair) * p.splits * PIECES * blockDim.x + threadIdx.x;
     auto piece = [&](int split, int i) { return parts + (split * PIECES + i) * blockDim.x; };
@@ -99,12 +98,7 @@ __device__ __forceinline__ bool put_together(const Attention& p, int splits, flo
         for (int i = 0; i < 8; i++) __stcg(piece(blockIdx.z, i), make_float4(out[4 * i], out[4 * i + 1], out[4 * i + 2], out[4 * i + 3]));
         __stcg(piece(blockIdx.z, 8), make_float4(max_score[0], max_score[1], sum[0], sum[1]));
     }
-    __syncthreads();
-    // What the block wrote is seen by the last to arrive.
-    if (threadIdx.x == 0) asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(p.arrivals + pair) : "memory");
-    __syncthreads();
-    if (arrived != uint32_t(splits - 1)) return false;
-    if (threadIdx.x == 0) p.arrivals[pair] = 0;
+    if (!last_to_arrive(p.arrivals + pair, splits)) return false;
     if (!rows) return true;
     max_score[0] = max_score[1] = NOTHING, sum[0] = sum[1] = 0;
 #pragma unroll

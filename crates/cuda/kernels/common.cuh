@@ -328,20 +328,16 @@ __device__ __forceinline__ float block_sum(float v, float* shared) {
     return sum;
 }
 
-// True in the last of `count` blocks to arrive.
+// True in the last of `count` blocks to arrive, which sees what the others wrote before.
 __device__ __forceinline__ bool last_to_arrive(uint32_t* counter, uint32_t count) {
     __shared__ uint32_t arrived;
-    __threadfence();
     __syncthreads();
     if (threadIdx.x == 0) {
-        arrived = atomicAdd(counter, 1);
+        asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], 1;" : "=r"(arrived) : "l"(counter) : "memory");
         if (arrived == count - 1) *counter = 0;
     }
     __syncthreads();
-    bool last = arrived == count - 1;
-    __syncthreads();
-    __threadfence();
-    return last;
+    return arrived == count - 1;
 }
 
 // Up to 4 COUNT values per thread of one row of the residual stream, or of a scale, all loads in flight together.

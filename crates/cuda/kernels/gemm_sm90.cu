@@ -237,8 +237,8 @@ template <Format F, int TOKENS, bool EXPERTS, bool SPLIT> __device__ __forceinli
                     for (int rank = 0; rank < MAX_CLUSTER; rank++) a += parts[i][0][rank], b += parts[i][1][rank];
                     if (e.kind == RESIDUAL) {
                         float* out = e.out + size_t(work.first + column) * m.rows;
-                        if (rows.x < m.rows) out[rows.x] = old[i].x + (a * affine.scale + affine.a);
-                        if (rows.y < m.rows) out[rows.y] = old[i].y + (b * affine.scale + affine.b);
+                        if (rows.x < m.rows) out[rows.x] = old[i].x + affine.first(a);
+                        if (rows.y < m.rows) out[rows.y] = old[i].y + affine.second(b);
                     } else {
                         finish(e, m, affine, finished, pair, work.first + column, a, b, rotations[i]);
                     }
