@@ -132,9 +132,9 @@ pub enum Error {
         source: SubmitError,
     },
     /// A conversation cannot be rendered.
-    #[error("conversation {index}: {source}")]
+    #[error("prompt {index}: {source}")]
     Render {
-        /// Which of the conversations.
+        /// Which of the prompts.
         index: usize,
         /// Why.
         source: harmony::Error,

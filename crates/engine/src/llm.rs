@@ -18,12 +18,14 @@ pub struct Llm {
 }
 
 /// What is to be continued.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub enum Prompt {
     /// A text. Special tokens spelled in it are control tokens.
     Text(String),
     /// Token ids.
     Tokens(Vec<u32>),
+    /// A conversation, to be answered.
+    Chat(Box<ChatPrompt>),
 }
 
 /// How far a batch is.
@@ -96,54 +98,16 @@ impl Llm {
         params: &[SamplingParams],
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Vec<RequestOutput>, Error> {
-        let tokenizer = self.engine.harmony().tokenizer();
-        let prompts = prompts
-            .iter()
-            .map(|prompt| match prompt {
-                Prompt::Text(text) => (tokenizer.encode_with_special(text), OutputMode::Text),
-                Prompt::Tokens(tokens) => (tokens.clone(), OutputMode::Text),
-            })
-            .collect();
-        self.run(prompts, params, progress)
-    }
-
-    /// Answers each conversation. Otherwise as [`Llm::generate`].
-    ///
-    /// # Errors
-    /// [`Error::Render`] if a conversation breaks a rule of the chat format.
-    pub fn chat(
-        &self,
-        conversations: &[ChatPrompt],
-        params: &[SamplingParams],
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<Vec<RequestOutput>, Error> {
-        let mut prompts = Vec::with_capacity(conversations.len());
-        for (index, conversation) in conversations.iter().enumerate() {
-            let tokens = self.engine.harmony().render_chat(conversation);
-            let tools = conversation.tools.iter().map(|tool| tool.function.name.clone()).collect();
-            prompts.push((
-                tokens.map_err(|source| Error::Render { index, source })?,
-                OutputMode::Chat { tools, begun: Vec::new() },
-            ));
-        }
-        self.run(prompts, params, progress)
-    }
-
-    fn run(
-        &self,
-        prompts: Vec<(Vec<u32>, OutputMode)>,
-        params: &[SamplingParams],
-        progress: &mut dyn FnMut(Progress),
-    ) -> Result<Vec<RequestOutput>, Error> {
         let total = prompts.len();
         if params.len() != 1 && params.len() != total {
             return Err(Error::Lengths { prompts: total, params: params.len() });
         }
         let mut requests = Vec::with_capacity(total);
         let mut drafts = Vec::with_capacity(total);
-        for (index, (prompt, output)) in prompts.into_iter().enumerate() {
+        for (index, prompt) in prompts.iter().enumerate() {
             let params = params[index % params.len()].clone();
-            let request = self.engine.validate(Request::new(prompt, params, output));
+            let (tokens, output) = self.render(prompt).map_err(|source| Error::Render { index, source })?;
+            let request = self.engine.validate(Request::new(tokens, params, output));
             let request = request.map_err(|source| Error::Submit { index, source })?;
             drafts.push(Draft::new(&request));
             requests.push(request);
@@ -186,6 +150,19 @@ impl Llm {
             drafts[index].apply(event);
             progress(so_far);
         }
+    }
+
+    /// A prompt's tokens, and what is made of those that follow.
+    fn render(&self, prompt: &Prompt) -> Result<(Vec<u32>, OutputMode), harmony::Error> {
+        let harmony = self.engine.harmony();
+        Ok(match prompt {
+            Prompt::Text(text) => (harmony.tokenizer().encode_with_special(text), OutputMode::Text),
+            Prompt::Tokens(tokens) => (tokens.clone(), OutputMode::Text),
+            Prompt::Chat(conversation) => {
+                let tools = conversation.tools.iter().map(|tool| tool.function.name.clone()).collect();
+                (harmony.render_chat(conversation)?, OutputMode::Chat { tools, begun: Vec::new() })
+            }
+        })
     }
 }
 

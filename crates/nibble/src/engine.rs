@@ -184,9 +184,6 @@ impl From<engine::Error> for Failure {
                 // Less than a token is no context.
                 if largest == 0 { failure } else { failure.hint(format!("--max-model-len {largest} fits")) }
             }
-            engine::Error::Failed { ref source, .. } => {
-                Failure { message: error.to_string(), ..source.clone().into() }
-            }
             engine::Error::Thread(_) => Failure::machine(error.to_string()),
             _ => Failure::input(error.to_string()),
         }

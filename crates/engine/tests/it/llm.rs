@@ -63,21 +63,21 @@ fn texts_and_chats() {
     let llm = Llm::new(says(
         "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>Hi!<|return|>",
     ));
-    let prompt = Prompt::Text("<|start|>assistant".to_owned());
-    let [output] = llm.generate(&[prompt], &[unlimited()], &mut |_| ()).unwrap().try_into().unwrap();
-    assert_eq!(output.prompt_token_ids, tokens("<|start|>assistant"));
-    assert_eq!(output.outputs[0].text, "analysisHm.assistantfinalHi!");
-    assert_eq!(output.outputs[0].content, None);
-
-    let conversation = ChatPrompt::new(vec![ChatMessage::new("user", "Hello")]);
-    let [output] = llm.chat(&[conversation], &[unlimited()], &mut |_| ()).unwrap().try_into().unwrap();
-    let answer = &output.outputs[0];
+    let text = Prompt::Text("<|start|>assistant".to_owned());
+    let chat = |role: &str| Prompt::Chat(Box::new(ChatPrompt::new(vec![ChatMessage::new(role, "Hello")])));
+    let prompts = [chat("user"), text];
+    let outputs = llm.generate(&prompts, &[unlimited()], &mut |_| ()).unwrap();
+    let [answer, continued] = [&outputs[0].outputs[0], &outputs[1].outputs[0]];
+    assert_eq!(outputs[1].prompt_token_ids, tokens("<|start|>assistant"));
+    assert_eq!(continued.text, "analysisHm.assistantfinalHi!");
+    assert_eq!(continued.content, None);
     assert_eq!((answer.text.as_str(), answer.content.as_deref()), ("Hi!", Some("Hi!")));
     assert_eq!((answer.reasoning.as_deref(), answer.tool_calls.len()), (Some("Hm."), 0));
 
-    let nobody = ChatPrompt::new(vec![ChatMessage::new("nobody", "Hello")]);
-    let error = llm.chat(&[nobody], &[unlimited()], &mut |_| ()).unwrap_err();
-    assert!(matches!(error, Error::Render { index: 0, .. }), "{error}");
+    let steps = llm.engine().stats().steps;
+    let error = llm.generate(&[chat("user"), chat("nobody")], &[unlimited()], &mut |_| ()).unwrap_err();
+    assert!(matches!(error, Error::Render { index: 1, .. }), "{error}");
+    assert_eq!(llm.engine().stats().steps, steps, "nothing is begun");
 }
 
 #[test]

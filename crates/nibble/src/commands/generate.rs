@@ -1,11 +1,8 @@
 //! `nibble generate`: completions of one or many prompts, offline and batched.
 
-use std::fmt::Display;
 use std::time::Instant;
 
-use engine::{
-    CompletionOutput, Engine, Llm, OutputMode, Prompt, Request, RequestOutput, SamplingParams, SubmitError,
-};
+use engine::{CompletionOutput, Error, Llm, Prompt, RequestOutput, SamplingParams, SubmitError};
 use gptoss::TokenLogprobs;
 use harmony::{ChatMessage, ChatPrompt};
 use serde_json::{Value, json};
@@ -17,14 +14,8 @@ use crate::failure::{Failure, Result};
 use crate::model::Model;
 use crate::ui::{Ui, bold, dim, label, out};
 
-/// Raw prompts and conversations may be mixed.
-enum Input {
-    Raw(Prompt),
-    Chat(ChatPrompt),
-}
-
 pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
-    let (places, inputs): (Vec<String>, Vec<Input>) = inputs(args)?.into_iter().unzip();
+    let (places, prompts): (Vec<String>, Vec<Prompt>) = prompts(args)?.into_iter().unzip();
     let started = Instant::now();
     let running = start(
         Model::open(args.model.as_deref(), ui)?,
@@ -41,122 +32,88 @@ pub(crate) fn run(args: &Generate, common: &Common, ui: Ui) -> Result<()> {
         ignore_eos: args.ignore_eos,
         ..sampling(&args.sampling, &running.generation)
     };
-    check(&running.engine, &places, &inputs, &params)?;
     let llm = Llm::new(running.engine);
-    let mut bar = ui.progress("Generating", inputs.len() as u64);
-    let outputs = complete(&llm, &inputs, &params, &mut |done| bar.set(done as u64))?;
+    let mut bar = ui.progress("Generating", prompts.len() as u64);
+    let outputs = llm.generate(&prompts, &[params], &mut |p| bar.set(p.finished as u64));
     drop(bar);
+    let outputs = outputs.map_err(|error| refused(&places, error))?;
     if ui.json {
         ui.document(&document(&outputs, started.elapsed().as_secs_f64()))?;
         return Ok(());
     }
-    for (i, (input, output)) in inputs.iter().zip(&outputs).enumerate() {
-        if inputs.len() > 1 || args.n > 1 {
+    for (i, (prompt, output)) in prompts.iter().zip(&outputs).enumerate() {
+        if prompts.len() > 1 || args.n > 1 {
             out!("{}{}", if i > 0 { "\n" } else { "" }, bold(&format!("# {}", i + 1)))?;
         }
         for choice in &output.outputs {
-            print(input, choice)?;
+            print(prompt, choice)?;
         }
     }
     Ok(())
 }
 
 /// What is to be completed in its order, each with the place where it was given.
-fn inputs(args: &Generate) -> Result<Vec<(String, Input)>> {
+fn prompts(args: &Generate) -> Result<Vec<(String, Prompt)>> {
     let chat = |prompt: ChatPrompt| {
         let own = [("system", &args.system), ("developer", &args.developer)];
         let own = own.into_iter().filter_map(|(role, text)| Some(ChatMessage::new(role, text.as_ref()?)));
-        Input::Chat(ChatPrompt {
+        Prompt::Chat(Box::new(ChatPrompt {
             messages: own.chain(prompt.messages).collect(),
             reasoning_effort: prompt.reasoning_effort.or_else(|| args.reasoning_effort.clone()),
             date: prompt.date.or_else(|| Some(server::today())),
             add_generation_prompt: true,
             ..prompt
-        })
+        }))
     };
     let text = |text: String| match args.chat {
         true => chat(ChatPrompt::new(vec![ChatMessage::new("user", text)])),
-        false => Input::Raw(Prompt::Text(text)),
+        false => Prompt::Text(text),
     };
     let flags = args.prompt.iter().zip(1..);
-    let mut inputs: Vec<_> =
+    let mut prompts: Vec<_> =
         flags.map(|(prompt, number)| (format!("prompt {number}"), text(prompt.clone()))).collect();
     if let Some(path) = &args.prompts {
         for_each_line(path, |number, line| {
-            let input = match Line::read(path, number, line)? {
+            let prompt = match Line::read(path, number, line)? {
                 Line::Text(prompt) => text(prompt),
-                Line::Tokens(ids) => Input::Raw(Prompt::Tokens(ids)),
+                Line::Tokens(ids) => Prompt::Tokens(ids),
                 Line::Chat(prompt) => chat(*prompt),
             };
-            inputs.push((format!("{}: line {number}", name(path)), input));
+            prompts.push((format!("{}: line {number}", name(path)), prompt));
             Ok(())
         })?;
     }
-    if inputs.is_empty() {
+    if prompts.is_empty() {
         return Err(Failure::input("expected a prompt, found none").hint("-p TEXT, or --prompts FILE"));
     }
     let only_chats = args.system.is_some() || args.developer.is_some() || args.reasoning_effort.is_some();
-    if only_chats && inputs.iter().any(|(_, input)| matches!(input, Input::Raw(_))) {
+    if only_chats && prompts.iter().any(|(_, prompt)| !matches!(prompt, Prompt::Chat(_))) {
         return Err(Failure::input(
             "--system, --developer and --reasoning-effort: expected chats, found a raw prompt",
         )
         .hint("--chat makes each prompt a user message"));
     }
-    Ok(inputs)
+    Ok(prompts)
 }
 
-/// Refuses what cannot be completed before anything is.
-fn check(engine: &Engine, places: &[String], inputs: &[Input], params: &SamplingParams) -> Result<()> {
-    let harmony = engine.harmony();
-    for (place, input) in places.iter().zip(inputs) {
-        let refused = |error: &dyn Display| Failure::input(format!("{place}: {error}"));
-        let prompt = match input {
-            Input::Raw(Prompt::Text(text)) => harmony.tokenizer().encode_with_special(text),
-            Input::Raw(Prompt::Tokens(ids)) => ids.clone(),
-            Input::Chat(prompt) => harmony.render_chat(prompt).map_err(|error| refused(&error))?,
-        };
-        engine.validate(Request::new(prompt, params.clone(), OutputMode::Text)).map_err(
-            |error| match error {
-                // Of a flag, whatever the prompt.
-                SubmitError::Invalid(_) => error.into(),
-                _ => refused(&error),
-            },
-        )?;
-    }
-    Ok(())
-}
-
-/// Runs both kinds as one batch each and puts the results in the order of the inputs.
-fn complete(
-    llm: &Llm,
-    inputs: &[Input],
-    params: &SamplingParams,
-    progress: &mut dyn FnMut(usize),
-) -> Result<Vec<RequestOutput>> {
-    let (mut raw, mut chats) = (Vec::new(), Vec::new());
-    for input in inputs {
-        match input {
-            Input::Raw(prompt) => raw.push(prompt.clone()),
-            Input::Chat(prompt) => chats.push(prompt.clone()),
-        }
-    }
-    let params = std::slice::from_ref(params);
-    let raw_outputs = llm.generate(&raw, params, &mut |p| progress(p.finished))?;
-    let done = raw.len();
-    let chat_outputs = llm.chat(&chats, params, &mut |p| progress(done + p.finished))?;
-    let (mut raw_outputs, mut chat_outputs) = (raw_outputs.into_iter(), chat_outputs.into_iter());
-    let next = |input: &Input| match input {
-        Input::Raw(_) => raw_outputs.next(),
-        Input::Chat(_) => chat_outputs.next(),
+/// An error of a prompt, told by the place where that was given.
+fn refused(places: &[String], error: Error) -> Failure {
+    let (index, failure): (usize, Failure) = match error {
+        // Of a flag, whatever the prompt.
+        Error::Submit { source: source @ SubmitError::Invalid(_), .. } => return source.into(),
+        Error::Submit { index, source } => (index, source.into()),
+        Error::Render { index, source } => (index, source.into()),
+        Error::Failed { index, source } => (index, source.into()),
+        error => return error.into(),
     };
-    Ok(inputs.iter().filter_map(next).collect())
+    Failure { message: format!("{}: {}", places[index], failure.message), ..failure }
 }
 
-fn print(input: &Input, choice: &CompletionOutput) -> Result<()> {
-    match input {
-        Input::Raw(Prompt::Text(text)) => out!("{}{}", dim(text), choice.text)?,
-        Input::Raw(Prompt::Tokens(_)) => out!("{}", choice.text)?,
-        Input::Chat(_) => {
+fn print(prompt: &Prompt, choice: &CompletionOutput) -> Result<()> {
+    match prompt {
+        Prompt::Text(text) => out!("{}{}", dim(text), choice.text)?,
+        Prompt::Tokens(_) => out!("{}", choice.text)?,
+        Prompt::Chat(_) => {
             if let Some(reasoning) = &choice.reasoning {
                 out!("{}{}", label("reasoning"), dim(reasoning))?;
             }
