@@ -164,6 +164,16 @@ pub enum SubmitError {
     /// A parameter breaks its rule.
     #[error(transparent)]
     Invalid(#[from] InvalidParam),
+    /// Prompts that belong together could never wait together.
+    #[error("prompt must have at most {most} {what} in all, as many as may wait at a time, got {found}.")]
+    TooMany {
+        /// Prompts or tokens.
+        what: &'static str,
+        /// Of all the prompts.
+        found: usize,
+        /// That may wait.
+        most: usize,
+    },
     /// The prompt leaves no room in the context.
     #[error(
         "This model's maximum context length is {max_model_len} tokens. However, your prompt contains {prompt} input tokens. \
@@ -458,6 +468,11 @@ impl Engine {
         self.inner.prefix_blocks
     }
 
+    /// Requests that may be in the engine, and tokens of prompts that may wait.
+    pub(crate) fn queue_limits(&self) -> (usize, usize) {
+        (self.inner.max_queued_requests, self.inner.max_queued_tokens)
+    }
+
     /// Checks a request as [`Engine::submit`] does and returns it as the engine will run it.
     pub fn validate(&self, mut request: Request) -> Result<Request, SubmitError> {
         let vocab_size = self.inner.config.vocab_size;
@@ -484,6 +499,7 @@ impl Engine {
             return Err(InvalidParam { field: "min_tokens", message }.into());
         }
         self.bound_logprobs(std::slice::from_mut(&mut request), 1)?;
+        request.params.prepare(self.inner.harmony.tokenizer());
         Ok(request)
     }
 
@@ -707,7 +723,7 @@ impl Drop for RequestHandle {
 }
 
 /// Holds a request back while its client does not keep up. It keeps its place in the order of arrival and its tokens, and
-/// gives its blocks back; what it had computed may still be in the prefix cache when it goes on.
+/// gives its blocks back; what it had computed is mostly still in the prefix cache when it goes on.
 #[derive(Clone)]
 pub struct Valve {
     shared: Arc<Shared>,

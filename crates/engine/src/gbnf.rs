@@ -3,7 +3,7 @@
 //! A grammar of characters: the compiler behind takes the longest word that a literal or class could be, and does not go back, so
 //! every character becomes a word of its own.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fmt::Write;
 
 /// Deepest nesting of groups.
@@ -18,6 +18,7 @@ const MAX_TIMES: u32 = 10_000;
 pub(crate) fn to_lark(text: &str) -> Result<String, String> {
     let mut reader = Reader { rest: text, text };
     let mut rules: Vec<(String, String)> = Vec::new();
+    let mut known: HashSet<String> = HashSet::new();
     // Names as they are may be no names in Lark.
     let mut numbers: HashMap<String, usize> = HashMap::new();
     let mut number = |name: &str| {
@@ -34,19 +35,19 @@ pub(crate) fn to_lark(text: &str) -> Result<String, String> {
         reader.skip();
         let mut body = String::new();
         reader.alternatives(&mut body, &mut number, 0)?;
-        if rules.iter().any(|(known, _)| *known == name) {
+        if !known.insert(name.clone()) {
             return Err(format!("the rule {name} is there twice"));
         }
         rules.push((name, body));
     }
-    if !rules.iter().any(|(name, _)| name == "root") {
+    if !known.contains("root") {
         return Err("there must be a rule root".to_owned());
     }
     let mut lark = format!("start: r{}\n", number("root"));
     for (name, body) in &rules {
         let _ = writeln!(lark, "r{}: {body}", number(name));
     }
-    match numbers.keys().find(|used| rules.iter().all(|(name, _)| name != *used)) {
+    match numbers.keys().find(|used| !known.contains(*used)) {
         Some(unknown) => Err(format!("there is no rule {unknown}")),
         None => Ok(lark),
     }
@@ -138,7 +139,12 @@ impl<'a> Reader<'a> {
 
     /// `*`, `+`, `?` or `{m,n}` after an item.
     fn times(&mut self, item: &mut String) -> Result<(), String> {
+        let mut levels = 0;
         while let Some(c) = self.rest.chars().next() {
+            if levels > MAX_DEPTH {
+                return Err(format!("it must have at most {MAX_DEPTH} repetitions of repetitions"));
+            }
+            levels += 1;
             match c {
                 '*' | '+' | '?' => {
                     self.rest = &self.rest[1..];

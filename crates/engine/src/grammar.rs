@@ -554,10 +554,14 @@ fn brackets(text: &str) -> usize {
 }
 
 pub(crate) fn shorten(message: &str) -> String {
-    let message = message.lines().next().unwrap_or_default();
+    let mut lines = message.lines();
+    let first = lines.next().unwrap_or_default();
+    // Where a picture of the place follows, the reason is below it.
+    let reason = lines.find_map(|line| line.strip_prefix("error: "));
+    let message = reason.map_or_else(|| first.to_owned(), |reason| format!("{first} {reason}"));
     match message.char_indices().nth(MAX_MESSAGE) {
         Some((end, _)) => format!("{}…", &message[..end]),
-        None => message.to_owned(),
+        None => message,
     }
 }
 

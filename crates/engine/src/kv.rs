@@ -180,6 +180,10 @@ impl Blocks {
         limit: usize,
         reserve: usize,
     ) -> Option<(Table, usize)> {
+        // Who begins needs a block of each kind: without, its prefix need not be looked for.
+        if reserve >= self.full.free || reserve >= self.sliding.free {
+            return None;
+        }
         let hit = self.longest_prefix(root, tokens, limit);
         let cached = hit.full.len();
         let fresh = tokens.len().div_ceil(BLOCK_TOKENS) - cached;

@@ -9,9 +9,11 @@
 
 mod costs;
 mod demands;
+mod derived;
 mod engine;
 mod gbnf;
 mod grammar;
+mod guards;
 pub mod kv;
 mod llm;
 mod masks;
@@ -28,6 +30,7 @@ mod structure;
 mod turns;
 mod worker;
 
+pub use derived::Derived;
 pub use engine::{
     Engine, EngineOptions, Error, RequestHandle, STEP_SECONDS, STEP_TOKENS, SchedulingPolicy, Stats,
     SubmitError, Valve,

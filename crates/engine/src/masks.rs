@@ -189,7 +189,7 @@ impl State {
         let Some(matcher) = &mut self.matcher else { return Ok(Vec::new()) };
         let mask = matcher.compute_mask_or_eos().map_err(|error| error.to_string())?;
         let mut words = mask.as_slice().to_vec();
-        if let Some(allowed) = &rules.allowed {
+        if let Some(allowed) = rules.params.allowed() {
             let allowed = allowed.wait().iter().copied().chain(std::iter::repeat(0));
             words.iter_mut().zip(allowed).for_each(|(word, allowed)| *word &= allowed);
         }
@@ -248,10 +248,8 @@ mod tests {
             mode: OutputMode::Text,
             params: SamplingParams::default(),
             stop_tokens: Vec::new(),
-            allowed: None,
-            bad_words: Vec::new(),
             grammar: None,
-            guard: None,
+            guarded: false,
         });
         let masks = Masks::new(4).unwrap();
         let mut constraint = Constraint::new(&masks, &rules, &grammar, true);

@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use gptoss::{Mask, Sampled, TokenLogprobs};
-use harmony::{Delta, Guard, Harmony, Parser};
+use gptoss::{Sampled, TokenLogprobs};
+use harmony::{Delta, Harmony, Parser};
 use tokenizer::Detokenizer;
 
 use crate::params::RepetitionDetection;
@@ -18,16 +18,17 @@ pub(crate) struct Rules {
     pub(crate) params: SamplingParams,
     /// The tokens that end a choice, sorted.
     pub(crate) stop_tokens: Vec<u32>,
-    /// The only tokens that may be drawn, if not all.
-    pub(crate) allowed: Option<Mask>,
-    /// Sequences of tokens that must not come.
-    pub(crate) bad_words: Vec<Vec<u32>>,
     pub(crate) grammar: Option<Grammar>,
-    /// Keeps to the format where it is no text, in chats without a grammar.
-    pub(crate) guard: Option<Guard>,
+    /// Whether a guard keeps to the format where it is no text: in chats without a grammar.
+    pub(crate) guarded: bool,
 }
 
 impl Rules {
+    /// Sequences of tokens that must not come.
+    pub(crate) fn bad_words(&self) -> &[Vec<u32>] {
+        self.params.forbidden(self.harmony.tokenizer())
+    }
+
     /// Whether what a choice says decides when it ends or what may come next. Otherwise its tokens alone do.
     pub(crate) fn text_decides(&self) -> bool {
         let params = &self.params;
@@ -197,7 +198,7 @@ impl Transcript {
         let kind = match &rules.mode {
             OutputMode::Text => Kind::Text(Detokenizer::new()),
             OutputMode::Chat { tools, begun } => {
-                let mut parser = rules.harmony.parser(tools);
+                let mut parser = rules.harmony.parser(Arc::clone(tools));
                 // A header gives no text.
                 begun.iter().for_each(|&token| drop(parser.push(token)));
                 Kind::Chat(Box::new(Chat { parser, field: Field::Content, calls: 0 }))
@@ -363,17 +364,19 @@ struct StopStrings {
     stops: Vec<String>,
     include: bool,
     held: String,
+    /// Of what is held, so many bytes came when nothing was looked for: no string may end in them.
+    blind: usize,
 }
 
 impl StopStrings {
     fn new(stops: Vec<String>, include: bool) -> StopStrings {
-        StopStrings { stops, include, held: String::new() }
+        StopStrings { stops, include, held: String::new(), blind: 0 }
     }
 
-    /// Appends text, and to `out` what became certain. Unless `armed`, nothing is looked for. `last`: no more will come.
+    /// Appends text, and to `out` what became certain. Unless `armed`, no string may end in it. `last`: no more will come.
     /// The result is the stop string that was found.
     fn push(&mut self, text: String, armed: bool, last: bool, out: &mut String) -> Option<String> {
-        if !armed || self.stops.is_empty() {
+        if self.stops.is_empty() {
             // Mostly there is nothing yet, and nothing to copy.
             if out.is_empty() {
                 *out = text;
@@ -383,7 +386,14 @@ impl StopStrings {
             return None;
         }
         self.held.push_str(&text);
-        let found = self.stops.iter().filter_map(|stop| Some((self.held.find(stop.as_str())?, stop)));
+        if !armed {
+            self.blind = self.held.len();
+        }
+        let find = |stop: &String| {
+            let from = self.held.ceil_char_boundary((self.blind + 1).saturating_sub(stop.len()));
+            Some(from + self.held.get(from..)?.find(stop.as_str())?)
+        };
+        let found = self.stops.iter().filter_map(|stop| Some((find(stop)?, stop)));
         if let Some((start, stop)) = found.min_by_key(|&(start, stop)| (start + stop.len(), start)) {
             let end = if self.include { start + stop.len() } else { start };
             out.push_str(&self.held[..end]);
@@ -393,11 +403,13 @@ impl StopStrings {
         let certain = if last { self.held.len() } else { self.certain() };
         out.push_str(&self.held[..certain]);
         self.held.drain(..certain);
+        self.blind = self.blind.saturating_sub(certain);
         None
     }
 
     /// What is held back, without further ado.
     fn flush(&mut self) -> String {
+        self.blind = 0;
         std::mem::take(&mut self.held)
     }
 
@@ -419,11 +431,12 @@ mod tests {
 
     use super::StopStrings;
 
-    fn run(stops: &[String], include: bool, pieces: &[&str]) -> (String, Option<String>) {
+    /// Strings are looked for from piece `armed` on.
+    fn run(stops: &[String], include: bool, pieces: &[&str], armed: usize) -> (String, Option<String>) {
         let mut matcher = StopStrings::new(stops.to_vec(), include);
         let mut out = String::new();
         for (i, piece) in pieces.iter().enumerate() {
-            let found = matcher.push((*piece).to_owned(), true, i + 1 == pieces.len(), &mut out);
+            let found = matcher.push((*piece).to_owned(), i >= armed, i + 1 == pieces.len(), &mut out);
             if found.is_some() {
                 return (out, found);
             }
@@ -433,9 +446,9 @@ mod tests {
         (out, None)
     }
 
-    /// The definition: the first place where some stop string ends.
-    fn expected(stops: &[String], include: bool, text: &str) -> (String, Option<String>) {
-        for end in (0..=text.len()).filter(|&e| text.is_char_boundary(e)) {
+    /// The definition: the first place behind `blind` bytes where some stop string ends.
+    fn expected(stops: &[String], include: bool, text: &str, blind: usize) -> (String, Option<String>) {
+        for end in (blind + 1..=text.len()).filter(|&e| text.is_char_boundary(e)) {
             let ending = stops.iter().filter(|s| text[..end].ends_with(s.as_str())).max_by_key(|s| s.len());
             if let Some(stop) = ending {
                 let cut = if include { end } else { end - stop.len() };
@@ -452,14 +465,16 @@ mod tests {
             stops in proptest::collection::vec("[abé👋]{1,4}", 0..4),
             include in any::<bool>(),
         ) {
-            let expected = expected(&stops, include, &text);
             let chars: Vec<&str> = text.split_inclusive(|_| true).collect();
-            prop_assert_eq!(&run(&stops, include, &chars), &expected);
+            prop_assert_eq!(run(&stops, include, &chars, 0), expected(&stops, include, &text, 0));
             let boundaries: Vec<usize> = text.char_indices().map(|(i, _)| i).chain([text.len()]).collect();
             for &a in &boundaries {
                 for &b in boundaries.iter().filter(|&&b| b >= a) {
                     let pieces = [&text[..a], &text[a..b], &text[b..]];
-                    prop_assert_eq!(&run(&stops, include, &pieces), &expected);
+                    for (armed, blind) in [0, a, b].into_iter().enumerate() {
+                        let found = run(&stops, include, &pieces, armed);
+                        prop_assert_eq!(found, expected(&stops, include, &text, blind));
+                    }
                 }
             }
         }

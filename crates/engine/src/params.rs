@@ -1,7 +1,11 @@
 //! `SamplingParams`: vLLM's names, defaults and rules (`serving.md` 10), and the check that makes them valid.
 
 use std::collections::BTreeMap;
-use std::sync::Arc;
+
+use gptoss::Mask;
+use tokenizer::Tokenizer;
+
+use crate::Derived;
 
 /// How a request is sampled and when it stops. Fields are free; [`SamplingParams::validate`] is asked before a request
 /// enters the engine.
@@ -44,9 +48,9 @@ pub struct SamplingParams {
     /// Added to single logits, each within ±100.
     pub logit_bias: BTreeMap<u32, f32>,
     /// The only tokens that may be drawn; `None`: all.
-    pub allowed_token_ids: Option<Arc<[u32]>>,
+    pub allowed_token_ids: Option<Derived<Vec<u32>, Mask>>,
     /// Texts that must not come, at the beginning of a word or within one.
-    pub bad_words: Vec<String>,
+    pub bad_words: Derived<Vec<String>, Vec<Vec<u32>>>,
     /// The drawn token comes with the log-probabilities of these, in place of the best. Needs `logprobs`.
     pub logprob_token_ids: Option<Vec<u32>>,
     /// Chats: reasoning ends after this many tokens. `None`: when the model wants.
@@ -96,7 +100,7 @@ impl Default for SamplingParams {
             repetition_penalty: 1.0,
             logit_bias: BTreeMap::new(),
             allowed_token_ids: None,
-            bad_words: Vec::new(),
+            bad_words: Vec::new().into(),
             logprob_token_ids: None,
             thinking_token_budget: None,
             answer_reserve: 0,
@@ -127,6 +131,24 @@ impl SamplingParams {
     pub const MAX_PATTERN: usize = 1024;
     /// The longest bad word, in bytes.
     pub const MAX_BAD_WORD_BYTES: usize = 256;
+
+    /// Makes what the engine needs of the fields of which that takes long, once for all clones, in the thread that calls. They are
+    /// valid.
+    pub fn prepare(&self, tokenizer: &Tokenizer) {
+        self.allowed();
+        self.forbidden(tokenizer);
+    }
+
+    /// The only tokens that may be drawn, if not all.
+    pub(crate) fn allowed(&self) -> Option<Mask> {
+        Some(self.allowed_token_ids.as_ref()?.get(|ids| Mask::of(ids)).clone())
+    }
+
+    /// The tokens of each bad word, as it is and after a space.
+    pub(crate) fn forbidden(&self, tokenizer: &Tokenizer) -> &[Vec<u32>] {
+        let both = |word: &String| [tokenizer.encode(word), tokenizer.encode(&format!(" {word}"))];
+        self.bad_words.get(|words| words.iter().flat_map(both).collect())
+    }
 
     /// Checks every rule and returns the parameters as the engine uses them: temperatures near 0 raised or greedy, a greedy
     /// request without filters, a `top_k` of the whole vocabulary as none, biases clamped, duplicates among stop tokens and
@@ -216,7 +238,7 @@ impl SamplingParams {
         require(self.bad_words.len() <= Self::MAX_BAD_WORDS, "bad_words", || {
             format!("must have at most {} words, got {}.", Self::MAX_BAD_WORDS, self.bad_words.len())
         })?;
-        for word in &self.bad_words {
+        for word in &*self.bad_words {
             require(!word.is_empty() && word.len() <= Self::MAX_BAD_WORD_BYTES, "bad_words", || {
                 format!(
                     "must have words of 1 to {} bytes, got one of {}.",

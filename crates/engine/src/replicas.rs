@@ -75,6 +75,29 @@ impl Replicas {
         Replicas { places: self.places.iter().enumerate().map(place).collect(), ..self.clone() }
     }
 
+    /// Refuses requests that belong together and could not wait together in these engines if nothing else did.
+    ///
+    /// # Errors
+    /// [`SubmitError::TooMany`].
+    pub fn fits(&self, requests: &[Request]) -> Result<(), SubmitError> {
+        let limits: Vec<(usize, usize)> = self.serving().map(|(_, engine)| engine.queue_limits()).collect();
+        let sum = |values: &mut dyn Iterator<Item = usize>| values.fold(0, usize::saturating_add);
+        let prompts = (requests.len(), sum(&mut limits.iter().map(|&(requests, _)| requests)));
+        let tokens = (
+            sum(&mut requests.iter().map(|request| request.prompt.len())),
+            sum(&mut limits.iter().map(|&(_, tokens)| tokens)),
+        );
+        let refused = |what, (found, most)| Err(SubmitError::TooMany { what, found, most });
+        match limits.len() {
+            // That there is none is for others to say.
+            0 => Ok(()),
+            _ if prompts.0 > prompts.1 => refused("prompts", prompts),
+            // A prompt may always wait alone.
+            engines if requests.len() > engines && tokens.0 > tokens.1 => refused("tokens", tokens),
+            _ => Ok(()),
+        }
+    }
+
     /// Queues a request in one of the engines, whose place `sink` is told. As [`Engine::submit`] otherwise: a request that brings
     /// no seed has the one that it would have in an engine that takes them all.
     ///

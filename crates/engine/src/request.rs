@@ -1,5 +1,6 @@
 //! What goes into the engine and what comes out of it, for anyone who holds an [`crate::Engine`].
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use gptoss::TokenLogprobs;
@@ -52,7 +53,7 @@ pub enum OutputMode {
     /// Parsed as Harmony after `<|start|>assistant`.
     Chat {
         /// Names of the declared function tools.
-        tools: Vec<String>,
+        tools: Arc<[String]>,
         /// The last tokens of the prompt, if it begins the answer: what came after `<|start|>assistant`.
         begun: Vec<u32>,
     },

@@ -10,11 +10,11 @@ use gptoss::{
     TokenLogprobs,
 };
 use harmony::{Guard, Harmony, Place};
-use tokenizer::Tokenizer;
 
 use crate::costs::{Costs, MAX_STEP_TOKENS};
 use crate::engine::{Job, Phase, Shared};
 use crate::grammar::Grammar;
+use crate::guards::Guards;
 use crate::kv::{SHARED, Tokens};
 use crate::masks::{Constraint, Masks, others};
 use crate::outbox::{News, Outbox};
@@ -33,6 +33,7 @@ pub(crate) struct Worker {
     requests: BTreeMap<u64, Active>,
     outbox: Outbox,
     masks: Masks,
+    guards: Guards,
     settings: Settings,
     vocab_size: usize,
     /// Where the chains of blocks of each salt start.
@@ -110,8 +111,8 @@ struct Choice {
     forced: VecDeque<u32>,
     /// Made when its first token is about to be drawn.
     constraint: Option<Constraint>,
-    /// Where it is in the format, if that is guarded.
-    place: Option<Place>,
+    /// What guards the format, if anything does, and where in that it is. Made when its first token is about to be drawn.
+    guard: Option<(Arc<Guard>, Place)>,
     guesser: Guesser,
     /// Times that it gave its blocks to an older one.
     preemptions: usize,
@@ -133,6 +134,7 @@ impl Worker {
             requests: BTreeMap::new(),
             outbox: Outbox::default(),
             masks,
+            guards: Guards::default(),
             settings,
             salts: HashMap::new(),
             turns: Turns::default(),
@@ -222,7 +224,7 @@ impl Worker {
         let root = self.root(cache_salt);
         let scores = params.prompt_logprobs.map(|_| vec![None]);
         // Scores need the prompt computed.
-        let cache_limit = if scores.is_some() { 0 } else { prompt.len() };
+        let cache_limit = if scores.is_some() { 0 } else { usize::MAX };
         let sequence = NewSequence { tokens: Tokens::new(Arc::clone(&prompt)), root, cache_limit };
         let turn = match self.settings.policy {
             SchedulingPolicy::RoundRobin => self.turns.next(client),
@@ -233,19 +235,12 @@ impl Worker {
         let seed = params.seed.map_or_else(|| default_seed(self.settings.seed, number), |s| s as u64);
         // Who forbids tokens may forbid all that the format allows.
         let free = params.allowed_token_ids.is_none() && params.bad_words.is_empty() && grammar.is_none();
-        let guard = match &output {
-            OutputMode::Chat { tools, .. } if free && guarded && self.settings.harmony_guard => {
-                self.settings.harmony.guard(tools)
-            }
-            _ => None,
-        };
+        let chat = matches!(output, OutputMode::Chat { .. });
         let rules = Arc::new(Rules {
-            guard,
+            guarded: chat && free && guarded && self.settings.harmony_guard,
             harmony: Arc::clone(&self.settings.harmony),
             mode: output,
             stop_tokens,
-            allowed: params.allowed_token_ids.as_deref().map(Mask::of),
-            bad_words: bad_words(&params.bad_words, self.settings.harmony.tokenizer()),
             grammar,
             params,
         });
@@ -496,6 +491,13 @@ impl Worker {
             if let Some(grammar) = &rules.grammar {
                 choice.constraint(&self.masks, rules, grammar);
             }
+            if let (OutputMode::Chat { tools, begun }, true, None) =
+                (&rules.mode, rules.guarded, &choice.guard)
+                && let Some(guard) = self.guards.get(&rules.harmony, tools)
+            {
+                let place = begun.iter().fold(guard.begin(), |place, &token| guard.advance(place, token));
+                choice.guard = Some((guard, place));
+            }
             if let Some(penalties) = &mut choice.penalties
                 && penalties.prompt.is_empty()
             {
@@ -548,6 +550,7 @@ impl Worker {
             queued: active.queued.unwrap_or_default(),
             prompt_logprobs: active.scores.take(),
         };
+        self.scheduler.set_cache_limit(first, usize::MAX);
         self.outbox.put(first.request, News::Event(event));
         if active.rules.params.max_tokens == Some(0) {
             for choice in 0..active.choices.len() {
@@ -559,7 +562,7 @@ impl Worker {
             let sequence = NewSequence {
                 tokens: Tokens::new(Arc::clone(&active.prompt)),
                 root: active.root,
-                cache_limit: prompt_len,
+                cache_limit: usize::MAX,
             };
             self.scheduler.add(SequenceId { choice, ..first }, sequence);
         }
@@ -775,13 +778,10 @@ impl Choice {
             recent: VecDeque::new(),
             forced: VecDeque::new(),
             constraint: None,
-            place: rules.guard.as_ref().map(Guard::begin),
+            guard: None,
             guesser: Guesser::default(),
             preemptions: 0,
         };
-        if let OutputMode::Chat { begun, .. } = &rules.mode {
-            begun.iter().for_each(|&token| choice.place = choice.place_after(rules, token));
-        }
         // A budget of nothing may be spent in the prompt.
         choice.conclude(rules);
         choice
@@ -801,7 +801,7 @@ impl Choice {
 
     /// Takes note of a token after which there are more.
     fn advance(&mut self, token: u32, rules: &Rules) {
-        let longest = rules.bad_words.iter().map(Vec::len).max().unwrap_or(0);
+        let longest = rules.bad_words().iter().map(Vec::len).max().unwrap_or(0);
         if longest > 1 {
             if self.recent.len() + 1 == longest {
                 self.recent.pop_front();
@@ -811,12 +811,10 @@ impl Choice {
         if self.forced.front() == Some(&token) {
             self.forced.pop_front();
         }
-        self.place = self.place_after(rules, token);
+        if let Some((guard, place)) = &mut self.guard {
+            *place = guard.advance(*place, token);
+        }
         self.conclude(rules);
-    }
-
-    fn place_after(&self, rules: &Rules, token: u32) -> Option<Place> {
-        Some(rules.guard.as_ref()?.advance(self.place?, token))
     }
 
     /// Ends the reasoning if its budget is spent.
@@ -847,19 +845,19 @@ impl Choice {
                     if guesses.is_empty() { Vec::new() } else { constraint.masks_after(guesses, &may_stop) };
                 [constraint.mask()].into_iter().chain(after).map(Some).collect()
             }
-            (None, None) => match (&rules.guard, self.place) {
-                (Some(guard), Some(place)) => {
-                    let places = guesses.iter().scan(place, |place, &guess| {
+            (None, None) => match &self.guard {
+                Some((guard, place)) => {
+                    let places = guesses.iter().scan(*place, |place, &guess| {
                         *place = guard.advance(*place, guess);
                         Some(*place)
                     });
-                    [place]
+                    [*place]
                         .into_iter()
                         .chain(places)
                         .map(|place| guard.allowed(place).map(Mask::of))
                         .collect()
                 }
-                _ => vec![rules.allowed.clone(); guesses.len() + 1],
+                None => vec![rules.params.allowed(); guesses.len() + 1],
             },
         }
     }
@@ -901,7 +899,7 @@ impl Choice {
                 let recent = guessed.iter().rev().chain(self.recent.iter().rev()).take(before.len());
                 recent.eq(before.iter().rev()).then_some((last, f32::NEG_INFINITY))
             };
-            bias.extend(rules.bad_words.iter().filter_map(completed));
+            bias.extend(rules.bad_words().iter().filter_map(completed));
         }
         let mut penalties = self.penalties.clone();
         if let Some(penalties) = &mut penalties {
@@ -944,11 +942,6 @@ fn distinct(tokens: &[u32]) -> Arc<[u32]> {
     distinct.sort_unstable();
     distinct.dedup();
     distinct.into()
-}
-
-/// The tokens of each word, as it is and after a space.
-fn bad_words(words: &[String], tokenizer: &Tokenizer) -> Vec<Vec<u32>> {
-    words.iter().flat_map(|word| [tokenizer.encode(word), tokenizer.encode(&format!(" {word}"))]).collect()
 }
 
 /// The generator's key for one choice of a request: the request's seed for the first.

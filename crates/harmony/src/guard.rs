@@ -197,8 +197,15 @@ impl Guard {
     fn message(&mut self, node: usize, last: bool) {
         let edge = (Symbol::Control(self.control.message), Next::Content { last });
         if !self.nodes[node].next.contains(&edge) {
-            self.nodes[node].next.push(edge);
+            self.add(node, edge);
         }
+    }
+
+    /// Nearly all nodes have a single edge.
+    fn add(&mut self, node: usize, edge: (Symbol, Next)) {
+        let next = &mut self.nodes[node].next;
+        next.reserve_exact(1);
+        next.push(edge);
     }
 
     /// The node after a text of ASCII.
@@ -213,7 +220,7 @@ impl Guard {
         }
         self.nodes.push(Node::default());
         let next = self.nodes.len() - 1;
-        self.nodes[node].next.push((symbol, Next::Node(next)));
+        self.add(node, (symbol, Next::Node(next)));
         next
     }
 }

@@ -107,7 +107,7 @@ impl Harmony {
     }
 
     /// A parser of what is generated after `<|start|>assistant`; `tools` are the names of the declared functions.
-    pub fn parser(&self, tools: &[String]) -> Parser {
-        Parser::new(self, tools)
+    pub fn parser(&self, tools: impl Into<Arc<[String]>>) -> Parser {
+        Parser::new(self, tools.into())
     }
 }

@@ -140,7 +140,7 @@ impl Turn {
 pub struct Parser {
     tokenizer: Arc<Tokenizer>,
     control: Control,
-    tools: Vec<String>,
+    tools: Arc<[String]>,
     state: State,
     messages: Vec<ParsedMessage>,
     calls: usize,
@@ -174,11 +174,11 @@ enum Field {
 }
 
 impl Parser {
-    pub(crate) fn new(harmony: &Harmony, tools: &[String]) -> Parser {
+    pub(crate) fn new(harmony: &Harmony, tools: Arc<[String]>) -> Parser {
         Parser {
             tokenizer: Arc::clone(&harmony.tokenizer),
             control: harmony.control,
-            tools: tools.to_vec(),
+            tools,
             state: State::Header(Header::new(true)),
             messages: Vec::new(),
             calls: 0,

@@ -44,7 +44,7 @@ pub(crate) struct Shape {
     /// What comes before the answer.
     echo: String,
     /// The functions that may be called.
-    tools: Vec<String>,
+    tools: Arc<[String]>,
     /// Tokens of reasoning are not shown, whoever asks for tokens.
     hides_tokens: bool,
     /// The last tokens of the prompt, if they begin the answer.
@@ -56,7 +56,7 @@ impl Shape {
         let tokens = request.params.logprobs.is_some() || request.common.return_token_ids;
         Shape {
             echo: request.continued.clone().filter(|_| request.echo).unwrap_or_default(),
-            tools: request.tools.clone(),
+            tools: Arc::clone(&request.tools),
             hides_tokens: tokens && !request.include_reasoning,
             begun: begun.to_vec(),
             rules: Rules {
@@ -147,7 +147,7 @@ impl ChatAnswer {
         memory: Option<&Arc<Memory>>,
     ) -> ChatAnswer {
         let parser = || {
-            let mut parser = harmony.parser(&shape.tools);
+            let mut parser = harmony.parser(Arc::clone(&shape.tools));
             shape.begun.iter().for_each(|&token| drop(parser.push(token)));
             parser
         };

@@ -1,6 +1,7 @@
 //! `POST /v1/chat/completions`: from a body to a request that cannot be wrong (`serving.md` 5.1 to 5.3).
 
 use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
 
 use engine::SamplingParams;
 use harmony::{ChatMessage, ChatPrompt, FunctionCall, MessageContent, ToolCallInput};
@@ -107,7 +108,7 @@ pub(crate) struct ChatRequest {
     pub(crate) common: Common,
     pub(crate) prompt: ChatPrompt,
     /// Names of the tools that may be called.
-    pub(crate) tools: Vec<String>,
+    pub(crate) tools: Arc<[String]>,
     pub(crate) params: SamplingParams,
     /// How calls may be made; where they may not, what the model writes into one is kept as reasoning.
     pub(crate) choice: Choice,
@@ -197,7 +198,7 @@ impl ChatRequest {
             + kwargs.builtin_tools.iter().map(String::len).sum::<usize>();
         Ok(ChatRequest {
             common: wire.common,
-            tools: wire.tools.as_ref().map_or_else(Vec::new, Tools::names),
+            tools: wire.tools.as_ref().map_or_else(Vec::new, Tools::names).into(),
             prompt: ChatPrompt {
                 messages,
                 tools: shown.map_or_else(Vec::new, Tools::shown),

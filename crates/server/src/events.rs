@@ -196,6 +196,7 @@ impl Events {
         let runtime = tokio::runtime::Handle::current();
         let fate = Arc::new(Fate::default());
         let mut handles = Vec::with_capacity(running);
+        replicas.fits(&requests)?;
         for (prompt, request) in requests.into_iter().enumerate() {
             let (sender, backlog_of_sink) = (sender.clone(), Arc::clone(&backlog));
             let mut tracked = Tracked {

@@ -10,7 +10,7 @@ use crate::turn::Choice;
 /// What a request is checked against.
 pub(crate) struct Context<'a> {
     pub(crate) defaults: &'a SamplingDefaults,
-    pub(crate) limits: Limits,
+    pub(crate) limits: Limits<'a>,
     /// Names that the model answers to, the default first.
     pub(crate) model_names: &'a [String],
     /// Today, for the prompt.

@@ -29,7 +29,7 @@ pub(crate) struct ResponseAnswer {
     identity: Identity,
     rules: Rules,
     /// The functions that may be called; those whose argument is a text; those in a namespace.
-    tools: Vec<String>,
+    tools: Arc<[String]>,
     free_tools: Vec<String>,
     namespaced_tools: Vec<(String, String)>,
     logprobs: bool,
@@ -289,7 +289,7 @@ impl ResponseAnswer {
             harmony,
             identity,
             rules,
-            tools: request.tools.clone(),
+            tools: Arc::clone(&request.tools),
             free_tools: std::mem::take(&mut request.free_tools),
             namespaced_tools: std::mem::take(&mut request.namespaced_tools),
             logprobs: request.logprobs,

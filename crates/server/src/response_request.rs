@@ -109,7 +109,7 @@ const MISNAMED: &[(&str, &str)] = &[
 pub(crate) struct ResponseRequest {
     pub(crate) common: Common,
     pub(crate) prompt: ChatPrompt,
-    pub(crate) tools: Vec<String>,
+    pub(crate) tools: Arc<[String]>,
     /// Those of the tools whose argument is a text.
     pub(crate) free_tools: Vec<String>,
     /// Those that are in a namespace, and the name within it.
@@ -242,7 +242,7 @@ impl ResponseRequest {
         echo["top_p"] = json!(params.top_p);
         Ok(ResponseRequest {
             text_bytes,
-            tools: tools.map_or_else(Vec::new, Tools::names),
+            tools: tools.map_or_else(Vec::new, Tools::names).into(),
             free_tools: tools.map_or_else(Vec::new, Tools::free),
             namespaced_tools: tools.map_or_else(Vec::new, Tools::namespaced),
             prompt: ChatPrompt {

@@ -4,15 +4,17 @@
 use std::collections::BTreeMap;
 
 use engine::{InvalidParam, RepetitionDetection, SamplingParams};
+use tokenizer::Tokenizer;
 
 use crate::error::ApiError;
 use crate::json::{Field, Object, excerpt};
 use crate::server::SamplingDefaults;
 
 /// What bounds the values.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Limits {
+#[derive(Clone, Copy)]
+pub(crate) struct Limits<'a> {
     pub(crate) vocab_size: usize,
+    pub(crate) tokenizer: &'a Tokenizer,
     /// Largest number of alternatives per token.
     pub(crate) max_logprobs: usize,
     /// Most answers to one prompt.
@@ -124,7 +126,7 @@ impl SamplingFields {
         self,
         endpoint: EndpointFields,
         defaults: &SamplingDefaults,
-        limits: Limits,
+        limits: Limits<'_>,
     ) -> Result<SamplingParams, ApiError> {
         let or = |value: Option<f64>, default: f32| value.map_or(default, |value| value as f32);
         let params = SamplingParams {
@@ -148,7 +150,7 @@ impl SamplingFields {
             repetition_penalty: or(self.repetition_penalty, defaults.repetition_penalty),
             logit_bias: biases(self.logit_bias)?,
             allowed_token_ids: self.allowed_token_ids.map(Into::into),
-            bad_words: self.bad_words,
+            bad_words: self.bad_words.into(),
             thinking_token_budget: endpoint.thinking_token_budget,
             skip_special_tokens: self.skip_special_tokens,
             logprob_token_ids: self.logprob_token_ids,
@@ -157,7 +159,10 @@ impl SamplingFields {
             answer_reserve: 0,
             stop_in_reasoning: endpoint.shows_reasoning,
         };
-        Ok(params.validate(limits.vocab_size)?)
+        let params = params.validate(limits.vocab_size)?;
+        // Not on the threads that serve connections, nor on the engine's.
+        params.prepare(limits.tokenizer);
+        Ok(params)
     }
 }
 
@@ -179,7 +184,7 @@ pub(crate) fn count(
     field: &str,
     what: &str,
     value: Option<i64>,
-    limits: Limits,
+    limits: Limits<'_>,
 ) -> Result<Option<usize>, ApiError> {
     // All of them, where that is allowed.
     let value =

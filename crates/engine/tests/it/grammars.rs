@@ -219,6 +219,7 @@ fn grammars_in_llama_cpps_notation() {
         ("root ::= \"\\u12", "line 1: expected the hexadecimal digits of a character"),
         ("root ::= \"a\"{x}", "line 1: expected a number, found \"x}\""),
         ("root ::= \"a\"{3,2}", "{3,2} asks for nothing"),
+        (&format!("root ::= \"a\"{}", "*".repeat(60_000)), "at most 64 repetitions of repetitions"),
         ("root ::= \"a\"{99999999999}", "at most 10000 repetitions may be asked for"),
         ("root ::= \"a\" ) \"b\"", "line 1: expected a rule's name, found \") \\\"b\\\"\""),
     ] {
@@ -285,7 +286,8 @@ fn structural_tags() {
         (Structure::Or(Vec::new()), "something to choose from"),
         (deep, "32 levels"),
         (Structure::Or(vec![Structure::Const("x".to_owned()); 1001]), "1000 parts"),
-        (form(Form::Regex("(".to_owned())), "regex"),
+        (form(Form::Regex("(".to_owned())), "unclosed group"),
+        (form(Form::Regex("(?=a)b".to_owned())), "look-ahead and look-behind, is not supported"),
         (form(Form::Lark("start: <|return|>".to_owned())), "special tokens"),
         (
             Structure::Triggered {
@@ -325,7 +327,7 @@ fn several_choices_go_their_own_ways() {
     let backend = Scripted::new(Scripted::gpt_oss(), vec![script("a"), script("b"), script("a")]);
     let engine = start(backend, EngineOptions::default());
     let grammar = grammars().turn(&answering(point())).unwrap();
-    let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let output = OutputMode::Chat { tools: [].into(), begun: Vec::new() };
     let params = SamplingParams { n: 3, ..unlimited() };
     let events =
         run(&engine, Request { grammar: Some(grammar), ..Request::new(vec![1; 40], params, output) });
@@ -350,7 +352,7 @@ fn other_limits_hold_as_well() {
     let engine = says(good);
     let grammar = grammars().turn(&answering(point())).unwrap();
     let params = SamplingParams { allowed_token_ids: Some(vec![5, 6].into()), ..unlimited() };
-    let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let output = OutputMode::Chat { tools: [].into(), begun: Vec::new() };
     let (_handle, events) =
         submit(&engine, Request { grammar: Some(grammar), ..Request::new(vec![1], params, output) });
     let last = events.iter().last();
@@ -558,7 +560,7 @@ fn others_do_not_wait_for_slow_masks() {
     };
     let many = schema(json!({"anyOf": (0..100).map(objects).collect::<Vec<_>>()}));
     let engine = says(r#"<|channel|>final<|message|>{"k0": 7, "k1": 7}<|return|>"#);
-    let free = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let free = OutputMode::Chat { tools: [].into(), begun: Vec::new() };
     let long = SamplingParams { ignore_eos: true, ..at_most(300) };
     let (sender, events) = std::sync::mpsc::channel();
     let requests = [request(&answering(many), at_most(9)), Request::new(vec![1], long, free)];
@@ -599,10 +601,10 @@ fn words_and_tokens_that_are_not_to_come() {
     let free = word(unlimited());
     assert_eq!(free, tokens(said));
     let two = tokens(" two")[0];
-    let without = word(SamplingParams { bad_words: vec!["two".to_owned()], ..at_most(5) });
+    let without = word(SamplingParams { bad_words: vec!["two".to_owned()].into(), ..at_most(5) });
     assert!(!without.contains(&two) && without[0] == free[0] && without[2] == free[2]);
     // Of several tokens only the last is forbidden, and only after the others.
-    let pair = word(SamplingParams { bad_words: vec!["three two".to_owned()], ..at_most(5) });
+    let pair = word(SamplingParams { bad_words: vec!["three two".to_owned()].into(), ..at_most(5) });
     assert_eq!((pair[1], &pair[..3]), (two, &free[..3]));
     assert_ne!(pair[3], two);
 
@@ -613,7 +615,7 @@ fn words_and_tokens_that_are_not_to_come() {
 #[test]
 fn reasoning_has_a_budget() {
     let said = "<|channel|>analysis<|message|>one two three four five six<|end|><|start|>assistant<|channel|>final<|message|>Yes<|return|>";
-    let output = || OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let output = || OutputMode::Chat { tools: [].into(), begun: Vec::new() };
     for (budget, reasoning) in [(0, ""), (2, "one two"), (99, "one two three four five six")] {
         let params = SamplingParams { thinking_token_budget: Some(budget), ..at_most(40) };
         let engine = says(said);
@@ -639,7 +641,7 @@ fn reasoning_has_a_budget() {
     }
     let header = harmony().answer_header();
     let params = SamplingParams { max_tokens: Some(2), ..unlimited() };
-    let begun = OutputMode::Chat { tools: Vec::new(), begun: header };
+    let begun = OutputMode::Chat { tools: [].into(), begun: header };
     let events = run(&says("Hello there"), Request::new(vec![1], params, begun));
     let Event::Tokens { deltas, .. } = &events[1] else { panic!("{events:?}") };
     assert_eq!(deltas[..], [Delta::Content("Hello".to_owned())]);

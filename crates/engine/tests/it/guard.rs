@@ -61,7 +61,7 @@ fn the_trained_model_says_the_same_with_the_guard() {
                 max_tokens: Some(60),
                 ..SamplingParams::default()
             };
-            let output = OutputMode::Chat { tools: names, begun: Vec::new() };
+            let output = OutputMode::Chat { tools: names.into(), begun: Vec::new() };
             let [free, guarded] = engines
                 .each_ref()
                 .map(|engine| run(engine, Request::new(ids.clone(), params.clone(), output.clone())));
@@ -99,7 +99,7 @@ fn what_is_malformed_does_not_come() {
         for speculation in [None, always()] {
             let options = EngineOptions { harmony_guard: true, speculation, ..EngineOptions::default() };
             let engine = start(Scripted::new(Scripted::gpt_oss(), vec![tokens(said)]), options);
-            let output = OutputMode::Chat { tools: vec!["f".to_owned()], begun: Vec::new() };
+            let output = OutputMode::Chat { tools: vec!["f".to_owned()].into(), begun: Vec::new() };
             let params = SamplingParams { max_tokens: Some(60), ..unlimited() };
             let events = run(&engine, Request::new(vec![1], params, output));
             assert_eq!(repairs(&events), [], "{said}: {events:?}");
@@ -131,7 +131,7 @@ fn an_answer_is_left_room_for() {
             answer_reserve: reserve,
             ..SamplingParams::default()
         };
-        let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+        let output = OutputMode::Chat { tools: [].into(), begun: Vec::new() };
         let events = run(&engine, Request::new(vec![1], params, output));
         let Some(Event::Finished { reason, reasoning_tokens, completion_tokens, .. }) =
             events.iter().rev().nth(1)

@@ -9,7 +9,7 @@ use engine::{
 };
 
 use checkpoint::Config;
-use gptoss::{Backend, KvLayout, Plan, SequenceOutput, SequencePlan};
+use gptoss::{BLOCK_TOKENS, Backend, KvLayout, Plan, SequenceOutput, SequencePlan};
 
 use crate::common::{
     RETURN, channel_sink, harmony, run, says, start, submit, text_request, tokens, tokens_of, unlimited,
@@ -540,6 +540,29 @@ fn a_request_that_is_held_back_gives_its_blocks_away_and_goes_on() {
     // `take_while` has swallowed the first.
     assert_eq!(tokens_of(&events, 1), [8, 7, 6, RETURN]);
     engine.wait();
+}
+
+#[test]
+fn what_a_request_said_before_it_was_held_back_is_not_computed_again() {
+    let said: Vec<u32> = (100..160).chain([RETURN]).collect();
+    let (engine, control) = controlled(said.clone());
+    let (handle, events) = submit(&engine, text_request(&[1; 20], unlimited()));
+    for _ in 0..50 {
+        control.send(Step::Run).unwrap();
+    }
+    let is_told = |event: &Event| matches!(event, Event::Tokens { .. });
+    let begun: Vec<Event> = events.iter().filter(is_told).take(45).collect();
+    handle.valve().close();
+    drop(control);
+    while engine.stats().paused != 1 {
+        std::thread::yield_now();
+    }
+    handle.valve().open();
+    let events: Vec<Event> = begun.into_iter().chain(events.iter()).collect();
+    assert_eq!(tokens_of(&events, 0), said);
+    // All but the last token once, and the block that was not full.
+    let (once, computed) = (20 + 60, engine.stats().step_tokens_sum);
+    assert!((once..once + BLOCK_TOKENS as u64).contains(&computed), "{computed} tokens computed");
 }
 
 #[test]

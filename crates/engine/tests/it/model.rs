@@ -190,7 +190,7 @@ fn the_trained_model_answers_and_calls_tools() {
                 ignore_eos: false,
                 ..greedy(64)
             };
-            let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()], begun: Vec::new() };
+            let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()].into(), begun: Vec::new() };
             submit(&engine, Request::new(ids(&reference["prompts"][name]["ids"]), params, output))
         })
         .collect();

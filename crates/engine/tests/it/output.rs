@@ -85,6 +85,8 @@ fn texts_and_how_they_end() {
         ),
         ("a b a b<|return|>", SamplingParams { min_tokens: 3, ..stops(&["a"]) }, "a b a b", turn),
         ("a b a b a<|return|>", SamplingParams { min_tokens: 4, ..stops(&[" a"]) }, "a b a b", stop(" a")),
+        // It begins before, and is complete behind.
+        ("a b a b a<|return|>", SamplingParams { min_tokens: 3, ..stops(&["b a b"]) }, "a ", stop("b a b")),
         // Half a character at the end.
         ("👋🏽", SamplingParams { max_tokens: Some(1), ..unlimited() }, "\u{fffd}", length),
     ];
@@ -113,7 +115,7 @@ fn stop_tokens_are_not_drawn_before_min_tokens() {
         max_tokens: Some(10),
         ..unlimited()
     };
-    let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let output = OutputMode::Chat { tools: [].into(), begun: Vec::new() };
     let script = "<|channel|>analysis<|message|>one two";
     let found = tokens_of(&run(&says(script), Request::new(vec![1], spent, output)), 0);
     assert_eq!(found[..4], [tokens("<|channel|>analysis<|message|>"), end].concat());
@@ -123,7 +125,7 @@ fn stop_tokens_are_not_drawn_before_min_tokens() {
 fn fields_that_leave_no_token_fail_the_request() {
     let params = SamplingParams {
         allowed_token_ids: Some(tokens("the").into()),
-        bad_words: vec!["the".to_owned()],
+        bad_words: vec!["the".to_owned()].into(),
         ..unlimited()
     };
     let engine = says("x");
@@ -161,7 +163,7 @@ fn each_token_has_its_log_probability_also_while_its_text_is_held_back() {
 
 /// The turn that an engine which says `script` gives, the deltas in order, and why it ended.
 fn chat(script: &str, params: SamplingParams) -> (Turn, Vec<Delta>, End) {
-    let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()], begun: Vec::new() };
+    let output = OutputMode::Chat { tools: vec!["get_weather".to_owned()].into(), begun: Vec::new() };
     let events = run(&says(script), Request::new(vec![1, 2], params, output));
     let mut turn = Turn::default();
     let mut all = Vec::new();
@@ -234,7 +236,7 @@ fn what_is_held_back_comes_before_the_next_field() {
 
 #[test]
 fn reasoning_and_repairs_are_counted() {
-    let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+    let output = OutputMode::Chat { tools: [].into(), begun: Vec::new() };
     let script = ANSWER.replace("<|end|>", "");
     let events = run(&says(&script), Request::new(vec![1], unlimited(), output));
     let Event::Finished { reasoning_tokens, repairs, .. } = &events[events.len() - 2] else {
@@ -270,8 +272,8 @@ fn it_makes_no_difference_when_an_answer_is_read() {
     ];
     let modes = [
         OutputMode::Text,
-        OutputMode::Chat { tools: vec!["get_weather".to_owned()], begun: Vec::new() },
-        OutputMode::Chat { tools: Vec::new(), begun: tokens("<|channel|>final<|message|>") },
+        OutputMode::Chat { tools: vec!["get_weather".to_owned()].into(), begun: Vec::new() },
+        OutputMode::Chat { tools: [].into(), begun: tokens("<|channel|>final<|message|>") },
     ];
     let scripts = [
         ANSWER,
@@ -306,7 +308,7 @@ fn what_ends_a_turn_ends_it_whatever_the_file_says() {
     let script = tokens("<|channel|>commentary to=functions.f<|message|>{}<|call|>{}<|return|>");
     let options = EngineOptions { eos_ids: vec![RETURN], ..EngineOptions::default() };
     let engine = start(Scripted::new(Scripted::gpt_oss(), vec![script.clone()]), options);
-    let output = OutputMode::Chat { tools: vec!["f".to_owned()], begun: Vec::new() };
+    let output = OutputMode::Chat { tools: vec!["f".to_owned()].into(), begun: Vec::new() };
     let events = run(&engine, Request::new(vec![1], unlimited(), output));
     let end = script.iter().position(|&token| token == CALL).unwrap();
     assert_eq!(tokens_of(&events, 0), script[..=end]);

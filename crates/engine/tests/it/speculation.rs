@@ -118,7 +118,7 @@ proptest! {
             max_tokens: Some(max_tokens.unwrap_or(60)),
             min_tokens: min_tokens.min(max_tokens.unwrap_or(60)),
             stop: if stop { vec!["a stop".to_owned(), "b b b".to_owned()] } else { Vec::new() },
-            bad_words: if bad_words { vec!["a b a".to_owned(), "stop".to_owned()] } else { Vec::new() },
+            bad_words: if bad_words { vec!["a b a".to_owned(), "stop".to_owned()] } else { Vec::new() }.into(),
             thinking_token_budget: budget,
             repetition_detection: repetition.then_some(RepetitionDetection {
                 min_pattern_size: 1, max_pattern_size: 4, min_count: 5,
@@ -128,7 +128,7 @@ proptest! {
             ..SamplingParams::default()
         };
         let output = match chat {
-            true => OutputMode::Chat { tools: Vec::new(), begun: Vec::new() },
+            true => OutputMode::Chat { tools: [].into(), begun: Vec::new() },
             false => OutputMode::Text,
         };
         check(&script, &Request::new(vec![1, 2, 3], params, output));
@@ -159,7 +159,7 @@ fn grammars_hold_for_guesses() {
         for min_tokens in [0, 25] {
             let script = tokens(&format!("{thought}<|channel|>final<|message|>{text}<|return|>"));
             let params = SamplingParams { max_tokens: Some(50), min_tokens, ..unlimited() };
-            let output = OutputMode::Chat { tools: Vec::new(), begun: Vec::new() };
+            let output = OutputMode::Chat { tools: [].into(), begun: Vec::new() };
             let request =
                 Request { grammar: Some(grammar(form.clone())), ..Request::new(vec![1], params, output) };
             check(&script, &request);

@@ -10,7 +10,7 @@ fn tools() -> Vec<String> {
 }
 
 fn parse(harmony: &Harmony, ids: &[u32]) -> (Turn, Value, Vec<&'static str>) {
-    let mut parser = harmony.parser(&tools());
+    let mut parser = harmony.parser(tools());
     let mut deltas = Vec::new();
     for &id in ids {
         deltas.extend(parser.push(id));

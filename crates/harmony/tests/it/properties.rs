@@ -92,7 +92,7 @@ fn fields(messages: &[ParsedMessage]) -> Turn {
 
 fn check(harmony: &Harmony, ids: &[u32]) {
     let tokenizer = harmony.tokenizer();
-    let mut parser = harmony.parser(&["f".to_owned()]);
+    let mut parser = harmony.parser(["f".to_owned()]);
     let mut deltas = Vec::new();
     // What is read in state content by the table of the specification, per message.
     let (message, stops) = (
@@ -166,7 +166,7 @@ fn a_million_random_sequences() {
 fn a_long_answer_without_a_header_streams() {
     let harmony = o200k();
     let text = "The quick brown 狐 jumps over the lazy dog. ".repeat(40);
-    let mut parser = harmony.parser(&[]);
+    let mut parser = harmony.parser([]);
     let ids = harmony.tokenizer().encode(&text);
     let mut streamed = Vec::new();
     for &id in &ids {

@@ -36,7 +36,7 @@ fn prompt(turn: &Turn, generated: Option<&[u32]>) -> ChatPrompt {
 fn the_turn_is_written_as_it_was_generated() {
     let harmony = o200k();
     let read = |ids: &[u32]| -> Turn {
-        let mut parser = harmony.parser(&["look".to_owned()]);
+        let mut parser = harmony.parser(["look".to_owned()]);
         let mut deltas: Vec<Delta> = ids.iter().flat_map(|&id| parser.push(id)).collect();
         deltas.extend(parser.finish());
         Turn::collect(&deltas)
@@ -128,7 +128,7 @@ fn a_malformed_turn_is_written_in_the_canonical_form() {
         String::new(),
     ] {
         let ids = harmony.tokenizer().encode_with_special(&generated);
-        let mut parser = harmony.parser(&["look".to_owned()]);
+        let mut parser = harmony.parser(["look".to_owned()]);
         let mut deltas: Vec<Delta> = ids.iter().flat_map(|&id| parser.push(id)).collect();
         deltas.extend(parser.finish());
         let mut turn = Turn::collect(&deltas);

@@ -75,23 +75,46 @@ fn a_full_queue() {
     let (steps, control) = std::sync::mpsc::channel();
     let backend = Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]).controlled_by(control);
     let server =
-        Fixture::start(&options(), backend, EngineOptions { max_queued_requests: 1, ..engine_options() });
+        Fixture::start(&options(), backend, EngineOptions { max_queued_requests: 2, ..engine_options() });
+    let two = json!({"prompt": ["a", "b"]});
     std::thread::scope(|scope| {
-        let first = scope.spawn(|| server.chat(&hi()));
-        server.until(|stats| stats.step_started.is_some());
+        let first = scope.spawn(|| server.complete(&two));
+        server.until(|stats| stats.running + stats.waiting == 2);
         let response = server.chat(&hi());
         let (status, kind, param, message) = response.error();
         assert_eq!((status, kind.as_str(), param), (503, UNAVAILABLE, None));
         assert_eq!(message, "The server is busy. Please retry.");
         assert!(response.header("retry-after").is_some());
         // Of several prompts either all are taken or none.
-        assert_eq!(server.complete(&json!({"prompt": ["a", "b"]})).status, 503);
+        assert_eq!(server.complete(&two).status, 503);
+        // More than ever find room can be told so, full or not.
+        let (status, kind, param, message) = server.complete(&json!({"prompt": ["a", "b", "c"]})).error();
+        assert_eq!((status, kind.as_str(), param.as_deref()), (400, "BadRequestError", Some("prompt")));
+        assert_eq!(
+            message,
+            "prompt must have at most 2 prompts in all, as many as may wait at a time, got 3."
+        );
         drop(steps);
         assert_eq!(first.join().unwrap().status, 200);
     });
     // What was never taken was not given up.
     let metrics = server.get("/metrics").body;
     assert!(metrics.contains("finished_reason=\"abort\"} 0\n"), "{metrics}");
+}
+
+#[test]
+fn prompts_that_never_wait_together() {
+    let options = EngineOptions { max_queued_tokens: Some(10), ..engine_options() };
+    let server =
+        Fixture::start(&self::options(), Scripted::new(Scripted::gpt_oss(), vec![tokens(HI)]), options);
+    // One may always wait alone.
+    assert_eq!(server.complete(&json!({"prompt": [vec![5; 11]]})).status, 200);
+    assert_eq!(server.complete(&json!({"prompt": [vec![5; 4], vec![5; 6]]})).status, 200);
+    let (status, kind, param, message) =
+        server.complete(&json!({"prompt": [vec![5; 5], vec![5; 6]]})).error();
+    assert_eq!((status, kind.as_str(), param.as_deref()), (400, "BadRequestError", Some("prompt")));
+    assert_eq!(message, "prompt must have at most 10 tokens in all, as many as may wait at a time, got 11.");
+    assert_eq!(server.stats().waiting, 0);
 }
 
 #[test]
