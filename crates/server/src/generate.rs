@@ -4,13 +4,11 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
-use axum::Json;
 use axum::body::Body;
 use axum::http::{HeaderName, HeaderValue, header};
-use axum::response::{IntoResponse, Response};
+use axum::response::Response;
 use engine::{Engine, Event, Grammar, OutputMode, Request, SamplingParams, SchedulingPolicy, SubmitError};
 use harmony::ChatPrompt;
-use serde_json::json;
 
 use crate::answer::Identity;
 use crate::auth::hex;
@@ -43,9 +41,9 @@ const MAX_BYTES_PER_TOKEN: usize = 8 * 16;
 
 /// Of prompts that an answer repeats: twice the largest body that is read unless another limit is set, so that one choice can nearly
 /// always show what it was asked.
-const MAX_REPEATED_BYTES: usize = 64 << 20;
+pub(crate) const MAX_REPEATED_BYTES: usize = 64 << 20;
 /// Of a token's id as JSON, with the comma.
-const MAX_ID_BYTES: usize = 7;
+pub(crate) const MAX_ID_BYTES: usize = 7;
 
 /// `POST /v1/chat/completions`
 pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
@@ -188,8 +186,8 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
 }
 
 /// What the model is fed.
-struct Fed {
-    ids: Vec<u32>,
+pub(crate) struct Fed {
+    pub(crate) ids: Vec<u32>,
     /// The last of them, if they begin the answer.
     begun: Vec<u32>,
 }
@@ -205,7 +203,11 @@ pub(crate) fn chat_ids(body: &[u8], state: &State, engine: &Engine) -> Result<Ve
 }
 
 /// How a prompt may be cut, and the most tokens that leave room for an answer.
-fn truncation(common: &Common, params: &SamplingParams, engine: &Engine) -> Option<(Truncation, usize)> {
+pub(crate) fn truncation(
+    common: &Common,
+    params: &SamplingParams,
+    engine: &Engine,
+) -> Option<(Truncation, usize)> {
     const UNSAID: usize = 4096;
     let most = engine.max_model_len();
     let truncation = common.truncation?;
@@ -219,7 +221,7 @@ fn truncation(common: &Common, params: &SamplingParams, engine: &Engine) -> Opti
 }
 
 /// The prompt, with the beginning of the answer where that is not the model's to write.
-fn fed(
+pub(crate) fn fed(
     prompt: &mut ChatPrompt,
     answer_at_once: bool,
     continued: Option<&String>,
@@ -248,7 +250,7 @@ fn fed(
         let last = if prompt.add_generation_prompt { 2 + begun.len() } else { 0 };
         truncation.apply(&mut ids, preamble, last, start, max)?;
     }
-    check_length(ids.len(), engine)?;
+    check_length(ids.len(), 1, engine)?;
     Ok(Fed { ids, begun })
 }
 
@@ -271,9 +273,8 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
             let date = state.date();
             let mut request = CompletionRequest::new(&body, &context(&state, &engine, date.as_deref()))?;
             let prompts = std::mem::take(&mut request.prompts);
-            let truncation = truncation(&request.common, &request.params, &engine);
             let start = Instant::now();
-            let prompts = prompts.into_iter().map(|prompt| tokenize(prompt, truncation, &engine));
+            let prompts = prompts.into_iter().map(|prompt| tokenize(prompt, &request, &engine));
             let prompts = prompts.collect::<Result<Vec<_>, _>>()?;
             state.metrics.tokenized(start.elapsed());
             let of_prompts = |shown: bool, size: fn(&completion_answer::Prompt) -> usize| {
@@ -318,76 +319,6 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
     .await?;
     call.log.usage(whole.usage());
     Ok(call.response("application/json", Body::from(whole.finish())))
-}
-
-/// `POST /v1/chat/completions/render`: what the model would be fed, without running it.
-pub(crate) async fn render_chat(state: Arc<State>, origin: Origin, body: Body) -> Result<Response, ApiError> {
-    let engine = state.engine()?;
-    let body = body::read(body, &state.bodies).await?;
-    let id = format!("chatcmpl-{}", origin.log.request_id());
-    let rendered = blocking(&origin, move || {
-        let date = state.date();
-        let mut request = ChatRequest::new(&body, &context(&state, &engine, date.as_deref()))?;
-        bound_text(request.text_bytes, &engine)?;
-        let at_once = request.turn.answer_at_once;
-        let truncation = truncation(&request.common, &request.params, &engine);
-        let continued = request.continued.as_ref();
-        let ids = fed(&mut request.prompt, at_once, continued, truncation, &engine, &state)?.ids;
-        Ok(rendered(&id, &state.model_names[0], &ids, &request.params))
-    });
-    Ok(Json(rendered.await?).into_response())
-}
-
-/// `POST /v1/completions/render`: an object for one prompt, a list of them for several.
-pub(crate) async fn render_completions(
-    state: Arc<State>,
-    origin: Origin,
-    body: Body,
-) -> Result<Response, ApiError> {
-    let engine = state.engine()?;
-    let body = body::read(body, &state.bodies).await?;
-    let id = format!("cmpl-{}", origin.log.request_id());
-    let all = blocking(&origin, move || {
-        let date = state.date();
-        let mut request = CompletionRequest::new(&body, &context(&state, &engine, date.as_deref()))?;
-        let render = |prompt| {
-            let truncation = truncation(&request.common, &request.params, &engine);
-            let ids = tokenize(prompt, truncation, &engine)?.ids;
-            Ok(rendered(&id, &state.model_names[0], &ids, &request.params))
-        };
-        std::mem::take(&mut request.prompts).into_iter().map(render).collect::<Result<Vec<_>, ApiError>>()
-    });
-    let mut all = all.await?;
-    Ok(match all.len() {
-        1 => Json(all.remove(0)).into_response(),
-        _ => Json(all).into_response(),
-    })
-}
-
-fn rendered(id: &str, model: &str, ids: &[u32], params: &SamplingParams) -> serde_json::Value {
-    json!({"request_id": id, "model": model, "token_ids": ids, "sampling_params": {
-        "n": params.n,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": params.min_p,
-        "seed": params.seed,
-        "max_tokens": params.max_tokens,
-        "min_tokens": params.min_tokens,
-        "stop": params.stop,
-        "stop_token_ids": params.stop_token_ids,
-        "include_stop_str_in_output": params.include_stop_str_in_output,
-        "ignore_eos": params.ignore_eos,
-        "logprobs": params.logprobs,
-        "prompt_logprobs": params.prompt_logprobs,
-        "presence_penalty": params.presence_penalty,
-        "frequency_penalty": params.frequency_penalty,
-        "repetition_penalty": params.repetition_penalty,
-        "logit_bias": params.logit_bias,
-        "allowed_token_ids": params.allowed_token_ids.as_deref(),
-        "bad_words": params.bad_words,
-        "skip_special_tokens": params.skip_special_tokens
-    }})
 }
 
 /// A valid request on its way through the engine.
@@ -643,11 +574,12 @@ pub(crate) async fn blocking<T: Send + 'static>(
     })
 }
 
-fn context<'a>(state: &'a State, engine: &Engine, date: Option<&'a str>) -> Context<'a> {
+pub(crate) fn context<'a>(state: &'a State, engine: &'a Engine, date: Option<&'a str>) -> Context<'a> {
     Context {
         defaults: &state.defaults,
         limits: Limits {
             vocab_size: engine.config().vocab_size,
+            tokenizer: engine.harmony().tokenizer(),
             max_logprobs: state.max_logprobs,
             max_n: state.max_n,
         },
@@ -661,32 +593,27 @@ fn context<'a>(state: &'a State, engine: &Engine, date: Option<&'a str>) -> Cont
     }
 }
 
-fn tokenize(
+/// A prompt's tokens and text, within the context.
+pub(crate) fn tokenize(
     prompt: completion_request::Prompt,
-    truncation: Option<(Truncation, usize)>,
+    request: &CompletionRequest,
     engine: &Engine,
 ) -> Result<completion_answer::Prompt, ApiError> {
     let tokenizer = engine.harmony().tokenizer();
-    let cut = |mut ids: Vec<u32>, (truncation, max): (Truncation, usize)| {
-        truncation.apply(&mut ids, 0, 0, None, max)?;
-        Ok(completion_answer::Prompt { text: tokenizer.decode(&ids), ids })
-    };
-    match (prompt, truncation) {
-        (completion_request::Prompt::Text(text), truncation) => {
+    let (mut ids, mut text) = match prompt {
+        completion_request::Prompt::Text(text) => {
             bound_text(text.len(), engine)?;
-            let ids = tokenizer.encode_with_special(&text);
-            truncation.map_or(Ok(completion_answer::Prompt { ids: ids.clone(), text }), |to| cut(ids, to))
+            (tokenizer.encode_with_special(&text), Some(text))
         }
-        (completion_request::Prompt::Ids(ids), Some(to)) => cut(ids, to),
-        (completion_request::Prompt::Ids(ids), None) => {
-            // The engine would say so as well, after the time to decode them.
-            let max_model_len = engine.max_model_len();
-            if ids.len() > max_model_len {
-                return Err(too_long(&SubmitError::TooLong { prompt: ids.len(), max_model_len }));
-            }
-            Ok(completion_answer::Prompt { text: tokenizer.decode(&ids), ids })
-        }
+        completion_request::Prompt::Ids(ids) => (ids, None),
+    };
+    if let Some((truncation, max)) = truncation(&request.common, &request.params, engine) {
+        truncation.apply(&mut ids, 0, 0, None, max)?;
+        text = None;
     }
+    check_length(ids.len(), request.params.max_tokens.unwrap_or(1).min(1), engine)?;
+    let text = text.unwrap_or_else(|| tokenizer.decode(&ids));
+    Ok(completion_answer::Prompt { text, ids })
 }
 
 /// Refuses texts that cannot fit before time is spent on their tokens.
@@ -717,10 +644,11 @@ fn bound_repeated(text: usize, ids: usize, n: usize) -> Result<(), ApiError> {
     Err(ApiError::invalid(field, message))
 }
 
-/// What the engine would say as well, after time was spent on a grammar.
-fn check_length(prompt: usize, engine: &Engine) -> Result<(), ApiError> {
+/// Refuses a prompt that leaves no room for `least` tokens: what the engine would say as well, after time was spent on its text and on
+/// a grammar.
+fn check_length(prompt: usize, least: usize, engine: &Engine) -> Result<(), ApiError> {
     let max_model_len = engine.max_model_len();
-    match prompt < max_model_len {
+    match prompt + least <= max_model_len {
         true => Ok(()),
         false => Err(too_long(&SubmitError::TooLong { prompt, max_model_len })),
     }
@@ -735,7 +663,7 @@ fn refusal(error: &SubmitError, request_id: &str) -> ApiError {
     match error {
         SubmitError::Invalid(error) => error.clone().into(),
         SubmitError::TooLong { .. } => too_long(error),
-        SubmitError::EmptyPrompt | SubmitError::TokenOutOfVocabulary { .. } => {
+        SubmitError::EmptyPrompt | SubmitError::TokenOutOfVocabulary { .. } | SubmitError::TooMany { .. } => {
             ApiError::invalid("prompt", error)
         }
         SubmitError::ShuttingDown => ApiError::ShuttingDown,

@@ -31,6 +31,7 @@ mod memory;
 mod metrics;
 mod page;
 mod rate_limit;
+mod render;
 mod request;
 mod response_answer;
 mod response_items;

@@ -24,6 +24,7 @@ use crate::identifier::identifier;
 use crate::json::excerpt;
 use crate::log::RequestLog;
 use crate::page;
+use crate::render;
 use crate::request::is_request_id;
 use crate::response_items::Item;
 use crate::response_store::{Follower, Owner};
@@ -360,7 +361,7 @@ async fn render_chat(
     Extension(origin): Extension<Origin>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    generate::render_chat(state, origin, body).await
+    render::chat(state, origin, body).await
 }
 
 async fn render_completions(
@@ -368,7 +369,7 @@ async fn render_completions(
     Extension(origin): Extension<Origin>,
     body: Body,
 ) -> Result<Response, ApiError> {
-    generate::render_completions(state, origin, body).await
+    render::completions(state, origin, body).await
 }
 
 async fn completions(

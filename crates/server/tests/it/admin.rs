@@ -422,6 +422,23 @@ fn rendering_runs_nothing() {
     let two = server.post("/v1/completions/render", &json!({"prompt": [[1], [2, 3]]})).ok();
     assert_eq!((&two[0]["token_ids"], &two[1]["token_ids"]), (&json!([1]), &json!([2, 3])));
     assert_eq!(server.post("/v1/completions/render", &json!({})).error().2.as_deref(), Some("prompt"));
+    // What is refused is what would be.
+    for prompt in [json!("word ".repeat(9000)), json!([vec![5; 8192]])] {
+        let request = json!({"prompt": prompt});
+        let error = server.post("/v1/completions/render", &request).error();
+        assert_eq!(error, server.complete(&request).error());
+        assert_eq!(error.2.as_deref(), Some("input_tokens"), "{}", error.3);
+    }
+    let last = json!({"prompt": [vec![5; 8192]], "max_tokens": 0, "echo": true});
+    assert_eq!(server.post("/v1/completions/render", &last).status, 200);
+    // A small body could ask for gigabytes.
+    let ids: Vec<u32> = (0..200_000).collect();
+    let many = json!({"prompt": vec![[5]; 1000], "allowed_token_ids": ids});
+    let error = server.post("/v1/completions/render", &many).error();
+    assert_eq!((error.0, error.2.as_deref()), (400, Some("prompt")), "{}", error.3);
+    let few =
+        server.post("/v1/completions/render", &json!({"prompt": [[5], [6]], "allowed_token_ids": ids})).ok();
+    assert_eq!(few[1]["sampling_params"]["allowed_token_ids"].as_array().unwrap().len(), ids.len());
     assert_eq!(server.stats().steps, 0);
 }
 
