@@ -34,7 +34,7 @@ __device__ __forceinline__ uint32_t id_of_largest(unsigned long long best) {
     return best >> 32 == ~0u ? NO_NUMBER : ~uint32_t(best);
 }
 
-// Waits until the kernels before this one are complete and their writes visible. What comes earlier may read weights only.
+// Waits until the kernels before this one are complete and their writes visible. What may be read earlier `start_next` says.
 __device__ __forceinline__ void wait_for_previous() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -373,27 +373,32 @@ impl Backend for Cuda {
     }
 
     fn allocate_kv(&mut self, full_blocks: usize, sliding_blocks: usize) -> Result<(), Error> {
+        self.device.bind()?;
+        self.forget_ahead()?;
+        // The old cache is given back first: two never exist at once, and none is used that some GPU has no more.
+        self.graphs.clear();
+        self.cache.clear();
+        self.blocks = (0, 0);
         for follower in self.followers_mut() {
             follower.allocate_kv(full_blocks, sliding_blocks)?;
         }
         self.device.bind()?;
-        self.forget_ahead()?;
-        // The old cache is given back first: two never exist at once.
-        self.graphs.clear();
-        self.cache.clear();
-        self.blocks = (0, 0);
         for kind in &self.config.layer_kinds {
             let blocks = if *kind == LayerKind::Sliding { sliding_blocks } else { full_blocks };
             let bytes = blocks
                 .checked_mul(self.config.kv_heads * BLOCK_TOKENS * HEAD * self.number_bytes())
                 .ok_or(Error::Memory { needed: usize::MAX })?;
-            let buffer = || self.device.buffer(bytes);
-            match (buffer(), buffer()) {
-                (Ok(keys), Ok(values)) => self.cache.push(LayerCache { keys, values }),
-                _ => {
+            let keys = self.device.buffer(bytes);
+            match keys.and_then(|keys| Ok(LayerCache { keys, values: self.device.buffer(bytes)? })) {
+                Ok(cache) => self.cache.push(cache),
+                Err(error) => {
                     self.cache.clear();
                     let needed = self.kv_layout().bytes(full_blocks, sliding_blocks);
-                    return Err(Error::Memory { needed });
+                    return Err(if matches!(error, Error::Memory { .. }) {
+                        Error::Memory { needed }
+                    } else {
+                        error
+                    });
                 }
             }
         }
@@ -643,7 +648,9 @@ impl Cuda {
             self.graphs.clear();
             let bytes = total.next_power_of_two() * 4;
             self.arena.step_host[lane.index] = self.device.pinned(bytes)?;
-            self.arena.step[lane.index] = self.device.buffer(bytes)?;
+            let words = self.device.buffer(bytes);
+            self.arena.step[lane.index] =
+                words.map_err(|error| no_room(error, &self.device, "the words of a step"))?;
         }
         let host = self.arena.step_host[lane.index].slice_mut::<u32>();
         words.write(batch, host);

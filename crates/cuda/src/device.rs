@@ -183,8 +183,10 @@ pub struct Device {
     functions: HashMap<&'static str, Handle>,
     name: String,
     ordinal: usize,
-    /// Compute capability, 90 for Hopper.
+    /// Compute capability whose kernels it takes.
     capability: u32,
+    /// Its own.
+    compute_capability: u32,
     multiprocessors: usize,
     shared_bytes: usize,
     /// It is to be taken for a GPU that cannot reach another's memory.
@@ -242,7 +244,8 @@ impl Device {
         let result = unsafe { (driver.device_name)(name.as_mut_ptr().cast(), name.len() as c_int, device) };
         driver.check(result, "asking the GPU for its name")?;
         let name = name.split(|&b| b == 0).next().unwrap_or_default();
-        let best = with_kernels((attribute(75)? * 10 + attribute(76)?) as u32);
+        let compute_capability = (attribute(75)? * 10 + attribute(76)?) as u32;
+        let best = with_kernels(compute_capability);
         let capability = most.min(best);
         let (most_multiprocessors, most_shared_bytes) = match capability {
             older if older < best => size_of_generation(older),
@@ -270,6 +273,7 @@ impl Device {
             name,
             ordinal,
             capability,
+            compute_capability,
             multiprocessors: attribute(16)?.min(most_multiprocessors),
             shared_bytes: attribute(97)?.min(most_shared_bytes),
             apart,
@@ -322,6 +326,11 @@ impl Device {
     /// Its number among the GPUs that the driver shows.
     pub fn ordinal(&self) -> usize {
         self.ordinal
+    }
+
+    /// Compute capability of the chip: 121 for 12.1.
+    pub fn compute_capability(&self) -> u32 {
+        self.compute_capability
     }
 
     /// Compute capability whose kernels it takes: 90 for 9.0.
@@ -392,7 +401,11 @@ impl Device {
         let mut module = null_mut();
         // SAFETY: the image is a complete fat binary; it is copied.
         let result = unsafe { (self.driver.load_module)(&raw mut module, image.as_ptr().cast()) };
-        self.check(result, "loading the kernels (the driver must be of CUDA 13.0 or newer)")?;
+        let what = match result {
+            OUT_OF_MEMORY => "loading the kernels",
+            _ => "loading the kernels (the driver must be of CUDA 13.0 or newer)",
+        };
+        self.check(result, what)?;
         self.modules.push(module);
         for name in names {
             let mut function = null_mut();

@@ -9,6 +9,7 @@ use gptoss::{
 };
 
 use crate::arena::LOGIT_ROWS;
+use crate::backend::no_room;
 use crate::device::{Buffer, Device, Pinned};
 use crate::driver::Address;
 use crate::params::{Job, Record, Samples};
@@ -190,15 +191,16 @@ impl Exchange {
     }
 
     fn make_room(&mut self, device: &Arc<Device>, round: &Round) -> Result<(), Error> {
+        let refused = |error| no_room(error, device, "what tokens of a step are drawn by");
         let words = round.word_bytes();
         if words > self.words.bytes() {
             self.words_host = device.pinned(words.next_power_of_two())?;
-            self.words = device.buffer(words.next_power_of_two())?;
+            self.words = device.buffer(words.next_power_of_two()).map_err(refused)?;
         }
         let out = 4 * round.out_words;
         if out > self.out.bytes() {
             self.out_host = device.pinned(out.next_power_of_two())?;
-            self.out = device.buffer(out.next_power_of_two())?;
+            self.out = device.buffer(out.next_power_of_two()).map_err(refused)?;
         }
         Ok(())
     }

@@ -274,7 +274,7 @@ impl Cuda {
             devices.iter().map(|device| device.no_larger_than(least)).collect::<Result<Vec<_>, _>>()?;
         let mut near = true;
         for device in &devices {
-            if device.capability() != devices[0].capability() {
+            if device.compute_capability() != devices[0].compute_capability() {
                 return Err(Error::Unsupported(format!(
                     "a model on {} and {}, where all GPUs must be of one generation",
                     devices[0].name(),

@@ -328,6 +328,33 @@ fn odd_shapes_agree_with_the_reference() {
     }
 }
 
+/// As gpt-oss-120b has them, and some that are no power of two.
+#[test]
+fn many_experts_agree_with_the_reference() {
+    let Some(device) = device() else { return };
+    let narrow = Config { experts_per_token: 4, ..odd_config() };
+    let wide = Config { intermediate_size: 96, vocab_size: 331, ..wide_config() };
+    for (config, count) in [(narrow, 700), (wide, 150)] {
+        for experts in [40, 128] {
+            let weights = Synthetic::new(Config { experts, ..config.clone() }, experts_in_nvfp4, 11);
+            let weights: Arc<dyn Weights> = Arc::new(weights);
+            let mut reference = Reference::new(Arc::clone(&weights));
+            reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+            let expected = logits(&mut reference, &tokens(count), count);
+            for device in [Arc::clone(&device), device.as_generation(80).unwrap()] {
+                let mut cuda = load(&device, &*weights);
+                for chunk in [1, 7, 33, count] {
+                    let found = logits(&mut cuda, &tokens(count), chunk);
+                    let (hidden, as_what) = (config.hidden_size, device.capability());
+                    let what =
+                        format!("{experts} experts of {hidden} inputs in chunks of {chunk}, as {as_what}");
+                    check_logits(&found, &expected, 331, &what);
+                }
+            }
+        }
+    }
+}
+
 /// As many GPUs as there are, up to `most`, the given one first; `None` after saying that there is one alone.
 fn gpus(first: &Arc<Device>, most: usize) -> Option<Vec<Arc<Device>>> {
     let count = cuda::device_count().unwrap().min(most);

@@ -174,7 +174,8 @@ fn gpus(name: &str) -> Result<Gpus> {
                 continue;
             }
         };
-        let capability = format!("{}.{}", device.capability() / 10, device.capability() % 10);
+        let capability = device.compute_capability();
+        let capability = format!("{}.{}", capability / 10, capability % 10);
         gpus.summaries.push(format!(
             "{}, compute capability {capability}, {} multiprocessors, {:.1} of {:.1} GB free",
             device.name(),
