@@ -54,10 +54,17 @@ impl Unfinished {
             let lines = text.lines().skip(1).map(str::to_owned).collect();
             return Ok((Unfinished { directory: directory.to_owned(), journal }, lines));
         }
-        clear(directory)?;
-        journal.set_len(0).map_err(Error::io(&path))?;
-        writeln!(journal, "{}", written(identity)).map_err(Error::io(&path))?;
-        Ok((Unfinished { directory: directory.to_owned(), journal }, Vec::new()))
+        let mut work = Unfinished { directory: directory.to_owned(), journal };
+        work.begin_anew(identity)?;
+        Ok((work, Vec::new()))
+    }
+
+    /// Drops what is done: the folder is as empty as a new one.
+    pub(crate) fn begin_anew(&mut self, identity: &str) -> Result<(), Error> {
+        let path = self.directory.join(JOURNAL);
+        empty(&self.journal).map_err(Error::io(&path))?;
+        clear(&self.directory)?;
+        writeln!(self.journal, "{}", written(identity)).map_err(Error::io(&path))
     }
 
     /// Whether [`Unfinished::begin`] would take the folder, if nobody is at work there.
@@ -122,8 +129,12 @@ pub fn remove_unfinished(directory: &Path) -> Result<(), Error> {
     if !directory.exists() {
         return Ok(());
     }
-    clear(directory)?;
     let journal = directory.join(JOURNAL);
+    match OpenOptions::new().write(true).open(&journal).and_then(|journal| empty(&journal)) {
+        Err(error) if error.kind() != ErrorKind::NotFound => return Err(Error::io(&journal)(error)),
+        _ => {}
+    }
+    clear(directory)?;
     match fs::remove_file(&journal) {
         Err(error) if error.kind() != ErrorKind::NotFound => Err(Error::io(&journal)(error)),
         _ => fs::remove_dir(directory).map_err(Error::io(directory)),
@@ -163,7 +174,14 @@ pub(crate) fn hex(digest: &[u8]) -> String {
     digest.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-/// Removes everything from an unfinished folder but its journal.
+/// Empties a journal, and makes that last before the files go that it tells of: with some of them gone, the command whose work it was
+/// would believe it.
+fn empty(journal: &File) -> std::io::Result<()> {
+    journal.set_len(0)?;
+    journal.sync_all()
+}
+
+/// Removes everything from an unfinished folder but its journal, which must be empty.
 fn clear(directory: &Path) -> Result<(), Error> {
     for entry in fs::read_dir(directory).map_err(Error::io(directory))? {
         let entry = entry.map_err(Error::io(directory))?;

@@ -633,7 +633,12 @@ const BYTES_PER_COMMIT: u64 = 256 << 20;
 
 impl Work {
     fn begin(plan: &Plan, directory: &Path, overwrite: bool) -> Result<Work, Error> {
-        let (folder, done) = Unfinished::begin(directory, &plan.identity, overwrite)?;
+        let (mut folder, mut done) = Unfinished::begin(directory, &plan.identity, overwrite)?;
+        // What the journal says of a file that someone else removed is no longer true.
+        if !done.is_empty() && !plan.files.iter().all(|file| directory.join(&file.name).exists()) {
+            folder.begin_anew(&plan.identity)?;
+            done.clear();
+        }
         let mut files = Vec::new();
         for file in &plan.files {
             let path = directory.join(&file.name);

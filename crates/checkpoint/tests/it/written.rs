@@ -409,14 +409,7 @@ fn other_unfinished_work_is_not_continued() {
     let out = folder.path().join("out");
     let weights = nvfp4();
     let one = Target { fingerprint: "one".to_owned(), ..target(&weights, Layout::ModelOpt) };
-    let interrupted = |target: &Target, after: usize| {
-        let mut steps = 0;
-        write(&weights, target, &out, &mut |_| {
-            steps += 1;
-            if steps > after { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
-        })
-    };
-    assert!(matches!(interrupted(&one, 30), Err(Error::Interrupted { .. })));
+    write_in_part(&weights, &one, &out);
     let two = Target { fingerprint: "two".to_owned(), ..one.clone() };
     for refused in [write_all(&weights, &two, &out).map(drop), may_begin(&weights, &two, &out)] {
         let error = refused.unwrap_err();
@@ -436,7 +429,7 @@ fn other_unfinished_work_is_not_continued() {
     assert_same_storage(&weights, &Checkpoint::open(&out).unwrap());
     std::fs::remove_dir_all(&out).unwrap();
 
-    assert!(matches!(interrupted(&one, 30), Err(Error::Interrupted { .. })));
+    write_in_part(&weights, &one, &out);
     std::fs::write(&journal, b"\xff\xfe\n").unwrap();
     assert!(matches!(write_all(&weights, &one, &out), Err(Error::OtherWork { .. })));
     let written = write_all(&weights, &Target { overwrite: true, ..two }, &out).unwrap();
@@ -472,6 +465,58 @@ fn other_unfinished_work_is_not_continued() {
     // Nothing takes the place of a mounted file system.
     let error = may_write(Path::new("/proc"), true).unwrap_err().to_string();
     assert!(error.contains("found the root of a file system"), "{error}");
+}
+
+/// A folder that cannot be emptied is left as by a call that was killed on the way.
+#[test]
+fn work_that_was_dropped_in_part_is_not_continued() {
+    let folder = tempdir().unwrap();
+    let weights = nvfp4();
+    let one = Target { fingerprint: "one".to_owned(), ..target(&weights, Layout::ModelOpt) };
+    let two = Target { fingerprint: "two".to_owned(), overwrite: true, ..one.clone() };
+    // So deep that a path to a long name in it is too long, and the file stays.
+    let (near, mut far) = (folder.path().join("near"), folder.path().to_owned());
+    while far.as_os_str().len() < 3850 {
+        far.push("deep".repeat(35));
+    }
+    std::fs::create_dir_all(far.parent().unwrap()).unwrap();
+    type Dropping = fn(&Synthetic, &Target, &Path) -> Result<(), Error>;
+    let overwritten: Dropping = |weights, target, out| write_all(weights, target, out).map(drop);
+    let removed: Dropping = |_, _, out| remove_unfinished(&out.with_file_name("out.partial"));
+    for dropping in [overwritten, removed] {
+        write_in_part(&weights, &one, &near.join("out"));
+        let long = near.join("out.partial").join("x".repeat(255));
+        std::fs::write(&long, "").unwrap();
+        std::fs::rename(&near, &far).unwrap();
+        let error = dropping(&weights, &two, &far.join("out")).unwrap_err();
+        assert!(
+            matches!(&error, Error::Io { path, .. } if path.ends_with(long.file_name().unwrap())),
+            "{error}"
+        );
+        std::fs::rename(&far, &near).unwrap();
+        assert_eq!(std::fs::read_to_string(near.join("out.partial/.nibble-journal")).unwrap(), "");
+
+        std::fs::remove_file(&long).unwrap();
+        let written = write_all(&weights, &one, &near.join("out")).unwrap();
+        assert_eq!(written.resumed_bytes, 0);
+        assert_same_storage(&weights, &Checkpoint::open(&near.join("out")).unwrap());
+        std::fs::remove_dir_all(&near).unwrap();
+    }
+}
+
+#[test]
+fn work_of_which_a_file_is_gone_begins_anew() {
+    let folder = tempdir().unwrap();
+    let (out, partial) = (folder.path().join("out"), folder.path().join("out.partial"));
+    let weights = nvfp4();
+    let target = target(&weights, Layout::ModelOpt);
+    write_in_part(&weights, &target, &out);
+    let mut paths = std::fs::read_dir(&partial).unwrap().map(|entry| entry.unwrap().path());
+    let shard = paths.find(|path| path.extension() == Some("safetensors".as_ref())).unwrap();
+    std::fs::remove_file(shard).unwrap();
+    let written = write_all(&weights, &target, &out).unwrap();
+    assert_eq!(written.resumed_bytes, 0);
+    assert_same_storage(&weights, &Checkpoint::open(&out).unwrap());
 }
 
 #[test]
@@ -516,6 +561,16 @@ fn a_full_disk_is_reported_and_leaves_the_name_free() {
     let written = write_all(&weights, &target, &folder.path().join("out")).unwrap();
     assert!(written.resumed_bytes > 0);
     assert_same_storage(&weights, &Checkpoint::open(&folder.path().join("out")).unwrap());
+}
+
+/// Writes some of it and is interrupted.
+fn write_in_part(weights: &dyn Weights, target: &Target, out: &Path) {
+    let mut steps = 0;
+    let result = write(weights, target, out, &mut |_| {
+        steps += 1;
+        if steps > 30 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    });
+    assert!(matches!(result, Err(Error::Interrupted { .. })));
 }
 
 /// Each expert with a global scale of its own.
