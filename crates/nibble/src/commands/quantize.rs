@@ -116,7 +116,8 @@ pub(crate) fn run(mut args: Quantize, common: &Common, ui: Ui) -> Result<()> {
             overwrite: args.overwrite,
         };
         let mut bar = ui.progress("Calibrating", 1);
-        let note = "interrupted: this layer is finished first; a second time stops at once";
+        let note = "interrupted: stops at the next expert, and a layer that is not finished is calibrated anew; a second time \
+                    stops at once";
         let calibrated = interrupt::noting(note, || {
             view.calibrate(&calibration, &mut |done, total| {
                 bar.set_total(total as u64);

@@ -445,7 +445,9 @@ fn an_interrupted_calibration_is_continued_by_the_same_command() {
     let stderr = String::from_utf8_lossy(&stopped.stderr);
     assert_eq!(stopped.status.code(), Some(130), "{stderr}");
     assert!(
-        stderr.contains("interrupted: this layer is finished first; a second time stops at once"),
+        stderr.contains(
+            "interrupted: stops at the next expert, and a layer that is not finished is calibrated anew"
+        ),
         "{stderr}"
     );
     assert!(stderr.contains("the same command continues"), "{stderr}");
