@@ -19,7 +19,7 @@ use crate::factor::Factor;
 use crate::gptq::{Scales, leave_out_zeros, refine, round};
 use crate::moments::{Moments, seen};
 use crate::rounded::{Rounded, diagonal_blocks, sweep};
-use crate::saved::{Calibrated, Done, FORM, LayerFacts, Record, bias_of, io};
+use crate::saved::{Calibrated, Done, FORM, LayerFacts, Record, bias_of, io, place};
 use crate::stream::Stream;
 use crate::{Error, Method, awq};
 
@@ -101,7 +101,7 @@ pub(crate) fn calibrate(
     }
     for layer in done..layers {
         step(layer, 0)?;
-        let pass = LayerPass { job, sides: &sides, config, layer };
+        let pass = LayerPass { job, sides: &sides, config, layer, record: Record::create(folder, layer)? };
         pass.run(&mut |part| step(layer, part))?;
     }
     let _ = progress(layers * per_layer, layers * per_layer);
@@ -217,6 +217,7 @@ struct LayerPass<'a> {
     sides: &'a [Side<'a>],
     config: &'a Config,
     layer: usize,
+    record: Record,
 }
 
 impl LayerPass<'_> {
@@ -224,15 +225,14 @@ impl LayerPass<'_> {
         let folder = &self.job.calibration.scratch;
         let width = self.config.hidden_size;
         let mut done = Done::default();
-        let mut record = Record::create(folder, self.layer)?;
         let input = self.streams(|side| Stream::open(&stream_file(folder, side.name, self.layer), width))?;
         let middle = self.scratch_streams("middle", width)?;
-        self.attention(&input, &middle, &mut done, &mut record)?;
+        self.attention(&input, &middle, &mut done)?;
         step(1)?;
         let output =
             self.streams(|side| Stream::create(&stream_file(folder, side.name, self.layer + 1), width))?;
-        self.moe(&middle, &output, &mut done.facts, &mut record, step)?;
-        record.finish()?;
+        self.moe(&middle, &output, &mut done.facts, step)?;
+        self.record.finish()?;
         output.iter().try_for_each(Stream::sync)?;
         done.write(folder, self.layer)?;
         for side in self.sides {
@@ -256,13 +256,7 @@ impl LayerPass<'_> {
         self.streams(|side| Stream::create(&folder.join(format!("{name}-{}.f32", side.name)), width))
     }
 
-    fn attention(
-        &self,
-        input: &[Stream],
-        middle: &[Stream],
-        done: &mut Done,
-        record: &mut Record,
-    ) -> Result<(), Error> {
+    fn attention(&self, input: &[Stream], middle: &[Stream], done: &mut Done) -> Result<(), Error> {
         let pool = self.job.pool;
         let facts = &mut done.facts;
         let mut norms = self.norms(VectorKind::InputNorm)?;
@@ -286,9 +280,9 @@ impl LayerPass<'_> {
         if let Some(norm) = norms.get_mut(1) {
             projections.push(match moments {
                 Some(moments) if self.method(&kinds) == Some(Method::Awq) => {
-                    self.awq(&kinds, &projections[0], moments, Some(norm), done, record)?
+                    self.awq(&kinds, &projections[0], moments, Some(norm), done)?
                 }
-                moments => self.quantize(&kinds, 0, &projections[0], moments, record)?,
+                moments => self.quantize(&kinds, 0, &projections[0], moments)?,
             });
         }
 
@@ -316,9 +310,9 @@ impl LayerPass<'_> {
         if self.sides.len() > 1 {
             outputs.push(match moments {
                 Some(moments) if self.method(&kinds) == Some(Method::Awq) => {
-                    self.awq(&kinds, &outputs[0], moments, None, done, record)?
+                    self.awq(&kinds, &outputs[0], moments, None, done)?
                 }
-                moments => self.quantize(&kinds, 0, &outputs[0], moments, record)?,
+                moments => self.quantize(&kinds, 0, &outputs[0], moments)?,
             });
         }
         for window in windows(self.job.calibration) {
@@ -337,7 +331,6 @@ impl LayerPass<'_> {
         middle: &[Stream],
         output: &[Stream],
         facts: &mut LayerFacts,
-        record: &mut Record,
         step: &mut dyn FnMut(usize) -> Result<(), Error>,
     ) -> Result<(), Error> {
         let (config, pool) = (self.config, self.job.pool);
@@ -409,8 +402,6 @@ impl LayerPass<'_> {
                 release(expert);
             }
         }
-        // The record holds all experts of a kind one after the other, so the down matrices wait for their turn.
-        let mut downs = Vec::new();
         for expert in 0..config.experts {
             step(2 + expert)?;
             let source = source(expert)?;
@@ -418,23 +409,16 @@ impl LayerPass<'_> {
                 add(0, expert, &source, facts)?;
             }
             if let Some(routes) = routes.get(1) {
-                let mut down = Record::in_memory();
                 let routes = [&routes[expert], &others[1][expert]];
-                let quantized =
-                    self.expert(expert, &source, routes, middle, &norms, facts, record, &mut down)?;
+                let quantized = self.expert(expert, &source, routes, middle, &norms, facts)?;
                 add(1, expert, &quantized, facts)?;
-                downs.push(down);
             }
             release(expert);
-        }
-        for down in downs {
-            record.append(&down.bytes)?;
         }
         Ok(())
     }
 
     /// Quantizes the two matrices of an expert by the tokens of `routes`.
-    #[expect(clippy::too_many_arguments, reason = "what an expert sees, and where its two matrices go")]
     fn expert(
         &self,
         expert: usize,
@@ -443,8 +427,6 @@ impl LayerPass<'_> {
         middle: &[Stream],
         norms: &[Vec<f32>],
         facts: &LayerFacts,
-        up_record: &mut Record,
-        down_record: &mut Record,
     ) -> Result<[Linear; 2], Error> {
         let pool = self.job.pool;
         let chunks = || routes.into_iter().flat_map(Route::chunks);
@@ -461,7 +443,7 @@ impl LayerPass<'_> {
             }
         }
         let [source_up, source_down] = source;
-        let up = only(self.quantize(&kinds, expert, slice::from_ref(source_up), moments, up_record)?);
+        let up = only(self.quantize(&kinds, expert, slice::from_ref(source_up), moments)?);
 
         let kinds = [MatrixKind::Down];
         let mut moments = self.moments(&kinds, self.config.intermediate_size, facts);
@@ -474,7 +456,7 @@ impl LayerPass<'_> {
                 self.add(moments, &kinds, &x, weights);
             }
         }
-        let down = only(self.quantize(&kinds, expert, slice::from_ref(source_down), moments, down_record)?);
+        let down = only(self.quantize(&kinds, expert, slice::from_ref(source_down), moments)?);
         Ok([up, down])
     }
 
@@ -485,6 +467,12 @@ impl LayerPass<'_> {
     /// How those of these matrices are quantized that are calibrated, if there are any.
     fn method(&self, kinds: &[MatrixKind]) -> Option<Method> {
         kinds.iter().find_map(|kind| self.job.methods.get(&kind.at(self.layer)).copied())
+    }
+
+    /// Where in the record a matrix that is calibrated begins.
+    fn place(&self, id: MatrixId, expert: usize) -> u64 {
+        let calibrated = |id| self.job.methods.contains_key(&id);
+        place(self.config, calibrated, id, expert).expect("a matrix that is calibrated").0
     }
 
     /// Whether their inputs are seen in four bits: GPTQ sees what the product will see.
@@ -521,7 +509,6 @@ impl LayerPass<'_> {
         expert: usize,
         source: &[Linear],
         moments: Option<Moments>,
-        record: &mut Record,
     ) -> Result<Vec<Linear>, Error> {
         let Some(mut moments) = moments else {
             return kinds.iter().map(|&kind| self.linear(self.job.quantized, kind, expert)).collect();
@@ -590,7 +577,7 @@ impl LayerPass<'_> {
                     }
                 }
             }
-            record.matrix(&rounded, &bias)?;
+            self.record.matrix(self.place(id, expert), &rounded, &bias)?;
             results.push(Linear { weights, bias, cols, input_scale });
         }
         Ok(results)
@@ -605,7 +592,6 @@ impl LayerPass<'_> {
         mut moments: Moments,
         norm: Option<&mut Vec<f32>>,
         done: &mut Done,
-        record: &mut Record,
     ) -> Result<Vec<Linear>, Error> {
         let (pool, cols) = (self.job.pool, moments.cols);
         moments.finish(false);
@@ -639,9 +625,9 @@ impl LayerPass<'_> {
             done.amax.0 = Some(amax);
         }
         let mut results = Vec::new();
-        for (weights, source) in weights.iter().zip(source) {
+        for ((kind, weights), source) in kinds.iter().zip(&weights).zip(source) {
             let rounded = Rounded::by_max_rule(weights, amax);
-            record.matrix(&rounded, &source.bias)?;
+            self.record.matrix(self.place(kind.at(self.layer), 0), &rounded, &source.bias)?;
             let weights = rounded.values(nvfp4::global_scale(amax));
             results.push(Linear { weights, bias: source.bias.clone(), cols, input_scale: None });
         }

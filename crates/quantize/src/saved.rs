@@ -156,18 +156,8 @@ impl Calibrated {
         Ok(Some(bias))
     }
 
-    /// Where the record of a matrix begins, and its shape.
     fn place(&self, id: MatrixId, expert: usize) -> Option<(u64, usize, usize)> {
-        let mut at = 0;
-        for kind in MatrixKind::LAYER.into_iter().filter(|kind| self.ids.contains(&kind.at(id.layer))) {
-            let (count, rows, cols) = kind.shape(&self.config);
-            let record = record_bytes(rows, cols);
-            if kind == id.kind {
-                return Some(((at + expert * record) as u64, rows, cols));
-            }
-            at += count * record;
-        }
-        None
+        place(&self.config, |id| self.ids.contains(&id), id, expert)
     }
 
     fn read(&self, layer: usize, at: u64, len: usize) -> Result<Vec<u8>, checkpoint::Error> {
@@ -178,46 +168,48 @@ impl Calibrated {
     }
 }
 
-/// The rounded matrices of a layer, written one after the other.
+/// Where in its layer's record a matrix begins, and its shape, if it is one of those that are `calibrated`: all experts of a kind lie
+/// one after the other.
+pub(crate) fn place(
+    config: &Config,
+    calibrated: impl Fn(MatrixId) -> bool,
+    id: MatrixId,
+    expert: usize,
+) -> Option<(u64, usize, usize)> {
+    let mut at = 0;
+    for kind in MatrixKind::LAYER.into_iter().filter(|kind| calibrated(kind.at(id.layer))) {
+        let (count, rows, cols) = kind.shape(config);
+        let record = record_bytes(rows, cols);
+        if kind == id.kind {
+            return Some(((at + expert * record) as u64, rows, cols));
+        }
+        at += count * record;
+    }
+    None
+}
+
+/// The rounded matrices of a layer.
 pub(crate) struct Record {
-    file: Option<(PathBuf, File)>,
-    pub(crate) bytes: Vec<u8>,
-    at: u64,
+    path: PathBuf,
+    file: File,
 }
 
 impl Record {
     pub(crate) fn create(folder: &Path, layer: usize) -> Result<Record, checkpoint::Error> {
         let path = layer_file(folder, layer);
         let file = File::create(&path).map_err(|source| io(&path, source))?;
-        Ok(Record { file: Some((path, file)), bytes: Vec::new(), at: 0 })
+        Ok(Record { path, file })
     }
 
-    pub(crate) fn in_memory() -> Record {
-        Record { file: None, bytes: Vec::new(), at: 0 }
-    }
-
-    pub(crate) fn append(&mut self, bytes: &[u8]) -> Result<(), checkpoint::Error> {
-        match &self.file {
-            Some((path, file)) => file.write_all_at(bytes, self.at).map_err(|source| io(path, source))?,
-            None => self.bytes.extend_from_slice(bytes),
-        }
-        self.at += bytes.len() as u64;
-        Ok(())
-    }
-
-    /// A matrix and the bias that belongs to it now.
-    pub(crate) fn matrix(&mut self, rounded: &Rounded, bias: &[f32]) -> Result<(), checkpoint::Error> {
-        self.append(&rounded.codes)?;
-        self.append(&rounded.scales)?;
-        let bias: Vec<u8> = bias.iter().flat_map(|b| b.to_le_bytes()).collect();
-        self.append(&bias)
+    /// Writes a matrix and the bias that belongs to it now to their place.
+    pub(crate) fn matrix(&self, at: u64, rounded: &Rounded, bias: &[f32]) -> Result<(), checkpoint::Error> {
+        let bias = bias.iter().flat_map(|b| b.to_le_bytes());
+        let bytes: Vec<u8> = rounded.codes.iter().chain(&rounded.scales).copied().chain(bias).collect();
+        self.file.write_all_at(&bytes, at).map_err(|source| io(&self.path, source))
     }
 
     pub(crate) fn finish(&self) -> Result<(), checkpoint::Error> {
-        match &self.file {
-            Some((path, file)) => Ok(file.sync_all().map_err(|source| io(path, source))?),
-            None => Ok(()),
-        }
+        self.file.sync_all().map_err(|source| io(&self.path, source))
     }
 }
 
