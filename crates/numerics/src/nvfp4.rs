@@ -56,7 +56,10 @@ pub fn static_global_scale(amax: f32, max_scale: f32) -> f32 {
 pub fn static_block_scale(block_amax: f32, amax: f32, max_scale: f32) -> u8 {
     let sixth = block_amax / 6.0;
     let sixth = if sixth == 0.0 { 1.0 } else { sixth };
-    e4m3::encode_scale(sixth * max_scale / (amax / 6.0))
+    let scaled = sixth * max_scale;
+    // The order decides ties, so another one is taken only where this one leaves F32.
+    let scale = if scaled.is_finite() { scaled / (amax / 6.0) } else { sixth / (amax / 6.0) * max_scale };
+    e4m3::encode_scale(scale)
 }
 
 /// Chooses block scales by their squared error, as Model Optimizer's static fake quantizer measures it.
@@ -88,22 +91,24 @@ impl ScaleSearch {
     /// at those around the max rule's.
     pub fn best_of_sweep(&self, values: &[f32], full: bool) -> u8 {
         // Candidate i stands for byte i + 1. In a block of zeros all are equal, and the first wins.
-        let candidates = if amax(values) == 0.0 {
-            0..1
-        } else if full {
+        if amax(values) == 0.0 {
+            return self.found(Some(0), values);
+        }
+        let candidates = if full {
             0..self.sweep.len()
         } else {
             let start = static_block_scale(amax(values), self.amax, self.max_scale) as usize - 1;
             start.saturating_sub(SWEEP_BELOW)..(start + SWEEP_ABOVE + 1).min(self.sweep.len())
         };
-        let (mut best, mut least) = (None, f32::INFINITY);
+        let (mut best, mut least, mut most) = (None, f32::INFINITY, 0.0f32);
         for i in candidates {
             let error = squared_error(values, self.sweep[i].1);
             if error < least {
                 (best, least) = (Some(i), error);
             }
+            most = most.max(error);
         }
-        self.found(best, values)
+        self.found(best.filter(|_| most > 0.0), values)
     }
 
     /// The E4M3 scale of the smallest `d H dᵀ`, `d` being the block's error and `hessian` the second moment `H` of its inputs;
@@ -143,7 +148,8 @@ impl ScaleSearch {
         self.found(best, values)
     }
 
-    /// The scale byte of the best candidate; that of the max rule where the losses of all are beyond F32.
+    /// The scale byte of the best candidate; that of the max rule where the losses of all are beyond F32, or so small that F32 has
+    /// only 0 for them.
     fn found(&self, best: Option<usize>, values: &[f32]) -> u8 {
         match best {
             Some(best) => static_block_scale(self.sweep[best].0, self.amax, self.max_scale),

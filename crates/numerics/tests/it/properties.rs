@@ -142,6 +142,31 @@ proptest! {
 }
 
 #[test]
+fn the_largest_and_smallest_tensors_get_the_scales_of_ordinary_ones() {
+    for max_scale in [nvfp4::STATIC_MAX_SCALE, nvfp4::FOUR_OVER_SIX_MAX_SCALE] {
+        for share in [1.0, 0.7, 0.3, 0.01, 1e-3f32] {
+            let scale = |amax: f32| nvfp4::static_block_scale(share * amax, amax, max_scale);
+            for exponent in [-100, 100, 120, 125, 127] {
+                assert_eq!(scale(1.5 * 2f32.powi(exponent)), scale(1.5), "{share} of 2^{exponent}");
+            }
+        }
+    }
+}
+
+#[test]
+fn where_squared_errors_vanish_the_scale_is_that_of_the_max_rule() {
+    for exponent in [-80, -100] {
+        let values: Vec<f32> = (1..=16).map(|i| (i as f32).sqrt() * 0.25 * 2f32.powi(exponent)).collect();
+        let amax = 3.0 * nvfp4::amax(&values);
+        let search = nvfp4::ScaleSearch::new(amax, nvfp4::STATIC_MAX_SCALE);
+        let expected = nvfp4::block_scale(nvfp4::amax(&values), nvfp4::global_scale(amax));
+        for full in [false, true] {
+            assert_eq!(search.best_of_sweep(&values, full), expected, "2^{exponent}");
+        }
+    }
+}
+
+#[test]
 fn where_squared_errors_overflow_the_scale_is_that_of_the_max_rule() {
     for exponent in [100, 110, 125] {
         let values: Vec<f32> = (1..=16).map(|i| (i as f32).sqrt() * 0.25 * 2f32.powi(exponent)).collect();
