@@ -125,7 +125,9 @@ pub(crate) fn refine(
                     let target: [f32; BLOCK] = std::array::from_fn(|j| before[j] + old[j] + shift[j]);
                     let found = square.triangle.round(&grid, &target, &target, grid.candidates(&target));
                     let distance: [f32; BLOCK] = std::array::from_fn(|j| target[j] - old[j]);
-                    if found.loss >= square.loss(&distance) {
+                    // Not where either is beyond F32, as the target itself may be.
+                    let better = found.loss < square.loss(&distance);
+                    if !better {
                         continue;
                     }
                     part.store(at, &found);
@@ -284,6 +286,10 @@ impl Triangle {
                 best = c;
             }
         }
+        // Beyond F32, or so small that F32 has only 0 for them, losses say nothing, and the max rule decides.
+        if loss.iter().all(|&loss| loss == 0.0 || loss == f32::INFINITY) && *target != [0.0; BLOCK] {
+            best = BELOW as usize;
+        }
         let levels = levels.map(|of_column| of_column[best]);
         Found { scale: scales[best], levels, values: levels.map(|l| l * s[best]), loss: loss[best] }
     }
@@ -376,9 +382,12 @@ mod tests {
         sum
     }
 
-    #[test]
-    fn each_step_loses_less_than_the_one_before() {
-        let (pool, cols, rows, tokens) = (Pool::new(2), 160, 24, 320);
+    const COLS: usize = 160;
+    const ROWS: usize = 24;
+
+    /// Weights, and a factor of the second moment of what they see.
+    fn layer(pool: &Pool) -> (Vec<f32>, Factor) {
+        let tokens = 320;
         let mut state = 7u64;
         let mut next = || {
             state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
@@ -387,15 +396,21 @@ mod tests {
         // Correlated inputs, as a layer sees them.
         let shared: Vec<f32> = (0..tokens).map(|_| next()).collect();
         let x: Vec<f32> =
-            (0..cols).flat_map(|_| shared.iter().map(|s| 0.5 * s + next()).collect::<Vec<_>>()).collect();
-        let weights: Vec<f32> = (0..rows * cols).map(|_| next() * next()).collect();
-        let mut moment = vec![0.0; cols * cols];
-        products(&pool, Rows::new(&x, tokens), Rows::new(&x, tokens), &mut moment, cols, Update::Set);
-        let factor = Factor::new(&pool, moment, cols, 0.01).unwrap();
+            (0..COLS).flat_map(|_| shared.iter().map(|s| 0.5 * s + next()).collect::<Vec<_>>()).collect();
+        let weights: Vec<f32> = (0..ROWS * COLS).map(|_| next() * next()).collect();
+        let mut moment = vec![0.0; COLS * COLS];
+        products(pool, Rows::new(&x, tokens), Rows::new(&x, tokens), &mut moment, COLS, Update::Set);
+        (weights, Factor::new(pool, moment, COLS, 0.01).unwrap())
+    }
+
+    #[test]
+    fn each_step_loses_less_than_the_one_before() {
+        let pool = Pool::new(2);
+        let (weights, factor) = layer(&pool);
         let amax = nvfp4::amax(&weights);
         let global = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
 
-        let (mut codes, mut scales) = (vec![0; rows * cols / 2], vec![0; rows * cols / BLOCK]);
+        let (mut codes, mut scales) = (vec![0; ROWS * COLS / 2], vec![0; ROWS * COLS / BLOCK]);
         nvfp4::quantize(&weights, nvfp4::global_scale(amax), &mut codes, &mut scales);
         let nearest = loss(&weights, &Rounded { codes, scales }.values(global), &factor);
         let plain =
@@ -409,5 +424,22 @@ mod tests {
         assert!(plain < 0.9 * nearest, "{plain} {nearest}");
         assert!(with_scales < 0.95 * plain, "{with_scales} {plain}");
         assert!(refined < 0.97 * with_scales, "{refined} {with_scales}");
+    }
+
+    #[test]
+    fn where_losses_are_beyond_f32_the_scales_are_those_of_the_max_rule() {
+        let pool = Pool::new(2);
+        let (ordinary, factor) = layer(&pool);
+        for exponent in [-110, 110, 123] {
+            let weights: Vec<f32> = ordinary.iter().map(|w| w * 2f32.powi(exponent)).collect();
+            let amax = nvfp4::amax(&weights);
+            let global = nvfp4::static_global_scale(amax, nvfp4::STATIC_MAX_SCALE);
+            let plain = round(&pool, &weights, &factor, amax, Scales::Max).values(global);
+            let mut searched = round(&pool, &weights, &factor, amax, Scales::Searched);
+            refine(&pool, &weights, &factor, amax, &mut searched, 2);
+            let (plain, refined) =
+                (loss(&weights, &plain, &factor), loss(&weights, &searched.values(global), &factor));
+            assert!(refined < 1.05 * plain, "2^{exponent}: {refined} {plain}");
+        }
     }
 }
