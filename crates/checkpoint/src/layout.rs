@@ -5,7 +5,7 @@
 
 use safetensors::Dtype;
 
-use crate::{Config, Format, MatrixId, MatrixKind, VectorId, VectorKind};
+use crate::{Config, Format, KvCache, MatrixId, MatrixKind, VectorId, VectorKind};
 
 /// How a gpt-oss model lies in files.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, serde::Serialize)]
@@ -48,6 +48,15 @@ impl Layout {
     /// Whether global scales are stored as their inverses.
     pub(crate) fn inverts_scales(self) -> bool {
         self == Layout::CompressedTensors
+    }
+
+    /// Whether its description has a name for this format of the cache.
+    pub(crate) fn names_cache(self, kv_cache: KvCache) -> bool {
+        match self {
+            Layout::ModelOpt | Layout::FakeBf16 => true,
+            Layout::CompressedTensors => kv_cache == KvCache::Fp8,
+            Layout::Original | Layout::Mxfp4 | Layout::Bf16 => false,
+        }
     }
 
     /// Whether this layout can hold this matrix in this format.

@@ -41,7 +41,8 @@ pub struct Target {
     pub files: Vec<(String, Vec<u8>)>,
     /// The version in the producer's description.
     pub version: String,
-    /// The key/value cache that readers are asked to use. Scales are written where the weights have them.
+    /// The key/value cache that readers are asked to use, where the layout has a name for it. Scales are written where the weights have
+    /// them.
     pub kv_cache: Option<KvCache>,
     /// One global scale per expert instead of one per stack.
     pub scales_per_expert: bool,
@@ -528,7 +529,8 @@ fn unit(
         }
         What::Cache(layer) => {
             unit.name = format!("model.layers.{layer}.self_attn");
-            if target.kv_cache.is_none() || weights.kv_scales(layer).is_none() {
+            let named = target.kv_cache.is_some_and(|kv_cache| layout.names_cache(kv_cache));
+            if !named || weights.kv_scales(layer).is_none() {
                 return Ok(None);
             }
             let file = usize::from(layout == Layout::FakeBf16);

@@ -228,6 +228,20 @@ fn compressed_tensors_hold_linears_and_their_inverse_scales() {
 }
 
 #[test]
+fn compressed_tensors_have_no_scales_of_a_cache_that_they_cannot_name() {
+    let folder = tempdir().unwrap();
+    let golden = open("quant/tiny_gptoss/nvfp4_default_kv_fp8");
+    for (layout, kept) in [(Layout::ModelOpt, true), (Layout::CompressedTensors, false)] {
+        let out = folder.path().join(layout.name());
+        let target = Target { kv_cache: Some(KvCache::Nvfp4), ..Target::like(&golden, layout).unwrap() };
+        write_all(&golden, &target, &out).unwrap();
+        let read = Checkpoint::open(&out).unwrap();
+        assert_eq!(read.kv_cache(), Some(KvCache::Nvfp4).filter(|_| kept), "{layout:?}");
+        assert_eq!(read.kv_scales(1), golden.kv_scales(1).filter(|_| kept), "{layout:?}");
+    }
+}
+
+#[test]
 fn one_scale_per_expert_is_written_on_request_only() {
     let folder = tempdir().unwrap();
     let weights = PerExpert(nvfp4());

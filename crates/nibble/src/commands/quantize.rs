@@ -295,6 +295,11 @@ fn left_out(source: &Checkpoint, args: &Quantize, ui: Ui) {
              keeps them)",
         );
     }
+    let nameless =
+        args.format == Format::CompressedTensors && source.kv_cache() == Some(checkpoint::KvCache::Nvfp4);
+    if nameless && args.kv_cache != args::KvCache::Fp8 {
+        ui.note("note: the layout compressed-tensors has no name for a cache in NVFP4: it and its static scales are left out");
+    }
     if !no_place && inputs && args.activations != args::Activations::Nvfp4 {
         ui.note("note: the source is W4A4: its input scales are left out (--activations nvfp4 keeps them)");
     }
