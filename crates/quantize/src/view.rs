@@ -26,8 +26,9 @@ pub enum Error {
     /// The source cannot be read.
     #[error(transparent)]
     Checkpoint(#[from] checkpoint::Error),
-    /// NaN and infinity have no code, and nothing can be calibrated on what they make.
-    #[error("tensor `{tensor}`: expected finite values, found {found}")]
+    /// NaN and infinity have no code, and nothing can be calibrated on what they make. In a matrix what lies beyond BF16 was read as
+    /// infinity.
+    #[error("tensor `{tensor}`: expected finite values (of BF16 in matrices), found {found}")]
     NotFinite {
         /// The tensor's name.
         tensor: String,

@@ -195,7 +195,8 @@ fn kept_query_key_and_value_share_their_global_scale_or_are_refused() {
 fn values_that_are_not_finite_are_refused_by_name() {
     let refused = |source: Arc<With>, options: Options, name: &str| {
         let error = Quantized::new(source, options, 2, &mut |_, _| {}).err().unwrap().to_string();
-        assert!(error.starts_with(&format!("tensor `{name}`: expected finite values, found ")), "{error}");
+        let expected = format!("tensor `{name}`: expected finite values (of BF16 in matrices), found ");
+        assert!(error.starts_with(&expected), "{error}");
     };
     for bad in [bf16::NAN, bf16::INFINITY, bf16::NEG_INFINITY] {
         // Of those that are quantized and of those that stay.
