@@ -138,40 +138,153 @@ fn head(logits: &[f32], sampling: &Sampling) -> Option<Vec<(u32, u64)>> {
         return None;
     }
     let weight = Weight::of(logits, sampling);
-    let all = logits.iter().enumerate().filter(|&(_, &l)| l > f32::NEG_INFINITY && weight.keeps(l));
-    let mut all: Vec<(u32, f32)> = all.map(|(id, &l)| (id as u32, l)).collect();
-    if limit_k && sampling.top_k < all.len() {
-        all.select_nth_unstable_by(sampling.top_k - 1, by_logit);
-        all.truncate(sampling.top_k);
+    let ranking_from = |least| Ranking::new(logits, &weight, least);
+    let mut ranking = ranking_from(if limit_k { below(logits, sampling.top_k) } else { f32::NEG_INFINITY });
+    if limit_k && ranking.all().count < sampling.top_k {
+        // Min-p has forbidden some of those.
+        ranking = ranking_from(f32::NEG_INFINITY);
     }
-    let sum = |some: &[(u32, f32)]| some.iter().map(|&(_, l)| weight.kept(l)).sum::<u64>();
-    if limit_p {
-        let enough = f64::from(sampling.top_p) * sum(&all) as f64;
-        // The head ends within `low .. high`; what is before comes before in order, what is behind, behind.
-        let (mut low, mut high, mut before) = (0, all.len(), 0);
-        while high - low > 256 {
-            let middle = (low + high) / 2;
-            all[low..high].select_nth_unstable_by(middle - low, by_logit);
-            let upper = before + sum(&all[low..middle]);
-            if upper as f64 >= enough {
-                high = middle;
-            } else {
-                (low, before) = (middle, upper);
+    let (mut last, mut all) = (u64::MAX, ranking.all());
+    if limit_k && sampling.top_k <= all.count {
+        let first = ranking.first(last, |head| head.count >= sampling.top_k);
+        (last, all) = first.expect("there are as many tokens");
+    }
+    if limit_p && all.count > 0 {
+        let enough = f64::from(sampling.top_p) * all.sum as f64;
+        let first = ranking.first(last, |head| head.sum as f64 >= enough);
+        (last, _) = first.expect("all together are enough");
+    }
+    let mut head = ranking.up_to(last);
+    if head.len() <= SORTED_HEAD {
+        head.sort_unstable();
+    }
+    Some(head.into_iter().map(|place| (place as u32, ranking.kept(place))).collect())
+}
+
+/// A logit that at least `count` are not below, if there are as many numbers: so many parts of the vocabulary have a largest one that
+/// is not below it.
+fn below(logits: &[f32], count: usize) -> f32 {
+    let largest = |logits: &[f32]| logits.iter().fold(f32::NEG_INFINITY, |a, &b| if b > a { b } else { a });
+    let mut largest: Vec<f32> = logits.chunks(LOOKED_AT).map(largest).collect();
+    if count > largest.len() {
+        return f32::NEG_INFINITY;
+    }
+    *largest.select_nth_unstable_by(count - 1, |a, b| b.total_cmp(a)).1
+}
+
+/// Logits that a ranking looks at together, or not at all.
+const LOOKED_AT: usize = 32;
+
+/// The tokens that min-p leaves, from the most probable one on. Of most of them it is enough to know about how far they are from the
+/// largest logit: only those near the end of a head are sorted.
+struct Ranking<'a> {
+    logits: &'a [f32],
+    weight: &'a Weight,
+    /// By the distance from the largest logit; of those that are not below some logit.
+    buckets: Vec<Bucket>,
+}
+
+/// How many tokens, and the sum of their weights.
+#[derive(Clone, Copy, Default)]
+struct Bucket {
+    count: usize,
+    sum: u64,
+}
+
+impl Bucket {
+    fn add(&mut self, other: Bucket) {
+        self.count += other.count;
+        self.sum += other.sum;
+    }
+}
+
+impl<'a> Ranking<'a> {
+    /// Counts what is not below `least`.
+    fn new(logits: &'a [f32], weight: &'a Weight, least: f32) -> Ranking<'a> {
+        let mut buckets = vec![Bucket::default(); bucket(f32::INFINITY) + 1];
+        let mut add = |logits: &[f32]| {
+            let mut shares = [0.0; 16];
+            shares.iter_mut().zip(logits).for_each(|(share, &logit)| *share = weight.share(logit));
+            for (&share, &logit) in shares.iter().zip(logits) {
+                let counts = (logit >= least) & (logit > f32::NEG_INFINITY) & (share >= weight.least);
+                let sum = if counts { weight.counted(share) } else { 0 };
+                buckets[bucket(weight.largest - logit)].add(Bucket { count: usize::from(counts), sum });
+            }
+        };
+        for chunk in logits.chunks(LOOKED_AT).filter(|chunk| has(chunk, |logit| logit >= least)) {
+            chunk.chunks(16).for_each(&mut add);
+        }
+        Ranking { logits, weight, buckets }
+    }
+
+    /// What was counted.
+    fn all(&self) -> Bucket {
+        let mut all = Bucket::default();
+        self.buckets.iter().for_each(|&bucket| all.add(bucket));
+        all
+    }
+
+    /// The place of the last token, and what there is up to it, in the smallest head that is `enough`, among the tokens up to the place
+    /// `last`.
+    fn first(&self, last: u64, enough: impl Fn(&Bucket) -> bool) -> Option<(u64, Bucket)> {
+        let mut head = Bucket::default();
+        let at = self.buckets.iter().position(|&bucket| {
+            let mut longer = head;
+            longer.add(bucket);
+            let found = bucket.count > 0 && enough(&longer);
+            head = if found { head } else { longer };
+            found
+        })?;
+        let mut places = self.places(|logit| bucket(self.weight.largest - logit) == at);
+        places.retain(|&place| place <= last);
+        places.sort_unstable();
+        places.into_iter().find_map(|place| {
+            head.add(Bucket { count: 1, sum: self.kept(place) });
+            enough(&head).then_some((place, head))
+        })
+    }
+
+    /// The places up to `last`, in the order of the ids.
+    fn up_to(&self, last: u64) -> Vec<u64> {
+        let least = self.logits.get(last as u32 as usize).copied().unwrap_or(f32::NEG_INFINITY);
+        let mut places = self.places(|logit| logit >= least);
+        places.retain(|&place| place <= last);
+        places
+    }
+
+    /// The places of the tokens whose logits are such, in the order of the ids.
+    fn places(&self, are: impl Fn(f32) -> bool) -> Vec<u64> {
+        let mut places = Vec::new();
+        for (chunk, logits) in self.logits.chunks(LOOKED_AT).enumerate() {
+            if has(logits, &are) {
+                let first = chunk * LOOKED_AT;
+                let those = |&(_, &logit): &(usize, &f32)| {
+                    are(logit) && logit > f32::NEG_INFINITY && self.weight.keeps(logit)
+                };
+                let those = logits.iter().enumerate().filter(those);
+                places.extend(those.map(|(id, &logit)| place((first + id) as u32, logit)));
             }
         }
-        all[low..high].sort_unstable_by(by_logit);
-        let last = all[low..high].iter().position(|&(_, l)| {
-            before += weight.kept(l);
-            before as f64 >= enough
-        });
-        all.truncate(last.map_or(high, |last| low + last + 1));
+        places
     }
-    if all.len() <= SORTED_HEAD {
-        all.sort_unstable_by(by_logit);
-    } else {
-        all.sort_unstable_by_key(|&(id, _)| id);
+
+    fn kept(&self, place: u64) -> u64 {
+        self.weight.kept(self.logits[place as u32 as usize])
     }
-    Some(all.into_iter().map(|(id, l)| (id, weight.kept(l))).collect())
+}
+
+/// Where distances from the largest logit are counted: 32 buckets for each power of two, so that they are narrow at every
+/// temperature. Rounding keeps the order of distances, so no token of a bucket comes before one of an earlier bucket.
+fn bucket(distance: f32) -> usize {
+    // The distance of infinity from itself is no number.
+    if distance > 0.0 { (distance.to_bits() >> 18) as usize } else { 0 }
+}
+
+/// What tokens are sorted by: descending logits as [`f32::total_cmp`] has them, then the id, which is in the lower half.
+fn place(id: u32, logit: f32) -> u64 {
+    let bits = logit.to_bits();
+    let descending = if bits >> 31 == 0 { bits ^ (u32::MAX >> 1) } else { bits };
+    u64::from(descending) << 32 | u64::from(id)
 }
 
 /// Descending, the lower id first on a tie.
@@ -490,6 +603,105 @@ mod tests {
         assert!(
             sizes.iter().any(|size| (2..256).contains(size)) && sizes.iter().any(|&size| size > SORTED_HEAD)
         );
+    }
+
+    /// What `head` finds, by selecting among all tokens.
+    fn head_by_selecting(logits: &[f32], sampling: &Sampling) -> Option<Vec<(u32, u64)>> {
+        let (limit_k, limit_p) = (sampling.top_k > 0, sampling.top_p > 0.0 && sampling.top_p < 1.0);
+        if !limit_k && !limit_p {
+            return None;
+        }
+        let weight = Weight::of(logits, sampling);
+        let all = logits.iter().enumerate().filter(|&(_, &l)| l > f32::NEG_INFINITY && weight.keeps(l));
+        let mut all: Vec<(u32, f32)> = all.map(|(id, &l)| (id as u32, l)).collect();
+        if limit_k && sampling.top_k < all.len() {
+            all.select_nth_unstable_by(sampling.top_k - 1, by_logit);
+            all.truncate(sampling.top_k);
+        }
+        let sum = |some: &[(u32, f32)]| some.iter().map(|&(_, l)| weight.kept(l)).sum::<u64>();
+        if limit_p {
+            let enough = f64::from(sampling.top_p) * sum(&all) as f64;
+            // The head ends within `low .. high`; what is before comes before in order, what is behind, behind.
+            let (mut low, mut high, mut before) = (0, all.len(), 0);
+            while high - low > 256 {
+                let middle = (low + high) / 2;
+                all[low..high].select_nth_unstable_by(middle - low, by_logit);
+                let upper = before + sum(&all[low..middle]);
+                if upper as f64 >= enough {
+                    high = middle;
+                } else {
+                    (low, before) = (middle, upper);
+                }
+            }
+            all[low..high].sort_unstable_by(by_logit);
+            let last = all[low..high].iter().position(|&(_, l)| {
+                before += weight.kept(l);
+                before as f64 >= enough
+            });
+            all.truncate(last.map_or(high, |last| low + last + 1));
+        }
+        if all.len() <= SORTED_HEAD {
+            all.sort_unstable_by(by_logit);
+        } else {
+            all.sort_unstable_by_key(|&(id, _)| id);
+        }
+        Some(all.into_iter().map(|(id, l)| (id, weight.kept(l))).collect())
+    }
+
+    #[test]
+    fn heads_are_what_selecting_finds_whatever_the_logits() {
+        let mut state = 1;
+        let mut next = || {
+            state += 1;
+            random(3, state)
+        };
+        let mut sizes = Vec::new();
+        for case in 0..96 {
+            let size = [1, 2, 15, 16, 17, 33, 400, 6001][case % 8];
+            // Many that are equal, about as many as there are, of both signs, and far apart.
+            let distinct = [1, 3, 50, 1 << 24][next() as usize % 4];
+            let scale = [1e-30, 0.01, 1.0, 10.0, 1e4, f32::MAX][next() as usize % 6];
+            let offset = [0.0, -0.5, -30.0][next() as usize % 3];
+            let mut noise = || {
+                let steps = next() % distinct;
+                (steps as f32 / distinct as f32 + offset) * scale
+            };
+            let mut logits: Vec<f32> = (0..size).map(|_| noise() + noise()).collect();
+            for special in [
+                &[][..],
+                &[f32::NEG_INFINITY],
+                &[f32::INFINITY],
+                &[f32::NAN, -f32::NAN],
+                &[0.0, -0.0],
+                &[f32::INFINITY, f32::NEG_INFINITY, f32::MAX, f32::MIN, f32::MIN_POSITIVE, 1e-45],
+            ][case % 6]
+                .repeat(1 + size / 8)
+            {
+                logits[next() as usize % size] = special;
+            }
+            if case % 30 == 29 {
+                logits.fill(f32::NEG_INFINITY);
+            }
+            for temperature in [1e-38, 0.3, 2.0, 1e30] {
+                for top_k in [0, 1, 16, 300, 5000, 10_000] {
+                    for top_p in [0.0, 1e-30, 0.5, 0.95, 0.999_999_94] {
+                        for min_p in [0.0, 1e-20, 0.5] {
+                            let sampling =
+                                Sampling { temperature, top_k, top_p, min_p, ..Sampling::default() };
+                            let found = head(&logits, &sampling);
+                            assert!(
+                                found == head_by_selecting(&logits, &sampling),
+                                "case {case}, {sampling:?}"
+                            );
+                            sizes.extend(found.map(|head| head.len()));
+                        }
+                    }
+                }
+            }
+        }
+        for range in [0..1, 1..2, 2..300, 300..SORTED_HEAD + 1, SORTED_HEAD + 1..6002] {
+            assert!(sizes.iter().any(|size| range.contains(size)), "{range:?}");
+        }
     }
 
     /// Many answers keep such lists.
