@@ -105,10 +105,10 @@ struct LayerCache {
 }
 
 impl LayerCache {
-    /// Zeros; the pages are taken when they are first written.
-    fn new(len: usize, format: CacheFormat) -> Result<LayerCache, Error> {
-        let bytes = len.checked_mul(format.bytes()).ok_or(Error::Memory { needed: usize::MAX })?;
-        Ok(LayerCache { keys: Buffer::new(bytes)?, values: Buffer::new(bytes)? })
+    /// Zeros, if there is memory for them; the pages are taken when they are first written.
+    fn new(len: usize, format: CacheFormat) -> Option<LayerCache> {
+        let bytes = len.checked_mul(format.bytes())?;
+        Some(LayerCache { keys: Buffer::new(bytes)?, values: Buffer::new(bytes)? })
     }
 }
 
@@ -227,7 +227,8 @@ impl Cpu {
         let embedding = keep_if_owned(weights.matrix(MatrixKind::Embedding.at(0), 0)?);
         progress(count, count);
         let rotary = Rotary::new(&config.rope, config.head_dim);
-        let cache = (0..count).map(|_| LayerCache::new(0, options.cache)).collect::<Result<_, Error>>()?;
+        let cache = (0..count).map(|_| LayerCache::new(0, options.cache)).collect::<Option<_>>();
+        let cache = cache.ok_or(Error::Memory { needed: 0 })?;
         Ok(Cpu {
             config,
             kernels,
@@ -953,8 +954,8 @@ impl Backend for Cpu {
             let blocks = blocks.checked_next_multiple_of(GROUP);
             let len = blocks.and_then(|blocks| blocks.checked_mul(width)).ok_or_else(no_room)?;
             // The old cache is given back first: two never exist at once.
-            *cache = LayerCache::new(0, self.options.cache)?;
-            *cache = LayerCache::new(len, self.options.cache).map_err(|_| no_room())?;
+            *cache = LayerCache::new(0, self.options.cache).ok_or_else(no_room)?;
+            *cache = LayerCache::new(len, self.options.cache).ok_or_else(no_room)?;
         }
         self.blocks = (full_blocks, sliding_blocks);
         Ok(())

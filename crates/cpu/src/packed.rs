@@ -92,6 +92,20 @@ impl Shape {
         self.count * if self.packing == Packing::Int8 { self.panels() * LANES } else { 1 }
     }
 
+    /// Zeroed memory for [`Shape::pack`].
+    ///
+    /// # Errors
+    /// There is no such memory: the machine's fault, in words of its own, since [`Error::Memory`] is of the cache.
+    pub(crate) fn buffer(&self, id: MatrixId) -> Result<Buffer, Error> {
+        let needed = self.bytes();
+        Buffer::new(needed).ok_or_else(|| {
+            Error::Device(format!(
+                "not enough memory for the weights {:?} of layer {}: needed {needed} bytes",
+                id.kind, id.layer
+            ))
+        })
+    }
+
     /// Reads and packs a matrix, its panels in parallel, or a stack, its matrices in parallel, to zeroed memory of
     /// [`Shape::bytes`] and [`Shape::scales`].
     pub(crate) fn pack(
@@ -264,7 +278,7 @@ impl PackedMatrix {
         kernels: &Kernels,
     ) -> Result<PackedMatrix, Error> {
         let shape = Shape::of(weights, id, fast);
-        let mut data = Buffer::new(shape.bytes())?;
+        let mut data = shape.buffer(id)?;
         let mut scales = vec![1.0; shape.scales()];
         shape.pack(weights, id, pool, kernels, data.as_mut_slice(), &mut scales)?;
         Ok(PackedMatrix::new(shape, Memory::Own(data), scales))
@@ -508,21 +522,21 @@ pub(crate) struct Buffer {
 }
 
 impl Buffer {
-    pub(crate) fn new(len: usize) -> Result<Buffer, Error> {
+    /// `None` if the system has no such memory.
+    pub(crate) fn new(len: usize) -> Option<Buffer> {
         const LARGE_PAGE: usize = 2 << 20;
         // The last page is a large one too; of one that is half empty, that would be a waste.
         let large = len >= LARGE_PAGE / 2;
         let pages = if large { len.checked_next_multiple_of(LARGE_PAGE) } else { Some(len.max(1)) };
         let room = if large { LARGE_PAGE } else { 0 };
-        let map = pages.and_then(|pages| MmapMut::map_anon(pages.checked_add(room)?).ok());
-        let map = map.ok_or(Error::Memory { needed: len })?;
+        let map = MmapMut::map_anon(pages?.checked_add(room)?).ok()?;
         let first = if large { map.as_ptr().align_offset(LARGE_PAGE) } else { 0 };
         #[cfg(target_os = "linux")]
         if large {
             // Advice only: a failure costs speed.
             let _ = map.advise_range(memmap2::Advice::HugePage, first, map.len() - LARGE_PAGE);
         }
-        Ok(Buffer { map, first, len })
+        Some(Buffer { map, first, len })
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {

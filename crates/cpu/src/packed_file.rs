@@ -25,7 +25,7 @@ use memmap2::Mmap;
 
 use crate::bandwidth;
 use crate::kernels::Kernels;
-use crate::packed::{Buffer, Memory, PackedMatrix, Shape};
+use crate::packed::{Memory, PackedMatrix, Shape};
 use crate::pool::Pool;
 
 /// How a file begins, whatever its version.
@@ -277,7 +277,7 @@ impl Request<'_> {
         for (done, id) in places.order.iter().enumerate() {
             progress(done, places.order.len());
             let Place { shape, data, scales } = &places.of[id];
-            let mut memory = Buffer::new(shape.bytes())?;
+            let mut memory = shape.buffer(*id)?;
             let mut factors = vec![1.0f32; shape.scales()];
             shape.pack(self.weights, *id, self.pool, self.kernels, memory.as_mut_slice(), &mut factors)?;
             file.seek(SeekFrom::Start(data.start as u64))?;

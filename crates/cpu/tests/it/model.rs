@@ -8,7 +8,7 @@ use checkpoint::{
     Weights, write,
 };
 use cpu::{Activations, CacheFormat, Cpu, Isa, Options};
-use gptoss::{Backend, Plan, Reference, Rounding, Sampling, Score, SequenceOutput, SequencePlan};
+use gptoss::{Backend, Error, Plan, Reference, Rounding, Sampling, Score, SequenceOutput, SequencePlan};
 use serde_json::Value;
 
 use crate::models::{DAMAGED, Damaged, NoNumbers, Scaled, golden, ids, json, open, relative, root, sequence};
@@ -487,6 +487,22 @@ fn weights_that_are_no_numbers_are_not_lost() {
             }
         }
     }
+}
+
+/// Weights and cache are told apart, and only for the cache a smaller one is an answer.
+#[test]
+fn what_memory_is_missing_for_is_said() {
+    let error = load(odd(Format::Bf16), Options::default()).allocate_kv(usize::MAX / 2, 1).err().unwrap();
+    assert!(matches!(error, Error::Memory { .. }));
+    assert!(error.to_string().starts_with("not enough memory for the key/value cache: needed "), "{error}");
+
+    // More than there are addresses: 2 bytes for each of 144 rows of so many columns.
+    let config = Config { hidden_size: 1 << 40, ..odd_config() };
+    let weights = Synthetic::new(config, |_| Format::Bf16, 7);
+    let error = Cpu::load(Arc::new(weights), Options::default(), &mut |_, _| {}).err().unwrap();
+    assert!(matches!(error, Error::Device(_)));
+    let expected = "not enough memory for the weights Query of layer 0: needed 316659348799488 bytes";
+    assert!(error.to_string().ends_with(expected), "{error}");
 }
 
 #[test]
