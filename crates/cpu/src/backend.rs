@@ -8,8 +8,8 @@ use std::time::Instant;
 
 use checkpoint::{Config, Format, KvScales, LayerKind, MatrixId, MatrixKind, Values, VectorKind, Weights};
 use gptoss::{
-    BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, Sampled, Sampling, SequenceOutput, SequencePlan,
-    Traffic, is_corrupted, sample, score,
+    BLOCK_TOKENS, Backend, Error, KvLayout, Plan, Rotary, Sampling, SequenceOutput, SequencePlan, Traffic,
+    is_corrupted, sample, score,
 };
 use numerics::nvfp4;
 
@@ -737,58 +737,42 @@ impl Cpu {
         groups.active.iter().map(|g| Records::new(words(&g.slots), g.slots.len(), kind)).collect()
     }
 
-    /// The logits of the rows of `x`.
-    fn logits<'a>(&self, x: &[f32], scratch: &'a mut Scratch) -> &'a mut [f32] {
+    /// The logits of some rows of the residual stream.
+    fn logits<'a>(
+        &self,
+        x: &[f32],
+        rows: impl Iterator<Item = usize>,
+        scratch: &'a mut Scratch,
+    ) -> (&'a mut [f32], &'a mut Times) {
         let d = self.config.hidden_size;
+        let x: Vec<f32> = rows.flat_map(|row| &x[row * d..(row + 1) * d]).copied().collect();
         let Scratch { h, float_words, coarser_words, logits, times, .. } = scratch;
         let h = room(h, x.len());
         let logits = room(logits, x.len() / d * self.config.vocab_size);
         times.run("output layer", || {
-            self.norm(x, &self.final_norm, h);
+            self.norm(&x, &self.final_norm, h);
             let records = self.records(&[&self.unembedding], h, d, float_words, coarser_words);
             self.product(&self.unembedding, &records, None, Then::Set, logits);
         });
-        logits
+        (logits, times)
     }
 
-    /// What is drawn from each row of logits, and whether the row is corrupted.
-    fn sample(&self, logits: &mut [f32], samplings: &[&Sampling]) -> Vec<(bool, Sampled)> {
+    /// What `work` finds in each row of logits, one row per task, and whether the row is corrupted.
+    fn each_row<T: Send + Sync>(
+        &self,
+        logits: &mut [f32],
+        work: impl Fn(usize, &mut [f32]) -> T + Sync,
+    ) -> Vec<(bool, T)> {
         let vocabulary = self.config.vocab_size;
-        let drawn: Vec<OnceLock<(bool, Sampled)>> = samplings.iter().map(|_| OnceLock::new()).collect();
+        let found: Vec<OnceLock<(bool, T)>> = logits.chunks(vocabulary).map(|_| OnceLock::new()).collect();
         let logits = Output::new(logits);
-        self.pool.run(samplings.len(), &|row| {
+        self.pool.run(found.len(), &|row| {
             // SAFETY: each row is one task's.
             let logits = unsafe { logits.slice(row * vocabulary, vocabulary) };
             // Each task sets its own, once.
-            let _ = drawn[row].set((is_corrupted(logits), sample(logits, samplings[row])));
+            let _ = found[row].set((is_corrupted(logits), work(row, logits)));
         });
-        drawn.into_iter().map(|drawn| drawn.into_inner().expect("every task has run")).collect()
-    }
-
-    /// What the plan asks for one sequence, from its residual stream `[tokens, hidden]`.
-    fn output(&self, sequence: &SequencePlan, x: &[f32], scratch: &mut Scratch) -> SequenceOutput {
-        let (d, vocabulary) = (self.config.hidden_size, self.config.vocab_size);
-        let mut output = SequenceOutput::default();
-        let scored = sequence.score.as_ref().map_or(0, |s| s.next.len());
-        let rows = if sequence.logits { sequence.tokens.len() } else { scored };
-        for first in (0..rows).step_by(LOGIT_ROWS) {
-            let count = LOGIT_ROWS.min(rows - first);
-            let logits = self.logits(&x[first * d..(first + count) * d], scratch);
-            output.corrupted |= is_corrupted(logits);
-            if let Some(wanted) = &sequence.score {
-                let next = wanted.next.iter().skip(first);
-                output.scores.extend(
-                    logits
-                        .chunks_exact(vocabulary)
-                        .zip(next)
-                        .map(|(row, &next)| score(row, next, wanted.top, &[])),
-                );
-            }
-            if sequence.logits {
-                output.logits.extend_from_slice(logits);
-            }
-        }
-        output
+        found.into_iter().map(|found| found.into_inner().expect("every task has run")).collect()
     }
 
     fn run(
@@ -829,30 +813,46 @@ impl Cpu {
                 }
             }
         }
-        let mut outputs: Vec<SequenceOutput> = Vec::with_capacity(plan.sequences.len());
-        for ((sequence, rows), hidden) in plan.sequences.iter().zip(&tables.ranges).zip(hidden) {
-            let mut output = self.output(sequence, &x[rows.start * d..rows.end * d], scratch);
-            output.hidden = hidden;
-            outputs.push(output);
+        let output = |hidden| SequenceOutput { hidden, ..SequenceOutput::default() };
+        let mut outputs: Vec<SequenceOutput> = hidden.into_iter().map(output).collect();
+        let sequences = || plan.sequences.iter().zip(&tables.ranges).enumerate();
+        // The rows of all sequences whose logits or scores are asked for share passes over the output layer, and so do the
+        // sampled ones.
+        let scored: Vec<(usize, usize, usize)> = sequences()
+            .flat_map(|(s, (sequence, rows))| {
+                let scored = sequence.score.as_ref().map_or(0, |score| score.next.len());
+                let count = if sequence.logits { sequence.tokens.len() } else { scored };
+                (0..count).map(move |t| (s, rows.start + t, t))
+            })
+            .collect();
+        for group in scored.chunks(LOGIT_ROWS) {
+            let (logits, times) = self.logits(x, group.iter().map(|&(_, row, _)| row), scratch);
+            let scores = times.run("scoring", || {
+                self.each_row(logits, |row, logits| {
+                    let (s, _, t) = group[row];
+                    let wanted = plan.sequences[s].score.as_ref()?;
+                    Some(score(logits, *wanted.next.get(t)?, wanted.top, &[]))
+                })
+            });
+            let rows = logits.chunks_exact(self.config.vocab_size);
+            for ((&(s, ..), (corrupted, score)), logits) in group.iter().zip(scores).zip(rows) {
+                outputs[s].corrupted |= corrupted;
+                outputs[s].scores.extend(score);
+                if plan.sequences[s].logits {
+                    outputs[s].logits.extend_from_slice(logits);
+                }
+            }
         }
-        // The sampled rows of all sequences share one pass over the output layer.
-        let sampled: Vec<(usize, usize, &Sampling)> = plan
-            .sequences
-            .iter()
-            .zip(&tables.ranges)
-            .enumerate()
+        let sampled: Vec<(usize, usize, &Sampling)> = sequences()
             .flat_map(|(s, (sequence, rows))| {
                 let rows = rows.end - sequence.sample.len()..rows.end;
                 rows.zip(&sequence.sample).map(move |(row, sampling)| (s, row, sampling))
             })
             .collect();
         for group in sampled.chunks(LOGIT_ROWS) {
-            let rows: Vec<f32> =
-                group.iter().flat_map(|&(_, row, _)| &x[row * d..(row + 1) * d]).copied().collect();
-            self.logits(&rows, scratch);
-            let Scratch { logits, times, .. } = scratch;
-            let samplings: Vec<&Sampling> = group.iter().map(|&(.., sampling)| sampling).collect();
-            let drawn = times.run("sampling", || self.sample(logits, &samplings));
+            let (logits, times) = self.logits(x, group.iter().map(|&(_, row, _)| row), scratch);
+            let drawn =
+                times.run("sampling", || self.each_row(logits, |row, logits| sample(logits, group[row].2)));
             for (&(s, ..), (corrupted, sampled)) in group.iter().zip(drawn) {
                 outputs[s].corrupted |= corrupted;
                 outputs[s].sampled.push(sampled);

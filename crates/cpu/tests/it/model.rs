@@ -343,6 +343,23 @@ fn cuts_and_company(cpu: &mut Cpu) {
     }
 }
 
+/// Rows of several sequences are scored together, each as it would be alone.
+#[test]
+fn scored_rows_share_the_output_layer() {
+    let mut cpu = load(odd(Format::Nvfp4), Options::default());
+    let plan = |first: u32| {
+        let text = [first, first + 20, first + 40];
+        let score = Some(Score { next: text[1..].to_vec(), top: 3 });
+        SequencePlan { score, logits: first == 5, ..sequence(&text[..2], 0, first) }
+    };
+    let alone: Vec<SequenceOutput> = (0..8).map(|s| run(&mut cpu, vec![plan(s)]).remove(0)).collect();
+    assert!(alone.iter().all(|output| output.scores.len() == 2 && !output.corrupted));
+    let (together, timings) = cpu.profile(&Plan { sequences: (0..8).map(plan).collect() }).unwrap();
+    assert!(together == alone);
+    let count = |phase| timings.iter().find(|timing| timing.kernel == phase).map(|timing| timing.count);
+    assert_eq!((count("output layer"), count("scoring"), count("sampling")), (Some(1), Some(1), None));
+}
+
 /// Of the tokens that nobody asks about the last layer has keys and values alone, which is nothing that anybody sees.
 #[test]
 fn the_same_bits_whichever_tokens_are_asked_about() {
