@@ -13,8 +13,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::{JoinHandle, Thread};
 
-/// Turns of the spin loop before a worker parks: some tens of microseconds, longer than the gap between two phases of a
-/// step and much shorter than a scheduler's time slice.
+/// Turns of the spin loop before a worker parks: 0.6 to 0.75 ms on an EPYC, about 1 ms on Intel's, whose pause takes longer. That is
+/// much longer than the gap between two phases of a step and shorter than a scheduler's time slice.
 const SPINS: usize = 20_000;
 
 /// One phase in [`Shared::state`].
