@@ -227,7 +227,10 @@ impl Request<'_> {
         places: &Places,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Mmap, Failed> {
-        let partial = PathBuf::from(format!("{}.partial", self.path.display()));
+        // Not by way of a string: names that are none would share it.
+        let mut partial = self.path.as_os_str().to_owned();
+        partial.push(".partial");
+        let partial = PathBuf::from(partial);
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
         // Not through a link, which would be another's file.

@@ -1,5 +1,7 @@
 //! Packed weights in a file: the same bits from it, and nothing but the same bits whatever becomes of it.
 
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt};
 use std::path::Path;
 use std::sync::Arc;
@@ -230,6 +232,20 @@ fn what_somebody_else_keeps_there_stays() {
     std::fs::write(folder.path().join("left.partial"), b"nibble, packed\r\nand more").unwrap();
     let (found, notes) = kept(model(), false, &folder.path().join("left")).unwrap();
     assert!(found == expected(model(), false) && notes.is_empty(), "{notes:?}");
+}
+
+/// Names that are no text are written under names of their own, too.
+#[test]
+fn names_need_not_be_text() {
+    let model = || weights("testdata/model/hf-mxfp4");
+    let folder = tempfile::tempdir().unwrap();
+    let theirs = folder.path().join("packed\u{fffd}.partial");
+    std::fs::write(&theirs, "not ours").unwrap();
+    let path = folder.path().join(OsStr::from_bytes(b"packed\xff"));
+    let (found, notes) = kept(model(), false, &path).unwrap();
+    assert!(found == expected(model(), false) && notes.is_empty(), "{notes:?}");
+    assert!(path.exists());
+    assert_eq!(std::fs::read(&theirs).unwrap(), b"not ours");
 }
 
 #[test]
