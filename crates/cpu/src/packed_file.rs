@@ -186,10 +186,10 @@ impl Request<'_> {
             Ok(metadata) => metadata,
             Err(error) => return Ok(bad(&error)),
         };
-        // What somebody else keeps under that name is not replaced.
-        match is_ours(&mut file) {
-            Ok(true) => {}
-            Ok(false) => return Err(foreign()),
+        // What somebody else keeps under that name is not replaced; an empty file is nobody's.
+        match magic(&mut file) {
+            Ok(magic) if magic.is_empty() || magic == MAGIC => {}
+            Ok(_) => return Err(foreign()),
             Err(error) => return Ok(bad(&error)),
         }
         if metadata.len() != places.len as u64 {
@@ -252,7 +252,8 @@ impl Request<'_> {
                 return Err(Failed::File("another process has written it".to_owned()));
             }
         }
-        if !file.metadata()?.is_file() || !is_ours(&mut file)? {
+        // Who was stopped may have written a part of the magic; what has the name in the end has all of it.
+        if !file.metadata()?.is_file() || !MAGIC.starts_with(&magic(&mut file)?) {
             return Err(Failed::File(format!(
                 "{}: expected no file, or one of packed weights, found something else",
                 partial.display()
@@ -346,11 +347,11 @@ fn stamp_file(mut file: &File) -> std::io::Result<()> {
     file.set_modified(now)
 }
 
-/// Whether a file begins as these do; an empty one is nobody's.
-fn is_ours(file: &mut File) -> std::io::Result<bool> {
+/// How a file begins: as many bytes as [`MAGIC`] has, or all that there are.
+fn magic(file: &mut File) -> std::io::Result<Vec<u8>> {
     let mut magic = Vec::new();
     file.take(MAGIC.len() as u64).read_to_end(&mut magic)?;
-    Ok(MAGIC.starts_with(&magic))
+    Ok(magic)
 }
 
 /// Whether the file was last written, and last changed in any way that the system tells, when it was stamped.
