@@ -578,20 +578,16 @@ impl Cpu {
         };
         let sliding = config.layer_kinds[index] == LayerKind::Sliding;
         let window = if sliding { config.sliding_window } else { usize::MAX };
-        let seen = tables.rows.iter().map(|&(_, position)| position.min(window)).max().unwrap_or(0);
-        if tiles.len() >= 4 * self.pool.threads() || seen < SPAN {
-            self.pool.run(tiles.len(), &|t| {
-                let queries = gather(&tiles[t]);
-                let job = self.attend_job(index, plan, tables, &tiles[t], &queries);
-                let mut found = Found::sinks(&job);
-                job.spans().for_each(|span| merge(&job, &mut found, &attend(&job, span)));
-                store(&tiles[t], &found.finish(&job));
-            });
-            return;
-        }
+        // As many as the positions that a tile sees would fill.
+        let spans = |tile: &Tile| {
+            let (first, last) = (tables.rows[tile.rows.start].1, tables.rows[tile.rows.end - 1].1);
+            (last + 1 - (first + 1).saturating_sub(window)).div_ceil(SPAN)
+        };
+        let most = spans_per_task(tiles.iter().map(spans), self.pool.threads());
+        let (whole, parted): (Vec<Tile>, Vec<Tile>) = tiles.into_iter().partition(|tile| spans(tile) <= most);
         // Few queries over much context: the spans are tasks of their own.
-        let queries: Vec<Queries> = tiles.iter().map(gather).collect();
-        let jobs: Vec<Attend<'_>> = tiles
+        let queries: Vec<Queries> = parted.iter().map(gather).collect();
+        let jobs: Vec<Attend<'_>> = parted
             .iter()
             .zip(&queries)
             .map(|(tile, queries)| self.attend_job(index, plan, tables, tile, queries))
@@ -601,16 +597,24 @@ impl Cpu {
             .enumerate()
             .flat_map(|(j, job)| job.spans().map(move |span| (j, span, OnceLock::new())))
             .collect();
-        self.pool.run(parts.len(), &|p| {
-            let (j, span, found) = &parts[p];
-            // Each task sets its own, once.
-            let _ = found.set(attend(&jobs[*j], *span));
+        self.pool.run(parts.len() + whole.len(), &|task| {
+            if let Some((j, span, found)) = parts.get(task) {
+                // Each task sets its own, once.
+                let _ = found.set(attend(&jobs[*j], *span));
+                return;
+            }
+            let tile = &whole[task - parts.len()];
+            let queries = gather(tile);
+            let job = self.attend_job(index, plan, tables, tile, &queries);
+            let mut found = Found::sinks(&job);
+            job.spans().for_each(|span| merge(&job, &mut found, &attend(&job, span)));
+            store(tile, &found.finish(&job));
         });
         let mut found: Vec<Found> = jobs.iter().map(Found::sinks).collect();
         for (j, _, part) in &parts {
             merge(&jobs[*j], &mut found[*j], part.get().expect("every task has run"));
         }
-        for ((tile, job), found) in tiles.iter().zip(&jobs).zip(found) {
+        for ((tile, job), found) in parted.iter().zip(&jobs).zip(found) {
             store(tile, &found.finish(job));
         }
     }
@@ -1051,6 +1055,12 @@ struct Tile {
     kv_head: usize,
 }
 
+/// The most spans that a tile may have to be one task: with half of a thread's share of all spans, no thread waits long for another's
+/// last task.
+fn spans_per_task(tiles: impl Iterator<Item = usize>, threads: usize) -> usize {
+    (tiles.sum::<usize>() / (2 * threads)).max(1)
+}
+
 /// The queries of a tile, as [`Attend`] has them.
 #[derive(Default)]
 struct Queries {
@@ -1195,4 +1205,27 @@ fn keep_if_owned(matrix: checkpoint::Matrix<'_>) -> Option<checkpoint::Matrix<'s
             }
         },
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// One long context among short ones is divided, many long ones are not.
+    #[test]
+    fn no_tile_is_more_than_half_of_a_threads_share() {
+        for (threads, short, long, spans, divided) in [
+            (64, 31 * 8, 8, 49, true),
+            (64, 0, 8, 49, true),
+            (8, 0, 8, 49, true),
+            (4, 0, 8, 49, false),
+            (64, 0, 32 * 8, 49, false),
+            (64, 31 * 8, 8, 1, false),
+            (1, 8, 8, 49, false),
+        ] {
+            let tiles = std::iter::repeat_n(1, short).chain(std::iter::repeat_n(spans, long));
+            let most = spans_per_task(tiles, threads);
+            assert_eq!(spans > most, divided, "{threads} threads, {long} tiles of {spans} spans");
+        }
+    }
 }

@@ -426,6 +426,17 @@ fn the_same_bits_deep_in_a_context() {
     };
     let expected = last(0);
     assert!(last(COUNT - 1) == expected);
+
+    // Also beside shorter ones, which are looked at as wholes.
+    let mut cpu = load(odd(Format::Mxfp4), Options { threads: Some(8), ..Options::default() });
+    let blocks = COUNT.div_ceil(16);
+    cpu.allocate_kv(blocks + 6, blocks + 6).unwrap();
+    run(&mut cpu, vec![plan(0)]);
+    let short = |s: usize| SequencePlan { logits: true, ..sequence(&text[s..s + 9], 0, (blocks + s) as u32) };
+    let alone: Vec<SequenceOutput> = (0..6).map(|s| run(&mut cpu, vec![short(s)]).remove(0)).collect();
+    let mut found = run(&mut cpu, (0..6).map(short).chain([plan(COUNT - 1)]).collect());
+    assert!(found.pop().unwrap().logits == expected);
+    assert!(found == alone);
 }
 
 /// Of the sequences of the plan and of no other; of sliding layers what the window reaches.
