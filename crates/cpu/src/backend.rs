@@ -967,6 +967,9 @@ impl Backend for Cpu {
 
     fn step(&mut self, plan: &Plan) -> Result<Vec<SequenceOutput>, Error> {
         plan.check(&self.config, self.blocks.0, self.blocks.1)?;
+        if plan.sequences.is_empty() {
+            return Ok(Vec::new());
+        }
         let mut scratch = std::mem::take(&mut self.scratch);
         let mut x = std::mem::take(&mut scratch.x);
         let result = self.run(plan, &mut x, &mut scratch);

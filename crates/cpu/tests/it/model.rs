@@ -534,6 +534,11 @@ fn what_memory_is_missing_for_is_said() {
 }
 
 #[test]
+fn a_plan_without_sequences_gives_nothing() {
+    assert_eq!(run(&mut load(odd(Format::Nvfp4), Options::default()), vec![]), []);
+}
+
+#[test]
 fn an_unavailable_instruction_set_and_a_bad_plan_are_errors() {
     let mut cpu =
         load(odd(Format::Bf16), Options { isa: Some(Isa::Scalar), threads: Some(1), ..Options::default() });
