@@ -923,15 +923,15 @@ fn with_input_scale(
     Ok(matrix)
 }
 
-/// What a matrix with this input scale multiplies. What has a number that is none stays as it is, so that it is not lost.
+/// What a matrix with this input scale multiplies.
 fn inputs(x: &[f32], input_scale: Option<f32>) -> Cow<'_, [f32]> {
     match input_scale {
-        Some(scale) if x.iter().all(|v| v.is_finite()) => {
+        Some(scale) => {
             let mut rounded = x.to_vec();
             nvfp4::fake_quantize_activations(x, scale, &mut rounded);
             Cow::Owned(rounded)
         }
-        _ => Cow::Borrowed(x),
+        None => Cow::Borrowed(x),
     }
 }
 

@@ -252,10 +252,16 @@ fn recover_code(value: f32, s: f32) -> Option<u8> {
 }
 
 /// Quantizes `values` to NVFP4 and back with a static global scale, as W4A4 kernels treat activations: block scales
-/// have no lower clamp, so a block far below the global scale becomes 0.
+/// have no lower clamp, so a block far below the global scale becomes 0. A block with an infinity or a NaN, which no code stands for,
+/// stays as it is, so that it is not lost.
 pub fn fake_quantize_activations(values: &[f32], input_scale: f32, out: &mut [f32]) {
     for (values, out) in values.chunks_exact(BLOCK).zip(out.chunks_exact_mut(BLOCK)) {
-        let t = amax(values) / (6.0 * input_scale);
+        let amax = amax(values);
+        if !amax.is_finite() {
+            out.copy_from_slice(values);
+            continue;
+        }
+        let t = amax / (6.0 * input_scale);
         let s = e4m3::decode(e4m3::encode(t.min(e4m3::MAX))) * input_scale;
         for (value, out) in values.iter().zip(out) {
             *out = if s == 0.0 { 0.0 } else { e2m1::decode(e2m1::encode(value / s)) * s };

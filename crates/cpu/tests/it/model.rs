@@ -241,10 +241,26 @@ fn inputs_and_caches_are_rounded_as_the_reference_does() {
 /// Activations that are no numbers would be numbers in NVFP4.
 #[test]
 fn inputs_that_are_no_numbers_are_not_rounded() {
-    let options = Options { activations: Activations::Nvfp4, ..Options::default() };
-    let mut cpu = load(scaled(Arc::new(Damaged(odd(Format::Nvfp4)))), options);
-    let plan = SequencePlan { sample: vec![Sampling::default()], ..sequence(&[1, DAMAGED], 0, 0) };
-    assert!(run(&mut cpu, vec![plan]).remove(0).corrupted);
+    // The experts' alone, and every matrix that what is no number could pass.
+    let pick = |id: MatrixId| if id.kind == MatrixKind::Embedding { Format::Bf16 } else { Format::Nvfp4 };
+    let all = Synthetic::new(odd_config(), pick, 7);
+    for weights in [odd(Format::Nvfp4), Arc::new(all)] {
+        let weights = scaled(Arc::new(Damaged(weights)));
+        let plan = SequencePlan { sample: vec![Sampling::default()], ..sequence(&[1, DAMAGED], 0, 0) };
+        let options = Options { activations: Activations::Nvfp4, ..Options::default() };
+        let mut cpu = load(Arc::clone(&weights), options);
+        assert!(run(&mut cpu, vec![plan.clone()]).remove(0).corrupted);
+        let mut reference = Reference::new(weights).rounding(Rounding { inputs: true, cache: false });
+        reference.allocate_kv(BLOCKS, BLOCKS).unwrap();
+        assert!(run(&mut reference, vec![plan]).remove(0).corrupted, "the reference");
+    }
+    let mut values: Vec<f32> = (0..48).map(|i| i as f32 * 0.11).collect();
+    (values[3], values[20]) = (f32::NAN, f32::NEG_INFINITY);
+    let mut rounded = vec![0.0; 48];
+    numerics::nvfp4::fake_quantize_activations(&values, 4.0 / 2688.0, &mut rounded);
+    let bits = |values: &[f32]| values.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&rounded[..32]), bits(&values[..32]));
+    assert_ne!(bits(&rounded[32..]), bits(&values[32..]));
 }
 
 /// Query, key and value have the same input.
