@@ -488,10 +488,7 @@ impl Cpu {
                 // SAFETY: each row is one call's.
                 let qkv = unsafe { out.slice(row * stride, stride) };
                 for (at, values) in qkv[..q_width + kv_width].chunks_exact_mut(size).enumerate() {
-                    let (first, second) = values.split_at_mut(half);
-                    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-                        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
-                    }
+                    gptoss::rotate(values, cos, sin);
                     if at * size < q_width {
                         values.iter_mut().for_each(|v| *v *= scale);
                     }

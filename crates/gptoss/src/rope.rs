@@ -54,6 +54,7 @@ impl Rotary {
 }
 
 /// Rotates one head in place: entry `i` is paired with entry `i + head_dim / 2`.
+#[inline]
 pub fn rotate(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     let (first, second) = head.split_at_mut(head.len() / 2);
     for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
