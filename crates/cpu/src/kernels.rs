@@ -389,44 +389,64 @@ pub struct SelfTest {
 /// Runs every kernel family of `isa` on small cases against plain arithmetic. Empty if this CPU lacks it.
 pub fn self_test(isa: Isa) -> Vec<SelfTest> {
     let Some(kernels) = isa.kernels() else { return Vec::new() };
-    let families: [(&'static str, cases::Case); 19] = [
-        ("nvfp4 × f32", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(3))),
-        ("nvfp4 × int16", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(2))),
-        ("nvfp4 × int8", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Limbs(1))),
-        ("mxfp4 × f32", |k| cases::product(k, cases::Weights::Mxfp4, Kind::Limbs(3))),
-        ("mxfp4 × int16", |k| cases::product(k, cases::Weights::Mxfp4, Kind::Limbs(2))),
-        ("mxfp4 × int8", |k| cases::product(k, cases::Weights::Mxfp4, Kind::Limbs(1))),
-        ("int8 × f32", |k| cases::product(k, cases::Weights::Int8, Kind::Limbs(3))),
-        ("int8 × int16", |k| cases::product(k, cases::Weights::Int8, Kind::Limbs(2))),
-        ("int8 × int8", |k| cases::product(k, cases::Weights::Int8, Kind::Limbs(1))),
-        ("bf16 × f32", |k| cases::product(k, cases::Weights::Bf16, Kind::Float)),
-        ("nvfp4 × bf16", |k| cases::product(k, cases::Weights::Nvfp4, Kind::Bf16)),
-        ("mxfp4 × bf16", |k| cases::product(k, cases::Weights::Mxfp4, Kind::Bf16)),
-        ("int8 × bf16", |k| cases::product(k, cases::Weights::Int8, Kind::Bf16)),
-        ("bf16 × bf16", |k| cases::product(k, cases::Weights::Bf16, Kind::Bf16)),
-        ("attention", |k| cases::attention(k, CacheFormat::F32)),
-        ("attention, bf16", |k| cases::attention(k, CacheFormat::Bf16)),
-        ("attention, e4m3", |k| cases::attention(k, CacheFormat::E4m3)),
-        ("rms norm", cases::norm),
-        ("swiglu", cases::activation),
-    ];
-    families
-        .into_iter()
-        .map(|(kernel, run)| {
-            let (found, expected) = run(kernels);
-            let (plain, _) = run(&scalar::KERNELS);
-            let scale = expected.iter().fold(1.0f64, |a, e| a.max(e.abs()));
-            let error = found
-                .iter()
-                .zip(&expected)
-                .map(|(&f, e)| (f64::from(f) - e).abs() / scale)
-                .fold(0.0, |a, b| if b > a || b.is_nan() { b } else { a });
+    FAMILIES
+        .iter()
+        .map(|&(kernel, run)| {
+            let outcome = run(kernels, &cases::PARTS);
+            let (plain, _) = run(&scalar::KERNELS, &cases::PARTS);
+            let error = relative_error(&outcome);
+            let (found, _) = outcome;
             let equals_scalar = found.len() == plain.len()
                 && found.iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits());
-            SelfTest { kernel, isa, error, equals_scalar, passed: equals_scalar && error < 2e-6 }
+            SelfTest { kernel, isa, error, equals_scalar, passed: equals_scalar && error < MOST_ERROR }
         })
         .collect()
 }
+
+/// The first kernel family of `isa` that gives wrong numbers, with its error. It looks at fewer tokens than [`self_test`], and not at
+/// scalar code, which takes most of that one's time: a few hundredths of a second, for the start of a model.
+pub fn wrong_kernel(isa: Isa) -> Option<(&'static str, f64)> {
+    wrong_among(isa.kernels()?)
+}
+
+fn wrong_among(kernels: &Kernels) -> Option<(&'static str, f64)> {
+    let errors =
+        FAMILIES.iter().map(|&(kernel, run)| (kernel, relative_error(&run(kernels, &cases::FEW_PARTS))));
+    // No number is no small error.
+    errors.into_iter().find(|&(_, error)| error.is_nan() || error >= MOST_ERROR)
+}
+
+/// What f32 arithmetic stays below.
+const MOST_ERROR: f64 = 2e-6;
+
+/// The largest error, relative to the largest number or to 1.
+fn relative_error((found, expected): &cases::Outcome) -> f64 {
+    let scale = expected.iter().fold(1.0f64, |a, e| a.max(e.abs()));
+    let errors = found.iter().zip(expected).map(|(&f, e)| (f64::from(f) - e).abs() / scale);
+    errors.fold(0.0, |a, b| if b > a || b.is_nan() { b } else { a })
+}
+
+const FAMILIES: [(&str, cases::Case); 19] = [
+    ("nvfp4 × f32", |k, parts| cases::product(k, parts, cases::Weights::Nvfp4, Kind::Limbs(3))),
+    ("nvfp4 × int16", |k, parts| cases::product(k, parts, cases::Weights::Nvfp4, Kind::Limbs(2))),
+    ("nvfp4 × int8", |k, parts| cases::product(k, parts, cases::Weights::Nvfp4, Kind::Limbs(1))),
+    ("mxfp4 × f32", |k, parts| cases::product(k, parts, cases::Weights::Mxfp4, Kind::Limbs(3))),
+    ("mxfp4 × int16", |k, parts| cases::product(k, parts, cases::Weights::Mxfp4, Kind::Limbs(2))),
+    ("mxfp4 × int8", |k, parts| cases::product(k, parts, cases::Weights::Mxfp4, Kind::Limbs(1))),
+    ("int8 × f32", |k, parts| cases::product(k, parts, cases::Weights::Int8, Kind::Limbs(3))),
+    ("int8 × int16", |k, parts| cases::product(k, parts, cases::Weights::Int8, Kind::Limbs(2))),
+    ("int8 × int8", |k, parts| cases::product(k, parts, cases::Weights::Int8, Kind::Limbs(1))),
+    ("bf16 × f32", |k, parts| cases::product(k, parts, cases::Weights::Bf16, Kind::Float)),
+    ("nvfp4 × bf16", |k, parts| cases::product(k, parts, cases::Weights::Nvfp4, Kind::Bf16)),
+    ("mxfp4 × bf16", |k, parts| cases::product(k, parts, cases::Weights::Mxfp4, Kind::Bf16)),
+    ("int8 × bf16", |k, parts| cases::product(k, parts, cases::Weights::Int8, Kind::Bf16)),
+    ("bf16 × bf16", |k, parts| cases::product(k, parts, cases::Weights::Bf16, Kind::Bf16)),
+    ("attention", |k, _| cases::attention(k, CacheFormat::F32)),
+    ("attention, bf16", |k, _| cases::attention(k, CacheFormat::Bf16)),
+    ("attention, e4m3", |k, _| cases::attention(k, CacheFormat::E4m3)),
+    ("rms norm", |k, _| cases::norm(k)),
+    ("swiglu", |k, _| cases::activation(k)),
+];
 
 /// Small cases with an exact answer.
 mod cases {
@@ -438,7 +458,15 @@ mod cases {
     /// What a kernel gave, and what plain arithmetic gives.
     pub(super) type Outcome = (Vec<f32>, Vec<f64>);
 
-    pub(super) type Case = fn(&Kernels) -> Outcome;
+    /// Products are those of some parts of the tokens.
+    pub(super) type Case = fn(&Kernels, &[(usize, usize)]) -> Outcome;
+
+    /// Tokens of the products.
+    const COUNT: usize = 61;
+
+    /// All of them, one, and as many as are and are not a multiple of what kernels take at a time.
+    pub(super) const PARTS: [(usize, usize); 5] = [(0, COUNT), (2, 3), (1, 8), (5, 25), (5, 53)];
+    pub(super) const FEW_PARTS: [(usize, usize); 3] = [(2, 3), (1, 8), (5, 25)];
 
     /// Row and column to the value of a weight.
     type Weight = Box<dyn Fn(usize, usize) -> f64>;
@@ -469,10 +497,14 @@ mod cases {
     }
 
     /// Panels of some slabs and some tokens. The activations are what the records say, so the error is that of the sum.
-    pub(super) fn product(kernels: &Kernels, weights: Weights, kind: Kind) -> Outcome {
+    pub(super) fn product(
+        kernels: &Kernels,
+        parts: &[(usize, usize)],
+        weights: Weights,
+        kind: Kind,
+    ) -> Outcome {
         const SLABS: usize = 19;
         const COLS: usize = SLABS * COLUMNS;
-        const COUNT: usize = 61;
         const PANELS: usize = 2;
         let (data, weight) = panel(weights, PANELS * SLABS);
         let layout = Layout { kind, tokens: COUNT, cols: COLS };
@@ -513,8 +545,19 @@ mod cases {
             (Weights::Bf16, Kind::Bf16) => kernels.by_bf16.bf16,
             (Weights::Bf16, _) => kernels.bf16,
         };
+        let tokens = parts.iter().map(|part| part.1).max().unwrap_or(0);
+        let mut exact = vec![[[0.0; LANES]; PANELS]; COUNT];
+        for col in 0..COLS {
+            let column: [[f64; LANES]; PANELS] =
+                std::array::from_fn(|p| std::array::from_fn(|row| weight(row, p * COLS + col)));
+            for (t, exact) in exact.iter_mut().enumerate().take(tokens) {
+                let x = activation(t, col);
+                let sums = exact.as_flattened_mut().iter_mut().zip(column.as_flattened());
+                sums.for_each(|(sum, weight)| *sum += weight * x);
+            }
+        }
         let (mut found, mut expected) = (Vec::new(), Vec::new());
-        for (from, to) in [(0, COUNT), (2, 3), (1, 8), (5, 25), (5, 53)] {
+        for &(from, to) in parts {
             let mut sums = [[[0.0; LANES]; MOST_TOKENS]; PANELS];
             let x = layout.records(&words).part(from, to);
             let first = Panel { data: data.as_ptr(), slabs: SLABS };
@@ -524,9 +567,7 @@ mod cases {
             for (p, sums) in sums.iter().enumerate() {
                 for t in from..to {
                     found.extend(sums[t - from]);
-                    let product = |row, col| weight(row, p * COLS + col) * activation(t, col);
-                    let sum = |row| (0..COLS).map(|col| product(row, col)).sum::<f64>();
-                    expected.extend((0..LANES).map(sum));
+                    expected.extend(exact[t][p]);
                 }
             }
         }
@@ -660,10 +701,12 @@ mod cases {
                         .exp()
                 };
                 let first = (last + 1).saturating_sub(window);
-                let sum = f64::from(sink).exp() + (first..=last).map(score).sum::<f64>();
+                let scores: Vec<f64> = (first..=last).map(score).collect();
+                let sum = f64::from(sink).exp() + scores.iter().sum::<f64>();
                 expected.extend((0..size).map(|e| {
                     (first..=last)
-                        .map(|p| score(p) / sum * f64::from(values[start(p) + p % LANES * size + e]))
+                        .zip(&scores)
+                        .map(|(p, score)| score / sum * f64::from(values[start(p) + p % LANES * size + e]))
                         .sum::<f64>()
                         * f64::from(VALUE_SCALE)
                 }));
@@ -716,5 +759,25 @@ mod cases {
             (up + 1.0) * gate / (1.0 + (-f64::from(1.702f32) * gate).exp())
         });
         (out, expected.collect())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_that_gives_wrong_numbers_is_named() {
+        unsafe fn no_numbers(_: &[f32], _: &[f32], _: f32, out: &mut [f32]) {
+            out.fill(f32::NAN);
+        }
+        for isa in Isa::ALL {
+            assert_eq!(wrong_kernel(isa), None, "{isa:?}");
+        }
+        let good = || scalar::KERNELS;
+        let wrong = |kernels: &Kernels| wrong_among(kernels).map(|(kernel, _)| kernel);
+        assert_eq!(wrong(&Kernels { nvfp4: good().mxfp4, ..good() }), Some("nvfp4 × f32"));
+        assert_eq!(wrong(&Kernels { bf16: good().by_bf16.bf16, ..good() }), Some("bf16 × f32"));
+        assert_eq!(wrong(&Kernels { rms_norm: no_numbers, ..good() }), Some("rms norm"));
     }
 }

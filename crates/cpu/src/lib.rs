@@ -22,6 +22,6 @@ pub use attention::CacheFormat;
 pub use backend::{Cpu, Options, Timing};
 pub use bandwidth::read_bandwidth;
 pub use dense::{Rows, Update, products};
-pub use kernels::{Isa, SelfTest, self_test};
+pub use kernels::{Isa, SelfTest, self_test, wrong_kernel};
 pub use pool::{Pool, physical_cores};
 pub use records::Activations;

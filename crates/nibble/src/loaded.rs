@@ -66,12 +66,12 @@ pub(crate) fn watched_backend(
                 },
             };
             let mut notes = Vec::new();
-            let loaded = match &run.packed_cache {
+            let loaded = checked_beside(check_cpu_kernels, || match &run.packed_cache {
                 Some(path) => {
                     Cpu::load_kept(weights, options, path, &mut |note| notes.push(note), &mut progress)
                 }
                 None => Cpu::load(weights, options, &mut progress),
-            };
+            });
             drop(bar);
             notes.iter().for_each(|note| ui.note(format_args!("note: {note}")));
             let loaded = loaded?;
@@ -108,13 +108,10 @@ pub(crate) fn watched_backend(
             let mut loaded = Box::new(match &devices[..] {
                 [device] => {
                     let beside = [device.beside()?];
-                    let (checked, loaded) = std::thread::scope(|scope| {
-                        let check = scope.spawn(|| check_kernels(&beside));
-                        let loaded = cuda::Cuda::load(device, &*weights, options, &mut progress);
-                        (check.join(), loaded)
-                    });
-                    checked.map_err(|_| Failure::machine("the check of the kernels panicked"))??;
-                    loaded?
+                    checked_beside(
+                        || check_kernels(&beside),
+                        || cuda::Cuda::load(device, &*weights, options, &mut progress),
+                    )?
                 }
                 // Not beside the loading: the driver may hold what one GPU is to do until another, which waits for it, is done.
                 several => {
@@ -129,6 +126,33 @@ pub(crate) fn watched_backend(
             Loaded::Cuda(loaded)
         }
     })
+}
+
+/// Loads while the kernels are checked. What wrong kernels have loaded is dropped.
+fn checked_beside<T>(
+    check: impl FnOnce() -> Result<()> + Send,
+    load: impl FnOnce() -> std::result::Result<T, Error>,
+) -> Result<T> {
+    let (checked, loaded) = std::thread::scope(|scope| {
+        let check = scope.spawn(check);
+        let loaded = load();
+        (check.join(), loaded)
+    });
+    checked.map_err(|_| Failure::machine("the check of the kernels panicked"))??;
+    Ok(loaded?)
+}
+
+/// Refuses a CPU that computes wrong numbers, on the instruction set that models run on.
+fn check_cpu_kernels() -> Result<()> {
+    let isa = cpu::Isa::best();
+    let Some((kernel, error)) = cpu::wrong_kernel(isa) else { return Ok(()) };
+    let device = format!("the CPU with {}", isa.name());
+    Err(wrong_numbers(&device, &format!("the kernels of {kernel}"), error)
+        .hint("nibble doctor shows all of them"))
+}
+
+fn wrong_numbers(device: &str, kernels: &str, error: f64) -> Failure {
+    Failure::machine(format!("{device}: {kernels} give wrong numbers, a relative error of {error:.1e}"))
 }
 
 /// Turns FP4 products on, or says why the model runs as it would without.
@@ -178,17 +202,9 @@ fn check_kernels(devices: &[Arc<cuda::Device>]) -> Result<()> {
         return Ok(());
     };
     let names: Vec<_> = devices.iter().map(|device| device.name()).collect();
-    Err(Failure::new(
-        crate::failure::Status::Machine,
-        format!(
-            "{}: {} with {} experts give wrong numbers, a relative error of {:.1e}",
-            names.join(" and "),
-            test.kernel,
-            test.format,
-            test.error
-        ),
-    )
-    .hint("nibble doctor shows all of them; --device cpu runs without the GPU"))
+    let kernel = format!("{} with {} experts", test.kernel, test.format);
+    Err(wrong_numbers(&names.join(" and "), &kernel, test.error)
+        .hint("nibble doctor shows all of them; --device cpu runs without the GPU"))
 }
 
 /// What `--device` names.
@@ -353,5 +369,26 @@ impl Backend for Loaded {
         meanwhile: &mut dyn FnMut(),
     ) -> std::result::Result<Vec<SequenceOutput>, Error> {
         self.backend_mut().step_while(plan, meanwhile)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failure::Status;
+
+    #[test]
+    fn wrong_kernels_end_a_start_that_would_succeed_or_fail() {
+        check_cpu_kernels().unwrap();
+        assert_eq!(checked_beside(|| Ok(()), || Ok(1)).unwrap(), 1);
+        let wrong = || Err(wrong_numbers("the CPU", "the kernels of swiglu", 0.5));
+        for loaded in [Ok(1), Err(Error::Memory { needed: 1 })] {
+            let failure = checked_beside(wrong, || loaded).unwrap_err();
+            assert_eq!(failure.status, Status::Machine);
+            assert_eq!(
+                failure.message,
+                "the CPU: the kernels of swiglu give wrong numbers, a relative error of 5.0e-1"
+            );
+        }
     }
 }
