@@ -95,15 +95,11 @@ impl Shape {
     /// Zeroed memory for [`Shape::pack`].
     ///
     /// # Errors
-    /// There is no such memory: the machine's fault, in words of its own, since [`Error::Memory`] is of the cache.
+    /// There is no such memory.
     pub(crate) fn buffer(&self, id: MatrixId) -> Result<Buffer, Error> {
         let needed = self.bytes();
-        Buffer::new(needed).ok_or_else(|| {
-            Error::Device(format!(
-                "not enough memory for the weights {:?} of layer {}: needed {needed} bytes",
-                id.kind, id.layer
-            ))
-        })
+        let what = || format!("the weights {:?} of layer {}", id.kind, id.layer);
+        Buffer::new(needed).ok_or_else(|| Error::NoRoom { what: what(), needed })
     }
 
     /// Reads and packs a matrix, its panels in parallel, or a stack, its matrices in parallel, to zeroed memory of

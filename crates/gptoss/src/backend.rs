@@ -360,6 +360,14 @@ pub enum Error {
         /// Bytes asked for.
         needed: usize,
     },
+    /// No memory for something else.
+    #[error("not enough memory for {what}: needed {needed} bytes")]
+    NoRoom {
+        /// What it was for.
+        what: String,
+        /// Bytes asked for.
+        needed: usize,
+    },
     /// There is no such device here.
     #[error("{0}")]
     NoDevice(String),

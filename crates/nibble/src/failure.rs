@@ -109,9 +109,10 @@ impl From<gptoss::Error> for Failure {
     fn from(error: gptoss::Error) -> Failure {
         match error {
             gptoss::Error::Checkpoint(error) => error.into(),
-            gptoss::Error::Memory { .. } | gptoss::Error::NoDevice(_) | gptoss::Error::Device(_) => {
-                Failure::machine(error.to_string())
-            }
+            gptoss::Error::Memory { .. }
+            | gptoss::Error::NoRoom { .. }
+            | gptoss::Error::NoDevice(_)
+            | gptoss::Error::Device(_) => Failure::machine(error.to_string()),
             _ => Failure::input(error.to_string()),
         }
     }
