@@ -22,8 +22,8 @@ const LINE: usize = 4 * LANES;
 
 /// Bytes per second that the pool reads from memory: the median of `passes` over a gibibyte.
 pub fn read_bandwidth(pool: &Pool, passes: usize) -> Result<f64, Error> {
-    let what = || "measuring how fast it is read".to_owned();
-    let mut buffer = Buffer::new(BYTES).ok_or_else(|| Error::NoRoom { what: what(), needed: BYTES })?;
+    let mut buffer = Buffer::new(BYTES)
+        .ok_or_else(|| Error::NoRoom { what: "measuring how fast it is read".to_owned(), needed: BYTES })?;
     // Zero pages may be one page read again and again.
     buffer.as_mut_slice().iter_mut().step_by(61).enumerate().for_each(|(i, byte)| *byte = i as u8);
     let kernels = Isa::best().kernels().expect("the best instruction set is available");

@@ -14,7 +14,7 @@ use std::collections::HashMap;
 use std::fs::{File, Metadata, OpenOptions, TryLockError};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -227,10 +227,8 @@ impl Request<'_> {
         places: &Places,
         progress: &mut dyn FnMut(usize, usize),
     ) -> Result<Mmap, Failed> {
-        // Not by way of a string: names that are none would share it.
-        let mut partial = self.path.as_os_str().to_owned();
-        partial.push(".partial");
-        let partial = PathBuf::from(partial);
+        let partial =
+            checkpoint::beside(self.path, ".partial").map_err(|error| Failed::File(error.to_string()))?;
         let mut options = OpenOptions::new();
         options.read(true).write(true).create(true).truncate(false);
         // Not through a link, which would be another's file.

@@ -159,8 +159,8 @@ impl Llm {
             Prompt::Text(text) => (harmony.tokenizer().encode_with_special(text), OutputMode::Text),
             Prompt::Tokens(tokens) => (tokens.clone(), OutputMode::Text),
             Prompt::Chat(conversation) => {
-                let tools = conversation.tools.iter().map(|tool| tool.function.name.clone()).collect();
-                (harmony.render_chat(conversation)?, OutputMode::Chat { tools, begun: Vec::new() })
+                let output = OutputMode::Chat { tools: conversation.tool_names(), begun: Vec::new() };
+                (harmony.render_chat(conversation)?, output)
             }
         })
     }

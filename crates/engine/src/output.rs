@@ -19,7 +19,7 @@ pub(crate) struct Rules {
     /// The tokens that end a choice, sorted.
     pub(crate) stop_tokens: Vec<u32>,
     pub(crate) grammar: Option<Grammar>,
-    /// Whether a guard keeps to the format where it is no text: in chats without a grammar.
+    /// Whether a guard keeps a chat to the format where it is no text: where there is no grammar.
     pub(crate) guarded: bool,
 }
 

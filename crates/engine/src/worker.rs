@@ -235,9 +235,8 @@ impl Worker {
         let seed = params.seed.map_or_else(|| default_seed(self.settings.seed, number), |s| s as u64);
         // Who forbids tokens may forbid all that the format allows.
         let free = params.allowed_token_ids.is_none() && params.bad_words.is_empty() && grammar.is_none();
-        let chat = matches!(output, OutputMode::Chat { .. });
         let rules = Arc::new(Rules {
-            guarded: chat && free && guarded && self.settings.harmony_guard,
+            guarded: free && guarded && self.settings.harmony_guard,
             harmony: Arc::clone(&self.settings.harmony),
             mode: output,
             stop_tokens,

@@ -57,6 +57,11 @@ impl ChatPrompt {
             add_generation_prompt: true,
         }
     }
+
+    /// The names of the functions that may be called.
+    pub fn tool_names(&self) -> Arc<[String]> {
+        self.tools.iter().map(|tool| tool.function.name.clone()).collect()
+    }
 }
 
 /// One message of a request.
@@ -258,7 +263,7 @@ impl Harmony {
         messages.extend(developer_message(first_text, tools, prompt.response_format.clone()));
 
         let mut calls: HashMap<&str, &str> = HashMap::new();
-        let names: Vec<String> = prompt.tools.iter().map(|tool| tool.function.name.clone()).collect();
+        let names = prompt.tool_names();
         for (i, message) in prompt.messages.iter().enumerate().skip(usize::from(first.is_some())) {
             let field = |name: &str| format!("messages.{i}.{name}");
             match message.role.as_str() {

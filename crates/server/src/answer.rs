@@ -6,7 +6,13 @@ use std::time::{Duration, Instant};
 use engine::{Event, FinishReason, StopReason};
 use gptoss::TokenLogprobs;
 use serde::{Serialize, Serializer};
+use serde_json::value::{RawValue, to_raw_value};
 use tokenizer::Tokenizer;
+
+/// A part of an answer, written once.
+pub(crate) fn raw(value: &impl Serialize) -> Box<RawValue> {
+    to_raw_value(value).expect("an answer is JSON")
+}
 
 /// What is the same in all parts of an answer.
 #[derive(Debug, Clone)]

@@ -186,28 +186,29 @@ pub(crate) async fn responses(state: Arc<State>, origin: Origin, body: Body) -> 
 }
 
 /// What the model is fed.
-pub(crate) struct Fed {
-    pub(crate) ids: Vec<u32>,
+struct Fed {
+    ids: Vec<u32>,
     /// The last of them, if they begin the answer.
     begun: Vec<u32>,
 }
 
-/// The ids that the chat endpoint would feed.
-pub(crate) fn chat_ids(body: &[u8], state: &State, engine: &Engine) -> Result<Vec<u32>, ApiError> {
+/// The ids that the chat endpoint would feed, and how it would sample.
+pub(crate) fn chat_ids(
+    body: &[u8],
+    state: &State,
+    engine: &Engine,
+) -> Result<(Vec<u32>, SamplingParams), ApiError> {
     let date = state.date();
     let mut request = ChatRequest::new(body, &context(state, engine, date.as_deref()))?;
     bound_text(request.text_bytes, engine)?;
     let at_once = request.turn.answer_at_once;
     let truncation = truncation(&request.common, &request.params, engine);
-    Ok(fed(&mut request.prompt, at_once, request.continued.as_ref(), truncation, engine, state)?.ids)
+    let fed = fed(&mut request.prompt, at_once, request.continued.as_ref(), truncation, engine, state)?;
+    Ok((fed.ids, request.params))
 }
 
 /// How a prompt may be cut, and the most tokens that leave room for an answer.
-pub(crate) fn truncation(
-    common: &Common,
-    params: &SamplingParams,
-    engine: &Engine,
-) -> Option<(Truncation, usize)> {
+fn truncation(common: &Common, params: &SamplingParams, engine: &Engine) -> Option<(Truncation, usize)> {
     const UNSAID: usize = 4096;
     let most = engine.max_model_len();
     let truncation = common.truncation?;
@@ -221,7 +222,7 @@ pub(crate) fn truncation(
 }
 
 /// The prompt, with the beginning of the answer where that is not the model's to write.
-pub(crate) fn fed(
+fn fed(
     prompt: &mut ChatPrompt,
     answer_at_once: bool,
     continued: Option<&String>,

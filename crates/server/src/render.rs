@@ -8,15 +8,13 @@ use axum::response::{IntoResponse, Response};
 use engine::SamplingParams;
 use serde::Serialize;
 use serde_json::json;
-use serde_json::value::{RawValue, to_raw_value};
+use serde_json::value::RawValue;
 
+use crate::answer::raw;
 use crate::body;
-use crate::chat_request::ChatRequest;
 use crate::completion_request::CompletionRequest;
 use crate::error::ApiError;
-use crate::generate::{
-    MAX_ID_BYTES, MAX_REPEATED_BYTES, blocking, bound_text, context, fed, tokenize, truncation,
-};
+use crate::generate::{MAX_ID_BYTES, MAX_REPEATED_BYTES, blocking, chat_ids, context, tokenize};
 use crate::routes::Origin;
 use crate::server::State;
 
@@ -35,16 +33,10 @@ pub(crate) async fn chat(state: Arc<State>, origin: Origin, body: Body) -> Resul
     let body = body::read(body, &state.bodies).await?;
     let id = format!("chatcmpl-{}", origin.log.request_id());
     let answer = blocking(&origin, move || {
-        let date = state.date();
-        let mut request = ChatRequest::new(&body, &context(&state, &engine, date.as_deref()))?;
-        bound_text(request.text_bytes, &engine)?;
-        let at_once = request.turn.answer_at_once;
-        let truncation = truncation(&request.common, &request.params, &engine);
-        let continued = request.continued.as_ref();
-        let ids = fed(&mut request.prompt, at_once, continued, truncation, &engine, &state)?.ids;
-        let sampling_params = &*sampling(&request.params);
+        let (ids, params) = chat_ids(&body, &state, &engine)?;
+        let sampling_params = &*sampling(&params);
         let model = &state.model_names[0];
-        Ok(json(&Rendered { request_id: &id, model, token_ids: &ids, sampling_params }))
+        Ok(raw(&Rendered { request_id: &id, model, token_ids: &ids, sampling_params }))
     });
     Ok(Json(answer.await?).into_response())
 }
@@ -77,15 +69,15 @@ pub(crate) async fn completions(state: Arc<State>, origin: Origin, body: Body) -
         let rendered = |ids| Rendered { request_id: &id, model, token_ids: ids, sampling_params };
         let all: Vec<Rendered<'_>> = all.iter().map(|ids| rendered(ids)).collect();
         Ok(match &all[..] {
-            [one] => json(one),
-            several => json(&several),
+            [one] => raw(one),
+            several => raw(&several),
         })
     });
     Ok(Json(answer.await?).into_response())
 }
 
 fn sampling(params: &SamplingParams) -> Box<RawValue> {
-    json(&json!({
+    raw(&json!({
         "n": params.n,
         "temperature": params.temperature,
         "top_p": params.top_p,
@@ -108,8 +100,4 @@ fn sampling(params: &SamplingParams) -> Box<RawValue> {
         "bad_words": *params.bad_words,
         "skip_special_tokens": params.skip_special_tokens
     }))
-}
-
-fn json(value: &impl Serialize) -> Box<RawValue> {
-    to_raw_value(value).expect("numbers and strings are JSON")
 }

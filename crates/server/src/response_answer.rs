@@ -7,10 +7,10 @@ use axum::body::Bytes;
 use engine::{Event, FinishReason};
 use harmony::{Delta, Harmony};
 use serde::Serialize;
-use serde_json::value::{RawValue, to_raw_value};
+use serde_json::value::RawValue;
 use serde_json::{Value, json};
 
-use crate::answer::{ChatLogprob, Identity, TokenNames, Usage};
+use crate::answer::{ChatLogprob, Identity, TokenNames, Usage, raw};
 use crate::chat_answer::call_id;
 use crate::error::{ApiError, ErrorStyle};
 use crate::identifier::identifier;
@@ -400,7 +400,7 @@ impl ResponseAnswer {
             let names = TokenNames { tokenizer: self.harmony.tokenizer(), as_ids: false };
             let sorted = stretch.logprobs.iter().zip(&stretch.places);
             let answers = sorted.filter(|(_, place)| matches!(place, Place::Preamble | Place::Final));
-            self.pending.extend(answers.map(|(entry, _)| json(&ChatLogprob::new(entry, names))));
+            self.pending.extend(answers.map(|(entry, _)| raw(&ChatLogprob::new(entry, names))));
         }
         for delta in stretch.deltas {
             match self.visible.show(delta, &self.rules) {
@@ -495,7 +495,7 @@ impl ResponseAnswer {
             let done = Piece { part: Some(part), ..open.piece(index) };
             self.emit("response.content_part.done", done, out);
         }
-        let item = json(&open.shown(status));
+        let item = raw(&open.shown(status));
         self.emit("response.output_item.done", ItemEvent { output_index: index, item: &item }, out);
         self.items.push(Item::new(Some(open.id), item));
     }
@@ -539,7 +539,7 @@ impl ResponseAnswer {
                 "total_tokens": self.prompt_tokens + self.completion_tokens,
             })
         };
-        json(&Response {
+        raw(&Response {
             id: &self.identity.id,
             object: "response",
             created_at: self.identity.created,
@@ -570,10 +570,6 @@ impl ResponseAnswer {
             out.truncate(begin);
         }
     }
-}
-
-fn json(value: &impl Serialize) -> Box<RawValue> {
-    to_raw_value(value).expect("an answer is JSON")
 }
 
 impl Encoder for ResponseAnswer {

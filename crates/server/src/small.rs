@@ -37,7 +37,7 @@ pub(crate) async fn tokenize(
         ])?;
         check_model(object.string("model")?.as_deref(), &state.model_names)?;
         let tokens = if object.field("messages").is_some() {
-            generate::chat_ids(&body, &state, &engine)?
+            generate::chat_ids(&body, &state, &engine)?.0
         } else {
             let prompt = object.required("prompt")?.string()?;
             generate::bound_text(prompt.len(), &engine)?;

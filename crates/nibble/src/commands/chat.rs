@@ -94,8 +94,7 @@ pub(crate) fn answer(
     show: &mut dyn FnMut(&Delta) -> Result<()>,
 ) -> Result<Turn> {
     let (sender, receiver) = mpsc::channel();
-    let tools = prompt.tools.iter().map(|t| t.function.name.clone()).collect();
-    let output = OutputMode::Chat { tools, begun: Vec::new() };
+    let output = OutputMode::Chat { tools: prompt.tool_names(), begun: Vec::new() };
     let request = Request::new(engine.harmony().render_chat(prompt)?, params.clone(), output);
     let handle = engine.submit(request, Box::new(move |event| sender.send(event).is_ok()))?;
     let mut turn = Turn::default();

@@ -153,29 +153,29 @@ fn the_largest_and_smallest_tensors_get_the_scales_of_ordinary_ones() {
     }
 }
 
+/// A block of about this power of two, whose sweeps take the scale of the max rule, with the search and that scale.
+fn block_of_the_max_rule(exponent: i32) -> (Vec<f32>, nvfp4::ScaleSearch, u8) {
+    let values: Vec<f32> = (1..=16).map(|i| (i as f32).sqrt() * 0.25 * 2f32.powi(exponent)).collect();
+    let amax = 3.0 * nvfp4::amax(&values);
+    let search = nvfp4::ScaleSearch::new(amax, nvfp4::STATIC_MAX_SCALE);
+    let expected = nvfp4::block_scale(nvfp4::amax(&values), nvfp4::global_scale(amax));
+    for full in [false, true] {
+        assert_eq!(search.best_of_sweep(&values, full), expected, "2^{exponent}");
+    }
+    (values, search, expected)
+}
+
 #[test]
 fn where_squared_errors_vanish_the_scale_is_that_of_the_max_rule() {
     for exponent in [-80, -100] {
-        let values: Vec<f32> = (1..=16).map(|i| (i as f32).sqrt() * 0.25 * 2f32.powi(exponent)).collect();
-        let amax = 3.0 * nvfp4::amax(&values);
-        let search = nvfp4::ScaleSearch::new(amax, nvfp4::STATIC_MAX_SCALE);
-        let expected = nvfp4::block_scale(nvfp4::amax(&values), nvfp4::global_scale(amax));
-        for full in [false, true] {
-            assert_eq!(search.best_of_sweep(&values, full), expected, "2^{exponent}");
-        }
+        block_of_the_max_rule(exponent);
     }
 }
 
 #[test]
 fn where_squared_errors_overflow_the_scale_is_that_of_the_max_rule() {
     for exponent in [100, 110, 125] {
-        let values: Vec<f32> = (1..=16).map(|i| (i as f32).sqrt() * 0.25 * 2f32.powi(exponent)).collect();
-        let amax = 3.0 * nvfp4::amax(&values);
-        let search = nvfp4::ScaleSearch::new(amax, nvfp4::STATIC_MAX_SCALE);
-        let expected = nvfp4::block_scale(nvfp4::amax(&values), nvfp4::global_scale(amax));
-        for full in [false, true] {
-            assert_eq!(search.best_of_sweep(&values, full), expected, "2^{exponent}");
-        }
+        let (values, search, expected) = block_of_the_max_rule(exponent);
         // Of the second the infinite parts of a sum have both signs.
         for sign in [1.0, -1.0f32] {
             let row = |r: i32| std::array::from_fn(|c| sign.powi(r + c as i32));
