@@ -4,6 +4,8 @@
 use crate::amx;
 use crate::attention::{self, Attend, CacheFormat, Found};
 use crate::bandwidth;
+#[cfg(target_arch = "x86_64")]
+use crate::pairs;
 use crate::panels;
 use crate::products::{
     self, Bf16Slab, E2m1Slab, Finish, Int8Slab, MOST_TOKENS, PanelKernel, Panels, Part, Slab,
@@ -194,6 +196,11 @@ macro_rules! instantiate {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn int8<const LIMBS: usize>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
+                #[cfg(target_arch = "x86_64")]
+                if LIMBS > 1 && <$lanes>::FEW_REGISTERS && x.tokens >= pairs::FEWEST_TOKENS {
+                    // SAFETY: as stated above.
+                    return unsafe { pairs::int8::<LIMBS>(panels, x, sums) };
+                }
                 for p in 0..panels.count {
                     // SAFETY: as stated above.
                     unsafe { products::int8::<$lanes, LIMBS>(panels.panel(p), x, sums.add(p * MOST_TOKENS)) }

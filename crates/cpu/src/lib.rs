@@ -12,6 +12,8 @@ mod dense;
 mod kernels;
 mod packed;
 mod packed_file;
+#[cfg(target_arch = "x86_64")]
+mod pairs;
 mod panels;
 mod pool;
 mod products;

@@ -1079,4 +1079,38 @@ mod tests {
             }
         }
     }
+
+    /// Of several limbs, too, whose lower ones are smallest and largest together, to the bits of plain code.
+    #[test]
+    fn the_largest_sums_of_several_limbs_fit() {
+        const TOKENS: usize = 4;
+        // -128 and -128 · 256 in the lower two limbs of three, the most of both, and the largest numbers.
+        let wholes = [-32_896.0, 32_639.0, 8_355_700.0, -8_355_700.0];
+        for limbs in [2, 3] {
+            let layout = Layout { kind: Kind::Limbs(limbs), tokens: TOKENS, cols: COLUMNS };
+            for byte in [0, 1, 255] {
+                let panel = vec![byte; COLUMNS * LANES];
+                let found = Isa::ALL.into_iter().filter_map(|isa| {
+                    let kernels = isa.kernels()?;
+                    let mut words = vec![0; layout.len()];
+                    for (t, whole) in wholes.into_iter().enumerate() {
+                        // The last one makes the scale one.
+                        let x: [f32; COLUMNS] =
+                            std::array::from_fn(|i| if i == 31 { 8_355_700.0 } else { whole });
+                        // SAFETY: the words are those of the layout.
+                        unsafe { layout.write(kernels, t, &x, words.as_mut_ptr()) };
+                    }
+                    Some((isa, sums(kernels.int8[limbs - 1], &panel, layout.records(&words))))
+                });
+                let mut found = found.collect::<Vec<_>>().into_iter();
+                let (_, plain) = found.next().expect("plain code runs everywhere");
+                let weight = f32::from(byte) - 128.0;
+                let largest = f32::from_bits(plain[2][0]) / (32.0 * 8_355_700.0 * weight);
+                assert!((largest - 1.0).abs() < 1e-4, "{limbs} limbs, {byte}: {largest}");
+                for (isa, sums) in found {
+                    assert_eq!(sums, plain, "{isa:?}, {limbs} limbs, {byte}");
+                }
+            }
+        }
+    }
 }
