@@ -12,7 +12,7 @@ use crate::products::{
 };
 use crate::records::{self, Kind, Limbs, Rounded};
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx2, Avx512};
+use crate::simd::{Avx2, Avx512, AvxVnni};
 use crate::simd::{LANES, Lanes, Scalar};
 
 /// Rows of the left side of a [`DenseKernel`].
@@ -79,6 +79,8 @@ pub enum Isa {
     Scalar,
     /// AVX2 and FMA.
     Avx2,
+    /// The same with AVX-VNNI: Alder Lake and what came after, AVX-512 or not.
+    AvxVnni,
     /// AVX-512 with VNNI and VBMI: Ice Lake, Zen 4 and what came after.
     Avx512,
     /// The same with AMX for BF16: Sapphire Rapids and what came after.
@@ -87,7 +89,7 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, the slowest first.
-    pub const ALL: [Isa; 4] = [Isa::Scalar, Isa::Avx2, Isa::Avx512, Isa::Amx];
+    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Amx];
 
     /// Whether this CPU has it.
     pub fn is_available(self) -> bool {
@@ -99,6 +101,8 @@ impl Isa {
                     && is_x86_feature_detected!("fma")
                     && is_x86_feature_detected!("f16c")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => Isa::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
                 is_x86_feature_detected!("avx512f")
@@ -125,6 +129,7 @@ impl Isa {
         match self {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "AVX2",
+            Isa::AvxVnni => "AVX-VNNI",
             Isa::Avx512 => "AVX-512",
             Isa::Amx => "AMX",
         }
@@ -136,6 +141,8 @@ impl Isa {
             Isa::Scalar => &scalar::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => &avx2::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::AvxVnni => &avx_vnni::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]
@@ -197,7 +204,7 @@ macro_rules! instantiate {
             $(#[target_feature(enable = $features)])?
             unsafe fn int8<const LIMBS: usize>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
                 #[cfg(target_arch = "x86_64")]
-                if LIMBS > 1 && <$lanes>::FEW_REGISTERS && x.tokens >= pairs::FEWEST_TOKENS {
+                if LIMBS > 1 && <$lanes>::WIDENS_LIMBS && x.tokens >= pairs::FEWEST_TOKENS {
                     // SAFETY: as stated above.
                     return unsafe { pairs::int8::<LIMBS>(panels, x, sums) };
                 }
@@ -290,6 +297,8 @@ macro_rules! instantiate {
 instantiate!(scalar, Isa::Scalar, Scalar, 2, 1);
 #[cfg(target_arch = "x86_64")]
 instantiate!(avx2, Isa::Avx2, Avx2, 4, 1, "avx,avx2,fma,f16c");
+#[cfg(target_arch = "x86_64")]
+instantiate!(avx_vnni, Isa::AvxVnni, AvxVnni, 4, 1, "avx,avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512,

@@ -1,4 +1,5 @@
-//! Products of eight-bit weights with records of two or three limbs on AVX2, for several tokens, to the bits of `products.rs`.
+//! Products of eight-bit weights with records of two or three limbs on AVX2 without VNNI, for several tokens, to the bits of
+//! `products.rs`.
 //!
 //! Numbers of 16 bits this instruction set multiplies with their signs, and adds two columns: so two limbs become one number, once for
 //! some panels, and the weights of a slab are widened, once for all tokens. One limb is as fast by bytes.

@@ -421,9 +421,9 @@ impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS>
 #[cfg(target_arch = "x86_64")]
 mod whole {
     use super::*;
-    use crate::simd::{Avx2, Avx512};
+    use crate::simd::{Avx512, Ymm};
 
-    impl ByInt8 for Avx2 {
+    impl<const VNNI: bool> ByInt8 for Ymm<VNNI> {
         type Nvfp4 = E2m1<false, 1>;
         type Mxfp4 = E2m1<true, 1>;
     }

@@ -1,8 +1,8 @@
-//! Sixteen f32 lanes, and sums of byte products, on AVX-512, AVX2 and plain arrays.
+//! Sixteen f32 lanes, and sums of byte products, on AVX-512, AVX2 with and without AVX-VNNI, and plain arrays.
 //!
 //! Kernels are generic over [`Lanes`] and inlined into one function per instruction set that enables the features; a
 //! method that is not inlined there would become a call in the inner loop, hence `inline(always)` throughout. Fused
-//! multiply-add rounds once on all three and sums of integers are exact, which makes them equal bit for bit.
+//! multiply-add rounds once on all of them and sums of integers are exact, which makes them equal bit for bit.
 
 /// Lanes per vector: the rows of a panel, and the elements of an NVFP4 block.
 pub(crate) const LANES: usize = 16;
@@ -39,6 +39,8 @@ pub(crate) trait Lanes: Copy {
 
     /// Whether 32 columns of sixteen rows do not fit the registers.
     const FEW_REGISTERS: bool = false;
+    /// Whether eight-bit weights take several limbs faster as numbers of 16 bits: see `pairs.rs`.
+    const WIDENS_LIMBS: bool = false;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -473,7 +475,7 @@ impl Lanes for Scalar {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512};
+pub(crate) use x86::{Avx2, Avx512, AvxVnni, Ymm};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -952,25 +954,42 @@ mod x86 {
         }
     }
 
-    /// Sixteen lanes in two registers.
+    /// Sixteen lanes in two registers, with or without AVX-VNNI.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx2(__m256, __m256);
+    pub(crate) struct Ymm<const VNNI: bool>(__m256, __m256);
 
-    impl Lanes for Avx2 {
+    pub(crate) type Avx2 = Ymm<false>;
+    pub(crate) type AvxVnni = Ymm<true>;
+
+    impl<const VNNI: bool> super::Dot for Ymm<VNNI> {
+        #[inline(always)]
+        unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+            // SAFETY: the trait's contract; only called where there is AVX-VNNI.
+            unsafe {
+                for (i, &weights) in weights.iter().enumerate() {
+                    sum = multiply_unsigned(sum, weights, _mm256_set1_epi32(x.add(2 * i).read()));
+                }
+            }
+            sum
+        }
+    }
+
+    impl<const VNNI: bool> Lanes for Ymm<VNNI> {
         type Bytes = (__m256i, __m256i);
         type Ints = (__m256i, __m256i);
 
         const FEW_REGISTERS: bool = true;
+        const WIDENS_LIMBS: bool = !VNNI;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
+            unsafe { Ymm(_mm256_set1_ps(value), _mm256_set1_ps(value)) }
         }
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
+            unsafe { Ymm(_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))) }
         }
         #[inline(always)]
         unsafe fn splat_bf16(from: *const u16) -> [Self; 2] {
@@ -980,7 +999,7 @@ mod x86 {
                 let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff_0000_u32 as i32));
                 let (even, odd) =
                     (_mm256_castsi256_ps(_mm256_slli_epi32::<16>(pairs)), _mm256_castsi256_ps(odd));
-                [Avx2(even, even), Avx2(odd, odd)]
+                [Ymm(even, even), Ymm(odd, odd)]
             }
         }
         #[inline(always)]
@@ -1005,7 +1024,7 @@ mod x86 {
                     let sign = _mm256_and_si256(_mm256_slli_epi32::<28>(codes), _mm256_set1_epi32(i32::MIN));
                     _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, codes), _mm256_castsi256_ps(sign))
                 };
-                Avx2(half(words.0), half(words.1))
+                Ymm(half(words.0), half(words.1))
             }
         }
         #[inline(always)]
@@ -1016,7 +1035,7 @@ mod x86 {
                     let bytes = _mm256_srlv_epi32(words, _mm256_set1_epi32(shift as i32));
                     _mm256_cvtepi32_ps(_mm256_and_si256(bytes, _mm256_set1_epi32(255)))
                 };
-                Avx2(half(words.0), half(words.1))
+                Ymm(half(words.0), half(words.1))
             }
         }
         #[inline(always)]
@@ -1028,8 +1047,8 @@ mod x86 {
                 let even = (_mm256_slli_epi32::<16>(a), _mm256_slli_epi32::<16>(b));
                 let odd = (_mm256_and_si256(a, mask), _mm256_and_si256(b, mask));
                 [
-                    Avx2(_mm256_castsi256_ps(even.0), _mm256_castsi256_ps(even.1)),
-                    Avx2(_mm256_castsi256_ps(odd.0), _mm256_castsi256_ps(odd.1)),
+                    Ymm(_mm256_castsi256_ps(even.0), _mm256_castsi256_ps(even.1)),
+                    Ymm(_mm256_castsi256_ps(odd.0), _mm256_castsi256_ps(odd.1)),
                 ]
             }
         }
@@ -1039,7 +1058,7 @@ mod x86 {
             unsafe {
                 let bits = e4m3_bits(from);
                 let bias = _mm256_set1_ps(super::E4M3_BIAS);
-                Avx2(
+                Ymm(
                     _mm256_mul_ps(_mm256_cvtph_ps(_mm256_castsi256_si128(bits)), bias),
                     _mm256_mul_ps(_mm256_cvtph_ps(_mm256_extracti128_si256::<1>(bits)), bias),
                 )
@@ -1051,7 +1070,7 @@ mod x86 {
             unsafe {
                 let (a, b) = (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()));
                 let bits = (_mm256_cvtepu16_epi32(a), _mm256_cvtepu16_epi32(b));
-                Avx2(
+                Ymm(
                     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits.0)),
                     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits.1)),
                 )
@@ -1068,42 +1087,42 @@ mod x86 {
         #[inline(always)]
         unsafe fn add(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
+            unsafe { Ymm(_mm256_add_ps(self.0, other.0), _mm256_add_ps(self.1, other.1)) }
         }
         #[inline(always)]
         unsafe fn sub(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
+            unsafe { Ymm(_mm256_sub_ps(self.0, other.0), _mm256_sub_ps(self.1, other.1)) }
         }
         #[inline(always)]
         unsafe fn mul(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
+            unsafe { Ymm(_mm256_mul_ps(self.0, other.0), _mm256_mul_ps(self.1, other.1)) }
         }
         #[inline(always)]
         unsafe fn div(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
+            unsafe { Ymm(_mm256_div_ps(self.0, other.0), _mm256_div_ps(self.1, other.1)) }
         }
         #[inline(always)]
         unsafe fn min(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_min_ps(self.0, other.0), _mm256_min_ps(self.1, other.1)) }
+            unsafe { Ymm(_mm256_min_ps(self.0, other.0), _mm256_min_ps(self.1, other.1)) }
         }
         #[inline(always)]
         unsafe fn max(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
+            unsafe { Ymm(_mm256_max_ps(self.0, other.0), _mm256_max_ps(self.1, other.1)) }
         }
         #[inline(always)]
         unsafe fn fma(self, b: Self, c: Self) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
+            unsafe { Ymm(_mm256_fmadd_ps(self.0, b.0, c.0), _mm256_fmadd_ps(self.1, b.1, c.1)) }
         }
         #[inline(always)]
         unsafe fn exp2_of_rounded(self) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(exp2_8(self.0), exp2_8(self.1)) }
+            unsafe { Ymm(exp2_8(self.0), exp2_8(self.1)) }
         }
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
@@ -1113,12 +1132,12 @@ mod x86 {
         #[inline(always)]
         unsafe fn e4m3(from: *const u8) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(e4m3_8(from), e4m3_8(from.add(8))) }
+            unsafe { Ymm(e4m3_8(from), e4m3_8(from.add(8))) }
         }
         #[inline(always)]
         unsafe fn e8m0(from: *const u8) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(e8m0_8(from), e8m0_8(from.add(8))) }
+            unsafe { Ymm(e8m0_8(from), e8m0_8(from.add(8))) }
         }
         #[inline(always)]
         unsafe fn load_bytes(from: *const u8) -> Self::Bytes {
@@ -1161,6 +1180,9 @@ mod x86 {
         ) -> Self::Ints {
             // SAFETY: the trait's contract.
             unsafe {
+                if VNNI {
+                    return super::dot_e2m1::<Self, LIMBS>(offset, weights, x);
+                }
                 let one = _mm256_set1_epi16(1);
                 let byte = _mm256_set1_epi16(256);
                 let (a, b) = pairs(weights, x);
@@ -1186,21 +1208,30 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn dot_int8<const N: usize>(
-            _offsets: [*const i32; N],
+            offsets: [*const i32; N],
             weights: &[[Self::Bytes; 4]; 2],
             x: [*const i32; N],
         ) -> [Self::Ints; N] {
             // SAFETY: the trait's contract.
             unsafe {
                 let mut sums = [(_mm256_setzero_si256(), _mm256_setzero_si256()); N];
+                let mut n = 0;
+                while VNNI && n < N {
+                    sums[n] = Self::splat_ints(offsets[n].read());
+                    n += 1;
+                }
                 let mut i = 0;
                 while i < 8 {
                     let weights = weights[i / 4][i % 4];
-                    let (a, b) = (less_128(weights.0), less_128(weights.1));
+                    let signed = (less_128(weights.0), less_128(weights.1));
                     let mut n = 0;
                     while n < N {
                         let x = _mm256_set1_epi32(x[n].add(i % 4 * 2 + i / 4).read());
-                        sums[n] = (multiply_signed(sums[n].0, a, x), multiply_signed(sums[n].1, b, x));
+                        sums[n] = if VNNI {
+                            multiply_unsigned(sums[n], weights, x)
+                        } else {
+                            (multiply_signed(sums[n].0, signed.0, x), multiply_signed(sums[n].1, signed.1, x))
+                        };
                         n += 1;
                     }
                     i += 1;
@@ -1221,7 +1252,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn from_ints(ints: Self::Ints) -> Self {
             // SAFETY: the trait's contract.
-            unsafe { Avx2(_mm256_cvtepi32_ps(ints.0), _mm256_cvtepi32_ps(ints.1)) }
+            unsafe { Ymm(_mm256_cvtepi32_ps(ints.0), _mm256_cvtepi32_ps(ints.1)) }
         }
         #[inline(always)]
         unsafe fn transpose(rows: &[*const u8; LANES]) -> [Self::Ints; LANES] {
@@ -1447,6 +1478,22 @@ mod x86 {
         unsafe { _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)) }
     }
 
+    /// Adds products of unsigned and signed bytes.
+    ///
+    /// # Safety
+    /// The CPU has AVX-VNNI.
+    #[inline(always)]
+    unsafe fn multiply_unsigned(
+        sum: (__m256i, __m256i),
+        weights: (__m256i, __m256i),
+        x: __m256i,
+    ) -> (__m256i, __m256i) {
+        // SAFETY: the contract.
+        unsafe {
+            (_mm256_dpbusd_avx_epi32(sum.0, weights.0, x), _mm256_dpbusd_avx_epi32(sum.1, weights.1, x))
+        }
+    }
+
     /// Adds products of signed bytes. One factor is to be unsigned, so the other takes its sign; a pair of products is at most
     /// 127 · 128 · 2, which fits 16 bits.
     #[inline(always)]
@@ -1509,6 +1556,7 @@ mod tests {
         #[cfg(target_arch = "x86_64")]
         {
             check::<Avx2>(Isa::Avx2);
+            check::<AvxVnni>(Isa::AvxVnni);
             check::<Avx512>(Isa::Avx512);
         }
     }
