@@ -12,7 +12,7 @@ use crate::products::{
 };
 use crate::records::{self, Kind, Limbs, Rounded};
 #[cfg(target_arch = "x86_64")]
-use crate::simd::{Avx2, Avx512, AvxVnni};
+use crate::simd::{Avx2, Avx512, Avx512Vnni, AvxVnni};
 use crate::simd::{LANES, Lanes, Scalar};
 
 /// Rows of the left side of a [`DenseKernel`].
@@ -81,7 +81,9 @@ pub enum Isa {
     Avx2,
     /// The same with AVX-VNNI: Alder Lake and what came after, AVX-512 or not.
     AvxVnni,
-    /// AVX-512 with VNNI and VBMI: Ice Lake, Zen 4 and what came after.
+    /// AVX-512 with VNNI: Cascade Lake.
+    Avx512Vnni,
+    /// The same with VBMI: Ice Lake, Zen 4 and what came after.
     Avx512,
     /// The same with AMX for BF16: Sapphire Rapids and what came after.
     Amx,
@@ -89,7 +91,7 @@ pub enum Isa {
 
 impl Isa {
     /// Every instruction set, the slowest first.
-    pub const ALL: [Isa; 5] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512, Isa::Amx];
+    pub const ALL: [Isa; 6] = [Isa::Scalar, Isa::Avx2, Isa::AvxVnni, Isa::Avx512Vnni, Isa::Avx512, Isa::Amx];
 
     /// Whether this CPU has it.
     pub fn is_available(self) -> bool {
@@ -104,14 +106,15 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Isa::AvxVnni => Isa::Avx2.is_available() && is_x86_feature_detected!("avxvnni"),
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => {
+            Isa::Avx512Vnni => {
                 is_x86_feature_detected!("avx512f")
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
                     && is_x86_feature_detected!("avx512vnni")
-                    && is_x86_feature_detected!("avx512vbmi")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => Isa::Avx512Vnni.is_available() && is_x86_feature_detected!("avx512vbmi"),
             #[cfg(target_arch = "x86_64")]
             Isa::Amx => Isa::Avx512.is_available() && *amx::IS_AVAILABLE,
             #[cfg(not(target_arch = "x86_64"))]
@@ -130,6 +133,7 @@ impl Isa {
             Isa::Scalar => "scalar",
             Isa::Avx2 => "AVX2",
             Isa::AvxVnni => "AVX-VNNI",
+            Isa::Avx512Vnni => "AVX-512 without VBMI",
             Isa::Avx512 => "AVX-512",
             Isa::Amx => "AMX",
         }
@@ -143,6 +147,8 @@ impl Isa {
             Isa::Avx2 => &avx2::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::AvxVnni => &avx_vnni::KERNELS,
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => &avx512_vnni::KERNELS,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => &avx512::KERNELS,
             #[cfg(target_arch = "x86_64")]
@@ -299,6 +305,15 @@ instantiate!(scalar, Isa::Scalar, Scalar, 2, 1);
 instantiate!(avx2, Isa::Avx2, Avx2, 4, 1, "avx,avx2,fma,f16c");
 #[cfg(target_arch = "x86_64")]
 instantiate!(avx_vnni, Isa::AvxVnni, AvxVnni, 4, 1, "avx,avx2,fma,f16c,avxvnni");
+#[cfg(target_arch = "x86_64")]
+instantiate!(
+    avx512_vnni,
+    Isa::Avx512Vnni,
+    Avx512Vnni,
+    8,
+    3,
+    "avx,avx2,fma,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"
+);
 #[cfg(target_arch = "x86_64")]
 instantiate!(
     avx512,

@@ -1,7 +1,8 @@
 //! The CPU backend: kernels per instruction set chosen at run time, the thread pool, and the packed layouts of a loaded model.
 //!
-//! Every kernel is written once over sixteen lanes and compiled for AVX-512, AVX2 with and without AVX-VNNI, and scalar code; AMX has its
-//! own for BF16. Sums have a fixed order, so all give the same bits, whatever the batch and the number of threads.
+//! Every kernel is written once over sixteen lanes and compiled for AVX-512 with and without VBMI, AVX2 with and without AVX-VNNI, and
+//! scalar code; AMX has its own for BF16. Sums have a fixed order, so all give the same bits, whatever the batch and the number of
+//! threads.
 
 #[cfg(target_arch = "x86_64")]
 mod amx;

@@ -421,14 +421,14 @@ impl<L: Lanes, const MX: bool, const LIMBS: usize> Format<L> for E2m1<MX, LIMBS>
 #[cfg(target_arch = "x86_64")]
 mod whole {
     use super::*;
-    use crate::simd::{Avx512, Ymm};
+    use crate::simd::{Ymm, Zmm};
 
     impl<const VNNI: bool> ByInt8 for Ymm<VNNI> {
         type Nvfp4 = E2m1<false, 1>;
         type Mxfp4 = E2m1<true, 1>;
     }
 
-    impl ByInt8 for Avx512 {
+    impl<const VBMI: bool> ByInt8 for Zmm<VBMI> {
         type Nvfp4 = Whole;
         type Mxfp4 = Shifted;
     }
@@ -438,30 +438,30 @@ mod whole {
 
     /// Scales of the halves of a slab, in units of [`Whole`].
     #[derive(Clone, Copy)]
-    pub(crate) enum Scales {
-        Whole(<Avx512 as Lanes>::Ints),
+    pub(crate) enum Scales<L: Lanes> {
+        Whole(L::Ints),
         /// One of them is less than a unit, or between two.
-        Float([Avx512; 2]),
+        Float([L; 2]),
     }
 
-    impl Format<Avx512> for Whole {
-        const BYTES: usize = <E2m1<false, 1> as Format<Avx512>>::BYTES;
+    impl<const VBMI: bool> Format<Zmm<VBMI>> for Whole {
+        const BYTES: usize = <E2m1<false, 1> as Format<Zmm<VBMI>>>::BYTES;
         const STEPS: usize = 1;
         const WORDS: usize = Words::<1>::COUNT;
         const UNIT: f32 = 1.0 / 64.0;
         /// Weights of four columns of each half, in turn.
-        type Decoded = ([[<Avx512 as Lanes>::Bytes; 2]; 4], Scales);
+        type Decoded = ([[<Zmm<VBMI> as Lanes>::Bytes; 2]; 4], Scales<Zmm<VBMI>>);
 
         #[inline(always)]
         unsafe fn decode(tile: *const u8) -> Self::Decoded {
             // SAFETY: the contract.
             unsafe {
-                let weights = Avx512::load_e2m1_halves(tile.add(2 * LANES));
-                let scales = match Avx512::whole_scales(tile) {
+                let weights = Zmm::<VBMI>::load_e2m1_halves(tile.add(2 * LANES));
+                let scales = match Zmm::<VBMI>::whole_scales(tile) {
                     Some(scales) => Scales::Whole(scales),
                     None => {
-                        let [first, second] = e2m1_scales::<Avx512, false>(tile);
-                        let units = Avx512::splat(1.0 / Self::UNIT);
+                        let [first, second] = e2m1_scales::<Zmm<VBMI>, false>(tile);
+                        let units = Zmm::<VBMI>::splat(1.0 / <Self as Format<Zmm<VBMI>>>::UNIT);
                         Scales::Float([first.mul(units), second.mul(units)])
                     }
                 };
@@ -474,18 +474,18 @@ mod whole {
             (weights, scales): &Self::Decoded,
             record: *const i32,
             _step: usize,
-            total: Avx512,
-        ) -> Avx512 {
+            total: Zmm<VBMI>,
+        ) -> Zmm<VBMI> {
             // SAFETY: the contract.
             unsafe {
-                let sums = Avx512::dot_halves(record.add(Words::<1>::E2M1), weights, record);
-                let scale = Avx512::splat(record.add(Words::<1>::SCALE).cast::<f32>().read());
+                let sums = Zmm::<VBMI>::dot_halves(record.add(Words::<1>::E2M1), weights, record);
+                let scale = Zmm::<VBMI>::splat(record.add(Words::<1>::SCALE).cast::<f32>().read());
                 match *scales {
                     Scales::Whole(scales) => {
-                        Avx512::from_ints(Avx512::join_halves(sums, scales)).fma(scale, total)
+                        Zmm::<VBMI>::from_ints(Zmm::<VBMI>::join_halves(sums, scales)).fma(scale, total)
                     }
                     Scales::Float(scales) => {
-                        let half = |factors| Avx512::join_halves(sums, Avx512::splat_ints(factors));
+                        let half = |factors| Zmm::<VBMI>::join_halves(sums, Zmm::<VBMI>::splat_ints(factors));
                         e2m1_halves([half(1), half(1 << 16)], scales, scale, total)
                     }
                 }
@@ -498,27 +498,27 @@ mod whole {
 
     /// The scales of a slab.
     #[derive(Clone, Copy)]
-    pub(crate) enum Powers {
-        Shift(<Avx512 as Lanes>::Ints),
+    pub(crate) enum Powers<L: Lanes> {
+        Shift(L::Ints),
         /// One of them is a fraction, or too large.
-        Float(Avx512),
+        Float(L),
     }
 
-    impl Format<Avx512> for Shifted {
-        const BYTES: usize = <E2m1<true, 1> as Format<Avx512>>::BYTES;
+    impl<const VBMI: bool> Format<Zmm<VBMI>> for Shifted {
+        const BYTES: usize = <E2m1<true, 1> as Format<Zmm<VBMI>>>::BYTES;
         const STEPS: usize = 1;
         const WORDS: usize = Words::<1>::COUNT;
-        type Decoded = ([[<Avx512 as Lanes>::Bytes; 4]; 2], Powers);
+        type Decoded = ([[<Zmm<VBMI> as Lanes>::Bytes; 4]; 2], Powers<Zmm<VBMI>>);
 
         #[inline(always)]
         unsafe fn decode(tile: *const u8) -> Self::Decoded {
             // SAFETY: the contract.
             unsafe {
                 let codes = tile.add(LANES);
-                let weights = [e2m1_block::<Avx512>(codes), e2m1_block::<Avx512>(codes.add(128))];
-                let scales = match Avx512::shifts(tile) {
+                let weights = [e2m1_block::<Zmm<VBMI>>(codes), e2m1_block::<Zmm<VBMI>>(codes.add(128))];
+                let scales = match Zmm::<VBMI>::shifts(tile) {
                     Some(shifts) => Powers::Shift(shifts),
-                    None => Powers::Float(Avx512::e8m0(tile)),
+                    None => Powers::Float(Zmm::<VBMI>::e8m0(tile)),
                 };
                 (weights, scales)
             }
@@ -529,15 +529,17 @@ mod whole {
             ([first, second], scales): &Self::Decoded,
             record: *const i32,
             _step: usize,
-            total: Avx512,
-        ) -> Avx512 {
+            total: Zmm<VBMI>,
+        ) -> Zmm<VBMI> {
             // SAFETY: the contract.
             unsafe {
-                let first = e2m1_sums::<Avx512, 1>(first, record, 0);
-                let sum = Avx512::add_ints(first, e2m1_sums::<Avx512, 1>(second, record, 1));
-                let scale = Avx512::splat(record.add(Words::<1>::SCALE).cast::<f32>().read());
+                let first = e2m1_sums::<Zmm<VBMI>, 1>(first, record, 0);
+                let sum = Zmm::<VBMI>::add_ints(first, e2m1_sums::<Zmm<VBMI>, 1>(second, record, 1));
+                let scale = Zmm::<VBMI>::splat(record.add(Words::<1>::SCALE).cast::<f32>().read());
                 match *scales {
-                    Powers::Shift(by) => Avx512::from_ints(Avx512::shift(sum, by)).fma(scale, total),
+                    Powers::Shift(by) => {
+                        Zmm::<VBMI>::from_ints(Zmm::<VBMI>::shift(sum, by)).fma(scale, total)
+                    }
                     Powers::Float(power) => e2m1_whole(sum, power, scale, total),
                 }
             }

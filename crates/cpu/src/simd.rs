@@ -1,4 +1,4 @@
-//! Sixteen f32 lanes, and sums of byte products, on AVX-512, AVX2 with and without AVX-VNNI, and plain arrays.
+//! Sixteen f32 lanes, and sums of byte products, on AVX-512 with and without VBMI, AVX2 with and without AVX-VNNI, and plain arrays.
 //!
 //! Kernels are generic over [`Lanes`] and inlined into one function per instruction set that enables the features; a
 //! method that is not inlined there would become a call in the inner loop, hence `inline(always)` throughout. Fused
@@ -475,7 +475,7 @@ impl Lanes for Scalar {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512, AvxVnni, Ymm};
+pub(crate) use x86::{Avx2, Avx512, Avx512Vnni, AvxVnni, Ymm, Zmm};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -485,11 +485,14 @@ mod x86 {
 
     use super::{LANES, Lanes};
 
-    /// Sixteen lanes in one register.
+    /// Sixteen lanes in one register, with or without VBMI.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx512(__m512);
+    pub(crate) struct Zmm<const VBMI: bool>(__m512);
 
-    impl super::Dot for Avx512 {
+    pub(crate) type Avx512 = Zmm<true>;
+    pub(crate) type Avx512Vnni = Zmm<false>;
+
+    impl<const VBMI: bool> super::Dot for Zmm<VBMI> {
         #[inline(always)]
         unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
             // SAFETY: the trait's contract.
@@ -502,19 +505,19 @@ mod x86 {
         }
     }
 
-    impl Lanes for Avx512 {
+    impl<const VBMI: bool> Lanes for Zmm<VBMI> {
         type Bytes = __m512i;
         type Ints = __m512i;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_set1_ps(value) })
+            Zmm(unsafe { _mm512_set1_ps(value) })
         }
         #[inline(always)]
         unsafe fn load(from: *const f32) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_loadu_ps(from) })
+            Zmm(unsafe { _mm512_loadu_ps(from) })
         }
         #[inline(always)]
         unsafe fn splat_bf16(from: *const u16) -> [Self; 2] {
@@ -523,7 +526,7 @@ mod x86 {
                 let pairs = _mm512_set1_epi32(from.cast::<i32>().read_unaligned());
                 let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
                 let even = _mm512_slli_epi32::<16>(pairs);
-                [Avx512(_mm512_castsi512_ps(even)), Avx512(_mm512_castsi512_ps(odd))]
+                [Zmm(_mm512_castsi512_ps(even)), Zmm(_mm512_castsi512_ps(odd))]
             }
         }
         #[inline(always)]
@@ -542,7 +545,7 @@ mod x86 {
             // SAFETY: the trait's contract. A choice looks at four bits of a word.
             unsafe {
                 let codes = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
-                Avx512(_mm512_permutexvar_ps(codes, _mm512_loadu_ps(super::E2M1_TWICE.as_ptr())))
+                Zmm(_mm512_permutexvar_ps(codes, _mm512_loadu_ps(super::E2M1_TWICE.as_ptr())))
             }
         }
         #[inline(always)]
@@ -550,7 +553,7 @@ mod x86 {
             // SAFETY: the trait's contract.
             unsafe {
                 let bytes = _mm512_srlv_epi32(words, _mm512_set1_epi32(shift as i32));
-                Avx512(_mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(255))))
+                Zmm(_mm512_cvtepi32_ps(_mm512_and_si512(bytes, _mm512_set1_epi32(255))))
             }
         }
         #[inline(always)]
@@ -559,10 +562,7 @@ mod x86 {
             unsafe {
                 let pairs = _mm512_loadu_si512(from.cast());
                 let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32));
-                [
-                    Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))),
-                    Avx512(_mm512_castsi512_ps(odd)),
-                ]
+                [Zmm(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs))), Zmm(_mm512_castsi512_ps(odd))]
             }
         }
         #[inline(always)]
@@ -570,7 +570,7 @@ mod x86 {
             // SAFETY: the trait's contract.
             unsafe {
                 let wide = _mm512_cvtph_ps(e4m3_bits(from));
-                Avx512(_mm512_mul_ps(wide, _mm512_set1_ps(super::E4M3_BIAS)))
+                Zmm(_mm512_mul_ps(wide, _mm512_set1_ps(super::E4M3_BIAS)))
             }
         }
         #[inline(always)]
@@ -578,7 +578,7 @@ mod x86 {
             // SAFETY: the trait's contract.
             unsafe {
                 let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast()));
-                Avx512(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+                Zmm(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
             }
         }
         #[inline(always)]
@@ -589,44 +589,44 @@ mod x86 {
         #[inline(always)]
         unsafe fn add(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_add_ps(self.0, other.0) })
+            Zmm(unsafe { _mm512_add_ps(self.0, other.0) })
         }
         #[inline(always)]
         unsafe fn sub(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_sub_ps(self.0, other.0) })
+            Zmm(unsafe { _mm512_sub_ps(self.0, other.0) })
         }
         #[inline(always)]
         unsafe fn mul(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_mul_ps(self.0, other.0) })
+            Zmm(unsafe { _mm512_mul_ps(self.0, other.0) })
         }
         #[inline(always)]
         unsafe fn div(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_div_ps(self.0, other.0) })
+            Zmm(unsafe { _mm512_div_ps(self.0, other.0) })
         }
         #[inline(always)]
         unsafe fn min(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_min_ps(self.0, other.0) })
+            Zmm(unsafe { _mm512_min_ps(self.0, other.0) })
         }
         #[inline(always)]
         unsafe fn max(self, other: Self) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_max_ps(self.0, other.0) })
+            Zmm(unsafe { _mm512_max_ps(self.0, other.0) })
         }
         #[inline(always)]
         unsafe fn fma(self, b: Self, c: Self) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
+            Zmm(unsafe { _mm512_fmadd_ps(self.0, b.0, c.0) })
         }
         #[inline(always)]
         unsafe fn exp2_of_rounded(self) -> Self {
             // SAFETY: the trait's contract.
             unsafe {
                 let bits = _mm512_slli_epi32::<23>(_mm512_castps_si512(self.0));
-                Avx512(_mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(127 << 23))))
+                Zmm(_mm512_castsi512_ps(_mm512_add_epi32(bits, _mm512_set1_epi32(127 << 23))))
             }
         }
         #[inline(always)]
@@ -652,7 +652,7 @@ mod x86 {
             // SAFETY: the trait's contract.
             unsafe {
                 let bits = _mm256_slli_epi16::<7>(_mm256_cvtepu8_epi16(_mm_loadu_si128(from.cast())));
-                Avx512(_mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(super::E4M3_BIAS)))
+                Zmm(_mm512_mul_ps(_mm512_cvtph_ps(bits), _mm512_set1_ps(super::E4M3_BIAS)))
             }
         }
         #[inline(always)]
@@ -660,7 +660,7 @@ mod x86 {
             // SAFETY: the trait's contract.
             unsafe {
                 let bits = _mm512_slli_epi32::<23>(_mm512_cvtepu8_epi32(_mm_loadu_si128(from.cast())));
-                Avx512(_mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(1 << 22))))
+                Zmm(_mm512_castsi512_ps(_mm512_max_epu32(bits, _mm512_set1_epi32(1 << 22))))
             }
         }
         #[inline(always)]
@@ -671,7 +671,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_e2m1(from: *const u8) -> [Self::Bytes; 2] {
             // SAFETY: the trait's contract.
-            unsafe { e2m1(_mm512_loadu_si512(from.cast())) }
+            unsafe { e2m1::<VBMI>(_mm512_loadu_si512(from.cast())) }
         }
         #[inline(always)]
         unsafe fn splat_ints(value: i32) -> Self::Ints {
@@ -719,7 +719,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn from_ints(ints: Self::Ints) -> Self {
             // SAFETY: the trait's contract.
-            Avx512(unsafe { _mm512_cvtepi32_ps(ints) })
+            Zmm(unsafe { _mm512_cvtepi32_ps(ints) })
         }
         #[inline(always)]
         unsafe fn transpose(rows: &[*const u8; LANES]) -> [Self::Ints; LANES] {
@@ -769,6 +769,9 @@ mod x86 {
         unsafe fn weave(lines: &[*const u8; 4]) -> Self::Ints {
             // SAFETY: the trait's contract. Byte `b` of word `r` is byte `16 b + r` of the four lines.
             unsafe {
+                if !VBMI {
+                    return join(Avx2::weave(lines));
+                }
                 let line = |b: usize| _mm_loadu_si128(lines[b].cast());
                 let bytes = _mm512_castsi128_si512(line(0));
                 let bytes = _mm512_inserti32x4::<1>(bytes, line(1));
@@ -783,6 +786,10 @@ mod x86 {
         unsafe fn weave_pairs(lines: &[*const u8; 4]) -> [Self::Ints; 2] {
             // SAFETY: the trait's contract. Byte `b` of word `r` is byte `32 b + 2 r` of the four lines, or the one behind.
             unsafe {
+                if !VBMI {
+                    let [even, odd] = Avx2::weave_pairs(lines);
+                    return [join(even), join(odd)];
+                }
                 let line = |b: usize| _mm256_loadu_si256(lines[b].cast());
                 let low = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(line(0)), line(1));
                 let high = _mm512_inserti64x4::<1>(_mm512_castsi256_si512(line(2)), line(3));
@@ -797,6 +804,10 @@ mod x86 {
         unsafe fn fold_nibbles(words: Self::Ints) -> Self::Ints {
             // SAFETY: the trait's contract. Each byte is eight bits from a place of its own in its 64.
             unsafe {
+                if !VBMI {
+                    let halves = (_mm512_castsi512_si256(words), _mm512_extracti64x4_epi64::<1>(words));
+                    return join(Avx2::fold_nibbles(halves));
+                }
                 let low = _mm512_set1_epi64(0x2c28_2420_0c08_0400);
                 let high = _mm512_set1_epi64(0x3834_302c_1814_100c);
                 let low = _mm512_multishift_epi64_epi8(low, words);
@@ -831,8 +842,8 @@ mod x86 {
     }
 
     /// Products of E2M1 codes with activations of one limb, whose sums have room for scales as integers.
-    impl Avx512 {
-        /// Weights of four columns of each half, in turn, of each four rows two in each register, for [`Avx512::dot_halves`]:
+    impl<const VBMI: bool> Zmm<VBMI> {
+        /// Weights of four columns of each half, in turn, of each four rows two in each register, for [`Zmm::dot_halves`]:
         /// `codes` are those of a slab.
         ///
         /// # Safety
@@ -845,15 +856,15 @@ mod x86 {
                 for k in 0..2 {
                     let first = _mm512_loadu_si512(codes.add(64 * k).cast());
                     let second = _mm512_loadu_si512(codes.add(128 + 64 * k).cast());
-                    let a = e2m1(_mm512_unpacklo_epi32(first, second));
-                    let b = e2m1(_mm512_unpackhi_epi32(first, second));
+                    let a = e2m1::<VBMI>(_mm512_unpacklo_epi32(first, second));
+                    let b = e2m1::<VBMI>(_mm512_unpackhi_epi32(first, second));
                     (weights[2 * k], weights[2 * k + 1]) = ([a[0], b[0]], [a[1], b[1]]);
                 }
                 weights
             }
         }
 
-        /// For each row the sums of both halves, in 16 bits. `weights` are those of [`Avx512::load_e2m1_halves`];
+        /// For each row the sums of both halves, in 16 bits. `weights` are those of [`Zmm::load_e2m1_halves`];
         /// `x` has the words of the halves in turn, `offsets` what the sums begin with.
         ///
         /// # Safety
@@ -877,7 +888,7 @@ mod x86 {
             }
         }
 
-        /// The sums of [`Avx512::dot_halves`], each times its factor.
+        /// The sums of [`Zmm::dot_halves`], each times its factor.
         ///
         /// # Safety
         /// As for [`Lanes`].
@@ -887,7 +898,7 @@ mod x86 {
             unsafe { _mm512_madd_epi16(sums, factors) }
         }
 
-        /// The E4M3 scales of the halves of a slab in units of 2^-6, for [`Avx512::join_halves`]. `None` if one of them is not
+        /// The E4M3 scales of the halves of a slab in units of 2^-6, for [`Zmm::join_halves`]. `None` if one of them is not
         /// whole units, which only those below an eighth can be.
         ///
         /// # Safety
@@ -942,15 +953,28 @@ mod x86 {
         }
     }
 
+    /// Two halves as one.
+    #[inline(always)]
+    unsafe fn join((low, high): (__m256i, __m256i)) -> __m512i {
+        // SAFETY: only called from the implementations above, whose contract includes AVX-512.
+        unsafe { _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high) }
+    }
+
     /// Codes, two per byte, as [`super::E2M1_BYTES`]: those of the low halves, then those of the high ones.
     #[inline(always)]
-    unsafe fn e2m1(codes: __m512i) -> [__m512i; 2] {
-        // SAFETY: only called from the implementations above, whose contract includes VBMI. The permutation looks at the low six bits
-        // of a byte and the table repeats every sixteen, so what is above a code need not be cleared.
+    unsafe fn e2m1<const VBMI: bool>(codes: __m512i) -> [__m512i; 2] {
+        // SAFETY: only called from the implementations above, whose contract includes AVX-512, and VBMI if it is said.
         unsafe {
             let table = _mm512_broadcast_i32x4(_mm_loadu_si128(super::E2M1_BYTES.as_ptr().cast()));
             let high = _mm512_srli_epi16::<4>(codes);
-            [_mm512_permutexvar_epi8(codes, table), _mm512_permutexvar_epi8(high, table)]
+            if VBMI {
+                // The permutation looks at the low six bits of a byte and the table repeats every sixteen, so what is above a code need
+                // not be cleared.
+                return [_mm512_permutexvar_epi8(codes, table), _mm512_permutexvar_epi8(high, table)];
+            }
+            let code = _mm512_set1_epi8(15);
+            let look_up = |codes| _mm512_shuffle_epi8(table, _mm512_and_si512(codes, code));
+            [look_up(codes), look_up(high)]
         }
     }
 
@@ -1557,6 +1581,7 @@ mod tests {
         {
             check::<Avx2>(Isa::Avx2);
             check::<AvxVnni>(Isa::AvxVnni);
+            check::<Avx512Vnni>(Isa::Avx512Vnni);
             check::<Avx512>(Isa::Avx512);
         }
     }
