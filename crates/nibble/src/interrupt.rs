@@ -1,5 +1,5 @@
 //! Signals. Ctrl-C, and SIGTERM alike: commands with something to leave in order ask for it; all others end at once. A closed pipe ends those that
-//! print, and none that serves.
+//! print, and none that serves. A file that is too large for the system ends none.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -100,6 +100,15 @@ pub(crate) fn end_on_broken_pipe() {
     // SAFETY: the default action needs no handler.
     unsafe {
         libc::signal(libc::SIGPIPE, libc::SIG_DFL);
+    }
+}
+
+/// A file that would become larger than the system lets it (`ulimit -f`) is an error of its write, which names it, and nothing else.
+pub(crate) fn survive_file_size_limit() {
+    #[cfg(unix)]
+    // SAFETY: to ignore a signal needs no handler.
+    unsafe {
+        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
     }
 }
 

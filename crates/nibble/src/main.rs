@@ -28,6 +28,7 @@ use crate::ui::{Ui, tell};
 
 fn main() -> ExitCode {
     interrupt::end_on_broken_pipe();
+    interrupt::survive_file_size_limit();
     interrupt::watch();
     match cli().and_then(run) {
         Ok(()) => ExitCode::SUCCESS,

@@ -403,6 +403,31 @@ fn a_closed_pipe_is_no_error() {
 }
 
 #[test]
+fn a_file_that_the_system_lets_not_grow_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
+    let (small, out, kept) = (small(), at("q"), at("kept"));
+    let limited = |args: &[&str]| {
+        let mut command = std::process::Command::new("sh");
+        command.args(["-c", "ulimit -f 100; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_nibble")]).args(args);
+        let output = command.output().unwrap();
+        (output.status.code(), String::from_utf8(output.stderr).unwrap())
+    };
+    let quantize = ["quantize", &small, "--out", &out];
+    let (status, stderr) = limited(&quantize);
+    assert_eq!(status, Some(3), "{stderr}");
+    assert!(stderr.contains("q.partial/model.safetensors: File too large"), "{stderr}");
+    // What is finished stays, and the same command goes on without the limit.
+    assert_eq!(run(&quantize).status, 0);
+    let generate =
+        ["generate", &small, "-p", "hi", "--max-tokens", "1", "--device", "cpu", "--packed-cache", &kept];
+    let (status, stderr) = limited(&generate);
+    assert_eq!(status, Some(0), "{stderr}");
+    assert!(stderr.contains("kept: File too large"), "{stderr}");
+    assert!(!Path::new(&kept).exists());
+}
+
+#[test]
 fn a_standard_output_that_takes_nothing_is_the_machines_failure() {
     let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
     let small = small();
