@@ -53,11 +53,11 @@ pub(crate) fn run(common: &Common, ui: Ui) -> Result<()> {
             out!("{}  {summary}", bold("GPU       "))?;
         }
         out!("")?;
-        out!("{}", bold("kernel          set       error     bits equal scalar"))?;
+        out!("{}", bold("kernel          set                   error     bits equal scalar"))?;
         for test in &tests {
             let verdict = if test.passed { green("ok") } else { "WRONG".to_owned() };
             let equal = if test.equals_scalar { "yes" } else { "no" };
-            out!("{:<15} {:<9} {:<9.1e} {equal:<4} {verdict}", test.kernel, test.isa.name(), test.error)?;
+            out!("{:<15} {:<21} {:<9.1e} {equal:<4} {verdict}", test.kernel, test.isa.name(), test.error)?;
         }
         out!("\n{}", bold("coarser numbers, if asked for                error of the small model's logits"))?;
         for (flags, error) in &coarser {
