@@ -144,7 +144,7 @@ impl Isa {
         let kernels = match self {
             Isa::Scalar => &scalar::KERNELS,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => &avx2::KERNELS,
+            Isa::Avx2 => &AVX2,
             #[cfg(target_arch = "x86_64")]
             Isa::AvxVnni => &avx_vnni::KERNELS,
             #[cfg(target_arch = "x86_64")]
@@ -209,11 +209,6 @@ macro_rules! instantiate {
             }
             $(#[target_feature(enable = $features)])?
             unsafe fn int8<const LIMBS: usize>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
-                #[cfg(target_arch = "x86_64")]
-                if LIMBS > 1 && <$lanes>::WIDENS_LIMBS && x.tokens >= pairs::FEWEST_TOKENS {
-                    // SAFETY: as stated above.
-                    return unsafe { pairs::int8::<LIMBS>(panels, x, sums) };
-                }
                 for p in 0..panels.count {
                     // SAFETY: as stated above.
                     unsafe { products::int8::<$lanes, LIMBS>(panels.panel(p), x, sums.add(p * MOST_TOKENS)) }
@@ -303,6 +298,10 @@ macro_rules! instantiate {
 instantiate!(scalar, Isa::Scalar, Scalar, 2, 1);
 #[cfg(target_arch = "x86_64")]
 instantiate!(avx2, Isa::Avx2, Avx2, 4, 1, "avx,avx2,fma,f16c");
+/// With eight-bit weights that take several limbs as numbers of 16 bits.
+#[cfg(target_arch = "x86_64")]
+const AVX2: Kernels =
+    Kernels { int8: [avx2::KERNELS.int8[0], pairs::int8::<2>, pairs::int8::<3>], ..avx2::KERNELS };
 #[cfg(target_arch = "x86_64")]
 instantiate!(avx_vnni, Isa::AvxVnni, AvxVnni, 4, 1, "avx,avx2,fma,f16c,avxvnni");
 #[cfg(target_arch = "x86_64")]

@@ -6,20 +6,20 @@
 
 use std::arch::x86_64::*;
 
-use crate::products::{MOST_TOKENS, Panels, Part, ask};
+use crate::products::{self, MOST_TOKENS, Panels, Part, ask};
 use crate::records::{COLUMNS, Words};
-use crate::simd::{Avx2, LANES, Lanes};
+use crate::simd::{Avx2, LANES, Lanes, less_128};
 
 /// Pairs of columns of a slab: first the columns 0 and 2 of every word of a record, in its order, then the columns 1 and 3.
 const PAIRS: usize = COLUMNS / 2;
 
 /// From so many tokens on it pays to widen.
-pub(crate) const FEWEST_TOKENS: usize = 4;
+const FEWEST_TOKENS: usize = 4;
 
 /// Tokens whose sums, with the weights of a pair of columns and what they are multiplied with, fit the registers.
 const TOGETHER: usize = 4;
 
-/// A slab of a panel, widened, and the records of its columns.
+/// A slab of a panel, widened, and the records of its columns, each of which is a cache line.
 #[repr(C, align(64))]
 struct Wide {
     weights: [<Avx2 as Lanes>::Ints; PAIRS],
@@ -36,6 +36,13 @@ struct Wide {
 /// As for a [`PanelKernel`](crate::products::PanelKernel).
 #[target_feature(enable = "avx,avx2,fma,f16c")]
 pub(crate) unsafe fn int8<const LIMBS: usize>(panels: Panels, x: Part<'_>, sums: *mut [f32; LANES]) {
+    if x.tokens < FEWEST_TOKENS {
+        for p in 0..panels.count {
+            // SAFETY: the contract.
+            unsafe { products::int8::<Avx2, LIMBS>(panels.panel(p), x, sums.add(p * MOST_TOKENS)) };
+        }
+        return;
+    }
     assert!(x.tokens <= MOST_TOKENS, "no more tokens than a product takes at a time");
     // SAFETY: zeros are valid integers and floats; the rest is the contract.
     unsafe {
@@ -72,11 +79,12 @@ pub(crate) unsafe fn int8<const LIMBS: usize>(panels: Panels, x: Part<'_>, sums:
 /// `slab` is valid for a slab of bytes.
 #[target_feature(enable = "avx,avx2,fma,f16c")]
 unsafe fn widen_weights<const LIMBS: usize>(slab: *const u8, wide: &mut Wide) {
-    let signed = _mm256_set1_epi8(-128);
     for word in 0..PAIRS / 2 {
         // SAFETY: the contract; the words of a record are of the first and of the second half of the columns in turn.
-        let (a, b) = unsafe { Avx2::load_bytes(slab.add(64 * (word / 2 + word % 2 * 4))) };
-        let (a, b) = (_mm256_xor_si256(a, signed), _mm256_xor_si256(b, signed));
+        let (a, b) = unsafe {
+            let (a, b) = Avx2::load_bytes(slab.add(64 * (word / 2 + word % 2 * 4)));
+            (less_128(a), less_128(b))
+        };
         wide.weights[word] = (lower(a), lower(b));
         wide.weights[PAIRS / 2 + word] = (upper(a), upper(b));
     }
@@ -110,7 +118,8 @@ unsafe fn widen_record<const LIMBS: usize>(record: *const i32, wide: &mut Wide, 
     let (first, second) = (limb(0), limb(1));
     let (lower_1, upper_1) = (_mm256_slli_epi16::<8>(second), _mm256_andnot_si256(bytes, second));
     if LIMBS == 3 {
-        let first = _mm256_xor_si256(first, _mm256_set1_epi8(-128));
+        // SAFETY: the CPU has AVX2.
+        let first = unsafe { less_128(first) };
         let (lower_0, upper_0) = (_mm256_and_si256(first, bytes), _mm256_srli_epi16::<8>(first));
         put(&mut wide.low[t], _mm256_or_si256(lower_0, lower_1), _mm256_or_si256(upper_0, upper_1));
         put(&mut wide.high[t], lower(limb(2)), upper(limb(2)));
@@ -144,8 +153,8 @@ unsafe fn add<const LIMBS: usize, const N: usize>(wide: &Wide, t: usize, sums: *
     // SAFETY: the contract; the lanes want no more than the instruction set.
     unsafe {
         let zero = Avx2::splat_ints(0);
-        let low = products::<N>(&wide.weights, if LIMBS == 3 { wide.offset } else { zero }, &wide.low[t..]);
-        let high = if LIMBS == 3 { products::<N>(&wide.weights, zero, &wide.high[t..]) } else { low };
+        let low = multiply::<N>(&wide.weights, if LIMBS == 3 { wide.offset } else { zero }, &wide.low[t..]);
+        let high = if LIMBS == 3 { multiply::<N>(&wide.weights, zero, &wide.high[t..]) } else { low };
         for n in 0..N {
             let mut of_slab = Avx2::from_ints(low[n]);
             if LIMBS == 3 {
@@ -159,7 +168,7 @@ unsafe fn add<const LIMBS: usize, const N: usize>(wide: &Wide, t: usize, sums: *
 
 /// `start` and the products of a slab with each of some records: at most 128 · 2^15 · 32, and 128 · 128 · 32.
 #[target_feature(enable = "avx,avx2,fma,f16c")]
-fn products<const N: usize>(
+fn multiply<const N: usize>(
     weights: &[<Avx2 as Lanes>::Ints; PAIRS],
     start: <Avx2 as Lanes>::Ints,
     records: &[[i32; PAIRS]],

@@ -39,8 +39,6 @@ pub(crate) trait Lanes: Copy {
 
     /// Whether 32 columns of sixteen rows do not fit the registers.
     const FEW_REGISTERS: bool = false;
-    /// Whether eight-bit weights take several limbs faster as numbers of 16 bits: see `pairs.rs`.
-    const WIDENS_LIMBS: bool = false;
 
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
@@ -183,8 +181,20 @@ pub(crate) trait Lanes: Copy {
 
 /// Lanes that add products of any unsigned with signed bytes.
 trait Dot: Lanes {
-    /// Adds the products of sixteen columns with sixteen signed bytes, four in every second word from `x` on.
-    unsafe fn dot(sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints;
+    /// Adds the products of four columns with the signed bytes of a word.
+    unsafe fn multiply(sum: Self::Ints, weights: Self::Bytes, x: i32) -> Self::Ints;
+
+    /// Adds those of sixteen columns, with every second word from `x` on.
+    #[inline(always)]
+    unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+        let mut i = 0;
+        while i < 4 {
+            // SAFETY: the trait's contract; four words are valid.
+            sum = unsafe { Self::multiply(sum, weights[i], x.add(2 * i).read()) };
+            i += 1;
+        }
+        sum
+    }
 }
 
 /// See [`Lanes::dot_e2m1`].
@@ -243,14 +253,11 @@ impl Scalar {
 
 impl Dot for Scalar {
     #[inline(always)]
-    unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
-        // SAFETY: valid for sixteen bytes by the trait's contract.
-        let x: [[i8; 4]; 4] = std::array::from_fn(|i| unsafe { x.add(2 * i).cast::<[i8; 4]>().read() });
-        for (weights, x) in weights.iter().zip(x) {
-            for (sum, weights) in sum.iter_mut().zip(weights.as_chunks::<4>().0) {
-                let products = weights.iter().zip(x).map(|(&w, x)| i32::from(w) * i32::from(x));
-                *sum = sum.wrapping_add(products.sum());
-            }
+    unsafe fn multiply(mut sum: Self::Ints, weights: Self::Bytes, x: i32) -> Self::Ints {
+        let x = x.to_ne_bytes().map(|x| x as i8);
+        for (sum, weights) in sum.iter_mut().zip(weights.as_chunks::<4>().0) {
+            let products = weights.iter().zip(x).map(|(&w, x)| i32::from(w) * i32::from(x));
+            *sum = sum.wrapping_add(products.sum());
         }
         sum
     }
@@ -475,7 +482,7 @@ impl Lanes for Scalar {
 }
 
 #[cfg(target_arch = "x86_64")]
-pub(crate) use x86::{Avx2, Avx512, Avx512Vnni, AvxVnni, Ymm, Zmm};
+pub(crate) use x86::{Avx2, Avx512, Avx512Vnni, AvxVnni, Ymm, Zmm, less_128};
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
@@ -494,14 +501,9 @@ mod x86 {
 
     impl<const VBMI: bool> super::Dot for Zmm<VBMI> {
         #[inline(always)]
-        unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+        unsafe fn multiply(sum: Self::Ints, weights: Self::Bytes, x: i32) -> Self::Ints {
             // SAFETY: the trait's contract.
-            unsafe {
-                for (i, &weights) in weights.iter().enumerate() {
-                    sum = _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x.add(2 * i).read()));
-                }
-            }
-            sum
+            unsafe { _mm512_dpbusd_epi32(sum, weights, _mm512_set1_epi32(x)) }
         }
     }
 
@@ -987,14 +989,12 @@ mod x86 {
 
     impl<const VNNI: bool> super::Dot for Ymm<VNNI> {
         #[inline(always)]
-        unsafe fn dot(mut sum: Self::Ints, weights: &[Self::Bytes; 4], x: *const i32) -> Self::Ints {
+        unsafe fn multiply(sum: Self::Ints, weights: Self::Bytes, x: i32) -> Self::Ints {
             // SAFETY: the trait's contract; only called where there is AVX-VNNI.
             unsafe {
-                for (i, &weights) in weights.iter().enumerate() {
-                    sum = multiply_unsigned(sum, weights, _mm256_set1_epi32(x.add(2 * i).read()));
-                }
+                let x = _mm256_set1_epi32(x);
+                (_mm256_dpbusd_avx_epi32(sum.0, weights.0, x), _mm256_dpbusd_avx_epi32(sum.1, weights.1, x))
             }
-            sum
         }
     }
 
@@ -1003,7 +1003,6 @@ mod x86 {
         type Ints = (__m256i, __m256i);
 
         const FEW_REGISTERS: bool = true;
-        const WIDENS_LIMBS: bool = !VNNI;
 
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
@@ -1247,14 +1246,15 @@ mod x86 {
                 let mut i = 0;
                 while i < 8 {
                     let weights = weights[i / 4][i % 4];
-                    let signed = (less_128(weights.0), less_128(weights.1));
+                    let (a, b) = (less_128(weights.0), less_128(weights.1));
                     let mut n = 0;
                     while n < N {
-                        let x = _mm256_set1_epi32(x[n].add(i % 4 * 2 + i / 4).read());
+                        let word = x[n].add(i % 4 * 2 + i / 4).read();
                         sums[n] = if VNNI {
-                            multiply_unsigned(sums[n], weights, x)
+                            <Self as super::Dot>::multiply(sums[n], weights, word)
                         } else {
-                            (multiply_signed(sums[n].0, signed.0, x), multiply_signed(sums[n].1, signed.1, x))
+                            let x = _mm256_set1_epi32(word);
+                            (multiply_signed(sums[n].0, a, x), multiply_signed(sums[n].1, b, x))
                         };
                         n += 1;
                     }
@@ -1496,26 +1496,11 @@ mod x86 {
         unsafe { _mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15))) }
     }
 
+    /// What unsigned bytes are above 128, as signed ones, and the other way.
     #[inline(always)]
-    unsafe fn less_128(bytes: __m256i) -> __m256i {
+    pub(crate) unsafe fn less_128(bytes: __m256i) -> __m256i {
         // SAFETY: as above.
         unsafe { _mm256_xor_si256(bytes, _mm256_set1_epi8(-128)) }
-    }
-
-    /// Adds products of unsigned and signed bytes.
-    ///
-    /// # Safety
-    /// The CPU has AVX-VNNI.
-    #[inline(always)]
-    unsafe fn multiply_unsigned(
-        sum: (__m256i, __m256i),
-        weights: (__m256i, __m256i),
-        x: __m256i,
-    ) -> (__m256i, __m256i) {
-        // SAFETY: the contract.
-        unsafe {
-            (_mm256_dpbusd_avx_epi32(sum.0, weights.0, x), _mm256_dpbusd_avx_epi32(sum.1, weights.1, x))
-        }
     }
 
     /// Adds products of signed bytes. One factor is to be unsigned, so the other takes its sign; a pair of products is at most

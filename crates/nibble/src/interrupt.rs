@@ -97,40 +97,34 @@ fn change(from: u8, to: u8) -> bool {
 /// A closed pipe ends the process silently, as it does other command-line programs, instead of a panic in `println!`.
 pub(crate) fn end_on_broken_pipe() {
     #[cfg(unix)]
-    // SAFETY: the default action needs no handler.
-    unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_DFL);
-    }
+    set(libc::SIGPIPE, libc::SIG_DFL);
 }
 
 /// A file that would become larger than the system lets it (`ulimit -f`) is an error of its write, which names it, and nothing else.
 pub(crate) fn survive_file_size_limit() {
     #[cfg(unix)]
-    // SAFETY: to ignore a signal needs no handler.
-    unsafe {
-        libc::signal(libc::SIGXFSZ, libc::SIG_IGN);
-    }
+    set(libc::SIGXFSZ, libc::SIG_IGN);
 }
 
 /// From here on a closed pipe is an error of its write and nothing else: a peer that goes away must not end a process with others.
 pub(crate) fn survive_broken_pipe() {
     #[cfg(unix)]
-    // SAFETY: to ignore a signal needs no handler.
-    unsafe {
-        libc::signal(libc::SIGPIPE, libc::SIG_IGN);
-    }
+    set(libc::SIGPIPE, libc::SIG_IGN);
 }
 
 /// The same, while `work` runs.
 pub(crate) fn surviving_broken_pipe<T>(work: impl FnOnce() -> T) -> T {
     #[cfg(unix)]
-    // SAFETY: to ignore a signal needs no handler.
-    let before = unsafe { libc::signal(libc::SIGPIPE, libc::SIG_IGN) };
+    let before = set(libc::SIGPIPE, libc::SIG_IGN);
     let result = work();
     #[cfg(unix)]
-    // SAFETY: what the signal did before, which this program has set to its default or to nothing.
-    unsafe {
-        libc::signal(libc::SIGPIPE, before);
-    }
+    set(libc::SIGPIPE, before);
     result
+}
+
+/// Sets what a signal does, its default or nothing, and tells what it did before.
+#[cfg(unix)]
+fn set(signal: libc::c_int, action: libc::sighandler_t) -> libc::sighandler_t {
+    // SAFETY: neither needs a handler, and no other action is set anywhere for the signals of this module.
+    unsafe { libc::signal(signal, action) }
 }

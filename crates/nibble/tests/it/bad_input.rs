@@ -4,7 +4,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::{bf16, copy_model, fails, nibble, ok, run, run_with_input, small};
+use crate::{bf16, copy_model, fails, isolated, nibble, ok, run, run_with_input, small};
 
 #[test]
 fn wrong_usage_is_refused_by_name() {
@@ -408,7 +408,7 @@ fn a_file_that_the_system_lets_not_grow_is_named() {
     let at = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let (small, out, kept) = (small(), at("q"), at("kept"));
     let limited = |args: &[&str]| {
-        let mut command = std::process::Command::new("sh");
+        let mut command = isolated("sh");
         command.args(["-c", "ulimit -f 100; exec \"$0\" \"$@\"", env!("CARGO_BIN_EXE_nibble")]).args(args);
         let output = command.output().unwrap();
         (output.status.code(), String::from_utf8(output.stderr).unwrap())

@@ -40,15 +40,21 @@ fn copy_model(model: &str, folder: &Path) {
 }
 
 fn nibble(args: &[&str]) -> Command {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-    // Nothing of the user's environment reaches a test, and no test reaches the hub.
+    let mut command = isolated(env!("CARGO_BIN_EXE_nibble"));
+    command.args(args);
+    command
+}
+
+/// Nothing of the user's environment reaches a test, and no test reaches the hub.
+fn isolated(program: &str) -> Command {
+    let mut command = Command::new(program);
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
         if text.starts_with("VLLM_") || text.starts_with("HF_") || text == "RUST_LOG" {
             command.env_remove(name);
         }
     }
-    command.env("HF_HUB_OFFLINE", "1").args(args);
+    command.env("HF_HUB_OFFLINE", "1");
     command
 }
 
