@@ -7,6 +7,7 @@ constexpr int WARPS = 8;       // of a block
 constexpr int ROWS = 8;        // query heads of a warp, at most
 constexpr int PART = HEAD + 2; // weighted values, largest score, sum of a row
 constexpr int MAX_SPLITS = 32; // blocks that share a token's keys
+constexpr int TOGETHER = 16;   // of which what they found is put together at a time
 // By how much, in powers of two, scores may exceed what the weights are relative to before those are made anew.
 constexpr float SLACK = 8;
 
@@ -190,15 +191,29 @@ template <CacheFormat C> struct Pages {
     }
 };
 
-// Blocks that share the pages up to this position: a power of two, such that each warp has at least four pages. What two blocks gain, they
-// lose when one waits for the other.
+// Blocks that share the pages up to this position. Several must gain more than they lose when one waits for the others; of more than eight
+// a head the next kernel finds no room beside some.
 __device__ __forceinline__ int own_splits(const Attention& p, int position) {
-    const int useful = (position / BLOCK_TOKENS + 1) / (4 * WARPS);
-    return useful < 4 ? 1 : min(int(p.splits), 1 << (31 - __clz(useful)));
+    const int pages = position / BLOCK_TOKENS + 1;
+    const int useful = pages < int(p.shared_from) ? 1 : pages < 256 ? 4 : pages < 1024 ? 8 : pages < 2048 ? 16 : MAX_SPLITS;
+    return min(int(p.splits), useful);
 }
 
+// Two numbers of what a block found of a row, which another takes, maybe as words that come: what is no number, a sum has with other bits.
+__device__ __forceinline__ void load_pair(float2& v, const float* from, bool wanted) {
+    asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %3, 0;\n@p ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];\n}"
+                 : "+f"(v.x), "+f"(v.y)
+                 : "l"(from), "r"(uint32_t(wanted))
+                 : "memory");
+}
+__device__ __forceinline__ void give(float* to, const float2& v) {
+    asm volatile("st.relaxed.gpu.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(v.x), "f"(v.y) : "memory");
+}
+__device__ __forceinline__ void take_back(float* to) { *(uint2*)to = make_uint2(~0u, ~0u); }
+__device__ __forceinline__ bool has_come(const float2& v) { return max(__float_as_uint(v.x), __float_as_uint(v.y)) != ~0u; }
+
 // Single tokens. A pair of a token and of query heads that share keys has `p.warps` warps of a block, or all of `splits` blocks; these
-// share its pages, and then its rows, of which they put the parts together; of blocks the last to arrive does so, in their order. A token
+// share its pages, and then its rows, of which they put the parts together; of blocks the last one does so, in their order. A token
 // with few pages has fewer parts: how many depends, beside `p`, on nothing but its own position. The step's words are older than the step,
 // and so are the pages before a token's own, unless a sequence has several tokens: what is older is read before the kernel waits. In a step
 // of one token all pages are read then, and the token's own key and value, `fresh`, are put where they belong as they come.
@@ -228,9 +243,9 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
     int brought = 0;
 #pragma unroll 1
     for (; brought < SLOTS && p.ahead && pages.next < last + fresh; brought++) pages.bring(ring + brought * Page<C>::BYTES);
-    // Of the rows whose parts this warp puts together, lane c knows what part `c % warps` of row `c / warps * warps + rank` counts for. The
-    // row's sink, one more logit of the denominator without a value, comes from far: it is loaded before the wait.
+    // Of the rows whose parts this warp puts together, lane c knows what part `c % warps` of row `c / warps * warps + rank` counts for.
     const int part = lane & (warps - 1), row = (lane % ROWS & ~(warps - 1)) + rank;
+    // The row's sink, one more logit of the denominator without a value, comes from far: it is loaded before the wait.
     const float sink = row < rows ? p.sinks[head * rows + row] * LOG2_E : NOTHING;
 
     if (!fresh) wait_for_previous();
@@ -290,7 +305,7 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
     float share = power(own - max), sum = share * part_of(part, row)[HEAD + 1];
     for (int i = 1; i < warps; i *= 2) sum += __shfl_xor_sync(~0u, sum, i);
     if (splits == 1) share /= sum + power(own_sink - max);
-    else if (lane == 0) global_part_of(split, row)[HEAD] = max, global_part_of(split, row)[HEAD + 1] = sum;
+    else if (lane == 0 && row < rows) give(global_part_of(split, row) + HEAD, make_float2(max, sum));
     // A lane has two dimensions of a row.
     const int d = 2 * lane;
     uint16_t* out = p.out + activation_place(p.out_stack, p.query_heads * HEAD, token, head * rows * HEAD + d);
@@ -306,35 +321,45 @@ template <CacheFormat C> __device__ __forceinline__ void split(const Attention& 
             const float2 v = *(const float2*)(part_of(i, r) + d);
             total.x += share_of_part * v.x, total.y += share_of_part * v.y;
         }
-        if (splits > 1) *(float2*)(global_part_of(split, r) + d) = total;
-        else if (r < rows) store(r, total);
+        if (r >= rows) continue;
+        if (splits > 1) give(global_part_of(split, r) + d, total);
+        else store(r, total);
         total = make_float2(0, 0);
     }
     // Who waits for this kernel waits for the one before, too.
     wait_for_previous();
     if (splits == 1) return;
-    if (!last_to_arrive(p.arrivals + pair, splits)) return;
+    // Parts that are words are put together by a block that waits for them: the others leave room for the next kernel. Else the last does it.
+    const bool words = !p.arrivals;
+    if (words ? split != splits - 1 : !last_to_arrive(p.arrivals + pair, splits)) return;
     // A warp per row, a lane per part. What all parts have comes together.
     if (warp >= rows) return;
-    const bool inside = lane < splits;
-    const float* own_part = global_part_of(lane, warp);
-    const float largest = inside ? __ldcg(own_part + HEAD) : NOTHING, own_sum = inside ? __ldcg(own_part + HEAD + 1) : 0.f;
-    float2 values[MAX_SPLITS];
+#pragma unroll 1
+    for (int from = 0; from < splits; from += TOGETHER) {
+        float2 scores = make_float2(NOTHING, 0), values[TOGETHER] = {};
+        do {
+            load_pair(scores, global_part_of(lane, warp) + HEAD, lane < splits);
 #pragma unroll
-    for (int k = 0; k < MAX_SPLITS; k++)
-        if (k < splits) values[k] = __ldcg((const float2*)(global_part_of(k, warp) + d));
-    max = fmaxf(largest, sink);
+            for (int k = 0; k < TOGETHER; k++) load_pair(values[k], global_part_of(from + k, warp) + d, from + k < splits);
+            come = has_come(scores);
 #pragma unroll
-    for (int i = WARP / 2; i; i /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
-    share = power(largest - max), sum = warp_sum(share * own_sum);
-    share /= sum + power(sink - max);
+            for (int k = 0; k < TOGETHER; k++) come &= has_come(values[k]);
+        } while (!__all_sync(~0u, come));
+        max = fmaxf(scores.x, sink);
 #pragma unroll
-    for (int k = 0; k < MAX_SPLITS; k++) {
-        if (k == splits) break;
-        const float share_of_part = __shfl_sync(~0u, share, k);
-        total.x += share_of_part * values[k].x, total.y += share_of_part * values[k].y;
+        for (int i = WARP / 2; i; i /= 2) max = fmaxf(max, __shfl_xor_sync(~0u, max, i));
+        share = power(scores.x - max), sum = warp_sum(share * scores.y);
+        share /= sum + power(sink - max);
+#pragma unroll
+        for (int k = 0; k < TOGETHER; k++) {
+            const float share_of_part = __shfl_sync(~0u, share, from + k);
+            total.x += share_of_part * values[k].x, total.y += share_of_part * values[k].y;
+        }
     }
     store(warp, total);
+    if (!words) return;
+    if (lane < splits) take_back(global_part_of(lane, warp) + HEAD);
+    for (int k = 0; k < splits; k++) take_back(global_part_of(k, warp) + d);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2) attend_split(const __grid_constant__ Attention p) { split<CACHE_BF16>(p); }

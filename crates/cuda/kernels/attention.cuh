@@ -12,8 +12,9 @@ struct Attention {
     const uint32_t* tiles;                   // chunks: first token and number of tokens of each tile
     const uint16_t* fresh;                   // null, or of a step of one token the query, key and value heads, as words that come
     uint16_t* out;                           // [n, query heads * 64], see `activation_place`
-    float* partial;                          // splits: [n, heads of a warp, splits, 8, 64 + 2], for tiles see `put_together`
-    uint32_t* arrivals;                      // splits: [n, heads of a warp], [tiles, kv heads]; zero before and after
+    float* partial;                          // splits: [n, heads of a warp, splits, 8, 64 + 2], for tiles see `put_together`; without
+                                             // `arrivals` these are words that come, all bits set before and after
+    uint32_t* arrivals;                      // splits: [n, heads of a warp], [tiles, kv heads]; zero before and after. Null: see `partial`
     uint32_t query_heads, kv_heads;
     uint32_t window;                         // 0: everything
     uint32_t out_format, out_stack;
@@ -23,8 +24,9 @@ struct Attention {
     uint32_t warps;                          // of a block, that share them: a power of two; all eight where keys are split
     uint32_t ahead;                          // whether pages before a token's own are older than the step
     uint32_t rows;                           // of single tokens: query heads of a warp, a power of two
+    uint32_t shared_from;                    // pages of a single token from which blocks share its keys
 };
-static_assert(sizeof(Attention) == 152);
+static_assert(sizeof(Attention) == 160);
 
 constexpr float NOTHING = -1e30f;
 constexpr float LOG2_E = 1.4426950408889634f;

@@ -49,7 +49,7 @@ pub(crate) struct Arena {
     pub(crate) router_barrier: Buffer,
     /// u32 `[blocks, ROUTER_GATHER_EXPERTS]`, see router_gather_many_sm90.cu
     pub(crate) router_counts: Buffer,
-    /// f32 of each block of product_some_sm90.cu; all bits set before and after
+    /// f32 of each block of product_some_sm90.cu, and of attention.cu; all bits set before and after
     pub(crate) exchanged: Buffer,
     /// 16-bit `[slots, intermediate]`, plain or stacked
     pub(crate) activated: Buffer,

@@ -60,11 +60,14 @@ pub(crate) struct Sharing {
 impl Cuda {
     /// How the keys of `singles` tokens are shared in full and in sliding layers; `total` pages of all tokens, `most` of one.
     pub(crate) fn sharing(&self, singles: usize, total: usize, most: usize) -> (Sharing, Sharing) {
-        // As `own_splits` in attention.cu.
         let power_below = |n: usize| 1 << n.max(1).ilog2();
-        let useful = match most / (4 * ATTENTION_WARPS) {
-            ..4 => 1,
-            blocks => power_below(blocks).min(MAX_SPLITS),
+        // As `own_splits` in attention.cu.
+        let useful = match most {
+            pages if pages < self.shared_from() => 1,
+            ..256 => 4,
+            ..1024 => 8,
+            ..2048 => 16,
+            _ => MAX_SPLITS,
         };
         let heads = self.attention_heads();
         // For the parts of eight tokens.
@@ -93,6 +96,12 @@ impl Cuda {
         let splits = (sharers / ATTENTION_WARPS).clamp(1, useful.min(room).min(early));
         let warps = |sharers: usize| sharers.min(ATTENTION_WARPS);
         (Sharing { warps: warps(sharers), splits }, Sharing { warps: warps(sliding), splits: 1 })
+    }
+
+    /// Pages of a single token from which on blocks share its keys: four of them at first, which are many where each token of a batch
+    /// has as many as one alone.
+    fn shared_from(&self) -> usize {
+        if self.options.batch_invariant { 128 } else { 80 }
     }
 
     /// Blocks that share the keys of a tile in full layers, at most, where there are so many tiles, with `most` pages: as many as find
@@ -144,6 +153,8 @@ impl Cuda {
             warps: 0,
             ahead: u32::from(shape.ahead),
             rows: (self.config.query_heads / self.attention_heads()) as u32,
+            shared_from: self.shared_from() as u32,
+            padding: 0,
         };
         let e4m3 = self.options.cache == CacheFormat::E4m3;
         if shape.tiles > 0 {
@@ -179,6 +190,10 @@ impl Cuda {
             };
             let row = (2 * HEAD * self.config.query_heads) as u64;
             let out_row = if params.out_stack > 0 { 2 * TILE_COLS as u64 } else { row };
+            // Fewer blocks wait for what the others of a head found than there are multiprocessors: those find room, whatever comes first.
+            if splits > 1 && shape.singles * heads < self.device.multiprocessors() {
+                (params.partial, params.arrivals) = (self.arena.exchanged.address(), 0);
+            }
             let first = params;
             for at in (0..shape.singles).step_by(together) {
                 params.queries = first.queries + at as u64 * row;

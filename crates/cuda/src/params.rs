@@ -140,12 +140,12 @@ params! {
         n: u32, experts: u32, experts_per_token: u32, padding: u32,
     }
     /// attention.cuh
-    Attention, 152 {
+    Attention, 160 {
         queries: Address, keys: Address, values: Address, sinks: Address,
         positions: Address, sequences: Address, table_starts: Address, table: Address, tiles: Address,
         fresh: Address, out: Address, partial: Address, arrivals: Address,
         query_heads: u32, kv_heads: u32, window: u32, out_format: u32, out_stack: u32, splits: u32, key_scale: f32, value_scale: f32,
-        n: u32, warps: u32, ahead: u32, rows: u32,
+        n: u32, warps: u32, ahead: u32, rows: u32, shared_from: u32, padding: u32,
     }
     /// stream.cu
     Embed, 120 {

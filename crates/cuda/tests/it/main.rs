@@ -531,6 +531,54 @@ fn long_contexts_are_split_and_put_together() {
     }
 }
 
+/// As many blocks as there may be share the keys of a token, or of several, whether one waits for the others or the last one puts
+/// together what they found.
+#[test]
+fn contexts_of_any_depth_are_split_and_put_together() {
+    let Some(device) = device() else { return };
+    const PAGES: usize = 20;
+    let text = tokens(PAGES * BLOCK_TOKENS + 1);
+    for generation in [90, 80] {
+        let device = if generation == 80 { device.as_generation(80).unwrap() } else { Arc::clone(&device) };
+        let mut reference = Reference::new(odd(Format::Nvfp4));
+        let mut cuda = load(&device, &*odd(Format::Nvfp4));
+        let prompt = sequence(&text[..PAGES * BLOCK_TOKENS], 0, 0);
+        reference.allocate_kv(PAGES + 1, PAGES + 1).unwrap();
+        cuda.allocate_kv(PAGES + 80, PAGES + 80).unwrap();
+        run(&mut reference, vec![prompt.clone()]);
+        run(&mut cuda, vec![prompt]);
+        for depth in [1_000, 1_300, 2_090, 4_200, 16_500, 33_000] {
+            // The same pages again and again, then one of its own.
+            let one = |own: usize| {
+                let pages = (0..depth / BLOCK_TOKENS).map(|i| i % PAGES).chain([PAGES + own]);
+                let blocks = Arc::new(pages.map(|page| page as u32).collect::<Vec<_>>());
+                SequencePlan {
+                    tokens: text[PAGES * BLOCK_TOKENS..].to_vec(),
+                    position: depth / BLOCK_TOKENS * BLOCK_TOKENS,
+                    full_blocks: Arc::clone(&blocks),
+                    sliding_blocks: blocks,
+                    logits: true,
+                    ..SequencePlan::default()
+                }
+            };
+            let expected = run(&mut reference, vec![one(0)]).remove(0).logits;
+            for count in [1, 3, 70] {
+                let plans: Vec<_> = (0..count).map(one).collect();
+                let found = run(&mut cuda, plans.clone());
+                assert!(found == run(&mut cuda, plans), "the same step gives the same bits");
+                for found in found {
+                    check_logits(
+                        &found.logits,
+                        &expected,
+                        331,
+                        &format!("{count} at {depth}, as {generation}"),
+                    );
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn a_batch_of_prompts_and_decodes() {
     let Some(device) = device() else { return };
