@@ -242,13 +242,17 @@ fn fetch(name: &str, revision: Option<&str>, files: Files, from: &FromHub, ui: U
         bar.set(progress.done);
     };
     interrupt::surviving_broken_pipe(|| hub.fetch(name, revision, files, &mut report))
-        .map_err(|error| hub_failure(&error))
+        .map_err(|error| hub_failure(name, &error))
 }
 
-fn hub_failure(error: &hub::Error) -> Failure {
+fn hub_failure(name: &str, error: &hub::Error) -> Failure {
     let message = error.to_string();
+    // What was meant for a path may be mistyped.
+    let why = || format!("looked for on the hub, since there is no {name} here");
     match error {
-        hub::Error::Io { .. } | hub::Error::Network { .. } => Failure::machine(message),
+        hub::Error::Io { .. } => Failure::machine(message),
+        hub::Error::Network { .. } => Failure::machine(message).hint(why()),
+        hub::Error::NotFound { .. } | hub::Error::NotCached { .. } => Failure::input(message).hint(why()),
         hub::Error::Refused { status: 401 | 403, .. } => {
             Failure::input(message).hint("set HF_TOKEN, and accept the model's licence on its page")
         }

@@ -138,10 +138,10 @@ fn gpus(name: &str) -> Result<Gpus> {
 /// Adds a table of these tests to what is printed, and gives them as JSON.
 #[cfg(feature = "cuda")]
 fn table(title: &str, tests: &[cuda::SelfTest], lines: &mut Vec<String>) -> Value {
-    lines.extend([String::new(), bold(&format!("{title:<23} experts   error"))]);
+    lines.extend([String::new(), bold(&format!("{title:<29} experts   error"))]);
     lines.extend(tests.iter().map(|t| {
         let verdict = if t.passed { green("ok") } else { "WRONG".to_owned() };
-        format!("{:<23} {:<9} {:<9.1e} {verdict}", t.kernel, t.format, t.error)
+        format!("{:<29} {:<9} {:<9.1e} {verdict}", t.kernel, t.format, t.error)
     }));
     let row = |t: &cuda::SelfTest| json!({"kernel": t.kernel, "format": t.format, "error": t.error, "passed": t.passed});
     tests.iter().map(row).collect()

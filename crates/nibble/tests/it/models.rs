@@ -616,7 +616,9 @@ fn the_hubs_address_may_end_with_a_slash() {
     let home = tempfile::tempdir().unwrap();
     let mut command = nibble(&["inspect", "owner/name"]);
     command.env("HF_ENDPOINT", endpoint).env("HF_HOME", home.path()).env_remove("HF_HUB_OFFLINE");
-    assert_eq!(command.output().unwrap().status.code(), Some(2));
+    let output = command.output().unwrap();
+    assert_eq!(output.status.code(), Some(2));
+    assert!(String::from_utf8_lossy(&output.stderr).contains("there is no owner/name here"));
     assert!(hub.join().unwrap().starts_with("GET /api/models/owner/name/"));
 }
 
