@@ -283,7 +283,7 @@ impl Cpu {
         let layers = self.layers.iter().flat_map(|l| [&l.gate_up, &l.down]);
         for matrix in layers.chain([&self.unembedding]) {
             if bytes < ENOUGH {
-                memory.push(matrix.memory());
+                memory.extend(matrix.matrices());
                 bytes += matrix.bytes();
             }
         }

@@ -24,15 +24,19 @@ const LINE: usize = 4 * LANES;
 pub fn read_bandwidth(pool: &Pool, passes: usize) -> Result<f64, Error> {
     let mut buffer = Buffer::new(BYTES)
         .ok_or_else(|| Error::NoRoom { what: "measuring how fast it is read".to_owned(), needed: BYTES })?;
+    buffer.place(pool, BYTES);
     // Zero pages may be one page read again and again.
     buffer.as_mut_slice().iter_mut().step_by(61).enumerate().for_each(|(i, byte)| *byte = i as u8);
     let kernels = Isa::best().kernels().expect("the best instruction set is available");
     Ok(read(pool, kernels, &[buffer.as_slice()], passes))
 }
 
-/// The same over given memory.
+/// The same over given matrices.
 pub(crate) fn read(pool: &Pool, kernels: &Kernels, memory: &[&[u8]], passes: usize) -> f64 {
-    let tasks: Vec<&[u8]> = memory.iter().flat_map(|part| part.chunks(TASK)).collect();
+    // In the order of products: see `packed::multiply`.
+    let part =
+        |node: usize| memory.iter().flat_map(move |of| of[pool.nodes().part(node, of.len())].chunks(TASK));
+    let tasks: Vec<&[u8]> = (0..pool.nodes().count()).flat_map(part).collect();
     let bytes: usize = memory.iter().map(|part| part.len()).sum();
     let sum = AtomicU64::new(0);
     let mut speeds: Vec<f64> = (0..passes.max(1))

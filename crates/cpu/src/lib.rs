@@ -11,6 +11,7 @@ mod backend;
 mod bandwidth;
 mod dense;
 mod kernels;
+mod nodes;
 mod packed;
 mod packed_file;
 #[cfg(target_arch = "x86_64")]

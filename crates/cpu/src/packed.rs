@@ -275,6 +275,7 @@ impl PackedMatrix {
     ) -> Result<PackedMatrix, Error> {
         let shape = Shape::of(weights, id, fast);
         let mut data = shape.buffer(id)?;
+        data.place(pool, shape.bytes() / shape.count);
         let mut scales = vec![1.0; shape.scales()];
         shape.pack(weights, id, pool, kernels, data.as_mut_slice(), &mut scales)?;
         Ok(PackedMatrix::new(shape, Memory::Own(data), scales))
@@ -290,9 +291,9 @@ impl PackedMatrix {
         self.shape.bytes()
     }
 
-    /// All of it as it lies in memory.
-    pub(crate) fn memory(&self) -> &[u8] {
-        self.data.as_slice()
+    /// Each matrix of the stack as it lies in memory.
+    pub(crate) fn matrices(&self) -> impl Iterator<Item = &[u8]> {
+        self.data.as_slice().chunks(self.matrix_bytes())
     }
 
     /// The records that its products take.
@@ -422,19 +423,22 @@ const ALONE: usize = 64 << 10;
 /// Panels that a product takes at a time.
 const PANELS: usize = 4;
 
-/// Runs products side by side as one phase.
+/// Runs products side by side as one phase. What is near a memory node, of all of them, comes one after the other.
 pub(crate) fn multiply(pool: &Pool, kernels: &Kernels, jobs: &[Job<'_>]) {
     let mut tasks = Vec::new();
     let share = jobs.iter().map(|job| job.matrix.matrix_bytes()).sum::<usize>() / pool.threads();
     let few = (share / 8).clamp(*TASK_BYTES.start(), *TASK_BYTES.end()).min(share);
-    for (j, job) in jobs.iter().enumerate() {
-        let matrix = job.matrix;
-        assert_eq!(matrix.shape.slabs(), job.x.slabs, "records as wide as the matrix");
-        let width = if matrix.shape.paired { 2 } else { 1 };
-        let (bytes, least) = if job.x.tokens > 8 { (BATCH_TASK_BYTES, PANELS / width) } else { (few, 1) };
-        let units = matrix.shape.panels() / width;
-        let step = (bytes / (width * matrix.shape.panel_bytes())).max(least);
-        tasks.extend((0..units).step_by(step).map(|u| (j, u..(u + step).min(units), 0..job.x.tokens)));
+    for node in 0..pool.nodes().count() {
+        for (j, job) in jobs.iter().enumerate() {
+            let matrix = job.matrix;
+            assert_eq!(matrix.shape.slabs(), job.x.slabs, "records as wide as the matrix");
+            let width = if matrix.shape.paired { 2 } else { 1 };
+            let (bytes, least) = if job.x.tokens > 8 { (BATCH_TASK_BYTES, PANELS / width) } else { (few, 1) };
+            let units = pool.nodes().part(node, matrix.shape.panels() / width);
+            let step = (bytes / (width * matrix.shape.panel_bytes())).max(least);
+            let end = units.end;
+            tasks.extend(units.step_by(step).map(|u| (j, u..(u + step).min(end), 0..job.x.tokens)));
+        }
     }
     // So few panels, as a router has, that threads would have none: those of one panel share the tokens.
     let sharers = pool.threads() / tasks.len().max(1);
@@ -508,6 +512,10 @@ fn run_panels(kernels: &Kernels, job: &Job<'_>, units: Range<usize>, tokens: Ran
     }
 }
 
+/// Bytes of a page, where the system has large ones, and where it has not.
+const LARGE_PAGE: usize = 2 << 20;
+const SMALL_PAGE: usize = 4 << 10;
+
 /// Zeroed memory on large pages where the system has them: a step reads all of it in order, and with small pages address
 /// translation costs as much as the reading. It is of the system's, not of an allocator's, which may hand out again what lies on
 /// small pages already. Pages are taken when, and near the thread by which, they are first written.
@@ -520,7 +528,6 @@ pub(crate) struct Buffer {
 impl Buffer {
     /// `None` if the system has no such memory.
     pub(crate) fn new(len: usize) -> Option<Buffer> {
-        const LARGE_PAGE: usize = 2 << 20;
         // The last page is a large one too; of one that is half empty, that would be a waste.
         let large = len >= LARGE_PAGE / 2;
         let pages = if large { len.checked_next_multiple_of(LARGE_PAGE) } else { Some(len.max(1)) };
@@ -533,6 +540,30 @@ impl Buffer {
             let _ = map.advise_range(memmap2::Advice::HugePage, first, map.len() - LARGE_PAGE);
         }
         Some(Buffer { map, first, len })
+    }
+
+    /// Where there are several memory nodes, has the pages of matrices of this size, which are zeros, taken near the threads that
+    /// take part in their products: see [`multiply`].
+    pub(crate) fn place(&mut self, pool: &Pool, matrix: usize) {
+        let nodes = pool.nodes();
+        if nodes.count() == 1 {
+            return;
+        }
+        let chunks = self.len / LARGE_PAGE;
+        let mut order: Vec<(usize, usize)> = (0..chunks)
+            .map(|chunk| {
+                let middle = (chunk * LARGE_PAGE + LARGE_PAGE / 2) % matrix;
+                let node = (0..nodes.count()).find(|&node| nodes.part(node, matrix).contains(&middle));
+                (node.unwrap_or(0), chunk)
+            })
+            .collect();
+        order.sort_unstable();
+        let pages = Chunks::new(self.as_mut_slice(), LARGE_PAGE);
+        pool.run(order.len(), &|task| {
+            // SAFETY: each chunk is one task's.
+            let page = unsafe { pages.take(order[task].1) };
+            page.iter_mut().step_by(SMALL_PAGE).for_each(|byte| *byte = 0);
+        });
     }
 
     pub(crate) fn as_slice(&self) -> &[u8] {
@@ -583,7 +614,11 @@ impl<'a, T> Chunks<'a, T> {
 
 #[cfg(test)]
 mod tests {
+    use checkpoint::{Config, Synthetic};
+
     use super::*;
+    use crate::kernels::Isa;
+    use crate::records::Layout;
 
     /// Of MXFP4 a scale times the factor is what it was, and the largest is moved to where it shifts most, if that is exact.
     #[test]
@@ -607,6 +642,47 @@ mod tests {
                 let (before, after) = (numerics::e8m0::decode(before), numerics::e8m0::decode(after));
                 assert_eq!(f64::from(after) * f64::from(factor), 0.5 * f64::from(before), "{bytes:?}");
             }
+        }
+    }
+
+    /// Products of several matrices, of few and of many tokens, whose parts are of two memory nodes, in memory with pages of both.
+    #[test]
+    fn memory_nodes_change_no_product() {
+        let config = Config { hidden_size: 1440, intermediate_size: 720, ..Config::gpt_oss_20b() };
+        let id = MatrixKind::GateUp.at(0);
+        let weights = Synthetic::new(config, |_| Format::Mxfp4, 3);
+        let kernels = Isa::best().kernels().expect("the best instruction set is available");
+        let products = |pool: &Pool, tokens: usize| {
+            let matrix = PackedMatrix::load(&weights, id, false, pool, kernels).expect("made-up weights");
+            let (cols, rows) = (1440, 720);
+            let layout = Layout { kind: Kind::Limbs(3), tokens, cols };
+            let mut words = vec![0; layout.len()];
+            for t in 0..tokens {
+                let x: Vec<f32> = (0..cols).map(|i| ((i * 7 + t * 31) % 101) as f32 - 50.0).collect();
+                // SAFETY: the words are the layout's, and nobody else's.
+                unsafe { layout.write(kernels, t, &x, words.as_mut_ptr()) };
+            }
+            let mut found = vec![f32::NAN; 3 * tokens * rows];
+            let out = Output::new(&mut found);
+            let jobs = [31, 0, 17].iter().enumerate().map(|(j, &expert)| Job {
+                matrix: &matrix,
+                expert,
+                x: layout.records(&words),
+                bias: None,
+                then: Then::SwiGlu { limit: 7.0, alpha: 1.702 },
+                out,
+                offset: j * tokens * rows,
+                stride: rows,
+            });
+            multiply(pool, kernels, &jobs.collect::<Vec<_>>());
+            found
+        };
+        let two = Pool::on(vec![vec![0], vec![0]], 3);
+        assert_eq!(two.nodes().count(), 2);
+        for tokens in [1, 20] {
+            let expected = products(&Pool::on(Vec::new(), 1), tokens);
+            assert!(expected.iter().all(|v| v.is_finite()));
+            assert_eq!(products(&two, tokens), expected, "{tokens} tokens");
         }
     }
 }
