@@ -64,9 +64,9 @@ impl Cuda {
         // As `own_splits` in attention.cu.
         let useful = match most {
             pages if pages < self.shared_from() => 1,
-            ..256 => 4,
-            ..1024 => 8,
-            ..2048 => 16,
+            0..256 => 4,
+            256..1024 => 8,
+            1024..2048 => 16,
             _ => MAX_SPLITS,
         };
         let heads = self.attention_heads();
