@@ -47,7 +47,7 @@ pub(crate) struct Nodes {
 }
 
 impl Nodes {
-    /// `cpus`: those of each node.
+    /// `cpus`: those of each node, one at least.
     pub(crate) fn new(cpus: Vec<Vec<usize>>, threads: usize) -> Nodes {
         let all: usize = cpus.iter().map(Vec::len).sum();
         let mut before = 0;
@@ -75,13 +75,13 @@ impl Nodes {
         border(node)..border(node + 1)
     }
 
-    /// Has the calling thread run on the CPUs of the node of this thread of the pool only, if there are several nodes. Where the
+    /// Has the calling thread, one of `0..threads`, run on the CPUs of its node only, if there are several nodes. Where the
     /// system does not let it, it runs anywhere.
     pub(crate) fn bind(&self, thread: usize) {
         if self.count() == 1 {
             return;
         }
-        let node = self.borders.partition_point(|&first| first <= thread).min(self.count()) - 1;
+        let node = self.borders.partition_point(|&first| first <= thread) - 1;
         // SAFETY: a mask of zeros is an empty one; the CPUs are below its size, see `numbers`; the call reads the mask.
         unsafe {
             let mut mask: libc::cpu_set_t = std::mem::zeroed();

@@ -549,19 +549,16 @@ impl Buffer {
         if nodes.count() == 1 {
             return;
         }
-        let chunks = self.len / LARGE_PAGE;
-        let mut order: Vec<(usize, usize)> = (0..chunks)
-            .map(|chunk| {
-                let middle = (chunk * LARGE_PAGE + LARGE_PAGE / 2) % matrix;
-                let node = (0..nodes.count()).find(|&node| nodes.part(node, matrix).contains(&middle));
-                (node.unwrap_or(0), chunk)
-            })
-            .collect();
-        order.sort_unstable();
+        let middle = |chunk: &usize| (chunk * LARGE_PAGE + LARGE_PAGE / 2) % matrix;
+        let of_node = |node| {
+            let part = nodes.part(node, matrix);
+            (0..self.len / LARGE_PAGE).filter(move |chunk| part.contains(&middle(chunk)))
+        };
+        let order: Vec<usize> = (0..nodes.count()).flat_map(of_node).collect();
         let pages = Chunks::new(self.as_mut_slice(), LARGE_PAGE);
         pool.run(order.len(), &|task| {
             // SAFETY: each chunk is one task's.
-            let page = unsafe { pages.take(order[task].1) };
+            let page = unsafe { pages.take(order[task]) };
             page.iter_mut().step_by(SMALL_PAGE).for_each(|byte| *byte = 0);
         });
     }

@@ -7,7 +7,7 @@ constexpr int WARPS = 8;       // of a block
 constexpr int ROWS = 8;        // query heads of a warp, at most
 constexpr int PART = HEAD + 2; // weighted values, largest score, sum of a row
 constexpr int MAX_SPLITS = 32; // blocks that share a token's keys
-constexpr int TOGETHER = 16;   // of which what they found is put together at a time
+constexpr int TOGETHER = 16;   // of them, whose parts are put together at a time
 // By how much, in powers of two, scores may exceed what the weights are relative to before those are made anew.
 constexpr float SLACK = 8;
 
